@@ -97,7 +97,9 @@ def _text(schema: Schema) -> st.SearchStrategy[str]:
         # The annotation is for the type checker, which can't know that the pattern is text, because the schema is JSON.
         pattern: str = schema["pattern"]
         return st.from_regex(pattern, fullmatch=True).filter(
-            lambda text: schema.get("minLength", 0) <= len(text) <= longest
+            lambda text: (
+                schema.get("minLength", 0) <= len(text) <= longest and all(holds(rule, text) for rule in _rules(schema))
+            )
         )
     least = schema.get("minLength", 0)
     edge = st.sampled_from([longest, least]).map(lambda size: "é" * size)
@@ -158,6 +160,16 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
             value["globalBatchSize"] = max(value["globalBatchSize"], value["microBatchSize"])
     if path == ("dataset",) and value.get("task", "None") != "None" and "promptCompletion" not in value["format"]:
         value["task"] = "None"
+    if path == ("dataset",) and "text" not in value["format"] and value.get("longRows") in ("Split", "Truncate"):
+        value["longRows"] = "Skip"
+    if path == ("dataset", "train") and any("weight" in part for part in value.get("mix", ())):
+        value["mix"] = [{"weight": "1", **part} for part in value["mix"]]
+    if path[-1] == "huggingFace" and "subset" in value and "path" in value:
+        if force[:1] == ("subset",):
+            value.pop("path")
+            value["split"] = "train"
+        else:
+            value.pop("subset")
     if path == ("evaluation",) and "minDelta" in value:
         value.setdefault("patience", 1)
     if path == ("deepspeed",) and "CPU" in (value.get("offloadOptimizer"), value.get("offloadParameters")):
@@ -188,11 +200,13 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":
-        spec["dataset"].setdefault("validation", spec["dataset"]["train"])
+        spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
     graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"
     if graded and force[:2] != ("dataset", "format"):
-        spec["dataset"].setdefault("validation", spec["dataset"]["train"])
+        spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
         spec["dataset"] |= {"task": "SQL", "format": {"promptCompletion": {}}}
+        if spec["dataset"].get("longRows") in ("Split", "Truncate"):
+            spec["dataset"]["longRows"] = "Skip"
     elif graded:
         spec["dataset"]["task"] = "None"
         for name in ("generation", "basePrompt", "bestBy"):
@@ -200,6 +214,12 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     if "gradientAccumulationSteps" in training:
         _accumulate(spec)
     return spec
+
+
+def _without_mix(train: dict[str, Any]) -> dict[str, Any]:
+    """Return the source of the training rows, or the first source of a mix without its weight."""
+    source = train["mix"][0] if "mix" in train else train
+    return {name: value for name, value in source.items() if name != "weight"}
 
 
 def _accumulate(spec: dict[str, Any]) -> None:

@@ -97,6 +97,38 @@ def test_an_address_with_a_control_character_is_refused(path: str, text: str, ch
     assert problems(path, text.format(character)) != []
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "sentence"),
+    [
+        ("storage.endpoint", "http://minio:9000/", None),
+        (
+            "storage.endpoint",
+            "http://user:pw@minio:9000",
+            "must be an address such as http://minio.storage.svc:9000, wit",
+        ),
+        (
+            "storage.endpoint",
+            "http://minio/path",
+            "must be an address such as http://minio.storage.svc:9000, without us",
+        ),
+        (
+            "storage.uri",
+            "bucket/runs",
+            "must be an address such as s3://bucket/folder/file.jsonl, without blanks, of at",
+        ),
+        ("storage.uri", "s3://bucket/a/../b", "the address must not have `.` or `..` as a part of its path, because"),
+        ("model.s3.uri", "s3://bucket/.", "the address must not have `.` or `..` as a part of its path, because"),
+        ("model.s3.uri", "s3://bucket/.a/..b/c..", None),
+    ],
+)
+def test_a_malformed_address_is_refused_with_a_sentence_and_no_regular_expression(
+    path: str, text: str, sentence: str | None
+) -> None:
+    found = [problem.message for problem in problems(path, text)]
+    assert len(found) == (sentence is not None)
+    assert all(message.startswith(sentence or "") for message in found)
+
+
 def problems(path: str, text: str) -> list[Any]:
     """Return the problems for which the API server or the operator would refuse the quickstart with ``text`` at
     ``path``."""

@@ -25,7 +25,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the pydantic models that a field with this annotation may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list):
         return [model for part in typing.get_args(annotation) for model in models_in(part)]
     return []
 

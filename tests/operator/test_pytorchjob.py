@@ -71,6 +71,23 @@ def test_without_gpus_no_gpu_is_asked_for() -> None:
     assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
 
 
+def test_the_claims_and_tokens_of_every_source_of_a_mix_are_mounted() -> None:
+    mix = [
+        {"volume": {"claimName": "rows", "path": "a.jsonl"}},
+        {"volume": {"claimName": "rows", "path": "b"}},
+        {"huggingFace": {"repo": "a/b", "split": "train", "tokenSecretRef": {"name": "hub", "key": "t"}}},
+    ]
+    dataset = job().spec.dataset.to_json() | {"train": {"mix": mix}}
+    volumes = template(dataset=dataset)["spec"]["volumes"]
+    assert [
+        volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume
+    ] == ["rows"]
+    (projected,) = [volume["projected"] for volume in volumes if volume["name"] == "hub-data-tokens"]
+    assert projected["sources"] == [
+        {"secret": {"name": "hub", "items": [{"key": "t", "path": "dataset.train.mix[2]"}]}}
+    ]
+
+
 def test_claims_and_the_hub_token_are_mounted_read_only() -> None:
     model = {"huggingFace": {"repo": "a/b", "tokenSecretRef": {"name": "hub", "key": "t"}}}
     volume = {"volume": {"claimName": "rows", "path": "train.jsonl"}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,9 @@ def served(hub: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             status, headers, body = hub.answer(path, self.headers.get("Authorization"))
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked and status == 200:
+                status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)

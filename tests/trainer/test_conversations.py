@@ -16,7 +16,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.chat import chat_template
 from finetune_trainer.data.chat.chat_template import template_arguments, use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
-from finetune_trainer.data.reader import Row
+from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
 from tests.trainer.chat import byte_tokenizer, learned, published, rendered
 

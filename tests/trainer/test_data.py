@@ -55,11 +55,11 @@ def test_csv_rows_begin_where_their_first_line_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        ("a.txt", b"a", "must be a .jsonl, .csv or .parquet file, not 'a.txt'"),
+        ("a.xlsx", b"a", "must be a file with the suffix .jsonl, .json, .csv, .tsv, .parquet or .txt, each also"),
         ("a.parquet", b"PAR1", "a.parquet can't be read as parquet after row 0"),
         ("b.csv", b"a,a\n1,2", "can't be read as csv: its header has 'a' twice"),
-        ("a.jsonl", b'{"a": "\xff"}', "is not UTF-8"),
-        ("a.csv", b'a\n"open', "can't be read as csv"),
+        ("a.jsonl", b"\xff\xfe{\x00}\x00", "is UTF-16 text"),
+        ("a.csv", b'"open', "has a header that can't be read: unexpected end of data"),
     ],
 )
 def test_unreadable_files_are_refused_by_field(name: str, data: bytes, problem: str, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_training_state_is_spread_over_ranks_by_size(shapes: dict[str, list[int]
 def test_a_parquet_file_that_expands_ten_thousand_times_is_not_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.data.reader.EXPANDED_BYTES", 1 << 20)
-    monkeypatch.setattr("finetune_trainer.data.reader.LARGEST_EXPANSION", 100)
+    monkeypatch.setattr("finetune_trainer.data.files.streams.EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr("finetune_trainer.data.files.streams.LARGEST_EXPANSION", 100)
     bomb, honest = tmp_path / "bomb.parquet", tmp_path / "honest.parquet"
     pq.write_table(pa.table({"text": ["a" * 10_000] * 5000}), bomb, compression="zstd")
     pq.write_table(pa.table({"text": [secrets.token_hex(500) for _ in range(5000)]}), honest, compression="zstd")

@@ -250,6 +250,18 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
         check_columns(path, "dataset.train", spec({"text": {}}).format)
 
 
+def test_many_examples_are_the_same_whether_they_are_collected_in_memory_or_in_files(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec())
+    monkeypatch.setattr("finetune_trainer.data.spooled_numbers.SPOOL_BYTES", 16)
+    in_files, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec())
+    assert in_files.digest == in_memory.digest
+    assert [example.spans for example in in_files] == [example.spans for example in in_memory]
+    in_files.save(tmp_path / "tokens")
+    assert ExampleSet.load(tmp_path / "tokens").digest == in_memory.digest
+
+
 def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: Any) -> None:
     examples, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec(), keep_rows=True)
     examples.save(tmp_path / "tokens")
@@ -335,8 +347,8 @@ text
 )
 def test_a_malformed_card_of_the_hub_names_no_file_and_is_no_crash(matter: str) -> None:
     configs = card_configs(f"---\n{matter}\n---\n")
-    for splits in configs.values():
-        assert all(isinstance(path, str) for paths in splits.values() for path in paths)
+    for config in configs.values():
+        assert all(isinstance(path, str) for paths in (config.patterns or {}).values() for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -373,17 +385,25 @@ def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> Non
 import json, os, sys
 from pathlib import Path
 from finetune_core.api.sources import HuggingFaceDataSource
-from finetune_trainer.sources.hub_datasets import fetch_first_file, fetch_split
+from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.reader import read_rows
+from finetune_trainer.sources.hub_datasets import HubDataFiles
+from finetune_trainer.sources.source_files import HeadLimits
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:
-    place = (source, "dataset.train", sys.argv[3] or None, Path(sys.argv[2]))
+    folder = Path(sys.argv[2])
+    folder.mkdir()
+    found = HubDataFiles(source, "dataset.train", sys.argv[3] or None, folder)
     most = {"first": 100, "nothing": 10}.get(sys.argv[4])
-    folder = fetch_split(*place) if most is None else (fetch_first_file(*place, most_bytes=most) or [None])[0]
+    if most is None:
+        files = found.fetch(found.files, folder)
+    else:
+        files = [found.fetch_head(found.files[0], folder, HeadLimits(most, most, ()))]
+    write_index(folder, files)
 except Exception as error:
     print(type(error).__name__, error)
 else:
-    print(folder and [row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
+    print([row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
 """
 
     def fetch(hub: Hub, token: str = "", fetch: str = "all", **source: Any) -> str:
@@ -408,7 +428,7 @@ else:
         )
         assert fetch(hub).startswith("OutsideFailure dataset.train.huggingFace: acme/rows is gated and no token is set")
         assert fetch(hub, "secret", fetch="first") == "['acme/rows/train-0.jsonl line 1']"
-        assert fetch(hub, "secret", fetch="nothing") == "None"
+        assert fetch(hub, "secret", fetch="nothing") == "[]", "no row ends within ten bytes"
         assert fetch(hub, "secret", split="dev").startswith(
             "UserError dataset.train.huggingFace.split: no data file is called after 'dev'"
         )

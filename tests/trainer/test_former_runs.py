@@ -30,7 +30,7 @@ from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import EVALUATION_BYTES, MANIFEST_BYTES
 from finetune_trainer.sources.file_tags import PIECE_BYTES, WHOLE_BYTES, file_tag
-from finetune_trainer.sources.hub_datasets import split_tags
+from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number, read_records
 from finetune_trainer.storage.root import RunRoot, open_root
@@ -378,8 +378,13 @@ def test_files_on_the_hub_are_told_apart_by_their_content_and_not_by_the_commit(
     split = HuggingFaceDataSource(repo="acme/rows", split="train")
     with data_hub.served(data):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", data.endpoint)
-        tags = split_tags(split, "dataset.train", None, tmp_path / "train")
+
+        def tags() -> list[str]:
+            found = HubDataFiles(split, "dataset.train", None, tmp_path / "train")
+            return [found.tag(file) for file in found.files]
+
+        before = tags()
         data.files["test.jsonl"] = b"[]"
-        assert split_tags(split, "dataset.train", None, tmp_path / "train") == tags
+        assert tags() == before
         data.files["train.jsonl"] = b"[]"
-        assert split_tags(split, "dataset.train", None, tmp_path / "train") != tags
+        assert tags() != before

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from finetune_core.contract.preflight_result import FindingKind
 from finetune_trainer.data.chat import chat_template
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
-from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config
@@ -301,10 +302,23 @@ def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
     assert check(**skipped) == [], "rows to learn from may follow the ones that were looked at"
 
 
-def test_a_row_is_cut_at_a_line_break_outside_of_quotes() -> None:
-    assert complete_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
-    assert complete_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
-    assert complete_rows(b"no row ends here", quoted=False) == b""
+def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
+    check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.preflight.row_check.WHOLE_FILE_BYTES", 100_000)
+    rows = [{"question": "w1", "reply": "w2" if number != 3 else "", "more": "x" * 9000} for number in range(100)]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=20, compression="none", use_dictionary=False)
+    assert (folder / "a.parquet").stat().st_size > 500_000
+    store.upload("shards", folder)
+    train = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/shards"}}}
+    ((kind, sentence),) = check(**train)
+    assert (kind, f"s3://{BUCKET}/shards/a.parquet row 4 has an empty 'reply'" in sentence) == (FINAL, True)
+    kind, sentence = check(**train, **{f"{FIELD}__completionField": "answer"})[0]
+    assert kind is FINAL
+    assert f"no column 'answer' in s3://{BUCKET}/shards/a.parquet; it has 'question', 'reply', 'more'" in sentence
 
 
 @pytest.fixture

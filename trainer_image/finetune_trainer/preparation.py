@@ -7,19 +7,21 @@ Then `train.py` calls `load_data` and `load_model` on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import length_limit, make_examples
-from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
+from finetune_trainer.data.examples import ExampleSet, joined
+from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.mixture import Mixture
+from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
@@ -36,6 +38,7 @@ from finetune_trainer.model.load import (
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import check_complete
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.reporting.progress import log_line
 from finetune_trainer.sources.inputs import source_name
 
 
@@ -48,6 +51,8 @@ class PreparationSummary(ContractModel):
     """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
     """sha256 over the training rows: over their token ids, and over the ranges of supervised tokens in each row."""
+    mix_sizes: list[int] = []
+    """Number of examples of each source of `dataset.train.mix`. Empty without a mix."""
     model_context: int
     """Longest text in tokens that the model can read; `dataset.maxLength` where the model has no limit."""
     added_rows: AddedRows | None = None
@@ -88,6 +93,8 @@ class TrainingData:
     stop_ids: list[int]
     """Token ids that end a generated answer."""
     summary: PreparationSummary
+    mixture: Mixture | None = None
+    """How the training examples of several sources are mixed. None if there is one source."""
 
     @property
     def pad(self) -> int:
@@ -125,26 +132,36 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
-    data_sha256 = ""
-    for name, source, path in _data_files(plan):
-        examples, skipped_rows = make_examples(
-            read_rows(path, f"dataset.{name}"),
-            source_name(source),
-            f"dataset.{name}",
-            config.dataset,
-            tokenize,
-            limit=limit,
-            keep_rows=config.dataset.task != NO_TASK and name != "train",
-        )
-        examples.save(_tokens_folder(plan) / name)
-        notices += skipped_rows
-        # Keep the digest of the training rows only. They come first in `_data_files`.
-        data_sha256 = data_sha256 or examples.digest
+    data_sha256, mix_sizes = "", []
+    for name, parts in _data_sets(plan).items():
+        made = []
+        for part in parts:
+            counter = _Counter()
+            examples, skipped_rows = make_examples(
+                counter.counted(read_rows(part.path, part.field, columns=columns_read(config.dataset))),
+                source_name(part.source),
+                part.field,
+                config.dataset,
+                tokenize,
+                limit=limit,
+                keep_rows=config.dataset.task != NO_TASK and name != "train",
+            )
+            made.append(examples)
+            notices += [*_files_notice(part, counter.rows), *skipped_rows]
+            log_line(f"{part.field}: {counter.rows} rows of {source_name(part.source)}, {len(examples)} examples")
+        whole = joined(made)
+        whole.save(_tokens_folder(plan) / name)
+        # Keep the digest of the training rows only. They come first in `_data_sets`.
+        data_sha256 = data_sha256 or whole.digest
+        if name == "train" and plan.inputs.mix:
+            mix_sizes = [len(examples) for examples in made]
+            notices.append(_mix_notice(parts, _mixture(plan, mix_sizes)))
     rows = _added_rows(plan, structure, tokenizer)
     return PreparationSummary(
         notices=notices,
         context=limit.tokens,
         data_sha256=data_sha256,
+        mix_sizes=mix_sizes,
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
@@ -154,7 +171,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
     """Load the tokenizer and the tokenised rows that `prepare_node` wrote."""
     tokenizer = _job_tokenizer(plan)
-    present = {name for name, _, _ in _data_files(plan)}
+    present = _data_sets(plan)
     sets = {
         name: ExampleSet.load(_tokens_folder(plan) / name) if name in present else ExampleSet.empty()
         for name in ("train", "validation", "test")
@@ -169,6 +186,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         capacity=summary.context if dataset.packing else None,
         stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
+        mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )
 
 
@@ -220,15 +238,66 @@ def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
     return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
 
 
-def _data_files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
-    """Return name, source and local file of each data set that the job has, the training rows first."""
-    dataset, inputs = plan.config.dataset, plan.inputs
-    given = (
-        ("train", dataset.train, inputs.train),
-        ("validation", dataset.validation, inputs.validation),
-        ("test", dataset.test, inputs.test),
+class _Part(NamedTuple):
+    """A data source, or one source of a mix."""
+
+    field: str
+    """Path in the spec, for example `dataset.train.mix[0]`."""
+    source: DataSource
+    path: Path
+
+
+def _data_sets(plan: WorkerPlan) -> dict[str, list[_Part]]:
+    """Return the sources of each data set that the job has, the training rows first. Only a mix has several."""
+    inputs = plan.inputs
+    left: dict[str, list[Path | None]] = {
+        "train": [*(inputs.mix or [inputs.train])],
+        "validation": [inputs.validation],
+        "test": [inputs.test],
+    }
+    sets: dict[str, list[_Part]] = {}
+    for field, source in plan.config.dataset.sources.items():
+        name = field.removeprefix("dataset.").partition(".")[0]
+        path = left[name].pop(0)
+        if path is not None:
+            sets.setdefault(name, []).append(_Part(field, source, path))
+    return sets
+
+
+def _mixture(plan: WorkerPlan, sizes: Sequence[int]) -> Mixture:
+    """Return how the training examples are mixed. ``sizes`` has the number of examples of each source."""
+    return Mixture.of(sizes, [part.weight for part in plan.config.dataset.train.mix or ()])
+
+
+def _mix_notice(parts: Sequence[_Part], mixture: Mixture) -> str:
+    """Return a notice about how many examples each source of a mix has, and how many of them the first epoch takes."""
+    taken = mixture.counts(mixture.examples)
+    sources = (
+        f"{count} times one of {size} examples from {source_name(part.source)}"
+        for part, size, count in zip(parts, mixture.sizes, taken, strict=True)
     )
-    return [(name, source, path) for name, source, path in given if source is not None and path is not None]
+    return f"dataset.train: an epoch takes {'; '.join(sources)}"
+
+
+def _files_notice(part: _Part, rows: int) -> list[str]:
+    """Return a notice about how many files and rows were read, if the source has several files."""
+    files = data_files(part.path)
+    if len(files) < 2:
+        return []
+    return [f"{part.field}: {rows} rows of {len(files)} files were read, from {files[0].name} to {files[-1].name}"]
+
+
+class _Counter:
+    """Counts rows while they are read."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield ``rows``."""
+        for row in rows:
+            self.rows += 1
+            yield row
 
 
 def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> AddedRows | None:

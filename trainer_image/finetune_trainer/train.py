@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ class Run:
             pad=data.pad,
             capacity=data.capacity,
             seed=config.optimization.seed,
+            mixture=data.mixture,
         )
 
         def set_phase(phase: Phase) -> None:
@@ -239,7 +241,10 @@ class Run:
             state=state,
         )
         if progress is not None:
-            progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history)
+            taken = None
+            if data.mixture is not None:
+                taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
+            progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
             progress.notice(*start.notices, *data.summary.notices)
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))

@@ -131,10 +131,33 @@ The ranges hold the control characters C0, DEL and C1, the space and the no-brea
 because a terminal that shows the text would obey them."""
 WORD_PATTERN = f"^[^{_CONTROL}]+$"
 """Regular expression for a text without blanks and control characters, for example the name of a container image."""
-HTTP_ADDRESS_PATTERN = f"^https?://[^/{_CONTROL}]+$"
-"""Regular expression for an `http://` or `https://` address without a path, for example `http://minio:9000`."""
+HTTP_ADDRESS_PATTERN = f"^https?://[^/@?#{_CONTROL}]+/?$"
+"""Regular expression for an `http://` or `https://` address without user, path and query, for example
+`http://minio:9000`. A slash at its end is allowed, because people write addresses so."""
+S3_URI_PATTERN = f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$"
+"""Regular expression for an address in an object store, for example `s3://bucket/key`."""
+WEIGHT_PATTERN = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$"
+"""Regular expression for a decimal number above 0, for example `0.5`."""
+PATTERN_MEANINGS = {
+    WEIGHT_PATTERN: 'a decimal number above 0 in quotes, such as "0.5"',
+    HTTP_ADDRESS_PATTERN: "an address such as http://minio.storage.svc:9000, without user, password, path or query",
+    S3_URI_PATTERN: "an address such as s3://bucket/folder/file.jsonl, without blanks",
+}
+"""For a regular expression of the schema, a phrase that follows "must be" in messages of `finetune validate`."""
 
-S3Uri = Annotated[str, Field(max_length=1024, pattern=f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$")]
+S3Uri = Annotated[
+    str,
+    Field(
+        max_length=1024,
+        pattern=S3_URI_PATTERN,
+        json_schema_extra=cel(
+            (
+                "!self.matches('/[.][.]?(/|$)')",
+                "the address must not have `.` or `..` as a part of its path, because clients of S3 change such keys",
+            )
+        ),
+    ),
+]
 """Address of an object or of a folder in the job's object store, `s3://bucket/key`, or of a whole bucket,
 `s3://bucket`."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ENTRIES, ApiModel, cel, exactly_one_of
-from finetune_core.api.sources import DataSource
+from finetune_core.api.sources import DataSource, TrainingSource
 from finetune_core.row_templates import SHOWS_A_COLUMN_PATTERN, WELL_FORMED_PATTERN
 from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
@@ -149,10 +149,14 @@ class DatasetSpec(ApiModel):
                 "self.task == 'None' || has(self.format.promptCompletion)",
                 "`task` must be None unless `format.promptCompletion` is set",
             ),
+            (
+                "!(self.longRows in ['Split', 'Truncate']) || has(self.format.text)",
+                "`longRows` must be Fail or Skip unless `format.text` is set, because only text has a meaning in part",
+            ),
         )
     )
 
-    train: DataSource
+    train: TrainingSource
     """Rows that the model is trained on."""
     validation: DataSource | None = None
     """Rows whose perplexity is measured during training. The scores on these rows choose the best checkpoint."""
@@ -168,10 +172,26 @@ class DatasetSpec(ApiModel):
     """true puts several short examples of a global batch into one sequence of at most `maxLength` tokens, which saves
     padding. The computed gradient stays the same. Before the first step the trainer checks that the model's attention
     keeps the examples of one sequence apart, and the job fails where it does not."""
-    long_rows: Literal["Fail", "Skip"] = "Fail"
+    long_rows: Literal["Fail", "Skip", "Split", "Truncate"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
-    before training. Skip: the rows are left out, and `status.notices` has their number."""
+    before training. Skip: the rows are left out. Split: a row becomes several examples, and each of its tokens is
+    learned exactly once: an example begins with the last token of the example before it, which is its context and is
+    not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and Truncate
+    are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows that can't be read, lack a field, hold something else than the format asks for, or have
     nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and
     `status.notices` has their number."""
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """Return the sources that hold files, by their paths in the spec: `dataset.train`, `dataset.test`, or
+        `dataset.train.mix[0]` for the first source of a mix."""
+        given = {"dataset.train": self.train, "dataset.validation": self.validation, "dataset.test": self.test}
+        found: dict[str, DataSource] = {}
+        for field, source in given.items():
+            if isinstance(source, TrainingSource) and source.mix is not None:
+                found |= {f"{field}.mix[{number}]": part for number, part in enumerate(source.mix)}
+            elif source is not None:
+                found[field] = source
+        return found

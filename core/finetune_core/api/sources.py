@@ -7,7 +7,19 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import SET, UNIQUE, ApiModel, ObjectName, S3Uri, SecretKey, exactly_one_of
+from finetune_core.api.base import (
+    ATOMIC,
+    SET,
+    UNIQUE,
+    WEIGHT_PATTERN,
+    ApiModel,
+    ObjectName,
+    S3Uri,
+    SecretKey,
+    cel,
+    exactly_one_of,
+    join,
+)
 
 RepositoryName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][-._A-Za-z0-9]*(/[A-Za-z0-9_][-._A-Za-z0-9]*)?$")
@@ -15,6 +27,10 @@ RepositoryName = Annotated[
 """Name of a repository on the Hugging Face Hub, for example `openai/gsm8k`."""
 Revision = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[-._/A-Za-z0-9]+$")]
 """Branch, tag or commit of a repository on the Hugging Face Hub."""
+
+
+PATH_PATTERN = r"^[^/\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$"
+"""Regular expression for a path without a leading slash and without control characters."""
 
 
 class SecretKeyRef(ApiModel):
@@ -38,17 +54,27 @@ class HuggingFaceSource(ApiModel):
 
 
 class HuggingFaceDataSource(ApiModel):
-    """A split of a data set on the Hugging Face Hub."""
+    """Data files of a data set on the Hugging Face Hub. Exactly one of `split` and `path` must be set."""
+
+    model_config = ConfigDict(
+        json_schema_extra=join(
+            exactly_one_of("split", "path"),
+            cel(("has(self.split) || !has(self.subset)", "`subset` must be absent unless `split` is set")),
+        )
+    )
 
     repo: RepositoryName
     """Name of the data set's repository, for example `openai/gsm8k`."""
-    revision: Revision = "main"
-    """Branch, tag or commit. With a commit every run loads the same rows."""
+    revision: Revision | None = None
+    """Branch, tag or commit. With a commit every run loads the same rows. Absent: the branch `main`."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of the data set's configuration, for example `main`. Absent: the configuration `default`, or the only one of
     the data set."""
-    split: Annotated[str, Field(min_length=1, max_length=200)]
-    """Name of the split, for example `train`."""
+    split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name of the split, for example `train`. The data card says which files belong to it, as for the hub's own viewer,
+    or else their names do."""
+    path: Annotated[str, Field(max_length=1024, pattern=PATH_PATTERN)] | None = None
+    """A file, folder or glob in the repository instead of a split, for example `data/*.parquet`."""
     token_secret_ref: SecretKeyRef | None = None
     """Access token of the Hugging Face Hub, needed for a gated or private data set."""
 
@@ -57,7 +83,8 @@ class S3Source(ApiModel):
     """Files in the object store that `storage` describes."""
 
     uri: S3Uri
-    """`s3://bucket/prefix` of a model's folder, or `s3://bucket/key` of one data file."""
+    """`s3://bucket/prefix` of a model's folder. For data, `s3://bucket/key` of one file, `s3://bucket/prefix` of a
+    folder, or a glob such as `s3://bucket/rows/*.jsonl`."""
 
 
 class VolumeSource(ApiModel):
@@ -65,8 +92,9 @@ class VolumeSource(ApiModel):
 
     claim_name: ObjectName
     """`metadata.name` of the PersistentVolumeClaim in the job's namespace."""
-    path: Annotated[str, Field(max_length=1024, pattern=r"^[^/\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$")]
-    """Path of the model's folder or of the data file inside the volume, without a leading slash."""
+    path: Annotated[str, Field(max_length=1024, pattern=PATH_PATTERN)]
+    """Path inside the volume, without a leading slash: of the model's folder, or of a data file, a folder with data
+    files, or a glob such as `rows/*.jsonl`."""
 
 
 class ModelSpec(ApiModel):
@@ -89,14 +117,61 @@ class ModelSpec(ApiModel):
 
 
 class DataSource(ApiModel):
-    """One data file (`.jsonl`, `.csv` or `.parquet`), or a split of a data set on the Hugging Face Hub. Exactly one of
-    the fields must be set."""
+    """Data files: one file, a folder, or a glob. Exactly one of the fields must be set.
+
+    A file is read by its suffix: `.jsonl`, `.json` (an array of objects, or objects one behind the other), `.csv`,
+    `.tsv`, `.parquet` or `.txt` (each line that is not blank is a row with the column `text`), each also with `.gz` or
+    `.zst` behind it. The files of a folder or a glob must be of one kind, and are read in the order of their paths.
+    Other files are left out with a notice. Files and folders whose names begin with `.` or `_` are left out without
+    one. In a glob `*` and `?` stand for characters of one part of the path, and `**` for any number of parts, also
+    none.
+    """
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 
     hugging_face: HuggingFaceDataSource | None = None
-    """A split of a data set on the Hugging Face Hub."""
+    """Files of a data set on the Hugging Face Hub."""
     s3: S3Source | None = None
-    """A file in the object store that `storage` describes."""
+    """Files in the object store that `storage` describes."""
     volume: VolumeSource | None = None
-    """A file on a PersistentVolumeClaim."""
+    """Files on a PersistentVolumeClaim."""
+
+
+MIX_LIMIT = 8
+"""Largest number of sources of a mix. `status.metrics` has room for one count of each."""
+Weight = Annotated[str, Field(max_length=16, pattern=WEIGHT_PATTERN)]
+"""A decimal number above 0, for example `"0.5"`. It is a string, because Kubernetes' API conventions forbid floats."""
+
+
+class WeightedSource(DataSource):
+    """A source of a mix. Exactly one of `huggingFace`, `s3` and `volume` must be set."""
+
+    weight: Weight | None = None
+    """Share of the examples that come from this source, relative to the weights of the other sources: of `"3"` and
+    `"1"`, three in four examples. Absent in all sources of the mix: the number of the source's examples, so that each
+    is used once in an epoch."""
+
+
+class TrainingSource(DataSource):
+    """The training rows: files of one source, or a mix of several sources. Exactly one of the fields must be set."""
+
+    model_config = ConfigDict(
+        json_schema_extra=join(
+            exactly_one_of("huggingFace", "s3", "volume", "mix"),
+            cel(
+                (
+                    "!has(self.mix) || self.mix.all(part, has(part.weight)) || self.mix.all(part, !has(part.weight))",
+                    "`weight` must be set in all sources of `mix` or in none",
+                )
+            ),
+        )
+    )
+
+    mix: Annotated[list[WeightedSource], Field(min_length=1, max_length=MIX_LIMIT, json_schema_extra=ATOMIC)] | None = (
+        None
+    )
+    """Several sources, from which the examples of each global batch are taken in fixed shares. An epoch is as many
+    examples as all sources have together. Each source is gone through in an order of its own, and an example of a
+    source comes again only after all others of this source. Which examples a step takes follows from the seed and the
+    number of the step alone. `status.metrics` has the number of examples that the training has taken from each source:
+    `mix0Examples` for the first one."""

@@ -150,5 +150,5 @@ class StorageSpec(ApiModel):
 
     @property
     def endpoint_url(self) -> str:
-        """Address of the object store: `endpoint`, or Amazon S3 in `region`."""
-        return self.endpoint or f"https://s3.{self.region}.amazonaws.com"
+        """Address of the object store without a slash at its end: `endpoint`, or Amazon S3 in `region`."""
+        return (self.endpoint or f"https://s3.{self.region}.amazonaws.com").rstrip("/")

@@ -30,6 +30,7 @@ NOT_THE_TRAINING = (
     "template_date",
     "model.hugging_face.token_secret_ref",
     "dataset.train.hugging_face.token_secret_ref",
+    "dataset.train.mix.hugging_face.token_secret_ref",
     "dataset.validation.hugging_face.token_secret_ref",
     "dataset.test.hugging_face.token_secret_ref",
     "optimization.micro_batch_size",
@@ -53,7 +54,7 @@ NOT_THE_TRAINING = (
 """Fields of the run file that do not define what is trained. They contain the machines, the division of the work, the
 place of the bucket, the frequency of checkpoints, the references to access tokens, and the day on which the job began:
 a job that continues a run takes over the day of that run. All other fields define what is trained. This includes fields
-that later versions add."""
+that later versions add. A path through a list means the fields of all its items."""
 
 
 class TrainingRecord(ContractModel):
@@ -84,8 +85,10 @@ def digest_of_fields(run_file: Mapping[str, Any]) -> str:
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")
-        section = fields
+        found = [fields]
         for part in sections:
-            section = section.get(part, {})
-        section.pop(name, None)
+            below = [section.get(part, {}) for section in found]
+            found = [item for value in below for item in (value if isinstance(value, list) else [value])]
+        for section in found:
+            section.pop(name, None)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_core.api.base import PATTERN_MEANINGS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.problems import FieldPath, Problem
@@ -145,5 +146,8 @@ def expectation(node: Schema, value: Any = None) -> str:
 def _text_expectation(node: Schema) -> str:
     least, most = node.get("minLength", 0), node.get("maxLength")
     length = f"{least} to {most} characters" if least else f"at most {most} characters"
+    meaning = PATTERN_MEANINGS.get(node.get("pattern", ""))
+    if meaning is not None:
+        return f"must be {meaning}, of {length}"
     pattern = f" that matches {node['pattern']}" if "pattern" in node else ""
     return f"must be a string of {length}{pattern}"

@@ -180,7 +180,7 @@ def web_identity(job: FineTuneJob) -> dict[str, str]:
     storage = job.spec.storage
     if storage.identity is None:
         return {}
-    service = storage.identity.sts_endpoint or storage.endpoint
+    service = (storage.identity.sts_endpoint or storage.endpoint or "").rstrip("/")
     return (
         {WEB_IDENTITY_FILE_VARIABLE: WEB_IDENTITY_FILE}
         | ({STS_ENDPOINT_VARIABLE: service} if service else {})
@@ -238,10 +238,8 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
 
 def claims(job: FineTuneJob) -> list[str]:
     """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
-    dataset = job.spec.dataset
-    sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
-    names = [source.volume.claim_name for source in sources if source is not None and source.volume is not None]
-    return list(dict.fromkeys(names))
+    volumes = [job.spec.model.volume, *(source.volume for source in job.spec.dataset.sources.values())]
+    return list(dict.fromkeys(volume.claim_name for volume in volumes if volume is not None))
 
 
 def _mounts(job: FineTuneJob) -> list[Manifest]:
@@ -354,12 +352,10 @@ def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:
 
 def _data_tokens(job: FineTuneJob) -> dict[str, SecretKeyRef]:
     """Return which Secrets hold the tokens for gated Hugging Face datasets, by field path such as "dataset.train"."""
-    dataset = job.spec.dataset
-    sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {
-        f"dataset.{name}": source.hugging_face.token_secret_ref
-        for name, source in sources.items()
-        if source is not None and source.hugging_face is not None and source.hugging_face.token_secret_ref is not None
+        field: source.hugging_face.token_secret_ref
+        for field, source in job.spec.dataset.sources.items()
+        if source.hugging_face is not None and source.hugging_face.token_secret_ref is not None
     }
 
 

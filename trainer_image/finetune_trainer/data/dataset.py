@@ -7,17 +7,21 @@ The workers and the preflight checks call `make_examples`, and the launcher call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
+from finetune_core.tasks import TASKS
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
+from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
+from finetune_trainer.data.formats import columns_read as format_columns
+from finetune_trainer.data.long_rows import LongTexts
 from finetune_trainer.data.prompts import NamedColumn
-from finetune_trainer.data.reader import Row, first_rows, read_rows
+from finetune_trainer.data.reader import data_files, head_columns
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
 """Largest number of bytes of rows, from the beginning of a file, that are searched for the columns."""
@@ -51,22 +55,26 @@ def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
 def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
     """Raise UserError if the file has no rows, or if no row has one of the columns that the format ``form`` reads, or
     one of the columns ``further``. Only the first COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
-    ``field`` names the file's field in the spec in error messages: `dataset.train`."""
-    columns: dict[str, None] = {}
-    parsed = total = 0
-    for row in first_rows(read_rows(path, field), most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES):
-        columns |= dict.fromkeys(row.fields)
-        total += 1
-        parsed += row.problem is None
-    if total == 0:
-        raise UserError(field, f"{path.name} has no rows")
-    if parsed == 0:
+    ``field`` is the path of the file's source in the spec, for example `dataset.train`, and messages begin with it."""
+    found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
+    files = data_files(path)
+    name = files[0].name if len(files) == 1 else f"the {len(files)} files"
+    if found.total == 0:
+        raise UserError(field, f"{name} has no rows" if len(files) == 1 else f"{name} have no rows")
+    if found.parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
     for column in (*required_columns(form), *further):
-        if column.name not in columns:
-            names = ", ".join(repr(found) for found in list(columns)[:12])
-            raise UserError(column.field, f"no column {column.name!r} in {path.name}; it has {names}")
+        if column.name not in found.names:
+            seen = ", ".join(repr(name) for name in found.names[:12])
+            raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
+
+
+def columns_read(dataset: DatasetSpec) -> set[str]:
+    """Return the names of the columns that the format and the grader of ``dataset`` read."""
+    task = TASKS.get(dataset.task)
+    graded = {column.name for column in task.columns} if task is not None else set()
+    return {*format_columns(dataset.format), *graded}
 
 
 def make_examples(
@@ -79,27 +87,28 @@ def make_examples(
     limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and notices: how many bad rows and how many long rows were skipped, and how many
-    examples the rows became where a row became more than one. A row is skipped as a whole. Another notice says how many
-    of the kept rows have control tokens in their text that were read as ordinary text.
+    """Return the examples of ``rows``, and notices: how many bad rows were skipped, what became of rows that are too
+    long, and how many examples the rows became where a row became more than one. A row is skipped as a whole. Another
+    notice says how many of the kept rows have control tokens in their text that were read as ordinary text.
 
     ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
     (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
     row's columns. Two examples of one row then hold the same row.
 
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
-    row unless `dataset.longRows` is Skip. Raises NoRowsError if no usable row is left.
+    row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
     used = 0
-    read_as_text: list[str] = []
-    problems: dict[str, list[str]] = {"badRows": [], "longRows": []}
+    read_as_text = _Rows()
+    skipped: dict[str, _Rows] = {}
+    long_texts = LongTexts(dataset.long_rows, limit.tokens) if dataset.long_rows in ("Split", "Truncate") else None
 
-    def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
+    def refuse(option: Literal["badRows", "longRows"], policy: str, problem: str) -> None:
         if policy == "Fail":
             raise UserError(field, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
-        problems[option].append(problem)
+        skipped.setdefault(option, _Rows()).add(problem)
 
     for row in rows:
         rendered = row.problem or render(row.fields)
@@ -107,7 +116,12 @@ def make_examples(
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue
         length = max(len(example.ids) for example in rendered)
-        if length > limit.tokens:
+        if length > limit.tokens and long_texts is not None:
+            used += 1
+            for example in rendered:
+                for piece in long_texts.pieces(example, row.place(source)):
+                    made.add(piece, row if keep_rows else None)
+        elif length > limit.tokens:
             problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
         elif min(example.supervised_tokens for example in rendered) < 1:
@@ -116,31 +130,44 @@ def make_examples(
             used += 1
             controls = [token for example in rendered for token in example.read_as_text]
             if controls:
-                read_as_text.append(f"{row.place(source)} ({controls[0]!r})")
+                read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
             for example in rendered:
                 made.add(example, row if keep_rows else None)
-    notices = [_skipped(found, field, f"{option}: Skip", total=used) for option, found in problems.items() if found]
-    if len(made) > used:
+    notices = [found.notice(field, f"{option}: Skip", total=used) for option, found in sorted(skipped.items())]
+    if long_texts is not None and long_texts.rows:
+        notices.append(f"{field}: {long_texts.notice}")
+    elif len(made) > used:
         notices.append(f"{field}: {used} {'row' if used == 1 else 'rows'} became {len(made)} examples")
-    if read_as_text:
+    if read_as_text.rows:
         notices.append(_controls(read_as_text, field))
     if not len(made):
         raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
 
 
-def _skipped(problems: Sequence[str], field: str, what: str, *, total: int) -> str:
-    """Return a notice about skipped rows: how many were skipped and how many kept, and the problem of the first skipped
-    row."""
-    rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
-    return f"{field}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"
+@dataclass
+class _Rows:
+    """Rows that have one thing in common: how many there are, and what is said of the first of them."""
+
+    first: str = ""
+    """The place of the first of the rows, and what is to be said of it."""
+    rows: int = 0
+
+    def add(self, told: str) -> None:
+        """Count a row of which ``told`` is said."""
+        self.first = self.first or told
+        self.rows += 1
+
+    def notice(self, field: str, what: str, *, total: int) -> str:
+        """Return a notice: how many rows were skipped and how many kept, and the problem of the first skipped row."""
+        rows = "1 row was" if self.rows == 1 else f"{self.rows} rows were"
+        return f"{field}: {rows} skipped and {total} kept ({what}); the first: {self.first}"
 
 
-def _controls(places: Sequence[str], field: str) -> str:
-    """Return a notice about rows with control tokens that were read as ordinary text. ``places`` has an entry for each
-    such row."""
-    rows = "1 row has control tokens" if len(places) == 1 else f"{len(places)} rows have control tokens"
+def _controls(found: _Rows, field: str) -> str:
+    """Return a notice about rows with control tokens that were read as ordinary text."""
+    rows = "1 row has control tokens" if found.rows == 1 else f"{found.rows} rows have control tokens"
     return (
         f"{field}: {rows} of the model in the text, which were read as ordinary text (set allowSpecialTokens of"
-        f" dataset.format to true if they are meant as such); the first: {places[0]}"
+        f" dataset.format to true if they are meant as such); the first: {found.first}"
     )

@@ -10,14 +10,15 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.reader import Row
+from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.spooled_numbers import SpooledNumbers
 
 ARRAYS = ("ids", "offsets", "spans", "span_offsets")
 ROWS_FILE = "rows.json"
@@ -56,7 +57,7 @@ class ExampleSet(Sequence[Example]):
         self._arrays = arrays
         self.rows = rows
         """The data row of each example, which graders read. Empty if the rows were not kept."""
-        self.lengths: list[int] = np.diff(self._offsets).tolist()
+        self.lengths: Sequence[int] = array("i", np.diff(self._offsets).astype(np.int32).tobytes())
         """Number of tokens in each example."""
 
     @classmethod
@@ -102,7 +103,8 @@ class ExampleSet(Sequence[Example]):
             np.save(folder / f"{name}.npy", self._arrays[name])
         # Values that JSON can't hold, such as dates and bytes from parquet files, are written as text. No grader reads
         # such values.
-        (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
+        rows = [{field.name: getattr(row, field.name) for field in fields(row)} for row in self.rows]
+        (folder / ROWS_FILE).write_text(json.dumps(rows, default=str))
 
     @classmethod
     def load(cls, folder: Path) -> ExampleSet:
@@ -114,21 +116,24 @@ class ExampleSet(Sequence[Example]):
 
 
 class ExampleWriter:
-    """Collects examples one by one, with four bytes per token, and makes an `ExampleSet` of them."""
+    """Collects examples one by one, with four bytes per token, and makes an `ExampleSet` of them. Many examples are
+    collected in temporary files, and not in memory."""
 
     def __init__(self) -> None:
         """Create a writer without examples."""
-        self._ids, self._offsets = array("i"), array("q", [0])
-        self._spans, self._span_offsets = array("i"), array("q", [0])
+        self._ids, self._offsets = SpooledNumbers(np.int32), SpooledNumbers(np.int64)
+        self._spans, self._span_offsets = SpooledNumbers(np.int32), SpooledNumbers(np.int64)
+        self._offsets.extend([0])
+        self._span_offsets.extend([0])
         self._rows: list[Row] = []
 
     def add(self, example: Example, row: Row | None = None) -> None:
         """Append an example, and its data row if graders need the row."""
         self._ids.extend(example.ids)
-        self._offsets.append(len(self._ids))
+        self._offsets.extend([len(self._ids)])
         for span in example.spans:
             self._spans.extend(span)
-        self._span_offsets.append(len(self._spans) // 2)
+        self._span_offsets.extend([len(self._spans) // 2])
         if row is not None:
             self._rows.append(row)
 
@@ -139,12 +144,23 @@ class ExampleWriter:
     def finish(self) -> ExampleSet:
         """Return the collected examples as an `ExampleSet`."""
         arrays: dict[str, npt.NDArray[np.integer]] = {
-            "ids": np.array(self._ids, dtype=np.int32),
-            "offsets": np.array(self._offsets, dtype=np.int64),
-            "spans": np.array(self._spans, dtype=np.int32),
-            "span_offsets": np.array(self._span_offsets, dtype=np.int64),
+            "ids": self._ids.finish(),
+            "offsets": self._offsets.finish(),
+            "spans": self._spans.finish(),
+            "span_offsets": self._span_offsets.finish(),
         }
         return ExampleSet(arrays, self._rows)
+
+
+def joined(sets: Sequence[ExampleSet]) -> ExampleSet:
+    """Return one set with the examples of all ``sets``, in their order."""
+    if len(sets) == 1:
+        return sets[0]
+    writer = ExampleWriter()
+    for examples in sets:
+        for number, example in enumerate(examples):
+            writer.add(example, examples.rows[number] if examples.rows else None)
+    return writer.finish()
 
 
 def example_set(examples: Sequence[Example]) -> ExampleSet:

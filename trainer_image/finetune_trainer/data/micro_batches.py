@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch, collate, dropout_seed
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.mixture import Mixture
 from finetune_trainer.data.order import global_batch, micro_batches
 from finetune_trainer.data.packing import pack
 
@@ -42,14 +43,16 @@ class MicroBatcher:
     capacity: int | None
     """Largest length of a packed sequence in tokens. None means no packing: each sequence holds one example."""
     seed: int = 0
+    mixture: Mixture | None = None
+    """How the examples of several sources are mixed. None if all examples are of one source."""
 
     def plan_step(self, step: int, optimization: OptimizationConfig) -> MicroBatchPlan:
         """Return this rank's part of the global batch of optimizer step ``step`` (counted from 1)."""
-        rows = global_batch(
-            step,
-            rows=len(self.examples),
-            global_batch_size=optimization.global_batch_size,
-            seed=optimization.seed,
+        size, seed = optimization.global_batch_size, optimization.seed
+        rows = (
+            global_batch(step, rows=len(self.examples), global_batch_size=size, seed=seed)
+            if self.mixture is None
+            else self.mixture.global_batch(step, global_batch_size=size, seed=seed)
         )
         return self.plan_rows(rows, optimization.micro_batch_size)
 

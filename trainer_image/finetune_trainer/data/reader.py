@@ -1,65 +1,97 @@
-"""Reads jsonl, csv and parquet files row by row. Each row knows its place in the file, so that a user can find a bad
-row in an editor.
+"""Reads data files of all kinds row by row. Each row knows its place in the file, so that a user can find a bad row in
+an editor.
 
 A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
+Whatever a library raises about a file as a whole becomes a UserError here.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import NamedTuple, TextIO
 
-from finetune_core.errors import UserError, valid_text
-from finetune_trainer.pod.errors import first_line
+from finetune_core.errors import UserError
+from finetune_trainer.data.files.delimited import csv_rows, tsv_rows
+from finetune_trainer.data.files.index import DataFile, read_index
+from finetune_trainer.data.files.json_files import json_rows
+from finetune_trainer.data.files.kinds import KINDS_TEXT, FileKind, Kind, kind_of
+from finetune_trainer.data.files.lines import json_lines, text_lines
+from finetune_trainer.data.files.parquet_rows import parquet_rows, parquet_schema
+from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_seekable, open_text
+from finetune_trainer.pod.errors import OutsideFailure, first_line
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
-CSV_FIELD_LIMIT = 64 * 1024 * 1024
-"""Largest csv field in characters. Python's default of 131,072 characters is shorter than some prompts."""
-PARQUET_BATCH_ROWS = 64
-"""How many rows of a parquet file are decoded at once. Larger batches are not faster, and rows may be large."""
-EXPANDED_BYTES = 256 * 1024 * 1024
-LARGEST_EXPANSION = 10_000
-"""A parquet file is refused once its decoded rows hold more than EXPANDED_BYTES, and more than this many times the
-bytes of the file. Rows that all have the same long prompt stay far below this limit."""
+DEEPEST = 100
+"""How many levels of lists and mappings a column that is read may have."""
+_TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
+    Kind.JSON_LINES: json_lines,
+    Kind.JSON: json_rows,
+    Kind.CSV: csv_rows,
+    Kind.TSV: tsv_rows,
+    Kind.TEXT: text_lines,
+}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a data file: its place in the file, and either its columns or what is wrong with it."""
-
-    number: int
-    """Line on which the row begins, counted from 1. In a parquet file, number of the row, counted from 1."""
-    fields: Mapping[str, Any]
-    problem: str | None = None
-    unit: Literal["line", "row"] = "line"
-    file: str = ""
-    """Path of the file that holds the row, relative to the folder that was read. Empty if a single file was read."""
-
-    def place(self, source: str) -> str:
-        """Return the place of the row for messages: `data/train.jsonl line 12`, if ``source`` is `data/train.jsonl`."""
-        return valid_text(f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}")
+def data_files(path: Path) -> list[DataFile]:
+    """Return the data files of a source: ``path`` itself if it is a file, or the files that the index in the folder
+    ``path`` names."""
+    return read_index(path) if path.is_dir() else [DataFile(path, path.name)]
 
 
 def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of the file ``path``. If ``path`` is a folder, yield the rows of all data files in it, ordered by
-    file name. ``field`` names the file's field in the spec in error messages: `dataset.train`.
+    """Yield the rows of a data source: of the file ``path``, or of the files that the index in the folder ``path``
+    names, one after the other. ``field`` names the source's field in the spec in error messages: `dataset.train`.
 
-    Of a parquet file that has any of ``columns``, only these columns are decoded. Rows of other files have all columns.
+    Rows have only those of ``columns`` that their file has, or all of its columns without ``columns``. Of a parquet
+    file without any of ``columns`` all columns are returned. Of a file of which only the beginning is there, the rows
+    that are complete are yielded.
 
-    Raises UserError if a file can't be read in the format that its suffix names, or if ``path`` is a file with another
-    suffix than DATA_SUFFIXES.
+    Raises UserError if a file can't be read as what its suffix says or has no suffix of a data file, and OutsideFailure
+    if the file system refuses to read it.
     """
-    if not path.is_dir():
-        yield from _read_file(path, field, columns)
-        return
-    for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES):
-        for row in _read_file(file, field, columns):
-            yield replace(row, file=str(file.relative_to(path)))
+    for file in data_files(path):
+        with closing(_read_file(file, field, columns)) as rows:
+            yield from (replace(row, file=file.place) for row in rows) if file.place else rows
+
+
+class HeadColumns(NamedTuple):
+    """The columns of the first rows of a data source."""
+
+    names: list[str]
+    total: int
+    """Number of rows that were looked at."""
+    parsed: int
+    """How many of these rows could be parsed."""
+
+
+def head_columns(path: Path, field: str, *, most_rows: int, most_bytes: int) -> HeadColumns:
+    """Return the columns of the first rows of a data source, of at most ``most_rows`` rows and about ``most_bytes``
+    bytes. The columns of a parquet file are those of its schema, and none of its values are read. Errors are those of
+    `read_rows`."""
+    names: dict[str, None] = {}
+    total = parsed = 0
+    for file in data_files(path):
+        found = kind_of(file.name)
+        if found is not None and found.kind is Kind.PARQUET:
+            with _boundary(file, field, lambda: "the schema"), open_seekable(file.path, found.compression) as opened:
+                schema, rows = parquet_schema(opened)
+            names |= dict.fromkeys(schema)
+            total += rows
+            parsed += rows
+        else:
+            left = most_rows - total
+            for row in first_rows(_read_file(file, field, None), most_rows=left, most_bytes=most_bytes):
+                names |= dict.fromkeys(row.fields)
+                total += 1
+                parsed += row.problem is None
+        if total >= most_rows:
+            break
+    return HeadColumns(list(names), total, parsed)
 
 
 def first_rows(rows: Iterable[Row], *, most_rows: int, most_bytes: int) -> Iterator[Row]:
@@ -92,83 +124,71 @@ def content_bytes(value: object) -> int:
     return total
 
 
-def _read_file(path: Path, field: str, columns: Collection[str] | None) -> Iterator[Row]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet(path, field, columns)
-        return
-    readers: Mapping[str, Callable[[TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv}
-    if suffix not in readers:
-        raise UserError(
-            field, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}"
-        )
+def is_deep(value: object) -> bool:
+    """Return whether lists and mappings in ``value`` are nested deeper than DEEPEST levels. Code that follows such a
+    value by recursion, such as the one that writes JSON, would fail."""
+    left = [(value, 0)] if isinstance(value, Mapping | list) else []
+    while left:
+        value, depth = left.pop()
+        if depth >= DEEPEST:
+            return True
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        left.extend((item, depth + 1) for item in inner if isinstance(item, Mapping | list))
+    return False
+
+
+def _read_file(file: DataFile, field: str, columns: Collection[str] | None) -> Generator[Row, None, None]:
+    found = kind_of(file.name)
+    if found is None:
+        raise UserError(field, f"must be a file with the suffix {KINDS_TEXT}, not {file.name!r}")
+    last: Row | None = None
+
+    def where() -> str:
+        return f"{last.unit} {last.number}" if last is not None else "row 0"
+
+    with _boundary(file, field, where):
+        for row in _rows(file, found, columns):
+            last = row
+            yield row
+
+
+@contextmanager
+def _boundary(file: DataFile, field: str, where: Callable[[], str]) -> Iterator[None]:
+    """Turn whatever is raised in the `with` block about ``file`` into UserError or OutsideFailure.
+
+    ``where`` returns the place behind which the file can't be read.
+    """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from readers[suffix](file)
-    except UnicodeDecodeError as error:
-        raise UserError(field, f"{path.name} is not UTF-8 text (byte {error.start} of a block)") from None
-    except csv.Error as error:
-        raise UserError(field, f"{path.name} can't be read as csv: {error}") from None
-
-
-def _jsonl(file: TextIO) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Row(number, {}, f"is not JSON ({error})")
-            continue
-        if isinstance(fields, dict):
-            yield Row(number, fields)
-        else:
-            yield Row(number, {}, "is not a JSON object")
-
-
-def _csv(file: TextIO) -> Iterator[Row]:
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    reader = csv.reader(file, strict=True)
-    header = next(reader, None)
-    if header is None:
+        yield
+    except HeadEnded:
         return
-    twice = next((column for column in header if header.count(column) > 1), None)
-    if twice is not None:
-        raise csv.Error(f"its header has {twice!r} twice")
-    while True:
-        # A quoted field may contain line breaks, so the row begins on the line after the last line that was read.
-        start = reader.line_num + 1
-        values = next(reader, None)
-        if values is None:
-            return
-        if not values:
-            continue
-        if len(values) == len(header):
-            yield Row(start, dict(zip(header, values, strict=True)))
-        else:
-            yield Row(start, {}, f"has {len(values)} fields where the header has {len(header)}")
-
-
-def _parquet(path: Path, field: str, columns: Collection[str] | None) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = content = 0
-    size = path.stat().st_size
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = [name for name in file.schema_arrow.names if columns is None or name in columns]
-            decoded = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=found or None, use_threads=False)
-            for batch in decoded:
-                content += batch.nbytes
-                if content > max(EXPANDED_BYTES, LARGEST_EXPANSION * size):
-                    problem = f"has {size} bytes and expands to more than {content}: it is not read further"
-                    raise UserError(field, f"{path.name} {problem}")
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(number, fields, unit="row")
-    except MemoryError:
+    except FileProblem as error:
+        raise UserError(field, f"{file.name} {error}") from None
+    except (MemoryError, UserError, OutsideFailure):
         raise
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            who = f" by the pod's user {os.getuid()}" if isinstance(error, PermissionError) else ""
+            raise OutsideFailure(f"{field}: {file.name} can't be read{who}: {error.strerror}") from error
+        # Decoders of compressions and of parquet raise whatever a wrong byte makes their code raise.
+        kind = file.name.rpartition(".")[2].lower()
         reason = first_line(error)
-        raise UserError(field, f"{path.name} can't be read as parquet after row {number}: {reason}") from None
+        raise UserError(field, f"{file.name} can't be read as {kind} after {where()}: {reason}") from error
+
+
+def _rows(file: DataFile, found: FileKind, columns: Collection[str] | None) -> Iterator[Row]:
+    if found.kind is Kind.PARQUET:
+        size = file.path.stat().st_size
+        with open_seekable(file.path, found.compression) as opened:
+            yield from parquet_rows(opened, size, columns, is_head=file.is_head) if file.has_rows else ()
+        return
+    with open_text(file.path, found.compression, is_head=file.is_head) as text:
+        for row in _TEXT_READERS[found.kind](text):
+            read = {name: value for name, value in row.fields.items() if columns is None or name in columns}
+            deep = next((name for name, value in read.items() if is_deep(value)), None)
+            if row.problem is not None:
+                yield row
+            elif deep is not None:
+                yield replace(row, fields={}, problem=f"has a {deep!r} that is nested deeper than {DEEPEST} levels")
+            else:
+                yield replace(row, fields=read)

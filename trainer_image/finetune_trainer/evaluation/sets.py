@@ -17,7 +17,7 @@ from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
 from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import LengthLimit, make_examples
+from finetune_trainer.data.dataset import LengthLimit, columns_read, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.prompts import completion_columns
 from finetune_trainer.data.reader import read_rows
@@ -93,11 +93,12 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     tokenizer = load_tokenizer(plan.inputs.model)
     use_chat_template(tokenizer, form, plan.inputs.model)
     ends = stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model))
+    dataset = config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"})
     examples, notices = make_examples(
-        read_rows(path, "evaluation.basePrompt"),
+        read_rows(path, "evaluation.basePrompt", columns=columns_read(dataset)),
         source_name(source),
         "evaluation.basePrompt",
-        config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
+        dataset,
         tokenize_functions(tokenizer, ends=ends, today=config.template_date),
         limit=limit,
         keep_rows=config.dataset.task != NO_TASK,

@@ -20,11 +20,14 @@ from finetune_trainer.pod.settings import Paths
 
 
 class Inputs(ContractModel):
-    """Local paths of the base model's folder and of the data files. For a data set of the Hugging Face Hub the path is
-    a folder with data files."""
+    """Local paths of the base model's folder and of the data sources. The path of a data source is a folder with an
+    index of its files, or a file."""
 
     model: Path
     train: Path
+    """The training rows. For `dataset.train.mix` the folder of all sources."""
+    mix: list[Path] = []
+    """The sources of `dataset.train.mix`, in their order. Empty without a mix."""
     validation: Path | None = None
     test: Path | None = None
     training: TrainingRecord | None = None

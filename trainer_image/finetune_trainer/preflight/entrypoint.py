@@ -143,10 +143,9 @@ def _check_inputs(
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
     dataset = config.dataset
-    for part, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test)):
-        if source is None or (source.s3 is not None and not store_answers):
+    for number, (field, source) in enumerate(dataset.sources.items()):
+        if source.s3 is not None and not store_answers:
             continue
-        field = f"dataset.{part}"
         check = partial(
             check_rows,
             dataset,
@@ -154,7 +153,7 @@ def _check_inputs(
             field,
             paths,
             root.store,
-            folder / part,
+            folder / f"data-{number}",
             model,
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,

@@ -6,25 +6,26 @@ The rows pass through the functions that also make the examples of a training ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from finetune_core.api.dataset import DatasetSpec
-from finetune_core.api.sources import DataSource, S3Source
+from finetune_core.api.sources import DataSource
 from finetune_core.errors import UserError
-from finetune_core.layout import parse_uri
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.formats import columns_read
+from finetune_trainer.data.dataset import NoRowsError, check_columns, columns_read, length_limit, make_examples
+from finetune_trainer.data.files.index import DataFile, write_index
+from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.prompts import base_prompt_columns
-from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
+from finetune_trainer.data.reader import content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
-from finetune_trainer.sources.hub_datasets import fetch_first_file
-from finetune_trainer.sources.inputs import data_file, data_token, source_name
+from finetune_trainer.sources.data_files import find_data_files
+from finetune_trainer.sources.inputs import source_name
+from finetune_trainer.sources.source_files import DataFiles, HeadLimits
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
@@ -40,18 +41,26 @@ LARGEST_HEAD_EXPANSION = 100
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
 same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
-"""Largest file in bytes that is downloaded as a whole. This concerns parquet files, whose schema is at the end, and all
-files of the Hugging Face Hub. The rows of a larger file are not checked.
-"""
+"""Largest parquet file in bytes that is downloaded as a whole. Of a larger one only the schema is downloaded, and the
+columns that are read of the first row group, if they have no more bytes than this."""
+
+
+MOST_HEADS = 8
+"""Largest number of files of a data source whose first rows are checked."""
 
 
 @dataclass(frozen=True)
-class FileHead:
-    """The beginning of a data file, as a local file or folder."""
+class SourceHead:
+    """The beginning of a data source, as local files."""
 
     path: Path
+    """Folder with the index of the files, for `read_rows`."""
     is_whole: bool
     """Whether ``path`` holds all rows of the data source."""
+    bytes: int
+    """Size of the local files."""
+    has_schema: bool
+    """Whether the columns are known although no row is there."""
 
 
 def check_rows(
@@ -73,18 +82,26 @@ def check_rows(
     are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
     training, and OutsideFailure if the source can't be read.
     """
-    head = _fetch_head(source, field, paths, store, folder)
+    folder.mkdir()
+    files = find_data_files(source, field, paths, store, folder)
+    asked = base_prompt_columns(dataset, field, base_prompt)
+    columns = {*columns_read(dataset), *(column.name for column in asked)}
+    head = _fetch_head(files, folder, columns)
     if head is None:
-        return [f"{field}: its first row is too far from the beginning to be checked before the training"]
-    check_columns(head.path, field, dataset.format, base_prompt_columns(dataset, field, base_prompt))
+        return [*files.notices, f"{field}: its first file is too large to be checked before the training"]
+    if not head.is_whole and next(read_rows(head.path, field, columns=columns), None) is None:
+        if head.has_schema:
+            check_columns(head.path, field, dataset.format, asked)
+        sentence = f"{field}: its first row is too far from the beginning to be checked before the training"
+        return [*files.notices, sentence]
+    check_columns(head.path, field, dataset.format, asked)
     if model is None:
-        return []
+        return list(files.notices)
     use_chat_template(model.tokenizer, dataset.format, model.folder)
     ends = stop_ids(model.tokenizer, dataset.format, model_stop_ids(model.folder))
-    columns = columns_read(dataset.format)
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
-    _check_expansion(head.path, rows, field)
+    _check_expansion(head, source_name(source), rows, field)
     try:
         _, notices = make_examples(
             rows,
@@ -98,19 +115,18 @@ def check_rows(
         if head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES:
             raise
         # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
-        return [str(error)]
-    return notices
+        return [*files.notices, str(error)]
+    return [*files.notices, *notices]
 
 
-def _check_expansion(path: Path, rows: Sequence[Row], field: str) -> None:
+def _check_expansion(head: SourceHead, name: str, rows: Sequence[Row], field: str) -> None:
     """Raise UserError if the rows hold much more than the files from which they were read."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES]
-    size, content = sum(file.stat().st_size for file in files), _content(rows)
-    if content >= HEAD_CONTENT_BYTES and content > LARGEST_HEAD_EXPANSION * size:
+    content = _content(rows)
+    if content >= HEAD_CONTENT_BYTES and content > LARGEST_HEAD_EXPANSION * head.bytes:
         raise UserError(
             field,
-            f"{path.name} has {size} bytes, and its first {len(rows)} rows alone hold {content}: a file that expands to"
-            f" more than {LARGEST_HEAD_EXPANSION} times its size is not read",
+            f"{name} has {head.bytes} bytes, and its first {len(rows)} rows alone hold {content}: a file that expands"
+            f" to more than {LARGEST_HEAD_EXPANSION} times its size is not read",
         )
 
 
@@ -118,45 +134,22 @@ def _content(rows: Sequence[Row]) -> int:
     return sum(content_bytes(row.fields) for row in rows)
 
 
-def _fetch_head(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> FileHead | None:
-    """Fetch the beginning of a data file. Return None if no whole row can be read without downloading too much."""
-    if source.s3 is not None:
-        return _fetch_object_head(source.s3, field, store, folder)
-    if source.hugging_face is not None:
-        token = data_token(source.hugging_face, field, paths)
-        found = fetch_first_file(source.hugging_face, field, token, folder, most_bytes=WHOLE_FILE_BYTES)
-        return FileHead(*found) if found is not None else None
-    return FileHead(data_file(source, field, paths, store, folder), is_whole=True)
-
-
-def _fetch_object_head(source: S3Source, field: str, store: Store, folder: Path) -> FileHead | None:
-    location = parse_uri(source.uri)
-    is_text = PurePosixPath(location.prefix).suffix.lower() != ".parquet"
-    limit = HEAD_BYTES if is_text else WHOLE_FILE_BYTES
-    data = store.read_range(location.bucket, location.prefix, 0, limit + 1)
-    if data is None:
-        raise UserError(f"{field}.s3.uri", f"there is no object {source.uri}")
-    is_whole = len(data) <= limit
-    if not is_whole:
-        data = complete_rows(data, quoted=location.prefix.endswith(".csv")) if is_text else b""
-        if not data:
-            return None
-    folder.mkdir()
-    path = folder / PurePosixPath(location.prefix).name
-    path.write_bytes(data)
-    return FileHead(path, is_whole)
-
-
-def complete_rows(data: bytes, *, quoted: bool) -> bytes:
-    """Return ``data`` up to the end of the last row that is complete, or empty bytes if no row is complete.
-
-    With ``quoted`` (csv), a line break between double quotes belongs to a field. So a line break ends a row only if an
-    even number of quotes precedes it.
-    """
-    end = data.rfind(b"\n") + 1
-    quotes = data.count(b'"', 0, end) if quoted else 0
-    while end and quotes % 2:
-        before = data.rfind(b"\n", 0, end - 1) + 1
-        quotes -= data.count(b'"', before, end)
-        end = before
-    return data[:end]
+def _fetch_head(files: DataFiles, folder: Path, columns: Collection[str]) -> SourceHead | None:
+    """Fetch the beginning of a data source: its first files, as long as they are small. Return None if not even the
+    first file can be looked into without downloading too much."""
+    heads: list[DataFile] = []
+    left = HEAD_BYTES
+    for file in files.files[:MOST_HEADS]:
+        head = files.fetch_head(file, folder, HeadLimits(left, WHOLE_FILE_BYTES, columns))
+        if head is None:
+            break
+        heads.append(head)
+        left -= head.path.stat().st_size
+        if head.is_head or left <= 0:
+            break
+    if not heads:
+        return None
+    write_index(folder, heads)
+    is_whole = len(heads) == len(files.files) and not heads[-1].is_head
+    has_schema = any(not head.has_rows for head in heads)
+    return SourceHead(folder, is_whole, sum(head.path.stat().st_size for head in heads), has_schema)

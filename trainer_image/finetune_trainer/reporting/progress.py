@@ -72,6 +72,7 @@ class Progress:
         self._run = self._step = self._total_steps = self._resumed_from = 0
         self._epoch = 0.0
         self._metrics: dict[str, float] = {}
+        self._taken: Callable[[int], Sequence[int]] = lambda step: ()
         self._points: list[CurvePoint] = []
         self._checkpoints: list[CheckpointRecord] = []
         self._checkpoint_age: int | None = None
@@ -87,10 +88,19 @@ class Progress:
             reporter.start()
         self._publish(urgent=True)
 
-    def begin(self, *, run: int, total_steps: int, history: Sequence[StepRow]) -> None:
+    def begin(
+        self,
+        *,
+        run: int,
+        total_steps: int,
+        history: Sequence[StepRow],
+        taken: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
         """Note what is known before the first step of a run: the run's number, ``total_steps``, and ``history``, the
-        rows of all steps before the run."""
+        rows of all steps before the run. If the rows are a mix of several sources, ``taken`` returns how many examples
+        the steps up to a given one have taken from each source."""
         self._run, self._total_steps = run, total_steps
+        self._taken = taken or (lambda step: ())
         self._step, self._epoch = 0, 0.0
         self._pending, self._newest = [], history[-1] if history else None
         self._points = [CurvePoint(step=row.step, loss=row.loss, perplexity=row.perplexity) for row in history]
@@ -210,6 +220,7 @@ class Progress:
                 "checkpointSeconds": row.checkpoint_seconds,
             }
         self._metrics |= {name: value for name, value in known.items() if value is not None}
+        self._metrics |= {f"mix{source}Examples": count for source, count in enumerate(self._taken(row.step))}
 
     def _publish(self, *, urgent: bool = False) -> None:
         if self._reporter is not None:

@@ -1,5 +1,5 @@
-"""Downloads one split of a data set from the Hugging Face Hub, at one commit. `inputs.py` calls `fetch_split`, and the
-preflight checks call `fetch_first_file`.
+"""Access to the data files of a data set on the Hugging Face Hub, at one commit: the files of a split, or those that a
+path names. `data_files.py` calls `HubDataFiles`.
 
 As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
 `configs`, the file names tell the split. No code of the repository is executed.
@@ -7,108 +7,138 @@ As in the hub's own data set viewer, `configs` in the front matter of the data c
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple, TypeVar
 
 from finetune_core.api.sources import HuggingFaceDataSource
 from finetune_core.errors import UserError
-from finetune_trainer.data.reader import DATA_SUFFIXES
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
+from finetune_trainer.data.files.index import DataFile
+from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
+from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+T = TypeVar("T")
 
 DATA_CARD = "README.md"
-PREFERRED_SUFFIXES = (".parquet", ".jsonl", ".csv")
-"""Suffixes of data formats, the preferred format first. If a repository holds files in several formats, only the files
-in the preferred one are read."""
+MAIN_BRANCH = "main"
+DEFAULT_CONFIG = "default"
+SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
+"""Names of splits, by which the library `datasets` tells that the files of a repository are divided into splits."""
+PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
+"""Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only those of the first
+kind are read."""
 
 
-def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Path:
-    """Download the files of a split into ``folder`` and return ``folder``. ``field`` is the path of the data source in
-    the spec, for example `dataset.train`.
+class HubDataFiles:
+    """The data files of a source on the Hugging Face Hub, at one commit: the files of a split, or those that a path
+    names."""
 
-    Raises UserError if the split or subset does not exist, and OutsideFailure if the hub can't be read or refuses
-    access.
-    """
-    _fetch(source, field, token, folder, lambda files, _: files)
-    return folder
+    def __init__(self, source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> None:
+        """List the repository and read its data card, which is downloaded beside ``folder``. ``field`` is the path of
+        the data source in the spec, for example `dataset.train`.
 
+        Raises UserError if the split, subset or path does not exist, and OutsideFailure if the hub can't be read or
+        refuses access.
+        """
+        self._source, self._token, self._field = source, token, f"{field}.huggingFace"
+        self._commit, self._siblings, card = self._call(lambda: self._read_repository(folder.with_suffix(".card")))
+        self.notices: list[str] = []
+        self.files = [
+            SourceFile(path, f"{source.repo}/{path}", self._siblings[path].bytes) for path in self._choose(card)
+        ]
 
-def fetch_first_file(
-    source: HuggingFaceDataSource, field: str, token: str | None, folder: Path, *, most_bytes: int
-) -> tuple[Path, bool] | None:
-    """Download only the first file of a split into ``folder``. Return ``folder``, and whether the split has no other
-    file.
+    def tag(self, file: SourceFile) -> str:
+        """Return the id of the file's content, or the commit of the repository for a file without an id."""
+        return self._siblings[file.path].blob_id or self._commit
 
-    If the file has more than ``most_bytes`` bytes, download nothing and return None. Errors are those of `fetch_split`.
-    """
+    def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
+        """Download files into ``folder``, several at a time."""
+        from huggingface_hub import snapshot_download
 
-    def first(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
-        return [file for file in files[:1] if (repository[file].size or 0) <= most_bytes]
-
-    fetched, found, _ = _fetch(source, field, token, folder, first)
-    return (folder, fetched == found) if fetched else None
-
-
-def split_tags(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Mapping[str, str]:
-    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without an
-    id, the commit of the whole repository is returned instead. Only the data card is downloaded, beside ``folder``.
-    Errors are those of `fetch_split`."""
-    tags: dict[str, str] = {}
-
-    def none(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
-        tags.update({file: repository[file].blob_id or "" for file in files})
-        return []
-
-    commit = _fetch(source, field, token, folder, none)[2]
-    return {file: tag or commit for file, tag in tags.items()}
-
-
-def _fetch(
-    source: HuggingFaceDataSource,
-    field: str,
-    token: str | None,
-    folder: Path,
-    choose: Callable[[list[str], Mapping[str, RepoSibling]], list[str]],
-) -> tuple[list[str], list[str], str]:
-    """Download some files of a split. ``choose`` gets the paths of all files of the split and the repository's
-    entries by path, and returns the paths to download. Return the paths of the downloaded files and of all files of the
-    split, and the commit that they belong to."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    hub_field = f"{field}.huggingFace"
-
-    def download() -> tuple[list[str], list[str], str]:
-        api = HfApi(token=token or False)
-        info = api.dataset_info(source.repo, revision=source.revision, files_metadata=True)
-        repository = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        commit, files = info.sha, list(repository)
-        card = ""
-        if DATA_CARD in files:
-            path = api.hf_hub_download(
-                source.repo, DATA_CARD, repo_type="dataset", revision=commit, local_dir=folder.with_suffix(".card")
+        def download() -> None:
+            snapshot_download(
+                self._source.repo,
+                repo_type="dataset",
+                revision=self._commit,
+                local_dir=folder / "repository",
+                token=self._token or False,
+                allow_patterns=[_literal(file.path) for file in files],
+                max_workers=PARALLEL_DOWNLOADS,
             )
-            card = Path(path).read_text(errors="replace")
-        found = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=hub_field)
-        wanted = choose(found, repository)
-        if not wanted:
-            return [], found, commit or ""
-        snapshot_download(
-            source.repo,
-            repo_type="dataset",
-            revision=commit,
-            local_dir=folder,
-            token=token or False,
-            allow_patterns=[_literal(file) for file in wanted],
-            max_workers=PARALLEL_DOWNLOADS,
-        )
-        return wanted, found, commit or ""
 
-    return call_hub(download, field=hub_field, repo=source.repo, revision=source.revision, has_token=token is not None)
+        self._call(download)
+        local = [DataFile(folder / "repository" / file.path, file.name, file.name) for file in files]
+        missing = next((file.name for file in local if not file.path.is_file()), None)
+        if missing is not None:
+            raise OutsideFailure(f"{self._field}: {missing} was not downloaded by the hub's client")
+        return local
+
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Download the beginning of a file into ``folder``."""
+        read_range = partial(read_hub_range, self._source.repo, file.path, self._commit, self._token)
+
+        def read(start: int, length: int) -> bytes:
+            # The hub refuses a range of an empty file.
+            return self._call(lambda: read_range(start, length, repo_type="dataset")) if file.bytes else b""
+
+        local = DataFile(folder / f"{len(list(folder.iterdir())):06d}", file.name, file.name)
+        return fetch_head_by_ranges(file, local, limits, read)
+
+    def _choose(self, card: str) -> Sequence[str]:
+        """Return the paths of the data files, in their order."""
+        paths, source = list(self._siblings), self._source
+        if source.path is None:
+            split = source.split or "train"
+            return split_files(paths, card_configs(card), subset=source.subset, split=split, field=self._field)
+        field, path = f"{self._field}.path", PurePosixPath(source.path).as_posix()
+        if path in self._siblings:
+            return [path]
+        chosen = matching(paths, path, field) if is_glob(path) else below(paths, "" if path == "." else path)
+        if not chosen:
+            raise UserError(field, f"there is no {source.path!r} in {source.repo}")
+        found, self.notices = select(chosen, field, f"{source.repo}/{source.path}")
+        return found
+
+    def _read_repository(self, cards: Path) -> tuple[str, Mapping[str, _Sibling], str]:
+        """Return the commit of the revision, the files by path, and the text of the data card."""
+        from huggingface_hub import HfApi
+
+        api, source = HfApi(token=self._token or False), self._source
+        info = api.dataset_info(source.repo, revision=source.revision or MAIN_BRANCH, files_metadata=True)
+        # The client library passes on what the hub answers, whatever its type.
+        siblings = {
+            str(sibling.rfilename): _Sibling(int(sibling.size or 0), str(sibling.blob_id or ""))
+            for sibling in info.siblings or ()
+        }
+        unsafe = next((path for path in siblings if {"", ".", ".."} & set(path.split("/"))), None)
+        if unsafe is not None:
+            raise OutsideFailure(f"{self._field}: {source.repo} has the path {unsafe!r}, which leads elsewhere")
+        if self._source.path is not None or DATA_CARD not in siblings:
+            return str(info.sha or ""), siblings, ""
+        path = api.hf_hub_download(source.repo, DATA_CARD, repo_type="dataset", revision=info.sha, local_dir=cards)
+        # Many editors on Windows begin a file with a byte order mark, which is not part of the card.
+        return str(info.sha or ""), siblings, Path(path).read_text(encoding="utf-8-sig", errors="replace")
+
+    def _call(self, request: Callable[[], T]) -> T:
+        return call_hub(
+            request,
+            field=self._field,
+            repo=self._source.repo,
+            revision=self._source.revision or MAIN_BRANCH,
+            has_token=self._token is not None,
+        )
+
+
+class _Sibling(NamedTuple):
+    """A file of a repository: its size, and the id of its content or an empty text."""
+
+    bytes: int
+    blob_id: str
 
 
 def _literal(file: str) -> str:
@@ -116,40 +146,65 @@ def _literal(file: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", file)
 
 
-def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
-    """Return the file patterns in the front matter of a data card, by subset and split. Empty if the card names no
-    files or is malformed.
+class CardConfig(NamedTuple):
+    """A configuration (subset) in a data card."""
 
-    Example: `{"default": {"train": ["data/train-*.parquet"]}}`.
-    """
+    is_default: bool
+    """Whether a job without `subset` means this configuration."""
+    patterns: Mapping[str, Sequence[str]] | None
+    """The globs of the files of each split. Empty if the names of the files tell their splits. None if nobody can tell
+    what the card means."""
+    folder: str
+    """The folder in which the files lie, without a slash at its end. Empty for the whole repository."""
+
+
+def card_configs(card: str) -> Mapping[str, CardConfig]:
+    """Return the configurations in the front matter of a data card by name. Empty if the card has none, or no front
+    matter that can be read."""
     import yaml
 
-    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.removeprefix("\ufeff"), re.DOTALL)
     try:
         fields = yaml.safe_load(matter[1]) if matter else None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # yaml itself raises ValueError for a date that does not exist, and RecursionError for deep nesting.
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError):
+        # yaml itself raises ValueError for a date that does not exist, RecursionError for deep nesting, and TypeError
+        # for a key that can't be one.
         return {}
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, CardConfig] = {}
     configs = fields.get("configs") if isinstance(fields, dict) else None
     for config in configs if isinstance(configs, list) else []:
-        files = config.get("data_files") if isinstance(config, dict) else None
-        # If `data_files` names no splits and is a pattern or a list of patterns, its files belong to the split `train`.
-        # Otherwise each of its items names a split.
-        items = files if isinstance(files, list) else [files] if files else []
-        splits: dict[str, list[str]] = {}
-        for item in items:
-            paths: Any = item.get("path") if isinstance(item, dict) else item
-            split = str(item.get("split", "train")) if isinstance(item, dict) else "train"
-            splits.setdefault(split, []).extend(map(str, paths if isinstance(paths, list) else [paths]))
-        if splits:
-            found[str(config.get("config_name", "default"))] = splits
+        if not isinstance(config, dict):
+            continue
+        files, folder = config.get("data_files"), config.get("data_dir")
+        if files is None and folder is None:
+            continue
+        name = str(config.get("config_name", DEFAULT_CONFIG))
+        patterns = _patterns(files) if files is not None else {}
+        place = PurePosixPath(folder).as_posix() if isinstance(folder, str) else ""
+        found[name] = CardConfig(config.get("default") is True, patterns, place)
     return found
+
+
+def _patterns(files: object) -> Mapping[str, Sequence[str]] | None:
+    """Return the globs by split of `data_files` in a data card: a glob or a list of globs, which belong to the split
+    `train`; a list of items with `split` and `path`; or a mapping from splits to globs. None for anything else."""
+    items = files if isinstance(files, list) else [files]
+    if isinstance(files, dict):
+        items = [{"split": split, "path": paths} for split, paths in files.items()]
+    splits: dict[str, list[str]] = {}
+    for item in items:
+        split = str(item.get("split", "train")) if isinstance(item, dict) else "train"
+        paths = item.get("path") if isinstance(item, dict) else item
+        paths = paths if isinstance(paths, list) else [paths]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            return None
+        splits.setdefault(split, []).extend(paths)
+    return splits
 
 
 def split_files(
     files: Sequence[str],
-    configs: Mapping[str, Mapping[str, Sequence[str]]],
+    configs: Mapping[str, CardConfig],
     *,
     subset: str | None,
     split: str,
@@ -162,25 +217,47 @@ def split_files(
     Raises UserError if there are no such files. The message names the subsets, splits or files that exist.
     """
     if configs:
-        patterns = _patterns_of_split(configs, subset, split, field)
-        found = sorted({file for file in files for pattern in patterns if fnmatch.fnmatchcase(file, pattern)})
-        if not found:
-            raise UserError(f"{field}.split", f"the data card names files that are not there: {', '.join(patterns)}")
-        return _of_first_format(found, field)
-    data = [file for file in files if file.lower().endswith(DATA_SUFFIXES)]
+        config = _chosen(configs, subset, field)
+        if config.patterns is None:
+            raise UserError(
+                field,
+                "the data card names the files in a form that is not known: `data_files` must be a glob, a list of"
+                " globs, or a list of items with `split` and `path` (huggingFace.path names files without the card)",
+            )
+        if config.patterns:
+            if split not in config.patterns:
+                raise UserError(f"{field}.split", f"must be one of {', '.join(config.patterns)}")
+            start = f"{config.folder}/" if config.folder not in ("", ".") else ""
+            patterns = [f"{start}{pattern.removeprefix('./')}" for pattern in config.patterns[split]]
+            found = sorted({path for pattern in patterns for path in matching(files, pattern, f"{field}.split")})
+            if not found:
+                raise UserError(
+                    f"{field}.split", f"the data card names files that are not there: {', '.join(patterns)}"
+                )
+            return _of_first_kind(found, field)
+        files, subset = below(files, config.folder if config.folder != "." else ""), None
+    return _files_by_name(files, subset, split, field)
+
+
+def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: str) -> list[str]:
+    """Return the data files of a split whose names tell it. Without any name that tells a split, all data files belong
+    to the split `train`."""
+    data = [file for file in files if kind_of(file) and PurePosixPath(file).name not in METADATA]
     if not data:
-        raise UserError(f"{field}.repo", f"has no {', '.join(DATA_SUFFIXES)} file; other kinds are not read")
+        raise UserError(f"{field}.repo", f"has no data file: the suffix must be {KINDS_TEXT}")
     if subset is not None:
         data = [file for file in data if subset in PurePosixPath(file).parts[:-1]]
         if not data:
             raise UserError(f"{field}.subset", f"there is no folder {subset!r} with data files")
     found = [file for file in data if _names_split(file, split)]
+    if not found and split == "train" and not any(_names_split(file, name) for file in data for name in SPLIT_NAMES):
+        found = data
     if not found:
         raise UserError(f"{field}.split", f"no data file is called after {split!r}; there are {', '.join(data[:8])}")
     folders = {str(PurePosixPath(file).parent) for file in found}
     if subset is None and len(folders) > 1:
         raise UserError(f"{field}.subset", f"must be set: there are files of the split in {', '.join(sorted(folders))}")
-    return _of_first_format(sorted(found), field)
+    return _of_first_kind(sorted(found), field)
 
 
 def _names_split(file: str, split: str) -> bool:
@@ -190,26 +267,22 @@ def _names_split(file: str, split: str) -> bool:
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 
 
-def _patterns_of_split(
-    configs: Mapping[str, Mapping[str, Sequence[str]]], subset: str | None, split: str, field: str
-) -> Sequence[str]:
-    """Return the file patterns that the data card names for a split. If the subset or split does not exist, raises
-    UserError with the existing ones."""
-    if subset is None and len(configs) > 1 and "default" not in configs:
+def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -> CardConfig:
+    """Return the configuration that ``subset`` names, or else the default one. Raises UserError with the existing ones
+    if there is no such configuration."""
+    marked = next((name for name, config in configs.items() if config.is_default), None)
+    default = marked or (DEFAULT_CONFIG if DEFAULT_CONFIG in configs else None)
+    chosen = subset or default or (next(iter(configs)) if len(configs) == 1 else None)
+    if chosen is None or chosen not in configs:
         raise UserError(f"{field}.subset", f"must be one of {', '.join(configs)}")
-    chosen = subset or ("default" if "default" in configs else next(iter(configs)))
-    if chosen not in configs:
-        raise UserError(f"{field}.subset", f"must be one of {', '.join(configs)}")
-    if split not in configs[chosen]:
-        raise UserError(f"{field}.split", f"must be one of {', '.join(configs[chosen])}")
-    return configs[chosen][split]
+    return configs[chosen]
 
 
-def _of_first_format(files: list[str], field: str) -> list[str]:
-    """Return the files in the preferred one of the formats that occur in ``files`` (see PREFERRED_SUFFIXES). The others
-    are left out, because many repositories hold the same rows in several formats."""
-    for suffix in PREFERRED_SUFFIXES:
-        found = [file for file in files if file.lower().endswith(suffix)]
+def _of_first_kind(files: list[str], field: str) -> list[str]:
+    """Return the files of the preferred one of the kinds that occur in ``files`` (see PREFERRED_KINDS). The others are
+    left out, because many repositories hold the same rows in files of several kinds."""
+    for kind in PREFERRED_KINDS:
+        found = [file for file in files if (known := kind_of(file)) is not None and known.kind is kind]
         if found:
-            return found
-    raise UserError(f"{field}.split", f"must have {', '.join(DATA_SUFFIXES)} files, not {files[0]}")
+            return select(found, f"{field}.split", "the split").paths
+    raise UserError(f"{field}.split", f"must have data files with the suffix {KINDS_TEXT}, not {files[0]}")

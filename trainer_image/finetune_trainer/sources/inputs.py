@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_core.api.sources import DataSource, HuggingFaceDataSource, ModelSpec
+from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
-from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
+from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.hub_datasets import fetch_split
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files, volume_path
+from finetune_trainer.sources.data_files import find_data_files
+from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
 from finetune_trainer.storage.client import Store
 
 
@@ -27,60 +27,51 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
-    dataset = config.dataset
-    train = data_file(dataset.train, "dataset.train", paths, store, folder / "train")
-    validation = test = None
-    if dataset.validation is not None:
-        validation = data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
-    if dataset.test is not None:
-        test = data_file(dataset.test, "dataset.test", paths, store, folder / "test")
-    for file, field in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
-        if file is not None:
-            asked = base_prompt_columns(dataset, field, config.evaluation.base_prompt)
-            check_columns(file, field, dataset.format, asked)
+    found: dict[str, Path] = {}
+    for number, (field, source) in enumerate(config.dataset.sources.items()):
+        found[field] = data_file(source, field, paths, store, folder / f"data-{number}")
+        asked = base_prompt_columns(config.dataset, field, config.evaluation.base_prompt)
+        check_columns(found[field], field, config.dataset.format, asked)
+    mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
     model = _model_folder(config.model, paths, store, folder / "model")
-    return Inputs(model=model, train=train, validation=validation, test=test)
+    return Inputs(
+        model=model,
+        train=found.get("dataset.train", folder),
+        mix=mix,
+        validation=found.get("dataset.validation"),
+        test=found.get("dataset.test"),
+    )
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return the name of a source in messages: the `s3://` address, the repository on the hub, or `<claim>/<path>`."""
-    hub = getattr(source, "hugging_face", None)
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it, or
+    `<claim>/<path>`."""
+    hub = source.hugging_face
     if hub is not None:
-        return str(hub.repo)
+        path = getattr(hub, "path", None)
+        return f"{hub.repo}/{path}" if path else hub.repo
     if source.s3 is not None:
         return source.s3.uri
     if source.volume is not None:
         return f"{source.volume.claim_name}/{source.volume.path}"
+    mix = getattr(source, "mix", None)
+    if mix:
+        return f"the mix of {len(mix)} sources"
     raise UserError("model", "must name a source")
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data file, or of a folder with the data files of a split. Files in the object store or
-    on the Hugging Face Hub are downloaded into ``folder`` first.
+    """Return the local path of a data source for `read_rows`: ``folder`` with an index of the files. Files in the
+    object store or on the Hugging Face Hub are downloaded into ``folder`` first.
 
     ``field`` is the path of the source in the spec: `dataset.train`. Raises UserError if there is no such file.
     """
-    if source.volume is not None:
-        path = volume_path(source.volume, paths, field)
-        if not path.is_file():
-            raise UserError(f"{field}.volume.path", "must name a file")
-        return path
-    if source.hugging_face is not None:
-        return fetch_split(source.hugging_face, field, data_token(source.hugging_face, field, paths), folder)
-    if source.s3 is None:
-        raise UserError(field, "must be one of huggingFace, s3, volume")
-    location = parse_uri(source.s3.uri)
     folder.mkdir()
-    path = folder / Path(location.prefix).name
-    if store.download(location.bucket, location.prefix, path) is None:
-        raise UserError(f"{field}.s3.uri", f"there is no object {source.s3.uri}")
-    return path
-
-
-def data_token(source: HuggingFaceDataSource, field: str, paths: Paths) -> str | None:
-    """Return the token for reading a data set on the Hugging Face Hub, or None if the spec names no Secret. ``field``
-    is, for example, `dataset.train`, and the file with the token has the same name."""
-    return (paths.hub_data_tokens / field).read_text().strip() if source.token_secret_ref is not None else None
+    found = find_data_files(source, field, paths, store, folder)
+    for notice in found.notices:
+        print(notice, flush=True)
+    write_index(folder, found.fetch(found.files, folder))
+    return folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:

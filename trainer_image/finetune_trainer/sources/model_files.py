@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -14,9 +15,9 @@ from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, Vo
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
-from finetune_trainer.pod.settings import HUB_SECONDS, Paths
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.file_tags import file_tag
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
 from finetune_trainer.storage.client import Store
 
 T = TypeVar("T")
@@ -171,20 +172,8 @@ class HubFiles:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on."""
-
-        def get() -> bytes:
-            from huggingface_hub import hf_hub_url
-            from huggingface_hub.utils._headers import build_hf_headers
-            from huggingface_hub.utils._http import get_session, hf_raise_for_status
-
-            wanted = {"Range": f"bytes={start}-{start + length - 1}"}
-            headers = build_hf_headers(token=self._token or False) | wanted
-            url = hf_hub_url(self._repo, name, revision=self._revision)
-            response = get_session().get(url, headers=headers, timeout=HUB_SECONDS)
-            hf_raise_for_status(response)
-            return bytes(response.content[:length])
-
-        return self._call(get)
+        read = partial(read_hub_range, self._repo, name, self._revision, self._token, start, length)
+        return self._call(read)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Download the files called ``names`` into ``folder``, several at a time. Files that an earlier, interrupted

@@ -31,6 +31,7 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import Addressing, EncryptionSpec
+from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
@@ -199,13 +200,13 @@ class Store:
 
         return self._retried(get, bucket, missing=None)
 
-    def list_objects(self, bucket: str, prefix: str) -> list[ListedObject]:
-        """Return all objects whose keys begin with ``prefix``, ordered by key."""
+    def list_objects(self, bucket: str, prefix: str, *, most: int | None = None) -> list[ListedObject]:
+        """Return all objects whose keys begin with ``prefix``, or the first ``most`` of them, ordered by key."""
 
         def objects() -> list[ListedObject]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
             try:
-                return [_listed(item) for item in found]
+                return [_listed(item) for item in islice(found, most)]
             except (ValueError, AttributeError) as error:
                 raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
@@ -350,6 +351,15 @@ class Store:
             except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
                 cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
                 final = False
+            except (UserError, OutsideFailure, MemoryError):
+                raise
+            except Exception as error:  # noqa: BLE001
+                # minio-py raises whatever a name that it refuses, or an answer that it does not expect, makes its code
+                # raise: ValueError for a key with the part `..`, KeyError for a header that is missing.
+                cause = (
+                    f"storage.endpoint: a request to {self.endpoint} failed ({type(error).__name__}: {_short(error)})"
+                )
+                final = True
             else:
                 if failed:
                     self._on_attempt("")

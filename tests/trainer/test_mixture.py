@@ -1,0 +1,110 @@
+"""A step of a mix takes its examples from all sources in their shares, as a pure function of seed and step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_core.contract import OptimizationConfig
+from finetune_trainer.data.examples import Example, example_set
+from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.mixture import Mixture
+from finetune_trainer.data.order import batches_per_epoch
+
+SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=5)
+WEIGHTS = st.lists(st.sampled_from(["1", "2", "0.5", "10", "0.01", "3.75"]), min_size=5, max_size=5)
+
+
+@given(SIZES, WEIGHTS, st.integers(0, 400))
+def test_every_part_of_the_order_holds_the_sources_in_their_shares(
+    sizes: list[int], weights: list[str], position: int
+) -> None:
+    mixture = Mixture.of(sizes, weights[: len(sizes)])
+    before, after = mixture.counts(position), mixture.counts(position + 1)
+    assert sum(before) == position
+    assert sorted(b - a for a, b in zip(before, after, strict=True)) == [0] * (len(sizes) - 1) + [1]
+    total = sum(mixture.weights)
+    for count, weight in zip(before, mixture.weights, strict=True):
+        assert abs(count - position * weight / total) < len(sizes)
+
+
+def test_the_order_of_the_sources_is_that_of_their_times() -> None:
+    mixture = Mixture((9, 9, 9), (Fraction(3), Fraction(2), Fraction(1)))
+    times = sorted(
+        (Fraction(2 * number + 1) / weight, source)
+        for source, weight in enumerate(mixture.weights)
+        for number in range(9)
+    )
+    for position in range(12):
+        assert mixture.counts(position) == tuple(sum(source == s for _, source in times[:position]) for s in range(3))
+
+
+@given(SIZES, WEIGHTS, st.integers(1, 40), st.integers(0, 99))
+@settings(deadline=None)
+def test_an_epoch_takes_as_many_examples_as_there_are_and_each_comes_again_only_after_all_others(
+    sizes: list[int], weights: list[str], size: int, seed: int
+) -> None:
+    mixture = Mixture.of(sizes, weights[: len(sizes)])
+    per_epoch = batches_per_epoch(mixture.examples, size)
+    first = [sum(sizes[:source]) for source in range(len(sizes))]
+    seen: Counter[int] = Counter()
+    for epoch in range(2):
+        steps = range(1 + epoch * per_epoch, 1 + (epoch + 1) * per_epoch)
+        batches = [mixture.global_batch(step, global_batch_size=size, seed=seed) for step in steps]
+        assert [len(batch) for batch in batches[:-1]] == [size] * (per_epoch - 1)
+        assert sum(map(len, batches)) == mixture.examples
+        assert mixture.taken(steps[-1], global_batch_size=size) == mixture.counts((epoch + 1) * mixture.examples)
+        seen.update(row for batch in batches for row in batch)
+        for start, rows in zip(first, sizes, strict=True):
+            times = [seen[row] for row in range(start, start + rows)]
+            assert max(times) - min(times) <= 1
+
+
+@given(SIZES, st.integers(1, 40), st.integers(0, 99))
+def test_without_weights_an_epoch_takes_every_example_once(sizes: list[int], size: int, seed: int) -> None:
+    mixture = Mixture.of(sizes, [None] * len(sizes))
+    steps = range(1, 1 + batches_per_epoch(mixture.examples, size))
+    taken = [row for step in steps for row in mixture.global_batch(step, global_batch_size=size, seed=seed)]
+    assert sorted(taken) == list(range(mixture.examples))
+
+
+def test_the_order_of_a_mix_is_fixed_for_ever() -> None:
+    mixture = Mixture.of([4, 4], ["3", "1"])
+    batches = [mixture.global_batch(step, global_batch_size=4, seed=42) for step in (1, 2, 3)]
+    assert batches == [(3, 1, 2, 6), (0, 0, 2, 4), (1, 3, 0, 7)]
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(capacity: int | None) -> None:
+    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as one without a break,
+    and with those of a small source also the repetitions."""
+    examples = example_set([Example(tuple(range(2 + row % 7)), ((1, 2 + row % 7),)) for row in range(23)])
+    mixture = Mixture.of([20, 3], ["1", "1"])
+    optimization = OptimizationConfig(
+        learning_rate=1, global_batch_size=6, micro_batch_size=2, schedule="Constant", warmup_steps=0, weight_decay=0,
+        gradient_clipping=1, precision="fp32", gradient_checkpointing=False, seed=7, zero_stage=1,
+    )  # fmt: skip
+
+    def consumed(steps: range, world: int) -> list[list[int]]:
+        found = []
+        for step in steps:
+            shares = [
+                MicroBatcher(
+                    examples, rank=rank, world_size=world, pad=1, capacity=capacity, mixture=mixture
+                ).plan_step(step, optimization)
+                for rank in range(world)
+            ]
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            found.append(
+                sorted(row for share in shares for micro in share.micro_batches for rows in micro for row in rows)
+            )
+        return found
+
+    single = consumed(range(1, 9), 1)
+    assert consumed(range(1, 6), 2) + consumed(range(6, 9), 4) == single
+    assert [len(batch) for batch in single] == [6, 6, 6, 5, 6, 6, 6, 5]
+    assert [sum(row >= 20 for row in batch) for batch in single] == [3, 3, 3, 2, 3, 3, 3, 3]

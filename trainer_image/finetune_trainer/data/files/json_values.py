@@ -1,0 +1,65 @@
+"""Decodes one JSON value out of a text: like `json.loads`, but a key that occurs twice in an object is a problem of the
+row, because no reader could tell which of the two values is meant.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from finetune_trainer.data.files.streams import bad_byte
+
+_LONGEST_INTEGER = 4300
+"""Largest number of digits of an integer, as in Python itself. Reading longer ones takes time with their square."""
+
+
+class Decoded(NamedTuple):
+    """A decoded value: its columns, where the text goes on, and what is wrong with the value as a row."""
+
+    fields: dict[str, Any]
+    end: int
+    problem: str | None
+
+
+class RowDecoder:
+    """Decodes rows that are JSON objects."""
+
+    def __init__(self) -> None:
+        """Make a decoder."""
+        self._problem: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
+
+    def decode(self, text: str, start: int) -> Decoded:
+        """Return the row that begins at ``start`` in ``text``, where no blank may stand. A value that is no object is a
+        row with a problem.
+
+        Raises JSONDecodeError if no JSON value begins there or if ``text`` ends within the value, and RecursionError if
+        the value is nested too deeply.
+        """
+        self._problem = None
+        value, end = self._decoder.raw_decode(text, start)
+        if not isinstance(value, dict):
+            return Decoded({}, end, "is not a JSON object")
+        wrong = None if text.isascii() else bad_byte(text[start:end])
+        if wrong is not None:
+            return Decoded({}, end, not_utf8(wrong))
+        return Decoded({}, end, self._problem) if self._problem else Decoded(value, end, None)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self._problem = f"has the key {twice[:100]!r} twice in one object"
+        return found
+
+    def _integer(self, digits: str) -> int:
+        if len(digits) > _LONGEST_INTEGER:
+            self._problem = f"has a number of more than {_LONGEST_INTEGER} digits"
+            return 0
+        return int(digits)
+
+
+def not_utf8(byte: int) -> str:
+    """Return the phrase for a row that is no UTF-8 text from byte ``byte`` on, counted from 1 in the row."""
+    return f"is not UTF-8 text (byte {byte} of the row)"

@@ -1,0 +1,49 @@
+"""The kinds of data files and their compressions, which are told by the suffixes of a file's name: `rows.jsonl.gz` is
+JSON lines, compressed with gzip. `reader.py` and the room `sources` ask here what a file is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """A kind of data files. The value is the suffix of their names."""
+
+    JSON_LINES = ".jsonl"
+    JSON = ".json"
+    CSV = ".csv"
+    TSV = ".tsv"
+    PARQUET = ".parquet"
+    TEXT = ".txt"
+
+
+class Compression(StrEnum):
+    """A compression of data files. The value is the suffix that follows the suffix of the kind."""
+
+    NONE = ""
+    GZIP = ".gz"
+    ZSTANDARD = ".zst"
+
+
+KINDS_TEXT = f"{', '.join(list(Kind)[:-1])} or {list(Kind)[-1]}, each also with .gz or .zst behind it"
+"""The suffixes of data files as a phrase for messages that follows "must be"."""
+
+
+class FileKind(NamedTuple):
+    """What a data file is, by its name."""
+
+    kind: Kind
+    compression: Compression
+    stem: str
+    """The name without the suffix of the compression. Two files with equal stems seem to hold the same rows."""
+
+
+def kind_of(name: str) -> FileKind | None:
+    """Return what the file called ``name`` is, or None if the name has no suffix of a data file. Case is ignored."""
+    lower = name.lower()
+    compression = next((found for found in Compression if found and lower.endswith(found)), Compression.NONE)
+    stem = name[: len(name) - len(compression)]
+    kind = next((found for found in Kind if stem.lower().endswith(found)), None)
+    return FileKind(kind, compression, stem) if kind is not None else None

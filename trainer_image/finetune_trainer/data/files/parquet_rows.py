@@ -1,0 +1,113 @@
+"""Reads parquet files: only the columns that are wanted, and a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.files.streams import BLOCK_BYTES, FileProblem, check_expansion
+from finetune_trainer.pod.errors import first_line
+
+BATCH_ROWS = 64
+BATCH_BYTES = 8 * 1024 * 1024
+"""How many rows are decoded at once: at most BATCH_ROWS, and fewer if the rows are large, so that they have about
+BATCH_BYTES in all. Larger batches are not faster."""
+
+
+def parquet_rows(
+    file: Path | BinaryIO, size: int, columns: Collection[str] | None, *, is_head: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a parquet file of ``size`` bytes, with ``is_head`` only those of its first row group. If the
+    file has any of ``columns``, only these columns are decoded.
+
+    A value that Python can't hold, such as a time with nanoseconds, is a problem of its row. Raises FileProblem if the
+    schema has a column twice or if the rows expand to too much, and whatever pyarrow raises for a damaged file.
+    """
+    from pyarrow import parquet
+
+    number = content = 0
+    # Without `pre_buffer`, and with a buffer, pyarrow reads a column page by page instead of a whole row group at once.
+    with parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as opened:
+        found = [name for name in _column_names(opened) if columns is None or name in columns]
+        rows = _batch_rows(opened.metadata, found)
+        groups = range(min(1, opened.num_row_groups) if is_head else opened.num_row_groups)
+        for batch in opened.iter_batches(
+            batch_size=rows, row_groups=list(groups), columns=found or None, use_threads=False
+        ):
+            content += batch.nbytes
+            check_expansion(content, size)
+            names = [name for name in batch.schema.names if not found or name in found]
+            values = [_values(batch.column(name)) for name in names]
+            for position in range(batch.num_rows):
+                number += 1
+                yield _row(number, names, [column[position] for column in values])
+
+
+def parquet_schema(file: Path | BinaryIO) -> tuple[list[str], int]:
+    """Return the names of the columns of a parquet file, and the number of its rows. No row is decoded.
+
+    Errors are those of `parquet_rows`.
+    """
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as opened:
+        return _column_names(opened), opened.metadata.num_rows
+
+
+def _column_names(opened: Any) -> list[str]:
+    """Return the names of the columns. Raises FileProblem if a name occurs twice."""
+    names: list[str] = list(opened.schema_arrow.names)
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise FileProblem(f"has the column {twice!r} twice")
+    return names
+
+
+def _batch_rows(metadata: Any, columns: Collection[str]) -> int:
+    """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows."""
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        size = sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if not columns or chunk.path_in_schema in columns or chunk.path_in_schema.split(".")[0] in columns
+        )
+        largest = max(largest, size // max(1, group.num_rows))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+
+
+class _Unreadable:
+    """Stands for a value that Python can't hold."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _values(column: Any) -> Sequence[Any]:
+    """Return the values of a column as Python objects."""
+    try:
+        values: Sequence[Any] = column.to_pylist()
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  (pyarrow raises whatever the conversion of one value makes it raise)
+        return [_value(column[index]) for index in range(len(column))]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (as in `_values`)
+        return _Unreadable(first_line(error))
+
+
+def _row(number: int, names: Sequence[str], values: Sequence[Any]) -> Row:
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, _Unreadable):
+            return Row(number, {}, f"has a {name!r} that can't be read ({value.reason})", unit="row")
+    return Row(number, dict(zip(names, values, strict=True)), unit="row")

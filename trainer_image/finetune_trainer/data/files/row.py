@@ -1,0 +1,28 @@
+"""A row of a data file, with its place in the file. The readers of all kinds of files yield rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune_core.errors import valid_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file: its place in the file, and either its columns or what is wrong with it."""
+
+    number: int
+    """Line on which the row begins, counted from 1. In parquet and .json files, number of the row, counted from 1."""
+    fields: Mapping[str, Any]
+    problem: str | None = None
+    unit: Literal["line", "row"] = "line"
+    file: str = ""
+    """Name of the file that holds the row, for messages, for example `s3://bucket/rows/part-1.jsonl`. Empty if the data
+    source is a single file, because the data source itself then names the file."""
+
+    def place(self, source: str) -> str:
+        """Return the place of the row for messages: `data/train.jsonl line 12`, if ``source`` is `data/train.jsonl`.
+        ``source`` is the name of the data source."""
+        return valid_text(f"{self.file or source} {self.unit} {self.number}")

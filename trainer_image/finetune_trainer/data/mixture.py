@@ -1,0 +1,111 @@
+"""Determines which examples each optimizer step takes from several sources (`dataset.train.mix`). All functions are
+pure functions of seed, step, sizes and weights, as in `order.py`, so that a resumed run repeats and loses nothing.
+
+The examples of a mix have one endless order. An example of source i that is the k-th of this source comes at the time
+(k + 1/2) / weight(i), counted from k = 0, so that every part of the order holds the sources in their shares as exactly
+as whole numbers can (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone
+through again and again, each time in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from finetune_core.api.sources import MIX_LIMIT
+from finetune_trainer.data.order import cursor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of a mix: how many examples each of them has, and its weight."""
+
+    sizes: tuple[int, ...]
+    """Number of examples of each source, in the order in which the examples are stored. None is 0."""
+    weights: tuple[Fraction, ...]
+    """Weights above 0. Only their ratios count."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], weights: Sequence[str | None]) -> Mixture:
+        """Return the mixture of sources with ``sizes`` examples. Without weights, which are decimal numbers, each
+        example of each source comes once in an epoch."""
+        return cls(
+            tuple(sizes),
+            tuple(Fraction(size if weight is None else weight) for size, weight in zip(sizes, weights, strict=True)),
+        )
+
+    @property
+    def examples(self) -> int:
+        """Number of examples of all sources together, which is also the number of examples of an epoch."""
+        return sum(self.sizes)
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """Return how many of the first ``position`` examples of the order come from each source."""
+        total = sum(self.weights)
+        counts = [int(position * weight / total + Fraction(1, 2)) for weight in self.weights]
+        # Rounding gives too many or too few by less than the number of sources, so few repetitions follow.
+        while sum(counts) > position:
+            counts[self._extreme([count - 1 if count else None for count in counts], last=True)] -= 1
+        while sum(counts) < position:
+            counts[self._extreme(counts, last=False)] += 1
+        return tuple(counts)
+
+    def _extreme(self, examples: Sequence[int | None], *, last: bool) -> int:
+        """Return the source of the first (or last) one among the given example of each source, by the time of the
+        examples, and by the source where the times are equal."""
+        times = [
+            (Fraction(2 * example + 1) / weight, source)
+            for source, (example, weight) in enumerate(zip(examples, self.weights, strict=True))
+            if example is not None
+        ]
+        return (max(times) if last else min(times))[1]
+
+    def taken(self, step: int, *, global_batch_size: int) -> tuple[int, ...]:
+        """Return how many examples the steps up to ``step`` have taken from each source, with those that came again."""
+        after = cursor(step + 1, rows=self.examples, global_batch_size=global_batch_size)
+        return self.counts(after.epoch * self.examples + after.batch * global_batch_size)
+
+    def global_batch(self, step: int, *, global_batch_size: int, seed: int) -> tuple[int, ...]:
+        """Return the numbers of the examples that step ``step`` (counted from 1) consumes on all ranks together, source
+        by source. An example can occur several times if its source has few."""
+        epoch, batch = cursor(step, rows=self.examples, global_batch_size=global_batch_size)
+        start = epoch * self.examples + batch * global_batch_size
+        end = min(start + global_batch_size, (epoch + 1) * self.examples)
+        first, rows = 0, []
+        for source, (size, begin, stop) in enumerate(
+            zip(self.sizes, self.counts(start), self.counts(end), strict=True)
+        ):
+            for number in range(begin, stop):
+                turn, place = divmod(number, size)
+                rows.append(first + source_order(size, seed=seed, source=source, turn=turn)[place])
+            first += size
+        return tuple(rows)
+
+
+def source_order(size: int, *, seed: int, source: int, turn: int) -> Sequence[int]:
+    """Return the order of a source's examples the time ``turn`` (from 0 on) that the source is gone through, as numbers
+    within the source. As in `order.permutation` the order follows from digests alone."""
+    known = _newest_orders(size, seed, source)
+    if turn not in known:
+        # A step needs two orders of a source at most, and an order may have millions of numbers.
+        while len(known) > 1:
+            known.pop(next(iter(known)))
+        known[turn] = _order(size, f"{seed}/{source}/{turn}")
+    return known[turn]
+
+
+def _order(size: int, name: str) -> array[int]:
+    def key(row: int) -> bytes:
+        return hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest()
+
+    return array("q", sorted(range(size), key=key))
+
+
+@functools.lru_cache(maxsize=MIX_LIMIT)
+def _newest_orders(size: int, seed: int, source: int) -> dict[int, array[int]]:
+    """Return the orders of a source that were asked for last, by their turns. The dict is changed by `source_order`."""
+    return {}

@@ -1,0 +1,165 @@
+"""Access to the data files of a source: which files there are, what identifies their contents, and their download.
+`find_data_files` is called by the launcher, by the preflight checks, and for the identities of a run.
+
+A source is a file, a folder or a glob in the bucket, on a volume, or on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from finetune_core.api.sources import DataSource, S3Source, VolumeSource
+from finetune_core.errors import UserError
+from finetune_core.layout import parse_uri
+from finetune_trainer.data.files.index import DataFile
+from finetune_trainer.data.files.kinds import kind_of
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
+from finetune_trainer.sources.file_tags import file_tag
+from finetune_trainer.sources.hub_datasets import HubDataFiles
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
+from finetune_trainer.sources.source_files import DataFiles, HeadLimits, SourceFile, fetch_head_by_ranges
+from finetune_trainer.sources.volumes import VolumeFolder
+from finetune_trainer.storage.client import ListedObject, Store
+
+MOST_LISTED = 200_000
+"""Largest number of objects or files that are looked at for a folder or a glob."""
+
+
+def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> DataFiles:
+    """Return the data files of ``source``. ``field`` is the path of the source in the spec: `dataset.train`. ``folder``
+    is a local folder for small files of the hub.
+
+    Raises UserError if there is no such file, or if the files do not belong together, and OutsideFailure if they can't
+    be listed.
+    """
+    if source.volume is not None:
+        return VolumeDataFiles(source.volume, field, paths)
+    if source.s3 is not None:
+        return StoreDataFiles(source.s3, field, store)
+    if source.hugging_face is not None:
+        token = None
+        if source.hugging_face.token_secret_ref is not None:
+            token = read_token(paths.hub_data_tokens / field, f"{field}.huggingFace.tokenSecretRef")
+        return HubDataFiles(source.hugging_face, field, token, folder)
+    raise UserError(field, "must be one of huggingFace, s3, volume")
+
+
+def read_token(path: Path, field: str) -> str:
+    """Return the access token of the hub in the file ``path``, which comes from the Secret that ``field`` names. Raises
+    OutsideFailure if it holds something else than a token."""
+    token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        # The text itself is left out of the message, because it may be most of a secret.
+        raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
+    return token
+
+
+class StoreDataFiles:
+    """The data files of a source in the object store."""
+
+    def __init__(self, source: S3Source, field: str, store: Store) -> None:
+        """Look for the object that the address names, or else for the objects of that folder or glob."""
+        self._field, self._store = f"{field}.s3.uri", store
+        self._bucket, path = parse_uri(source.uri)
+        self._entries: dict[str, ListedObject] = {}
+        self.notices: list[str] = []
+        self.files = self._single(source.uri, path) or self._several(source.uri, path)
+
+    def _single(self, uri: str, path: str) -> list[SourceFile]:
+        if not path or uri.endswith("/"):
+            return []
+        entry = self._store.stat(self._bucket, path)
+        # An empty object without a data file's suffix is what some programs store for a folder.
+        if entry is None or (kind_of(path) is None and entry.bytes == 0):
+            return []
+        self._entries[path] = entry
+        return [SourceFile(path, PurePosixPath(path).name, entry.bytes)]
+
+    def _several(self, uri: str, path: str) -> list[SourceFile]:
+        prefix = literal_prefix(path) if is_glob(path) else f"{path}/" if path else ""
+        listed = self._store.list_objects(self._bucket, prefix, most=MOST_LISTED + 1)
+        if len(listed) > MOST_LISTED:
+            raise UserError(self._field, f"more than {MOST_LISTED} objects lie at {uri}: name a folder with fewer")
+        if not listed:
+            raise UserError(self._field, f"there is no object {uri}")
+        self._entries = {entry.key: entry for entry in listed}
+        keys = list(self._entries)
+        found = matching(keys, path, self._field) if is_glob(path) else below(keys, path)
+        chosen, self.notices = select(found, self._field, uri)
+        return [SourceFile(key, f"s3://{self._bucket}/{key}", self._entries[key].bytes) for key in chosen]
+
+    def tag(self, file: SourceFile) -> str:
+        """Return size and ETag of the object."""
+        return self._entries[file.path].tag
+
+    def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
+        """Download objects into ``folder``, several at a time. The local names are numbers, because a key may be no
+        valid name of a file."""
+        local = [self._local(file, folder, number) for number, file in enumerate(files)]
+
+        def download(file: SourceFile, path: Path) -> None:
+            if self._store.download(self._bucket, file.path, path) is None:
+                raise UserError(self._field, f"{file.name} vanished while it was read")
+
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            list(pool.map(download, files, [file.path for file in local]))
+        return local
+
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Download the beginning of an object into ``folder``."""
+
+        def read(start: int, length: int) -> bytes:
+            data = self._store.read_range(self._bucket, file.path, start, length)
+            if data is None:
+                raise UserError(self._field, f"{file.name} vanished while it was read")
+            return data
+
+        return fetch_head_by_ranges(file, self._local(file, folder, len(list(folder.iterdir()))), limits, read)
+
+    def _local(self, file: SourceFile, folder: Path, number: int) -> DataFile:
+        place = file.name if file.name.startswith("s3://") else ""
+        return DataFile(folder / f"{number:06d}", file.name, place)
+
+
+class VolumeDataFiles:
+    """The data files of a source on a volume. They are read where they lie."""
+
+    def __init__(self, source: VolumeSource, field: str, paths: Paths) -> None:
+        """Look for the file that the path names, or else for the files of that folder or glob."""
+        self._field = f"{field}.volume.path"
+        self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self._field)
+        self.notices: list[str] = []
+        path = PurePosixPath(source.path).as_posix()
+        if self._volume.is_file(path):
+            self.files = [SourceFile(path, PurePosixPath(path).name, self._volume.bytes(path))]
+            return
+        where = f"{source.claim_name}/{source.path}"
+        if self._volume.is_folder(path):
+            folder = "" if path == "." else path
+            found = below(self._volume.list_files(path, most=MOST_LISTED), folder)
+        elif is_glob(path):
+            start = literal_prefix(path).rpartition("/")[0] or "."
+            listed = self._volume.list_files(start, most=MOST_LISTED) if self._volume.is_folder(start) else []
+            found = matching(listed, path, self._field)
+        else:
+            raise UserError(self._field, f"there is no {source.path!r} in volume {source.claim_name!r}")
+        chosen, self.notices = select(found, self._field, where)
+        self.files = [SourceFile(key, f"{source.claim_name}/{key}", self._volume.bytes(key)) for key in chosen]
+
+    def tag(self, file: SourceFile) -> str:
+        """Return the tag of the file's content (see `file_tag`)."""
+        return self._volume.reading(file.path, file_tag)
+
+    def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
+        """Return the files where they lie. ``folder`` is not used."""
+        return [
+            DataFile(self._volume.path(file.path), file.name, file.name if "/" in file.name else "") for file in files
+        ]
+
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Return the whole file, because nothing is fetched and reading stops by itself."""
+        return self.fetch([file], folder)[0]

@@ -1,0 +1,104 @@
+"""Chooses the data files of a source among the paths that a bucket, a volume or a repository holds. All functions are
+pure, so that a folder or a glob means the same in all three.
+
+Paths are relative to the root of the bucket, volume or repository, with `/` between their parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fsspec.utils import glob_translate
+
+from finetune_core.errors import UserError
+from finetune_trainer.data.files.kinds import KINDS_TEXT, kind_of
+
+MOST_FILES = 10_000
+"""Largest number of data files of one source."""
+_WILDCARD = re.compile(r"[*?\[]")
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json")
+"""Names of files that describe a data set and hold no rows. The library `datasets` leaves them out too."""
+
+
+class Selection(NamedTuple):
+    """The chosen paths in their order, and sentences about paths that were left out."""
+
+    paths: list[str]
+    notices: list[str]
+
+
+def is_glob(path: str) -> bool:
+    """Return whether ``path`` has one of the characters that have a meaning in a glob."""
+    return _WILDCARD.search(path) is not None
+
+
+def literal_prefix(glob: str) -> str:
+    """Return the part of ``glob`` before its first wildcard. All paths that match begin with this part."""
+    return _WILDCARD.split(glob, maxsplit=1)[0]
+
+
+def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
+    """Return those of ``paths`` that match ``glob``, as fsspec understands it: `*` and `?` stay within a part of the
+    path, and `**` stands for any number of parts, also for none. ``field`` is the path of the glob's field in the spec.
+
+    Files whose own name or whose folder's name begins with `.` or `_` match only parts of the glob that begin so too.
+    Raises UserError for a malformed glob.
+    """
+    try:
+        expression = re.compile(glob_translate(glob))
+    except (ValueError, re.error) as error:
+        raise UserError(field, f"has a malformed glob {glob!r}: {error}") from None
+    hidden = _hidden_parts(glob)
+    return [path for path in paths if _hidden_parts(path) == hidden and expression.match(path)]
+
+
+def below(paths: Sequence[str], folder: str) -> list[str]:
+    """Return those of ``paths`` that lie in ``folder`` or in its folders, without those that are hidden there. An empty
+    ``folder`` is the root."""
+    start = f"{folder}/" if folder else ""
+    return [path for path in paths if path.startswith(start) and not _hidden_parts(path[len(start) :])]
+
+
+def select(paths: Sequence[str], field: str, where: str) -> Selection:
+    """Return the data files among ``paths``, ordered by path, and a notice about files of other kinds. ``where`` names
+    the folder or glob in messages: `s3://bucket/rows`.
+
+    Raises UserError if there is no data file, if there are too many, or if it can't be told how the files belong
+    together: files of several kinds, or a file beside its compressed form.
+    """
+    named = [path for path in sorted(set(paths)) if path and not path.endswith("/")]
+    found, others = {}, []
+    for path in named:
+        kind = kind_of(path)
+        if kind is None or path.rpartition("/")[2].lower() in METADATA:
+            others.append(path)
+        else:
+            found[path] = kind
+    if not found:
+        seen = f"; it holds {', '.join(others[:3])}" if others else ""
+        raise UserError(field, f"there is no data file at {where}{seen}: the suffix must be {KINDS_TEXT}")
+    if len(found) > MOST_FILES:
+        raise UserError(field, f"{where} has {len(found)} data files, more than {MOST_FILES}")
+    examples = {kind.kind: path for path, kind in reversed(found.items())}
+    if len(examples) > 1:
+        seen = ", ".join(sorted(examples.values()))
+        raise UserError(field, f"{where} must have data files of one kind, and has {seen}: a glob can name one kind")
+    by_stem: dict[str, str] = {}
+    for path, kind in found.items():
+        other = by_stem.setdefault(kind.stem, path)
+        if other != path:
+            raise UserError(field, f"{where} has {other} and {path}, which seem to be the same rows twice")
+    return Selection(list(found), [_left_out(others, field, where)] if others else [])
+
+
+def _left_out(paths: Sequence[str], field: str, where: str) -> str:
+    files = f"{len(paths)} files that are no data files are" if len(paths) > 1 else "a file that is no data file is"
+    return f"{field}: {files} left out of {where}: {', '.join(paths[:3])}"
+
+
+def _hidden_parts(path: str) -> int:
+    """Return how many parts of ``path`` are hidden. Programs begin the names of files that hold no rows so: `_SUCCESS`,
+    `.part-0.crc`."""
+    return sum(part.startswith((".", "_")) for part in path.split("/"))

@@ -1,0 +1,68 @@
+"""Fetches of a large parquet file only what a check needs: the schema, and the wanted columns of the first row group.
+The store and the hub are asked for ranges of bytes.
+
+The result is a local file of the same length with holes, so that all offsets in the schema stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+Read = Callable[[int, int], bytes]
+"""Returns a number of bytes (second argument) of the file from an offset (first argument) on."""
+_MAGIC = b"PAR1"
+_END_BYTES = 8
+"""Size of the end of a parquet file: the length of the schema in four bytes, and the magic bytes."""
+
+
+def fetch_parquet_head(
+    read: Read, size: int, path: Path, *, columns: Collection[str], most_bytes: int
+) -> tuple[bool, bool]:
+    """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. Return whether the
+    schema and whether the rows are there. Each is left out if it has more than ``most_bytes`` bytes.
+
+    A damaged file is written as far as it can be understood, so that reading it raises the same error as ever.
+    """
+    end = read(max(0, size - _END_BYTES), _END_BYTES)
+    length = int.from_bytes(end[:4], "little") + _END_BYTES
+    if length > most_bytes:
+        return False, False
+    start = max(0, size - length)
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.write(_MAGIC)
+        file.seek(start)
+        file.write(read(start, size - start))
+    try:
+        chunks = list(_first_row_group(path, columns))
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  (the reader of the rows meets the same error, and makes a sentence of it)
+        return True, True
+    if sum(length for _, length in chunks) > most_bytes:
+        return True, False
+    with path.open("r+b") as file:
+        for offset, length in chunks:
+            file.seek(offset)
+            file.write(read(offset, length))
+    return True, True
+
+
+def _first_row_group(path: Path, columns: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of the column chunks in the first row group: of ``columns``, or of all columns if the
+    file has none of them."""
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(path)
+    if metadata.num_row_groups == 0:
+        return
+    group = metadata.row_group(0)
+    chunks: list[Any] = [group.column(index) for index in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    for chunk in wanted or chunks:
+        offset = chunk.data_page_offset
+        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < offset:
+            offset = chunk.dictionary_page_offset
+        yield max(0, offset), max(0, chunk.total_compressed_size)

@@ -1,0 +1,80 @@
+"""What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
+`hub_datasets.py` implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from finetune_trainer.data.files.index import DataFile
+from finetune_trainer.data.files.kinds import Compression, Kind, kind_of
+from finetune_trainer.sources.parquet_heads import Read, fetch_parquet_head
+
+
+class SourceFile(NamedTuple):
+    """A data file of a source."""
+
+    path: str
+    """Key in the bucket, or path in the volume or the repository."""
+    name: str
+    """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. The name of a source's only file
+    is its last part: `train.jsonl`."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class HeadLimits:
+    """How much of a file is fetched for a check of its first rows."""
+
+    text_bytes: int
+    """Largest beginning of a text file, compressed or not."""
+    whole_bytes: int
+    """Largest file that is fetched as a whole, because its beginning has no rows of its own, and largest row group of a
+    parquet file."""
+    columns: Collection[str]
+    """The columns that are read."""
+
+
+class DataFiles(Protocol):
+    """The data files of one source."""
+
+    @property
+    def files(self) -> Sequence[SourceFile]:
+        """The files, in the order in which their rows are read."""
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """Sentences for users, such as which files are left out."""
+
+    def tag(self, file: SourceFile) -> str:
+        """Return a text that differs where the content of the file differs."""
+
+    def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
+        """Return the local files of ``files``. What is not on a volume is downloaded into the existing ``folder``."""
+
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Return the beginning of a file as a local file. None is returned if nothing of the file can be read without
+        fetching more than ``limits`` allow."""
+
+
+def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, read: Read) -> DataFile | None:
+    """Write the beginning of ``file`` to the local file ``local``, and return it. ``read`` returns ranges of its bytes.
+    None is returned as by `DataFiles.fetch_head`."""
+    kind = kind_of(file.name)
+    is_parquet = kind is not None and kind.kind is Kind.PARQUET
+    limit = limits.whole_bytes if is_parquet else limits.text_bytes
+    if not is_parquet or file.bytes <= limit:
+        # One byte more tells whether the file goes on, also where a store does not tell its size.
+        data = read(0, limit + 1)
+        if is_parquet and len(data) > limit:
+            return None
+        local.path.write_bytes(data[:limit])
+        return local._replace(is_head=len(data) > limit)
+    if kind is None or kind.compression is not Compression.NONE:
+        return None
+    has_schema, has_rows = fetch_parquet_head(
+        read, file.bytes, local.path, columns=limits.columns, most_bytes=limits.whole_bytes
+    )
+    return local._replace(is_head=True, has_rows=has_rows) if has_schema else None

@@ -1,0 +1,105 @@
+"""Access to the files of a mounted volume. Every error of the file system becomes a sentence that names the volume, and
+no path leads out of the volume, also not by a symbolic link."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import OutsideFailure
+
+T = TypeVar("T")
+
+
+class VolumeFolder:
+    """A mounted volume."""
+
+    def __init__(self, base: Path, claim: str, field: str) -> None:
+        """Use the volume of the claim ``claim``, which is mounted at ``base``. ``field`` is the path of the source's
+        field in the spec: `dataset.train.volume.path`."""
+        self._base, self._claim, self._field = base, claim, field
+
+    def path(self, path: str) -> Path:
+        """Return the local path of ``path``. Raises UserError if it leads out of the volume."""
+        local = self._base / path
+
+        def inside(local: Path) -> bool:
+            return local.resolve().is_relative_to(self._base.resolve())
+
+        if not self._try(path, lambda: inside(local)):
+            raise UserError(self._field, "must not lead out of the volume")
+        return local
+
+    def is_file(self, path: str) -> bool:
+        """Return whether ``path`` is a file, or a link to one."""
+        return self.reading(path, lambda local: local.is_file())
+
+    def is_folder(self, path: str) -> bool:
+        """Return whether ``path`` is a folder, or a link to one."""
+        return self.reading(path, lambda local: local.is_dir())
+
+    def bytes(self, path: str) -> int:
+        """Return the size of a file in bytes."""
+        return self.reading(path, lambda local: local.stat().st_size)
+
+    def reading(self, path: str, read: Callable[[Path], T]) -> T:
+        """Call ``read`` with the local path of ``path`` and return its result. Raises OutsideFailure if the file system
+        refuses it."""
+        local = self.path(path)
+        return self._try(path, lambda: read(local))
+
+    def list_files(self, folder: str, *, most: int) -> list[str]:
+        """Return the paths of all files in ``folder`` and its folders, relative to the volume.
+
+        Raises UserError if there are more than ``most``, or if a link leads nowhere.
+        """
+        found: list[str] = []
+        for path in self._walk("" if folder == "." else folder):
+            found.append(path)
+            if len(found) > most:
+                raise UserError(self._field, f"more than {most} files lie in {folder!r}: name a folder with fewer")
+        return found
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        # Links to folders are followed, because a folder that is left out would silently cost rows. A folder is entered
+        # once, so that links in a circle have an end.
+        left, seen = [folder], set()
+        while left:
+            folder = left.pop()
+            status = self.reading(folder, lambda local: local.stat())
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            for name, is_plain_file in self.reading(folder, _entries):
+                path = f"{folder}/{name}" if folder else name
+                if name.startswith((".", "_")) or name == "lost+found":
+                    # Only a glob can choose such files. Hidden folders and links belong to programs, and nobody but
+                    # root may read what a repaired file system keeps in `lost+found`.
+                    if is_plain_file:
+                        yield path
+                elif self.is_folder(path):
+                    left.append(path)
+                elif self.is_file(path):
+                    yield path
+                elif self.reading(path, lambda local: local.is_symlink()):
+                    raise UserError(self._field, f"{self._claim}/{path} is a link to a file that does not exist")
+
+    def _try(self, path: str, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except PermissionError as error:
+            raise OutsideFailure(
+                f"{self._field}: the pod's user {os.getuid()} may not read {path!r} in volume {self._claim!r}"
+            ) from error
+        except (OSError, RuntimeError, ValueError) as error:
+            # Path.resolve raises RuntimeError for a circle of links, and ValueError for a NUL in a path.
+            raise OutsideFailure(f"{self._field}: {path!r} in volume {self._claim!r} can't be read: {error}") from error
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Return the names in a folder, and for each whether it is a file and no link."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
