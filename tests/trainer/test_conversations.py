@@ -208,6 +208,28 @@ def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens
         assert list(examples[0].ids[: examples[0].prompt_tokens]) == asked
 
 
+def test_thoughts_in_a_content_that_the_template_removes_are_not_lost_without_a_word() -> None:
+    """Templates remove the thoughts of earlier answers. The answer that is learned must keep its own."""
+    removing = APPENDING.replace("m.content", "m.content.split('</think>')[-1]")
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "<think>Greet</think>Yo"}]}
+    refused = rendered(byte_tokenizer(removing), row)
+    assert refused == (
+        "has 'content before </think>' in message 2 of role 'assistant', which the model's chat template leaves out"
+    )
+    tokenizer = byte_tokenizer(published("qwen3"))
+    assert learned(tokenizer, rendered(tokenizer, row)) == [["<think>\nGreet\n</think>\n\nYo<|im_end|>"]]
+
+
+@pytest.mark.parametrize("place", ["content", "tool_calls", "other", "tools"])
+def test_values_that_are_nested_too_deeply_are_named(place: str) -> None:
+    deep: Any = json.loads("[" * 900 + "]" * 900)
+    call = {"name": "area", "arguments": {"a": deep}}
+    changes = {"tool_calls": [call]} if place == "tool_calls" else {} if place == "tools" else {place: deep}
+    row = {"messages": [TALK[0], {**TALK[1], **changes}], "tools": [{"name": "area", "parameters": {"enum": deep}}]}
+    refused = rendered(byte_tokenizer(published("qwen3")), row)
+    assert isinstance(refused, str)
+
+
 def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:
     """Qwen's template writes an object, and DeepSeek's joins a text."""
     for name, text in (("qwen2_5", '"arguments": {"side": 3}'), ("deepseekv3", '```json\n{"side": 3}\n```')):
