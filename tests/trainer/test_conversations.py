@@ -97,7 +97,9 @@ def test_the_last_answer_alone_or_every_token_can_be_learned() -> None:
         ({"content": ["x"]}, "has no text as content of message 4"),
         ({"content": 5}, "has no text as content of message 4"),
         ({"content": []}, "has an empty answer in message 4"),
-        ({"reasoning_content": "\ud800"}, "has no valid text as 'reasoning_content' of message 4 (half of a surrogate"),
+        ({"reasoning_content": "\ud800"}, "has no JSON as 'reasoning_content' of message 4 (half of a surrogate"),
+        ({"other": date(2024, 2, 9)}, "has no JSON as 'other' of message 4"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": b"x"}}]}, "has no JSON as 'tool_calls' of message 4"),
         ({"role": None}, "has no role in message 4"),
     ],
 )
@@ -121,7 +123,7 @@ def test_a_field_that_can_not_be_read_is_named(message: dict[str, Any], problem:
         ({"messages": TALK, "tools": [{"type": "function"}]}, "has a tool without a name in 'tools'"),
         (
             {"messages": TALK, "tools": [{"name": "\ud800"}]},
-            "has a 'tools' that is not text (half of a surrogate pair)",
+            "has a 'tools' that is not JSON (half of a surrogate pair)",
         ),
         ({"messages": TALK, "system": 5}, "has a 'system' that is not text"),
         (
