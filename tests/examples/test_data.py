@@ -12,6 +12,7 @@ import yaml
 from finetune_cli.main import main
 from finetune_core.api import FineTuneJob
 from finetune_core.row_templates import parse
+from tests.trainer.chat import byte_tokenizer, learned, published, rendered
 
 FOLDER = Path(__file__).parents[2] / "examples" / "data"
 RENDERED = {
@@ -19,6 +20,14 @@ RENDERED = {
     "alpaca": ("### Instruction:\nAdd the numbers.\n\n### Input:\n1 and 2\n\n### Response:\n", "3"),
     "columns": ("Prime numbers\nIs 91 prime?\n", "91 = 7 * 13\nAnswer: false"),
 }
+CONVERSATIONS = {
+    "sharegpt": [["<think>\n\n</think>\n\nNo.<|im_end|>"]],
+    "conversations": [
+        ['<tool_call>\n{"name": "factors", "arguments": {"n": 91}}\n</tool_call><|im_end|>'],
+        ["No, it is 7 * 13.<|im_end|>"],
+    ],
+}
+"""What Qwen3's template makes of the conversations: the learned texts of each example."""
 
 
 def row_in_comment(path: Path) -> dict[str, Any]:
@@ -46,3 +55,11 @@ def test_the_row_of_the_comment_becomes_prompt_and_completion(name: str) -> None
     texts = (form.template, form.completion or "{completion}")
     found = tuple("".join(piece.text for piece in parse(text, form.aliases).pieces(row)) for text in texts)
     assert found == RENDERED[name]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_conversation_of_the_comment_is_learned(name: str) -> None:
+    path = FOLDER / f"{name}.yaml"
+    form = yaml.safe_load(path.read_text())["spec"]["dataset"]["format"]["messages"]
+    tokenizer = byte_tokenizer(published("qwen3"))
+    assert learned(tokenizer, rendered(tokenizer, row_in_comment(path), **form)) == CONVERSATIONS[name]

@@ -97,7 +97,9 @@ def test_the_last_answer_alone_or_every_token_can_be_learned() -> None:
         ({"content": ["x"]}, "has no text as content of message 4"),
         ({"content": 5}, "has no text as content of message 4"),
         ({"content": []}, "has an empty answer in message 4"),
-        ({"reasoning_content": "\ud800"}, "has no valid text as 'reasoning_content' of message 4 (half of a surrogate"),
+        ({"reasoning_content": "\ud800"}, "has no JSON as 'reasoning_content' of message 4 (half of a surrogate"),
+        ({"other": date(2024, 2, 9)}, "has no JSON as 'other' of message 4"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": b"x"}}]}, "has no JSON as 'tool_calls' of message 4"),
         ({"role": None}, "has no role in message 4"),
     ],
 )
@@ -121,7 +123,7 @@ def test_a_field_that_can_not_be_read_is_named(message: dict[str, Any], problem:
         ({"messages": TALK, "tools": [{"type": "function"}]}, "has a tool without a name in 'tools'"),
         (
             {"messages": TALK, "tools": [{"name": "\ud800"}]},
-            "has a 'tools' that is not text (half of a surrogate pair)",
+            "has a 'tools' that is not JSON (half of a surrogate pair)",
         ),
         ({"messages": TALK, "system": 5}, "has a 'system' that is not text"),
         (
@@ -206,6 +208,28 @@ def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens
         assert not isinstance(examples, str)
         asked = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=False)
         assert list(examples[0].ids[: examples[0].prompt_tokens]) == asked
+
+
+def test_thoughts_in_a_content_that_the_template_removes_are_not_lost_without_a_word() -> None:
+    """Templates remove the thoughts of earlier answers. The answer that is learned must keep its own."""
+    removing = APPENDING.replace("m.content", "m.content.split('</think>')[-1]")
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "<think>Greet</think>Yo"}]}
+    refused = rendered(byte_tokenizer(removing), row)
+    assert refused == (
+        "has 'content before </think>' in message 2 of role 'assistant', which the model's chat template leaves out"
+    )
+    tokenizer = byte_tokenizer(published("qwen3"))
+    assert learned(tokenizer, rendered(tokenizer, row)) == [["<think>\nGreet\n</think>\n\nYo<|im_end|>"]]
+
+
+@pytest.mark.parametrize("place", ["content", "tool_calls", "other", "tools"])
+def test_values_that_are_nested_too_deeply_are_named(place: str) -> None:
+    deep: Any = json.loads("[" * 900 + "]" * 900)
+    call = {"name": "area", "arguments": {"a": deep}}
+    changes = {"tool_calls": [call]} if place == "tool_calls" else {} if place == "tools" else {place: deep}
+    row = {"messages": [TALK[0], {**TALK[1], **changes}], "tools": [{"name": "area", "parameters": {"enum": deep}}]}
+    refused = rendered(byte_tokenizer(published("qwen3")), row)
+    assert isinstance(refused, str)
 
 
 def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:

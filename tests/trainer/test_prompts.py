@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
-from finetune_core.row_templates import Piece
+from finetune_core.row_templates import Piece, RowError
 from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.formats import required_columns
+from finetune_trainer.data.formats import renderer, required_columns
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import read_rows
@@ -371,6 +371,37 @@ def test_a_row_that_teaches_nothing_is_bad(row: dict[str, Any], problem: str, tm
 def test_an_empty_prompt_is_a_prompt_where_the_tokenizer_puts_bos_in_front(tmp_path: Path) -> None:
     prompt, _ = tokens(tmp_path, {"prompt": "", "completion": "it"}, byte_level(eos=True), {"promptCompletion": {}})
     assert prompt == ["<s>"]
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=5)
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(ANY_TEXT, inner, max_size=2),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(["instruction", "input", "output", "text"]), ANY_VALUE))
+def test_a_row_of_any_values_becomes_an_example_or_a_reason(row: dict[str, Any]) -> None:
+    tokenize = tokenize_functions(byte_level())
+    forms: tuple[dict[str, Any], ...] = (
+        {"promptCompletion": {"template": ALPACA, "completionField": "output"}},
+        {"text": {}},
+    )
+    for form in forms:
+        made = renderer(spec(form).format, tokenize)(row)
+        if isinstance(made, str):
+            assert made.startswith("has ")
+        else:
+            assert made[0].supervised_tokens > 0
+
+
+def test_a_tokenizer_that_fails_is_a_fault_of_the_row() -> None:
+    """Real tokenizers fail where a file makes them: here a WordLevel model whose unknown token is not in its words."""
+    inner = Tokenizer(WordLevel({"it": 0, "</s>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    with pytest.raises(RowError, match=r"^can't be tokenised: WordLevel error: Missing"):
+        PieceTokenizer(tokenizer).follow(plain("other"))
 
 
 def test_only_the_columns_that_a_template_names_are_read() -> None:

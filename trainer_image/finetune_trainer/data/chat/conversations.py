@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.row_templates import RowError
-from finetune_trainer.data.chat.answers import PROBE, Dialogue, ProblemError, turn_of
+from finetune_trainer.data.chat.answers import CLOSED, PROBE, Dialogue, ProblemError, turn_of
 from finetune_trainer.data.chat.chat_template import ChatTemplate, argument_problem, template_arguments
 from finetune_trainer.data.chat.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
 from finetune_trainer.data.examples import Example
@@ -24,6 +24,10 @@ from finetune_trainer.data.examples import Example
 NOT_TEXT = ("role", "content", "tool_call_id")
 """Fields of a message that a template may leave out, because they add nothing to the text of the conversation, or that
 are compared in another way."""
+
+
+THOUGHTS_IN_CONTENT = "content before </think>"
+"""Thoughts that stand in the content of a message. Templates leave them out as they leave out a field with thoughts."""
 
 
 class _LeftOutError(ProblemError):
@@ -60,15 +64,17 @@ class _Renderer:
 
     def render(self, fields: Mapping[str, Any]) -> Sequence[Example] | str:
         """Return the examples of a row, or what is wrong with the row."""
-        conversation = read_conversation(fields, self._form)
-        if isinstance(conversation, str):
-            return conversation
         try:
+            conversation = read_conversation(fields, self._form)
+            if isinstance(conversation, str):
+                return conversation
             self._check_roles(conversation)
             self._check_arguments(conversation)
             return self._in_the_right_form(conversation)
         except (ProblemError, RowError) as problem:
             return str(problem)
+        except RecursionError:
+            return "holds values that are nested too deeply"
         except ValueError as error:
             return f"can't be rendered by the model's chat template: {error}"
 
@@ -176,6 +182,8 @@ class _Renderer:
             changed["content"] = (
                 f"{content}{PROBE}" if isinstance(content, str) else [*content, {"type": "text", "text": PROBE}]
             )
+        elif name == THOUGHTS_IN_CONTENT:
+            changed["content"] = changed["content"].replace(CLOSED, PROBE + CLOSED, 1)
         else:
             del changed[name]
         try:
@@ -191,6 +199,9 @@ def _fields_with_meaning(message: Message, *, with_thoughts: bool) -> list[str]:
     if message["role"] == "tool":
         left_out.add("name")
     found = [name for name in message if name not in NOT_TEXT and name not in left_out and message[name]]
+    content = message.get("content")
+    if with_thoughts and isinstance(content, str) and CLOSED in content:
+        found.append(THOUGHTS_IN_CONTENT)
     return ["content", *found] if content_text(message).strip() else found
 
 

@@ -8,7 +8,7 @@ the one form that chat templates read. docs/data.md lists what happens to each f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,23 +112,22 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_valid(value: Any) -> bool:
-    """Return whether no text in ``value`` has half of a surrogate pair. All keys of objects must be text."""
-    return all(_is_text(text) for text in _texts(value))
-
-
-def _texts(value: Any) -> Iterator[Any]:
-    """Yield the texts in a JSON value, and the keys of its objects."""
+    """Return whether ``value`` is JSON in which no text has half of a surrogate pair. Parquet files have values of
+    other types, such as dates, of which a template would show the name of the type."""
     # A list instead of recursion, because JSON may be nested more deeply than Python functions may call each other.
     left = [value]
     while left:
         value = left.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            yield from value
-            left.extend(value.values())
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
         elif isinstance(value, list | tuple):
-            left.extend(value)
+            left += value
+        elif isinstance(value, str):
+            if not _is_text(value):
+                return False
+        elif not (value is None or isinstance(value, bool | int | float)):
+            return False
+    return True
 
 
 def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tuple[Message, int]:
@@ -158,9 +157,13 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
     _set_content(message, number)
     half = next((key for key, value in message.items() if key != "role" and not _is_valid([key, value])), None)
     if half is not None:
-        what = f"no text as {half}" if half == "content" else f"no valid text as {half!r}"
-        raise _ProblemError(f"has {what} of message {number} ({HALF_PAIR})")
+        what = f"no text as {half}" if half == "content" else f"no JSON as {half!r}"
+        raise _ProblemError(f"has {what} of message {number}{_reason(message[half])}")
     return message, int(role == "assistant" and weight != 0)
+
+
+def _reason(value: Any) -> str:
+    return f" ({HALF_PAIR})" if "\\ud" in ascii(value) else ""
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
@@ -249,7 +252,7 @@ def _tools(found: Any, column: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _ProblemError(f"has a tool without a name in {column!r}")
     if not _is_valid(tools):
-        raise _ProblemError(f"has a {column!r} that is not text ({HALF_PAIR})")
+        raise _ProblemError(f"has a {column!r} that is not JSON{_reason(tools)}")
     return tools
 
 

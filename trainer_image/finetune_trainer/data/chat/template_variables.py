@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -21,6 +23,7 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@functools.lru_cache
 def template_variables(template: str, field: str) -> frozenset[str]:
     """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja, or if it
     raises to a power: a number such as 9 ** 9 ** 9 takes hours, which nothing can interrupt."""
