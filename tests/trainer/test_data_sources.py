@@ -32,7 +32,7 @@ from finetune_trainer.sources.inputs import data_file, source_name
 from finetune_trainer.storage.client import ListedObject, Store
 from tests.core.jobs import quickstart
 from tests.trainer.data_hub import Hub, served
-from tests.trainer.objectstore import write_credentials
+from tests.trainer.objectstore import BUCKET, ObjectStore, write_credentials
 
 FIELD = "dataset.train.s3.uri"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -152,7 +152,7 @@ def paths(tmp_path: Path) -> Paths:
     return Paths(volumes=tmp_path / "volumes", scratch=tmp_path / "scratch")
 
 
-def store() -> Store:
+def no_store() -> Store:
     return Store("http://127.0.0.1:9", "us-east-1", None)
 
 
@@ -162,7 +162,7 @@ def on_volume(path: str) -> DataSource:
 
 def places(source: DataSource, paths: Paths, folder: Path) -> list[str]:
     """Return where each row of ``source`` stands."""
-    local = data_file(source, "dataset.train", paths, store(), folder)
+    local = data_file(source, "dataset.train", paths, no_store(), folder)
     return [row.place(source_name(source)) for row in read_rows(local, "dataset.train")]
 
 
@@ -463,7 +463,7 @@ def test_lack_of_memory_is_never_an_answer(paths: Paths) -> None:
 
 def test_a_source_must_name_a_place(paths: Paths, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be one of huggingFace, s3, volume"):
-        find_data_files(DataSource(), "dataset.train", paths, store(), tmp_path)
+        find_data_files(DataSource(), "dataset.train", paths, no_store(), tmp_path)
 
 
 def test_the_identity_of_the_data_follows_from_every_file_of_every_source(
@@ -481,7 +481,7 @@ def test_the_identity_of_the_data_follows_from_every_file_of_every_source(
     config = resolve(FineTuneJob.model_validate(manifest), report=None)
 
     def identities() -> dict[str, str]:
-        return input_identities(config, paths, store(), tmp_path / "identities")
+        return input_identities(config, paths, no_store(), tmp_path / "identities")
 
     def changed(before: dict[str, str]) -> set[str]:
         after = identities()
@@ -497,3 +497,19 @@ def test_the_identity_of_the_data_follows_from_every_file_of_every_source(
     assert changed(second) == set()
     (volume / "rows" / "new.txt").write_text("new")
     assert changed(second) == {"dataset.train", "dataset.validation"}
+
+
+def test_odd_keys_of_a_real_bucket_are_read_in_order(store: ObjectStore, tmp_path: Path) -> None:
+    names = ["a b+%25 ä.txt", "e\u0301 🙂 #?&.txt", "~()'!,;=.txt", "back\\slash.txt", "[x]*.txt", "%2e%2e.txt"]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f"{name}\n")
+    store.upload("odd", folder)
+    opened = Store(store.endpoint, "us-east-1", store.credentials)
+    for number, uri in enumerate((f"s3://{BUCKET}/odd", f"s3://{BUCKET}/odd/*.txt")):
+        source = DataSource.model_validate({"s3": {"uri": uri}})
+        local = data_file(source, "dataset.train", Paths(), opened, tmp_path / str(number))
+        rows = list(read_rows(local, "dataset.train"))
+        assert [row.fields["text"] for row in rows] == sorted(names)
+        assert [row.place(uri) for row in rows] == [f"s3://{BUCKET}/odd/{name} line 1" for name in sorted(names)]
