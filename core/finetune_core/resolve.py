@@ -83,6 +83,7 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None, preflight: Preflig
             patience=spec.evaluation.patience,
             min_delta=float(spec.evaluation.min_delta or 0),
             artifact_from=spec.evaluation.artifact_from or ("Best" if spec.dataset.validation else "Last"),
+            require=spec.evaluation.require or None,
         ),
         stability=StabilityConfig(
             on_non_finite=spec.stability.on_non_finite,

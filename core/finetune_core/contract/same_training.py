@@ -36,6 +36,7 @@ NOT_THE_TRAINING = (
     "optimization.offload_optimizer",
     "optimization.offload_parameters",
     "evaluation.generation.batch_size",
+    "evaluation.require",
     "stability.stall_timeout_seconds",
     "storage.uri",
     "storage.endpoint",
@@ -49,7 +50,7 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained: they say on which machines and how the work is divided,
-where the bucket is, how often checkpoints are written, and which tokens give access. All other fields define what is
+where the bucket is, how often checkpoints are written, which scores the trained model must reach, and which tokens give access. All other fields define what is
 trained, also those that later versions add."""
 
 
