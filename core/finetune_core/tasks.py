@@ -144,9 +144,7 @@ CONTAINS = Task(
     ),
     scores=(
         Score(name="contains", meaning="The answer contains every text of the row."),
-        Score(
-            name="found", meaning="The share of the row's texts that the answer contains.", unit=Unit.PARTIAL_CREDIT
-        ),
+        Score(name="found", meaning="The share of the row's texts that the answer contains.", unit=Unit.PARTIAL_CREDIT),
     ),
     main="contains",
     example_answer="The capital of France is Paris.",

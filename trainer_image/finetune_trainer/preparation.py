@@ -15,7 +15,6 @@ from typing import Any
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
@@ -132,7 +131,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
             config.dataset,
             tokenize,
             limit=limit,
-            keep_rows=config.dataset.task != NO_TASK and name != "train",
+            keep_rows=config.dataset.task is not None and name != "train",
         )
         examples.save(_tokens_folder(plan) / name)
         notices += skipped_rows

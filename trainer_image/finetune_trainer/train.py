@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import Phase, Result
+from finetune_core.errors import UserError
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.checkpoints.resume import (
     RunStart,
@@ -29,6 +30,8 @@ from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
+from finetune_trainer.evaluation.gradable import check_columns_of_task, needed_by, why_ungradable
+from finetune_trainer.evaluation.graders import Grading, load_grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
@@ -65,9 +68,10 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
         gang.check_stop()
         root = open_root(plan.config, plan.paths)
         data = _prepare_and_load_data(plan, gang)
+        grading = _load_grading(plan, gang, data, progress)
         start = _start_first_run(plan, gang, root)
         while True:
-            run = Run(plan, gang, root, data, start, progress, status)
+            run = Run(plan, gang, root, data, grading, start, progress, status)
             try:
                 run.comparison.score_base_model(is_base=start.parent is None)
                 stopped_early = run.loop.run()
@@ -105,6 +109,40 @@ def _prepare(plan: WorkerPlan) -> object:
     summary = prepare_node(plan)
     notices = [*summary.notices, *prepare_base_model_set(plan)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
+
+
+def _load_grading(plan: WorkerPlan, gang: Gang, data: TrainingData, progress: Progress | None) -> Grading | None:
+    """Return how the answers of the job are graded, on every rank; None where the job has no task.
+
+    Raises UserError on every rank where the grader or its columns do not exist, and where no row can be graded although
+    `evaluation.bestBy` or `evaluation.require` needs a score of the task. Where nothing needs such a score, a notice
+    says that no row can be graded.
+    """
+    evaluation = plan.config.evaluation
+    grading: Grading | None = gang.run_on_all_ranks(
+        lambda: load_grading(plan.config.dataset, evaluation.require), until_stop=True
+    )
+    if grading is None:
+        return None
+    scored = "dataset.test" if plan.config.dataset.test is not None else "dataset.validation"
+
+    def notices() -> object:
+        found = []
+        for field, examples in (("dataset.validation", data.validation), ("dataset.test", data.test)):
+            rows = [row.fields for row in examples.rows]
+            if not rows:
+                continue
+            check_columns_of_task(grading, dict.fromkeys(name for row in rows for name in row), field, "its rows")
+            if problem := why_ungradable(grading, rows):
+                if needing := needed_by(evaluation, field, scored):
+                    raise UserError(field, f"{problem}, and {needing} needs a score of dataset.task")
+                found.append(f"{field}: {problem}")
+        return found
+
+    texts = gang.run_on_rank_0(notices, until_stop=True)
+    if progress is not None:
+        progress.notice(*texts)
+    return grading
 
 
 def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
@@ -175,6 +213,7 @@ class Run:
         gang: Gang,
         root: RunRoot,
         data: TrainingData,
+        grading: Grading | None,
         start: RunStart,
         progress: Progress | None,
         status: WorkerStatus,
@@ -213,12 +252,12 @@ class Run:
             gang,
             batches,
             config.evaluation,
-            config.dataset.task,
+            grading,
             batch_size=config.optimization.micro_batch_size,
             context=data.summary.model_context,
             phase=set_phase,
         )
-        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress)
+        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress, grading)
         history = read_steps_before(root, start) if gang.is_first else []
         replayed = gang.run_on_rank_0(
             lambda: replay_decisions(config.evaluation, history).model_dump(mode="json"), until_stop=True

@@ -140,7 +140,14 @@ _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
 """Reasons with which the operator stops a job. While the pods save their last checkpoint, the condition `Succeeded` has
 such a reason and the status Unknown. Afterwards its status is False."""
-_FAILED = (Reason.GATE_FAILED, Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
+_FAILED = (
+    Reason.GATE_FAILED,
+    Reason.BAD_INPUT,
+    Reason.DIVERGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.RETRIES_EXHAUSTED,
+    *_STOPPING,
+)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {

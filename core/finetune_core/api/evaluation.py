@@ -18,7 +18,7 @@ ScoredRows = Literal["Validation", "Test"]
 """Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
 `dataset.test`."""
 
-ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"
+ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
 """Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
 LOWER_IS_BETTER = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
 """Scores that every evaluation gives, of which a lower value is better. Of all scores of tasks a higher one is."""

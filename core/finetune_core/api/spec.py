@@ -18,11 +18,10 @@ from finetune_core.api.training import DeepSpeedSpec, StabilitySpec, TrainingSpe
 from finetune_core.tasks import TASKS
 
 _SCORES = " || ".join(
-    f"self.dataset.task.name == '{task.name}' && required.score in [{', '.join(repr(name) for name in task.score_names)}]"
-    for task in TASKS.values()
+    f"self.dataset.task.name == '{task.name}' && required.score in {list(task.score_names)}" for task in TASKS.values()
 )
 _SCORE_EXISTS = (
-    f"required.score in [{', '.join(repr(name) for name in LOWER_IS_BETTER)}] || has(self.dataset.task)"
+    f"required.score in {list(LOWER_IS_BETTER)} || has(self.dataset.task)"
     f" && (has(self.dataset.task.entryPoint) || has(self.dataset.task.name) && ({_SCORES}))"
 )
 """CEL expression: the evaluation gives the score `required.score`. The trainer checks the scores of own graders."""

@@ -66,7 +66,7 @@ def _task_rules() -> Iterator[tuple[str, str]]:
 
 
 class TaskSpec(ApiModel):
-    """What grades generated answers. `name` chooses a grader of this project, `entryPoint` one of your trainer image."""
+    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` one of your trainer image."""
 
     model_config = ConfigDict(json_schema_extra=join(exactly_one_of("name", "entryPoint"), cel(*_task_rules())))
 

@@ -33,8 +33,8 @@ class Outcome(StrEnum):
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
     GATE_FAILED = "GateFailed"
-    """The training is complete or stopped early and the artifact is committed, but the tuned model did not reach a score
-    of `evaluation.require`."""
+    """The artifact is committed as with the two outcomes above, but the tuned model did not reach a score of
+    `evaluation.require`."""
     BAD_INPUT = "BadInput"
     DIVERGED = "Diverged"
     OUT_OF_MEMORY = "OutOfMemory"

@@ -6,7 +6,7 @@ The workers and the preflight checks call `make_examples`, and the launcher call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,8 +46,9 @@ def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
     return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
-def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
-    """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads. Only the first
+def check_columns(path: Path, field: str, form: DatasetFormat, further: Mapping[str, str] | None = None) -> None:
+    """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads, or one of ``further``
+    columns, which are given by the fields of the spec that name them. Only the first
     COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read. ``field`` names the file's field in the spec in error
     messages: `dataset.train`."""
     columns: dict[str, None] = {}
@@ -61,7 +62,7 @@ def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
     if parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
-    for option, column in required_columns(form).items():
+    for option, column in {**required_columns(form), **(further or {})}.items():
         if column not in columns:
             raise UserError(
                 option,

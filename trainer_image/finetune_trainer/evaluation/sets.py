@@ -15,7 +15,6 @@ from typing import Any
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
-from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
@@ -44,8 +43,8 @@ class EvaluationSet:
     """Ids of `model.addedTokens` in the base model's set, because the base model is scored without these tokens. Empty
     in the tuned model's set."""
     one_line: bool = False
-    """Whether only the first line of an answer counts. A base model often goes on with another example behind its
-    answer."""
+    """Whether only the first line of an answer counts, because the task says that right answers are one line. A base
+    model often goes on with another example behind its answer."""
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
@@ -95,7 +94,7 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
         tokenize_functions(load_tokenizer(plan.inputs.model)),
         limit=limit,
-        keep_rows=config.dataset.task != NO_TASK,
+        keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
     return notices
@@ -103,12 +102,6 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
 
 def _suffix(form: DatasetFormat) -> str:
     return form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
-
-
-def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
-    """Return whether every reference answer of the evaluation set is a single line."""
-    form = config.dataset.format.prompt_completion
-    return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
 
 
 def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
@@ -131,12 +124,14 @@ def _trained_form(plan: WorkerPlan, data: TrainingData, rows: ScoredRows) -> Eva
     return EvaluationSet(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
 
 
-def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
-    """Return the evaluation set as the base model reads it, or None if the job has neither test nor validation rows."""
+def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> EvaluationSet | None:
+    """Return the evaluation set as the base model reads it, or None if the job has neither test nor validation rows.
+
+    ``one_line`` says whether right answers of the job's task are one line.
+    """
     tuned, config = tuned_model_set(plan, data), plan.config
     if tuned is None:
         return None
-    one_line = _has_one_line_references(config, tuned.examples)
     if not _base_differs(config):
         return replace(tuned, one_line=one_line)
     tokenizer = load_tokenizer(plan.inputs.model)

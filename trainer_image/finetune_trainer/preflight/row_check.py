@@ -20,6 +20,7 @@ from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, firs
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
+from finetune_trainer.preflight.task_check import TaskCheck
 from finetune_trainer.sources.hub_datasets import fetch_first_file
 from finetune_trainer.sources.inputs import data_file, data_token, source_name
 from finetune_trainer.storage.client import Store
@@ -59,20 +60,22 @@ def check_rows(
     store: Store,
     folder: Path,
     model: ModelFacts | None,
+    task: TaskCheck | None = None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`. If ``model`` is None, only the columns
-    are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
+    are checked, because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises UserError with file and line for a row that would end the
     training, and OutsideFailure if the source can't be read.
     """
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:
         return [f"{field}: its first row is too far from the beginning to be checked before the training"]
-    check_columns(head.path, field, dataset.format)
+    graded = task.columns(field) if task is not None else {}
+    check_columns(head.path, field, dataset.format, graded)
     if model is None:
         return []
-    columns = required_columns(dataset.format).values()
+    columns = [*required_columns(dataset.format).values(), *(task.read_columns(field) if task is not None else ())]
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head.path, rows, field)
@@ -90,6 +93,9 @@ def check_rows(
             raise
         # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
         return [str(error)]
+    if task is not None:
+        whole = head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES
+        notices += task.notices(field, [row.fields for row in rows if row.problem is None], whole=whole)
     return notices
 
 

@@ -1,43 +1,119 @@
-"""The graders: functions that grade generated answers, one module for each task. The modules `sql_*` are parts of the
-SQL grader.
+"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the columns
+of its row, by the grader's own names of the columns, and returns a `Grade`.
 
-A grader is a pure function without torch. It gets a generated answer and its row of the evaluation set, and returns a
-`Grade`. The SQL grader runs queries in a child process. `finetune_core.tasks` declares the names, columns and scores of
-the tasks.
+`finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. `load_grading` is what the trainer
+and the preflight check call. The room has no torch. Only the SQL grader is no pure function: it runs queries in a child
+process (`sql_child.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.evaluation import LOWER_IS_BETTER, RequirementSpec
+from finetune_core.api.task import TaskSpec
 from finetune_core.errors import UserError
-from finetune_core.tasks import NO_TASK
-from finetune_trainer.evaluation.graders import gsm8k, sql, viggo
+from finetune_core.task_declaration import Task
+from finetune_core.tasks import TASKS
+from finetune_trainer.evaluation.graders import choice, gsm8k, json_value, sql, viggo
 from finetune_trainer.evaluation.graders.grades import Grade
+from finetune_trainer.evaluation.graders.number import number_grader
+from finetune_trainer.evaluation.graders.own import OwnGrader, bounded, load_own_grader
+from finetune_trainer.evaluation.graders.texts import contains_grader, exact_match_grader, regex_grader
 
-__all__ = ["GRADERS", "Grade", "Grader", "grader_of"]
+__all__ = ["GRADERS", "Grade", "Grader", "Grading", "OwnGrader", "load_grading"]
+
+Grader = Callable[[str, Mapping[str, object]], Grade]
+"""A function that grades a generated answer. It gets the answer and the row, by the grader's own names of the columns,
+and never raises an exception, whatever the two contain."""
+
+GRADERS: Mapping[str, Callable[[TaskSpec], Grader]] = {
+    "ViGGO": lambda _: viggo.grade,
+    "GSM8K": lambda _: gsm8k.grade,
+    "SQL": lambda _: sql.grade,
+    "ExactMatch": exact_match_grader,
+    "Contains": contains_grader,
+    "Regex": regex_grader,
+    "Number": number_grader,
+    "JSON": lambda _: json_value.grade,
+    "Choice": lambda _: choice.grade,
+}
+"""For each task in `finetune_core.tasks.TASKS`, by its name, the function that makes its grader from the arguments in
+`dataset.task`. The function raises UserError where it can't use the arguments."""
 
 
-class Grader(Protocol):
-    """A function that grades a generated answer. It compares the answer with the row that the prompt came from."""
+@dataclass(frozen=True)
+class Grading:
+    """How the answers of a job are graded: the declaration of its task, and the grader with the job's arguments."""
 
-    def __call__(self, answer: str, row: Mapping[str, object]) -> Grade:
-        """Return the grade of ``answer``. Never raises an exception, whatever the answer and the row contain."""
+    task: Task
+    columns: Mapping[str, str]
+    """For each column that the grader reads, by the grader's own name, the column of the rows that holds it."""
+    required_columns: Mapping[str, str]
+    """The columns that rows must have, by the field of the spec that names them or would name them."""
+    one_line: bool
+    """Whether only the first line of the base model's answer counts."""
+    completion: str
+    """Column of the rows that holds the completion."""
+    grader: Grader
+
+    def grade(self, answer: str, row: Mapping[str, object]) -> Grade:
+        """Return the grade of ``answer``. ``row`` is a row of the data file, by the names of its own columns."""
+        return self.grader(answer, {name: row.get(column) for name, column in self.columns.items() if column in row})
+
+    def why_left_out(self, row: Mapping[str, object]) -> str:
+        """Return why an answer to ``row`` can't be graded; empty where it can. The row's own completion is tried as the
+        answer."""
+        completion = row.get(self.completion)
+        grade = self.grade(completion if isinstance(completion, str) else "", row)
+        return "" if grade.is_graded else grade.problem or "the grader left the row out"
 
 
-GRADERS: Mapping[str, Grader] = {"ViGGO": viggo.grade, "GSM8K": gsm8k.grade, "SQL": sql.grade}
-"""The grader of each task in `finetune_core.tasks.TASKS`, by the task's name."""
+def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None = None) -> Grading | None:
+    """Return how the answers of a job are graded; None where `dataset.task` is absent.
 
-
-def grader_of(task: str) -> Grader | None:
-    """Return the grader of ``task``, the value of `dataset.task`. Return None if the value says that the job has no
-    task.
-
-    Raises UserError for a task without a grader. Otherwise the job would train to the end and report no score.
+    Raises UserError with the field where the grader does not exist, where it refuses its arguments, and where
+    ``require``, which is `evaluation.require`, names a score that the task does not have.
     """
-    if task == NO_TASK:
+    spec, form = dataset.task, dataset.format.prompt_completion
+    if spec is None or form is None:
+        _check_required(require, ())
         return None
-    if task not in GRADERS:
-        raise UserError("dataset.task", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {task}")
-    return GRADERS[task]
+    if spec.entry_point is not None:
+        own = load_own_grader(spec.entry_point, spec.arguments or {})
+        task, grader = own.task, bounded(own, spec.arguments or {})
+    elif spec.name in GRADERS:
+        task, grader = TASKS[spec.name], GRADERS[spec.name](spec)
+    else:
+        raise UserError(
+            "dataset.task.name", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {spec.name}"
+        )
+    _check_required(require, task.score_names)
+    fields = spec.named_columns
+    if unknown := sorted(fields.keys() - {column.name for column in task.columns}):
+        known = ", ".join(column.name for column in task.columns) or "no columns"
+        raise UserError("dataset.task.fields", f"names {unknown[0]}, and the grader of {task.name} reads {known}")
+    columns = task.columns_of_rows(fields, form.completion_field)
+    return Grading(
+        task=task,
+        columns=columns,
+        required_columns={
+            f"dataset.task.fields.{column.name}": columns[column.name]
+            for column in task.columns
+            if not column.optional or column.name in fields
+        },
+        one_line=task.one_line if spec.one_line is None else spec.one_line,
+        completion=form.completion_field,
+        grader=grader,
+    )
+
+
+def _check_required(require: Sequence[RequirementSpec] | None, scores: Sequence[str]) -> None:
+    known = (*LOWER_IS_BETTER, *scores)
+    for requirement in require or ():
+        if requirement.score not in known:
+            raise UserError(
+                "evaluation.require", f"names the score {requirement.score}; the job has {', '.join(known)}"
+            )

@@ -1,0 +1,50 @@
+"""Checks whether the answers of a job can be graded: the columns that its grader reads, and the first rows.
+`row_check.py` asks about each data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from finetune_core.contract import RunConfig
+from finetune_core.errors import UserError
+from finetune_trainer.evaluation.gradable import needed_by, why_ungradable
+from finetune_trainer.evaluation.graders import Grading
+
+TRIED_SECONDS = 20.0
+"""Longest time in seconds for which the rows of a data file are tried. The whole check has two minutes."""
+GRADED_FIELDS = ("dataset.validation", "dataset.test")
+"""The data files whose rows are graded."""
+
+
+class TaskCheck:
+    """What the grader of a job needs of the data files. Nothing where the job has no task."""
+
+    def __init__(self, config: RunConfig, grading: Grading | None) -> None:
+        """Check for the job of ``config``, whose answers ``grading`` grades."""
+        self._evaluation = config.evaluation
+        self._scored = "dataset.test" if config.dataset.test is not None else "dataset.validation"
+        self._grading = grading
+
+    def columns(self, field: str) -> Mapping[str, str]:
+        """Return the columns that the file of ``field`` must have, by the fields of the spec that name them."""
+        return self._grading.required_columns if self._grading is not None and field in GRADED_FIELDS else {}
+
+    def read_columns(self, field: str) -> Sequence[str]:
+        """Return all columns that the grader reads of the file of ``field``."""
+        return list(self._grading.columns.values()) if self._grading is not None and field in GRADED_FIELDS else []
+
+    def notices(self, field: str, rows: Sequence[Mapping[str, object]], *, whole: bool) -> list[str]:
+        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded.
+
+        Raises UserError instead where ``rows`` are the ``whole`` file and the job needs a score of its task.
+        """
+        if self._grading is None or field not in GRADED_FIELDS:
+            return []
+        problem = why_ungradable(self._grading, rows, seconds=TRIED_SECONDS)
+        if not problem:
+            return []
+        needing = needed_by(self._evaluation, field, self._scored)
+        if needing and whole:
+            raise UserError(field, f"{problem}, and {needing} needs a score of dataset.task")
+        return [f"{field}: {problem}"]
