@@ -110,9 +110,9 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     for found in evaluation.requirements:
         if found not in told:
             figures = [("base", found.base), ("tuned", found.tuned), ("difference", found.difference)]
-            shown = ", ".join(f"{name} {number(value)}" for name, value in figures if value is not None)
+            measured = ", ".join(f"{name} {number(value)}" for name, value in figures if value is not None)
             verdict = "passed" if found.passed else "failed"
-            yield f"required {found.score} {required_text(found)}: {verdict} ({shown or 'not measured'})"
+            yield f"required {found.score} {required_text(found)}: {verdict} ({measured or 'not measured'})"
 
 
 def _results(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""The parts of a task's declaration: the columns that its grader reads, its scores, and how the scores of single answers
-become one value.
+"""The parts of a task's declaration: the columns that its grader reads, its scores, and how the scores of single
+answers become one value.
 
 `tasks.py` declares the tasks of this project with these classes. The authors of own graders, which an entry point of
 the trainer image names, declare their tasks with the same classes.

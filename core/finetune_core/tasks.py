@@ -58,9 +58,9 @@ GSM8K = Task(
     name="GSM8K",
     grading="compares the number after `####`",
     description="A word problem is answered step by step, and only the first number after `####` counts (Cobbe et al."
-    " 2021). Commas, currency signs, a unit behind the number and the markup of Markdown or LaTeX are ignored, and words"
-    " such as `million` multiply. Several numbers in one statement (`72, 73`, `5 hours and 30 minutes`) are no number."
-    " An answer without a number is wrong, a row without one is left out.",
+    " 2021). Commas, currency signs, a unit behind the number and the markup of Markdown or LaTeX are ignored, and"
+    " words such as `million` multiply. Several numbers in one statement (`72, 73`, `5 hours and 30 minutes`) are no"
+    " number. An answer without a number is wrong, a row without one is left out.",
     columns=(
         Column(
             name="answer",
@@ -109,10 +109,11 @@ SQL = Task(
 EXACT_MATCH = Task(
     name="ExactMatch",
     grading="compares whole answers",
-    description="The whole answer must be the right text. White space around the answer never counts, and `ignore` names"
-    " what else does not: `Case`, `WhiteSpace` (every run of it counts as one space), `Punctuation`, and `UnicodeForm`"
-    " (other spellings of the same characters, such as full-width letters or ligatures). Where a row holds a list of"
-    " texts, each of them is right. A row whose column holds no text, or nothing but what is ignored, is left out.",
+    description="The whole answer must be the right text. White space around the answer never counts, and `ignore`"
+    " names what else does not: `Case`, `WhiteSpace` (every run of it counts as one space), `Punctuation`, and"
+    " `UnicodeForm` (other spellings of the same characters, such as full-width letters or ligatures). Where a row"
+    " holds a list of texts, each of them is right. A row whose column holds no text, or nothing but what is ignored,"
+    " is left out.",
     columns=(
         Column(
             name="answer",
@@ -154,11 +155,11 @@ CONTAINS = Task(
 REGEX = Task(
     name="Regex",
     grading="compares what a regular expression finds",
-    description="`pattern` is a regular expression in the syntax of RE2, which has no back references and searches every"
-    " text in time proportional to its length. What its first match in the answer finds (its first group, or the whole"
-    " match where the pattern has no group) is compared with what the pattern finds in the row's own text, or with that"
-    " whole text where it finds nothing there. `ignore` is as with ExactMatch. A row whose column holds no text is left"
-    " out.",
+    description="`pattern` is a regular expression in the syntax of RE2, which has no back references and searches"
+    " every text in time proportional to its length. What its first match in the answer finds (its first group, or the"
+    " whole match where the pattern has no group) is compared with what the pattern finds in the row's own text, or"
+    " with that whole text where it finds nothing there. `ignore` is as with ExactMatch. A row whose column holds no"
+    " text is left out.",
     columns=(
         Column(
             name="answer",
@@ -183,9 +184,9 @@ NUMBER = Task(
     grading="compares numbers",
     description="The answer must state exactly one number, with or without words around it; with `marker` the number is"
     " the first one behind that text, as behind the `####` of GSM8K. Commas, currency signs, units and the markup of"
-    " Markdown or LaTeX are ignored, and words such as `million` multiply. The number is right where it differs from the"
-    " row's by at most `tolerance`, or by at most `relativeTolerance` times the row's. An answer without a number, or"
-    " with several, is wrong; such a row is left out.",
+    " Markdown or LaTeX are ignored, and words such as `million` multiply. The number is right where it differs from"
+    " the row's by at most `tolerance`, or by at most `relativeTolerance` times the row's. An answer without a number,"
+    " or with several, is wrong; such a row is left out.",
     columns=(
         Column(
             name="answer",
@@ -204,9 +205,9 @@ NUMBER = Task(
 JSON = Task(
     name="JSON",
     grading="compares JSON values",
-    description="The answer must be JSON and nothing else; a Markdown fence around it is ignored. Values are compared, not"
-    " texts: the order of keys, white space and the spelling of a number (`1`, `1.0`) make no difference, the order of a"
-    " list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
+    description="The answer must be JSON and nothing else; a Markdown fence around it is ignored. Values are compared,"
+    " not texts: the order of keys, white space and the spelling of a number (`1`, `1.0`) make no difference, the order"
+    " of a list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
     columns=(
         Column(
             name="answer",
@@ -219,8 +220,8 @@ JSON = Task(
         Score(name="equal", meaning="The value is the row's own."),
         Score(
             name="keys",
-            meaning="The share of keys, of those in the row's value or the answer's, that are in both with equal values."
-            " Keys inside of objects count, each with its path. Values that are no objects count as a whole.",
+            meaning="The share of keys, of those in the row's value or the answer's, that are in both with equal"
+            " values. Keys inside of objects count, each with its path. Values that are no objects count as a whole.",
             unit=Unit.PARTIAL_CREDIT,
         ),
     ),

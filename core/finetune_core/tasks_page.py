@@ -12,18 +12,19 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_core.tasks import NO_TASK, SCORE_LIMIT, SCORE_NAME_LENGTH, TASKS, Task
+from finetune_core.task_declaration import SCORE_LIMIT, SCORE_NAME_LENGTH, Task
+from finetune_core.tasks import TASKS
 
 TASKS_PAGE = "tasks.md"
 
-_INTRODUCTION = f"""\
+_INTRODUCTION = """\
 # Tasks: how generated answers are graded
 
 <!-- Generated from core/finetune_core/tasks.py by `make docs`; do not edit. -->
 
 With `dataset.task` the trainer generates an answer to the prompt of every row of the evaluation set, and a grader gives
 the answer scores. The evaluation set is `dataset.test`, else `dataset.validation`. Base model and tuned model answer
-the same rows, and `status.evaluation` shows both. With `dataset.task: {NO_TASK}`, the default, only perplexity is
+the same rows, and `status.evaluation` shows both. With no `dataset.task` only perplexity is
 measured.
 
 - A grader reads the answer and its row. The row must have the columns that are listed here, **under these names**,

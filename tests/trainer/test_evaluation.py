@@ -234,7 +234,7 @@ def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
         store,
         name,
         method="Full",
-        dataset__task="GSM8K",
+        dataset__task={"name": "GSM8K"},
         optimization__learningRate=5e-3,
         optimization__maxSteps=60,
         optimization__globalBatchSize=5,

@@ -50,8 +50,8 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained: they say on which machines and how the work is divided,
-where the bucket is, how often checkpoints are written, which scores the trained model must reach, and which tokens give access. All other fields define what is
-trained, also those that later versions add."""
+where the bucket is, how often checkpoints are written, which scores the trained model must reach, and which tokens give
+access. All other fields define what is trained, also those that later versions add."""
 
 
 class TrainingRecord(ContractModel):

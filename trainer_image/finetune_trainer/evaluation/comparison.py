@@ -48,7 +48,8 @@ class ModelComparison:
     ) -> None:
         """Begin without scores. If the job has neither test nor validation rows, no model will be scored.
 
-        ``grading`` is None where the job has no task. ``run`` is the number of the run whose scores are written to the bucket. ``progress`` is None except on rank 0.
+        ``grading`` is None where the job has no task. ``run`` is the number of the run whose scores are written to the
+        bucket. ``progress`` is None except on rank 0.
         """
         self._gang = gang
         self._root = root

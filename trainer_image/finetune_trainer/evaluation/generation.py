@@ -86,8 +86,8 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
     pad = int(decoding.tokenizer.eos_token_id)
     if not prompts and not engine.lockstep:
         return []
-    # A rank that has no prompt left answers a dummy prompt, because under ZeRO-3 all ranks must run each forward pass. A
-    # prompt without a token becomes the end token, behind which a model begins a new text.
+    # A rank that has no prompt left answers a dummy prompt, because under ZeRO-3 all ranks must run each forward pass.
+    # A prompt without a token becomes the end token, behind which a model begins a new text.
     ids, mask = left_padded([prompt or [pad] for prompt in prompts] or [[pad]], pad)
     width = ids.shape[1]
     config = HuggingFaceConfig(

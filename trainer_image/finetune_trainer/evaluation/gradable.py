@@ -23,8 +23,8 @@ are taken for such rows too."""
 def needed_by(config: EvaluationConfig, field: str, scored: str) -> str:
     """Return the field of the spec that needs graded answers to the rows of ``field``; empty where none does.
 
-    ``field`` is the path of the rows in the spec, such as `dataset.validation`, and ``scored`` that of the rows on which
-    base model and tuned model are scored.
+    ``field`` is the path of the rows in the spec, such as `dataset.validation`, and ``scored`` that of the rows on
+    which base model and tuned model are scored.
     """
     if config.best_by == "TaskScore" and field == "dataset.validation":
         return "evaluation.bestBy"

@@ -65,8 +65,8 @@ def check_rows(
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`. If ``model`` is None, only the columns
-    are checked, because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises UserError with file and line for a row that would end the
-    training, and OutsideFailure if the source can't be read.
+    are checked, because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises
+    UserError with file and line for a row that would end the training, and OutsideFailure if the source can't be read.
     """
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:

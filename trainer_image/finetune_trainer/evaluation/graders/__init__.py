@@ -1,5 +1,5 @@
-"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the columns
-of its row, by the grader's own names of the columns, and returns a `Grade`.
+"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the
+columns of its row, by the grader's own names of the columns, and returns a `Grade`.
 
 `finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. `load_grading` is what the trainer
 and the preflight check call. The room has no torch. Only the SQL grader is no pure function: it runs queries in a child
@@ -84,7 +84,7 @@ def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None
     if spec.entry_point is not None:
         own = load_own_grader(spec.entry_point, spec.arguments or {})
         task, grader = own.task, bounded(own, spec.arguments or {})
-    elif spec.name in GRADERS:
+    elif spec.name is not None and spec.name in GRADERS:
         task, grader = TASKS[spec.name], GRADERS[spec.name](spec)
     else:
         raise UserError(

@@ -14,7 +14,8 @@ from finetune_trainer.evaluation.graders.texts import Normalisation
 
 _FORM = Normalisation(frozenset({"Case", "WhiteSpace", "UnicodeForm"}))
 _SAID = re.compile(
-    r"(?:(?:so|therefore|thus)[, ]+)?(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?\s*:?\s*(?=\S)"
+    r"(?:(?:so|therefore|thus)[, ]+)?(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?"
+    r"\s*:?\s*(?=\S)"
 )
 """What may stand before the chosen option, such as `the answer is`."""
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
@@ -92,7 +93,7 @@ def _options(value: object) -> Options | None:
             return None
     labels = None
     if isinstance(value, dict):
-        value, labels = value.get("text"), value.get("label")
+        labels, value = value.get("label"), value.get("text")
     texts = _texts(value)
     own = _texts(labels) if labels is not None else letters[: len(texts or ())]
     if not texts or not own or len(texts) != len(own) or len(set(own)) < len(own):

@@ -17,7 +17,7 @@ _FENCE = re.compile(r"```[A-Za-z0-9]*[ \t]*\n(.*)\n?[ \t]*```", re.DOTALL)
 """A Markdown fence that a text consists of."""
 
 
-class NoValue(ValueError):
+class NoValueError(ValueError):
     """A text or a value of a data file is no JSON value, or is nested too deep."""
 
 
@@ -26,13 +26,13 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
     try:
         own = row.get("answer")
         if own is None:
-            raise NoValue
+            raise NoValueError
         reference = parse(own) if isinstance(own, str) else parse(json.dumps(own, allow_nan=False, ensure_ascii=False))
-    except (NoValue, ValueError, TypeError, RecursionError):
+    except (NoValueError, ValueError, TypeError, RecursionError):
         return Grade.left_out("the row's own answer is no JSON")
     try:
         value = parse(answer)
-    except NoValue:
+    except NoValueError:
         return Grade.of(JSON, {}, problem="the answer is no JSON")
     equal = same(value, reference)
     return Grade.of(JSON, {"equal": equal, "keys": 1.0 if equal else _share(value, reference)})
@@ -41,7 +41,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 def parse(text: str) -> object:
     """Return the JSON value of ``text``, in which numbers are decimals. A Markdown fence around the text is ignored.
 
-    Raises NoValue where the text is something else, has a key twice in an object, or is nested deeper than DEEPEST.
+    Raises NoValueError where the text is something else, has a key twice in an object, or is nested deeper than
+    DEEPEST.
     """
     text = text.strip()
     fenced = _FENCE.fullmatch(text)
@@ -54,22 +55,22 @@ def parse(text: str) -> object:
             parse_constant=_refuse,
         )
     except (ValueError, InvalidOperation, RecursionError) as error:
-        raise NoValue from error
+        raise NoValueError from error
     if _deeper_than(value, DEEPEST):
-        raise NoValue
+        raise NoValueError
     return value
 
 
 def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise NoValue
+        raise NoValueError
     return made
 
 
 def _refuse(name: str) -> object:
     """Refuse NaN and Infinity, which JSON does not have."""
-    raise NoValue
+    raise NoValueError
 
 
 def _deeper_than(value: object, levels: int) -> bool:

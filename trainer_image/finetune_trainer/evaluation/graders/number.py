@@ -31,12 +31,16 @@ _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d
 _SPACE = r"[^\S\n]*+"
 """White space and removed markup on one line. The quantifier never gives characters back, so that no text takes more
 than linear time."""
-_CURRENCY = r"(?:(?:US|CA|AU|NZ|HK|[AC])?\\?[$€£¥₹₩₽]|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
+_CURRENCY = (
+    r"(?:(?:US|CA|AU|NZ|HK|[AC])?\\?[$€£¥₹₩₽]"
+    r"|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
+)
 _DIGITS = (
     r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[\u0020\u00a0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 )
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|){_SPACE}(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>[-+]?)(?P<number>(?>{_DIGITS}))"
+    rf"(?P<sign>[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|){_SPACE}"
+    rf"(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>[-+]?)(?P<number>(?>{_DIGITS}))"
     rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷]?{_SPACE}[$]?{_SPACE}[0-9])"
 )
 """A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand. Commas or
@@ -54,14 +58,15 @@ _EXPONENTS = {"k": 3, "m": 6, "b": 9, "t": 12, "h": 2, "l": 5, "c": 7}
 _AMOUNT_SCALE = re.compile(r"[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
 """Letters that mean millions and billions behind an amount of money only. Elsewhere they may be metres or bytes."""
 _END = re.compile(
-    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[=]|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
+    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[=]"
+    rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
 """The end of a statement: of the line or the sentence, or a remark. A comma ends it unless a number follows."""
 _FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(
-    rf"\b(?:and|or|to|plus|times|point){_SPACE}(?:an?{_SPACE})?(?:half|quarters?|thirds?|fifths?|one|two|three|four|five|six"
-    r"|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty"
+    rf"\b(?:and|or|to|plus|times|point){_SPACE}(?:an?{_SPACE})?(?:half|quarters?|thirds?|fifths?"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty"
     r"|forty|fifty|sixty|seventy|eighty|ninety|dozens?|hundreds?|thousands?|millions?)\b",
     re.IGNORECASE,
 )
@@ -71,7 +76,7 @@ _ANY_DIGIT = re.compile("[0-9]")
 
 def plain(text: str) -> str:
     """Return ``text`` without markup, and with one sign for minus."""
-    return _MARKUP.sub(_GAP, text.translate(_MINUS))
+    return _MARKUP.sub(_GAP, text.translate(_MINUS).replace("{,}", ","))
 
 
 def read_statement(text: str) -> Decimal | None:
@@ -97,7 +102,7 @@ def read_statement(text: str) -> Decimal | None:
     rest = text[end : ended.start() if ended else len(text)].replace("^" + _GAP, "^")
     if _FURTHER.search(rest) or _WORDS.search(rest):
         return None
-    sign, digits, places = Decimal(re.sub(r"[^0-9.]", "", found["number"])).as_tuple()
+    _, digits, places = Decimal(re.sub(r"[^0-9.]", "", found["number"])).as_tuple()
     assert isinstance(places, int)
     return Decimal((int((found["sign"] + found["inner"]) not in ("", "+")), digits, places + exponent))
 

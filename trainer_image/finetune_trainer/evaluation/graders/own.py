@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from finetune_core.errors import UserError, valid_text
 from finetune_core.task_declaration import UNGRADED_REASON_LENGTH, Task, Unit
@@ -32,8 +33,8 @@ class OwnGrader:
     """The declaration: columns, scores, and which of them is `main`."""
     grade: GradeFunction
     check: Callable[[Mapping[str, str]], None] = field(default=lambda _arguments: None)
-    """A function that raises ValueError where `dataset.task.arguments` can't be used. The check before the first attempt
-    calls it."""
+    """A function that raises ValueError where `dataset.task.arguments` can't be used. The check before the first
+    attempt calls it."""
 
 
 def names_of_own_graders() -> list[str]:
@@ -97,7 +98,7 @@ def as_grade(task: Task, returned: object) -> Grade:
         if not returned.is_graded:
             problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
             return Grade.left_out(problem or "the grader left the row out")
-        values: Mapping[object, object] = dict(returned.scores)
+        values: Mapping[Any, object] = returned.scores
         problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
     else:
         values = returned if isinstance(returned, Mapping) else {task.main: returned}
