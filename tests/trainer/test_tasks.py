@@ -72,7 +72,7 @@ def test_every_declared_task_has_a_grader_and_every_grader_a_declaration() -> No
 
 def test_a_task_without_a_grader_ends_the_job_instead_of_scoring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_grading(dataset(None)) is None
-    monkeypatch.delitem(GRADERS, "GSM8K")  # type: ignore[arg-type]
+    monkeypatch.delitem(GRADERS, "GSM8K")
     with pytest.raises(UserError, match=r"dataset\.task\.name: must be one of .* no grader for GSM8K"):
         load_grading(dataset({"name": "GSM8K"}))
 

@@ -41,7 +41,7 @@ _DIGITS = (
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|){_SPACE}"
     rf"(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>[-+]?)(?P<number>(?>{_DIGITS}))"
-    rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷]?{_SPACE}[$]?{_SPACE}[0-9])"
+    rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷xX]?{_SPACE}[$]?{_SPACE}[0-9])"
 )
 """A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand. Commas or
 spaces may separate groups of three digits. Digits are those of ASCII."""
@@ -62,7 +62,7 @@ _END = re.compile(
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
 """The end of a statement: of the line or the sentence, or a remark. A comma ends it unless a number follows."""
-_FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]")
+_FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(
     rf"\b(?:and|or|to|plus|times|point){_SPACE}(?:an?{_SPACE})?(?:half|quarters?|thirds?|fifths?"
