@@ -93,6 +93,7 @@ def test_the_digest_of_a_job_stays_the_same_from_version_to_version() -> None:
         ({"resources": {"nodes": 4, "gpusPerNode": 2}}, True),
         ({"podTemplate": {"image": "trainer:2"}}, True),
         ({"training": {"maxSteps": 4, "globalBatchSize": 16, "seed": 1}}, False),
+        ({"evaluation": {"require": [{"score": "perplexity", "atMost": "2"}]}}, True),
     ],
     ids=str,
 )

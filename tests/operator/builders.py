@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -69,10 +69,16 @@ def result(outcome: Outcome, message: str = "", *, with_artifact: bool = False) 
 FORMER_UID = "99999999-8888-7777-6666-555555555555"
 
 
-def former_run(*, done: bool, uid: str = FORMER_UID, run_id: str = FORMER_UID) -> str:
+def former_run(
+    *,
+    done: bool,
+    uid: str = FORMER_UID,
+    run_id: str = FORMER_UID,
+    outcome: Literal[Outcome.COMPLETED, Outcome.GATE_FAILED] = Outcome.COMPLETED,
+) -> str:
     """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
-    artifact is committed; else the run has checkpoints only."""
-    committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=Outcome.COMPLETED)
+    artifact is committed, with ``outcome``; else the run has checkpoints only."""
+    committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=outcome)
     found = FoundRun(run_id=run_id, uid=uid, time=at(-86400), step=70, artifact=committed if done else None)
     return PreflightResult(findings=[], found=found).to_termination_message()
 

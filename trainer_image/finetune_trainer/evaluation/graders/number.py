@@ -38,9 +38,9 @@ _CURRENCY = (
 _DIGITS = (
     r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[\u0020\u00a0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 )
+_SIGN = r"(?:[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|)"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|){_SPACE}"
-    rf"(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>[-+]?)(?P<number>(?>{_DIGITS}))"
+    rf"(?P<sign>{_SIGN}){_SPACE}(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>{_SIGN}){_SPACE}(?P<number>(?>{_DIGITS}))"
     rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷xX]?{_SPACE}[$]?{_SPACE}[0-9])"
 )
 """A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand. Commas or

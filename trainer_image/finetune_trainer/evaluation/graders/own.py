@@ -126,5 +126,8 @@ def _number(value: object) -> float | None:
 
 
 def _sentence(error: BaseException) -> str:
-    text = " ".join(valid_text(str(error)).split())[:100]
+    try:
+        text = " ".join(valid_text(str(error)).split())[:100]
+    except Exception:  # noqa: BLE001  (an exception of a user may raise anything when it is shown)
+        text = "it can't be shown"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
