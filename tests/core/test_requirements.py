@@ -66,7 +66,7 @@ def test_a_required_score_is_reached_or_a_sentence_says_why_not(
     assert (found.problem, found.passed) == (problem, not problem)
 
 
-@given(st.floats(0, 1), st.floats(0, 1))
+@given(st.floats(1e-9, 1), st.floats(1e-9, 1))
 def test_the_status_and_the_trainer_come_to_the_same_judgement(base: float, tuned: float) -> None:
     """The trainer judges exact values, and the operator the rounded ones of the termination message."""
     record = evaluation({"scores": {"exact": base}}, {"scores": {"exact": tuned}})

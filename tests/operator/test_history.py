@@ -21,7 +21,14 @@ from finetune_core.contract import (
 from finetune_operator.status.conditions import compute_conditions
 from finetune_operator.status.events import events_between
 from finetune_operator.status.inputs import StatusInput
-from finetune_operator.status.report_merge import checkpoints_of, merge_history, merge_report, percentage, thin
+from finetune_operator.status.report_merge import (
+    checkpoints_of,
+    evaluation_of,
+    merge_history,
+    merge_report,
+    percentage,
+    thin,
+)
 from tests.operator.builders import NOW
 
 
