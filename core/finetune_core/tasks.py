@@ -298,6 +298,11 @@ def main_score_text(task: str | None, value: float, *, answers: int | None = Non
     return f"{name} {value:.1%}" + (f" (mean of {graded})" if answers is not None else "")
 
 
+def main_value_text(task: str | None, value: float) -> str:
+    """Return a value of the main score of ``task`` alone, for example ``90.0%``."""
+    return f"{value:.4g}" if task is not None and task not in TASKS else f"{value:.1%}"
+
+
 def main_score_label(task: str | None) -> str | None:
     """Return the label under which a table of scores shows the main score of ``task``, for example ``right answers``.
 

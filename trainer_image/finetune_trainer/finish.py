@@ -13,7 +13,7 @@ from typing import Any
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
 from finetune_core.layout import checkpoint_folder
 from finetune_core.requirements import judged
-from finetune_core.tasks import main_score_text
+from finetune_core.tasks import main_score_text, main_value_text
 from finetune_trainer.checkpoints.export import ExportOptions, export_artifact
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
@@ -122,7 +122,7 @@ def result_message(
     if evaluation is not None and evaluation.tuned is not None and evaluation.tuned.task_score is not None:
         before = evaluation.base.task_score if evaluation.base is not None else None
         text += f", {main_score_text(task, evaluation.tuned.task_score)}"
-        text += f" (the base model {main_score_text(task, before)})" if before is not None else ""
+        text += f" (the base model {main_value_text(task, before)})" if before is not None else ""
     if patience is not None:
         evaluations = "1 evaluation" if patience == 1 else f"{patience} evaluations"
         text += f"; stopped early, because {evaluations} in a row brought no improvement"
