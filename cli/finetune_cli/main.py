@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch_job(options: argparse.Namespace) -> int:
-    """Show a job until it has ended. Return 0 when the job succeeded. Otherwise print the reason, and return 3 where only
-    a required score was not reached, else 1."""
+    """Show a job until it has ended. Return 0 when the job succeeded. Otherwise print the reason, and return 3 where
+    only a required score was not reached, else 1."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     with view_for(SafeConsole()) as view:

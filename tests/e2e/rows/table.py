@@ -3,8 +3,6 @@ the cases in FAST, and `make test-long` runs those in SLOW."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -77,8 +75,8 @@ def _rests(stage: Stage, job: Manifest) -> None:
 
 
 def _tells_the_verdict(stage: Stage, job: Manifest) -> None:
-    """Assert that the status has the artifact and the verdict on the required score, and that `finetune watch` shows the
-    verdict and ends with its own exit code."""
+    """Assert that the status has the artifact and the verdict on the required score, and that `finetune watch` shows
+    the verdict and ends with its own exit code."""
     assert job["status"]["artifact"]["step"] == 100
     evaluation = job["status"]["evaluation"]
     assert evaluation["passed"] is False
@@ -94,8 +92,7 @@ def _tells_the_verdict(stage: Stage, job: Manifest) -> None:
         }
     ]
     command = [sys.executable, "-m", "finetune_cli", "watch", job["metadata"]["name"], "-n", stage.namespace]
-    environment = {**os.environ, "KUBECONFIG": str(stage.cluster.kubeconfig)}
-    watched = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    watched = stage.cluster.run(command, check=False, timeout=60)
     assert watched.returncode == 3, watched
     assert (
         "required perplexity at most 1.2, better than the base model: failed (base 48.2, tuned 1.5, difference -46.7)"
