@@ -27,9 +27,9 @@ the answer scores. The evaluation set is `dataset.test`, else `dataset.validatio
 the same rows, and `status.evaluation` shows both. Without `dataset.task` only perplexity is measured.
 
 - A grader reads the answer and the columns of its row that are listed here. The column with the right answer is the
-  completion of `format.promptCompletion`, any other column has the name that is listed here. `dataset.task.fields` names
-  other columns of your rows: `task: {name: GSM8K, fields: {answer: solution}}`. A column that the file does not have is
-  found before a GPU is asked for. `evaluation.generation.maxExamples` bounds the number of answers.
+  completion of `format.promptCompletion`, any other column has the name that is listed here. `dataset.task.fields`
+  names other columns of your rows: `task: {name: GSM8K, fields: {answer: solution}}`. A column that the file does not
+  have is found before a GPU is asked for. `evaluation.generation.maxExamples` bounds the number of answers.
 - Every score has a value for each answer, and the reported value is their mean. Where an answer is right or wrong, the
   mean is the *share of right answers*. Own graders may report the median, the least or the greatest value instead.
 - Of the base model's answer only the first line counts where the task says that right answers are one line, because a
@@ -38,8 +38,8 @@ the same rows, and `status.evaluation` shows both. Without `dataset.task` only p
 - A row that a grader can't use, for example because its reference answer can't be parsed, is left out. The answer to
   such a row counts neither as right nor as wrong. `graded` in the status is the number of answers that counted,
   `notGraded` the number of the others, `ungraded` says why, and a notice says so too. A job that needs a score of the
-  task, for `evaluation.bestBy` or `evaluation.require`, ends with exit code 64 before its first step where no row can be
-  graded.
+  task, for `evaluation.bestBy` or `evaluation.require`, ends with exit code 64 before its first step where no row can
+  be graded.
 - `evaluation.require` makes a score a condition of success: see [pipelines.md](pipelines.md).
 - `evaluation/<run>.json` in the bucket has the first answers of both models with their scores and problems.
 """
@@ -91,8 +91,8 @@ not have is refused with the list of those that it has, and so are columns that 
 optional function `check` of `OwnGrader` refuses with a ValueError. The module must not import torch, because the check
 runs without it. A score may be any finite number (`unit=Unit.VALUE`), higher is better, and `aggregation` says what is
 reported over all answers. Whatever the function raises, or returns that the declaration does not allow, leaves the row
-out and is counted with its reason; a training never ends because of it. The function must return in time: it has no time
-limit of its own. `grade` is called on every rank, for the answers of that rank.
+out and is counted with its reason; a training never ends because of it. The function must return in time: it has no
+time limit of its own. `grade` is called on every rank, for the answers of that rank.
 
 ## Add a task
 
@@ -106,8 +106,9 @@ a share between 0 and 1 see `PARTIAL` in `tests/trainer/test_tasks.py`, and retu
 2. `trainer_image/finetune_trainer/evaluation/graders/<task>.py`: write `grade(answer, row) -> Grade`, a pure function
    without torch. It returns `Grade.of(TASK, {{score: value}})`, with a `problem` if the answer can't be read, or
    `Grade.left_out(problem)` if the row can't be used. A task with arguments has a function that makes the grader from
-   `TaskSpec` (`regex_grader`), and its fields stand in `core/finetune_core/api/task.py`. It never raises because of the answer or the row: a model may
-   write any text, and a data file may hold any value, so leave a row out whose column is null or no text.
+   `TaskSpec` (`regex_grader`), and its fields stand in `core/finetune_core/api/task.py`. It never raises because of the
+   answer or the row: a model may write any text, and a data file may hold any value, so leave a row out whose column is
+   null or no text.
 3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the grader to `GRADERS`.
 4. `tests/trainer/test_tasks_<task>.py`: test the grader with right answers, with each way of being wrong, and with rows
    that can't be used. `tests/trainer/test_tasks.py` checks by itself that the task has a grader, that the grader reads
