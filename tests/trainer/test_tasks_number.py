@@ -84,6 +84,8 @@ def test_a_currency_before_the_number_makes_no_difference(number: Decimal, curre
         ("hundred", 100),
         ("lakh", 10**5),
         ("crore", 10**7),
+        ("dozen", 12),
+        ("hundred million", 10**8),
         ("thousand million", 10**9),
     ],
 )
@@ -199,6 +201,24 @@ def test_the_time_of_the_reader_is_in_proportion_to_the_text(text: str) -> None:
 )
 def test_a_text_that_states_one_number_is_that_number(text: str, number: int | Decimal | None) -> None:
     assert read_only_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 10M", 10**7),
+        ("#### 1.5B", 15 * 10**8),
+        ("#### 10m", 10),
+        ("#### $10m", 10**7),
+        ("#### 10 m", 10),
+        ("#### 10MB", 10),
+        ("#### 72 (or 73)", None),
+        ("#### 72 (and 73 more)", None),
+        ("#### 72 (8 times 9)", 72),
+    ],
+)
+def test_a_letter_behind_a_number_is_read_where_it_is_not_a_unit(text: str, number: int | None) -> None:
+    assert read_number_behind("####", text) == number
 
 
 def graded(answer: str, reference: object, **arguments: object) -> bool | float | None:

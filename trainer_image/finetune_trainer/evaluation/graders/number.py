@@ -17,6 +17,8 @@ from finetune_trainer.evaluation.graders.grades import Grade
 
 LONGEST_NUMBER = 1000
 """Largest number of characters of a number. A longer one is no number that a person means."""
+MOST_SCALES = 4
+"""Largest number of words such as `million` that may multiply one number."""
 
 _GAP = "\x1f"
 """Stands for markup that was removed. It separates what stands on its two sides, and is ignored beside a number."""
@@ -51,14 +53,17 @@ _LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CUR
 """What belongs to a number and stands before its first digit, at the end of a text."""
 _SCALE = re.compile(
     rf"{_SPACE}-?{_SPACE}(?:(?P<k>[kK]|thousands?)|(?P<m>mn|mio|millions?)|(?P<b>bn|billions?)|(?P<t>trillions?)"
-    r"|(?P<h>hundreds?)|(?P<l>lakhs?)|(?P<c>crores?))(?![A-Za-z])",
+    r"|(?P<h>hundreds?)|(?P<l>lakhs?)|(?P<c>crores?)|(?P<d>dozens?))(?![A-Za-z])",
     re.IGNORECASE,
 )
-_EXPONENTS = {"k": 3, "m": 6, "b": 9, "t": 12, "h": 2, "l": 5, "c": 7}
-_AMOUNT_SCALE = re.compile(r"[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
-"""Letters that mean millions and billions behind an amount of money only. Elsewhere they may be metres or bytes."""
+"""A word that multiplies the number before it."""
+_FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "h": 100, "l": 10**5, "c": 10**7, "d": 12}
+_LETTER_SCALE = re.compile("(?:(?P<m>M)|(?P<b>B))(?![A-Za-z])")
+"""Letters directly behind a number that mean millions and billions. Small letters may be metres."""
+_AMOUNT_SCALE = re.compile("[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
+"""Letters that mean millions and billions behind an amount of money."""
 _END = re.compile(
-    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[=]"
+    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
 """The end of a statement: of the line or the sentence, or a remark. A comma ends it unless a number follows."""
@@ -91,11 +96,13 @@ def read_statement(text: str) -> Decimal | None:
         return None
     if found["sign"] and found["inner"]:
         return None
-    end, exponent = found.end(), 0
-    is_amount = found["currency"] is not None
-    scales = [_SCALE, _AMOUNT_SCALE] if is_amount else [_SCALE]
-    while scale := next((match for pattern in scales if (match := pattern.match(text, end))), None):
-        exponent += _EXPONENTS[scale.lastgroup or "k"]
+    end, factor = found.end(), 1
+    scales = [_SCALE, _LETTER_SCALE if found["currency"] is None else _AMOUNT_SCALE]
+    for _ in range(MOST_SCALES):
+        scale = next((match for pattern in scales if (match := pattern.match(text, end))), None)
+        if scale is None:
+            break
+        factor *= _FACTORS[scale.lastgroup or "k"]
         end = scale.end()
         scales = [_SCALE]
     ended = _END.search(text, end)
@@ -104,7 +111,10 @@ def read_statement(text: str) -> Decimal | None:
         return None
     _, digits, places = Decimal(re.sub(r"[^0-9.]", "", found["number"])).as_tuple()
     assert isinstance(places, int)
-    return Decimal((int((found["sign"] + found["inner"]) not in ("", "+")), digits, places + exponent))
+    # The product is one of whole numbers, because decimals round a product to 28 digits.
+    product = int("".join(map(str, digits))) * factor
+    is_negative = (found["sign"] + found["inner"]) not in ("", "+")
+    return Decimal((int(is_negative), tuple(map(int, str(product))), places))
 
 
 def read_only_number(text: str) -> Decimal | None:
