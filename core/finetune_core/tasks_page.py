@@ -91,8 +91,8 @@ not have is refused with the list of those that it has, and so are columns that 
 optional function `check` of `OwnGrader` refuses with a ValueError. The module must not import torch, because the check
 runs without it. A score may be any finite number (`unit=Unit.VALUE`), higher is better, and `aggregation` says what is
 reported over all answers. Whatever the function raises, or returns that the declaration does not allow, leaves the row
-out and is counted with its reason; a training never ends because of it. The function must return in time: it has no
-time limit of its own. `grade` is called on every rank, for the answers of that rank.
+out and is counted with its reason; a training never ends because of it. A call that takes longer than 30 s leaves
+its row and all later ones out. `grade` is called on every rank, for the answers of that rank.
 
 ## Add a task
 

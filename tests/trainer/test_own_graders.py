@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,21 @@ def test_lack_of_memory_and_an_interrupt_pass_through_an_own_grader() -> None:
 
         with pytest.raises(type(error)):
             graded(fail)
+
+
+def test_a_call_that_does_not_return_leaves_out_its_row_and_all_others() -> None:
+    never, calls = threading.Event(), []
+
+    def wait(answer: str, *_: object) -> object:
+        calls.append(answer)
+        return never.wait() if answer == "hang" else 1.0
+
+    grade = bounded(OwnGrader(task=TASK, grade=wait), {}, seconds=0.2)
+    assert grade("first", {}).is_graded
+    reasons = {grade(answer, {}).problem for answer in ("hang", "third")}
+    assert reasons == {"a call of the grader took longer than 0.2 s"}
+    assert calls == ["first", "hang"]
+    never.set()
 
 
 anything: st.SearchStrategy[Any] = st.recursive(

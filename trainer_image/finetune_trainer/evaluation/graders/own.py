@@ -7,6 +7,7 @@ becomes a grade, so that a fault of an own grader leaves rows out and never ends
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +19,9 @@ from finetune_trainer.evaluation.graders.grades import Grade
 
 GROUP = "finetune_trainer.graders"
 """Group of the entry points that name own graders."""
+
+GRADE_SECONDS = 30.0
+"""Longest time in seconds that a call of an own grader may take."""
 
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
@@ -74,20 +78,47 @@ def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     return loaded
 
 
-def bounded(own: OwnGrader, arguments: Mapping[str, str]) -> Callable[[str, Mapping[str, object]], Grade]:
+def bounded(
+    own: OwnGrader, arguments: Mapping[str, str], *, seconds: float = GRADE_SECONDS
+) -> Callable[[str, Mapping[str, object]], Grade]:
     """Return a grader that calls the function of ``own``. What the function raises, or returns that is no value of the
-    declared scores, becomes a grade that leaves the row out and says why."""
+    declared scores, becomes a grade that leaves the row out and says why.
+
+    A call that takes longer than ``seconds`` leaves its row out too, and the function is not called again, because the
+    thread of that call can't be ended.
+    """
+    stuck = threading.Event()
+    too_long = f"a call of the grader took longer than {seconds:g} s"
 
     def grade(answer: str, row: Mapping[str, object]) -> Grade:
-        try:
-            returned = own.grade(answer, row, arguments)
-            return as_grade(own.task, returned)
-        except MemoryError:
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
-            return Grade.left_out(f"the grader raised {_sentence(error)}"[:UNGRADED_REASON_LENGTH])
+        if stuck.is_set():
+            return Grade.left_out(too_long)
+        made: list[Grade | BaseException] = []
+        thread = threading.Thread(target=lambda: made.append(_attempt(own, answer, row, arguments)), daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if not made:
+            stuck.set()
+            return Grade.left_out(too_long)
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return made[0]
 
     return grade
+
+
+def _attempt(
+    own: OwnGrader, answer: str, row: Mapping[str, object], arguments: Mapping[str, str]
+) -> Grade | BaseException:
+    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are."""
+    try:
+        return as_grade(own.task, own.grade(answer, row, arguments))
+    except MemoryError as error:
+        return error
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+        return Grade.left_out(f"the grader raised {_sentence(error)}"[:UNGRADED_REASON_LENGTH])
+    except BaseException as error:  # noqa: BLE001  (raised again by the caller, in its own thread)
+        return error
 
 
 def as_grade(task: Task, returned: object) -> Grade:
