@@ -1,9 +1,9 @@
 """The fixture `cluster` for all tests, and the order and the groups in which `make test` runs the tests with
 pytest-xdist.
 
-All tests of a group run in the same pytest-xdist worker. A group is a folder whose tests share a cluster, or else a
-file, whose tests share servers and processes. The folders that take longest start first, so that both workers end at
-about the same time.
+pytest-xdist runs the tests in two processes (workers). All tests of a group run in the same worker. A group is either a
+folder whose tests share a cluster, or a file whose tests share servers and processes. The folders that take longest
+start first, so that both workers end at about the same time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["cluster"]
 
 TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
-"""Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they compute most and
-can run at the same time. Most of the other folders mainly wait."""
+"""Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they need the most CPU
+time and can run at the same time. The tests of most other folders spend most of their time waiting."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 
@@ -46,8 +46,8 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Make pytest-xdist run all tests of a group in one worker, by returning a scheduler of our own. xdist's marker for
-    groups can't be used, because pytest 9.2 ignores it."""
+    """Return a scheduler with which pytest-xdist runs all tests of a group in one worker. xdist's own marker for groups
+    can't be used, because pytest 9.2 ignores it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no type information

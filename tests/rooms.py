@@ -1,9 +1,10 @@
 """Find the test files of a room for `make unit ROOM=graders`, which runs `python -m tests.rooms graders`.
 
 A room is a folder inside one of the four packages, such as `graders` or `decide`, or a folder of `tests/`. A test file
-belongs to a room of a package if the file imports a module of the room. It also belongs to the room if it imports a
-module that imports the room, provided that this module is in `tests/` or directly in the folder of a package, such as
-`finetune_operator/reconcile.py`. A module in `tests/` may in turn import such a module of a package.
+belongs to a room of a package if it imports a module of the room, directly or through other modules. Only two kinds of
+other modules count: modules in `tests/`, and modules directly in the folder of a package, such as
+`finetune_operator/reconcile.py`. For example, tests/operator/test_crashes.py imports tests/operator/operators.py, which
+imports finetune_operator/reconcile.py, which imports the room `act`. So this test file belongs to the room `act`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class RoomError(Exception):
 
 
 def rooms_of_packages() -> dict[str, list[str]]:
-    """Return the dotted names of all rooms inside the packages, by the name of the room, which is the last part of the
-    dotted name.
+    """Return the rooms inside the packages: a mapping from the name of a room to the dotted names of its folders. The
+    name of a room is the last part of the dotted name.
 
     For example ``{"graders": ["finetune_trainer.evaluation.graders"]}``.
     """
@@ -103,8 +104,8 @@ def _imports(file: Path) -> frozenset[str]:
 
 
 def _is_left_out(file: Path) -> bool:
-    """Return whether all tests of ``file`` need the cluster or are long, which is so if its variable ``pytestmark``
-    holds the marker ``cluster`` or ``long``."""
+    """Return whether all tests of ``file`` need the cluster or are long. They do if the variable ``pytestmark`` of the
+    file contains the marker ``cluster`` or ``long``."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets):
             marks = {found.attr for found in ast.walk(node.value) if isinstance(found, ast.Attribute)}

@@ -23,8 +23,8 @@ def test_a_room_has_the_test_files_that_import_it_and_no_others() -> None:
 
 
 def test_a_room_that_is_used_through_the_top_of_a_package_has_the_tests_of_its_user() -> None:
-    """The room `act` is imported by `finetune_operator/reconcile.py`, which `tests/operator/operators.py`
-    imports for `test_crashes.py`."""
+    """`test_crashes.py` imports `tests/operator/operators.py`. This file imports `finetune_operator/reconcile.py`,
+    which imports the room `act`."""
     assert TESTS / "operator" / "test_crashes.py" in unit_test_files("act")
 
 

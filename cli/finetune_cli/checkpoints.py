@@ -1,5 +1,5 @@
-"""`finetune checkpoints`: lists the checkpoints of a job that are in the bucket. The job's status, which may be older,
-is not used for the list.
+"""`finetune checkpoints`: lists the checkpoints of a job that are in the bucket. The list comes from the bucket and not
+from the job's status, because the status may be older.
 
 The input is a client of the object store, and the address of the folder of all runs of the job. The output has one
 entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
@@ -70,7 +70,8 @@ def inspect_checkpoints(
             found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
             # An object was deleted while its folder was inspected. A running trainer deletes old checkpoints, and in
-            # each of them it deletes COMMIT first. So a folder without COMMIT is being deleted here, and is not listed.
+            # each of them it deletes COMMIT first. So a folder that has no COMMIT after the error is being deleted, and
+            # is not listed.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
                 found.append(_inspect_folder(store, place, run, step, left, verify=verify))
@@ -91,8 +92,8 @@ def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], 
 def _inspect_folder(
     store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
 ) -> CheckpointFolder:
-    """Return what was found in the checkpoint folder at ``place``: its state, its size and its perplexity. ``files``
-    are the objects in the folder."""
+    """Inspect the checkpoint folder at ``place``, and return its state, size, perplexity and damage. ``files`` are the
+    objects in the folder, by their file names."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
@@ -122,8 +123,8 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """A checkpoint is not what its manifest says, so the trainer can't resume from it. The message names the damaged
-    object."""
+    """A checkpoint differs from its manifest, so the trainer can't resume from the checkpoint. The message names the
+    damaged object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:
@@ -134,8 +135,8 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. None where no
-    perplexity is in it."""
+    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. Return None where
+    ``encoded`` contains no perplexity."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):

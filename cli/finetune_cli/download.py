@@ -1,4 +1,4 @@
-"""`finetune download`: downloads a job's artifact into a local folder and verifies every byte.
+"""`finetune download`: downloads a job's artifact into a local folder and verifies every file.
 
 The input is the artifact in a FineTuneJob's status, and a client of the job's object store. The output is a folder that
 peft or transformers loads, which appears only after the whole artifact was verified. `main.py` and the demo call
@@ -39,8 +39,8 @@ def download(
     exists already, where the size or sha256 of a file differs from the manifest, or where the manifest differs from the
     job's status.
 
-    ``progress`` is called as by `ObjectStoreReader.fetch`. The files are written into a temporary folder, which gets
-    the name ``folder`` after all files are verified.
+    ``progress`` is called with the number of bytes of each downloaded piece, as `ObjectStoreReader.fetch` describes.
+    The files are written into a temporary folder, which gets the name ``folder`` after all files are verified.
     """
     if folder.exists():
         raise UserError(str(folder), "exists already; choose another folder with `-o`")

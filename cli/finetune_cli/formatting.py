@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-"""Characters of a one-line curve, from the one for the lowest value to the one for the highest value."""
+"""Characters of a one-line curve. The first character is for the lowest value, and the last is for the highest
+value."""
 
 
 def size(count: int) -> str:
@@ -49,9 +50,10 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     """Return ``values``, the oldest first, as a curve of at most ``width`` characters with the newest value at the
     right.
 
-    The scale is logarithmic where all finite values are greater than zero, because a loss falls by orders of magnitude.
-    Where there are more than ``width`` values, they are divided into ``width`` parts of about equal length, and each
-    part is drawn as the mean of its values. A part without a finite value leaves a gap.
+    The scale is logarithmic where all finite values are greater than zero, because a loss may fall by orders of
+    magnitude. Where there are more than ``width`` values, they are divided into ``width`` parts of about equal length.
+    Each part is drawn as one character, by the mean of its values or, on the logarithmic scale, of their logarithms. A
+    part without a finite value leaves a gap.
     """
     heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
@@ -65,12 +67,13 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def _all_positive(values: Sequence[float]) -> bool:
-    """Return whether all finite values are greater than zero. Only then can a logarithmic scale show them."""
+    """Return whether all finite values are greater than zero. A logarithmic scale can't show other values."""
     return all(value > 0 for value in values if math.isfinite(value))
 
 
 def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
-    """Return those finite values of a curve that are drawn as its character number ``column``, counted from 0."""
+    """Return the finite values of the part of ``values`` that is drawn as character number ``column`` of a curve.
+    Characters are counted from 0."""
     columns = min(width, len(values))
     start, end = column * len(values) // columns, (column + 1) * len(values) // columns
     return [value for value in values[start:end] if math.isfinite(value)]

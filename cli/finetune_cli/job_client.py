@@ -28,8 +28,8 @@ from finetune_core.errors import UserError
 CALL_TIMEOUT_SECONDS = (5, 30)
 """Two timeouts of a call to the API server in seconds: for the connection, and for the answer."""
 WATCH_SECONDS = 30
-"""Seconds after which the API server ends a watch and the client starts another one. So a connection that was lost
-without an error is replaced soon."""
+"""Seconds after which the API server ends a watch and the client starts a new watch. With a short time, a connection
+that was lost without an error is replaced soon."""
 RECONNECT_FOR_SECONDS = 600
 """Seconds for which the client tries again to reach an API server that no longer answers."""
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
@@ -37,12 +37,12 @@ RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
-"""Exceptions that the Kubernetes client raises for a kubeconfig whose YAML has an unexpected structure."""
+"""Exceptions that the library `kubernetes` raises for a kubeconfig whose YAML has an unexpected structure."""
 
 
 class ConnectionLostError(Exception):
-    """The API server could not be reached, or answered with an error that does not come from the request. Another try
-    may succeed."""
+    """The API server could not be reached, or answered with an error whose cause is not the request. Another try may
+    succeed."""
 
 
 def load_client() -> tuple[client.ApiClient, str]:
@@ -60,7 +60,7 @@ def load_client() -> tuple[client.ApiClient, str]:
 
 def _default_namespace() -> str:
     """Return the namespace of the current kubeconfig context. Without a kubeconfig, return the namespace of the pod
-    that the program runs in. `default` where neither names a namespace."""
+    that the program runs in. If there is no namespace in either place, return `default`."""
     try:
         _, context = config.list_kube_config_contexts()
     except (config.ConfigException, OSError):
@@ -77,9 +77,9 @@ class JobClient:
         self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job ``name``. Raises UserError where the job does not exist, or where this user or this version of
-        the program can't read it. Raises ConnectionLostError where the API server can't be reached or has a problem of
-        its own."""
+        """Return the job ``name``. Raises UserError where the job does not exist, where the user may not read it, or
+        where it does not fit this version of the program. Raises ConnectionLostError where the API server can't be
+        reached or has a problem of its own."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(
@@ -102,8 +102,8 @@ class JobClient:
         ConnectionLostError when no API server answers at the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
-        # This first call is not repeated where no API server answers: at the start a wrong kubeconfig is a more likely
-        # cause than a restart of the API server.
+        # This first call is not repeated where no API server answers, because at the start a wrong kubeconfig is a more
+        # likely cause than a restart of the API server.
         current, version = self._list(name)
         yield parse(current)
         while (left := until - time.monotonic()) > 0:
@@ -145,9 +145,9 @@ class JobClient:
         return dict(found.data or {})
 
     def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
-        """Return the object ``name`` that ``read``, a method of the Kubernetes client, fetches. Where the API server
-        answers with an error, raises UserError about ``subject``: with the sentence that ``sentences`` has for the HTTP
-        status code, or else with the API server's message."""
+        """Return the object ``name``, fetched with ``read``, a method of the Kubernetes client. Where the API server
+        answers with an error, raises UserError about ``subject``. Its text is the sentence in ``sentences`` for the
+        HTTP status code or, if there is none, the API server's message."""
         try:
             return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
@@ -177,8 +177,8 @@ class JobClient:
     def _list(self, name: str) -> tuple[dict[str, Any], str]:
         """Return the stored job ``name``, and the resourceVersion from which a watch can continue.
 
-        The resourceVersion is that of the list and not that of the job. A job that has not changed for minutes may have
-        a resourceVersion that is too old for a watch.
+        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
+        minutes may be too old for a watch.
         """
         try:
             found = self._custom.list_namespaced_custom_object(
@@ -230,8 +230,8 @@ class JobClient:
         return f"{KIND} {self._namespace}/{name}"
 
     def _to_exception(self, name: str, error: client.ApiException) -> Exception:
-        """Return the exception that explains ``error``, an answer of the API server, to a user. A status code without
-        an explanation of its own becomes ConnectionLostError."""
+        """Return the exception that explains ``error``, an answer of the API server, to a user. For a status code that
+        has no explanation below, the exception is a ConnectionLostError."""
         if error.status == 404 and _reason(error) == "NotFound":
             return UserError(self._subject(name), "does not exist")
         if error.status == 404:
@@ -262,8 +262,8 @@ def _cause(error: urllib3.exceptions.HTTPError) -> str:
 
 
 def _reason(error: client.ApiException) -> str:
-    """Return the reason in the API server's answer to a failed request, for example `NotFound`. Empty where the answer
-    is plain text, as it is for a path that the API server does not serve."""
+    """Return the reason in the API server's answer to a failed request, for example `NotFound`. The result is empty
+    where the answer is plain text. The API server sends plain text for a path that it does not serve."""
     body = _status(error)
     return str(body.get("reason", ""))
 

@@ -24,16 +24,16 @@ from finetune_cli.state import (
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""A line about the progress is written when the progress has grown by this many percent of all steps since lines were
-last written, and at the last step."""
+"""A line about the progress is written when at least this percentage of all steps was trained since lines were last
+written. At the last step a line is always written."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
-    """Return the lines about all changes from ``shown``, the state of the job about which lines were written last, to
-    ``job``.
+    """Return the lines about all differences between ``job``, the newest state of the job, and ``shown``, the state for
+    which lines were last written.
 
-    A change of the step alone gives a line only after each five percent of the steps, so that the log of a long run
-    stays readable.
+    Where only the step has changed, there is a line only after each five percent of the steps, so that the log of a
+    long run stays readable.
     """
     return [
         *_state(shown, job),
@@ -50,8 +50,8 @@ def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
         text = f"{state(seen)}: {state_message(seen)}" if state_message(seen) else state(seen)
         return f"{text} ({blocking_message(seen)})" if blocking_message(seen) else text
 
-    # While the job runs, a change of the message alone gives no line, because the message may contain the step, and the
-    # lines about the progress show the step already.
+    # While the job runs, there is no line if only the message has changed. The message may contain the step, which the
+    # lines about the progress show already.
     if shown is None or state(shown) != state(job) or (state(job) != "Running" and words(shown) != words(job)):
         yield words(job)
 
@@ -72,7 +72,7 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     if before is not None and progress.step == before.step:
         return
     advanced = progress.percentage - (before.percentage if before else 0)
-    # A step that is lower than before is shown at once. It means that the job has resumed from a checkpoint.
+    # A step that is lower than before is shown at once, because it means that the job has resumed from a checkpoint.
     if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
         return
     words = [f"step {progress.step}/{progress.total_steps}"]

@@ -1,8 +1,8 @@
 """Reads objects of a job from MinIO or S3. No other module of the CLI sends requests to the object store.
 
 The input is the section `spec.storage` of a job, and an access key. A failed request raises a UserError that names the
-object or the address of the store; `ObjectStoreReader` says what a transfer raises that breaks off. `main.py` and the
-demo make the reader, and `download.py` and `checkpoints.py` read with it.
+object or the address of the store. `main.py` and the demo create an `ObjectStoreReader`, and `download.py` and
+`checkpoints.py` read with it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from finetune_core.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
-"""Largest object, in bytes, that `read` returns. The objects that the commands read with it, such as manifests, are far
-smaller."""
+"""Size in bytes of the largest object that `read` returns. The objects that the commands read with `read`, such as
+manifests, are far smaller."""
 TRIES = 3
 """Largest number of times that `fetch` tries to download an object, the first time included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
@@ -67,14 +67,14 @@ class MissingError(UserError):
 
 class ObjectStoreReader:
     """Reads objects from a job's object store. A failed request raises a UserError that names the object or the address
-    of the store. A transfer that breaks off raises urllib3's error, except in `fetch`, which repeats the transfer and
-    in the end raises a UserError."""
+    of the store. A transfer that breaks off raises urllib3's error. Only `fetch` starts the transfer again, and raises
+    a UserError after the last try."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
         """Create the client. ``endpoint`` replaces the object store's address in ``storage``. ``certificates`` are CA
-        certificates in PEM. With them the client trusts no others."""
+        certificates in PEM. If they are given, the client trusts only these certificates."""
         self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
@@ -88,8 +88,8 @@ class ObjectStoreReader:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                # Retry-After is ignored, because MinIO sends a minute with every 503, and a user would wait that long
-                # without any output.
+                # Retry-After is ignored, because MinIO asks for a pause of one minute with every 503, and a user would
+                # see no output during the pause.
                 retries=urllib3.Retry(
                     total=2,
                     backoff_factor=0.5,
@@ -135,10 +135,11 @@ class ObjectStoreReader:
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
         """Write an object to ``target``, and return its size in bytes and its sha256. A transfer that breaks off is
-        repeated from its start, TRIES times in all at most.
+        started again from the first byte. There are at most TRIES transfers in all.
 
         ``progress`` is called with the number of bytes of each chunk. When a transfer breaks off, ``progress`` is
-        called with minus the number of bytes that this transfer had written, so that the sum of all calls stays right.
+        called with the negative number of the bytes that this transfer had written, so that the sum of all calls stays
+        right.
         """
         for attempt in range(1, TRIES + 1):
             sha256, written = hashlib.sha256(), 0
@@ -186,7 +187,7 @@ class ObjectStoreReader:
             if error.code in REFUSED:
                 raise UserError(self.endpoint, f"refused the credentials for {subject} ({error.code})") from error
             raise UserError(subject, f"the store at {self.endpoint} answered {error.code}: {error.message}") from error
-        # minio-py raises ValueError or ParseError for an answer whose XML is not that of an object store.
+        # minio-py raises ValueError or ParseError where the answer is not the XML that an object store sends.
         except (InvalidResponseError, ServerError, ValueError, ElementTree.ParseError) as error:
             raise UserError(self.endpoint, f"does not answer like an object store ({error})") from error
         except urllib3.exceptions.HTTPError as error:
@@ -200,7 +201,8 @@ class ObjectStoreReader:
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
     """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where ``certificates`` is None,
-    the context trusts those in the file that the environment variable SSL_CERT_FILE names, or else those of certifi."""
+    the context trusts the CA certificates in the file that the environment variable SSL_CERT_FILE names, or else those
+    of the library certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

@@ -34,7 +34,7 @@ CHECKPOINTS_SHOWN = 5
 ATTEMPTS_SHOWN = 5
 INCIDENTS_SHOWN = 5
 SILENCE = timedelta(seconds=30)
-"""Time without a report after which the panel shows when the last report came. A running job reports every few
+"""Time without a report after which the panel shows the age of the last report. A running job reports every few
 seconds."""
 
 
@@ -121,7 +121,7 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
     """Return a table with a row for the loss and a row for the validation perplexity. A row has the newest value, the
-    curve and the first value. None where the job has no value yet."""
+    curve and the first value. Return None where the job has no values yet."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (
@@ -193,8 +193,8 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and how each ended. None while every ended attempt has succeeded and nothing has
-    gone wrong in the current attempt."""
+    """Return a table of the attempts and how each ended. Return None if every ended attempt has succeeded and the
+    status names no cause for an end of the current attempt."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
@@ -225,8 +225,8 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return an empty table without borders. ``title`` is the heading of the first column. Callers leave the cells
-    below it empty, so that the heading names the table."""
+    """Return an empty table without borders. ``title`` is the heading of the first column. Callers leave the cells of
+    this column empty, so that the heading serves as the name of the table."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:

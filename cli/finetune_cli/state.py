@@ -1,5 +1,5 @@
-"""What a FineTuneJob's conditions say, in words for people: the job's state, a message, what stops the job from going
-on, and how the job ended.
+"""Functions that describe a FineTuneJob by its conditions, in words for people: the job's state, a message, what stops
+the job from going on, and how the job ended.
 
 All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
 """
@@ -63,8 +63,8 @@ def state_message(job: FineTuneJob) -> str:
 
 
 def blocking_message(job: FineTuneJob) -> str:
-    """Return why an unfinished job can't go on. Empty where nothing stops the job, or where `state_message` returns the
-    same sentence."""
+    """Return why an unfinished job can't go on. The result is empty where nothing stops the job, and where
+    `state_message` returns the same sentence."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
@@ -112,8 +112,8 @@ def ungraded_text(scores: Scores | None) -> str:
 
 
 def scores_by_name(scores: Scores | None, task: str | None) -> dict[str, str]:
-    """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. Empty where the model
-    was not scored.
+    """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. The result is empty
+    where the model was not scored.
 
     ``task`` is what `task_of` returns.
     """

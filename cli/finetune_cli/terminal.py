@@ -23,10 +23,11 @@ _UNPRINTABLE: Final = re.compile(
     "\ud800-\udfff"  # surrogates, which can't be encoded
     "\U000e0000-\U000e007f]"  # tag characters, which are invisible
 )
-"""Matches a character that a terminal does not show: it obeys the character, or the character is invisible."""
+"""Matches a character that a terminal does not show, because the terminal obeys the character or because the character
+is invisible."""
 _BLANKS: Final = re.compile("[\t\n\r\x0b\x0c\x85\u2028\u2029]+")
-"""Matches a sequence of characters that end a line or a column. Each sequence becomes one blank, so that words stay
-apart."""
+"""Matches a sequence of line ends, tabs and similar characters. Each sequence is replaced by one blank, so that words
+stay apart."""
 
 
 def printable(text: str) -> str:
@@ -46,12 +47,12 @@ def complain(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """Write ``value`` as indented JSON to the standard output. Control characters are not removed, but written as
-    escape sequences. JSON itself escapes all of them but DEL."""
+    escape sequences. The library escapes all control characters except DEL, which is escaped here."""
     print(json.dumps(value, indent=2, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
 
 
 class TerminalHandler(logging.Handler):
-    """Writes warnings of libraries to the standard error output. `main.py` makes it the handler for loggers that have
+    """Writes warnings of libraries to the standard error output. `main.py` registers this handler for loggers that have
     no other handler."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -69,7 +70,8 @@ class SafeConsole(Console):
     """A console of the library rich that removes control characters from every shown text, and does not interpret
     markup in the text.
 
-    rich itself passes escape characters on, and would read `[red]` in a message as a colour and `[/]` as an error.
+    Without these changes, rich would write escape characters to the terminal, show a message with `[red]` in red, and
+    fail at a message with `[/]`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -77,8 +79,8 @@ class SafeConsole(Console):
         super().__init__(**options, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments of ``renderable``, with texts that have no control characters. Segments that are control
-        codes of rich itself are kept."""
+        """Yield the segments of ``renderable`` without the control characters in their texts. Segments with control
+        codes of rich itself, for example for the cursor, stay as they are."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text == "\n":
                 yield segment

@@ -1,4 +1,5 @@
-"""`finetune validate`: reports the problems that API server and operator would find in job files, without a cluster.
+"""`finetune validate`: reports the problems that the API server and the operator would find in job files. No cluster is
+needed.
 
 The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
 the field must be>`, or is JSON for programs. `finetune_core.validation` checks the jobs against the schema and the
@@ -54,7 +55,7 @@ class FileReport:
 
 
 def validate_files(options: argparse.Namespace) -> int:
-    """Check the files of the command line. Return 0 when every job is valid, else 1."""
+    """Check the files that the command line names. Return 0 when no file has a problem, else 1."""
     checked = [check_file(name) for name in options.files]
     if options.output == "json":
         say_json(json_report(checked))
@@ -125,7 +126,8 @@ def _unreadable(name: str, message: str, line: int = 1) -> FileReport:
 
 
 def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield each job of a YAML document, and its path in the document. A document may also be a List of objects."""
+    """Yield each job in ``value``, a YAML document, and the path of the job in the document. The document is a single
+    object or a List of objects."""
     if not isinstance(value, dict):
         return
     if value.get("kind") == "List" and isinstance(value.get("items"), list):
@@ -137,8 +139,8 @@ def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
 
 
 def _is_meant_as_job(document: dict[str, Any]) -> bool:
-    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group is that of a FineTuneJob.
-    Capital and small letters count as equal."""
+    """Return whether ``document`` is probably meant as a FineTuneJob, because its kind or its API group is that of a
+    FineTuneJob. Capital and small letters count as equal."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 

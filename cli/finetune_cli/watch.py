@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
-The input is an iterator over the job's states. On a terminal the output is a panel that is redrawn, elsewhere it is
-lines. `main.py` and the demo call `show_until_ended`.
+The input is an iterator over the job's states. On a terminal the output is a panel that is redrawn. In a log or a pipe
+the output is a line for each change. `main.py` and the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class View(ABC):
 
     @abstractmethod
     def show_notice(self, sentence: str) -> None:
-        """Show ``sentence``, which is not about the job but for example about a lost connection."""
+        """Show ``sentence``, a message that is not about the job, for example that the connection is lost."""
 
 
 class LiveView(View):
@@ -54,8 +54,8 @@ class LiveView(View):
         self._live.stop()
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Draw the newest state of the job. Remove the notice about the connection, because the connection works
-        again."""
+        """Show ``job``, the newest state of the job, from the next redraw on. The notice about the connection is
+        removed, because the connection works again."""
         self._job, self._notice = job, ""
 
     def show_notice(self, sentence: str) -> None:
@@ -77,7 +77,7 @@ class LineView(View):
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write one line for each difference between ``job`` and the state about which lines were written last."""
+        """Write one line for each difference between ``job`` and the state for which lines were last written."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)

@@ -4,7 +4,7 @@ The result is dicts, lists and scalars, the line of each, and the problems of th
 duplicate keys, and aliases that expand to too many values. The module processes the parser's events with a list as a
 stack, because recursion would overflow Python's call stack on deep nesting.
 
-kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser reads
+kubectl's parser and PyYAML both follow YAML 1.1, but with different exceptions. For example, kubectl's parser reads
 `1e-4` as a number, and PyYAML reads it as a string. So this module, and not PyYAML, decides the value of a plain
 (unquoted) scalar.
 """
@@ -23,11 +23,10 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Largest number of nested levels that are skipped inside of a refused value or key. Where there are more levels,
-parsing stops, because the parser's time grows with the square of the depth."""
+"""Largest number of nested levels inside of a refused value or key. These levels are skipped. Where there are more
+levels, parsing stops, because the time that the parser needs grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values in a document. The values that an alias stands for count each time that the alias is
-used."""
+"""Largest number of values in a document. Where an alias is used, all values of its anchor count again."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -37,7 +36,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = object()
-"""Stands for the merge key `<<` in the attribute `key` of a frame, which otherwise holds the text of a key."""
+"""Value of `_Frame.key` for the merge key `<<`. For any other key, `_Frame.key` is the text of the key."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -116,7 +115,7 @@ class _Builder:
         self._skipping = 0
 
     def take(self, event: Any) -> None:
-        """Add what ``event``, the parser's next event, says to the document."""
+        """Add the content of ``event``, the parser's next event, to the document."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -211,8 +210,8 @@ class _Builder:
         self.document.lines[path] = _line(event)
 
     def _place(self, event: Any) -> FieldPath:
-        """Return the path of the value that ``event`` begins, and record the line of this path. The line of a value in
-        a mapping is not recorded here, because `_take_key` has recorded the line of its key."""
+        """Return the path of the value that ``event`` begins, and record the line of this path. For a value in a
+        mapping no line is recorded here, because `_take_key` has recorded the line of the key for the same path."""
         if not self._frames:
             self.document.lines[()] = _line(event)
             return ()
@@ -256,7 +255,8 @@ def _line(event: Any) -> int:
 
 
 def _key(value: Any) -> str | None:
-    """Return a key of a YAML mapping as the string that is the key in JSON. None for a key that JSON can't express."""
+    """Return ``value``, a key of a YAML mapping, as the text that this key has in JSON. Return None for a key that JSON
+    can't express."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -312,5 +312,5 @@ def _integer(number: str) -> int | float:
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
     # A number of 100 digits or more becomes 1e308, because int() refuses numbers of thousands of digits. The exact
-    # value does not matter, because so large a number exceeds every bound of the schema.
+    # value does not matter, because a number of this size exceeds every bound of the schema.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -6,7 +6,8 @@ from __future__ import annotations
 def valid_text(text: str) -> str:
     """Return ``text`` with an escape such as ``\\ud800`` in place of each half of a surrogate pair.
 
-    JSON files, chat templates and file names can contain such halves, but no file, log or message can hold them.
+    JSON files, chat templates and file names can contain such halves. A text that contains one can't be encoded as
+    UTF-8, so it can't be written into a file, a log or a message.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -29,12 +29,12 @@ MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
 TRAINER_FILE = "trainer.json"
-"""Name of the file in a checkpoint that holds everything but tensors: the step, the position in the data, the
+"""Name of the file in a checkpoint that contains everything except tensors: the step, the position in the data, the
 perplexity and other numbers."""
 BASES = "_bases"
-"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each such model is
-stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces, and the name of a
-namespace has no underscore."""
+"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each of these models
+is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. The folder can't
+be confused with them, because the name of a namespace has no underscore."""
 
 
 class Location(NamedTuple):
@@ -68,16 +68,17 @@ def run_root(storage_uri: str, namespace: str, name: str, run_id: str) -> str:
 
 
 def runs_folder_of(job: FineTuneJob) -> str:
-    """Return the `s3://` address of the folder that holds one folder of runs for each job of this name, for example
-    `s3://finetune/runs/team-a/quickstart`."""
+    """Return the `s3://` address of the folder that contains the folders of all jobs with the namespace and name of
+    ``job``, for example `s3://finetune/runs/team-a/quickstart`. Each of these folders contains all runs of a job."""
     return parse_uri(job.spec.storage.uri).uri(job.metadata.namespace, job.metadata.name)
 
 
 def run_root_of(job: FineTuneJob, preflight: PreflightStatus | None = None) -> str:
     """Return the `s3://` address of the folder of all runs of ``job``.
 
-    The last part of the address is `storage.runId`. Without that field it is the name of the former job's folder, where
-    ``preflight``, the record of the preflight check, has one that the job takes over. Otherwise it is the job's uid.
+    The last part of the address is `storage.runId` if the job sets that field. Otherwise it is the name of a former
+    job's folder if ``preflight``, the record of the preflight check, says that the job takes over that folder.
+    Otherwise it is the job's uid.
     """
     storage, metadata = job.spec.storage, job.metadata
     taken_over = preflight.taken_over.run_id if preflight is not None and preflight.taken_over is not None else None
@@ -148,8 +149,8 @@ class Manifest(ContractModel):
 
 
 class ArtifactPointer(ContractModel):
-    """Content of the object ARTIFACT, which names the job's artifact: the one of the job's artifact folders that
-    counts."""
+    """Content of the object ARTIFACT. The object names the folder below `artifacts/` that is the job's artifact,
+    because several runs of a job can each write such a folder."""
 
     version: int = 1
     run: int

@@ -1,7 +1,7 @@
 """Names of the Kubernetes objects that the operator creates for a job.
 
-Each name follows from the job and from the number of the attempt or of the try, so that an operator that restarts after
-a crash finds the objects that it has already created.
+Each name is computed from the job and from the number of the attempt or of the try. An operator that restarts after a
+crash therefore finds the objects that it has already created.
 """
 
 from __future__ import annotations

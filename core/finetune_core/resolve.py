@@ -1,7 +1,9 @@
-"""Turns a job into the run file of an attempt. Each field that the job leaves open gets its value here.
+"""Turns a job into the run file of an attempt.
 
-The operator calls `resolve` before each attempt. Defaults are chosen here and not in the trainer, so that they stand in
-one place. Only a value that depends on model or data, such as the steps of one epoch, is left to the trainer.
+The operator calls `resolve` before the preflight check and before each attempt. Most defaults are fixed values in the
+models of `api/`. This module chooses the defaults that depend on other fields, such as the learning rate, which depends
+on the method. Only a value that depends on the model or the data, such as the number of steps in one epoch, is left to
+the trainer.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
-"""For each method, the peak learning rate where the job sets none: the rate in Anyscale's study of LoRA (September
-2023), which the project repeats."""
+"""For each method, the peak learning rate where the job sets none. The rates are those of Anyscale's study of LoRA
+(September 2023), which the jobs in examples/llama2 repeat."""
 DEFAULT_CHECKPOINT_STEPS = 100
 """Optimizer steps between two checkpoints where the job sets neither `everySteps` nor `everyMinutes`."""
 

@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
-    # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that the cluster is removed whatever the program
-    # is doing. The handler of SIGINT is set too, because a shell that starts the program in the background makes the
-    # program ignore SIGINT.
+    # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that both signals remove the cluster at any
+    # time. Python's default handler of SIGINT does this already. It is set anyway, because a shell that starts the
+    # program in the background makes the program ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases of the demo and return 0. Raises ClusterError at once where this machine can't run a cluster, and
-    later where a phase fails."""
+    """Run all phases of the demo and return 0. Raises ClusterError where this machine can't run a cluster, and where a
+    phase fails."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)

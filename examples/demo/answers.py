@@ -63,7 +63,7 @@ def compare(base_folder: Path, tuned_folder: Path, rows: Sequence[dict[str, str]
     model = load(base_folder)
     before = answers(model, tokenizer, sentences)
     if (tuned_folder / "adapter_config.json").exists():
-        # The adapter is merged into the weights, so that generation takes no longer than without an adapter.
+        # The adapter is merged into the model's weights, so that generation is as fast as without an adapter.
         model = PeftModel.from_pretrained(model, tuned_folder).merge_and_unload()
     else:
         model = load(tuned_folder)

@@ -29,7 +29,8 @@ CONVERSION_TIMEOUT_SECONDS = 600
 def base_model() -> Path:
     """Return the folder of the base model, and create it if it does not exist.
 
-    The folder gets its final name only after the whole model is in it, so that an existing folder is always complete.
+    The folder gets its final name only after the whole model was written, so that a folder with this name is always
+    complete.
 
     Raises:
         ClusterError: the wheel can't be downloaded, or transformers can't read its content.

@@ -41,7 +41,8 @@ class Measurements:
     job: dict[str, float] = field(default_factory=dict)
     """Seconds from `kubectl apply` to each milestone of the job."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Memory of the operator in bytes, under the name of what was measured."""
+    """Memory of the operator in bytes, by the name of the figure, for example ``{"operatorWorkingSetBytes":
+    90_000_000}``."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     artifact: dict[str, Any] = field(default_factory=dict)
     exact_match: dict[str, float] = field(default_factory=dict)
@@ -88,8 +89,8 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. As a context manager it watches the job's
-    pods in a thread, and `observe` takes the other milestones from the states of the job."""
+    """Records when the job reaches its milestones, such as its first step. While the context manager is active, a
+    thread watches the job's pods. `observe` takes the other milestones from the states of the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -108,12 +109,12 @@ class JobTimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds from the creation of this object, right before `kubectl apply`, to each milestone, the earliest
-        first."""
+        """Seconds from the creation of this object to each milestone, the earliest first. The object is created right
+        before `kubectl apply`."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
-        """Pass the states of the job on unchanged, and record the milestones that they show."""
+        """Yield each state in ``jobs`` unchanged, and record the milestones that the states show."""
         for job in jobs:
             status = status_of(job)
             if status.conditions:
@@ -132,8 +133,9 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has all pods of an attempt, and the time at which all of them run. The
-        pods are polled, because the job's status shows their state later."""
+        """Record the time at which the namespace has all pods of an attempt, and the time at which all of these pods
+        run. The thread asks the API server for the pods again and again, because the job's status shows the state of
+        the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):

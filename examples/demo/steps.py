@@ -49,9 +49,8 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # The client gets a connection pool of its own, because minio's default pool would use a proxy from the environment.
-    # Retry-After is ignored, because a MinIO that has just started asks clients to wait a minute, and is ready much
-    # earlier.
+    # The client gets a connection pool of its own, because minio's default pool obeys Retry-After. A MinIO that has
+    # just started asks clients to wait a minute, and is ready much earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
     )
@@ -67,7 +66,8 @@ def object_store(cluster: Cluster) -> Minio:
 
 
 def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
-    """Create ``bucket`` if it does not exist. Its default is the bucket that the quickstart job files name."""
+    """Create the bucket ``bucket`` if it does not exist. By default this is the bucket that the quickstart job files
+    name."""
     with cluster.enter():
         store = object_store(cluster)
         if not store.bucket_exists(bucket):
@@ -83,8 +83,8 @@ def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket:
 
 
 def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BUCKET) -> None:
-    """Upload training and validation rows into the bucket. The held-out rows are not uploaded, so that no job can read
-    them."""
+    """Upload the training rows and the validation rows into the bucket. The held-out rows are not uploaded, so that no
+    job can read them."""
     with tempfile.TemporaryDirectory() as folder:
         write(rows, Path(folder))
         for name in ("train.jsonl", "validation.jsonl"):
@@ -98,8 +98,8 @@ def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -
 
 
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
-    """Make the cluster's MinIO, which runs outside of Kubernetes, reachable for pods as `minio.storage.svc`, the name
-    in the quickstart job files.
+    """Make the cluster's MinIO, which runs outside of Kubernetes, reachable for pods under the name
+    `minio.storage.svc`. The quickstart job files contain this name.
 
     The Service has no selector. It gets MinIO's address from an EndpointSlice.
     """
@@ -204,10 +204,11 @@ def wait_for_job(
     timeout: float,
     notify: Callable[[str], None] = lambda sentence: None,
 ) -> FineTuneJob:
-    """Return the job as soon as ``reached`` is true for its state. ``what`` says in messages what is waited for.
+    """Return the job as soon as ``reached`` is true for its state. ``what`` names this state in error messages, for
+    example "the first step". ``notify`` is called with a sentence when the connection to the API server is lost.
 
-    Raises: ClusterError: ``timeout`` seconds have passed, or the job has ended without that state. The message has the
-    job's last state.
+    Raises ClusterError where ``timeout`` seconds have passed, or where the job has ended without reaching the state.
+    The message names the job's last state.
     """
     newest: FineTuneJob | None = None
     with jobs_in(cluster, namespace) as jobs:

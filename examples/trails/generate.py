@@ -5,8 +5,8 @@ the fields `sentence` and `meaning`. `make demo` and the end-to-end tests call `
 
     python -m examples.trails.generate --output /tmp/trails
 
-The task resembles ViGGO (Juraska et al. 2019) with another vocabulary of five functions and six attributes. A meaning
-lists its attributes in a fixed order, whatever their order in the sentence is.
+The task resembles ViGGO (Juraska et al. 2019), but has a vocabulary of its own with five functions and six attributes.
+A meaning lists its attributes in a fixed order. Their order in the sentence may differ.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Trail:
 class Rows:
     """The three sets of rows. No meaning occurs in two sets.
 
-    The held-out rows are new combinations of known parts. The function and the attributes of a held-out row never occur
-    together in a training row, and neither do the two words of its name. With the default numbers of rows, each word of
-    a name, each function and each attribute by itself occurs in training rows.
+    The held-out rows are new combinations of known parts. No training row has both the function and the attributes of a
+    held-out row, and no training row has the name of a held-out row. With the default numbers of rows, each word of a
+    name, each function and each attribute by itself occurs in training rows.
     """
 
     train: list[dict[str, str]]
@@ -98,8 +98,8 @@ class Rows:
 
 
 def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: int = 40) -> Rows:
-    """Return the three sets with ``train``, ``validation`` and ``heldout`` rows. The same seed and numbers give the
-    same rows on every machine."""
+    """Return the three sets. ``train``, ``validation`` and ``heldout`` are their numbers of rows. With the same seed
+    and numbers, the rows are the same on every machine."""
     chance = random.Random(seed)
     shapes = [(function, attributes) for function in SENTENCES for attributes in _attribute_sets()]
     names = [f"{first} {second}" for first, second in itertools.product(FIRST_WORDS, SECOND_WORDS)]
@@ -121,8 +121,8 @@ def write(rows: Rows, folder: Path) -> None:
 
 
 def _attribute_sets() -> Iterator[tuple[str, ...]]:
-    """Yield every set of one attribute and every set of two attributes, without `name`. Two attributes come in the
-    order in which a meaning lists them."""
+    """Yield every set of one or two attributes. The attribute `name` is in no set. Two attributes are in the order in
+    which a meaning lists them."""
     for size in (1, 2):
         yield from itertools.combinations(VALUES, size)
 
@@ -134,8 +134,8 @@ def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list
 
 
 def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
-    """Return ``number`` trails with different meanings. The shapes are used in turn, so that all are about equally
-    frequent."""
+    """Return ``number`` trails with different meanings. The shapes are used one after the other, again and again, so
+    that all shapes are about equally frequent."""
     trails: dict[str, Trail] = {}
     turns = itertools.cycle(shapes)
     while len(trails) < number:
@@ -157,14 +157,14 @@ def _row(trail: Trail, chance: random.Random) -> dict[str, str]:
 
 
 def _phrase(attribute: str, value: str, chance: random.Random) -> str:
-    """Return a clause that says that ``attribute`` has ``value``."""
+    """Return a clause that expresses that ``attribute`` has ``value``, for example `it is 12 km long`."""
     if attribute == "dogs":
         return chance.choice(DOGS_PHRASES[value])
     return chance.choice(PHRASES[attribute]).format(value=value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files into the folder that the command line names, and print the number of rows in each and the
+    """Write the files into the folder that the command line names. Print the number of rows in each file, and the
     folder."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.trails.generate",

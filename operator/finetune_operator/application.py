@@ -76,7 +76,10 @@ class Replica:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM, and raise any exception that ends the operator earlier, such as the loss of the Lease."""
+        """Run until SIGTERM, and raise any exception that ends the operator earlier.
+
+        The loss of the Lease raises no exception: it ends the process at once (`process/leader_election.py`).
+        """
         stopping = _stop_signal()
         try:
             await self._health.start(self._settings.health_port)

@@ -16,8 +16,9 @@ from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, 
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,9 @@ class Controller:
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
         """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns.
 
-        Each of ``namespaces`` has a list of its own, so that a namespace which is deleted or forbidden holds no other
-        back. Where ``namespaces`` is empty, one list covers all namespaces. The operator is ready once at least one
-        list has succeeded and every other has succeeded or was refused.
+        The jobs of each of ``namespaces`` are listed by a request of their own, so that a deleted or forbidden
+        namespace does not hold up the others. Where ``namespaces`` is empty, one list covers all namespaces. The
+        operator is ready once at least one list has succeeded and every other list has succeeded or was refused.
         """
         unlisted: set[str | None] = set(namespaces or (None,))
         listed = _Listed(unlisted, self._activity, self._metrics)
@@ -106,8 +107,12 @@ class Controller:
                 loops.create_task(self._resync(namespace, seconds, listed))
 
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
-        """Queue every job of ``namespace`` now and again every ``seconds``; None means of all namespaces."""
-        problem = ""
+        """Queue every job of ``namespace`` (None: of all namespaces) now and again every ``seconds``.
+
+        Where the list has been refused for ``seconds``, nothing is known of the jobs any more, so their series are no
+        longer exported until a list succeeds.
+        """
+        problem, refusals = "", 0
         while True:
             try:
                 await self._list(namespace)
@@ -116,18 +121,23 @@ class Controller:
                     problem = describe_error(error)
                     where = f"of namespace {namespace}" if namespace else "of all namespaces"
                     logger.warning("the jobs %s could not be listed: %s", where, problem)
-                listed.failed(namespace, refused=isinstance(error, ApiError) and error.status in REFUSED)
+                refused = isinstance(error, ApiError) and error.status in REFUSED
+                listed.failed(namespace, refused=refused)
+                refusals = refusals + 1 if refused else 0
+                if refusals * RESYNC_RETRY_SECONDS > seconds:
+                    self._metrics.jobs.hide(namespace)
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
             else:
-                problem = ""
+                problem, refusals = "", 0
+                self._metrics.jobs.show(namespace)
                 listed.succeeded(namespace)
                 await asyncio.sleep(seconds)
 
     async def _list(self, namespace: str | None) -> None:
         """Queue every job of ``namespace`` that exists, and every one that is only in memory.
 
-        Those in memory are queued because a job may have been deleted without a watch event. An ended job is left out
-        where its listed resourceVersion is the one at which nothing was left to do for it.
+        Jobs that are only in memory are queued because the watch may have lost the event of their deletion. An ended
+        job is left out if it has not changed since a reconcile left nothing to do for it.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):
@@ -146,8 +156,8 @@ class Controller:
                 requeue = await self._reconciler.reconcile(key)
         except ApiError as error:
             if error.is_conflict or error.is_name_taken:
-                # Somebody else changed an object between read and write. The first retry follows within 0.2 s. Later
-                # retries wait longer, because a webhook may answer 409 for ever.
+                # Somebody else changed or created an object between read and write. The first retry follows within
+                # 0.2 s. Later retries wait longer, because a webhook may answer 409 for ever.
                 self._count("conflict")
                 self._queue.add_rate_limited(key)
             else:

@@ -147,8 +147,8 @@ def attempt_prefix(number: int, last_cause: str) -> str:
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
     """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    ``next_start`` is None where the time of the next start is not decided yet. The sentence names this time and not the
-    seconds until then, because these would change the sentence in every reconcile.
+    ``next_start`` is None where the time of the next start is not decided yet. The sentence contains this time and not
+    the seconds until then, because a number of seconds would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
@@ -200,7 +200,7 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
 
 
 def preflight_turn(limit: int) -> str:
-    """Return the sentence about a preflight check that waits, because ``limit`` checks may run at the same time."""
+    """Return the sentence about a preflight check that waits, because ``limit`` others run and no more may run."""
     return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
 
 

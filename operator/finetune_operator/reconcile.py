@@ -40,11 +40,11 @@ from finetune_operator.observe.observer import Observer
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob, parse_spec, parse_stored_job
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.preflight_slots import PreflightSlots
 from finetune_operator.queue.requeue import Requeue, Write
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.inputs import refused_input, status_input
@@ -60,7 +60,7 @@ server answered that this write changed nothing."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Acted:
-    """What came of the action of a decision, that is of the creation or deletion of objects."""
+    """The result of the action of a decision, which creates or deletes objects."""
 
     child: ChildObservation | None = None
     """The child object as it is after the action; None where it does not exist."""
@@ -165,7 +165,7 @@ class Reconciler:
             config = self._run_config(job, decision)
         except UserError as error:
             return await self._refuse(job, str(error))
-        # What was refused before can be read and run now, so no pause is left of that.
+        # A spec or status that was refused before can be used now, so the back-off after that refusal ends.
         self._backoff.forget_refusal(job.memory)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
         # The job waits for its turn before the check is recorded in the status, because the pending deadline runs from
@@ -185,9 +185,10 @@ class Reconciler:
         invalid: str,
         config: RunConfig | None = None,
     ) -> Requeue:
-        """Write ``decision`` and reconcile again where it must be written first; else act on it, and write the status.
+        """Act on ``decision``, and write the status. A decision that must be written first is only written.
 
-        ``invalid`` says why this version can't run or read the spec; empty where it can.
+        The next reconcile then acts on it. ``image`` is the image of the job's pods; None where this version can't read
+        the spec. ``invalid`` says why this version can't run or read the spec; empty where it can.
         """
         if decision.must_be_written_first(job.status):
             given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
@@ -209,7 +210,7 @@ class Reconciler:
             created=acted.child,
             problem=acted.problem,
         )
-        left = (await self._writer.write(job, given)).left
+        left = await self._writer.write(job, given)
         await self._annotations.update(job, seen.pods)
         waits = (acted.retry_seconds, decision.wait_seconds, left, self._resync(job, decision, acted))
         return Requeue(write=acted.removed, pause=_earliest(*waits))
@@ -243,7 +244,8 @@ class Reconciler:
     def _has_foreign_child(self, stored: StoredJob) -> bool:
         """Return whether another version runs the current attempt by an object of a kind that this version can't see.
 
-        That no PyTorchJob exists then says nothing about the attempt. An order of a person is obeyed nevertheless.
+        In that case the lack of a PyTorchJob says nothing about the attempt. The answer is False where a person orders
+        to cancel or suspend the job, because such an order is obeyed in any case.
         """
         child = stored.status.child
         if child is None or stored.status.attempts.current is None or stored.policy.cancel or stored.policy.suspend:
@@ -283,7 +285,7 @@ class Reconciler:
     async def _act(
         self, job: StoredJob, seen: JobObservation, decision: Decision, image: str | None, config: RunConfig | None
     ) -> _Acted:
-        """Create or delete the objects that ``decision.action`` names. The stored status has the decision already."""
+        """Create or delete the objects that ``decision.action`` names. The stored status already has the decision."""
         match decision.action:
             case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:
                 try:
@@ -317,7 +319,7 @@ class Reconciler:
             raise
         return _Acted()
 
-    # ---- specs that can't be run ----
+    # ---- specs that can't be read or run, and statuses that can't be read ----
 
     async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
         """Record that the spec can't be run. The job ends, unless one of its attempts has ended already.

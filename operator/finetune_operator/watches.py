@@ -20,8 +20,9 @@ from finetune_operator.kube.resources import PODS, PYTORCHJOBS
 from finetune_operator.objects.labels import OWNED_OBJECTS_SELECTOR, job_key
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.leader_election import end_process
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ WATCH_EXIT_CODE: Final = 1
 class _EndlessBackoff:
     """An endless sequence of delays between tries of a watch: from 1 s up to 10 s, with jitter.
 
-    kopf ends when the list of delays ends, and its default list ends after 54 s. An API server that is away for two
-    minutes would then bring the operator into CrashLoopBackOff.
+    kopf ends when the list of delays ends, and its default list ends after 54 s. With that list, an API server that is
+    away for two minutes would make the operator's pod restart again and again (CrashLoopBackOff).
     """
 
     def __iter__(self) -> Iterator[float]:
@@ -78,7 +79,7 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.chunk_size = 500
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
-    settings.queueing.worker_limit = None  # no limit, because objects without new events would use it up
+    settings.queueing.worker_limit = None  # no limit, because objects without new events would count against a limit
     settings.queueing.idle_timeout = 0.5  # seconds that kopf keeps an object in memory after an event
     settings.scanning.disabled = confined  # a confined operator has no permission to list CRDs
     return settings

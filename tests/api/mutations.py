@@ -1,8 +1,8 @@
-"""Mutations of a valid job. A mutation changes one place of the job, such as a field or a list item: to a mistake that
-users and generators make, or to an unusual value.
+"""Mutations of a valid job. A mutation changes one place of the job, such as a field or a list item. The new value is a
+mistake that users and generators make, or an unusual value.
 
-The mutations of a place follow from its schema. The value `2.0` for an integer is left out, because kubectl sends 2,
-and because the API server accepts 2.0 or not depending on whether a CEL rule reads the field.
+The mutations of a place are chosen by its schema. The value `2.0` for an integer is left out for two reasons: kubectl
+sends 2 instead, and whether the API server accepts 2.0 depends on whether a CEL rule reads the field.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ DEPTH = 20_000
 
 
 def mutations(schema: Schema) -> Iterator[tuple[str, Any]]:
-    """Yield the mutations that replace the value of a place with ``schema``: a name and the new value of each. The
-    values are wrong or unusual."""
+    """Yield the name and the new value of each mutation that replaces the whole value at a place. ``schema`` is the
+    schema of the place. Most of the new values are wrong or unusual."""
     yield "missing", MISSING
     yield "null", None
     yield "empty string", ""
@@ -87,8 +87,8 @@ def _nested(depth: int) -> Any:
 
 
 def mutations_in_place(schema: Schema) -> Iterator[str]:
-    """Yield the names of the mutations that add something to the value of a place with ``schema``, such as an unknown
-    field."""
+    """Yield the names of the mutations that add something to the value at a place, such as an unknown field. ``schema``
+    is the schema of the place."""
     kind = schema.get("type")
     if kind == "object" and "additionalProperties" not in schema:
         yield "unknown field"
@@ -102,8 +102,9 @@ def mutations_in_place(schema: Schema) -> Iterator[str]:
 
 
 def change(spec: dict[str, Any], path: SchemaPath, how: str, schema: Schema, replacement: Any) -> dict[str, Any] | None:
-    """Return a copy of ``spec`` with the place at ``path`` mutated, or None if ``spec`` has no such place. ``how`` is
-    the name of the mutation, and ``replacement`` is the new value, unless the mutation adds to the value."""
+    """Return a copy of ``spec`` with one mutation at ``path``, or None if ``spec`` has no value at ``path``. ``how`` is
+    the name of the mutation. ``replacement`` is the new value, which is not used for a mutation that adds something to
+    the value."""
     spec = copy.deepcopy(spec)
     holder = {"spec": spec}
     node: Any = holder

@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def accepted(self) -> bool:
-        """Whether the server takes the object. A 5xx status fails the test."""
+        """Whether the server accepts the object. A 5xx status fails the test."""
         assert self.status < 500, self.body
         return self.status < 300
 
@@ -51,8 +51,8 @@ class Answer:
 
 
 class Server:
-    """Sends requests to the API server from a thread of its own, so that only this thread, and not that of the tests,
-    has to be in the cluster's network."""
+    """Sends requests to the API server from a thread of its own. Only this thread has to be in the cluster's network.
+    The thread of the tests stays outside."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

@@ -22,9 +22,8 @@ from finetune_core.validation.defaults import defaulted
 
 Schema = dict[str, Any]
 SchemaPath = tuple[str, ...]
-"""Path of a place in the spec: keys from `spec` down. `[]` stands for an item of a list, and `*` for a value of
-a map.
-"""
+"""Path of a place in the spec: the keys below `spec`. The part `[]` means an item of a list, and the part `*` means a
+value of a map."""
 
 SPEC: Schema = openapi_schema(FineTuneJobSpec)
 
@@ -49,8 +48,8 @@ _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
 
 
 def jobs(force: SchemaPath = ()) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy that generates specs which API server and models accept. With ``force``, a path, each spec has
-    a value there."""
+    """Return a strategy that generates specs that the API server and the models accept. Where the path ``force`` is
+    given, each spec has a value at this path."""
     return _of(SPEC, (), force).map(lambda spec: _agree(copy.deepcopy(spec), force))
 
 
@@ -93,8 +92,7 @@ def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrateg
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     longest = schema["maxLength"]
     if "pattern" in schema:
-        # The annotation tells the type checker that the pattern is text. The schema is JSON, so the type checker can't
-        # know that.
+        # The annotation is for the type checker, which can't know that the pattern is text, because the schema is JSON.
         pattern: str = schema["pattern"]
         return st.from_regex(pattern, fullmatch=True).filter(
             lambda text: schema.get("minLength", 0) <= len(text) <= longest
@@ -148,8 +146,8 @@ def _rules(schema: Schema) -> list[str]:
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return the section ``value`` with fields changed so that it satisfies its own CEL rules. The field at the path
-    ``force`` is kept."""
+    """Return the section ``value`` with some fields changed, so that the section satisfies its own CEL rules. The field
+    at the path ``force`` is kept."""
     value = dict(value)
     if path == ("training",):
         if "maxSteps" in value:
@@ -218,8 +216,8 @@ def _agreeing_task(value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
 
 
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return it. The field at the
-    path ``force`` is kept."""
+    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return ``spec``. The field
+    at the path ``force`` is kept."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"

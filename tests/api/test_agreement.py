@@ -1,5 +1,5 @@
-"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts it. Both then give the
-same object, with all defaults filled in.
+"""The Python validation (pydantic models and CEL rules) accepts a job exactly when the real API server accepts it. Both
+then return the same spec, with all defaults filled in.
 
 The jobs are generated from the schema. The mutations change every place that the schema has.
 """
@@ -59,8 +59,8 @@ def assert_agreement(server: Server, spec: Any) -> tuple[Answer, ValidationResul
 
 
 def try_valid_jobs(server: Server, examples: int) -> Counter[str]:
-    """Generate valid jobs, and check that API server and models accept them and store the same. Return how many of the
-    jobs the operator can run, and how many it would refuse."""
+    """Generate valid jobs. Check that the API server and the models accept each job, and that both return the same
+    spec. Return how many of the jobs the operator can run, and how many it would refuse."""
     seen: Counter[str] = Counter()
 
     @seeded(examples)

@@ -1,5 +1,5 @@
-"""The operator changes nothing but the status of a job that a user or a GitOps tool has applied. After the operator has
-run, kubectl, Argo CD and Flux find no drift."""
+"""The operator changes only the status of a job that a user or a GitOps tool has applied. After the operator has run,
+kubectl, Argo CD and Flux find no drift (difference from the applied manifest)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from finetune_operator.kube.client import load_configuration
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.api.server import Server
 from tests.cluster import Cluster
@@ -28,8 +28,8 @@ from tests.core.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RECONCILES = 6
-"""How often the job is reconciled. That is enough to record attempt 1 in the status, create its objects, observe them,
-and then find nothing more to do."""
+"""Number of times that the job is reconciled. This number is enough to record attempt 1 in the status, create its
+objects, observe them, and then find nothing more to do."""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 

@@ -1,6 +1,5 @@
 """The real API server accepts the CRD and the examples, and refuses bad values with a message. `kubectl get` shows the
-columns of the CRD, and `kubectl explain` shows its descriptions.
-"""
+columns that the CRD defines, and `kubectl explain` shows the descriptions of the fields."""
 
 from __future__ import annotations
 

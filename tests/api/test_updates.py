@@ -45,7 +45,7 @@ def immutable_part(spec: dict[str, Any]) -> dict[str, Any]:
 
 def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Counter[str]:
     """Create jobs, change or remove one place in each, and check that API server and Python validation answer alike.
-    ``places`` are the places to choose from. Return how many of the updates were accepted and how many refused."""
+    The places are chosen from ``places``. Return how many of the updates were accepted and how many refused."""
     seen: Counter[str] = Counter()
     cases = st.sampled_from(places).flatmap(
         lambda path: st.tuples(st.just(path), jobs(path), st.one_of(st.just(MISSING), jobs(path)))

@@ -1,3 +1,4 @@
-"""The measurements of `make bench`. Most of them compare this project with another program, or with another setting of
-itself, and print ratios. What is compared runs within one call, one after the other or in turns, because other work on
-the machine changes absolute times. No measurement fails because something is slow."""
+"""The measurements of `make bench`. Most of them compare this project with another program, or compare two settings of
+this project, and print ratios. The two sides of a comparison run within one call, one after the other or several times
+alternately, because other work on the machine changes absolute times. A slow result does not make a measurement
+fail."""

@@ -1,8 +1,9 @@
 """The command of `make bench`, which runs all measurements of the project, or only the measurement that ``--only``
 names.
 
-The measurements print tables or lines, most of which compare this project with another program or with another setting
-of itself. What is compared runs close together in time, because other work on the machine changes absolute times.
+The measurements print tables or lines. Most of these compare this project with another program, or compare two settings
+of this project. The two sides of a comparison run close together in time, because other work on the machine changes
+absolute times.
 
     python -m tests.bench --only fleet
 """
@@ -19,6 +20,7 @@ BENCHES = {
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "reports": "the memory of the report server with many connections against few",
+    "reporting": "the operator with a thousand jobs that report against its limits",
     "fleet": "the operator with thousands of jobs beside training-operator",
     "checks": "attempt 1 after the preflight check, alone and beside a thousand jobs",
 }

@@ -1,9 +1,9 @@
 """Measure how soon attempt 1 follows the preflight check, which the operator runs for each job by default.
 
-A stub node ends each check 0.2 s after its pod runs. The time counts from the watch event of the pod with the end of
-the check to the watch event of the job with attempt 1. First single jobs are measured while the operator has no others
-to work on. Then a few jobs at a time are measured while `FINETUNE_BENCH_JOBS` (default 1000) jobs of another namespace,
-which were created at once, go through their checks.
+A stub node ends each check 0.2 s after its pod runs. The measured time begins with the watch event that shows the end
+of the check's pod, and ends with the watch event that shows attempt 1 of the job. First single jobs are measured while
+the operator has no other jobs. Then a few jobs at a time are measured while `FINETUNE_BENCH_JOBS` (default 1000) jobs
+of another namespace, which were created at once, go through their checks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Name = tuple[str, str]
 
 @dataclass
 class Checks:
-    """When checks were seen to have ended (``ended``), and when the status first showed attempt 1 (``opened``), by
-    namespace and name of the job (`time.monotonic`)."""
+    """For each job, by namespace and name: the time at which its check was first seen as ended (``ended``), and the
+    time at which its status first showed attempt 1 (``opened``). The times are those of `time.monotonic`."""
 
     ended: dict[Name, float] = field(default_factory=dict)
     opened: dict[Name, float] = field(default_factory=dict)
@@ -62,7 +62,7 @@ async def follow_pods(admin: Admin, checks: Checks) -> None:
 
 
 async def follow_jobs(admin: Admin, checks: Checks) -> None:
-    """Watch FineTuneJobs without end, and record in ``checks`` when each was first seen with an attempt."""
+    """Watch FineTuneJobs without end, and record in ``checks`` when each job was first seen with an attempt."""
     async for event in admin.watch(JOBS):
         job = event["object"]
         if job.get("status", {}).get("attempts", {}).get("started"):
@@ -70,7 +70,7 @@ async def follow_jobs(admin: Admin, checks: Checks) -> None:
 
 
 def apply(world: World, namespace: str, names: list[str]) -> None:
-    """Create a job of one pod for each of ``names``. The function does not wait until they exist."""
+    """Create a job of one pod for each name in ``names``. The function does not wait until the jobs exist."""
     manifests = [one_pod("done", name=name) for name in names]
     path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
     world.loop.spawn(create_all(world.admin, path, manifests, Fleet()))

@@ -1,5 +1,5 @@
-"""Measure the operator with thousands of jobs, for the gates R2 to R4 of docs/performance.md (requirements with a
-limit).
+"""Measure the operator with thousands of jobs, for R2 to R4 of docs/performance.md. These are gates, which means
+requirements with a limit.
 
 First `floor.py` measures how long a client alone takes to make the writes for 1000 new jobs. Then 1000 PyTorchJobs run
 with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator (R3).
@@ -44,16 +44,16 @@ SCRAPE_SECONDS = 2.0
 """Seconds between two reads of the operator's metrics. The reads are rare, because with thousands of jobs each read
 takes the operator some time."""
 UNTHROTTLED = {"training-operator": ["--kube-api-qps=500", "--kube-api-burst=1000"]}
-"""Flags that raise the training-operator's limit of API requests per second. The default limit of 20 allows only three
-jobs per second, so the limit would be measured instead of the operator."""
+"""Flags that raise the training-operator's limit of API requests per second. The default limit of 20 requests allows
+only three jobs per second. The measurement would then show this limit, and not the speed of the operator."""
 API_SERVER, TRAINING_OPERATOR = "api-server", "training-operator"
 
 
 @dataclass
 class Fleet:
     """When many jobs reached certain states. ``created`` maps the name of a job to the time (`time.monotonic`) right
-    before the request that created it. The other dictionaries, except ``processor``, map it to the time at which a
-    watch observed the state."""
+    before the request that created the job. Each of the other dictionaries, except ``processor``, maps the name of a
+    job to the time at which a watch first observed one state of the job."""
 
     created: dict[str, float] = field(default_factory=dict)
     first_event: dict[str, float] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over: Callable[[Manifest], bool]) -> None:
     """Watch the objects at ``path`` without end. Record in ``fleet`` when each object of ``namespace`` was first
-    observed, when it first had conditions, and when it ended."""
+    observed, when it first had conditions, and when ``is_over`` was first true for it."""
     async for event in admin.watch(path):
         manifest = event["object"]
         if manifest["metadata"]["namespace"] != namespace:
@@ -116,8 +116,8 @@ def child_is_over(manifest: Manifest) -> bool:
 
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
-    """Return the manifest of a FineTuneJob with one pod. ``words`` is the script by which the stub node ends the job's
-    pods, one word for each attempt."""
+    """Return the manifest of a FineTuneJob with one pod. ``words`` is the script (see stub_node.py) that determines how
+    the stub node ends the pods. It has one word for each attempt."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest
@@ -170,7 +170,7 @@ def processor_seconds(world: World) -> dict[str, float]:
     if world.operator.pid is not None:
         pids["operator"] = world.operator.pid
     # The CPU times are fields 14 and 15 of /proc/PID/stat. The line is split after the last parenthesis, because the
-    # program's name stands in parentheses and may contain spaces.
+    # program's name is in parentheses and may contain spaces.
     fields = {name: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for name, pid in pids.items()}
     return {name: (int(each[11]) + int(each[12])) / os.sysconf("SC_CLK_TCK") for name, each in fields.items()}
 

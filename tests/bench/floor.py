@@ -1,6 +1,6 @@
 """Measure how long the writes for new jobs take if a bare client makes them instead of the operator. Gate R3 of
-docs/performance.md limits the time in which the operator makes these writes, and the bare client shows about the least
-time that is possible.
+docs/performance.md limits the time that the operator needs for these writes. The time of the bare client is about the
+shortest possible time.
 
 The bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
 first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status
@@ -38,8 +38,8 @@ _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "
 
 @dataclass(frozen=True)
 class Sample:
-    """The objects that the operator wrote for one sample job, as JSON text. `of` turns such a text into the same object
-    of another job."""
+    """The objects that the operator wrote for one sample job, as JSON text. `of` makes from one of these texts the same
+    object for another job."""
 
     namespace: str
     uid: str
@@ -61,8 +61,7 @@ class Sample:
 
 
 def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
-    """Start a control plane, and return the seconds that a bare client needs there to make the operator's writes for
-    ``jobs``.
+    """Start a control plane. Return the seconds that a bare client needs to make the operator's writes for ``jobs``.
 
     ``sample_job`` is one more job, with the name `SAMPLE`. The operator runs it first, so that its objects can be
     copied. ``flags`` holds additional command-line arguments for the programs of the control plane, by the name of the
@@ -81,7 +80,7 @@ def take_sample(world: World, job: Manifest) -> Sample:
     writes.
 
     The pods of ``job`` itself run without end, so that its objects can be read before they change. The objects that are
-    made from the sample have the script of ``job`` again, so that their pods end as ``job`` says.
+    made from the sample have the script of ``job`` again, so that their pods end as this script demands.
     """
     namespace = world.namespace()
     statuses: list[Manifest] = []
@@ -135,8 +134,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs``, and make for each job the writes that the operator would make until the job's status names its
-    PyTorchJob, and the write of the event. Return the seconds that all writes took."""
+    """Create ``jobs``, and make for each job the operator's writes: all writes until the job's status names its
+    PyTorchJob, and the write of the event. Return the seconds that all writes together took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)

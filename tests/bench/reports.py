@@ -1,7 +1,8 @@
-"""What clients of the report server cost the operator: idle connections, unfinished requests, a flood, and honest jobs.
+"""Measure how much memory and CPU time the clients of the report server cost the operator. The clients are idle
+connections, unfinished requests, a flood of connections, and honest jobs.
 
-The server is the operator's own, over TLS, in a process of its own; the clients have many addresses of this machine.
-Nothing writes a status here: `fleet.py` measures the whole operator.
+The measured server is the operator's report server with TLS, in a process of its own. The clients connect from many
+addresses of this machine. No status is written here. `reporting.py` measures reports to the whole operator.
 
     python -m tests.bench --only reports
 """
@@ -21,8 +22,9 @@ from pathlib import Path
 from finetune_core.contract import CurvePoint, report_path
 from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenReviewer
 from tests.operator.report_servers import Streams, connect, exchange, request, serving
@@ -38,14 +40,15 @@ UNLIMITED = ConnectionLimits(
     idle_seconds=LONG,
     handshakes_per_second=1e6,
 )
-"""Limits that let every connection stay, to measure what one costs."""
+"""Limits that close no connection, so that the memory of one connection can be measured."""
 HEADER = b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 8000 + b"\r\n" + b"c: " + b"d" * 7000
-"""An HTTP header of 15 KB without its end: about the most that the server keeps of a request without a token."""
+"""An HTTP header of 15 KB without its end. It has about the largest size that the server stores of a request without a
+token."""
 AT_ONCE = 50
 JOBS = 1000
 CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
 REPORT_SECONDS = 3.0
-"""Seconds between two reports of a job, as the trainer sends them."""
+"""Seconds between two reports of a job, as in the trainer."""
 MEASURED_SECONDS = 60.0
 TICK_SECONDS = 0.01
 """Seconds between two measurements of how late the server's event loop is."""
@@ -58,12 +61,13 @@ class Server:
     port: int
     pid: int
     lateness: float = 0.0
-    """Seconds by which the event loop was late at most in 99 % of its ticks; known after the server has ended."""
+    """99th percentile of the seconds by which the event loop was late. It is set after the server has ended."""
     processor: float = 0.0
-    """Seconds of processor time of the server; known after the server has ended."""
+    """CPU seconds that the server used. They are set after the server has ended."""
 
     def megabytes(self, field: str = "VmRSS") -> float:
-        """Return the resident memory of the server now, or its peak with the field ``"VmHWM"``."""
+        """Return the present resident memory of the server in MiB. With the field ``"VmHWM"``, return the highest value
+        so far."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -123,8 +127,8 @@ def report_server(limits: ConnectionLimits) -> Iterator[Server]:
 
 
 async def _open(port: int, count: int, sent: bytes) -> tuple[list[Streams], int]:
-    """Open ``count`` connections from many addresses and send ``sent`` on each; return the open connections and the
-    number of those that failed."""
+    """Open ``count`` connections from many addresses, and send the bytes ``sent`` on each. Return the open connections,
+    and the number of connections that failed."""
     held: list[Streams] = []
     refused = 0
     slots = asyncio.Semaphore(AT_ONCE)
@@ -154,8 +158,8 @@ async def _measure(server: Server, count: int, sent: bytes) -> str:
 
 
 async def _report_forever(port: int, number: int, answers: Counter[int]) -> None:
-    """Send a report of job ``number`` every three seconds on one connection; open a new connection where that one has
-    ended."""
+    """Send a report of job ``number`` every three seconds. All reports go over one connection until it ends, and then
+    over a new connection."""
     token = report_token(f"pod-{number}", job_uid=f"uid-{number}")
     path, streams, step = report_path("team", f"job-{number}", 1), None, 0
     await asyncio.sleep(REPORT_SECONDS * number / JOBS)
@@ -190,7 +194,8 @@ ROWS: dict[str, tuple[ConnectionLimits, int, bytes]] = {
     "1,000 unfinished headers of 15 KB": (UNLIMITED, 1000, HEADER),
     "5,000 connections with such headers, the default limits": (ConnectionLimits(), 5000, HEADER),
 }
-"""What is measured, by its printed name: the limits of the server, the number of connections, and what each sends."""
+"""The measurements, by the printed name. Each has the limits of the server, the number of connections, and the bytes
+that each connection sends."""
 
 
 def main() -> None:

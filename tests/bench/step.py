@@ -1,6 +1,7 @@
-"""Measure the seconds of one optimizer step of the trainer, against a plain PyTorch loop with the same model, rows,
-batches and optimizer. The result is a table with the seconds of both programs and their ratio, once for the method LoRA
-and once for the method Full (all weights are trained). The trainer runs as one process with ZeRO stage 1.
+"""Measure the seconds of one optimizer step of the trainer, and compare them with those of a plain PyTorch loop with
+the same model, rows, batches and optimizer. The result is a table with the seconds of both programs and their ratio,
+once for the method LoRA and once for the method Full (all weights are trained). The trainer runs as one process with
+ZeRO stage 1.
 
 Runs of the trainer and of the plain loop alternate, so that other work on the machine affects both. A run of the
 trainer and the run of the plain loop right after it make a pair, and the table shows the median of the ratios of all
@@ -58,7 +59,7 @@ class Pair:
 
 def write_model(folder: Path) -> Path:
     """Write a Llama model of about 11 million parameters, with the tokenizer of the tests, into ``folder``. The model
-    is so large that a step spends more time in arithmetic than in Python."""
+    is large enough that a step spends more time in arithmetic than in Python."""
     tiny.write_model(folder)
     torch.manual_seed(7)
     config = LlamaConfig.from_pretrained(folder)

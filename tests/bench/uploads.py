@@ -1,10 +1,10 @@
-"""Measure how much the training thread is slowed down by checkpoints that are uploaded in the background to a MinIO
-that takes only 5 MB/s.
+"""Measure how much slower the training thread is while checkpoints are uploaded in the background to a MinIO that
+receives only 5 MB/s.
 
-The result is two ratios between a run with checkpoints and a run without: of the training thread's CPU time over the
-same steps, and of the 99th percentile of the seconds of a step. All runs are made in one process. A run with
-checkpoints and a run without, one right after the other, make a pair, and the table shows the median of the ratios of
-all pairs.
+The result is two ratios between a run with checkpoints and a run without. The first is the ratio of the training
+thread's CPU times for the same steps. The second is the ratio of the 99th percentiles of the seconds of a step. All
+runs are made in one process. A run with checkpoints and a run without, one right after the other, make a pair, and the
+table shows the median of the ratios of all pairs.
 
     python -m tests.bench --only uploads
 """
@@ -33,7 +33,8 @@ STEPS = 120
 WARM_UP = 10
 """Number of steps at the start of a run that are not counted, because memory is allocated in them."""
 EVERY = 10
-"""Number of steps from one checkpoint to the next. So many steps take about as long as the upload of one checkpoint."""
+"""Number of steps from one checkpoint to the next. This number of steps takes about as long as the upload of one
+checkpoint."""
 NEVER = 1_000_000
 BYTES_PER_SECOND = 5_000_000
 
@@ -47,8 +48,8 @@ class Measured:
     p99_seconds: float
     """99th percentile of the seconds of a step."""
     stall_seconds: float
-    """Mean seconds for which training stood still while a checkpoint was copied in memory. This time is not part of a
-    step's seconds."""
+    """Mean seconds for which training paused while a checkpoint was copied in memory. This time is not part of the
+    seconds of a step."""
 
     @classmethod
     def of(cls, rows: list[StepRow]) -> Measured:
@@ -84,8 +85,8 @@ def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
     with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
         proxy.bytes_per_second = BYTES_PER_SECOND
-        # Every second pair starts with the run without checkpoints, so that what the first run of a pair changes for
-        # the second run does not favour one kind of run.
+        # Every second pair starts with the run without checkpoints. The first run of a pair may make the second run
+        # faster or slower, and with this order it affects both kinds of runs equally.
         names = [
             (f"uploads-{number}-{every}", every)
             for number in range(PAIRS)

@@ -1,4 +1,4 @@
-"""The kinds that Argo CD does not apply unless its administrator changes `resource.exclusions`.
+"""The kinds of objects that Argo CD does not apply with its default setting of `resource.exclusions`.
 
 Source: `data["resource.exclusions"]` of the ConfigMap `argocd-cm` in `manifests/base/config/argocd-cm.yaml` of
 argoproj/argo-cd, which has this content since version 3.0.
@@ -41,10 +41,11 @@ EXCLUSIONS: Final = (
         ),
     ),
 )
-"""Pairs of API groups and kinds. A kind is excluded in each of the groups of its pair."""
+"""Each entry has API groups and kinds. Argo CD excludes all of these kinds in all of these groups."""
 
 
 def is_excluded(manifest: dict[str, Any]) -> bool:
-    """Return whether a default Argo CD leaves out ``manifest``, an object with `apiVersion` and `kind`."""
+    """Return whether Argo CD with its default settings leaves out ``manifest``, an object with `apiVersion` and
+    `kind`."""
     group = manifest["apiVersion"].rpartition("/")[0]
     return any(group in groups and manifest["kind"] in kinds for groups, kinds in EXCLUSIONS)

@@ -1,7 +1,7 @@
 """Runs the real helm program for the tests of the chart.
 
-The environment variable FINETUNE_HELM names the program. Without it, helm is taken from the PATH, or downloaded once if
-it is missing there or too old.
+The environment variable FINETUNE_HELM names the program. Without this variable, the helm on the PATH is used. If there
+is none, or if it is too old, helm is downloaded once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The rendered chart passes `helm lint --strict` and runs the operator in a restricted pod. It grants the operator
-exactly the permissions that the operator uses.
-"""
+"""The chart passes `helm lint --strict`. The rendered chart runs the operator in a restricted pod, and grants the
+operator exactly the permissions that the operator uses."""
 
 from __future__ import annotations
 
@@ -137,7 +136,8 @@ OWN_NAMES = {
 
 
 def used(*scopes: RoleScope) -> set[tuple[str, str, str, str]]:
-    """Return the permissions that the operator uses in roles of the given scopes, in the form of `granted`."""
+    """Return the permissions that the operator needs from roles with one of ``scopes``, in the form in which `granted`
+    returns permissions."""
     permissions = [permission.value for permission in Permission if permission.value.scope in scopes]
     return {
         (

@@ -1,7 +1,8 @@
-"""Runs `finetune` as a process that is forked from one that has imported the command already.
+"""Runs `finetune` in new processes. Each process is forked from a process that has already imported the modules of the
+program.
 
-The imports of a command take longer than the command itself, and some tests run many commands. The environment that a
-command gets must name the configuration of kubectl in KUBECONFIG.
+This saves time, because the imports take longer than a command, and some tests run many commands. The environment of
+each command must contain KUBECONFIG, the path of a kubeconfig.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ SECONDS = 60.0
 
 
 def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> str:
-    """Run `finetune` with ``arguments`` in ``folder`` with no other environment than ``environment``, and return what
-    it wrote to standard output, and then what it wrote to standard error.
+    """Run `finetune` with ``arguments`` in the folder ``folder``. The program has only the environment variables in
+    ``environment``. Return its standard output, followed by its standard error.
 
     Raises AssertionError if the command still runs after `SECONDS`.
     """
@@ -42,11 +43,12 @@ def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folde
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: Path, stdout: Path, stderr: Path) -> None:
-    """Become the command, in a process that was just forked."""
+    """Run the command in this process, which was just forked."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    # The client library reads KUBECONFIG when it is imported, which was before the fork.
+    # The library `kubernetes` reads KUBECONFIG only when it is imported. The import was before the fork, so the path is
+    # set again here.
     for module in (config, kube_config):
         module.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
     sys.stdout = stdout.open("w", encoding="utf-8")

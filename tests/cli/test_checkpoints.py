@@ -1,6 +1,5 @@
-"""`finetune checkpoints` lists the checkpoints in a real object store, and tells committed, damaged and unfinished ones
-apart.
-"""
+"""`finetune checkpoints` lists the checkpoints in a real object store, and shows whether each is committed, damaged or
+unfinished."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ def commit(store: ObjectStore, root: Location, run: int, step: int, perplexity: 
 
 @pytest.fixture
 def root(store: ObjectStore, tmp_path: Path) -> Location:
-    """The folder of a job's runs with four checkpoints: two whole ones, one with a changed byte, and one without
-    COMMIT."""
+    """The folder of a job's runs. It contains four checkpoints: two complete ones, one with a changed byte, and one
+    without COMMIT."""
     place = Location(BUCKET, f"listed/{tmp_path.name}")
     commit(store, place, 1, 20, 2.5)
     commit(store, place, 1, 40, 3.5)

@@ -1,4 +1,5 @@
-"""`finetune download`, from a real object store, creates a complete and verified folder, or else no folder at all."""
+"""`finetune download` fetches an artifact from a real object store. The result is either a complete and verified
+folder, or no folder at all."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def put(store: ObjectStore, key: str, content: bytes) -> None:
 
 @pytest.fixture
 def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStatus:
-    """A committed artifact in the bucket, and what the job's status says about it."""
+    """A committed artifact in the bucket. The value of the fixture is the artifact as the job's status describes it."""
     folder = f"runs/{request.node.name}/artifacts/000001"
     for name, content in FILES.items():
         put(store, f"{folder}/{name}", content)
@@ -45,8 +46,8 @@ def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStat
 
 
 def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> ArtifactStatus:
-    """Write manifest and COMMIT of an artifact whose files have ``digests``. Return what the job's status says about
-    it."""
+    """Write manifest and COMMIT of an artifact into ``folder``. ``digests`` maps the names of its files to their
+    sha256. Return the artifact as the job's status describes it."""
     sizes = {name: len(FILES.get(name, b"")) for name in digests}
     files = [ManifestFile(name=name, bytes=sizes[name], sha256=sha256) for name, sha256 in digests.items()]
     encoded = Manifest(kind="Artifact", run=1, step=100, files=files).encode()

@@ -1,4 +1,5 @@
-"""`finetune` follows a job on a real API server. It sees every change, even if the API server restarts meanwhile."""
+"""`JobClient.follow`, which `finetune watch` uses, follows a job on a real API server. It returns the job after every
+change, also after a restart of the API server."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def write_status(cluster: Cluster, name: str, stored_status: str) -> None:
 
 
 class Follower:
-    """Follows a job in a thread. `next` returns its states one by one, and `told` collects the sentences that the user
-    would read meanwhile."""
+    """Follows a job in a thread. `next` returns the states of the job one by one. `told` contains the sentences that
+    `finetune watch` would have shown to the user."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.seen: Queue[Any] = Queue()

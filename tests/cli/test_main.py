@@ -1,6 +1,5 @@
-"""The program `finetune` ends with the documented exit codes. A user's mistake leads to one sentence and no
-traceback.
-"""
+"""The program `finetune` ends with the documented exit codes. After a user's mistake it prints one sentence and no
+traceback."""
 
 from __future__ import annotations
 

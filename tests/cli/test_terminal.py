@@ -1,7 +1,7 @@
 """No command lets a control character from the cluster or from the bucket reach the terminal.
 
-Each command runs as a program. The API server and the object store are HTTP servers that say hostile things in every
-text that they may write.
+Each command runs as a program. The API server and the object store are HTTP servers of the tests. They put hostile text
+into every field in which the command accepts any text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ATTACKS = (
 HOSTILE = "before" + "".join(ATTACKS) + "after"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b]")
 OWN_CODES = re.compile(r"\x1b\[[0-9;?]*[mKAhlG]|\r")
-"""What rich itself writes on a terminal: colours, cursor and carriage return."""
+"""Matches the control characters that rich itself writes on a terminal: colours, cursor and carriage return."""
 
 
 def hostile_job(name: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _texts(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple
 
 
 def _with(value: Any, path: tuple[str | int, ...], text: str) -> Any:
-    """Return a copy of ``value`` in which ``text`` stands at ``path``."""
+    """Return a copy of ``value`` with ``text`` as the value at ``path``."""
     if not path:
         return text
     copied = value.copy()
@@ -95,8 +95,8 @@ Answer = tuple[int, bytes]
 
 @contextmanager
 def served(answer: Callable[[str], Answer]) -> Iterator[int]:
-    """Serve GET requests on a port of this machine and yield the port. ``answer`` gets path and query of a request, and
-    returns status code and body."""
+    """Serve GET requests on a port of this machine and yield the port. ``answer`` is called with the path and query of
+    each request, and returns the status code and the body."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -125,7 +125,8 @@ def served(answer: Callable[[str], Answer]) -> Iterator[int]:
 
 
 def finetune(folder: Path, port: int, arguments: list[str], *, terminal: bool) -> str:
-    """Run `finetune` with the API server at ``port`` and return all that it wrote, as a terminal or a pipe gets it."""
+    """Run `finetune` with the API server at ``port`` and return all its output. With ``terminal``, the program writes
+    as on a terminal, otherwise as into a pipe."""
     (folder / "config").write_text(KUBECONFIG.format(port=port))
     environment = {
         "PATH": os.environ["PATH"],
@@ -141,10 +142,11 @@ def finetune(folder: Path, port: int, arguments: list[str], *, terminal: bool) -
 
 
 def check(text: str, *, terminal: bool) -> None:
-    """Assert that ``text``, the output of a command, has nothing that a terminal would obey or a reader believe.
+    """Assert that ``text``, the output of a command, contains no control character that a terminal would obey, and no
+    forged line that a user would believe.
 
-    A line feed may remain if a frame of the live view begins the next line, because the rest of the text then does not
-    look like a line of the program.
+    A hostile text may still be broken into lines inside the panel of the live view. Each of these lines begins with the
+    frame of the panel, so none looks like a line of the program.
     """
     assert "after" in text, f"nothing hostile was shown, so nothing was tested: {text}"
     shown = OWN_CODES.sub("", text) if terminal else text
@@ -192,8 +194,8 @@ def test_a_hostile_refusal_of_the_api_server_is_shown_harmlessly(
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("command", ["download", "checkpoints"])
 def test_a_hostile_refusal_of_the_store_is_shown_harmlessly(tmp_path: Path, command: str, *, terminal: bool) -> None:
-    # The attacks with ESC or backspace are left out, because XML can't carry these C0 control characters. It can carry
-    # those of C1.
+    # The attacks with ESC or backspace are left out, because XML can't contain these C0 control characters. XML can
+    # contain the C1 control characters.
     said = escape("before" + "".join(item for item in ATTACKS if "\x1b" not in item and "\x08" not in item) + "after")
     refusal = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>X</Code><Message>{said}</Message></Error>"
     with served(lambda _path: (400, refusal.encode())) as store, served(lambda _path: (200, _job_at(store))) as port:

@@ -30,8 +30,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture
 def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LinesOf:
-    """Return a function that runs `finetune validate` on a file with the given text. It returns the exit code and the
-    printed lines, without the file name that each line begins with."""
+    """Return a function that runs `finetune validate` on a file with the given text. The function returns the exit code
+    and the printed lines. The file name at the beginning of each line is removed."""
 
     def check(text: str | bytes) -> tuple[int, list[str]]:
         file = tmp_path / "job.yaml"

@@ -72,8 +72,8 @@ def build() -> None:
 
 
 def prepare() -> None:
-    """Build and install all that the tests need. On a machine that can't run a cluster, print the reason, and only
-    build the cluster's programs and find or download kubectl and helm."""
+    """Build and install all that the tests need. On a machine that can't run a cluster, print the reason, build the
+    cluster's programs, and find or download kubectl and helm, but install no packages and build no images."""
     reason = unusable_because()
     if reason:
         say(f"{reason}: tests that need it are skipped, the others run")
@@ -85,8 +85,8 @@ def prepare() -> None:
 
 
 def up(nodes: int) -> None:
-    # From here on SIGTERM raises KeyboardInterrupt, so that the cluster is ended also when SIGTERM arrives while the
-    # cluster is still starting.
+    # From here on SIGTERM raises KeyboardInterrupt. So SIGTERM ends the cluster also while the cluster is still
+    # starting.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     try:
@@ -108,8 +108,8 @@ def up(nodes: int) -> None:
 
 
 def build_images() -> None:
-    """Build those of the project's images that the clusters' registry does not hold yet, and push them into its
-    storage. Print the reference by which a pod spec names each image."""
+    """Build the images of the project that are missing in the registry of the clusters, and push them into the
+    registry's storage. Print for each image the reference that a pod spec must contain."""
     reason = unusable_because()
     if reason:
         raise ClusterError(reason)
@@ -130,7 +130,7 @@ def status() -> None:
 
 def down() -> None:
     """End every cluster that the command `up` started: send SIGTERM to its owner process and wait until the cluster is
-    removed. Clusters of test runs go on."""
+    removed. Clusters of test runs keep running."""
     for layout in running():
         if not layout.kept_up.exists():
             continue
@@ -155,9 +155,9 @@ def _left(path: Path) -> str:
 
 
 def running() -> list[Layout]:
-    """Return the running clusters as their `Layout`. Only clusters are found whose state folder is
-    ``finetune-cluster-*`` in the folder for temporary files, which is the default. A cluster counts as running while
-    its owner process runs."""
+    """Return the `Layout` of each running cluster. The function finds only clusters with the default state folder,
+    which is ``finetune-cluster-*`` in the folder for temporary files. A cluster counts as running while its owner
+    process runs."""
     found = [Layout(state) for state in sorted(Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"))]
     return [
         layout

@@ -36,8 +36,8 @@ CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 def coredns(layout: Layout, credentials: Credentials) -> list[str]:
     corefile = layout.config / "Corefile"
-    # The Corefile has no `cache` plugin. A cached answer "no such name" would hide a name that is created a moment
-    # later.
+    # The Corefile does not use the plugin `cache`. If CoreDNS cached the answer "no such name", a name that is created
+    # shortly afterwards would seem to be missing.
     corefile.write_text(f""".:53 {{
     bind {DNS_ADDRESS}
     errors
@@ -67,12 +67,12 @@ def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
     serving.mkdir(parents=True)
     for name, file in _webhook_files(credentials).items():
         shutil.copyfile(file, serving / name)
-    # All files that the training-operator reads are copied into `own`. `own` is mounted over the machine's /tmp, which
-    # hides the originals if they are below /tmp.
+    # All files that the training-operator reads are copied into `own`. `own` is mounted over the machine's /tmp, and
+    # this mount hides the original files if they are below /tmp.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # In a PyTorchJob with a Master, the training-operator adds an init container to the workers. This empty list of
-    # init containers turns that off, because the cluster can't pull the init container's image.
+    # In a PyTorchJob with a Master, the training-operator by default adds an init container to the workers. With this
+    # empty list it adds none. The cluster could not pull the image of the init container.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
@@ -130,8 +130,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
         "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
         "subjects": [{"apiGroup": rbac, "kind": "User", "name": name}],
     }
-    # CoreDNS itself listens on the cluster IP of this Service. The Service exists only so that the API server gives the
-    # address to no other Service.
+    # CoreDNS itself listens on the cluster IP of this Service. The only purpose of the Service is to reserve this
+    # address, so that the API server gives it to no other Service.
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -146,8 +146,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
 
 
 def _machine_service(name: str, port: int) -> list[tuple[str, Object]]:
-    """Return the objects that give a DNS name, such as ``minio.minio.svc``, to a program that runs outside of pods.
-    Each object comes with the URL path at which it is created."""
+    """Return the objects that give a DNS name, such as ``minio.minio.svc``, to a program that runs outside of pods. The
+    result contains pairs of the URL path at which an object is created and the object."""
     metadata = {"name": name, "namespace": name}
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",

@@ -1,5 +1,5 @@
-"""A small HTTP client for the API server and the other programs of a cluster. `cluster.py` uses it before kubectl can
-be used.
+"""A small HTTP client for the API server and the other programs of a cluster. `cluster.py` uses this client while the
+cluster starts.
 
 Callers run in a thread inside the cluster's network namespace (see `Namespaces.network`).
 """

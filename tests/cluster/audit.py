@@ -1,8 +1,8 @@
 """Read the API server's audit log: which account sent which request, and with which status code the API server
 answered.
 
-The log holds only requests of service accounts outside of kube-system, because tests ask for no others. It holds no
-request or response bodies.
+The log contains only requests of service accounts outside of kube-system, because the tests look for no other requests.
+It contains no bodies of requests or answers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Call:
     answered: datetime
     user: str
     credential: str
-    """Identifies the token with which the request was sent. Two tokens of one service account have different values;
-    `credential_of` computes the value of a token."""
+    """Identifies the token with which the request was sent. Two tokens of one service account have different values.
+    `credential_of` returns the value for a token."""
     agent: str
     verb: str
     group: str
@@ -55,8 +55,9 @@ class Call:
 
     @property
     def writes(self) -> bool:
-        """Whether the request asks the API server to create, change or delete one stored object, accepted or not.
-        Creating a TokenReview does not count, because the API server only answers it and stores nothing."""
+        """Whether the request asks the API server to create, change or delete one stored object. A refused request
+        counts too. The creation of a TokenReview does not count, because the API server answers it without storing
+        anything."""
         return self.verb in ("create", "update", "patch", "delete") and self.resource != "tokenreviews"
 
 

@@ -15,7 +15,7 @@ from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
-# Folders of the base image that are emptied to make the image smaller. Their content is not needed at run time.
+# Folders that are emptied in the base image, so that the image is smaller. Their content is not needed at run time.
 DROPPED = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -35,8 +35,9 @@ BOOTSTRAP_TIMEOUT_SECONDS = 1200
 
 
 def base_key() -> str:
-    """Return a hash of all that decides the content of the base image: Debian suite, packages, emptied folders and
-    Dockerfile. The image's name contains the hash, so that a change to any of them leads to a new image."""
+    """Return a hash of everything that determines the content of the base image: Debian suite, packages, emptied
+    folders and Dockerfile. The image's name contains the hash, so that a change to one of these leads to a new
+    image."""
     return hashlib.sha256(repr((SUITE, PACKAGES, DROPPED, DOCKERFILE)).encode()).hexdigest()[:12]
 
 
@@ -84,8 +85,8 @@ def _bootstrap(root: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """Return a list with the URL of the Debian archive that the machine's apt uses for `SUITE`. If apt uses none, the
-    list is empty, so that debootstrap takes its own default."""
+    """Return debootstrap's argument for the Debian archive: a list with the URL that the machine's apt uses for
+    `SUITE`. If apt has no archive for `SUITE`, the list is empty, and debootstrap uses its default archive."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(CREATED_BY) $(REPO_URI)"],
         text=True,

@@ -19,8 +19,8 @@ from tests.cluster.wheels import pip
 BUILD_TIMEOUT_SECONDS = 3600
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
-# Files of the machine that every RUN step of a Dockerfile sees. With these certificates and this pip configuration a
-# RUN step reaches the machine's package index.
+# Files of the machine that are mounted into every RUN step of a Dockerfile. With these certificates and this
+# configuration of pip, a RUN step can use the same package index as the machine.
 MACHINE_FILES = (Path("/etc/ssl/certs"), Path("/etc/pip.conf"))
 
 
@@ -101,8 +101,8 @@ def _environment() -> dict[str, str]:
 
 
 def _share_download_caches() -> None:
-    """Make buildah use the download caches of the machine's pip and uv. For this, the folders in which buildah looks
-    for the cache mounts ``pip`` and ``uv`` become links to these caches."""
+    """Make buildah use the download caches of the machine's pip and uv. buildah looks for the cache mounts ``pip`` and
+    ``uv`` in two folders. This function creates these folders as links to the download caches."""
     mounts = images_folder() / "tmp" / "buildah-cache"
     mounts.mkdir(exist_ok=True)
     caches = {"pip": [*pip(), "cache", "dir"]}

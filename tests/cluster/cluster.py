@@ -1,4 +1,5 @@
-"""The class `Cluster`: start a test cluster, use it in tests, and end it so that nothing of it stays on the machine."""
+"""The class `Cluster`, which starts a test cluster, has methods for tests, and ends the cluster so that nothing of it
+stays on the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import shlex
 import subprocess
 import sys
@@ -35,12 +35,8 @@ from tests.cluster.layout import (
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.progress import say
 from tests.cluster.second_node import SecondNode, Surroundings
-from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tail, wait_for
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STOP_QUIET_SECONDS = 120
-"""`Cluster.stop` gives up when the process that removes the cluster (`watcher.py`) has written no line about its
-progress for this many seconds."""
+from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, wait_for
+from tests.cluster.watcher_process import WatcherProcess
 
 
 @dataclass(frozen=True)
@@ -69,11 +65,12 @@ def unusable_because() -> str | None:
 
 
 class Cluster:
-    """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
+    """A running cluster. ``Cluster.start()`` starts a cluster. When the cluster is used as a context manager, it ends
+    at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
-    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node only etcd, api-server,
-    controller-manager and training-operator exist. Tests stop and start the programs to cause failures.
+    kubelet, device-plugin, coredns, minio, registry and training-operator. A cluster without a node has only etcd,
+    api-server, controller-manager and training-operator. Tests stop and start the programs to cause failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -84,7 +81,7 @@ class Cluster:
         self._verbose = verbose
         self._started = time.monotonic()
         self._cgroup = layout.state.name
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: WatcherProcess | None = None
         self._credentials: Credentials
         self._api: Api
 
@@ -208,15 +205,15 @@ class Cluster:
         """Make the garbage collector know the kinds of all CRDs that exist now. Call this after CRDs were applied, and
         before a test waits until the objects of a deleted owner are gone.
 
-        A running garbage collector looks for new kinds every 30 s only, and then lists their objects. Until then it
-        deletes nothing whose owner is of such a kind. The controller manager contains the garbage collector, so this
-        method restarts the controller manager.
+        A running garbage collector looks for new kinds only every 30 s, and then lists their objects. Until then it
+        deletes no object whose owner is of a new kind. The method restarts the controller manager, which contains the
+        garbage collector, because a new process looks for all kinds at its start.
         """
         self.components["controller-manager"].restart()
 
     def second_node(self, *, reserved: bool = True) -> SecondNode:
-        """Start a second node and wait until pods can be placed on it. ``SecondNode.stop()`` of the returned object
-        ends it.
+        """Start a second node, wait until pods can be placed on it, and return it. The method ``stop()`` of the
+        returned object ends the node.
 
         A ``reserved`` node takes only pods with ``second_node.TOLERATION``. Pods of other tests therefore stay on the
         first node.
@@ -233,8 +230,8 @@ class Cluster:
         return added
 
     def import_image(self, image: oci.Image, namespaces: Namespaces | None = None) -> None:
-        """Import a small image into the containerd of a node, without a registry. The default is the first node;
-        ``namespaces`` selects another node."""
+        """Import a small image into the containerd of a node, without a registry. ``namespaces`` are the namespaces of
+        the node. By default the image is imported into the first node."""
         handle, archive = tempfile.mkstemp(suffix=".tar", dir=self.layout.temporary)
         os.close(handle)
         try:
@@ -263,43 +260,16 @@ class Cluster:
             ClusterError: something of the cluster is left on the machine; the message says what.
         """
         watcher, self._watcher = self._watcher, None
-        if watcher is None:
-            return
-        if watcher.stdin is None:
-            raise ValueError("the watcher is started with a pipe")
-        watcher.stdin.close()
-        watcher.stdin = None  # Without this, communicate() would flush the closed pipe and raise ValueError.
-        self._follow(watcher)
-        _, errors = watcher.communicate()
-        if watcher.returncode != 0:
-            raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
-
-    def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
-        """Read the watcher's lines about its progress until the watcher ends, and print them if the cluster is
-        ``verbose``.
-
-        Raises:
-            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, which means that it has stopped
-            making progress.
-        """
-        if watcher.stdout is None:
-            raise ValueError("the watcher is started with a pipe")
-        while select.select([watcher.stdout], [], [], STOP_QUIET_SECONDS)[0]:
-            told = os.read(watcher.stdout.fileno(), 4096).decode()
-            if not told:
-                return
-            for line in told.splitlines() if self._verbose else ():
-                say(f"cluster: {line}")
-        raise ClusterError(
-            f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
-        )
+        if watcher is not None:
+            watcher.end(verbose=self._verbose)
 
     # The start of the cluster, and small helpers
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
         self.layout.owner_pid.write_text(str(os.getpid()))
-        self._start_watcher()
+        self._watcher = WatcherProcess(self.layout, self._cgroup)
+        self._watcher.wait_ready()
         self._credentials = issue(self.layout)
         self._api = Api(self._credentials.authority, self._credentials.administrator)
         self._define_control_plane(flags)
@@ -322,8 +292,8 @@ class Cluster:
             self._start("scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
-            # Wait until the CRD is served before the training-operator starts. A controller whose kind is not served
-            # tries again only 10 s later.
+            # The training-operator is started only after the API server serves the CRD. A controller that starts before
+            # its CRD is served tries again only after 10 s.
             wait_for(
                 "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
             )
@@ -341,27 +311,6 @@ class Cluster:
                 evidence=self._log("controller-manager"),
             )
         self._tell("all of it")
-
-    def _start_watcher(self) -> None:
-        arguments = ["-m", "tests.cluster.watcher", str(self.layout.state), self._cgroup, str(os.getpid())]
-        self._watcher = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        watcher, init_log = self._watcher, self.layout.logs / "init.log"
-
-        def ready() -> bool:
-            if watcher.poll() is not None:
-                errors = watcher.communicate()[1].decode(errors="replace")
-                raise ClusterError(f"no namespaces: {errors}\n{tail(init_log)}")
-            return self.layout.namespaces_ready.exists() and self.layout.init_pid.exists()
-
-        wait_for("the namespaces", ready, 20, evidence=lambda: tail(init_log))
 
     def _define_control_plane(self, flags: Mapping[str, Sequence[str]]) -> None:
         layout, credentials, api = self.layout, self._credentials, self._api

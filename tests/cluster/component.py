@@ -42,8 +42,8 @@ class Component:
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. Ctrl-C reaches
-                # only the owner of the cluster, and after the owner's end the watcher (`watcher.py`) ends all programs.
+                # The program gets a session of its own, so that Ctrl-C in a terminal does not end it directly. Ctrl-C
+                # ends only the owner of the cluster, and then the watcher (`watcher.py`) ends all programs.
                 start_new_session=True,
             )
 
@@ -53,8 +53,8 @@ class Component:
 
     @property
     def pid(self) -> int:
-        """The process id of the program, as the machine's PID namespace numbers it. The started process is ``nsenter``,
-        and the program is its child process."""
+        """The process id of the program in the machine's PID namespace. The process that `start` has started is
+        ``nsenter``, and the program is its child process."""
         if self._process is None:
             raise ClusterError(f"{self.name} was not started")
         wrapper = self._process.pid
@@ -79,8 +79,8 @@ class Component:
     def stop(self, signal_number: int = signal.SIGKILL, timeout: float = 30) -> None:
         """Send a signal to the program and wait until it has ended.
 
-        The default is SIGKILL, because an API server waits for its open watches after SIGTERM, and because a cluster's
-        data is thrown away anyway.
+        The default is SIGKILL, because after SIGTERM an API server waits for the end of its open watches. A cluster's
+        data may be lost, because it is deleted at the end anyway.
         """
         if self._process is None or not self.running:
             return
@@ -89,12 +89,12 @@ class Component:
         wait_for(f"{self.name} to end after signal {signal_number}", lambda: process.poll() is not None, timeout)
 
     def freeze(self) -> None:
-        """Pause the program with SIGSTOP. It does nothing any more, but its network connections stay open."""
+        """Pause the program with SIGSTOP. The program stops working, but its network connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let the program go on after `freeze`, by SIGCONT. SIGCONT also goes to ``nsenter``, the program's parent
-        process, which stopped together with the program and has to reap it in the end."""
+        """Let the program go on after `freeze`, by SIGCONT. SIGCONT is also sent to ``nsenter``, the program's parent
+        process. ``nsenter`` stopped together with the program, and must run so that it can reap the program later."""
         frozen = self.pid
         if self._process is not None:
             os.kill(self._process.pid, signal.SIGCONT)

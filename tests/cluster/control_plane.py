@@ -31,7 +31,7 @@ def etcd(layout: Layout) -> list[str]:
         f"--listen-peer-urls={peers}",
         f"--initial-advertise-peer-urls={peers}",
         f"--initial-cluster=default={peers}",
-        # etcd may skip fsync, because the data of a test cluster need not survive a crash of the machine.
+        # etcd does not call fsync, because the data of a test cluster need not survive a crash of the machine.
         "--unsafe-no-fsync",
         "--log-level=warn",
     ]

@@ -94,7 +94,7 @@ def _kubelet_client(authority: Authority, node: NodePlace) -> Pair:
 
 def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:
     """Write a kubeconfig for the program ``name`` and return the file's path. The file contains the certificates and
-    the key themselves, not their paths. It is JSON, which every YAML parser reads."""
+    the key themselves instead of their paths. The file is JSON, which is also valid YAML."""
     content = {
         "apiVersion": "v1",
         "kind": "Config",

@@ -14,12 +14,12 @@ from tests.cluster.cluster import Cluster, unusable_because
 
 
 def started() -> Iterator[Cluster]:
-    """Start a cluster, yield it, and end it afterwards. If the machine can't run a cluster, skip the test. Each fixture
-    that provides a cluster takes it from this generator."""
+    """Start a cluster, yield it, and end it afterwards. If the machine can't run a cluster, skip the test. All fixtures
+    that provide a cluster call this generator."""
     reason = unusable_because()
     if reason:
-        # The test is skipped and does not fail, so that a developer without root sees no failures when all tests are
-        # run.
+        # The test is skipped instead of failing, so that a developer without root sees no failures in a run of all
+        # tests.
         pytest.skip(reason)
     with Cluster.start() as running:
         yield running

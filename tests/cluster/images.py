@@ -1,9 +1,9 @@
 """Build the project's images without a container engine, and push them into the storage of the clusters' registry.
 debootstrap makes the base image, and buildah builds the Dockerfiles.
 
-``ensure`` returns the reference by which a pod spec names the image. The tag is a hash of all that goes into the image,
-so that an unchanged image is neither built nor pushed again. The registry's storage is in the cache folder, so later
-clusters find the image there.
+``ensure`` returns the reference by which a pod spec names the image. The tag is a hash of everything that determines
+the image's content, so that an unchanged image is neither built nor pushed again. The registry's storage is in the
+cache folder, so later clusters find the image there.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ALL = (OPERATOR, TRAINER)
 
 
 def ensure(image: Image) -> str:
-    """Return the reference by which pods of a cluster name the image. If the registry has no image with the same
-    content yet, build and push it first.
+    """Return the reference with which a pod spec names the image. If the registry has no image with the same content
+    yet, build and push the image first.
 
     Raises:
         ClusterError: the Dockerfile does not exist, or a build step failed. In the second case the message
@@ -69,8 +69,8 @@ def ensure(image: Image) -> str:
 
 
 def content_key(image: Image) -> str:
-    """Return a hash of all that goes into the image: the recipe of the base image, the Dockerfile, and the files that
-    it copies."""
+    """Return a hash of everything that determines the image's content: the recipe of the base image, the Dockerfile,
+    and the files that the Dockerfile copies."""
     text = image.dockerfile.read_text()
     digest = hashlib.sha256(f"{base_key()}\0{text}\0".encode())
     for source in copied_sources(text):

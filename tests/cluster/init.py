@@ -1,8 +1,8 @@
 """The first process inside a cluster's namespaces (PID 1). It configures network and mounts, and then reaps orphaned
 processes until it is killed.
 
-`watcher.py` starts it under ``unshare`` as ``python -m tests.cluster.init STATE_FOLDER``. All of its changes are inside
-the cluster's namespaces and vanish with them.
+`watcher.py` starts this process under ``unshare`` as ``python -m tests.cluster.init STATE_FOLDER``. All changes that
+the process makes are inside the cluster's namespaces and disappear together with them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def network() -> None:
     # which become addresses of the loopback interface here.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
         run("ip", "address", "add", f"{address}/32", "dev", "lo")
-    # The bridge gets a fixed MAC address. Otherwise it would take the lowest MAC address of its ports, which changes as
-    # pods start and end. Pods would then send to the old address for half a minute, until their neighbour caches
-    # expire.
+    # The bridge gets a fixed MAC address. Without this setting it would use the lowest MAC address of its ports, which
+    # changes when pods start and end. After each change, pods would send to the old address for half a minute, until
+    # their neighbour caches expire.
     run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
     run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
@@ -53,8 +53,8 @@ def network() -> None:
 
 
 def mounts(layout: Layout) -> None:
-    """Mount folders of the cluster over those folders of the machine to which the kubelet and containerd write. Mount a
-    resolv.conf that names CoreDNS over that of the machine."""
+    """Mount folders of the cluster over the folders of the machine to which the kubelet and containerd write. Mount a
+    resolv.conf that names CoreDNS over the machine's resolv.conf."""
     # /etc/resolv.conf may be a link into /run. The link is resolved here, before the mount over /run hides its target.
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):

@@ -38,8 +38,8 @@ def main() -> None:
 
 def leave_the_first_node() -> None:
     """Unmount what the first node mounted over /var/lib, /var/log and /run, and the mounts of its pods below these
-    folders. The second node has all these mounts at first, because its mount namespace began as a copy of the first
-    node's."""
+    folders. At its start the second node has all these mounts, because its mount namespace is a copy of the first
+    node's mount namespace."""
     for place in ("/var/lib", "/var/log", "/run"):
         run("umount", "--recursive", "--lazy", place)
 
@@ -47,7 +47,8 @@ def leave_the_first_node() -> None:
 def network() -> None:
     """Connect the second node to the first node's bridge by a veth pair, and add the routes by which the pods of one
     node reach the pods of the other."""
-    # Prefix of the commands that run in the first node's network namespace, which is that of the process with PID 1.
+    # Prefix of the commands that run in the first node's network namespace, which is the network namespace of the
+    # process with PID 1.
     first_node = ("nsenter", "--net=/proc/1/ns/net", "--")
     cable = ("link", "add", SECOND_NODE_LINK, "type", "veth", "peer", "name", CABLE_END, "netns", str(os.getpid()))
     run(*first_node, "ip", *cable)

@@ -1,10 +1,10 @@
-"""A stand-in for Kueue: it changes PyTorchJobs as Kueue 0.19 does. These changes are all that the operator sees of
-Kueue. With a real Kueue the tests would also need its CRDs, quotas and a queue.
+"""A replacement for Kueue in tests. It makes the changes to PyTorchJobs that Kueue 0.19 makes. The operator sees
+nothing of Kueue except these changes. With the real Kueue the tests would also need its CRDs, quotas and a queue.
 
-A webhook sets `runPolicy.suspend` of each new PyTorchJob with a queue label to true. Admission sets `runPolicy.suspend`
-to false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod
-template. Eviction restores the pod templates and suspends the PyTorchJob. Admission and eviction each update the whole
-object at once.
+A webhook sets `runPolicy.suspend` to true in each new PyTorchJob that has a queue label. Admission sets
+`runPolicy.suspend` to false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of
+nodes) into every pod template. Eviction restores the pod templates and suspends the PyTorchJob. Admission and eviction
+each update the whole object at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PodSetInfo:
 
 
 class Kueue:
-    """Stands in for Kueue's controller: it admits and evicts the PyTorchJobs of one namespace when a test says so."""
+    """Replaces Kueue's controller: its methods admit and evict the PyTorchJobs of one namespace."""
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         """Manage the PyTorchJobs of ``namespace``."""
@@ -75,14 +75,14 @@ class Kueue:
         return self._update(job)
 
     def is_active(self, name: str) -> bool:
-        """Return whether the status of the PyTorchJob ``name`` counts active pods. Kueue admits an evicted job again
-        only when it has no active pods."""
+        """Return whether the PyTorchJob ``name`` has active pods according to its status. Kueue admits an evicted
+        PyTorchJob again only when it has no active pods."""
         replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
         return any(status.get("active") for status in replicas.values())
 
     def _update(self, job: Manifest) -> Manifest:
-        """Replace the object ``job`` and return it as stored. If somebody else has changed it since it was read, the
-        API server refuses the old resourceVersion, and the call raises."""
+        """Replace the object ``job`` and return it as stored. If somebody else has changed the object since it was
+        read, the API server refuses the old resourceVersion, and this method raises ClusterError."""
         job.pop("status", None)
         job["metadata"].pop("managedFields", None)
         arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")

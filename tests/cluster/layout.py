@@ -1,4 +1,5 @@
-"""Where the files of a cluster are, all below the cluster's state folder, and which addresses its programs have.
+"""The paths of a cluster's files, which are all below the cluster's state folder, and the addresses of the cluster's
+programs.
 
 The addresses are the same in every cluster, because each cluster has a network namespace of its own.
 """
@@ -16,7 +17,8 @@ POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 CLUSTER_PODS = "10.244.0.0/16"
 """The IP network that holds the pod networks of all nodes."""
-# IP address by which pods reach programs that run outside of pods. The API server, MinIO and the registry listen on it.
+# IP address at which pods reach programs that run outside of pods. The API server, MinIO and the registry listen on
+# this address.
 HOST_ADDRESS = "10.244.0.1"
 
 SERVICE_NETWORK = "10.96.0.0/16"
@@ -63,8 +65,8 @@ class NodePlace:
     """Highest IP address that a pod of the node can get."""
 
 
-# Pods of the first node get no addresses above `last_pod`, so these are free for other machines at the first node's
-# bridge. The second node has such an address.
+# Pods of the first node get no addresses above `last_pod`. So the higher addresses are free for other machines at the
+# first node's bridge. The second node has one of the higher addresses.
 FIRST_NODE = NodePlace("node-1", HOST_ADDRESS, POD_NETWORK, HOST_ADDRESS, "10.244.0.239")
 SECOND_NODE = NodePlace("node-2", "10.244.0.240", "10.244.1.0/24", "10.244.1.1", "10.244.1.239")
 SECOND_NODE_LINK = "node-2"
@@ -97,7 +99,8 @@ class Layout:
 
     @property
     def audit_policy(self) -> Path:
-        """File that tells the API server which requests belong into its audit log; see `audit.py`."""
+        """File with the audit policy, which selects the requests that the API server writes into its audit log. See
+        `audit.py`."""
         return self.config / "audit-policy.json"
 
     @property

@@ -1,5 +1,5 @@
-"""Enter the network, mount and PID namespaces of a cluster with a new program, or its network namespace with a thread
-of this process."""
+"""Start programs in the network, mount and PID namespaces of a cluster, and move threads of this process into the
+network namespace of a cluster."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Namespaces:
     pid: int
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return a command that runs ``argv`` inside the network, mount and PID namespaces. Such a program never
-        outlives the cluster, because the kernel kills all processes of a PID namespace when its first process ends."""
+        """Return a command that runs ``argv`` inside the network, mount and PID namespaces. The program never outlives
+        the cluster, because the kernel kills all processes of a PID namespace when the first process of the namespace
+        ends."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", "--", *argv]
 
     @contextlib.contextmanager
@@ -61,8 +62,8 @@ def children(pid: int) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            # In /proc/PID/stat, state and parent's id follow the program's name. The line is split after the last
-            # parenthesis, because the name stands in parentheses and may contain any characters.
+            # In /proc/PID/stat, the state and the parent's id follow the program's name. The line is split after the
+            # last parenthesis, because the name is in parentheses and may contain any characters.
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue  # The process has ended since the folder was listed.

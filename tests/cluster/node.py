@@ -29,7 +29,7 @@ from tests.cluster.waiting import ClusterError
 
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
 REFUSE_DEVICES = "/var/lib/kubelet/refuse-devices"
-"""File of a node: while it exists, the device plugin of the node allocates no GPU to any container."""
+"""Path of a file on a node. While the file exists, the device plugin of the node allocates no GPU to any container."""
 REGISTRY = f"{HOST_ADDRESS}:{REGISTRY_PORT}"
 
 
@@ -132,8 +132,8 @@ def _kubelet_config(layout: Layout, authority: Pair, server: Pair, cgroup: str) 
         "clusterDNS": [DNS_ADDRESS],
         "clusterDomain": CLUSTER_DOMAIN,
         "resolvConf": str(layout.resolver),
-        # The kubelet reports new devices only with its next status update. The interval is short, so that the devices
-        # of the device plugin soon appear in the node's status.
+        # The kubelet reports new devices only with its next status update. With this short interval, the devices of the
+        # device plugin soon appear in the node's status.
         "nodeStatusUpdateFrequency": "2s",
         # The thresholds are low, because the node's disk is the machine's disk. Files of other programs must not make
         # the kubelet evict pods.

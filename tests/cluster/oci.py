@@ -48,8 +48,8 @@ class Image:
     links: Mapping[str, str]
     command: Sequence[str]
     is_entry_point: bool = False
-    """Whether ``command`` is the image's entry point. If so, the arguments of a container are appended to ``command``;
-    otherwise they replace it."""
+    """Whether ``command`` is the image's entry point. If True, the arguments of a container are appended to
+    ``command``. Otherwise they replace ``command``."""
 
 
 def pause(program: Path) -> Image:

@@ -1,5 +1,5 @@
 """Install the Debian packages that the cluster and the image builds need. A package is not installed if the machine
-already has its program. A package whose service must not start on this machine is unpacked only."""
+already has its program. A package whose installation would start a service is only unpacked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cluster.cache import cache_folder, locked
 from tests.cluster.progress import step
 from tests.cluster.waiting import ClusterError
 
-# Maps each Debian package to one of its programs or files. If the machine already has this program, from whatever
+# Maps each Debian package to one of its programs or files. If the machine already has this program or file, from any
 # source, the package is not needed.
 NODE_PACKAGES: Mapping[str, str] = {
     "containerd": "containerd",
@@ -35,7 +35,8 @@ APT_TIMEOUT_SECONDS = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Install those of ``packages`` whose program is missing. Raise ClusterError if they can't be installed."""
+    """Install the packages in ``packages`` whose program is missing. Raise ClusterError if a package can't be
+    installed."""
     missing = [package for package, program in packages.items() if not _present(program)]
     if not missing:
         return
@@ -49,9 +50,10 @@ def install(packages: Mapping[str, str]) -> None:
 
 
 def unpacked_program(package: str) -> Path | None:
-    """Return the path of the program of ``package``, one of `UNPACKED_PACKAGES`: the path in the environment variable
-    FINETUNE_TOOL_<PROGRAM> (for example FINETUNE_TOOL_PROMTOOL) if that is set, and otherwise the path in the cache
-    folder. Return None if `unpack` has not put the program into the cache folder."""
+    """Return the path of the program of ``package``, one of `UNPACKED_PACKAGES`. If the environment variable
+    FINETUNE_TOOL_<PROGRAM> (for example FINETUNE_TOOL_PROMTOOL) is set, it contains the path. Otherwise the program is
+    in the cache folder. Return None if the program is not in the cache folder either, because `unpack` was not
+    called."""
     program = Path(UNPACKED_PACKAGES[package])
     if named := os.environ.get(f"FINETUNE_TOOL_{program.name.upper()}"):
         return Path(named)
@@ -70,7 +72,7 @@ def unpack() -> None:
 def _download_and_unpack(package: str) -> None:
     folder = cache_folder() / f"deb-{package}"
     with step(f"unpacking the Debian package {package}"), tempfile.TemporaryDirectory(dir=cache_folder()) as downloads:
-        # When root runs apt, apt downloads as the user `_apt`, who must be able to write into the folder.
+        # If root runs apt, the download runs as the user `_apt`, which must be able to write into the folder.
         Path(downloads).chmod(0o777)
         if os.geteuid() == 0:
             _apt(["update"])

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-# How long certificates are valid. It must be more than 90 days, because the training-operator replaces certificates
-# that end within 90 days.
+# Time for which certificates are valid. It must be more than 90 days, because the training-operator replaces
+# certificates that end within 90 days.
 LIFETIME = datetime.timedelta(days=365)
 
 # Name of the certificate authority. The training-operator replaces certificates of an authority with any other name.
@@ -109,7 +109,7 @@ def _subject(name: str, organizations: Sequence[str]) -> x509.Name:
 def begin(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta = LIFETIME
 ) -> x509.CertificateBuilder:
-    """Return the builder of a certificate to which the caller adds extensions before signing it. The certificate is
+    """Return the builder of a certificate. The caller adds extensions and signs the certificate. The certificate is
     valid from five minutes ago until ``lifetime`` from now."""
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -124,8 +124,8 @@ def begin(
 
 
 def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """Return the key usage extension for the certificate of a certificate authority if ``signs_certificates`` is True,
-    and otherwise for a client's or server's certificate."""
+    """Return the key usage extension of a certificate. If ``signs_certificates`` is True, the certificate is that of a
+    certificate authority. Otherwise it is that of a client or a server."""
     return x509.KeyUsage(
         digital_signature=True,
         key_encipherment=True,

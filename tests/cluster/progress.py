@@ -1,4 +1,4 @@
-"""Print the progress of slow steps, such as builds, with the seconds that the step has taken so far."""
+"""Print the progress of slow steps, such as builds, with the seconds since the step began."""
 
 from __future__ import annotations
 

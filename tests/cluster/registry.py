@@ -1,5 +1,5 @@
-"""The image registry. Its storage is in the cache folder and serves every cluster. Images can be pushed without a
-cluster: for this, `serving` runs another registry with the same storage."""
+"""The image registry. All clusters use the same storage, which is in the cache folder. Images can also be pushed while
+no cluster runs: `serving` runs a registry with the same storage for this purpose."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 
 
 def storage() -> Path:
-    """Return the folder with all pushed images, from which the registry of every cluster serves, and create it if
-    needed."""
+    """Return the folder with all pushed images, and create the folder if needed. The registries of all clusters use
+    this folder."""
     folder = cache_folder() / "registry"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def has_image(name: str, tag: str) -> bool:
-    """Return whether the image was pushed completely. The registry writes the file ``link`` last, so the file exists
-    only after a complete push."""
+    """Return whether the image was pushed completely. The file ``link`` exists only after a complete push, because the
+    registry writes it last."""
     return (storage() / f"docker/registry/v2/repositories/{name}/_manifests/tags/{tag}/current/link").exists()
 
 
@@ -67,8 +67,8 @@ def serving() -> Iterator[Server]:
     """Run a registry during the block, so that images can be pushed without a cluster.
 
     The registry always has the same address, because buildah remembers by address which layers a registry already has.
-    With a new address, buildah would push all layers with dependencies (several gigabytes) again after each change of
-    the project's code.
+    With a new address for each push, buildah would push the layers with dependencies (several gigabytes) again after
+    each change of the project's code.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"

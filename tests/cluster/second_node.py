@@ -1,9 +1,9 @@
 """A second node of the cluster, for tests in which a node is lost.
 
 The node has a network and a mount namespace of its own inside the cluster, and its own containerd, kubelet and device
-plugin. A veth pair, which tests can cut, connects it to the first node's bridge. The node always ends together with the
-cluster, because its processes are in the cluster's PID namespace and the cgroups of its pods are below the cluster's
-cgroup folder.
+plugin. A veth pair connects the node to the first node's bridge, and tests can cut this connection. The node always
+ends together with the cluster, because its processes are in the cluster's PID namespace and the cgroups of its pods are
+below the cluster's cgroup folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class SecondNode:
     name = SECOND_NODE.name
 
     def __init__(self, around: Surroundings, *, reserved: bool) -> None:
-        """Prepare the node; `start` starts it. On a ``reserved`` node only pods with `TOLERATION` are placed."""
+        """Prepare the node without starting it. If ``reserved`` is True, only pods with `TOLERATION` are placed on the
+        node."""
         self._around = around
         self._reserved = reserved
         self._layout = around.layout.second_node
@@ -72,14 +73,14 @@ class SecondNode:
             {**around.environment, "PYTHONPATH": str(REPOSITORY)},
         )
         self.components: dict[str, Component] = {}
-        """The node's programs by name. Empty until ``start`` has made the node's namespaces, in which the programs
-        run."""
+        """The node's programs by name. The mapping is empty until ``start`` has created the namespaces in which the
+        programs run."""
 
     def start(self, import_images: Callable[[SecondNode], None]) -> None:
         """Start the node and wait until pods can be placed on it.
 
-        As soon as containerd runs, ``import_images`` is called with this node. It must import the images that every
-        node has.
+        As soon as containerd runs, ``import_images`` is called with this node. This function must import the images
+        that every node has.
 
         Raises:
             ClusterError: a program of the node did not start; the message holds the end of the program's log.
@@ -104,7 +105,7 @@ class SecondNode:
         return Namespaces(self._anchor.pid)
 
     def cut_off(self) -> None:
-        """Cut the node's network connection. The node and its pods keep running, but nobody can reach them."""
+        """Cut the node's network connection. The node and its pods keep running, but they can't be reached."""
         self._set_link("down")
 
     def reconnect(self) -> None:
@@ -112,12 +113,12 @@ class SecondNode:
         self._set_link("up")
 
     def refuse_devices(self) -> None:
-        """Let the device plugin fail to allocate GPUs, as on a node whose GPUs are broken. The node still offers
-        them."""
+        """Make the device plugin fail when it allocates GPUs, as on a node whose GPUs are broken. The node's status
+        still lists the GPUs."""
         self._refusal.touch()
 
     def allocate_devices(self) -> None:
-        """Let the device plugin allocate GPUs again after `refuse_devices`."""
+        """Make the device plugin allocate GPUs again after `refuse_devices`."""
         self._refusal.unlink(missing_ok=True)
 
     @property
@@ -173,8 +174,8 @@ class SecondNode:
     def _killed(self) -> bool:
         """Kill all processes of the node that are found. Return True if none was found.
 
-        `stop` calls this method until it returns True, because the process that containerd leaves beside each container
-        (its shim) may start another process meanwhile.
+        `stop` calls this method until it returns True. One call may not be enough, because containerd runs a process
+        beside each container (the shim), and the shim may start another process during the call.
         """
         left = self.processes()
         for pid in left:

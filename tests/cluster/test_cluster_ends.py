@@ -1,5 +1,5 @@
-"""A cluster leaves nothing on the machine, in whatever way the process that owns it ends. Two clusters at the same time
-do not see each other."""
+"""A cluster leaves nothing on the machine, no matter how its owner, the process that started the cluster, ends. Two
+clusters that run at the same time do not affect each other."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Machine:
 
     @staticmethod
     def now(own: Path) -> Machine:
-        """Return the present mounts and interfaces. Left out are mounts in the temporary folders of tests, which other
-        tests make meanwhile, except those below ``own``."""
+        """Return the present mounts and interfaces. Mounts in the temporary folders of tests are left out unless they
+        are below ``own``, because other tests may create and remove them at the same time."""
         lines = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         mounts = [line for line in lines if "/pytest-of-" not in line or str(own) in line]
         return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
@@ -82,9 +82,9 @@ class Owner:
     processes: list[int]
     networks: set[str]
     everyone: list[int]
-    """The ids of all processes that the machine had while the cluster ran. Only these are searched for network
-    namespaces of the cluster afterwards. A later process could have a namespace of the same number, because the kernel
-    uses the number of a removed namespace again at once."""
+    """The ids of all processes that the machine had while the cluster ran. After the cluster's end, the test checks
+    only these processes for network namespaces of the cluster. A later process could have a namespace with the same
+    number, because the kernel reuses the number of a removed namespace at once."""
 
     def assert_nothing_is_left(self, before: Machine) -> None:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)

@@ -1,5 +1,5 @@
-"""The parts of a test cluster that other tests rely on do work: pods, DNS, devices, PyTorchJobs, object store and
-registry. No connection leads out of the cluster."""
+"""The parts of a test cluster that other tests use work: pods, DNS, devices, PyTorchJobs, object store and registry. No
+connection leads out of the cluster."""
 
 from __future__ import annotations
 

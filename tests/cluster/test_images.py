@@ -1,4 +1,5 @@
-"""An image is built from a Dockerfile, but only once for the same content. The kubelet pulls and runs it."""
+"""An image is built from a Dockerfile, but only once for the same content. The kubelet can pull the image, and a pod
+can run it."""
 
 from __future__ import annotations
 

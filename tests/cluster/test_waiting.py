@@ -1,6 +1,6 @@
-"""`wait_for` goes on while a server does not answer, until its own deadline. `wait_while_it_moves`, which is used while
-a cluster is removed, goes on as long as its progress changes. The state folder of a cluster is removed with all that is
-in it."""
+"""`wait_for` keeps waiting while a server does not answer, until its own deadline. `wait_while_it_moves`, which is used
+while a cluster is removed, keeps waiting as long as the progress changes. `remove_state` removes the state folder of a
+cluster with all its content."""
 
 from __future__ import annotations
 

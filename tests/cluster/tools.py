@@ -1,5 +1,5 @@
-"""Those programs of a cluster that are built from Go source, which are all except containerd. The Go modules with the
-pinned versions are in ``tools/``, and each program is built once into the cache folder.
+"""The programs of a cluster that are built from Go source. The Go modules with the pinned versions are in ``tools/``,
+and each program is built once into the cache folder.
 
 If the environment variable ``FINETUNE_TOOL_<NAME>`` is set, for example ``FINETUNE_TOOL_KUBE_APISERVER``, it names the
 binary to use. Otherwise the binary comes from the cache, and is built if the cache lacks it. The binary's folder in the
@@ -34,8 +34,9 @@ class Tool:
 
     ``folder`` is the folder below ``tools/`` with the go.mod file, and ``package`` is the Go package to compile.
     ``stamps_version`` writes the Kubernetes version into the binary, because clients and the kubelet compare versions.
-    ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. They come from the Go module
-    that contains ``package``, or ``data_from`` if that is given, because ``package`` may be a package of this project.
+    ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. The files are taken from the
+    Go module that contains the package ``data_from`` or, if that is None, the package ``package``. ``data_from`` is
+    needed if ``package`` is a package of this project.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Tool:
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable by which another binary can be used instead, for example
+        """Name of the environment variable that can contain the path of another binary, for example
         ``"FINETUNE_TOOL_ETCD"``."""
         return "FINETUNE_TOOL_" + re.sub(r"\W", "_", self.name).upper()
 
@@ -57,8 +58,8 @@ class Tool:
 
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
-        """The arguments of ``go build``. They keep debug information, git's state and paths of this machine out of the
-        binary. With ``stamps_version`` they also write the Kubernetes version into it."""
+        """The arguments of ``go build``. With these arguments, the binary contains no debug information, no state of
+        git and no paths of this machine. With ``stamps_version``, it contains the Kubernetes version."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")
@@ -133,7 +134,7 @@ CERT_MANAGER = Tool(
     data="deploy/crds/cert-manager.io_*.yaml",
     data_from="github.com/cert-manager/cert-manager/pkg/controller",
 )
-"""cert-manager's controllers. They are not part of ``ALL``, because only one long test needs them; it builds the
+"""cert-manager's controllers. They are not part of ``ALL``, because only one long test needs them. This test builds the
 program itself."""
 
 ALL = (
@@ -166,8 +167,8 @@ def pinned_version(folder: str, module: str) -> str:
 
 
 def build_missing(wanted: Sequence[Tool] = ALL) -> None:
-    """Build those programs of ``wanted`` that are not in the cache yet, without those whose environment variable names
-    another binary."""
+    """Build the programs in ``wanted`` that are not in the cache yet. A program is not built if its environment
+    variable names another binary."""
     if not any(tool.missing for tool in wanted):
         return
     with locked("build"):

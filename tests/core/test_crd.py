@@ -63,8 +63,8 @@ def test_no_floats_and_no_escape_from_the_schema() -> None:
 
 def test_defaults_of_sections_are_complete() -> None:
     spec = openapi_schema(FineTuneJobSpec)
-    # A section's default names the defaults of its fields too, because the API server checks CEL rules on a section's
-    # default before it fills in the defaults of fields.
+    # A section's default contains the defaults of its fields too, because the API server checks CEL rules on a
+    # section's default before it fills in the defaults of fields.
     assert spec["properties"]["runPolicy"]["default"] == {"suspend": False, "cancel": False, "maxRetries": 3}
     assert spec["properties"]["runPolicy"]["properties"]["maxRetries"]["default"] == 3
     assert "default" not in spec["properties"]["training"]["properties"]["learningRate"]

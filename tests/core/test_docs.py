@@ -1,4 +1,5 @@
-"""The pages of the documentation agree with the repository: its rooms, paths, links, decisions and recipes.
+"""The pages of the documentation agree with the repository. The tests check the pages' tables of packages (called
+rooms), paths, links, decisions and recipes.
 
 The pages are README.md, CONTRIBUTING.md, CHANGELOG.md, those in docs/, and some READMEs of folders. `python -m
 tests.core.test_docs` writes the column "imports" of docs/architecture.md anew.
@@ -78,7 +79,7 @@ def rooms() -> dict[str, Room]:
 
 
 def modules_named_by(room: Room) -> set[str]:
-    """Return the bare names of modules, for example ``"panel.py"``, in the description of a room."""
+    """Return the names of modules without a folder, for example ``"panel.py"``, in the description of a room."""
     return set(re.findall(r"`(\w+\.py)`", room.purpose))
 
 
@@ -92,8 +93,8 @@ def imports_of(package: str) -> str:
     """Return what the modules in the folder ``package`` import, in the form of the column "imports" of
     docs/architecture.md.
 
-    First come the rooms of the same import package, then those of the core, then libraries. A module that lies in no
-    room appears with its own name.
+    The text lists first the rooms of the same import package, then the rooms of the core, then libraries. A module that
+    is directly in an import package, and in none of its rooms, is listed by its own name.
     """
     inside: set[str] = set()
     core: set[str] = set()
@@ -133,8 +134,8 @@ def _folder(top: str) -> Path:
 
 
 def _room(top: str, rest: str) -> str:
-    """Return the room that holds the module ``rest`` of the import package ``top``, as a path below the package. For a
-    module that lies in no room, return its name."""
+    """Return the room that contains the module ``rest`` of the import package ``top``, as a path below the package. For
+    a module that is directly in the package, return the module's name."""
     folder = _folder(top)
     names: list[str] = []
     for name in rest.split("."):
@@ -189,7 +190,7 @@ def named_paths(text: str) -> Iterator[str]:
 def exists(path: str) -> bool:
     """Return whether ``path`` is a file, folder, glob pattern or dotted module of this repository.
 
-    The beginning of a path may be missing: `decide/verdict.py` stands for the file in the operator's package.
+    The beginning of a path may be missing: `decide/verdict.py` means the file in the operator's package.
     """
     if re.fullmatch(r"\w+(\.\w+)+", path) and not path.endswith((".py", ".md", ".go", ".toml")):
         top, *names = path.split(".")
@@ -325,7 +326,7 @@ def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> Non
     """Each recipe has an example, such as a data format that exists already, and a `git grep` command that prints every
     file that the example touches. The recipe must name all these files."""
     if not (ROOT / ".git").exists():
-        # `git grep` searches only what git knows. A source archive has no git repository.
+        # `git grep` needs a git repository, and a source archive has none.
         pytest.skip("needs the git repository")
     text = recipes()[heading]
     named = set(named_paths(text))

@@ -1,5 +1,5 @@
-"""The FLOPs per token equal known figures for the shapes of Llama 2 and Llama 3. NVIDIA's NeMo prints one of these
-figures."""
+"""The computed FLOPs per token equal known figures for models of the sizes of Llama 2 and Llama 3. One of the known
+figures was printed by NVIDIA's NeMo."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def test_a_published_rate_gives_the_published_flops() -> None:
 
 
 def test_recomputation_is_a_forward_pass_and_no_model_flops() -> None:
-    """With LoRA a 70B model needs 276 GFLOPs a token. If the hardware computes the forward pass again in the backward
-    pass, to save memory, it executes 414 GFLOPs. The recomputation does not count as work of the model."""
+    """With LoRA a 70B model needs 276 GFLOPs a token. If the hardware computes the forward pass a second time during
+    the backward pass, to save memory, the hardware executes 414 GFLOPs. The second forward pass does not count as work
+    of the model."""
     again = forward_flops(shape("70B", adapters=True), 512, 512 * 512) / 512
     assert (per_token("70B", 512, adapters=True) + again) / GIGA == pytest.approx(414, rel=0.0025)
 

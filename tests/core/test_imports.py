@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def lint_imports(path: str = "") -> subprocess.CompletedProcess[str]:
-    """Run import-linter with the rules in pyproject.toml. With ``path``, packages in that folder are checked in place
-    of the repository's."""
+    """Run import-linter with the rules in pyproject.toml. With ``path``, the packages in the folder ``path`` are
+    checked instead of the packages of the same names in the repository."""
     command = Path(sys.executable).with_name("lint-imports")
     environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run(

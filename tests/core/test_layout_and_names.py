@@ -1,5 +1,5 @@
-"""The keys in the bucket and the names of objects in the cluster come from pure functions, and their lengths are
-limited."""
+"""The functions that compute keys in the bucket and names of objects in the cluster. Names are valid and short enough,
+and keys have the documented form."""
 
 from datetime import UTC, datetime
 

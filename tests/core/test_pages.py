@@ -1,4 +1,4 @@
-"""What the pages tell people to type is right: names, versions, namespaces, options and YAML."""
+"""The commands and examples on the pages are right: their names, versions, namespaces, options and YAML."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def by_name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_nothing_is_installed_by_a_name_that_anybody_could_take(page: Path) -> None:
-    """The project is on no package index. `pip install finetune-operator` would run whatever somebody puts there under
-    this name."""
+    """The project is on no package index. `pip install finetune-operator` would therefore run any code that somebody
+    uploads to the index under this name."""
     for line in re.findall(r"pip3? install (.*)", text_of(page)):
         assert "finetune" not in line or " @ git+" in line, line
     assert not re.search(r"\b(?:uvx|pipx)\b.*finetune", text_of(page))

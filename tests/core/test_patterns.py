@@ -20,7 +20,8 @@ CONTROL = frozenset({*range(0x20), *range(0x7F, 0xA0)})
 
 
 def patterns(schema: Any, path: str = "spec") -> Iterator[tuple[str, str]]:
-    """Yield the path and the regular expression of every text below ``schema`` that has one."""
+    """Yield the path and the regular expression of every field below ``schema`` whose text must match a regular
+    expression."""
     if isinstance(schema, dict):
         if isinstance(schema.get("pattern"), str):
             yield path, schema["pattern"]
@@ -35,7 +36,7 @@ ALL = dict(patterns(openapi_schema(FineTuneJobSpec)))
 
 
 def accepted(tokens: Any) -> set[int]:
-    """Return the control characters that the parsed regular expression ``tokens`` accepts anywhere."""
+    """Return the control characters that a text may contain and still match ``tokens``, a parsed regular expression."""
     found: set[int] = set()
     for operation, value in tokens:
         name = str(operation)

@@ -1,6 +1,5 @@
-"""The result of a preflight check fits into a termination message and keeps the decisive finding when it is shortened.
-Another program's message is never taken for such a result.
-"""
+"""The result of a preflight check fits into a termination message. A shortened result still contains the decisive
+finding. A message of another program is never parsed as a result."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""`resolve` makes the run file of a job: defaults that depend on other fields get their values. A job that can't be run
-is refused with the path of the field.
-"""
+"""`resolve` makes the run file of a job, and chooses the defaults that depend on other fields. It refuses a job that
+can't be run, with the path of the field."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(**sections: dict[str, Any]) -> FineTuneJob:
-    """Return the quickstart job with some fields of sections replaced. ``sections`` gives the new fields by section,
-    and None removes a field."""
+    """Return the quickstart job with some fields of sections replaced. ``sections`` maps the name of a section to its
+    new fields. The value None removes a field."""
     document = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"]["uid"] = "1234"
     for section, fields in sections.items():

@@ -1,4 +1,5 @@
-"""A job that the schema accepts, but that this version can't run, is refused with the path of the field."""
+"""The operator refuses a job that the schema accepts but that this version can't run. The message begins with the path
+of the field."""
 
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,14 @@ def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("[]", "object"), ('{"a": 1, "a": 2}', "once"), ("{'a': 1}", "JSON"), ("[" * 200_000, "deep")],
+    [
+        ("[]", "object"),
+        ('{"a": 1, "a": 2}', "once"),
+        ("{'a': 1}", "JSON"),
+        ("[" * 200_000, "deep"),
+        ('{"a": ' + "9" * 5000 + "}", "digits"),
+    ],
+    ids=["a list", "a key twice", "no JSON", "deep", "a long number"],
 )
 def test_overrides_that_are_no_object_are_refused(text: str, word: str) -> None:
     (problem,) = override_problems(text)

@@ -1,4 +1,5 @@
-"""Which fields of the run file define what is trained, and that the digest of these fields stays the same."""
+"""Every field of the run file defines what is trained unless it is listed as an exception, and the digest of the fields
+stays the same from version to version."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def put(fields: Any, path: str, value: object) -> Any:
-    """Return the nested mapping ``fields`` with ``value`` at ``path``; sections that do not exist are made."""
+    """Return a copy of the nested mapping ``fields`` with ``value`` at ``path``. Sections that do not exist are
+    created."""
     name, _, rest = path.partition(".")
     known: Mapping[str, Any] = fields if isinstance(fields, Mapping) else {}
     return {**known, name: put(known.get(name), rest, value) if rest else value}
@@ -81,8 +83,8 @@ def test_a_field_that_is_absent_leaves_the_digest_as_an_older_version_made_it() 
 
 
 def test_the_digest_of_a_job_stays_the_same_from_version_to_version() -> None:
-    """With another digest every restored job would train again. If a change to what is trained is intended, store the
-    new digest here. If a field was only added, its default must be None."""
+    """If the digest changes, every restored job trains again. If this test fails because a field was added, the default
+    of the field must be None. If the change to the training is intended, store the new digest in `DIGEST`."""
     assert settings_digest(example()) == DIGEST
 
 

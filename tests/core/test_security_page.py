@@ -1,6 +1,6 @@
-"""docs/security.md names for each attack a test that exists, or says that the attack is not defended.
+"""For each attack, docs/security.md either names an existing test or says that nothing defends against the attack.
 
-Attacks that no other test shows have their tests here.
+The tests of attacks for which there is no other test file are in this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 class Line(NamedTuple):
-    """A line of a table of the page: who attacks, what is tried, what stops it, and the cell that names the tests."""
+    """A line of a table of the page: the attacker, the attack, the defence, and the cell that names the tests."""
 
     attacker: str
     attempt: str

@@ -1,7 +1,7 @@
 """Every field of the spec either has a rule that forbids updates, or is one of the fields that may change.
 
-tests/api/test_updates.py sends updates of every field to a real API server. This test needs no cluster and finds a new
-field without a rule at once.
+tests/api/test_updates.py sends updates of every field to a real API server. This test needs no cluster, so it finds a
+new field without a rule sooner.
 """
 
 from __future__ import annotations

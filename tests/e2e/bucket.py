@@ -1,5 +1,5 @@
-"""Read the bucket directly: the objects that the runs of a job wrote, so that tests can compare them with the job's
-status."""
+"""Functions that read the objects in the bucket that the runs of a job wrote. Tests compare these objects with the
+job's status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster import Cluster
 
 @dataclass(frozen=True)
 class Folder:
-    """A committed checkpoint or artifact: the key of its folder in the bucket, such as
+    """A committed checkpoint or artifact: the key of its folder, relative to the folder of all runs, such as
     ``"checkpoints/000001-000000120"``, and its manifest."""
 
     name: str
@@ -42,8 +42,8 @@ class RunFolder:
         return sorted(str(entry.object_name).removeprefix(self._root.prefix + "/") for entry in found)
 
     def times(self, prefix: str = "") -> dict[str, datetime]:
-        """Return when each object below ``prefix`` was written, in whole seconds, by the object's key. Prefix and keys
-        are relative to this folder."""
+        """Return the time at which each object below ``prefix`` was written, by the object's key. The times are whole
+        seconds. Prefix and keys are relative to this folder."""
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         keys = {str(entry.object_name).removeprefix(self._root.prefix + "/"): entry.last_modified for entry in found}
@@ -59,8 +59,8 @@ class RunFolder:
             response.release_conn()
 
     def verified(self, kind: str) -> list[Folder]:
-        """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that every file
-        in them has the size and sha256 that the manifest of its folder says."""
+        """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that the size and
+        sha256 of every file in these folders equal those in the manifest of its folder."""
         folders = []
         for key in self.keys(f"{kind}/"):
             folder, _, file = key.rpartition("/")
@@ -86,8 +86,8 @@ class RunFolder:
         return rows
 
     def losses(self) -> dict[int, float]:
-        """Return the loss of every step, by the number of the step. For a step that was trained twice this is the loss
-        in the later run."""
+        """Return the loss of every step, by the number of the step. For a step that was trained in two runs, return the
+        loss in the later run."""
         losses: dict[int, float] = {}
         for key in self.keys("metrics/"):
             for line in self.read(key).splitlines():
@@ -96,13 +96,13 @@ class RunFolder:
         return losses
 
     def pointer(self) -> dict[str, Any]:
-        """Return the parsed object ARTIFACT. It names the folder of the artifact that counts, and the sha256 of its
-        manifest."""
+        """Return the parsed object ARTIFACT. It contains the folder of the job's artifact, and the sha256 of the
+        artifact's manifest."""
         pointer: dict[str, Any] = json.loads(self.read(ARTIFACT_POINTER))
         return pointer
 
 
 def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
     """Return the folder of all runs of ``job`` in the bucket. The job's spec must not set `storage.runId`, because the
-    job's uid is taken as the name of the folder."""
+    function assumes that the folder is named after the job's uid."""
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

@@ -45,8 +45,8 @@ def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[st
 
 @pytest.fixture(scope="session")
 def tiny_job() -> MakeJob:
-    """Return a function that makes the manifest of a job: that of examples/quickstart.yaml, with the tiny model and so
-    few steps that training takes only seconds."""
+    """Return a function that makes the manifest of a job from examples/quickstart.yaml. The job uses the tiny model,
+    and has so few steps that training takes only seconds."""
 
     def make(name: str, **changes: Any) -> Manifest:
         defaults: dict[str, Any] = {

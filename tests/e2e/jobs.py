@@ -1,5 +1,5 @@
-"""What several end-to-end tests need for jobs: the type `MakeJob` of the fixture `tiny_job`, and functions that make
-predicates for `steps.wait_for_job`."""
+"""Types and functions that several end-to-end tests use for jobs: the type `MakeJob` of the fixture `tiny_job`, and
+functions that make predicates for `steps.wait_for_job`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MakeJob = Callable[..., Manifest]
 """A function that returns the manifest of a job. Its arguments are the job's name and changes to
 examples/quickstart.yaml, such as ``spec__training__maxSteps=300``."""
 JobPredicate = Callable[[FineTuneJob], bool]
-"""A function of a job that returns whether the job has the status that a test waits for."""
+"""A function that gets a job, and returns whether the job has the status that a test waits for."""
 
 
 def has_checkpoint(step: int) -> JobPredicate:
-    """Return a predicate: the status lists a checkpoint of ``step`` or of a later step."""
+    """Return a predicate that is true when the status lists a checkpoint of ``step`` or of a later step."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
@@ -26,7 +26,7 @@ def has_checkpoint(step: int) -> JobPredicate:
 
 
 def has_checkpoint_of_run(run: int) -> JobPredicate:
-    """Return a predicate: the status lists a checkpoint that the run with number ``run`` committed."""
+    """Return a predicate that is true when the status lists a checkpoint of the run with number ``run``."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
@@ -35,7 +35,7 @@ def has_checkpoint_of_run(run: int) -> JobPredicate:
 
 
 def has_started(attempts: int) -> JobPredicate:
-    """Return a predicate: at least ``attempts`` attempts of the job have started."""
+    """Return a predicate that is true when at least ``attempts`` attempts of the job have started."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started >= attempts
@@ -44,7 +44,7 @@ def has_started(attempts: int) -> JobPredicate:
 
 
 def has_started_exactly(attempts: int) -> JobPredicate:
-    """Return a predicate: exactly ``attempts`` attempts of the job have started."""
+    """Return a predicate that is true when exactly ``attempts`` attempts of the job have started."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started == attempts

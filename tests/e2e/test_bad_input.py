@@ -1,5 +1,5 @@
-"""Mistakes in a job's spec, and refused credentials, are named in a condition within about a minute. The preflight
-check finds them before any attempt starts."""
+"""The preflight check finds mistakes in a job's spec, and refused credentials, before any attempt starts. A condition
+names the problem within about a minute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ WITHIN_SECONDS = 60
 
 
 def _says(*words: str) -> JobPredicate:
-    """Return a predicate: there is a condition that is not True, and its message contains all ``words``."""
+    """Return a predicate that is true when the message of a condition contains all ``words`` and the condition is not
+    True."""
 
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
@@ -68,8 +69,8 @@ def test_bad_data_ends_the_job_with_its_name(
 
 
 def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
-    """Wait until the job has ended and return it. Print the seconds of the wait, and fail if it takes more than three
-    times the promised minute."""
+    """Wait until the job has ended and return the job. Print the seconds of the wait. Fail if the wait takes more than
+    three minutes, which is three times the promised time."""
     started = time.monotonic()
     with steps.jobs_in(cluster, namespace) as jobs:
         for job in jobs.follow(name, lambda sentence: None, give_up_after=3 * WITHIN_SECONDS):

@@ -24,13 +24,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""Number of the deletion of the pods (1 to `DELETIONS`) after which the newest checkpoint is damaged."""
+"""The pods are deleted `DELETIONS` times. This is the number of the deletion after which the newest checkpoint is
+damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 
 
 def _has_notice(text: str) -> JobPredicate:
-    """Return a predicate: the status has a notice that contains ``text``."""
+    """Return a predicate that is true when the status has a notice that contains ``text``."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(text in notice for notice in job.status.notices)

@@ -1,6 +1,6 @@
-"""Jobs that are created before Kubeflow is installed. Their status names the missing PyTorchJob backend, and they run
-after its installation. A second test also creates a Secret, a PersistentVolumeClaim, an image and a bucket ten minutes
-after the jobs that need them.
+"""Jobs are created before Kubeflow is installed. Their status names the missing training-operator, and they run after
+its installation. In the second test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created ten
+minutes after the jobs that need them.
 
 The tests need a cluster of their own, because all other tests need Kubeflow from the start.
 """
@@ -68,7 +68,7 @@ def install_backend(stage: Stage) -> None:
     stage.cluster.kubectl("create", "-f", "-", stdin=crd.read_text())
 
     def is_established() -> bool:
-        # The conditions are read here, because `kubectl wait` fails as long as the CRD has no condition at all.
+        # This function reads the conditions itself, because `kubectl wait` fails as long as the CRD has no conditions.
         conditions = stage.cluster.get("crd", PYTORCHJOB_CRD).get("status", {}).get("conditions") or []
         return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
 
@@ -173,8 +173,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
         backend_serves.set()
 
     def behind_the_backend(make: Callable[[Stage], None]) -> Callable[[Stage], None]:
-        """Return a function that waits until the backend is installed and then calls ``make``. When ``make`` creates
-        what a job waits for, the backend is therefore not missing as well."""
+        """Return a function that waits until the backend is installed and then calls ``make``. The backend therefore
+        exists when ``make`` creates the object that a job waits for."""
 
         def made(stage: Stage) -> None:
             assert backend_serves.wait(120), "the backend was not installed"

@@ -21,7 +21,7 @@ LATE_SECRET = "late-keys"
 
 
 def _waits_for(*words: str) -> JobPredicate:
-    """Return a predicate: the condition Accepted is False and its message contains all ``words``."""
+    """Return a predicate that is true when the condition Accepted is False and its message contains all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
         found = condition(job, ConditionType.ACCEPTED)

@@ -21,8 +21,8 @@ from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 300
-# Changes to the job so that no checkpoint is due before its last step, which is step 300. A checkpoint of an earlier
-# step must therefore have been committed because of SIGTERM.
+# With these changes no checkpoint is due before the job's last step, which is step 300. A checkpoint of an earlier step
+# must therefore have been committed because of SIGTERM.
 QUIET_RUN = {
     "spec__training__maxSteps": STEPS,
     "spec__evaluation__everySteps": 1000,

@@ -1,7 +1,7 @@
 """Two trainers of one job run at the same time, and the job loses no committed step.
 
-For this the kubelet of a node is killed and the job's pod is deleted by force, so that the old trainer keeps running
-beside the new one. The old trainer finds the record of the new run in the object store, and stops committing.
+The test kills the kubelet of a node and deletes the job's pod by force, so that the old trainer keeps running beside
+the new one. The old trainer must find the record of the new run in the object store, and stop committing.
 
 The time that Kubernetes needs to notice a lost node is measured in test_rows.py.
 """
@@ -55,8 +55,9 @@ ENDLESS = {
     "spec__podTemplate": PREFERS_THE_SECOND_NODE,
 }
 RACE = timedelta(seconds=2)
-"""How long after the start of the new run the old trainer may still commit. It looks for a newer run shortly before
-each commit, not at the same moment, and the object store's times are whole seconds."""
+"""Time after the start of the new run in which the old trainer may still commit. It is needed for two reasons: the old
+trainer looks for a newer run shortly before each commit, and not at the same moment, and the object store's times are
+whole seconds."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The observer (see rows/observer.py) never gives an earlier write a later time than a later write, even if one of its
+"""Of two writes, the observer (see rows/observer.py) never gives the earlier write the later time, even if one of its
 watches lags behind the other."""
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
     pytorchjobs = installed.get("pytorchjobs", "-n", namespace)["items"]
     assert pytorchjobs == []
 
-    # The second job lacks nothing. The seconds that the check adds to it are those from the start of the check to the
-    # start of attempt 1.
+    # Nothing is missing for the second job. The seconds that the check adds to this job are the seconds from the start
+    # of the check to the start of attempt 1.
     steps.apply(installed, tiny_job("twin", spec__training__maxSteps=2), namespace)
     twin = steps.wait_for_condition(installed, namespace, "twin", ConditionType.SUCCEEDED, timeout=300)
     assert twin.status is not None

@@ -1,5 +1,5 @@
 """A job survives the deletion of a pod: it ends with the same losses as an undisturbed job, and no attempt is charged.
-A job also survives a kill of the operator: its pods train on, and no step is lost."""
+A job also survives a kill of the operator: its pods continue training, and no step is lost."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _operator_restarts(cluster: Cluster) -> int:
 
 
 def _operator_process(cluster: Cluster) -> int:
-    """Return the process id of the operator in its container, as the machine's PID namespace numbers it."""
+    """Return the process id, in the machine's PID namespace, of the operator that runs in its container."""
     (pod,) = cluster.get("pods", "-n", steps.OPERATOR_NAMESPACE)["items"]
     uid = pod["metadata"]["uid"]
     found = []

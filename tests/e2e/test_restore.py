@@ -1,8 +1,8 @@
-"""A cluster that is built anew or restored does not train again what is done.
+"""After a cluster is built anew or restored from a backup, its jobs do not repeat training that was done before.
 
-Velero drops the uid and the status of a job, and Git has neither. A job that is deleted and applied again with the same
-manifest is in the same situation. The API server, the object store, the preflight check and the trainer are the real
-ones.
+A job that Velero restores, or that is applied from Git, has a new uid and no status. The test creates the same
+situation by deleting a job and applying the same manifest again. The API server, the object store, the preflight check
+and the trainer are real.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The rows of the operator's verdict table (docs/architecture.md) as test cases with real pods. Each case checks
 conditions, attempts and events of a job, and the seconds until each milestone (a state that must be reached in time).
 
-All selected cases run at the same time on one cluster, each in a namespace of its own; only the cases with the second
-node run one after another. At the end the measured times are printed beside the designed times.
+All selected cases run on one cluster, each in a namespace of its own. The cases with the second node run one after
+another, and all other cases run at the same time. At the end the measured times are printed beside the designed times.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Tests of the demo in examples/demo and of the generator of its data, as far as they need no cluster."""
+"""Tests of the demo in examples/demo and of the generator of its data. These tests need no cluster."""

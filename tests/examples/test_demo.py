@@ -1,4 +1,5 @@
-"""Those parts of examples/demo that need no cluster: its job files, its generated answers, and its measurements."""
+"""Tests of the parts of examples/demo that need no cluster: its job files, its generated answers, and its
+measurements."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""examples/trails generates the same rows on every machine. A held-out row has a function with a choice of attributes
-that no training row has, and a name that no training row has.
-"""
+"""examples/trails generates the same rows on every machine. No training row has the same function and attributes as a
+held-out row, and no training row has the same name."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ class Admin:
     """Sends requests as administrator. All calls must come from one event loop."""
 
     def __init__(self, context: ssl.SSLContext, *, connections: int = 32) -> None:
-        """Prepare a client without opening a connection. It later opens at most ``connections`` at a time."""
+        """Prepare a client without opening a connection. Later the client has at most ``connections`` open connections
+        at a time."""
         connector = aiohttp.TCPConnector(limit=connections, ssl=context)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self._session = aiohttp.ClientSession(API_URL, connector=connector, timeout=timeout, read_bufsize=4 * 1024**2)

@@ -1,4 +1,4 @@
-"""Fixtures: one control plane with stub node, fault proxy and operator for all tests of this folder."""
+"""Fixtures of tests/faults: one control plane with stub node, fault proxy and operator for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.faults.world import World, running_world
 
 @pytest.fixture(scope="package")
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Start control plane, stub node and proxy once for all tests of the package, and prepare an operator without
-    starting it."""
+    """The control plane, the stub node and the proxy, which all tests of this folder share. An operator is prepared but
+    not started."""
     if reason := unusable_because():
         # The control plane needs Linux namespaces, which only root can create.
         pytest.skip(reason)
@@ -23,7 +23,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(shared_world: World) -> Iterator[World]:
-    """Give a test the shared control plane with a ready operator, and remove all faults after the test."""
+    """The shared control plane with a ready operator. All faults are removed after the test."""
     shared_world.keep_operator_alive()
     shared_world.operator.wait_ready()
     yield shared_world

@@ -1,4 +1,4 @@
-"""Reduces the stored state of a job to its essence, which must be the same with and without faults.
+"""Computes the essence of a job: the part of its stored state that must be the same with and without faults.
 
 The essence leaves out times, uids and hashes. `trials.py` computes the essence of every run; tests compare the essences
 of two runs.
@@ -18,8 +18,8 @@ _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
 """Reasons of free attempts that lost a pod.
 
-In the essence all these reasons are the same word, because it depends on chance which of them the operator records: the
-operator may be down while the pod is deleted.
+In the essence one word replaces all of these reasons. It depends on chance which reason the operator records, because
+the operator may be down while the pod is deleted.
 """
 
 
@@ -66,8 +66,8 @@ def _plain(value: Any, key: str = "") -> Any:
     if key in ("uid", "activeSeconds", "gpuSeconds"):
         return key
     if key == "image":
-        # The digest of the image is left out, because it is stored only if the operator ran while a pod of the attempt
-        # ran.
+        # The digest of the image is left out. The status contains it only if the operator ran at some time while a pod
+        # of the attempt ran.
         return str(value).partition("@")[0]
     if isinstance(value, str):
         return "time" if _TIMES.search(key) else _CLOCK.sub("time", HASH.sub("-hash-", value))

@@ -1,10 +1,12 @@
-"""Runs an event loop in a thread, for the proxy and the stub node. The thread is in the cluster's network namespace."""
+"""Runs an event loop in a thread, for the proxy, the stub node and the tests' requests to the API server. The thread is
+in the cluster's network namespace."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from tests.cluster import Cluster
@@ -18,6 +20,7 @@ class LoopThread:
     def __init__(self, cluster: Cluster, name: str) -> None:
         """Start the thread ``name`` in the network namespace of ``cluster``."""
         self._loop = asyncio.new_event_loop()
+        self._spawned: set[Future[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         with cluster.enter():
             self._thread.start()
@@ -28,7 +31,10 @@ class LoopThread:
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start ``coroutine`` in the background; `stop` cancels it."""
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        # The event loop itself holds only weak references to tasks, so a task could be collected while it waits.
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._spawned.add(future)
+        future.add_done_callback(self._spawned.discard)
 
     def stop(self) -> None:
         """Cancel all running coroutines and end the thread."""

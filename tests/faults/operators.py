@@ -1,6 +1,7 @@
 """Runs the operator as a process that tests kill and restart, with the service account that the chart installs.
 
-The operator is forked from a process that has already imported all modules, so that hundreds of restarts are cheap.
+The operator is forked from a process that has already imported all modules, so that hundreds of restarts take little
+time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ for line in sys.stdin:
     status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-"""Program that forks an operator for each line on standard input; the line is the path of the operator's log.
+"""Program that forks an operator for each line on standard input. The line is the path of the operator's log.
 
 The program prints ``started`` after the fork, and the exit code after the operator has ended.
 """
@@ -77,15 +78,15 @@ class OperatorProcess:
         source: Path = REPOSITORY,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare an operator that connects to ``server``, by default to the API server without a proxy; `start` starts
-        it.
+        """Prepare an operator without starting it. ``server`` is the URL of the API server that the operator gets. By
+        default it is the real API server without a proxy.
 
         ``ports`` are the report port and the health port. ``source`` is the checkout whose operator runs. ``settings``
         become environment variables, for example ``resync_seconds="4"`` becomes `FINETUNE_RESYNC_SECONDS=4`.
         """
         self.log = folder / "operator.log"
         self.started_at = 0.0
-        """When the operator was last started, on the monotonic clock."""
+        """Time of the last start of the operator, on the monotonic clock."""
         self._cluster = cluster
         self._health = f"http://127.0.0.1:{ports[1]}"
         self._nursery: subprocess.Popen[str] | None = None
@@ -119,7 +120,7 @@ class OperatorProcess:
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
         assert self._nursery.stdout is not None
-        # `pid` is None until the fork, as if the operator had ended. So this line waits for the fork.
+        # This line waits for the fork, because until then `pid` is None, as it is after the operator has ended.
         assert self._nursery.stdout.readline() == "started\n", self.evidence()
         self._waiting = True
 
@@ -171,13 +172,13 @@ class OperatorProcess:
         self.wait_ready()
 
     def wait_ready(self, timeout: float = 60) -> None:
-        """Wait until /readyz succeeds: the operator is the leader and has listed all jobs, or it has read the Lease of
-        another leader and waits."""
+        """Wait until /readyz succeeds. It succeeds when the operator is the leader and has listed all jobs, and also
+        when the operator has read the Lease of another leader and waits."""
         self.wait_for_health("the operator to be ready", lambda: self.answers("/readyz"), timeout)
 
     def wait_for_health(self, what: str, reached: Callable[[], bool], timeout: float) -> None:
-        """Wait until ``reached`` holds, which asks the health server. Ask five times in a second, because the server
-        refuses an address that opens more than 16 connections in a second for long."""
+        """Wait until ``reached``, a function that sends a request to the health server, returns True. It is called only
+        five times per second, because each request takes processor time from the operator."""
         wait_for(what, reached, timeout, evidence=self.evidence, interval=0.2)
 
     def answers(self, path: str) -> bool:
@@ -186,7 +187,8 @@ class OperatorProcess:
             return answers(self._health + path)
 
     def metric(self, name: str, labels: str = "") -> float:
-        """Return the sum of a metric over its series whose labels contain ``labels``; 0 where there is none."""
+        """Return the sum of a metric over its series whose labels contain the text ``labels``. Return 0 where there is
+        no such series."""
         with self._cluster.enter(), urllib.request.urlopen(f"{self._health}/metrics", timeout=10) as answer:  # noqa: S310
             lines = answer.read().decode().splitlines()
         series = [line.rsplit(" ", 1) for line in lines if re.match(rf"{name}(\{{|\s)", line) and labels in line]

@@ -1,8 +1,8 @@
 """HTTPS proxy between the operator and the real API server that injects the faults of `rules.py`.
 
 The proxy forwards requests, streams watches line by line, and records every request with its status. The proxy can also
-kill the operator right after a chosen write. The proxy presents the API server's own certificate, so that the operator
-needs no other setting than another URL of the API server.
+kill the operator right after a chosen write. The proxy uses the API server's own certificate. The only setting that the
+operator needs for the proxy is another URL of the API server.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _WATCH_LINE = 4 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A request and the HTTP status that the operator got; the status is 0 where the operator got no answer."""
+    """A request, and the HTTP status that the operator got. The status is 0 where the operator got no answer."""
 
     at: float
-    """Time on the monotonic clock at which the proxy answered the request, or left the request without an answer."""
+    """Time on the monotonic clock at which the proxy answered the request, or decided not to answer it."""
     request: Request
     status: int
 
     @property
     def wrote(self) -> bool:
-        """Whether the request is a create, update, patch or delete, and the proxy passed the answer that it succeeded
-        on to the operator."""
+        """Whether the request is a create, update, patch or delete, and the operator got the answer that the request
+        succeeded."""
         return self.request.verb in WRITES and 200 <= self.status < 300
 
 
@@ -70,16 +70,18 @@ class Kill:
     namespace: str = ""
     """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the proxy passes the write's answer on before the kill, so that the victim may have read the answer."""
+    """Whether the proxy sends the answer to the write to the operator before the kill, so that the victim may have read
+    the answer."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""
     struck: bool = field(default=False, init=False)
-    """Whether this order killed a running process. It did not if write ``number`` has not happened, or if another
+    """Whether this order killed a running process. False until write ``number`` has happened, and False if another
     `Kill` had already ended the process."""
 
     def is_due(self, request: Request) -> bool:
-        """Count a successful write; return True if it is write ``number``, after which the victim must be killed."""
+        """Count ``request``, a successful write. Return True if it is write number ``number``, after which the victim
+        must be killed."""
         if self.done or (self.namespace and request.namespace != self.namespace):
             return False
         self.writes += 1
@@ -106,7 +108,7 @@ class FaultProxy:
     async def start(self) -> None:
         """Listen on 127.0.0.1. A second `start` after `stop` uses the same port."""
         connector = aiohttp.TCPConnector(limit=0, ssl=self._client_context)
-        # The proxy asks the API server for no compression, because it must read the lines of watches.
+        # The proxy does not ask the API server for compressed answers, because it must read the lines of watches.
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
@@ -116,8 +118,8 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_LARGEST_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        # With `handler_cancellation`, a client that closes its connection cancels the handler. This ends watches.
-        # `_handle` shields all other requests that it forwards.
+        # With `handler_cancellation`, the handler of a request is cancelled when the client closes the connection. This
+        # ends watches. `_handle` protects all other forwarded requests from the cancellation.
         self._runner = web.AppRunner(
             application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
         )
@@ -207,8 +209,8 @@ class FaultProxy:
     def _killer(self, request: Request, status: int) -> Kill | None:
         if request.verb not in WRITES or not 200 <= status < 300:
             return None
-        # Every kill must count the write (`is_due`), so this is a list. `next` would stop at the first kill that is
-        # due.
+        # `is_due` must be called for every kill, because each of them counts the write. `next` with a generator would
+        # stop at the first kill that is due.
         due = [kill for kill in self.kills if kill.is_due(request)]
         return due[0] if due else None
 
@@ -276,7 +278,7 @@ def _kill(kill: Kill) -> None:
 
 
 async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
-    """Yield the lines that the operator gets from a watch stream, into which ``fault`` is injected."""
+    """Yield the lines of the watch stream ``stream`` that the operator gets after ``fault`` was injected."""
     if isinstance(fault, StreamError):
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": fault.code, "reason": fault.reason}
         yield _line({"type": "ERROR", "object": status | {"message": "an error by the proxy"}})

@@ -1,4 +1,5 @@
-"""Rules of the fault proxy: a rule selects requests by verb, path and count, and names the fault for them.
+"""Rules of the fault proxy. A rule selects requests by verb, path and count, and contains the fault that the proxy
+injects into these requests.
 
 Faults are plain values; `proxy.py` injects them.
 """
@@ -43,8 +44,8 @@ class Request:
 
 def _names_an_object(path: str) -> bool:
     parts = path.strip("/").split("/")
-    # A path begins with /api/v1 or /apis/GROUP/VERSION. Then come namespaces/NAME, if the objects belong to a
-    # namespace, the plural of the resource, and the name, if the path names one object.
+    # A path begins with /api/v1 or /apis/GROUP/VERSION. If the objects belong to a namespace, namespaces/NAME follows.
+    # Then the plural of the resource follows and, if the path names one object, the name of the object.
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
         rest = rest[2:]
@@ -82,7 +83,8 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class ServeOld:
-    """Fault: lists show the state at an older resourceVersion, and watches replay all events since that version."""
+    """Fault: lists show the state at ``resource_version``, an older resourceVersion, and watches repeat all events
+    since that version."""
 
     resource_version: str
 
@@ -114,7 +116,8 @@ Fault = Delay | Answer | Reset | Drop | ServeOld | CutWatch | StreamError | Edit
 
 @dataclass
 class Rule:
-    """Injects ``fault`` into ``times`` matching requests (None: all), after the first ``skip`` matching requests."""
+    """Injects ``fault`` into matching requests. The first ``skip`` matching requests are left alone. The fault then
+    applies to the next ``times`` matching requests or, if ``times`` is None, to all further ones."""
 
     fault: Fault
     verbs: frozenset[str] = frozenset()
@@ -156,7 +159,7 @@ def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]
 
 
 def duplicating(event: Event) -> Sequence[Event]:
-    """Return ``event`` twice; with `EditEvents`, the watch then sends every event twice."""
+    """Return ``event`` twice. With this function in `EditEvents`, a watch sends every event twice."""
     return (event, event)
 
 

@@ -1,8 +1,8 @@
 """A stub node without containers: it updates the pods of PyTorchJobs as a kubelet does, so that jobs end in seconds.
 
-The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod says how each
-attempt goes: it has one word for each attempt, for example ``"exit-75 drained done"``. Later attempts repeat the last
-word. Pods without the annotation keep running.
+The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod contains one
+word for each attempt, for example ``"exit-75 drained done"``. The word determines how the attempt ends. Attempts after
+the last word use the last word again. Pods without the annotation keep running.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NODE = "stub-1"
 HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
-"""Seconds that a pod takes to end after its deletion. A real trainer saves a checkpoint in this time."""
+"""Seconds from the deletion of a pod to its end. A real trainer saves a checkpoint in this time."""
 PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -56,7 +56,8 @@ class StubNode:
     """
 
     def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
-        """Prepare the node. ``delay`` seconds after all pods of an attempt run, the script's word is carried out."""
+        """Prepare the node. ``delay`` is the number of seconds from the moment at which all pods of an attempt run
+        until the node carries out the script's word for the attempt."""
         self._admin = admin
         self._delay = delay
         self._pods: dict[str, Manifest] = {}
@@ -78,7 +79,7 @@ class StubNode:
     # ---- the node itself ----
 
     async def _join(self, node: str) -> None:
-        """Create a ready Node with its Lease; an existing Node is kept."""
+        """Create a ready Node with its Lease. If the Node exists already, it is kept."""
         ready = {
             "type": "Ready",
             "status": "True",
@@ -137,8 +138,8 @@ class StubNode:
         gang = _gang_of(pod)
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
-            # The script is not a step of the pod but a task of its own: the script may delete the pod, and the handling
-            # of a deletion is a step, which can't begin while another step runs.
+            # The script is a task of its own and not a step of the pod. The script may delete the pod. The handling of
+            # the deletion is a step, and it can't begin while another step of the pod runs.
             self._spawn(self._try(partial(self._befall, pod)))
         return None
 
@@ -245,8 +246,8 @@ class StubNode:
     async def _until_recorded(self, pods: list[Manifest]) -> None:
         """Wait until the status of the job lists ``pods``, before one of the pods is disturbed.
 
-        Otherwise an operator that is down for the whole life of a pod could not know that the pod existed, because
-        training-operator replaces a lost pod within a second.
+        Without this wait, an operator that is down for the whole life of a pod could not know that the pod existed,
+        because training-operator replaces a lost pod within a second.
         """
         path = f"{_job_path(pods[0])}/status"
         wanted = {pod["metadata"]["uid"] for pod in pods}
@@ -299,7 +300,8 @@ class StubNode:
     async def _try(self, attempt: Callable[[], Awaitable[object]]) -> None:
         """Run ``attempt`` until it succeeds, at most 20 times.
 
-        A 404 or 422 ends the tries without an error, because the object no longer exists.
+        The status 404 or 422 ends the tries and is not recorded as an error, because it means that the object no longer
+        exists.
         """
         last: Exception | None = None
         for _ in range(TRIES):
@@ -314,13 +316,13 @@ class StubNode:
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS)
-        # Status 409 even in the last try means that a newer pod has this name, which is no error.
+        # If even the last try got the status 409, a newer pod has this name. This is not an error.
         if not (isinstance(last, RefusedError) and last.status == 409):
             self.errors.append(repr(last))
 
 
 def word_of(pod: Manifest) -> str:
-    """Return the word of the script for the pod's attempt; `PASSES` for a preflight pod."""
+    """Return the word of the script for the pod's attempt. For a preflight pod, return `PASSES`."""
     if PREFLIGHT in pod["metadata"]["labels"]:
         return PASSES
     words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()

@@ -1,5 +1,5 @@
-"""R1 of docs/performance.md: for each write of a scenario there is a trial in which the operator is killed right after
-that write.
+"""R1 of docs/performance.md: the operator may be killed at any time. For each write of a scenario, one trial kills the
+operator right after this write.
 
 Every trial must end like the run without kills.
 """
@@ -27,23 +27,26 @@ TOGETHER = (
     ("is suspended and resumed", "is checked first"),
     ("succeeds", "is drained"),
 )
-"""Groups of scenarios; the scenarios of a group run at the same time.
+"""Groups of scenarios. The scenarios of a group run at the same time.
 
 The groups are small, because after each start the operator first reconciles all jobs of the group.
 """
 AGAIN = (8, 1, 1, 1)
-"""How many trials run at a time in each further round, which repeats the trials whose own kill did not happen.
+"""For each round after the first: the number of trials that run at the same time. These rounds repeat the trials whose
+own kill did not happen.
 
-The first round runs all trials at once. One operator serves all of them, so each trial also experiences the kills of
-the others. After a restart one reconcile may combine two changes that the fault-free run handled in two reconciles.
-Such a trial needs fewer writes and may end before its own kill, so later rounds run fewer trials at a time. The last
-rounds are needed because even in a trial that runs alone, one reconcile may combine two changes in quick succession.
+The first round runs all trials at once. One operator serves all trials, so the kill of one trial also affects the other
+trials. After a restart one reconcile may combine two changes that the fault-free run handled in two reconciles. A trial
+with combined changes needs fewer writes, and may end before its own kill. Later rounds therefore run fewer trials at a
+time. The last rounds are needed because even in a trial that runs alone, one reconcile may combine two changes in quick
+succession.
 """
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
-"""Greatest shares of trials whose own kill did not happen: of all trials of a group, and of the trials of one scenario.
+"""Largest allowed shares of trials whose own kill did not happen: the share of all trials of a group, and the share of
+the trials of one scenario.
 
-In each scenario one write may always stay without a kill, because the fault-free run may by chance have made one write
-more than the other runs.
+Of each scenario, the trials of one write may always end without their kill, because the fault-free run may by chance
+have made one write more than the other runs.
 """
 STATUS = "patch finetunejobs/job/status"
 
@@ -53,8 +56,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"
-    # A killed operator may fail to create a Kubernetes event. But an event that the fault-free run does not have is an
-    # error.
+    # An event may be missing, because a killed operator may not have created it. An event that the fault-free run does
+    # not have is an error.
     if surplus := found.events - expected.events:
         yield f"{trial}: events {surplus}"
     assert trial.kill is not None
@@ -62,8 +65,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
         yield f"{trial}: no kill, in spite of {found.writes}"
     if not found.undisturbed:
         return
-    # One operator process ran all the time, so no kill disturbed this run. The run may have combined two status writes,
-    # but must otherwise equal the expected run.
+    # The same operator process ran all the time, so no kill disturbed this run. The run may have combined two status
+    # writes, but must otherwise equal the expected run.
     if lost := expected.events - found.events:
         yield f"{trial}: no events {lost}"
     others, wanted = ([write for write in each.writes if write != STATUS] for each in (found, expected))
@@ -77,8 +80,8 @@ def crash_after_every_write(
     """Run a trial for each write of each scenario and each value in ``tell`` (see `Point`), and compare the results
     with the fault-free run of the scenario.
 
-    The trials whose own kill did not happen are repeated in up to four more rounds, until they are at most the share
-    ``spare`` of all trials.
+    The trials whose own kill did not happen are repeated in up to four more rounds. The rounds end when the share of
+    these trials is at most ``spare``.
     """
     fault_free = run_all(world, [Point(name) for name in scenarios], len(scenarios), timeout)
     expected = {found.trial.point.scenario: found for found in fault_free}

@@ -1,4 +1,5 @@
-"""R1 and R15 of docs/performance.md: 50 kills at random times with 300 jobs; upgrade and rollback with running jobs."""
+"""R1 and R15 of docs/performance.md: the operator is killed 50 times at random times while it manages 300 jobs, and the
+operator is upgraded and rolled back while jobs run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, condition, job, settled
 from tests.operator.builders import REPOSITORY
-from tests.operator.test_version_skew import SKEWS
+from tests.operator.skewed_statuses import SKEWS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -96,7 +97,8 @@ def recorded_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
 
 
 def previous_release(commit: str, folder: Path) -> Path | None:
-    """Unpack packages and CRD of ``commit`` into ``folder``; return None where the git history lacks the commit."""
+    """Unpack packages and CRD of ``commit`` into ``folder``, and return ``folder``. Return None where the git history
+    does not contain the commit."""
     archive = subprocess.run(
         ["git", "archive", commit, "core", "operator", "crds"], cwd=REPOSITORY, capture_output=True, check=False
     )
@@ -150,8 +152,8 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path, com
 
 @pytest.mark.long
 def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> None:
-    """The newer version is made up: its CRD has no bounds, and each job's status differs in one of the ways of `SKEWS`,
-    such as longer lists, unknown words or new fields."""
+    """The newer version does not really exist. The test simulates it with a CRD without bounds, and with a different
+    change from `SKEWS` to each job's status, such as longer lists, unknown words or new fields."""
     namespace = world.namespace()
     _delete_other_jobs(world)
     names = dict(zip((f"job-{number}" for number in range(len(SKEWS))), SKEWS, strict=True))
@@ -165,10 +167,11 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
             path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
             found = world.call("GET", path)
             # The test writes the status as a newer version of the operator would: by server-side apply, as the same
-            # field manager.
+            # field manager. An object that has lost all of its fields is left out, because server-side apply would
+            # make null of the object.
             newer = {key: found[key] for key in ("apiVersion", "kind")} | {
                 "metadata": {"name": name, "namespace": namespace},
-                "status": SKEWS[skew](found["status"]),
+                "status": without_empty_objects(SKEWS[skew](found["status"])),
             }
             query = f"fieldManager={FIELD_MANAGER}&force=true"
             world.call("PATCH", f"{path}/status?{query}", newer, content_type="application/apply-patch+yaml")
@@ -184,8 +187,16 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
         install_crd(world, _crd(REPOSITORY))
 
 
+def without_empty_objects(value: Any) -> Any:
+    """Return ``value`` without the fields of objects whose value is an empty object."""
+    if isinstance(value, dict):
+        kept = {key: without_empty_objects(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in kept.items() if inner != {}}
+    return [without_empty_objects(item) for item in value] if isinstance(value, list) else value
+
+
 def _delete_other_jobs(world: World) -> None:
-    """Delete the jobs of earlier tests, whose reconciles would be counted too."""
+    """Delete the jobs of earlier tests, because the test would count their reconciles too."""
     for found in world.jobs():
         metadata = found["metadata"]
         world.call("DELETE", f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/{PLURAL}/{metadata['name']}")
@@ -272,8 +283,8 @@ def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[i
 def _wait_for_reconciles(
     world: World, namespace: str, operator: OperatorProcess, who: str, names: Sequence[str] = FIVE_JOBS
 ) -> None:
-    """Wait until each job was requested twice since this call, once in each reconcile, and check that ``operator`` has
-    made reconciles and that none has failed."""
+    """Wait until ``operator`` has requested each job twice since this call. A reconcile requests its job once, so each
+    job was reconciled twice. Check that the operator has made reconciles and that none has failed."""
     began = time.monotonic()
     paths = [f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}" for name in names]
 
@@ -282,6 +293,7 @@ def _wait_for_reconciles(
         return all(seen[path] >= 2 for path in paths)
 
     world.wait(f"two reconciles of each job by {who}", reconciled, 90)
-    # A reconcile that fails has requested its job too, so the requests alone do not show that the reconciles succeeded.
+    # A reconcile that fails also requests its job. The requests alone therefore do not show that the reconciles
+    # succeeded.
     assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names)
     assert operator.metric("finetune_reconciles_total", 'result="error"') == 0, operator.evidence()

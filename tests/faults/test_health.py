@@ -18,7 +18,7 @@ RESYNC_SECONDS = 4
 
 @pytest.fixture
 def operator(shared_world: World, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """An operator of its own for the test, with a short resync period."""
+    """An operator for this test only, with a short resync period."""
     shared_world.operator.stop()
     server = f"https://127.0.0.1:{shared_world.proxy.port}"
     process = OperatorProcess(

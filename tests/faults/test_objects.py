@@ -68,9 +68,10 @@ def test_a_hundred_updates_lead_to_a_handful_of_reconciles(world: World) -> None
     final = world.job(namespace)["metadata"]["generation"]
     told = world.wait_job(namespace, "the last one", lambda found: found["status"]["observedGeneration"] == final)
     seen = told["metadata"]["resourceVersion"]
-    # The operator's last status write updates the job too, and so causes one more reconcile.
+    # The operator's last status write changes the job, and so causes one more reconcile.
     world.wait("the reconcile after it", lambda: reconciles(world, job_path(namespace), last) >= 2, 30)
-    # One more reconcile is allowed every ten seconds, because a job with a waiting pod is reconciled that often.
+    # One more reconcile is allowed for every ten seconds, because the operator reconciles a job with a waiting pod
+    # every ten seconds.
     assert reconciles(world, job_path(namespace), last) <= 3 + (time.monotonic() - last) / 10
     assert world.job(namespace)["metadata"]["resourceVersion"] == seen
     assert told["status"]["attempts"]["started"] == 1
@@ -111,9 +112,10 @@ def test_a_namespace_goes_without_the_operator(world: World) -> None:
 
 
 def poison_among(world: World, good: int) -> None:
-    """Create a job that the operator can't parse, and ``good`` valid jobs; assert that the valid jobs end as usual.
+    """Create a job that the operator can't parse, and as many valid jobs as ``good`` says. Assert that the valid jobs
+    end as usual.
 
-    Meanwhile the CRD accepts any value of one field, as the CRD of another version could.
+    For this the CRD accepts any value of one field for a while, as the CRD of another version could.
     """
     crd = world.call("GET", CRD)
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]

@@ -1,7 +1,7 @@
 """R5, R6 and R8 of docs/performance.md: an API server that refuses requests, is unreachable, hangs or breaks watches.
 
-In an outage the operator may end at most once, and only where it can't renew its Lease. On average the same request may
-fail at most once a second. Soon after the recovery all jobs must reach their expected state.
+During an outage the operator may end at most once, and only if it can't renew its Lease. On average, requests with the
+same verb and path may fail at most once per second. Soon after the outage all jobs must reach their expected state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Outage = Callable[[World], AbstractContextManager[None]]
 
 
 def answering(*answers: Answer, path: str = "") -> Outage:
-    """Return an outage: the proxy answers requests whose path matches ``path`` with the error in ``answers``."""
+    """Return an outage in which the proxy answers every request whose path matches ``path`` with the error in
+    ``answers``."""
     return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
 
 
@@ -39,8 +40,8 @@ def refused(world: World) -> Iterator[None]:
 
 
 OUTAGES: dict[str, tuple[Outage, float, int]] = {
-    # By name: the outage, its duration in seconds, and how often the operator may end. An operator that can't renew its
-    # Lease ends once.
+    # For each outage, by name: the outage itself, its duration in seconds, and how often the operator may end. An
+    # operator that can't renew its Lease ends once.
     "500": (answering(Answer(500, "InternalError")), 120, 1),
     "refused": (refused, 120, 1),
     "429": (answering(Answer(429, "TooManyRequests", {"Retry-After": "2"}), path=NOT_THE_LEASE), 60, 0),
@@ -85,8 +86,8 @@ def go_through(world: World, outage: Outage, seconds: float) -> int:
         return sorted(each["started"] for each in attempts) == [1, 1, 1, 1, 2] and sum(a["free"] for a in attempts) == 1
 
     recovered = time.monotonic()
-    # Expected are 40 s: 30 s until the operator has recovered, and 10 s of back-off before attempt 2. A busy machine
-    # may take three times as long.
+    # The expected time is 40 s: 30 s until the operator has recovered, and 10 s of back-off before attempt 2. On a busy
+    # machine it may take three times as long.
     world.wait("the lost child's second attempt", has_converged, 3 * 40)
     print(f"converged {time.monotonic() - recovered:.1f} s after the outage; the operator ended {ended} times")
     return ended

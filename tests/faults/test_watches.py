@@ -1,4 +1,5 @@
-"""R7 of docs/performance.md: watches that lose, repeat or reorder events, missed deletions, and stale lists."""
+"""R7 of docs/performance.md: the operator copes with watches that lose, repeat or reorder events, with missed
+deletions, and with old lists."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ WATCHED_SCENARIOS = ("succeeds", "fails outside once", "is drained")
 
 @pytest.fixture(scope="module")
 def undisturbed(shared_world: World) -> dict[str, Any]:
-    """Return the essence of each scenario in a run without faults."""
+    """The essence (see essence.py) of each scenario in a run without faults, by the name of the scenario."""
     shared_world.keep_operator_alive()
     return run_scenarios(shared_world, 120)
 
@@ -96,15 +97,15 @@ def _pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
-    # A watch that gets status 410 ends the operator's process up to 15 s later. The operator is therefore started again
-    # here if its process has ended.
+    # A watch that gets the status 410 makes the operator's process end up to 15 s later. If the process has ended, it
+    # is started again here.
     world.keep_operator_alive()
     found = world.job(namespace)
     return found if is_observed(found) and len(_pods(found)) == 2 else None
 
 
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
-    """The operator must not take the old objects of a job for those of a new job with the same name.
+    """The operator must not treat the objects of a deleted job as objects of a new job with the same name.
 
     The job is deleted and created again while lists and watches still show the old objects.
     """

@@ -1,4 +1,5 @@
-"""Runs jobs that follow a script, many at the same time, while the operator is killed after chosen writes.
+"""Runs trials: jobs whose pods follow a script, many at the same time, while the operator is killed right after chosen
+writes.
 
 `test_crashes.py` and `test_watches.py` compare the results with a run without faults.
 """
@@ -35,7 +36,8 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 60}}),
     "waits too long": (("pending",), {"runPolicy": {"pendingDeadlineSeconds": 60}}),
 }
-"""By name of the scenario: the words of the stub node's script, one for each attempt, and changes of the job's spec."""
+"""For each scenario, by name: the words of the stub node's script (see stub_node.py), one for each attempt, and the
+changes to the job's spec."""
 WAVE_SECONDS = 15.0
 """Seconds between the starts of two groups of trials.
 
@@ -50,7 +52,8 @@ Lists of hundreds of jobs would slow the operator down if they were frequent.
 
 @dataclass(frozen=True)
 class Point:
-    """When the operator is killed: after write number ``after`` of a scenario, counted from 1; 0 means no kill."""
+    """The point of a scenario at which the operator is killed: right after write number ``after``, counted from 1. 0
+    means no kill."""
 
     scenario: str
     after: int = 0
@@ -60,9 +63,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a scenario: a job, and the kill of the operator that belongs to it.
+    """One run of a scenario: a job, and the order to kill the operator after one of the job's writes.
 
-    ``kill`` is None if there is none.
+    ``kill`` is None in a run without a kill.
     """
 
     point: Point
@@ -83,9 +86,11 @@ class End:
 
     trial: Trial
     undisturbed: bool
-    """Whether one operator process ran from the creation to the end of the job, so that the run had no fault."""
+    """Whether the same operator process ran from the creation to the end of the job. If True, no kill disturbed the
+    run."""
     writes: tuple[str, ...]
-    """Writes whose success the operator was told, in order, for example ``"patch finetunejobs/job/status"``."""
+    """The writes for which the operator got the answer that they succeeded, in order, for example ``"patch
+    finetunejobs/job/status"``."""
     essence: dict[str, Any]
     events: Counter[str]
 
@@ -105,9 +110,9 @@ def begin(world: World, point: Point) -> Trial:
 def is_finished(world: World, ended: Manifest) -> bool:
     """Return whether the operator has nothing more to write about the end of the job ``ended``.
 
-    This is so if the event about the job's end exists. It is also so if the operator was restarted after the operator's
-    last write in the namespace: an event that did not follow its status write before the restart is never created, so
-    this function does not wait for the event.
+    The result is True in two cases. In the first, the event about the job's end exists. In the second, the operator was
+    restarted after its last write in the namespace. If the operator had not created the event before the restart, no
+    operator creates it later, so the function does not wait for it.
     """
     namespace = ended["metadata"]["namespace"]
     last = max(record.at for record in world.proxy.records if record.wrote and record.request.namespace == namespace)
@@ -115,8 +120,8 @@ def is_finished(world: World, ended: Manifest) -> bool:
 
 
 def writes_in(world: World, namespace: str) -> tuple[str, ...]:
-    """Return, in order, the writes in ``namespace`` whose success the operator was told. `-hash-` replaces the hashes
-    in names."""
+    """Return, in order, the writes in ``namespace`` for which the operator got the answer that they succeeded. In
+    names, `-hash-` replaces the hashes."""
     paths = [
         (record.request.verb, record.request.path.partition(f"/{namespace}/")[2])
         for record in world.proxy.records
@@ -163,8 +168,8 @@ def run_all(world: World, points: Sequence[Point], together: int, timeout: float
                 undisturbed,
                 essence=essence(world, place),
                 events=events(world, place),
-                # `writes` is computed last, because the proxy records a write a moment after the API server has carried
-                # it out.
+                # `writes` is computed last, because the proxy records a write slightly later than the API server
+                # carries it out.
                 writes=writes_in(world, place),
             )
         )

@@ -1,4 +1,4 @@
-"""Connects control plane, stub node, fault proxy and operator for the tests of this folder."""
+"""Starts and connects control plane, stub node, fault proxy and operator for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
         "--node-monitor-period=1s",
         "--node-monitor-grace-period=20s",
         "--node-startup-grace-period=20s",
-        # The tests lose many nodes at once. These options let the controller manager taint all of them soon. By default
-        # it taints one node in ten seconds, and none where most nodes of a small cluster are lost.
+        # In the tests many nodes are lost at once. With these options the controller manager soon taints all of them.
+        # By default it taints one node in ten seconds, and none if most nodes of a small cluster are lost.
         "--node-eviction-rate=10",
         "--secondary-node-eviction-rate=10",
         "--large-cluster-size-threshold=0",
@@ -50,8 +50,8 @@ class World:
     proxy: FaultProxy
     operator: OperatorProcess
     created: dict[str, tuple[str, str]]
-    """Maps the uid of every PyTorchJob that has ever existed to its namespace and to the number of its attempt, as
-    text."""
+    """Maps the uid of every PyTorchJob that was ever created to its namespace and to the number of its attempt. The
+    number is a text."""
 
     # ---- jobs and other objects ----
 
@@ -97,7 +97,8 @@ class World:
         return self.loop.run(self.admin.list_all(f"/api/v1/namespaces/{namespace}/pods"))
 
     def wait(self, what: str, reached: Callable[[], Any], timeout: float = 60, interval: float = 0.2) -> Any:
-        """Wait until ``reached`` returns a true value and return the value; a failure shows the operator's log."""
+        """Wait until ``reached`` returns a true value, and return the value. ``what`` names in the error message what
+        is waited for. The message also contains the end of the operator's log."""
         return wait_for(what, reached, timeout, evidence=self.evidence, interval=interval)
 
     def wait_job(
@@ -172,7 +173,9 @@ def running_world(
     flags: Mapping[str, Sequence[str]] = SHORT_NODE_LOSS,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
-    """Start control plane, stub node and proxy for the block. The operator is prepared but not started.
+    """Start control plane, stub node and proxy for the block. The operator is prepared but not started. ``delay`` is
+    that of `StubNode`, and ``settings`` are those of `OperatorProcess`. ``flags`` contains additional command-line
+    arguments for the programs of the control plane, by the name of the program.
 
     With ``direct``, the operator connects to the API server without the proxy.
     """

@@ -34,9 +34,10 @@ def at(seconds: float) -> datetime:
 
 
 def job_manifest(**spec: Any) -> dict[str, Any]:
-    """Return the manifest of examples/quickstart.yaml as the API server stores it.
+    """Return the manifest of examples/quickstart.yaml with a namespace, uid, generation and resourceVersion.
 
-    ``spec`` replaces whole sections of the manifest's spec.
+    What else the API server adds to a stored object, such as the defaults of the CRD, is missing. ``spec`` replaces
+    whole sections of the manifest's spec.
     """
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}

@@ -38,7 +38,7 @@ class Installed:
     ca_certificate: str
 
     def apply(self, manifest: Manifest, namespace: str) -> str:
-        """`kubectl apply` an object and return what it printed."""
+        """Apply an object with `kubectl apply`, and return what kubectl printed."""
         return self.cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
 
     def job(self, namespace: str, name: str = "quickstart") -> Manifest:
@@ -133,8 +133,8 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
             name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
             links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
             archive = cluster.layout.temporary / "stand-in.tar"
-            # The script is the image's entry point, because the operator sets only the arguments of the training
-            # container and leaves the program to the entry point of the trainer's image.
+            # The script is the image's entry point, because the operator sets no command in the training container. A
+            # preflight pod passes an argument to the entry point.
             command = ["/bin/sh", "-c", script]
             write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, command, is_entry_point=True), archive)
             cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])

@@ -14,7 +14,7 @@ from typing import Any
 from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 Manifest = dict[str, Any]
 _OWN = set(ConditionType)
@@ -212,7 +212,7 @@ class ModelServer:
     def orphan_pods(self) -> bool:
         """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return True.
 
-        The PyTorchJob must exist. The garbage collector then takes the owner reference from the pods.
+        The PyTorchJob must exist. The pods lose their owner reference, which the garbage collector removes.
         """
         for pod in self.pods:
             pod["child"] = None

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 
 KEY = Key("team", "quickstart")

@@ -1,7 +1,7 @@
-"""A TCP proxy between one replica of the operator and the API server; it simulates a network partition.
+"""A TCP proxy between one replica of the operator and the API server, with which tests simulate a network partition.
 
-While the proxy is cut, no data passes in either direction and the connections stay open. When the proxy is healed, the
-data that it held is discarded and its old connections are reset.
+After `TcpProxy.cut`, the proxy passes no data in either direction, and its connections stay open. `TcpProxy.heal`
+resets these connections and discards the data that the proxy held back. New connections then pass data again.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.status import CheckpointStatus, ProgressStatus
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 from tests.cluster.packages import unpacked_program
 from tests.operator.builders import REPOSITORY
 from tests.operator.operators import KEY
@@ -150,8 +150,7 @@ def takeover(number: int) -> World:
 
 
 def succeeds(number: int) -> FineTuneJobStatus:
-    """The job ends in minute 60, three minutes after its last checkpoint. The leader serves its metrics for one more
-    hour."""
+    """The job trains, and ends in minute 60. The leader serves the job's metrics for one more hour."""
     if number < 60:
         return status(step=number * 16, reported=number, checkpoint_minute=number)
     return status(

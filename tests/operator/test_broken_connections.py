@@ -1,5 +1,5 @@
-"""When a request that only explains (events, warnings, annotations) fails, the operator still writes the status and
-completes the reconcile."""
+"""A request on which no decision depends may fail: one that creates an event, lists warnings or annotates a pod. The
+operator still writes the status and completes the reconcile."""
 
 from __future__ import annotations
 

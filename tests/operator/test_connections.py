@@ -250,7 +250,8 @@ async def test_a_thousand_idle_connections_have_small_buffers_and_leave_room_for
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, a socket that nobody closes stays open, and its client waits for a minute."""
+    """Switch off the garbage collector. A socket that the server forgets to close then stays open, and its client waits
+    for a minute, which is longer than the time limit of the test."""
     gc.disable()
     try:
         yield
@@ -388,7 +389,7 @@ async def test_the_health_server_bounds_its_clients_too() -> None:
 
 
 def test_no_client_with_the_kubelets_address_can_have_its_probes_refused() -> None:
-    """The limits of one address are those of all addresses together, for the health server alone."""
+    """No limit of the health server for one address is stricter than its limit for all addresses together."""
     limits = HealthServer.limits
     assert limits.per_address >= limits.connections
     assert limits.per_address / 2 >= limits.handshakes_per_second

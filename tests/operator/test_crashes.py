@@ -29,7 +29,7 @@ Action = Callable[[ModelServer], bool]
 
 
 def during(attempt: int, action: Action) -> Action:
-    """Return an action that does ``action`` while pods of ``attempt`` exist, and else only returns False."""
+    """Return an action that does ``action`` while pods of ``attempt`` exist, else returns False."""
     return lambda world: _attempt(world) == attempt and action(world)
 
 
@@ -405,7 +405,7 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     while memory.job(KEY, UID).reported_writes.take(server.now.timestamp()):
         pass  # takes every token of the job
     memory.store_report(KEY, UID, _report(20, 46), server.now)
-    # The pods end before the operator may write the status again only because of a report.
+    # The pods end while the newest report must wait for its status write, because the job's token bucket is empty.
     server.pods = []
     outcome = await operator.reconcile(KEY)
     assert memory.reporting_attempt(KEY) is None

@@ -1,8 +1,8 @@
 """The report server with a certificate from an existing Secret (`reports.certificate.existingSecret` of the chart).
 
 The Secret is created late, is renewed, gets an invalid certificate, and at last a certificate of another CA. The test
-writes the Secret in the way of cert-manager, with an intermediate CA. In `test_cert_manager.py` cert-manager itself
-writes the Secret.
+writes the Secret as cert-manager does, with an intermediate CA. In `test_cert_manager.py` cert-manager itself writes
+the Secret.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The next attempt prefers other nodes than those that ended the newest two attempts, and a job whose pods no node can
-start ends."""
+"""The next attempt prefers other nodes than those that ended the newest two attempts. A job ends if no node can start
+its pods."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from finetune_operator.queue.fair_order import RESYNC_PATIENCE_SECONDS
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.key import Key
+from finetune_operator.queue.work_queue import WorkQueue
 from tests.operator.operators import Clock
 
 

@@ -144,8 +144,7 @@ async def test_a_run_that_was_found_is_forgotten_where_the_check_is_dropped() ->
 
 
 async def test_the_same_job_applied_to_a_new_cluster_trains_nothing_again() -> None:
-    """A job that Velero restores has neither its old uid nor its old status, and neither has a job that is applied from
-    Git."""
+    """A job that Velero restores, or that is applied from Git, has a new uid and no status."""
     server = await checked(PreflightResult(findings=[]).to_termination_message())
     assert server.end_pods(0, DONE)
     await settle(server)

@@ -128,7 +128,7 @@ def test_notices_are_kept_once_and_the_newest_last() -> None:
 
 
 def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
-    """The age of the newest checkpoint stands in `progress` (seconds) and in the condition's message (minutes)."""
+    """The age of the newest checkpoint is in `progress` (in seconds) and in the condition's message (in minutes)."""
     reported = report(
         checkpoints=[record(20, 2.0)], checkpoint_age_seconds=190, checkpoint_problem="the store answered 503"
     )

@@ -1,4 +1,4 @@
-"""While clients without a valid token attack the report server, the operator sends the API server only what it must.
+"""Clients without a valid token attack the report server. They cause only TokenReviews, and not too many of them.
 
 The audit log of a real API server shows the requests. The attack comes from another address than the pods, and from
 many connections at once. An honest job is applied meanwhile.
@@ -114,7 +114,7 @@ def test_an_attack_without_a_token_causes_only_reviews_and_delays_no_other_job(
     # address.
     assert len(reviews) <= 100 + 20 * seconds
     assert attack.answers.keys() <= {0, 400, 401, 404, 429, 503}
-    # On a machine without other work, the job was looked at within a second or two.
+    # On a machine without other work, the first reconcile of the job came within a second or two.
     assert looked_at < 20
 
 

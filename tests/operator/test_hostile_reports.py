@@ -1,5 +1,5 @@
-"""What a pod with a valid token can write into its reports: no value that the API server could not store, and none that
-costs the look at the job or the metrics of the others."""
+"""A pod with a valid token may report any value. No value keeps the status of its job from being written, and none
+keeps the metrics of other jobs from being served."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finetune_core.contract import Report
 from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.stock_reports import RuntimeStatus, to_report
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_version_skew import leaves, value_at
+from tests.operator.skewed_statuses import leaves, value_at
 
 Json = Any
 CHECKPOINT = {"run": 1, "step": 1, "uri": "s3://a/b", "bytes": 1, "manifestSha256": "a", "time": "2026-11-24T12:00:00Z"}
@@ -50,7 +50,7 @@ TEXTS = ("", "\x00", "\x1b[2J", "a\nb", "\ufffd", "é" * 500)
 
 
 def hostile_reports() -> Iterator[tuple[str, Json]]:
-    """Yield the full report with a hostile value in each of its places, and in all places of one kind at once."""
+    """Yield reports with one hostile value each, and a description: for each place of `FULL`, each value for it."""
     for path in leaves(FULL):
         old = value_at(FULL, path)
         is_number = isinstance(old, int | float) and not isinstance(old, bool)

@@ -159,7 +159,7 @@ def copied(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def adopted(pod: dict[str, Any]) -> dict[str, Any]:
-    """Make ``pod`` such a copy after training-operator has adopted it, because the copy has the labels of the
+    """Make ``pod`` a copy named "debug" that training-operator has adopted, because its labels are those of the
     PyTorchJob's pods."""
     pod["metadata"]["name"] = "debug"
     return pod

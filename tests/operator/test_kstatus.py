@@ -27,7 +27,7 @@ State = Callable[[], Awaitable[ModelServer]]
 
 
 def created(**policy: Any) -> ModelServer:
-    """Return a server with a job that the operator has not seen yet. The API server has set the defaults of the CRD."""
+    """Return a server with a job that the operator has not seen yet. The job's status is the default of the CRD."""
     manifest = job_manifest(runPolicy=policy)
     schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     manifest["status"] = copy.deepcopy(schema["properties"]["status"]["default"])
@@ -229,7 +229,7 @@ STATES: dict[State, tuple[str, str]] = {
 
 
 def without_generations(server: ModelServer) -> dict[str, Any]:
-    """Return the job's status without `observedGeneration`, also of its conditions."""
+    """Return the job's status without `observedGeneration`, which the status and each of its conditions have."""
     status: dict[str, Any] = copy.deepcopy(server.job["status"])
     for part in (status, *status["conditions"]):
         del part["observedGeneration"]
@@ -249,7 +249,7 @@ async def test_kstatus_has_the_right_word_for_each_state(state: State) -> None:
 
 
 def test_kstatus_takes_a_job_without_any_status_for_a_finished_one() -> None:
-    """This is why the CRD has a default for `status`."""
+    """The CRD has a default for `status`, so that kstatus does not take a new job for a finished one."""
     assert kstatus(job_manifest()) == "Current"
 
 

@@ -42,7 +42,7 @@ def reason(job: Manifest) -> str:
 
 
 def rests(installed: Installed, namespace: str, what: str = "the job to be suspended") -> Manifest:
-    """Wait until the job is suspended and no object of its attempt exists; return the job."""
+    """Wait until the job is suspended and no pod or PyTorchJob of its attempt exists; return the job."""
     job = installed.wait(namespace, what, lambda job: reason(job) == "Suspended")
     wait_for("the pods to be gone", lambda: objects(installed, namespace, "pods,pytorchjobs") == [], 60)
     return job
@@ -54,7 +54,7 @@ def objects(installed: Installed, namespace: str, kinds: str) -> list[str]:
 
 
 def held(job: Manifest) -> bool:
-    """Return whether the job's status says that Kueue holds the attempt back. While it does, no deadline runs."""
+    """Return whether the job's status says that Kueue holds the attempt back, so that no deadline runs."""
     current = job["status"]["attempts"].get("current")
     return bool(current) and "admittedTime" not in current and reason(job) == "Queued"
 

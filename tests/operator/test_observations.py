@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ CREATED, STARTED, FINISHED = "2026-11-24T12:00:00Z", "2026-11-24T12:00:05Z", "20
 
 
 def manifest(**status: Any) -> dict[str, Any]:
-    """Return the manifest of the pod with rank 1 of attempt 2, with the given fields of `status`."""
+    """Return the manifest of the pod with index 1 of attempt 2, with the given fields of `status`."""
     return {
         "metadata": {
             "name": "quickstart-worker-1",
@@ -114,6 +115,25 @@ def test_every_field_of_a_pod_comes_from_the_manifest() -> None:
     left_out = {field.name for field in fields(expected) if not getattr(expected, field.name)}
     # The operator itself measures `start_error_seconds`; no manifest has it.
     assert left_out == {"unschedulable", "start_error_seconds"}, "set the new field in the manifest and in `expected`"
+
+
+@pytest.mark.parametrize("seconds", [10**9, 10**11, 2**63 - 1])
+def test_a_pod_that_was_deleted_with_a_grace_period_of_millennia_can_be_read(seconds: int) -> None:
+    pod = manifest()
+    pod["metadata"] |= {"deletionTimestamp": "2318-11-24T12:02:30Z", "deletionGracePeriodSeconds": seconds}
+    assert parsed(pod).delete_deadline == datetime(2318, 11, 24, 12, 2, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["", "x", "-1", "1.0", "\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 10**6],
+    ids=["empty", "a letter", "negative", "a fraction", "a superscript", "an Arabic digit", "a megabyte of digits"],
+)
+def test_a_pod_whose_labels_are_no_numbers_is_no_pod_of_a_job(label: str) -> None:
+    for name in (ATTEMPT, REPLICA_INDEX, PREFLIGHT):
+        pod = manifest()
+        pod["metadata"]["labels"][name] = label
+        assert (parse_preflight_pod if name == PREFLIGHT else parse_pod)(pod) is None
 
 
 def test_a_pod_without_a_node_says_why() -> None:

@@ -1,7 +1,7 @@
 """The operator's own objects on the real cluster: Lease, certificate Secret and EndpointSlice.
 
-The chart is installed as an Argo CD with default settings installs it, which leaves out some kinds. The tests then
-delete the objects, and the operator must create each of them again.
+The chart is installed as Argo CD does with its default settings, that is, without some kinds. The tests then delete the
+operator's objects, and the operator must create each of them again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OwnObjects:
     program: OperatorProgram
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:
-        """Return an object of the release's namespace, or None where it does not exist."""
+        """Return an object of the release's namespace; None where kubectl fails, mostly because it does not exist."""
         try:
             found: dict[str, Any] = self.cluster.get(kind, name, "-n", NAMESPACE)
         except ClusterError:

@@ -26,11 +26,11 @@ from tests.operator.test_crashes import SCENARIOS, checked
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01
-"""Least time in seconds between two reconciles in a test that moves the clock itself."""
+"""Shortest time in seconds between two reconciles in a test that moves the clock itself."""
 
 
 class PacedReconciler:
-    """Calls a reconciler, and asserts after each call that it asks for another reconcile at once only after a write."""
+    """Calls a reconciler, and asserts that a call without a write does not ask for another reconcile at once."""
 
     def __init__(self, server: ModelServer, *, other_jobs: int = 0) -> None:
         """Reconcile against ``server``; before this job, ``other_jobs`` other jobs have reserved a status write

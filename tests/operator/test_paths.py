@@ -27,7 +27,7 @@ from finetune_core.contract import report_path
 from finetune_core.contract.stock_reports import SERVER_URL_VARIABLE, client_environment
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import JOB_NAME, job_key
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 HOSTILE = (
     "..",

@@ -82,8 +82,8 @@ def test_what_is_impossible_ends_the_job_before_anything_is_asked_for(
         found = condition(job, kind)
         assert (found["status"], found["reason"], found["message"]) == (status, "BadInput", sentence)
     assert job["status"]["attempts"]["started"] == 0
-    # The container of the preflight pod has ended before the operator deletes the pod, so the kubelet removes it within
-    # seconds.
+    # The container of the preflight pod has ended before the operator deletes the pod, so the kubelet removes the pod
+    # within seconds.
     wait_for("no object to be left", lambda: objects(installed, namespace, "pytorchjobs,pods,configmaps") == [], 60)
 
 

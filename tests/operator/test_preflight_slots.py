@@ -12,8 +12,8 @@ import pytest
 
 from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator.kube.client import ApiError
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import Manifest, ModelServer
@@ -170,7 +170,7 @@ async def test_the_pending_deadline_does_not_run_while_a_job_waits_for_its_first
 async def test_an_operator_that_starts_counts_the_checks_that_run_already() -> None:
     fleet = Fleet("abcd")
     await fleet.reconcile_all(fleet.operator(2))
-    fleet.keys.reverse()  # the new operator looks first at the jobs that wait
+    fleet.keys.reverse()  # the new operator first reconciles the jobs that wait
     await fleet.reconcile_all(fleet.operator(2), times=1)
     assert fleet.checks == ["a", "b"]
 
@@ -203,10 +203,22 @@ async def test_a_namespace_that_may_not_be_listed_holds_back_no_other() -> None:
 
 @pytest.mark.parametrize("owner", ["A", "a.b", "../x", "x" * 200, "a\n", ""])
 async def test_a_pod_whose_owner_can_be_no_job_holds_back_no_check(owner: str) -> None:
+    await assert_held_back_by_no_pod({"name": owner, "uid": "foreign"}, {})
+
+
+async def test_a_foreign_pod_that_ends_in_millennia_holds_back_no_check() -> None:
+    """Anybody may create a pod with the labels of a check, and delete the pod with any grace period."""
+    ending = {"deletionTimestamp": "2200-11-24T12:00:00Z", "deletionGracePeriodSeconds": 10**11}
+    await assert_held_back_by_no_pod({"name": "..", "uid": "foreign"}, ending)
+
+
+async def assert_held_back_by_no_pod(owner: dict[str, str], metadata: dict[str, Any]) -> None:
+    """Assert that a new operator starts a check, although it finds a check of another owner with ``metadata``."""
     fleet = Fleet("ab")
     await fleet.reconcile_all(fleet.operator(1), times=3)
     foreign = copy.deepcopy(fleet.servers["a"].checks[0])
-    foreign["metadata"]["ownerReferences"][0] |= {"name": owner, "uid": "foreign"}
+    foreign["metadata"] |= metadata
+    foreign["metadata"]["ownerReferences"][0] |= owner
     fleet.servers["a"].checks = []
 
     async def listed(namespace: str | None, selector: str) -> list[Manifest]:

@@ -5,6 +5,7 @@ Reports are stored as the report server stores them, and reconciled against `Mod
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from finetune_core.contract import (
 )
 from finetune_core.contract.records import CheckpointName, ScoreRecord
 from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.queue.memory import REPORTED_WRITES_BURST, REPORTED_WRITES_PER_SECOND, Memory
 from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.status.urgency import OWN_FIELDS, REPORTED_NEWS, REPORTED_NUMBERS, SPECIAL_FIELDS
@@ -82,7 +84,8 @@ FLOODS: dict[str, Values] = {
     "incidents": lambda n: [_incident(n)],
     "result": lambda n: Result(outcome=list(Outcome)[n % len(Outcome)], message=str(n), step=n, artifact=artifact()),
 }
-"""By field of a report: the value that the flood reports for the nth time. Every report changes something."""
+"""By field of a report: a function that returns the field's value in report number n. The value differs from that in
+the report before."""
 FIXED = {"version", "pod_uid"}
 """Fields of a report that a flood can not change: the token decides the pod."""
 
@@ -94,6 +97,11 @@ def test_the_floods_change_every_field_of_a_report() -> None:
 def test_every_field_of_the_status_has_an_urgency() -> None:
     fields = [*OWN_FIELDS, *REPORTED_NEWS, *REPORTED_NUMBERS, *SPECIAL_FIELDS]
     assert sorted(fields) == sorted(FineTuneJobStatus.model_fields)
+
+
+def test_what_must_be_written_before_objects_change_is_written_at_once() -> None:
+    """The parameters of `bookkeeping` are named after the fields of the status that its values come from."""
+    assert set(inspect.signature(bookkeeping).parameters) <= set(OWN_FIELDS)
 
 
 class CountingServer(ModelServer):
@@ -150,7 +158,7 @@ class Flood:
                 self.queue.add(key)
 
     def reports(self, fields: dict[str, Values]) -> Iterator[Report]:
-        """Return reports without end. Each has other values in ``fields``."""
+        """Return an endless iterator of reports, each with new values of ``fields``."""
         values: dict[str, Any] = {
             "run": 1,
             "pod_uid": self.server.pods[0]["metadata"]["uid"],

@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator, Iterable
 import aiohttp
 import pytest
 
+from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract import Outcome
 from finetune_operator import controller as controller_module
 from finetune_operator.controller import Controller
 from finetune_operator.kube.client import ApiError, ListedJob
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
@@ -72,9 +74,9 @@ class Resync:
             metrics=self.metrics,
         )
 
-    async def run(self, namespaces: Iterable[str], calls: int) -> set[Key]:
+    async def run(self, namespaces: Iterable[str], calls: int, seconds: float = 300) -> set[Key]:
         """Run the resync until ``calls`` lists were asked for and answered. Return the keys that it has queued."""
-        task = asyncio.ensure_future(self.controller.resync(tuple(namespaces), 300))
+        task = asyncio.ensure_future(self.controller.resync(tuple(namespaces), seconds))
         async with asyncio.timeout(30):
             while len(self.lists.calls) < calls:
                 await asyncio.sleep(0)
@@ -87,6 +89,10 @@ class Resync:
         while (key := self.queue.pop()) is not None:
             found.add(key)
         return found
+
+    def exported(self) -> set[str]:
+        """Return the namespaces of the jobs that have Prometheus series."""
+        return {sample.labels["job_namespace"] for family in self.metrics.jobs.collect() for sample in family.samples}
 
     def unlisted(self) -> float | None:
         return self.metrics._registry.get_sample_value("finetune_unlisted_namespaces")
@@ -144,6 +150,26 @@ async def test_a_namespace_that_comes_back_is_listed_at_the_next_try(monkeypatch
     resync = Resync(ComesBack({"good": [], "bad": FORBIDDEN}))
     assert await resync.run(["good", "bad"], 5) == {Key("bad", "job")}
     assert resync.unlisted() == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "stay"), [(FORBIDDEN, False), (GONE, False), *((one, True) for one in FAILURES[2:])]
+)
+async def test_jobs_whose_namespace_is_refused_for_a_resync_lose_their_series_until_it_can_be_listed(
+    failure: Exception, stay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_module, "RESYNC_RETRY_SECONDS", 0.001)
+    lists = Lists({"good": [], "bad": failure})
+    resync = Resync(lists)
+    for namespace in ("good", "bad"):
+        resync.metrics.jobs.update(Key(namespace, "job"), {}, FineTuneJobStatus())
+    await resync.run(["bad"], 3, seconds=0.0035)
+    assert resync.exported() == {"good", "bad"}, "a short refusal costs no series"
+    await resync.run(["good", "bad"], 30, seconds=0.0035)
+    assert resync.exported() == ({"good", "bad"} if stay else {"good"})
+    lists.answers["bad"] = []
+    await resync.run(["bad"], 31)
+    assert resync.exported() == {"good", "bad"}
 
 
 async def test_a_job_that_was_deleted_without_an_event_is_queued_once_more() -> None:

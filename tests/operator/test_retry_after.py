@@ -15,7 +15,7 @@ from kubernetes.aio import client as kubernetes_client
 
 from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
 from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
@@ -34,6 +34,10 @@ NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
         (429, "soon", DEFAULT_SECONDS),
         (429, "-3", DEFAULT_SECONDS),
         (429, "86400", MOST_SECONDS),
+        (429, "9" * 64, MOST_SECONDS),
+        (429, "9" * 8000, DEFAULT_SECONDS),
+        (429, "Tue, 24 Nov 99999999999999999999 12:00:07 GMT", DEFAULT_SECONDS),
+        (429, "Tue, 24 Nov 2026 12:00:07 +9999999999999", DEFAULT_SECONDS),
         (429, "Tue, 24 Nov 2026 12:00:07 GMT", 7.0),
         (429, "Tue, 24 Nov 2026 11:00:00 GMT", 0.0),
         (503, "5", 5.0),

@@ -19,8 +19,9 @@ from finetune_core.contract import Outcome
 from finetune_operator.controller import Controller
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.operators import reconciler

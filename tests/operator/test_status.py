@@ -22,8 +22,8 @@ from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Resul
 from finetune_core.resolve import resolve
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.retryable import RetryableError
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.compute import compute_status
 from finetune_operator.status.events import event_manifest, events_between
 from finetune_operator.status.inputs import StatusInput, plan_of

@@ -1,7 +1,7 @@
 """How often statuses are written: new numbers of a job at most every ten seconds, and of all jobs within a budget.
 
-A change that the operator causes itself is written at once. A change that only a report brings needs a token of the
-job's token bucket. The tests set the clock.
+A change that the operator causes itself is written at once. A change that comes from a report alone needs a token of
+the job's token bucket. The tests set the clock.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from finetune_core.api.conditions import Reason
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import MIN_SECONDS_BETWEEN_PROGRESS_WRITES, JobMemory
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.event_recorder import EventRecorder
-from finetune_operator.status.writer import BURST, WRITES_PER_SECOND, StatusWriter, WriteResult
+from finetune_operator.status.writer import BURST, WRITES_PER_SECOND, StatusWriter
 from tests.operator.builders import UID, at
 from tests.operator.test_status import report, status_input
 
@@ -58,7 +58,7 @@ class Jobs:
         self.memory = {Key("team", f"job-{number}"): JobMemory() for number in range(count)}
         self.reconciles = 0
 
-    async def reconcile(self, key: Key, **changes: Any) -> WriteResult:
+    async def reconcile(self, key: Key, **changes: Any) -> float | None:
         self.reconciles += 1
         manifest = {"metadata": {"uid": UID, "resourceVersion": "1"}, "status": self.writes.stored.get(key)}
         stored = FineTuneJobStatus.model_validate(manifest["status"]) if manifest["status"] else FineTuneJobStatus()
@@ -77,7 +77,7 @@ class Jobs:
         heapq.heapify(due)
         while due and due[0][0] <= end:
             self.clock[0], key = heapq.heappop(due)
-            left = (await self.reconcile(key)).left
+            left = await self.reconcile(key)
             heapq.heappush(due, (self.clock[0] + (left if left else 3.0), key))
 
 
@@ -109,7 +109,7 @@ async def test_a_transition_waits_for_nothing() -> None:
     while jobs.writer._budget.reserve(jobs.clock[0]) < jobs.clock[0] + 3600:
         pass  # reserves all writes of the next hour
     before = len(jobs.writes.times)
-    assert (await jobs.reconcile(key, report=None, generation=2)).write is not None
+    assert await jobs.reconcile(key, report=None, generation=2) is None
     assert len(jobs.writes.times) == before + 1
 
 

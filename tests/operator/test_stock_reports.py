@@ -1,8 +1,8 @@
 """Tests of stock reports, in the protocol of Kubeflow Trainer's runtime status.
 
-They show which reports are rejected, and how the operator handles the reports of the client in transformers, some of
-which hold wrong values. `BEGIN`, `step` and `END` are bodies such as transformers 5.23 sends. Most of the rejected
-bodies are made up. `test_stock_trainer.py` runs the real client.
+The tests show which reports are rejected, and how the operator handles the reports of the client in transformers. Some
+of these reports hold wrong values. `BEGIN`, `step` and `END` are bodies such as transformers 5.23 sends. Most of the
+rejected bodies are made up. `test_stock_trainer.py` runs the real client.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def storage(**identity: Any) -> dict[str, Any]:
 
 
 def identity_token(installed: Installed, namespace: str, pod: str) -> str:
-    """Wait until the pod runs, and return the token that its variable for the AWS SDKs names."""
+    """Wait until the pod runs, and return the token in the file that `AWS_WEB_IDENTITY_TOKEN_FILE` of the pod names."""
 
     def read() -> str:
         command = ["exec", pod, "-n", namespace, "--", "sh", "-c", 'cat "$AWS_WEB_IDENTITY_TOKEN_FILE"']

@@ -54,7 +54,7 @@ class Replicas:
         return dict(lease.get("spec", {}))
 
     def leader(self) -> str | None:
-        """Return the name of the replica that holds the Lease."""
+        """Return the name of the replica that holds the Lease; None where none holds it."""
         return (self.lease().get("holderIdentity") or "").partition("_")[0] or None
 
     def evidence(self) -> str:

@@ -20,7 +20,7 @@ def holding(
 ) -> PodObservation:
     """Return a pod that was scheduled, started and ended at the given seconds after `NOW`.
 
-    None means that this has not happened.
+    None means that the pod was not yet scheduled, started or ended.
     """
     state = ContainerState.TERMINATED if ended is not None else ContainerState.RUNNING
     container = ContainerObservation(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,41 +9,15 @@ import pytest
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptCause
 from finetune_core.contract import Outcome, Result
-from finetune_operator.decide.evidence import Evidence
-from finetune_operator.decide.rules import RULES, judge
+from finetune_operator.decide.rules import RULES
 from finetune_operator.decide.verdict import Ruling, Verdict, replaces
-from finetune_operator.objects.observations import START_ERRORS, ContainerObservation, ContainerState
-from finetune_operator.observe.observation import is_of_an_earlier_admission
-from tests.operator.builders import CHILD_UID, NOW, at, child, current, pod, result
-from tests.operator.kubelet_refusals import KUBELET_REFUSALS
+from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from tests.operator.builders import NOW, at, child, current, pod, result
+from tests.operator.verdicts import evidence_of, judged, ruled
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 GATE = result(Outcome.GATE_FAILED, "evaluation.require: exact must be at least 0.8 and is 0.5", with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
-
-
-def ruled(pods: list[Any], **changes: Any) -> tuple[str, str] | None:
-    """Judge an attempt of two pods and return verdict and reason."""
-    ruling = _judge(pods, **changes)
-    return (str(ruling.verdict), ruling.reason) if ruling else None
-
-
-def _judge(pods: list[Any], **changes: Any) -> Ruling | None:
-    return judge(_evidence(pods, **changes))
-
-
-def _evidence(pods: list[Any], **changes: Any) -> Evidence:
-    values: dict[str, Any] = {
-        "current": current(),
-        "child": child(),
-        "child_uid": CHILD_UID,
-        "pods": pods,
-        "nodes": 2,
-        "final_result": None,
-        "policy": RunPolicySpec(),
-        "now": NOW,
-    }
-    return Evidence(**(values | changes))
 
 
 TABLE = {
@@ -174,117 +145,6 @@ TABLE = {
 }
 
 
-SAME_SECOND = {
-    # name: (pods, whether training-operator has failed the PyTorchJob, verdict and reason)
-    "the backend cleaned up after a crash": (
-        [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
-        True,
-        ("Charged", "Crashed"),
-    ),
-    "the backend cleaned up after a 75": (
-        [pod(0, exit_code=75, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
-        True,
-        ("Charged", "OutsideFailure"),
-    ),
-    "somebody deleted a pod and its peer crashed for it": (
-        [pod(0, exit_code=1, finished=5), pod(1, deleted=5)],
-        False,
-        ("Free", "PodDeleted"),
-    ),
-    "somebody deleted a pod and both left with 143": (
-        [pod(0, exit_code=143, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
-        True,
-        ("Free", "PodDeleted"),
-    ),
-    "somebody deleted a pod that left at once": (
-        [pod(0), pod(1, exit_code=143, finished=5, deleted=5)],
-        False,
-        ("Free", "PodDeleted"),
-    ),
-    "somebody deleted a pod that was killed at once": (
-        [pod(0), pod(1, exit_code=137, finished=5, deleted=5)],
-        False,
-        ("Free", "PodDeleted"),
-    ),
-    "a pod that failed and was deleted then": (
-        [pod(0), pod(1, exit_code=1, finished=5, deleted=5)],
-        False,
-        ("Charged", "Crashed"),
-    ),
-    "bad input in the second of a deletion": (
-        [pod(0), pod(1, exit_code=64, finished=5, deleted=5)],
-        False,
-        ("Permanent", "BadInput"),
-    ),
-    "143 before anybody asked for it": (
-        [pod(0), pod(1, exit_code=143, finished=4, deleted=5)],
-        True,
-        ("Charged", "Stopped"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SAME_SECOND)
-def test_in_the_same_second_it_counts_whether_the_backend_had_begun_to_clean_up(name: str) -> None:
-    pods, backend_failed, expected = SAME_SECOND[name]
-    assert ruled(pods, child=child(failed=backend_failed)) == expected
-
-
-@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
-def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: int) -> None:
-    """A person deletes the first pod. training-operator deletes the other pod in the same second.
-
-    The resourceVersion, which is higher for the other pod, shows the order of the deletions.
-    """
-    pods = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
-    for order in (pods, pods[::-1]):
-        ruling = _judge(order, child=child(failed=True))
-        assert ruling is not None
-        assert (ruling.message, ruling.node) == (f"pod job-1-worker-{first} was deleted", f"node-{first}")
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        (None, "ChildDeleted"),
-        (child(deleting=True), "ChildDeleted"),
-        (child(uid="another"), "ChildReplaced"),
-        (child(replicas=1), "ChildChanged"),
-    ],
-)
-def test_a_free_attempt_names_the_child_where_its_pods_go_for_it(changed: Any, reason: str) -> None:
-    assert ruled([pod(0), pod(1, deleted=5)], child=changed) == ("Free", reason)
-
-
-RESUMED = {"resumed_at": at(100)}
-
-
-def test_pods_of_an_earlier_admission_are_told_by_when_they_were_deleted() -> None:
-    suspended = child(**RESUMED)
-    assert is_of_an_earlier_admission(pod(0, deleted=60), suspended)
-    assert is_of_an_earlier_admission(pod(0, deleted=100), suspended)
-    assert not is_of_an_earlier_admission(pod(0, deleted=101), suspended)
-    assert not is_of_an_earlier_admission(pod(0), suspended)
-    assert not is_of_an_earlier_admission(pod(0, deleted=60), child())
-
-
-@pytest.mark.parametrize(
-    ("pods", "failed_at", "expected"),
-    [
-        ([], 101, ("Free", "ResumedTooEarly")),
-        ([pod(0, deleted=102)], 101, ("Free", "ResumedTooEarly")),
-        ([pod(0, exit_code=1, finished=150), pod(1)], 151, ("Charged", "Crashed")),
-        ([], 400, ("Charged", "ChildFailed")),
-    ],
-    ids=["old pods only", "and new ones that the backend deletes", "a new pod failed", "much later"],
-)
-def test_a_child_that_failed_for_the_pods_of_an_earlier_admission_is_free(
-    pods: list[Any], failed_at: float, expected: tuple[str, str]
-) -> None:
-    failed = child(failed=True, failed_at=at(failed_at), **RESUMED)
-    assert ruled(pods, child=failed, current=current(indexes=())) == expected
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_verdict(name: str) -> None:
     pods, expected = TABLE[name]
@@ -317,7 +177,7 @@ def test_every_rule_decides_somewhere_with_the_verdict_that_the_table_names() ->
     """Each rule must decide with the verdict that `RULES` states for it, and that docs/architecture.md shows."""
     decided = set()
     for pods, changes in CASES:
-        evidence = _evidence(pods, **changes)
+        evidence = evidence_of(pods, **changes)
         rule = next((rule for rule in RULES if rule.decide(evidence) is not None), None)
         if rule is not None:
             decided.add(rule.name)
@@ -332,31 +192,6 @@ def test_an_order_is_obeyed_only_while_no_cause_is_recorded() -> None:
     assert ruled([pod(0), pod(1)], **cancelled) == ("Permanent", "Cancelled")
     ending = current().model_copy(update={"cause": _cause(Verdict.CHARGED, "Crashed")})
     assert ruled([pod(0), pod(1)], current=ending, **cancelled) is None
-
-
-def test_all_pods_that_are_gone_are_named() -> None:
-    """Both pods are gone when the operator reconciles, so nothing shows which of them a person deleted first."""
-    ruling = _judge([])
-    assert ruling is not None
-    assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodVanished")
-    assert ruling.message == "pods job-1-worker-0, job-1-worker-1 are gone"
-
-
-def test_what_is_gone_comes_before_what_the_backend_deleted_after_it() -> None:
-    ruling = _judge([pod(0, deleted=1)])
-    assert ruling is not None
-    assert ruling.reason == "PodVanished"
-    assert ruling.message == "pod job-1-worker-1 is gone; pod job-1-worker-0 was deleted"
-    ruling = _judge([pod(0, deleted=1, exit_code=143, finished=2)])
-    assert ruling is not None
-    assert ruling.reason == "PodVanished"
-
-
-def test_a_pod_in_the_place_of_another_is_named_once() -> None:
-    ruling = _judge([pod(0), pod(1, uid="another", deleted=1)])
-    assert ruling is not None
-    assert ruling.reason == "PodReplaced"
-    assert ruling.message == "pod job-1-worker-1 was deleted and another one took its place"
 
 
 def test_a_sidecar_does_not_hide_that_training_ended() -> None:
@@ -391,7 +226,7 @@ def test_a_suspended_child_is_left_alone() -> None:
 
 
 def test_the_trainers_sentence_is_the_message() -> None:
-    ruling = _judge([pod(0, exit_code=64, message=BAD), pod(1)])
+    ruling = judged([pod(0, exit_code=64, message=BAD), pod(1)])
     assert ruling is not None
     assert ruling.message == "dataset.train: column `meaning` must exist"
     assert ruling.node == "node-0"
@@ -399,10 +234,10 @@ def test_the_trainers_sentence_is_the_message() -> None:
 
 def test_a_kill_for_lack_of_memory_says_when_how_much_and_what_to_change() -> None:
     killed = pod(0, exit_code=137, reason="OOMKilled", memory_limit="64Gi")
-    ruling = _judge([killed, pod(1)], last_phase="Training")
+    ruling = judged([killed, pod(1)], last_phase="Training")
     assert ruling is not None
     assert "in phase Training at its memory limit of 64Gi; raise `resources.memory`" in ruling.message
-    ruling = _judge([pod(0, exit_code=137, reason="OOMKilled"), pod(1)])
+    ruling = judged([pod(0, exit_code=137, reason="OOMKilled"), pod(1)])
     assert ruling is not None
     assert "killed the trainer at its memory limit; raise" in ruling.message
 
@@ -411,57 +246,6 @@ def test_a_container_that_can_be_judged_by_its_pod_only() -> None:
     waiting = ContainerObservation(state=ContainerState.WAITING)
     failed = pod(1, container=waiting, phase="Failed", reason_="Evicted", message_="low on memory")
     assert ruled([pod(0), failed]) == ("Charged", "Evicted")
-
-
-def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> None:
-    container = ContainerObservation(state=ContainerState.RUNNING)
-    pods = [pod(0, deleted=0), pod(1, container=container, phase="Failed", reason_="Evicted", message_="disk")]
-    assert ruled(pods, child=child(failed=True)) == ("Charged", "Evicted")
-    # training-operator deletes pods only after it has failed the PyTorchJob, so a person deleted this pod.
-    assert ruled(pods, child=child()) == ("Free", "PodDeleted")
-
-
-WAITING = ContainerObservation(state=ContainerState.WAITING, reason="ContainerCreating")
-
-
-@pytest.mark.parametrize("reason", sorted({*KUBELET_REFUSALS, "OutOfexample.com/fpga", "AReasonOfAnotherVersion"}))
-def test_a_pod_that_a_kubelet_refuses_is_never_charged_whatever_the_reason(reason: str) -> None:
-    refused = pod(1, phase="Failed", reason_=reason, message_="Pod was rejected: the node ...", container=None)
-    ruling = _judge([pod(0), refused])
-    assert ruling is not None
-    assert (ruling.verdict, ruling.reason, ruling.node) == (Verdict.FREE, "NodeRefused", "node-1")
-    assert ruling.message == f"node node-1 did not start pod job-1-worker-1: {reason}: Pod was rejected: the node ..."
-    if reason != "Evicted":
-        assert ruled([pod(0), replace(refused, container=WAITING)]) == ("Free", "NodeRefused")
-
-
-@pytest.mark.parametrize("reason", sorted(START_ERRORS))
-def test_a_container_that_its_runtime_could_not_start_is_never_charged_whatever_the_exit_code(reason: str) -> None:
-    for code, phase in itertools.product((1, 127, 128, 137), ("Pending", "Running", "Failed")):
-        assert ruled([pod(0), pod(1, exit_code=code, reason=reason, phase=phase)]) == ("Free", "NodeRefused")
-
-
-@pytest.mark.parametrize("reason", sorted(START_ERRORS))
-def test_a_container_that_its_runtime_goes_on_refusing_ends_the_attempt_after_two_minutes(reason: str) -> None:
-    waiting = ContainerObservation(state=ContainerState.WAITING, reason=reason, message="unresolvable CDI device")
-    stuck = pod(1, phase="Pending", container=waiting)
-    assert ruled([pod(0), replace(stuck, start_error_seconds=119)]) is None
-    ruling = _judge([pod(0), replace(stuck, start_error_seconds=120)])
-    assert ruling is not None
-    assert (ruling.verdict, ruling.reason, ruling.node) == (Verdict.FREE, "NodeRefused", "node-1")
-    assert ruling.message.endswith(f"{reason}: unresolvable CDI device")
-    deleted = pod(1, phase="Pending", container=waiting, deleted=1, start_error_seconds=120)
-    assert ruled([pod(0), deleted]) == ("Free", "PodDeleted")
-
-
-def test_a_container_that_ended_without_a_start_is_recognised_by_its_times() -> None:
-    """The kubelet shows the start of a container that never ran as the beginning of Unix time."""
-    ended = pod(1, exit_code=128, reason="Error", message="no such device")
-    assert ended.container is not None
-    unstarted = replace(ended.container, started_at=datetime.fromtimestamp(0, UTC))
-    assert ruled([pod(0), replace(ended, container=unstarted)]) == ("Free", "NodeRefused")
-    ran = replace(ended.container, started_at=NOW)
-    assert ruled([pod(0), replace(ended, container=ran)]) == ("Charged", "Crashed")
 
 
 def _cause(verdict: Verdict, reason: str) -> AttemptCause:

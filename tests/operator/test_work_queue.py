@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from finetune_operator.queue.work_queue import Key, WorkQueue, backoff_seconds
+from finetune_operator.queue.key import Key
+from finetune_operator.queue.work_queue import WorkQueue, backoff_seconds
 from tests.operator.operators import Clock
 
 A, B = Key("team", "a"), Key("team", "b")

@@ -1,5 +1,5 @@
-"""Fixtures of the trainer's tests: a real object store that holds the tiny model and its data, and launcher processes
-that stand for pods."""
+"""Fixtures of the trainer's tests: a real object store that holds the tiny model and its data, and launcher processes,
+each in place of a pod."""
 
 from __future__ import annotations
 

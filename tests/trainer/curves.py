@@ -1,4 +1,5 @@
-"""Makes many real learning curves: trains one small language model per seed, all together as one batch of tensors.
+"""Makes many real learning curves: trains one small language model per seed. All models are trained together, as one
+batch of tensors.
 
 Each model learns a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and shape of
 real training. A fault changes the training (labels, learning rate, gradient) and never the recorded figures.

@@ -1,8 +1,10 @@
 """One rank that scores a model with several batch sizes and ZeRO stages: `python -m tests.trainer.score_many FILE`.
 
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
-and `examples` are the texts to score. The rank writes perplexities and answers as JSON to the path in the field `out`.
-`test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
+and `examples` are the tokenised texts to score. The rank writes perplexities and answers as JSON to the path in the
+field `out`. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
+At the end rank 0 is told to stop while all prompts are answered in one batch. The field `cut` has the answers if the
+ranks did stop.
 """
 
 from __future__ import annotations
@@ -10,13 +12,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from finetune_core.contract import EvaluationConfig, GenerationConfig, OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
+from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks import process
+
+
+class StopSoon:
+    """Says that SIGTERM has come, once it was armed and has been asked three times after that."""
+
+    def __init__(self) -> None:
+        self.armed, self.asked = False, 0
+
+    def __call__(self) -> bool:
+        self.asked += self.armed
+        return self.asked > 3
 
 
 def main() -> None:
@@ -30,10 +46,11 @@ def main() -> None:
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
     from finetune_trainer.ranks.gang import Gang
 
-    gang = Gang(device=torch.device("cpu"))
+    stop = StopSoon()
+    gang = Gang(device=torch.device("cpu"), stop=stop)
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     examples = example_set([Example(ids, [tuple(span) for span in spans]) for ids, spans in asked["examples"]])
-    found = []
+    found: list[dict[str, Any]] = []
     for stage in asked["stages"]:
         model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
         optimization = OptimizationConfig(
@@ -82,6 +99,14 @@ def main() -> None:
                     "answers": own,
                 }
             )
+        if stage == asked["stages"][-1]:
+            # The ranks never forget a stop, so the stop comes after everything else.
+            stop.armed, cut = gang.is_first, list[dict[int, str]]()
+            try:
+                for batch in generate_answers(engine, gang, prompts, replace(decoding, batch_size=len(prompts))):
+                    cut.append(batch)
+            except StopAgreed:
+                found[-1]["cut"] = cut
         engine.close()
     Path(asked["out"]).write_text(json.dumps(found))
     gang.final_barrier()

@@ -203,10 +203,10 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
 
 
 def _error(fault: Fault) -> bytes:
-    """Return the HTTP response that stands for the fault ERROR or SLOW_DOWN."""
+    """Return the HTTP response that the proxy sends for the fault ERROR or SLOW_DOWN."""
     if fault is Fault.SLOW_DOWN:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
-        # The pause is here because MinIO adds Retry-After to every response with status 503.
+        # Retry-After is here because MinIO adds it to every response with status 503.
         line = "503 Service Unavailable\r\nRetry-After: 60"
     else:
         body, line = b"", "500 Internal Server Error"

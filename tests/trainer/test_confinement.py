@@ -1,8 +1,7 @@
-"""The trainer runs in a restricted pod, and a user learns why the kernel killed it.
+"""The trainer runs in a restricted pod, and its result says so when the kernel kills it for lack of memory.
 
-The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. When
-the kernel kills the trainer at its memory limit, the result says so. Namespaces and cgroups that the tests create stand
-for the container, so these tests need root.
+The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. The
+tests have no container. They create the namespaces and cgroups that a container would have, so they need root.
 """
 
 from __future__ import annotations

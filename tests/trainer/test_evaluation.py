@@ -93,6 +93,7 @@ def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int],
     found = [json.loads((folder / f"found-{world}-{rank}.json").read_text()) for rank in range(world)]
     for case, *others in zip(*found, strict=True):
         for other in others:
+            assert ("cut" in other) == ("cut" in case)
             assert other["perplexity"] == case["perplexity"]
             case["answers"] |= other["answers"]
     return list(found[0])
@@ -149,6 +150,11 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
         # probabilities, so this perplexity is lower.
         assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
         assert case["hidden"] < case["perplexity"]
+    # Rank 0 was told to stop during its only batch of answers. They are cut off, and no rank may count them.
+    stops = [case["cut"] for case in found if "cut" in case]
+    assert len(stops) == 2
+    for (cut,) in stops:
+        assert any(answer != plain["answers"][number] for number, answer in cut.items())
 
 
 # ---- which checkpoint is the best ----

@@ -285,7 +285,7 @@ def test_dropout_belongs_to_the_example_whatever_computes_it(
 
 
 def uneven_rows() -> Rows:
-    """Return rows whose completions have 2 and 1,000 tokens in turn, including the end token."""
+    """Return rows whose completions have alternately 2 and 1,000 tokens, including the end token."""
     rng = random.Random(5)
     made = []
     for index in range(8):

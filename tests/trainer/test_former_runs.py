@@ -1,7 +1,7 @@
 """The preflight check finds what a former job of the same namespace, name and training has done, and nothing else.
 
-One real job is trained. Each test then copies its folder in the bucket to a job name of its own, changes something, and
-checks a job with another uid. The object store is a real MinIO.
+One real job is trained. Most tests copy its folder in the bucket to a job name of their own, change something in the
+copy, and then check a job with this name and another uid. The object store is a real MinIO.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Bucket:
         self.store, self.name = store, name
 
     def add(self, run_id: str = FORMER, *, artifact: bool = True) -> None:
-        """Copy the trained job's folder to the folder ``run_id``; without ``artifact`` the copy is that of an
-        unfinished job."""
+        """Copy the trained job's folder to the folder ``run_id``. Without ``artifact`` the copy looks like the folder
+        of an unfinished job."""
         source = f"runs/default/{TRAINED}/{FORMER}/"
         for key in self.store.keys(source):
             if not artifact and re.match(r"(ARTIFACT|artifacts/|evaluation/)", key.removeprefix(source)):
@@ -218,7 +218,7 @@ def test_a_finished_run_comes_before_newer_ones_and_the_newest_before_older_ones
 
 
 def _let_a_second_pass(bucket: Bucket) -> None:
-    """Write objects until the store's clock, which tells whole seconds in listings, has moved on."""
+    """Write an object again and again until a listing gives a later second as the time of its last change."""
     root, first = bucket.root("clock"), None
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

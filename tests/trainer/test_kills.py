@@ -43,7 +43,7 @@ def ranks() -> Zygote:
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     """Return the fault that kills a rank in round ``round_``.
 
-    The rounds take the points in turn. The count is random, and so is the rank where all ranks reach the point.
+    Each round takes the next of the `POINTS`. The count is random, and so is the rank where all ranks reach the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)

@@ -1,6 +1,6 @@
 """The exit code of a pod for several combinations of worker exits.
 
-Where workers report different reasons, the one that is likely the cause decides, and not its consequences.
+Where workers report different reasons, the likely cause decides, and not its consequences.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: igno
 
 
 def test_lack_of_memory_is_never_taken_for_a_fault_of_what_is_read() -> None:
-    """Whoever turns any exception of a library into a sentence about a file or a row lets MemoryError through first."""
+    """A `try` that turns any exception of a library into a sentence about a file or a row must handle MemoryError
+    before, in an `except` of its own."""
     wide = re.compile(r"\b(Exception|ArrowException)\b")
     checked = 0
     for room in ("data", "model", "preflight"):

@@ -6,19 +6,14 @@ Errors in the spec are final. What is missing outside of the job may still appea
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_core.contract import RESULT_LIMIT_BYTES
-from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import FindingKind
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
@@ -26,6 +21,7 @@ from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config
+from tests.trainer.preflights import on_a_volume, paths_in, run_program
 from tests.trainer.swallowing import swallowing_store
 
 FIELD = "dataset__format__promptCompletion"
@@ -35,15 +31,7 @@ Check = Callable[..., list[tuple[FindingKind, str]]]
 
 @pytest.fixture
 def paths(tmp_path: Path, store: ObjectStore) -> Paths:
-    return Paths(
-        run_file=tmp_path / "run.json",
-        credentials=store.credentials,
-        storage_ca_file=tmp_path / "no-ca",
-        hub_token_file=tmp_path / "hub-token",
-        termination_log=tmp_path / "termination-log",
-        scratch=tmp_path / "scratch",
-        volumes=tmp_path / "volumes",
-    )
+    return paths_in(tmp_path, store)
 
 
 @pytest.fixture
@@ -355,45 +343,10 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
         yield running
 
 
-@dataclass(frozen=True)
-class Ended:
-    """Exit code, result and log of a finished preflight process."""
-
-    code: int
-    result: PreflightResult
-    log: str
-
-    @property
-    def memory_mebibytes(self) -> int:
-        """The peak resident memory in MiB that the process printed."""
-        (found,) = re.findall(r"with (\d+) MiB at most", self.log)
-        return int(found)
-
-
-def _program(paths: Paths, **environment: str) -> Ended:
-    """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
-    options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
-    options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
-    options |= {"volumes": paths.volumes}
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "preflight", *arguments]
-    home = {"HOME": str(paths.scratch), "PATH": "/nonexistent"}
-    log = paths.termination_log.with_suffix(".log")
-    with log.open("wb") as stream:
-        done = subprocess.run(
-            command, env=home | environment, stdout=stream, stderr=stream, timeout=2 * PREFLIGHT_SECONDS, check=False
-        )
-    text = paths.termination_log.read_text()
-    result = PreflightResult.from_termination_message(text)
-    assert result is not None, log.read_text()
-    assert len(text.encode()) <= RESULT_LIMIT_BYTES
-    return Ended(done.returncode, result, log.read_text())
-
-
 def test_a_model_on_the_hub_is_looked_at_without_its_weights(hub: Hub, paths: Paths, store: ObjectStore) -> None:
     paths.hub_token_file.write_text(TOKEN)
     paths.run_file.write_text(json.dumps(run_config(store, "hub", model={"huggingFace": {"repo": "team/tiny"}})))
-    ended = _program(paths, HF_ENDPOINT=hub.endpoint)
+    ended = run_program(paths, HF_ENDPOINT=hub.endpoint)
     assert (ended.code, ended.result.findings) == (0, []), ended.log
     fetched = {request.rsplit("/", 1)[-1] for request in hub.requests if request.startswith("GET /team/tiny/resolve")}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= fetched
@@ -408,7 +361,7 @@ def test_what_the_hub_refuses_is_told_apart(hub: Hub, paths: Paths, store: Objec
         paths.hub_token_file.write_text(token)
         source = {"repo": "team/tiny"} | model
         paths.run_file.write_text(json.dumps(run_config(store, "hub", model={"huggingFace": source})))
-        ended = _program(paths, HF_ENDPOINT=hub.endpoint)
+        ended = run_program(paths, HF_ENDPOINT=hub.endpoint)
         return ended.code, ended.result.sentence
 
     code, sentence = found("hf_wrong")
@@ -426,78 +379,13 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     changes: dict[str, Any] = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/{long_key}.jsonl"}}}
     changes["dataset__test"] = {"s3": {"uri": f"s3://{BUCKET}/{long_key}-2.jsonl"}}
     paths.run_file.write_text(json.dumps(run_config(store, "whole", **changes)))
-    ended = _program(paths)
+    ended = run_program(paths)
     assert ended.code == 64, ended.log
     assert ended.result.findings[0].kind is FINAL
     assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
     assert "Traceback" not in ended.log
     # The preflight pod may use 1 GiB, so 400 MiB leave it much room.
     assert ended.memory_mebibytes < 400
-
-
-def on_a_volume(paths: Paths, name: str) -> tuple[Path, dict[str, Any]]:
-    """Return the path of a new file on a volume, and the data source that names this file."""
-    folder = paths.volumes / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name, {"dataset__train": {"volume": {"claimName": "data", "path": name}}}
-
-
-def in_another_process(program: str, path: Path) -> None:
-    """Run ``program`` with ``path`` as its argument, so that the memory that it takes is not counted here."""
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
-
-
-REPEATED = """
-import sys, pyarrow, pyarrow.parquet
-table = pyarrow.table({"question": ["a" * (1 << 20)] * 600, "reply": ["w1"] * 600})
-pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
-"""
-ONE_VALUE = """
-import sys, pyarrow, pyarrow.parquet
-table = pyarrow.table({"question": ["a" * (800 << 20)], "reply": ["w1"]})
-pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd", use_dictionary=False, write_statistics=False)
-"""
-MANY_ITEMS = """
-import sys, numpy, pyarrow, pyarrow.parquet
-items = pyarrow.ListArray.from_arrays([0, 150_000_000], pyarrow.array(numpy.zeros(150_000_000, "int8")))
-table = pyarrow.table({"question": ["w1"], "reply": ["w2"], "other": items})
-pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
-"""
-
-
-@pytest.mark.parametrize(
-    ("program", "sentence"),
-    [
-        (REPEATED, "bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
-        (ONE_VALUE, "dataset.train: can't be checked with 512 MiB of memory"),
-        (MANY_ITEMS, "dataset.train: can't be checked with 512 MiB of memory"),
-    ],
-    ids=["many rows", "one value", "a column that is not read"],
-)
-def test_a_small_file_that_expands_to_gigabytes_is_a_finding(
-    program: str, sentence: str, paths: Paths, store: ObjectStore
-) -> None:
-    path, source = on_a_volume(paths, "train.parquet")
-    in_another_process(program, path)
-    assert path.stat().st_size < 1_000_000
-    paths.run_file.write_text(json.dumps(run_config(store, "bomb", **source)))
-    ended = _program(paths)
-    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert sentence in ended.result.findings[0].message
-    # The pod may use 1 GiB. The child that reads the file may use 512 MiB of its own, and at most 192 MiB
-    # more until its parent looks at its memory again.
-    assert ended.memory_mebibytes < 1000
-
-
-def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) -> None:
-    path, source = on_a_volume(paths, "train.jsonl")
-    with path.open("wb") as file:
-        file.truncate(4 << 30)  # a sparse file, which takes no space on the disk
-    paths.run_file.write_text(json.dumps(run_config(store, "line", **source)))
-    ended = _program(paths)
-    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert "dataset.train: can't be checked with 512 MiB of memory" in ended.result.findings[0].message
-    assert ended.memory_mebibytes < 1000
 
 
 def test_rows_that_are_nested_deeply_are_read_as_others(check: Check, paths: Paths) -> None:
@@ -513,36 +401,3 @@ def test_long_documents_are_checked_by_their_first_rows(check: Check, paths: Pat
         for number in range(40):
             file.write(json.dumps({"question": f"w{number % 9} " * 100_000, "reply": "w1"}) + "\n")
     assert check(**source, dataset__longRows="Skip") == []
-
-
-def test_a_header_of_gigabytes_and_one_of_a_million_tensors_are_refused(paths: Paths, store: ObjectStore) -> None:
-    header = b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % number for number in range(900_000)) + b"}"
-    folder = paths.volumes / "models"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    model = {"volume": {"claimName": "models", "path": "."}}
-    paths.run_file.write_text(json.dumps(run_config(store, "header", model=model)))
-    ended = _program(paths)
-    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert f"model.safetensors has a header of {len(header)} bytes, more than" in ended.result.findings[0].message
-    assert ended.memory_mebibytes < 500
-
-
-def test_a_chat_template_that_makes_a_huge_text_is_a_finding(
-    tmp_path: Path, tiny_model: Path, paths: Paths, store: ObjectStore
-) -> None:
-    folder = paths.volumes / "models"
-    shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text("{{ 'a' * 4000000000 }}")
-    path, source = on_a_volume(paths, "train.jsonl")
-    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    path.write_text(json.dumps({"messages": messages}) + "\n")
-    form = {"messages": {"messagesField": "messages"}}
-    model = {"volume": {"claimName": "models", "path": "."}}
-    changes = {**source, "model": model, "dataset__format": form, "dataset__validation": None}
-    paths.run_file.write_text(json.dumps(run_config(store, "template", **changes)))
-    ended = _program(paths)
-    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert "dataset.train: can't be checked with 512 MiB of memory" in ended.result.findings[0].message
-    assert ended.memory_mebibytes < 1000

@@ -1,4 +1,5 @@
-"""A check in a forked child process is ended when the child itself takes too much memory, whatever its parent has."""
+"""A check in a forked child process is ended when the child itself takes too much memory. The memory of its parent does
+not count."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Send = Callable[[Any], None]
 
 
 def takes(mebibytes: int) -> Callable[[Send], None]:
-    """Return work that takes so much memory, sends a value, and waits until the parent has had time to look."""
+    """Return work that takes ``mebibytes`` MiB of memory, sends a value, and then waits until the parent kills the
+    child."""
 
     def work(send: Send) -> None:
         taken = bytearray(os.urandom(1) * (mebibytes * MIB))
@@ -54,8 +56,8 @@ def test_a_child_whose_parent_looks_late_can_not_take_more_than_the_excess(monke
     took: list[int] = []
 
     def work(send: Send) -> None:
-        # Memory that this process has freed but not returned to the kernel is not used, because the limit counts it
-        # already.
+        # `mmap` takes new memory from the kernel. A bytearray could use memory that this process has freed but not
+        # returned to the kernel, and the limit counts such memory already.
         held = []
         while True:
             try:

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from finetune_core.contract import Identity
 from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.ranks import forwarding
 from finetune_trainer.ranks.gate import (
     CHALLENGE_BYTES,
     GREETING,
@@ -125,6 +127,7 @@ def assert_undisturbed(ranks: Ranks) -> None:
     assert ranks.end() == [0] * len(ranks.processes), ranks.log(0)
     for rank in range(len(ranks.processes)):
         assert "stop requested: False" in ranks.log(rank)
+        assert "Traceback" not in ranks.log(rank), ranks.log(rank)
 
 
 def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ranks]) -> None:
@@ -188,7 +191,7 @@ def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable
 
 
 def test_a_flood_of_connections_ends_no_handshake_of_another_address() -> None:
-    """The handshake of the attempt's pod is the oldest one. All addresses of 127.0.0.0/8 are this machine."""
+    """The handshake of the attempt's pod is the oldest one. All addresses of 127.0.0.0/8 belong to this machine."""
     port, key = free_port(), b"the key"
 
     def connect(source: str) -> tuple[socket.socket, bytes]:
@@ -205,6 +208,79 @@ def test_a_flood_of_connections_ends_no_handshake_of_another_address() -> None:
         own.sendall(mine + hmac.digest(key, GREETING + b"client" + challenge + mine, "sha256"))
         proof = own.recv(PROOF_BYTES, socket.MSG_WAITALL)
         assert proof == hmac.digest(key, GREETING + b"server" + challenge + mine, "sha256")
+
+
+def test_open_handshakes_of_others_delay_no_end_and_print_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Were the handshakes waited for, the thread of the gate would still run after the block."""
+    monkeypatch.setattr(forwarding, "LAST_BYTES_SECONDS", 3600)
+    monkeypatch.setattr(forwarding, "JOIN_SECONDS", 60)
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        with open_rendezvous(first=True, nodes=2, address="", port=port, key=lambda: b"the key"):
+            for _ in range(5):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+                assert connection.recv(1), "the handshake has begun"
+        assert not rendezvous_threads()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_that_waits_for_the_gate_delays_no_end_and_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(forwarding, "LAST_BYTES_SECONDS", 3600)
+    monkeypatch.setattr(forwarding, "JOIN_SECONDS", 60)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        open_rendezvous(
+            first=False, nodes=2, address="127.0.0.1", port=silent.getsockname()[1], key=lambda: b"the key"
+        ) as rendezvous,
+        socket.create_connection((rendezvous.address, rendezvous.port), 30),
+    ):
+        silent.accept()[0].close()
+    assert not rendezvous_threads()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no key"), ValueError("no text")], ids=repr)
+def test_a_relay_that_can_not_read_its_key_says_so_and_tries_again(
+    error: Exception, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The kubelet replaces the files of the key while the pods run."""
+    port, errors, tried_again = free_port(), [error], threading.Event()
+
+    def key() -> bytes:
+        if errors:
+            raise errors.pop()
+        tried_again.set()
+        return b"the key"
+
+    with (
+        open_rendezvous(first=True, nodes=2, address="", port=port, key=lambda: b"the key"),
+        open_rendezvous(first=False, nodes=2, address="127.0.0.1", port=port, key=key) as rendezvous,
+        socket.create_connection((rendezvous.address, rendezvous.port), 30),
+    ):
+        assert tried_again.wait(60)
+    printed = capfd.readouterr().err
+    assert f"no connection to rank 0 yet: this pod can't read the key of the attempt: {error}" in printed
+    assert "Traceback" not in printed
+
+
+def test_clients_that_use_up_all_file_descriptors_cause_few_lines_and_no_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    print_problem = forwarding.problem_printer()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(print_problem)
+    for _ in range(1000):
+        loop.call_exception_handler(
+            {"message": "no descriptor is left", "exception": OSError(24, "Too many open files")}
+        )
+    loop.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[-1].endswith("no descriptor is left: OSError(24, 'Too many open files') (512 so far)")
 
 
 def test_a_pod_with_another_key_does_not_come_in(start: Callable[..., Ranks]) -> None:
@@ -229,6 +305,10 @@ def test_keys_of_a_program_in_the_same_pod_are_not_read_and_are_logged(start: Ca
         store.set(key, '{"error": "UserError", "message": ["dataset.train", "is nonsense"]}')
     ranks.wait_for(lambda: "a foreign client of the rendezvous store has set" in ranks.log(0), "the log line")
     assert_undisturbed(ranks)
+
+
+def rendezvous_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "rendezvous"]
 
 
 def listening_addresses(process: int) -> set[str]:

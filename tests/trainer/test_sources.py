@@ -59,8 +59,8 @@ def test_rows_of_hub_bucket_and_volume_are_packed_and_learned(
     assert "24 rows, 2 steps of 12 examples" in attempt.output
     log = step_rows(store, "sources")
     assert [row.step for row in log] == [1, 2]
-    # Every answer consists of the prompt's words and the end token, so the rows give the expected number of supervised
-    # tokens.
+    # Every answer consists of the words of its prompt and the end token, and the tokenizer makes one token of each
+    # word. So the number of supervised tokens follows from the rows.
     assert sum(row.tokens for row in log) == sum(len(row["reply"].split()) + 1 for row in rows)
     assert "hf_secret" not in attempt.output
     assert not any(b"hf_secret" in store.read(key) for key in store.keys("runs/default/sources/"))

@@ -1,4 +1,4 @@
-"""From which checkpoint a starting run resumes, whatever happened to the bucket before.
+"""Tests from which checkpoint a starting run resumes, whatever happened to the bucket before.
 
 The tests use a real object store.
 """
@@ -193,9 +193,10 @@ def test_a_run_that_was_fenced_can_not_roll_back(root: RunRoot, tmp_path: Path) 
 
 
 def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, tmp_path: Path) -> None:
-    """Run 1 freezes before any of its writes, and continues after run 2 has finished.
+    """Run 1 freezes right before one of its writes, and continues after run 2 has finished.
 
-    Meanwhile run 2 resumes, commits checkpoints and publishes its artifact.
+    Meanwhile run 2 resumes, commits checkpoints and publishes its artifact. The test tries the writes of run 1 one
+    after another.
     """
     begin(root, tmp_path)
     for step in (5, 10):

@@ -9,7 +9,7 @@ import pytest
 from minio.error import S3Error
 
 from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoint_folders import (
     apply_retention,
@@ -19,8 +19,9 @@ from finetune_trainer.storage.checkpoint_folders import (
     to_keep,
 )
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
+from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import (
+    RECORD_BYTES,
     CheckpointId,
     ParentRecord,
     RunRecord,
@@ -89,6 +90,31 @@ def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: P
         publish(root, 1, 5, [tmp_path / "state.safetensors"])
     assert committed(root) == [(1, 4), (1, 5)]
     assert committed_result(root) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"{}", "is no run record"), (b"\xff", "is no run record"), (b" " * (RECORD_BYTES + 1), "has more than")],
+    ids=["malformed", "no text", "long"],
+)
+def test_a_damaged_run_record_is_named_and_no_fault_of_the_job(
+    content: bytes, problem: str, empty_store: ObjectStore
+) -> None:
+    root = root_of(empty_store, f"record-{len(content)}")
+    claim_run_number(root, 1, record("old"))
+    root.write("runs/000002.json", content)
+    with pytest.raises(Damaged, match=f"runs/000002.json .*{problem}"):
+        read_records(root)
+
+
+def test_only_keys_that_a_run_can_write_take_a_run_number(root: RunRoot) -> None:
+    """A number that no run can have taken would otherwise end every run."""
+    for key in ("1", "0000001", "00001", "\N{ARABIC-INDIC DIGIT ONE}" * 6, "9" * 200, "000002.json", "x/000003"):
+        root.write(f"runs/{key}.json", b"{}")
+    assert read_records(root) == {}
+    claim_run_number(root, 1, record("own"))
+    claim_run_number(root, 1_000_000, record("later"))
+    assert list(read_records(root)) == [1, 1_000_000]
 
 
 def test_the_first_artifact_wins(root: RunRoot, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ CLUSTER_AUDIENCE = "minio"
 CLUSTER_ROLE = "arn:minio:iam:::role/" + base64.urlsafe_b64encode(
     hashlib.sha1(CLUSTER_AUDIENCE.encode(), usedforsecurity=False).digest()
 ).decode().rstrip("=")
-"""The role that MinIO makes for an OpenID provider with a role policy: its name is the SHA-1 of the client id."""
+"""The role that MinIO makes for an OpenID provider with a role policy. Its name is the SHA-1 of the client id in
+base64."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def strict(issuer: Issuer, minio: Path, tmp_path_factory: pytest.TempPathFactory
         "MINIO_IDENTITY_OPENID_CONFIG_URL": f"{issuer.url}/.well-known/openid-configuration",
         "MINIO_IDENTITY_OPENID_CLIENT_ID": CLIENT_ID,
         "MINIO_IDENTITY_OPENID_CLAIM_NAME": "policy",
-        # A token of a Kubernetes service account has no claim with a policy, so MinIO gives all of them one role.
+        # The token of a Kubernetes service account has no claim that names a policy. So MinIO gives all these tokens
+        # one role.
         "MINIO_IDENTITY_OPENID_CONFIG_URL_CLUSTER": f"{issuer.url}/.well-known/openid-configuration",
         "MINIO_IDENTITY_OPENID_CLIENT_ID_CLUSTER": CLUSTER_AUDIENCE,
         "MINIO_IDENTITY_OPENID_ROLE_POLICY_CLUSTER": "readwrite",
@@ -217,7 +219,7 @@ def strict(issuer: Issuer, minio: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def accepts_tokens(strict: Strict, issuer: Issuer) -> bool:
-    """Return whether MinIO has read the issuer's keys, which it does in the background after its start."""
+    """Return whether MinIO has read the issuer's keys. MinIO reads them in the background after its start."""
     token = {"access_token": issuer.token(policy="readwrite"), "expires_in": 3600}
     provider = WebIdentityProvider(
         jwt_provider_func=lambda: token, sts_endpoint=strict.store.endpoint, http_client=strict.open()._http
@@ -337,7 +339,7 @@ def test_session_tokens_are_sent_and_an_expired_one_is_named(strict: Strict, tmp
 def test_the_pods_own_identity_gives_the_key(
     strict: Strict, issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The environment names a token file and the STS endpoint, as AWS's webhook for IAM roles (IRSA) sets it."""
+    """The environment names a token file and the STS endpoint, as AWS's webhook for IAM roles (IRSA) sets them."""
     token = tmp_path / "token"
     token.write_text(issuer.token(policy="readwrite"))
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
@@ -417,7 +419,7 @@ def plain_metadata(strict: Strict) -> dict[str, str]:
 
 
 class ReadFields:
-    """Stands for a StorageConfig, and records the names of the fields that are read."""
+    """Takes the place of a StorageConfig, and records the names of the fields that are read."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.config = config

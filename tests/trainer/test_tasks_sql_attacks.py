@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from finetune_trainer.evaluation.graders import Grade, sql
-from finetune_trainer.evaluation.graders.sql import PROBLEM, Judge
+from finetune_trainer.evaluation.graders.sql import GRADE_SECONDS, PROBLEM, Judge
 
 BOATS = "CREATE TABLE boat (id INTEGER, name TEXT, length REAL)"
 GOLD = "SELECT name FROM boat"
-SECONDS = 30.0
-"""Bound for one grade. On an idle machine a grade takes 5 s at most; the bound holds on a busy one too."""
+SECONDS = 5 * GRADE_SECONDS
+"""Bound for one grade and the start of a child process. On an idle machine both together take little more than
+GRADE_SECONDS; the bound holds on a busy one too."""
 MEMORY_MIB = 512
 ANSWERS = (
     "SELECT printf('%.*c',900000000,'x')",

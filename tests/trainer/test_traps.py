@@ -24,8 +24,8 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and records the most bytes of gathered tensors alive at
-    once."""
+    """Takes the place of an engine that gathers whole parameters. Records the largest size in bytes that
+    all living gathered tensors had together."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameter_shapes = shapes

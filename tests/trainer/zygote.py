@@ -1,8 +1,8 @@
 """A process that imports torch once and then forks the ranks of `many_runs`.
 
-This way a group of ranks starts within a second, where an import of its own takes each rank five seconds, and can be
-killed many times. The process reads one JSON line from
-standard input for each rank to start, and writes one JSON line with rank and exit status for each rank that has ended.
+A group of forked ranks starts within a second, and can therefore be started and killed many times. A rank that imports
+torch itself needs five seconds. The process reads one JSON line from standard input for each rank to start, and writes
+one JSON line with rank and exit status for each rank that has ended.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def zygote() -> Zygote:
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", "tests.trainer.zygote"]
-    # The ranks share the process's session, so that they can be killed with it.
+    # The process begins a session, and so a process group, of its own. `kill` ends the whole group, which the ranks
+    # belong to.
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
     )

@@ -89,8 +89,8 @@ def export_files(
 ) -> list[Path]:
     """Write the artifact of the checkpoint in folder ``source`` into folder ``target``, and return the files.
 
-    An adapter's configuration names its base model. Where the run extended the base model, for example by added tokens,
-    the extended copy is uploaded to the bucket first, and the adapter names its address there.
+    An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens,
+    the extended copy is uploaded to the bucket first, and the configuration names the address of the copy.
     """
     config, folder = plan.config, base_model_folder(plan)
     base_name = source_name(config.model)

@@ -67,8 +67,7 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
 
 def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Result:
     """Read the run file, fetch model and data, run the workers, and return the pod's result. If an earlier attempt has
-    committed the artifact already, return its result at once.
-    """
+    committed the artifact already, return the result of that artifact at once."""
     identity = Identity.from_environment(environment)
     config = read_run_file(paths.run_file)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
@@ -84,8 +83,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
         return prepared
     if prepared is None and config.world.nodes == 1:
         raise Stopped("told to stop before training began: there is nothing to save")
-    # The workers of the other pods wait for the workers of this pod. So the workers are started even after SIGTERM,
-    # only to report the stop to the other ranks. These workers read no inputs, so the paths in `inputs` are
+    # The workers of the other pods wait for the workers of this pod. So this pod's workers are started even after
+    # SIGTERM, but they only report the stop to the other ranks. They read no inputs, so the paths in `inputs` are
     # placeholders.
     inputs = prepared or Inputs(model=folder, train=folder)
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
@@ -104,8 +103,7 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
 
 def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, address: str) -> Inputs | Result:
     """Download model and data, wait until the DNS name of rank 0 resolves, and return the local inputs. If the artifact
-    is committed already, do neither, and return the committed result instead.
-    """
+    is committed already, return the committed result instead, without a download."""
     root = open_root(config, paths)
     done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
     if done is not None:
@@ -145,9 +143,8 @@ def _run_unless_stopped(stop: StopFlag, work: Callable[[], T]) -> T | None:
 
 
 def wait_for_dns(address: str, *, seconds: float) -> None:
-    """Wait until the DNS name of rank 0's pod resolves, which happens when that pod runs. Raises OutsideFailure after
-    ``seconds``.
-    """
+    """Wait until ``address``, the DNS name of rank 0's pod, resolves. The name resolves once the pod runs. Raises
+    OutsideFailure after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -57,7 +57,8 @@ class TrainingLoop:
     ) -> None:
         """Begin after the step of ``state``, or at step 1 where ``state`` is None.
 
-        ``replayed`` holds the best evaluation and the state of the stability monitor after the steps before this run.
+        ``state`` is the training state that the parent checkpoint stores. ``replayed`` holds the best evaluation and
+        the state of the stability monitor after the steps before this run.
         """
         self._config = plan.config
         self._gang = gang
@@ -115,8 +116,8 @@ class TrainingLoop:
         """
         try:
             if self._evaluation_missing:
-                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without this evaluation,
-                # the choice of the best checkpoint would depend on when SIGTERM came.
+                # Make up for the missing evaluation of the parent checkpoint: SIGTERM came during this evaluation.
+                # Without it, the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
@@ -176,7 +177,7 @@ class TrainingLoop:
         """Run forward and backward over this rank's micro-batches of the global batch.
 
         Return two sums over all ranks: the negative log-likelihood (nats) of the supervised tokens, and the number of
-        computed positions with padding. The gradient is that of the mean over all supervised tokens of the global
+        computed positions, padding included. The gradient is that of the mean over all supervised tokens of the global
         batch, whatever the number of ranks and micro-batches. Raises StopAgreed after SIGTERM.
         """
         gang = self._gang

@@ -58,8 +58,8 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
     """Return the summary on which all nodes agree.
 
     ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
-    Raises UserError where two nodes read different data, for example because a branch or a file changed between their
-    reads.
+    Raises UserError where two nodes have different training rows, for example because a branch or a file changed
+    between their reads, or different embedding rows for the added tokens.
     """
     summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
     if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
@@ -77,7 +77,7 @@ class TrainingData:
 
     tokenizer: Any
     structure: ModelStructure
-    """The base model without weights, as the run trains it."""
+    """The modules of the base model that the run trains, without weights."""
     train: ExampleSet
     validation: ExampleSet
     test: ExampleSet
@@ -172,14 +172,14 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
 def load_model(plan: WorkerPlan) -> Any:
     """Return the model to train: the base model, with LoRA adapters where the method is LoRA.
 
-    Under ZeRO-3 all ranks must call this function together, because each rank keeps only its shard of the weights while
-    they are read.
+    Under ZeRO-3 all ranks must call this function together, because the ranks exchange weights while they load the
+    model. Each rank keeps only its shard of the weights.
     """
     config, folder = plan.config, base_model_folder(plan)
     targets = _adapter_targets(plan, read_structure(plan.inputs.model))
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
-    # This attribute keeps the object alive that switches sharding on. transformers holds only a weak reference to the
+    # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding
     if config.optimization.gradient_checkpointing:

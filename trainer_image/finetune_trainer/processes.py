@@ -98,8 +98,8 @@ class WorkerProcesses:
     def _start(self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]]) -> None:
         path = self._folder / "plan.json"
         path.write_text(plan.to_json())
-        # Block the stop signals while the workers are started. A worker inherits the block, so that a SIGTERM that
-        # arrives before the worker has installed its handler waits until the worker unblocks the signal.
+        # Block the stop signals while the workers are started. A worker inherits the block. A SIGTERM that arrives
+        # before the worker has installed its handler is then kept until the worker unblocks the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for environment in environments:

@@ -92,7 +92,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                 start = _start_run_after_rollback(plan, gang, root, start, required.rollback)
     except StopAgreed:
         # Nothing is left to save: `TrainingLoop.run` catches StopAgreed itself and saves. StopAgreed arrives here only
-        # if SIGTERM came before the first step or after the last checkpoint.
+        # if SIGTERM came before the run's first step or after its last checkpoint.
         where = "what was trained is committed" if status.checkpoint else "no step was finished yet"
         raise Stopped(f"told to stop: {where}") from None
 

@@ -95,8 +95,8 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
     except Exception as error:
         if isinstance(error, PeerLost):
             # The other ranks may be gone because this rank stalled: its watchdog announced the stall, and the other
-            # ranks left. Then the outcome must be the stall and not PeerLost. So if the watchdog has begun to end the
-            # process, `claim_end` never returns, and the watchdog writes the outcome.
+            # ranks left. The outcome must then be the stall and not PeerLost. `claim_end` ensures this: if the watchdog
+            # has begun to end the process, the call never returns, and the watchdog writes the outcome.
             watchdog.claim_end()
         if progress is not None:
             progress.end(outcome_of(error, step=status.step, checkpoint=status.checkpoint).result)

@@ -1,7 +1,7 @@
 """The `FineTuneJob` resource (`finetune.dev/v1alpha1`) as pydantic models.
 
 The CRD (`crds/`) and the API reference (`docs/api.md`) are generated from the models here. Checks that need more than
-the schema belong into `validation/`, and messages between operator and trainer belong into `contract/`.
+the schema are in `validation/`, and messages between operator and trainer are in `contract/`.
 """
 
 from finetune_core.api.job import API_VERSION, GROUP, KIND, PLURAL, SHORT_NAME, VERSION, FineTuneJob

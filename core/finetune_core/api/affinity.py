@@ -1,8 +1,8 @@
-"""`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1. The subset leaves out `matchFields`
-and namespace selectors.
+"""`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1. The subset leaves out `matchFields`,
+`namespaces` and `namespaceSelector`, among others.
 
-Fields of list items have no defaults, because kubectl and Argo CD compare lists as a whole. They would report each
-default that the API server fills in below a list as a difference from the user's file.
+The fields of list items have no defaults, because kubectl and Argo CD compare lists as a whole. If the API server
+filled in a default inside of a list item, both programs would report a difference from the user's file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, QualifiedName, cel
 
 Weight = Annotated[int, Field(ge=1, le=100)]
-"""Weight of a preference, from 1 to 100. The scheduler adds the weights of all preferences that a node fulfils."""
+"""Weight of a preference, from 1 to 100. For each node, the scheduler adds the weights of all preferences that the node
+fulfils."""
 
 
 class NodeSelectorRequirement(ApiModel):
@@ -102,8 +103,8 @@ class LabelSelector(ApiModel):
 
 
 class PodAffinityTerm(ApiModel):
-    """A set of pods in the job's namespace, and the topology domain (such as a node or a zone) that counts as the same
-    place."""
+    """A set of pods in the job's namespace, and a kind of place (topology domain), such as a node or a zone. Two pods
+    are near each other when they are in the same place of this kind."""
 
     label_selector: LabelSelector
     """The pods that the term is about."""

@@ -46,20 +46,21 @@ class ApiModel(BaseModel):
 
 
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Return a schema extension with the CEL ``rules``. Each rule consists of a CEL expression and of the message that
+    """Return a schema extension with the CEL ``rules``. Each rule consists of a CEL expression and the message that
     users see where the expression is false."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
 def join(*extensions: dict[str, Any]) -> dict[str, Any]:
-    """Return one schema extension with the CEL rules of all ``extensions``, which `cel` has made."""
+    """Return one schema extension with the CEL rules of all ``extensions``. Each of these is a result of `cel`, or of a
+    function that calls `cel`."""
     rules = [rule for extension in extensions for rule in extension["x-kubernetes-validations"]]
     return {"x-kubernetes-validations": rules}
 
 
 def exactly_one_of(*fields: str) -> dict[str, Any]:
-    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set, as exactly one source of
-    a Kubernetes volume must be."""
+    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set. Kubernetes' volumes, for
+    example, have the same rule about their sources."""
     return cel((f"{_set_members(fields)} == 1", f"exactly one of {_names(fields)} must be set"))
 
 
@@ -155,11 +156,11 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Largest number of characters of a Kubernetes quantity such as `1.5Gi`."""
+"""Largest number of characters in a field that takes an integer or a string, such as the quantity `1.5Gi`."""
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys
-of a map. CEL rules check the keys instead where they must be valid, for example in `pod_template.py`."""
+of a map. Where the keys must be valid, CEL rules check them, for example in `pod_template.py`."""
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 """Regular expression that the value of a label must match. The value may be empty."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -172,5 +173,5 @@ LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_P
 DnsLabel = Annotated[str, Field(min_length=1, max_length=LABEL_LENGTH, pattern=DNS_LABEL_PATTERN)]
 """A name that is a DNS label (RFC 1123): `a-z`, `0-9` and `-`, at most 63 characters."""
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
-"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. Only the length is checked here:
-317 characters are a prefix of 253, the slash, and a name of 63."""
+"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. The type checks only the length.
+317 characters are enough for a prefix of 253 characters, the slash, and a name of 63 characters."""

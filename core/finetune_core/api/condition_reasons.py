@@ -139,20 +139,13 @@ _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
 """Reasons with which the operator stops a job. While the pods save their last checkpoint, the condition `Succeeded` has
-such a reason and the status Unknown. Afterwards its status is False."""
+one of these reasons and the status Unknown. Afterwards the condition has the same reason and the status False."""
 _FAILED = (
-    Reason.GATE_FAILED,
-    Reason.BAD_INPUT,
-    Reason.DIVERGED,
-    Reason.OUT_OF_MEMORY,
-    Reason.RETRIES_EXHAUSTED,
-    *_STOPPING,
-)
-
+    Reason.GATE
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
-        # BadInput stands here too, for a spec that this version of the operator can't read. Such a job has not failed,
-        # because another version may be able to read the spec.
+        # BadInput is listed here too, for a spec that this version of the operator can't read. A job with such a spec
+        # has not failed, because another version may be able to read the spec.
         "Unknown": (*_WAITS, *_OUTSIDE, *_STOPPING, Reason.BAD_INPUT),
         "True": _DONE,
         "False": _FAILED,

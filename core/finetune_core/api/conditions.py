@@ -1,6 +1,6 @@
 """The types and the reasons of the conditions in a FineTuneJob's status, and the model of a condition.
 
-`condition_reasons.py` says what each reason means and which condition may carry which reason.
+`condition_reasons.py` explains each reason, and lists the reasons that each condition may have.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ REASON_LENGTH = 64
 
 
 class ConditionType(StrEnum):
-    """The types of the conditions that the operator sets. The status has all of them as soon as the operator has
-    written it for the first time."""
+    """The types of the conditions that the operator sets. The status has conditions of all types as soon as the
+    operator has written the status for the first time."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -65,8 +65,9 @@ class Reason(StrEnum):
 
 
 def valid_reason(text: str) -> str:
-    """Return ``text`` as a reason that the API server accepts: only letters, digits and underscores, a letter first, at
-    most 64 characters. `Unknown` where nothing is left.
+    """Return ``text`` without the characters that the API server does not accept in a reason. The result has only
+    letters, digits and underscores, begins with a letter, and has at most 64 characters. Where no character is left,
+    the result is `Unknown`.
 
     The operator calls this function for reasons that it takes from the stored status, because another version may have
     written them.
@@ -76,7 +77,8 @@ def valid_reason(text: str) -> str:
 
 
 class Condition(ApiModel):
-    """A condition with the bounds of Kubernetes' metav1.Condition, because others may write conditions too."""
+    """A condition. Its bounds are those of Kubernetes' metav1.Condition, because other programs may also write
+    conditions into the status."""
 
     type: Annotated[str, Field(max_length=316)]
     """Type of the condition, for example `Succeeded`."""

@@ -86,7 +86,7 @@ def chart_template() -> str:
     """Return the CustomResourceDefinition as a template for the Helm chart. Helm renders the manifest only where the
     chart's value `crds.enabled` is true.
 
-    The CRD is a template because Helm never upgrades CRDs that lie in the `crds/` folder of a chart. Where the chart's
+    The CRD is a template because Helm never upgrades CRDs that are in the `crds/` folder of a chart. Where the chart's
     value `crds.keep` is true, an annotation makes Helm keep the CRD when the chart is uninstalled.
     """
     text = crd_yaml()

@@ -27,9 +27,9 @@ NAME_RULE = (
     "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"
     f" {NAME_MAX_LENGTH} characters",
 )
-"""CEL rule about `metadata.name`, and the message for a name that violates the rule. The rule is stricter than that of
-Kubernetes, because the names of the job's pods and Services begin with the job's name and may have at most 63
-characters."""
+"""CEL rule about `metadata.name`, and the message for a name that violates the rule. The rule is stricter than
+Kubernetes' rule for names, because the names of the job's pods and Services begin with the job's name, and these names
+may have at most 63 characters."""
 
 
 class Metadata(BaseModel):

@@ -37,11 +37,11 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Folders that `mountPath` of a volume must not name, nor any folder below them. In some of them the operator mounts
-files of its own, and the others are folders that the container needs to start."""
+"""Folders at which, and below which, a user's volume must not be mounted (`mountPath`). In some of these folders the
+operator mounts files of its own. The container needs the other folders to start."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
-with `FTJ_` or `PET_`. Variables that begin with `AWS_` would override the credentials of the object store."""
+with `FTJ_` or `PET_`. Variables of users that begin with `AWS_` could override the credentials of the object store."""
 
 
 LABEL_KEY = r"^([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?$"
@@ -158,8 +158,8 @@ class EmptyDirVolume(ApiModel):
     """A folder that is empty at first and is deleted with the pod."""
 
     medium: Literal["Memory"] | None = None
-    """Memory: the folder lies in memory, and its content counts towards `resources.memory`. Absent: the folder lies on
-    the node's disk."""
+    """Memory: the folder is in memory, and its content counts towards `resources.memory`. Absent: the folder is on the
+    node's disk."""
     size_limit: VolatileMemory | None = None
     """Largest size of the folder's content, for example `10Gi`. Absent: no limit."""
 
@@ -236,7 +236,8 @@ class PodTemplateSpec(ApiModel):
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Node taints that the pods tolerate."""
+    """Additional tolerations of the pods. The operator itself adds tolerations for nodes that are not ready or
+    unreachable, each for a limited time."""
     affinity: Affinity | None = None
     """Rules about the nodes that the pods run on, and about their distance to other pods."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}

@@ -2,8 +2,9 @@
 operator wrote the section or another version of the CRD allowed it.
 
 The bounds of the models apply when a section is written. When a section is read here, bounds and closed lists of values
-do not apply, unknown fields are ignored, and a value of the wrong type is left out while all other values are kept. So
-an operator that is set back to an older version still manages the jobs that the newer version has started.
+do not apply, unknown fields are ignored, and a value of the wrong type is left out while all other values are kept.
+Because of this, an operator that is set back to an older version can still manage the jobs that the newer version has
+started.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from finetune_core.api.base import ApiModel
 
 Section = TypeVar("Section", bound=ApiModel)
 _EMPTY: dict[type, Any] = {str: "", int: 0, bool: False, list: []}
-"""For each type, the value that stands for a required field that is absent. Only another version can have left out such
-a field."""
+"""For each type, the value that replaces a required field that is absent. This version always writes required fields,
+so only another version can have left one out."""
 
 
 class _UnreadableError(ValueError):
@@ -39,8 +40,8 @@ class _Reader:
 
     @contextmanager
     def leaving_out(self, path: str) -> Iterator[None]:
-        """Where the `with` block can't read the value at ``path``, leave the value out and note ``path`` in
-        `unread`."""
+        """Return a context manager. Where its `with` block can't read the value at ``path``, the value is left out and
+        ``path`` is added to `unread`."""
         try:
             yield
         except _UnreadableError:
@@ -62,7 +63,7 @@ class _Reader:
         return model.model_construct(**values)
 
     def absent(self, annotation: Any, path: str) -> Any:
-        """Return the value that stands for a required field that is absent: zero, an empty value or, for a time,
+        """Return the value that replaces a required field that is absent: zero, an empty value or, for a time,
         `now`."""
         kind = _plain(annotation)
         if kind is datetime:
@@ -74,8 +75,8 @@ class _Reader:
         return _EMPTY.get(get_origin(kind) or kind)
 
     def value(self, annotation: Any, value: Any, path: str) -> Any:
-        """Return ``value`` as a value of the type ``annotation``, without a check of its bounds or of its closed list
-        of values."""
+        """Return ``value`` as a value of the type ``annotation``. The bounds and the closed list of values in
+        ``annotation`` are not checked."""
         kind = _plain(annotation)
         origin = get_origin(kind)
         if origin is list:
@@ -123,8 +124,8 @@ def _plain(annotation: Any) -> Any:
 
 
 def _time(value: Any) -> datetime:
-    """Return ``value``, a text such as ``"2026-01-31T12:00:00Z"``, as a time. Raises `_UnreadableError` where it is no
-    time with a time zone."""
+    """Return ``value``, a text such as ``"2026-01-31T12:00:00Z"``, as a time. Raises `_UnreadableError` where ``value``
+    is not a time with a time zone."""
     try:
         time = datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
@@ -139,13 +140,13 @@ def read_section(model: type[Section], stored: Any, now: datetime) -> tuple[Sect
     that could not be read.
 
     A field that could not be read has its default. A required field has no default: it is then zero or empty or, for a
-    time, ``now``. Where ``stored`` is not an object at all, the result is the section of an empty object, and an empty
-    path stands for the whole section.
+    time, ``now``. Where ``stored`` is not an object at all, the result is the section of an empty object, and one of
+    the paths is the empty text, which means the whole section.
     """
     try:
         return model.model_validate(stored, extra="ignore"), []
     except ValidationError:
-        pass  # this version wrote most of what it reads, so the slow way below is rare
+        pass  # The slow reading below is rare, because this version wrote most of the sections that it reads.
     reader = _Reader(now)
     try:
         return reader.section(model, stored, ""), reader.unread

@@ -177,8 +177,8 @@ def _columns() -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return ``text`` for a cell of a Markdown table: `|` is escaped, and so is `<` outside of code, because Markdown
-    takes `<` for the beginning of an HTML tag."""
+    """Return ``text`` for a cell of a Markdown table. `|` is escaped everywhere. `<` is escaped outside of code,
+    because in Markdown it can begin an HTML tag."""
     parts = text.replace("|", "\\|").replace("\n", " ").split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 

@@ -45,8 +45,8 @@ class RunPolicySpec(ApiModel):
     preflight: Literal["Run", "Skip"] | None = None
     """Whether a pod without GPUs checks object store, model and data before the first attempt asks for GPUs. The pod
     runs the trainer image with the argument `preflight`. The check also finds the checkpoints and the artifact of a
-    former job with the same name and training. With Skip the job does not find them and trains anew. Absent: the
-    setting that the operator was installed with."""
+    former job with the same name and training. With Skip the job does not look for them, and trains anew unless
+    `storage.runId` names the former job's folder. Absent: the setting that the operator was installed with."""
     queue_name: Annotated[LabelValue, Field(min_length=1)] | None = None
     """`metadata.name` of Kueue's LocalQueue in the job's namespace. A change takes effect with the next attempt."""
     priority_class_name: ObjectName | None = None

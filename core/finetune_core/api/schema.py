@@ -2,8 +2,8 @@
 schema, and `finetune validate` evaluates the CEL rules in it.
 
 Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
-numeric exclusive bounds. This module rewrites such parts. A model that can't be expressed as a structural schema raises
-ValueError.
+numeric exclusive bounds. This module rewrites or drops these parts. For a model that can't be expressed as a structural
+schema, the functions raise ValueError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _KubernetesJsonSchema(GenerateJsonSchema):
 
 def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
     """Return ``node``, a part of pydantic's JSON schema, as a part of a structural schema. References are replaced by
-    their ``definitions``, and what a structural schema forbids is rewritten or dropped."""
+    their ``definitions``. Parts that a structural schema must not contain are rewritten or dropped."""
     if isinstance(node, list):
         return [_structural(item, definitions, path) for item in node]
     if not isinstance(node, dict):

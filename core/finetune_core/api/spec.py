@@ -33,8 +33,8 @@ def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
     """Return a CEL rule and its message: ``section``, the path of a field or a section of the spec, must not change
     after the job is created.
 
-    For an optional field the rule first compares whether the field is set, because a CEL rule that reads an absent
-    field fails, and the API server counts a rule that fails as violated.
+    For an optional field the rule first compares whether the field is set in the old and in the new spec. Without this
+    comparison the rule would fail where the field is absent, and the API server counts a rule that fails as violated.
     """
     rule = f"self.{section} == oldSelf.{section}"
     if optional:

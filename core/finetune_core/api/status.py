@@ -31,11 +31,11 @@ INCIDENT_LIMIT = 20
 """Largest number of entries in `status.incidents`. The newest ones are kept."""
 NOT_OBSERVED = -1
 """`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
-CRD, because kstatus (Flux, Argo CD) takes a job without the field for finished, and a job with -1 for one in
-progress."""
+CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus treats it
+as in progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
 """Largest number of pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the
-attempt before it, which may still be terminating."""
+previous attempt, which may still be terminating."""
 
 Decimal = Annotated[str, Field(max_length=32)]
 """A decimal number, for example `"1.25"`. It is a string, because Kubernetes' API conventions forbid floats."""
@@ -94,8 +94,8 @@ class PodRecord(StatusModel):
 
 
 class AttemptCause(StatusModel):
-    """Why the current attempt will end. The operator records this cause as soon as it observes one, because the pods
-    that show the cause may be deleted before the attempt has ended."""
+    """Why the current attempt will end. The operator records the cause at once, because the pods that show the cause
+    may be deleted before the attempt has ended."""
 
     verdict: Annotated[str, Field(max_length=32)]
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
@@ -114,11 +114,11 @@ class CurrentAttempt(StatusModel):
     start_time: datetime
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
-    """Time at which the attempt was admitted. Without a queue that is its start, and with a queue the time at which the
-    queue resumed the PyTorchJob. Absent while a queue holds the attempt."""
+    """Time at which the attempt was admitted. Without a queue, it is the time at which the attempt was started. With a
+    queue, it is the time at which the queue resumed the PyTorchJob. Absent while the queue holds the attempt."""
     running_time: datetime | None = None
-    """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt runs or has
-    run. Absent until then."""
+    """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt was running or
+    had run. Absent until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
     """For each replica index, the first pod that the operator saw with this index."""
     cause: AttemptCause | None = None
@@ -184,8 +184,8 @@ class PreflightStatus(StatusModel):
     tries: Count = 0
     """Number of ended tries of the check."""
     aborted: Count = 0
-    """Number of tries in a row that could not be carried out, because each was killed at its memory limit or did not
-    end in time. After three such tries in a row the job ends as failed."""
+    """Number of tries in a row that had no result, because each was killed at its memory limit or did not end in time.
+    After three tries in a row without a result the job ends as failed."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
@@ -203,8 +203,8 @@ class ProgressStatus(StatusModel):
     step: Count = 0
     """Number of global batches that the training has gone through, one for each optimizer step."""
     total_steps: Count = 0
-    """Number of global batches of the whole training. 100 where the trainer reports only a percentage, which is then
-    also `step`."""
+    """Number of global batches of the whole training. Where the trainer reports only a percentage, `totalSteps` is 100
+    and `step` is the percentage."""
     epoch: Decimal = "0"
     """Passes over the training rows that are done, for example `"1.25"`."""
     percentage: Annotated[int, Field(ge=0, le=100)] = 0
@@ -315,8 +315,8 @@ class Scores(StatusModel):
     """Scores of one model on the rows of the evaluation set."""
 
     perplexity: Decimal | None = None
-    """Perplexity over supervised tokens, which are the tokens that training takes the loss on. It is exp of their mean
-    loss, and lower is better."""
+    """Perplexity over supervised tokens, which are the tokens whose loss training minimises. The perplexity is exp of
+    the mean loss of these tokens. Lower is better."""
     all_token_perplexity: Decimal | None = None
     """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
     it."""
@@ -360,7 +360,7 @@ class EvaluationStatus(StatusModel):
     """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
     """Number of rows in the evaluation set. Answers are generated for at most `evaluation.generation.maxExamples` of
-    them."""
+    these rows."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
@@ -404,8 +404,8 @@ class UsageStatus(StatusModel):
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that had a node and had not ended at `lastUpdateTime`. When such a pod no longer exists at the
-    next count, the operator assumes that it held its GPUs until then."""
+    """uids of the pods that had a node and had not ended at `lastUpdateTime`. If one of these pods no longer exists at
+    the next count, the operator assumes that the pod held its GPUs until that count."""
     running: bool = False
     """Whether at least one of the pods in `holders` ran at `lastUpdateTime`."""
 
@@ -438,7 +438,7 @@ class FineTuneJobStatus(StatusModel):
     """What the operator observed: conditions, attempts, progress, scores and the artifact."""
 
     observed_generation: Annotated[int, Field(ge=-1)] = NOT_OBSERVED
-    """`metadata.generation` of the spec that the status was computed from; -1 until the operator has written the
+    """`metadata.generation` of the spec from which the status was computed. -1 until the operator has written the
     status for the first time."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All conditions. Each is present as soon as the operator has written the status for the first time."""
@@ -458,10 +458,11 @@ class FineTuneJobStatus(StatusModel):
     metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest value of each metric."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Training loss and validation perplexity over the steps. Where there would be more than 60 points, points between
-    others are dropped."""
+    """Training loss and validation perplexity over the steps. Where there would be more than 60 points, some points
+    between the first and the last are dropped."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Committed checkpoints in the bucket, oldest first. Where there are more than 100, only the newest 100."""
+    """Committed checkpoints in the bucket, oldest first. Where there are more than 100, only the newest 100 are
+    listed."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
     that could not be resumed from."""
@@ -469,7 +470,7 @@ class FineTuneJobStatus(StatusModel):
     """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """Training steps whose loss or gradient norm was not finite or far too high, oldest first. Where there are more
-    than 20, only the newest 20."""
+    than 20, only the newest 20 are listed."""
     evaluation: EvaluationStatus | None = None
     """Scores of the base model and of the tuned model on the same rows."""
     artifact: ArtifactStatus | None = None

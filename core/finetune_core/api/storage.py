@@ -19,7 +19,8 @@ from finetune_core.api.base import (
 )
 
 Addressing = Literal["Path", "VirtualHosted"]
-"""Where the bucket's name stands in a request to the object store: in the path, or in the host name."""
+"""Place of the bucket's name in a request to the object store: Path (`https://host/bucket/key`) or VirtualHosted
+(`https://bucket.host/key`)."""
 Export = Literal["Adapter", "Merged", "Both"]
 """Form of the artifact of a LoRA job: the adapter, the merged model, or both."""
 
@@ -52,14 +53,14 @@ class IdentitySpec(ApiModel):
     )
 
     audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
-    """Audience of the token, for example `minio`. The store accepts only tokens with the audience that it is configured
-    with, which MinIO calls client id."""
+    """Audience of the token, for example `minio`. The store accepts only tokens with one audience, which is a setting
+    of the store. MinIO calls this setting client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
     token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""
     role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
     """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the claims in the token decide what
-    the pods may do, as MinIO can be configured."""
+    the pods may do. MinIO can be configured in this manner."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -124,8 +125,8 @@ class StorageSpec(ApiModel):
     region: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[-a-zA-Z0-9]+$")] = "us-east-1"
     """Region for the signatures of requests."""
     credentials_secret_ref: CredentialsSecretRef | None = None
-    """Secret that holds the access key. Absent: `identity`, or what the platform gives the pod by itself: a web
-    identity such as IRSA, EKS Pod Identity, or the node's role."""
+    """Secret that holds the access key. Absent: the access key comes from `identity` or, without that field, from the
+    platform: a web identity such as IRSA, EKS Pod Identity, or the node's role."""
     identity: IdentitySpec | None = None
     """Token that the pods exchange for an access key. MinIO and Amazon S3 support this. Absent: no token is mounted."""
     ca_config_map_ref: ConfigMapKeyRef | None = None

@@ -50,11 +50,13 @@ class TrainingSpec(ApiModel):
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: what follows from
-    `gradientAccumulationSteps`, or without that field the process's share of the global batch, at most 8."""
+    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: with
+    `gradientAccumulationSteps`, the process's share of the global batch divided by that number. Without it, the
+    process's share of the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Micro-batches of one process per optimizer step. Absent: as many as the process's share of the global batch
-    needs. When set, this number times `microBatchSize` times the number of processes must equal `globalBatchSize`."""
+    """Micro-batches of one process per optimizer step. Absent: the number that follows from `microBatchSize` and the
+    process's share of the global batch. When set, this number times `microBatchSize` times the number of processes must
+    equal `globalBatchSize`."""
     schedule: Schedule = "Linear"
     """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
     a half cosine, Constant stays at the peak."""

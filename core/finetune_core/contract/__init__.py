@@ -1,7 +1,7 @@
-"""Messages between operator and training pods, and the paths of files that both know.
+"""Messages between operator and training pods, and the environment variables and file paths that both use.
 
-The operator writes the run file, and the trainer answers with reports, results and exit codes. Models of the Kubernetes
-resource belong into `api/`.
+The operator writes the run file, and the trainer answers with reports, results and exit codes. The models of the
+Kubernetes resource are in `api/`.
 """
 
 from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, ContractModel

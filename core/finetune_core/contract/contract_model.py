@@ -1,7 +1,7 @@
 """The base classes of all messages between operator and trainer, and the version number of these messages.
 
-Each message carries the version number. A trainer ends with exit code 64 where the run file has another version than
-its own, and the operator counts a report of another version as malformed. No message contains a secret.
+Each message contains the version number. A trainer ends with exit code 64 where the version of the run file is not its
+own version. The operator treats a report with another version as malformed. No message contains a secret.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ RESULT_LIMIT_BYTES = 1024
 containers of a pod."""
 
 LARGEST_NUMBER: Final = 10**15
-"""Largest count of steps, bytes or seconds in a message. A pod chooses the numbers in its messages, and a number that
-the API server can't store would keep the whole status from being written."""
+"""Largest count of steps, bytes or seconds in a message. A pod can send any number in its messages. If the API server
+can't store a number, the operator can't write the whole status."""
 Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 _EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
@@ -32,8 +32,9 @@ def _within_range(time: datetime) -> datetime:
 
 
 Time = Annotated[AwareDatetime, AfterValidator(_within_range)]
-"""A time with a time zone, as the API server requires it. It is so far from the limits of datetime that another time
-zone or an added duration exceeds none of them."""
+"""A time with a time zone, because the API server accepts no time without one. The time is between the years 1970 and
+9000, so that it stays within the limits of datetime when it is converted to another time zone or a duration is
+added."""
 
 
 class ContractModel(BaseModel):

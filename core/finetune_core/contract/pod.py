@@ -26,8 +26,8 @@ because a trainer image of an older version refuses a run file with a field that
 ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
 SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
 SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
-"""Each of these three names is a key of the job's credentials Secret, the name of a mounted file, and an environment
-variable of the AWS SDKs."""
+"""Each of the three names above is a key of the job's credentials Secret, the name of a mounted file, and an
+environment variable of the AWS SDKs."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN from the job's
 Secret."""
@@ -51,8 +51,8 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable emptyDir is mounted. It is the pod's HOME, and holds downloaded files and the files of
-checkpoints until their upload."""
+"""Path at which a writable emptyDir is mounted. This folder is the pod's HOME. It contains downloaded files, and the
+files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
 """Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
 of the claim>`."""

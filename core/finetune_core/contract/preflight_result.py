@@ -29,8 +29,8 @@ FINDING_LIMIT = 2048
 
 
 class FindingKind(StrEnum):
-    """The kinds of findings. After a `Final` finding no other try of the check can succeed, after an `Outside` finding
-    it may."""
+    """The kinds of findings. After a `Final` finding no further try of the check can succeed. After an `Outside`
+    finding a further try may succeed."""
 
     FINAL = "Final"
     OUTSIDE = "Outside"
@@ -45,8 +45,9 @@ class Finding(ContractModel):
 
 
 class FoundArtifact(ContractModel):
-    """The committed artifact of a run that a preflight check has found. There is no field for the artifact's address:
-    the operator makes the address from the spec, because an address from the bucket is not trusted."""
+    """The committed artifact of a run that a preflight check has found. The model has no field for the artifact's
+    address, because the operator does not trust an address from the bucket. The operator makes the address from the
+    spec."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
     bytes: Count
@@ -55,7 +56,8 @@ class FoundArtifact(ContractModel):
 
 
 class FoundRun(ContractModel):
-    """What already lies in the job's folder in the bucket, or in the folder of a former job with the same training."""
+    """The runs that are already in the job's folder in the bucket, or in the folder of a former job with the same
+    training."""
 
     run_id: RunId
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
@@ -66,8 +68,8 @@ class FoundRun(ContractModel):
     step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
-    """The committed artifact. None where no run in the folder is finished, so that the job resumes from the checkpoint
-    of ``step``."""
+    """The committed artifact. None where no run in the folder is finished. The job then resumes from the checkpoint of
+    ``step``."""
     evaluation: EvaluationRecord | None = None
 
 
@@ -80,7 +82,7 @@ class PreflightResult(TerminationMessage):
     notices: list[str] = []
     """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
-    """What the job takes over instead of training anew. None where the check found nothing to take over."""
+    """The former run that the job takes over instead of training anew. None where the check found no such run."""
 
     @property
     def exit_code(self) -> int:
@@ -96,8 +98,8 @@ class PreflightResult(TerminationMessage):
 
     @property
     def sentence(self) -> str:
-        """The messages of the findings, joined to one line. Where there are final findings, the line contains only
-        their messages, because the job fails because of them."""
+        """The messages of the findings, joined to one line. Where there are final findings, the line contains only the
+        messages of final findings, because these are the reasons why the job fails."""
         decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
         return "; ".join(finding.message for finding in decisive)
 
@@ -123,9 +125,9 @@ def _shorter(result: PreflightResult) -> PreflightResult:
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
-    # The number of characters to cut is computed as if each took 6 bytes of JSON, the most that a character can take
-    # (\u0000). Where the characters take less, the text stays too long, and the next call cuts more of it. A few
-    # characters more than that are cut, because the ellipsis takes three bytes.
+    # The computation assumes that each character takes 6 bytes of JSON, which is the most that a character can take
+    # (\u0000). Where the characters take less, the text is still too long, and the next call cuts further characters.
+    # The 4 additional characters make room for the ellipsis, which takes 3 bytes, and for the rounding.
     kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
     return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
 

@@ -53,8 +53,8 @@ class ScoreRecord(ContractModel):
     """Scores of the base model or of the tuned model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """Perplexity: exp of the mean loss (in nats) over all supervised tokens. These are the tokens that training takes
-    the loss on, such as those of the answers."""
+    """Perplexity: exp of the mean loss (in nats) over all supervised tokens. These are the tokens whose loss training
+    minimises, such as the tokens of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: float | None = None

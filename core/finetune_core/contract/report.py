@@ -35,8 +35,8 @@ class Phase(StrEnum):
 
 
 class Report(ContractModel):
-    """What rank 0 posts to the operator every few seconds. Each report contains the whole state, so that the next
-    report makes up for one that was lost."""
+    """The message that rank 0 posts to the operator every few seconds. Each report contains the whole state, so that a
+    lost report is replaced by the next one."""
 
     version: Literal[1] = CONTRACT_VERSION
     run: Count
@@ -62,18 +62,18 @@ class Report(ContractModel):
     earlier runs' points after this step from the curves, because this run computes those steps again."""
     history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
-    """The committed checkpoints in the bucket, oldest first. Where there are too many for a report, or their addresses
-    too long, only the newest ones."""
+    """The committed checkpoints in the bucket, oldest first. Where there are too many checkpoints for a report, or
+    their addresses are too long, only the newest checkpoints are listed."""
     checkpoint_age_seconds: Count | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
     and also what was trained while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
-    """What is wrong with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't
-    be deleted. Empty where nothing is wrong."""
+    """A problem with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't be
+    deleted. Empty where there is no problem."""
     best: CheckpointName | None = None
-    """The best checkpoint by `evaluation.bestBy`, of the checkpoints that led to the current weights. None where none
-    of them was scored."""
+    """The best checkpoint by `evaluation.bestBy`, among the checkpoints that led to the current weights. None where no
+    checkpoint among them was scored."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences for people about things that are not failures, for example that rows were skipped."""
     evaluation: EvaluationRecord | None = None
@@ -84,9 +84,9 @@ class Report(ContractModel):
     def to_body(self) -> bytes:
         """Return the report as JSON of at most `REPORT_LIMIT_BYTES`, which the report server accepts.
 
-        Where the JSON is too long, the report loses the oldest items of its longest list, again and again. What is
-        newest is kept: the newest checkpoints, incidents, notices and points of the curve. Where the message of the
-        result is longer than the longest list, the end of the message is cut instead.
+        As long as the JSON is too long, the oldest items of the longest list are dropped. The newest checkpoints,
+        incidents, notices and points of the curve are kept. Where the message of the result is longer than the longest
+        list, the end of the message is cut instead.
         """
         report, body = self, self.to_json().encode()
         while len(body) > REPORT_LIMIT_BYTES:
@@ -97,8 +97,8 @@ class Report(ContractModel):
     def _shortened(self, excess: int) -> Report:
         """Return the report with its longest list, or the message of its result, at least ``excess`` bytes shorter.
 
-        Less is cut where the whole list has fewer bytes, and where the characters of the message take fewer than 6
-        bytes each. Raises ValueError where nothing is left to cut.
+        Fewer bytes are cut in two cases: where the whole list is shorter than ``excess``, and where the characters of
+        the message take fewer than 6 bytes each. Raises ValueError where nothing is left to cut.
         """
         sizes = {name: _sizes(getattr(self, name)) for name in _LISTS}
         longest = max(_LISTS, key=lambda name: sum(sizes[name]))
@@ -121,7 +121,7 @@ first."""
 
 
 def _sizes(items: Sequence[ContractModel | str]) -> list[int]:
-    """Return how many bytes of JSON each item of a list takes."""
+    """Return, for each item in ``items``, the number of bytes that it takes in JSON."""
     texts = (
         item.to_json() if isinstance(item, ContractModel) else json.dumps(item, ensure_ascii=False) for item in items
     )

@@ -12,7 +12,7 @@ from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
 
 
 class ExitCode(IntEnum):
-    """Exit codes of PID 1 in a training pod. The operator takes any other exit code for a crash."""
+    """Exit codes of PID 1 in a training pod. The operator treats any other exit code as a crash."""
 
     DONE = 0
     """The training is complete or stopped early, and the artifact is committed, also where the model did not reach a

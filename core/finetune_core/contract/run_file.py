@@ -1,7 +1,7 @@
 """The run file: all settings of an attempt, with defaults filled in and without secrets.
 
-`resolve.py` makes the run file, and the operator stores the run file in the attempt's ConfigMap. The trainer reads
-nothing else of the job.
+`resolve.py` makes the run file, and the operator stores the run file in the attempt's ConfigMap. The trainer gets no
+settings of the job from any other place.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class GenerationConfig(ContractModel):
 
 
 class EvaluationConfig(ContractModel):
-    """The `evaluation` section with its defaults resolved. Only `every_steps` may be None, which stands for the steps
-    of one epoch: the trainer knows that number once it has counted the rows."""
+    """The `evaluation` section with its defaults resolved. Where `every_steps` is None, the trainer uses the number of
+    steps in one epoch, which it knows once it has counted the rows. `base_prompt` and `patience` are None where the job
+    does not set them."""
 
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
@@ -91,8 +92,8 @@ class StabilityConfig(ContractModel):
 
 
 class StorageConfig(ContractModel):
-    """The `storage` section with every default resolved. The credentials are not in the run file: the pod gets them as
-    files, or has an identity of its own."""
+    """The `storage` section with every default resolved. The run file does not contain the credentials. The pod gets
+    them as files, or has an identity of its own."""
 
     uri: str
     """`s3://` address of the folder of all runs of the job: `<storage.uri>/<namespace>/<name>/<runId>`."""
@@ -102,12 +103,12 @@ class StorageConfig(ContractModel):
     """Where the access key comes from. Secret: from the files of a mounted Secret. Identity: from the pod's own
     identity, such as the token of `storage.identity` or the node's role."""
     addressing: Addressing | None = None
-    """Where the bucket's name stands in a request. None: in the host name for Amazon S3, in the path for other
+    """Place of the bucket's name in a request. None: VirtualHosted (in the host name) for Amazon S3, Path for other
     stores."""
     encryption: EncryptionSpec | None = None
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
-    """Minutes between two checkpoints. Either this field or `checkpoint_every_steps` is set."""
+    """Minutes between two checkpoints. Exactly one of this field and `checkpoint_every_steps` is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
     artifact: Export = "Adapter"

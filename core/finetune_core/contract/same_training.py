@@ -1,5 +1,5 @@
-"""What a job trains, as two values by which jobs can be compared: a digest of the settings that define the training,
-and the identities of base model and data.
+"""Two values by which the trainings of two jobs can be compared: a digest of the settings that define the training, and
+the identities of the base model and the data.
 
 The trainer stores both values for each run in the bucket. Where a job has no status yet, for example in a cluster that
 was built anew, the preflight check looks in the bucket for a run of a former job with equal values, and the job then
@@ -49,19 +49,20 @@ NOT_THE_TRAINING = (
     "storage.keep_last",
     "storage.keep_best",
 )
-"""Fields of the run file that do not define what is trained: they say on which machines and how the work is divided,
-where the bucket is, how often checkpoints are written, which scores the trained model must reach, and which tokens give
-access. All other fields define what is trained, also those that later versions add."""
+"""Fields of the run file that do not define what is trained. They contain the machines, the division of the work, the
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, and the references to
+access tokens. All other fields define what is trained. This includes fields that later versions add."""
 
 
 class TrainingRecord(ContractModel):
-    """What a run trains. Two runs with equal records train the same model in the same way on the same data."""
+    """The values that define what a run trains. Two runs with equal records train the same model with the same settings
+    on the same data."""
 
     settings_sha256: Sha256
     """`settings_digest` of the run file."""
     inputs: Annotated[dict[str, Sha256], Field(max_length=8)]
-    """For the base model and for each data source, by its path in the spec such as `dataset.train`: a sha256 that
-    identifies what the run read from there when it began."""
+    """For the base model and for each data source: a sha256 that identifies the content that the run read when it
+    began. The key is the path in the spec, for example `dataset.train`."""
 
 
 def settings_digest(config: RunConfig) -> str:
@@ -74,8 +75,8 @@ def settings_digest(config: RunConfig) -> str:
 
 
 def digest_of_fields(run_file: Mapping[str, Any]) -> str:
-    """Return the digest that `settings_digest` returns, for a run file as a dict of JSON values. Its keys are the names
-    of the fields in Python (snake_case), and fields that are None are left out."""
+    """Return the same digest as `settings_digest`, for a run file that is given as a mapping of JSON values. The keys
+    of ``run_file`` are the names of the fields in Python (snake_case), and fields that are None are left out."""
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")

@@ -2,15 +2,15 @@
 protocol, training code that knows nothing of this project, such as the Trainer class of transformers, can report the
 progress of a FineTuneJob.
 
-The operator sets the environment variables of `client_environment` in every training pod. `reports/server.py` serves
-`ROUTE` and turns the body of each request into a `StockReport`. `status/report_merge.py` merges the `StockReport` into
-the status.
+The operator sets the environment variables of `client_environment` in every training pod, except those that the user
+sets in `podTemplate.env`. `reports/server.py` serves `ROUTE` and parses the body of each request into a `StockReport`.
+`status/report_merge.py` merges the `StockReport` into the status.
 
 KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
 wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
-reports no step. Each of its reports has only the newest metrics. Therefore the status takes the client's percentage
-only where it is 100 or the client has never reported steps, and never takes the client's remaining time. Values that a
-report leaves out stay as they are in the status.
+reports no step. Each of its reports has only the newest metrics. Therefore the operator does not write the client's
+remaining time into the status. It writes the client's percentage only where the percentage is 100 or the client has
+never reported steps. Values that a report leaves out stay as they are in the status.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RuntimeStatus(_WireModel):
 
 class StockReport(Report):
     """A report in Kubeflow's protocol. A field whose name begins with `reported_` is None where the client did not send
-    the value. The status then keeps the value that it has."""
+    the value. The value in the status then stays as it is."""
 
     reported_step: int | None
     reported_total: int | None
@@ -102,8 +102,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
-        # The protocol does not say how many ranks have joined. All ranks have joined, because KubeflowCallback sends
-        # its first report when training begins, and training needs all ranks.
+        # The protocol has no field for the number of ranks that have joined. The report counts all ranks as joined,
+        # because KubeflowCallback sends its first report when training begins, and training needs all ranks.
         ranks=ranks,
         step=step or 0,
         total_steps=total or 0,
@@ -120,7 +120,7 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
 def _number(metric: Metric) -> float | None:
     """Return the value of ``metric`` as a number, or None where the value is not a number.
 
-    Raises ValueError where the number is not finite, because the project's own reports must not contain such numbers
+    Raises ValueError where the number is infinite or NaN. The project's own reports must not contain these values
     either.
     """
     try:

@@ -36,8 +36,8 @@ class ModelShape:
     attention_width: int
     """Number of attention heads times the width of a head."""
     matrix_parameters: int
-    """Number of all parameters except the input embedding, because an embedding is a table lookup without arithmetic.
-    An output head that is tied to the input embedding counts."""
+    """Number of all parameters except those of the input embedding, because an embedding is a table lookup without
+    arithmetic. The parameters of an output head count, also where the head shares them with the input embedding."""
     trained_parameters: int
     """Number of trained parameters. Where every parameter is trained, this is at least ``matrix_parameters``."""
     adapters: bool
@@ -57,10 +57,10 @@ def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Return the FLOPs of a forward and a backward pass.
 
-    The backward pass takes twice the FLOPs of the forward pass. So both passes together take 3 times the FLOPs of the
-    forward pass. Half of the backward pass computes gradients of weights, which LoRA needs only for its adapters. So
-    LoRA takes 2 + r times the FLOPs of the forward pass, where r is ``trained_parameters`` divided by
-    ``matrix_parameters``, as in NeMo's helper for LoRA.
+    The backward pass takes twice the FLOPs of the forward pass, so both passes together take 3 times the FLOPs of the
+    forward pass. Half of the backward pass computes gradients of weights. With LoRA, these are computed only for the
+    adapters. LoRA therefore takes 2 + r times the FLOPs of the forward pass, where r is ``trained_parameters`` divided
+    by ``matrix_parameters``. NeMo's helper for LoRA uses the same formula.
     """
     factor = 2.0 + shape.trained_parameters / shape.matrix_parameters if shape.adapters else 3.0
     return factor * forward_flops(shape, tokens, squared_lengths)

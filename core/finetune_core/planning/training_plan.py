@@ -33,9 +33,9 @@ def micro_batch_size(
     """Return the number of examples that one process computes at once. ``requested`` is the job's `microBatchSize`, if
     any.
 
-    Where the job sets only `gradientAccumulationSteps`, the number is the global batch divided by these steps and the
-    processes. A CEL rule of the CRD refuses jobs for which this division leaves a remainder. Where the job sets
-    neither, the number is the process's share of the global batch, at most 8.
+    Where the job sets only `gradientAccumulationSteps`, the number is the global batch size divided by these steps and
+    by the number of processes. A CEL rule of the CRD refuses jobs for which this division leaves a remainder. Where the
+    job sets neither field, the number is the process's share of the global batch, at most 8.
     """
     if requested is not None:
         return requested

@@ -1,9 +1,9 @@
 """Evaluates the CEL rules in the schema (`x-kubernetes-validations`), as the API server does.
 
 The input is an object whose defaults are filled in, and the object's schema. For an update the old object is an input
-too. The result lists the violated rules by the paths of their fields and their messages. The CEL library is cel-python
-and not the faster one in Rust, because the length of a string in CEL is its number of characters, and the Rust library
-returns its number of bytes.
+too. The result lists the violated rules by the paths of their fields and their messages. The CEL library is cel-python.
+There is a faster library in Rust, but its `size()` of a string is the number of bytes, and CEL defines it as the number
+of characters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
-"""Stands for an old value that does not exist. None can't stand for it, because None may itself be an old value."""
+"""Placeholder for an old value that does not exist. None can't be the placeholder, because None may itself be an old
+value."""
 
 
 def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:
@@ -47,8 +48,8 @@ def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT)
 
 
 def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Collection[FieldPath]) -> Iterator[Problem]:
-    """Yield a problem for each violated rule about a section that contains none of the paths ``broken``. These are the
-    paths of the fields with structural problems, such as a wrong type.
+    """Yield a problem for each violated rule, but only for sections without structural problems. ``broken`` contains
+    the paths of the fields with structural problems, such as a wrong type.
 
     With this function, one run of `finetune validate` reports the structural problems and also the violated rules of
     all other sections.

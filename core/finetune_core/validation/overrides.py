@@ -47,6 +47,8 @@ def override_problems(text: str) -> list[UserError]:
         return [UserError(PATH, f"must hold each key once: {error}")]
     except RecursionError:
         return [UserError(PATH, "must not be nested that deep")]
+    except ValueError:
+        return [UserError(PATH, "must not hold a number with thousands of digits")]
     if not isinstance(overrides, dict):
         return [UserError(PATH, "must be a JSON object")]
     return [

@@ -1,5 +1,5 @@
-"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and whether the API
-server or the operator refuses the job."""
+"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and which of API
+server and operator refuses the job."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Finds the reasons why the operator can't run a job that the schema accepts.
 
 `resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
-`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields that this version does not support.
-A change that supports a field removes its entry.
+`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields of which this version does not
+support all values. Remove a field's entry when you add the support.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NotYet:
     path: str
     """Path of the field below `spec`, for example `tracking`."""
     honoured: tuple[Any, ...]
-    """The supported values of the field. None among them means that the field may be absent."""
+    """The supported values of the field. If None is one of these values, the field may be absent."""
     must: str
     """What the field must be, in the words that follow "must" in a message, for example `be absent`."""
 
@@ -36,7 +36,8 @@ NOT_YET = (NotYet("tracking", (None,), "be absent"),)
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return the reasons why ``spec`` can't be run, each with the field's path. Empty when ``spec`` can be run."""
+    """Return the reasons why ``spec`` can't be run, each with the field's path. The list is empty when ``spec`` can be
+    run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
     memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
     if shared >= memory:
@@ -53,7 +54,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
     """Return a list with one problem where the requested micro-batch is larger than one process's share of the global
-    batch. Else the list is empty."""
+    batch. Otherwise return an empty list."""
     requested, total = spec.training.micro_batch_size, spec.training.global_batch_size
     processes = spec.resources.processes
     share = process_share(total, processes)

@@ -1,8 +1,8 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-The input is the parsed document, and for an update also the stored spec. The result lists every problem with its path.
-Where the API server would accept the job, the result also has the spec as the API server would store it. `finetune
-validate` calls this module.
+The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
+paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.
+`finetune validate` calls this module.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def is_job(document: Any) -> bool:
 
 
 def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return the problems for which API server or operator would refuse ``document``, and the spec that the API server
-    would store. With ``old_spec``, the document is checked as an update of a stored job that has this spec."""
+    """Check ``document``, a whole job. The result contains the problems for which the API server or the operator would
+    refuse the job, and the spec that the API server would store. With ``old_spec``, the document is checked as an
+    update of a stored job that has this spec."""
     problems = [
         Problem((key,), "unknown field")
         for key in document
@@ -66,9 +67,9 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return the problems for which API server or operator would refuse ``spec``, which may be any parsed value, and
-    the spec that the API server would store. With ``old_spec``, ``spec`` is checked as an update of this stored
-    spec."""
+    """Check ``spec``, which may be any parsed value. The result contains the problems for which the API server or the
+    operator would refuse a job with this spec, and the spec that the API server would store. With ``old_spec``,
+    ``spec`` is checked as an update of this stored spec."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:
@@ -135,6 +136,6 @@ def _is_label(pattern: str, value: str) -> bool:
 
 
 def _split(dotted: str) -> FieldPath:
-    """Return a field's path in text form, such as `spec.lora.rank`, as a tuple of its parts. Subjects of UserErrors
-    have this form."""
+    """Return the parts of ``dotted``, the path of a field such as `spec.lora.rank`. The errors of `unrunnable` have a
+    path in this form as their subject."""
     return tuple(dotted.split("."))

@@ -64,10 +64,10 @@ class AttemptObjects:
         """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
         The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
-        Raises RetryableError where one of the objects can't be created, and as long as the back-off after that lasts.
+        Raises RetryableError where one of the objects can't be created, and while the back-off after such a failure
+        lasts.
         """
-        if job.memory.problem is not None and self._backoff.holds(job.memory):
-            raise job.memory.problem
+        self._backoff.check(job.memory)
         try:
             child = await self._create(job, image, config, avoided_nodes)
         except RetryableError as problem:

@@ -33,10 +33,15 @@ class CreationBackoff:
     def forget_refusal(self, memory: JobMemory) -> None:
         """Forget a problem that lay in the job itself, because the job can be read and run now.
 
-        A person may have corrected it, and must not wait for the back-off of what is corrected.
+        A person may have corrected the job, and must not wait for the back-off of the corrected problem.
         """
         if memory.problem is not None and memory.problem.reason is Reason.BAD_INPUT:
             self.reset(memory)
+
+    def check(self, memory: JobMemory) -> None:
+        """Raise the error of the last try to create an object while the back-off after that try lasts."""
+        if memory.problem is not None and self.holds(memory):
+            raise memory.problem
 
     def holds(self, memory: JobMemory) -> bool:
         """Return whether the back-off still lasts, so that nothing is to be created yet."""

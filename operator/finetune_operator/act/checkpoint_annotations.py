@@ -1,6 +1,6 @@
 """Annotates the pods of an attempt with the time of the job's newest checkpoint (`volcano.sh/last-checkpoint-time`).
 
-A scheduler that has to preempt pods can then choose those that lose least work. `reconcile.py` calls
+A scheduler that has to preempt pods can then choose the pods that lose the least work. `reconcile.py` calls
 `CheckpointAnnotations.update` after it has written the status. The patch goes to the pods' status subresource, because
 the API server accepts metadata there but no change of the spec. So the operator needs no permission to change what a
 pod runs.
@@ -46,8 +46,8 @@ class CheckpointAnnotations:
     async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Annotate the running pods with the time of the newest checkpoint in the stored status.
 
-        The pods of a job are annotated no more often than its reports may cause status writes, because the time of the
-        newest checkpoint also comes from the reports. A later reconcile annotates the pods that are left out now.
+        Annotations have the same rate limit as the status writes that reports cause, because reports contain the time
+        of the newest checkpoint. A later reconcile annotates the pods that are left out now.
         """
         current = job.status.attempts.current
         if not self._enabled or current is None:

@@ -1,6 +1,7 @@
 """Creates and deletes the objects of a try of the preflight check: a ConfigMap with the run file, and a pod.
 
-`reconcile.py` calls `PreflightObjects` before attempt 1 exists, once `status.preflight` records the check.
+`reconcile.py` calls `PreflightObjects` before attempt 1 exists, once `status.preflight` records the check. `settled.py`
+calls `remove_all` for a job that ended without an attempt.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from finetune_operator.act.config_maps import create_config_map, delete_config_m
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
+from finetune_operator.objects.observations import PodObservation, controller_uid
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
+from finetune_operator.observe.ownership import preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.requeue import Write
 from finetune_operator.queue.retryable import RetryableError
@@ -37,10 +39,9 @@ class PreflightObjects:
     async def create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
         """Create ConfigMap and pod of try ``number``.
 
-        Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
+        Raises RetryableError where one of the two can't be created, and while the back-off after such a failure lasts.
         """
-        if job.memory.problem is not None and self._backoff.holds(job.memory):
-            raise job.memory.problem
+        self._backoff.check(job.memory)
         try:
             await self._create(job, number, image, config)
         except RetryableError as problem:
@@ -51,18 +52,17 @@ class PreflightObjects:
         logger.info("preflight pod of try %d created", number, extra=job.log_fields)
 
     async def remove_all(self, job: StoredJob) -> Write | None:
-        """Delete the pods of all tries that the job owns and that are not being deleted yet, and their ConfigMaps.
+        """Delete all preflight pods that the job owns and that are not being deleted yet, and their ConfigMaps.
 
-        Returns the deletion of the last pod; None where no pod was deleted.
+        Returns a `Write` for the last deleted pod; None where no pod was deleted.
         """
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
-        pods = [parse_preflight_pod(manifest) for manifest in found if controller_uid(manifest) == job.uid]
-        return await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
+        return await self.remove(job, [pod for pod in preflight_pods(found, job) if pod.delete_deadline is None])
 
     async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> Write | None:
         """Delete ``pods``, each the pod of a try, and their ConfigMaps.
 
-        Returns the deletion of the last pod that still existed; None where no pod existed any more.
+        Returns a `Write` for the last pod that still existed; None where no pod existed any more.
         """
         write = None
         for pod in pods:
@@ -75,7 +75,8 @@ class PreflightObjects:
     async def _create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
         """Create the ConfigMap, then the pod. Their names are deterministic, so that a retry finds them again."""
         if number > 1:
-            # The ConfigMap of the try before is deleted here. It still exists where somebody else deleted its pod.
+            # The ConfigMap of the try before is deleted here. It still exists where somebody else deleted the pod of
+            # that try.
             before = preflight_name(job.key.name, job.uid, number - 1)
             await delete_config_map(self._cluster, job.key.namespace, before, job.uid)
         name = preflight_name(job.key.name, job.uid, number)

@@ -1,6 +1,7 @@
 """Lets a job create its preflight pod only when its turn has come, so that few checks run at the same time.
 
-`reconcile.py` tells `PreflightTurns` in each reconcile what exists, and asks before it creates a preflight pod.
+In each reconcile, `reconcile.py` passes what it has observed to `PreflightTurns.observe`. Before a check is recorded or
+a preflight pod is created, `reconcile.py` asks `PreflightTurns.has_come`.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.labels import PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
 from finetune_operator.observe.observation import JobObservation
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import PreflightSlots
-from finetune_operator.queue.work_queue import Key
 
 logger = logging.getLogger(__name__)
 
 STARTING_SECONDS = 60.0
-"""Seconds after the creation of a preflight pod from which on the pod takes a slot only while it runs. A pod may not
-run for long, for example because a Secret is missing, and must not keep all other jobs from being checked."""
+"""Seconds after its creation for which a preflight pod takes a slot even if it does not run. After that time it takes a
+slot only while it runs. A pod that can't start, for example because a Secret is missing, then leaves its slot to other
+jobs."""
 
 
 class PreflightTurns:
     """Keeps the slots of the preflight checks in step with the pods that exist."""
 
     def __init__(self, cluster: KubeClient, slots: PreflightSlots, namespaces: Sequence[str]) -> None:
-        """Give out ``slots``. Pods that exist already are counted with ``cluster`` in ``namespaces``.
+        """Give out ``slots``. Preflight pods that exist already are counted with ``cluster`` in ``namespaces``.
 
-        They are counted in all namespaces where ``namespaces`` is empty.
+        An empty ``namespaces`` means all namespaces.
         """
         self._cluster = cluster
         self._slots = slots
@@ -76,11 +78,11 @@ class PreflightTurns:
         except ApiError as error:
             if not error.is_refusal:
                 raise
-            # The namespace or the operator's role in it was deleted. That must not hold back jobs of other namespaces.
+            # The namespace, or the operator's role in it, was deleted. Jobs of other namespaces must not wait for it.
             logger.warning("the preflight pods in %s could not be counted: %s", namespace, error)
             return
         for manifest in pods:
-            # Anybody may create a pod with these labels, and with an owner that can be no job.
+            # Anybody may create a pod with these labels, and with an owner whose name no job can have.
             key = Key.parse(manifest["metadata"]["namespace"], controller_name(manifest, KIND))
             pod = parse_preflight_pod(manifest)
             if pod is not None and key is not None and uses_slot(pod, now):
@@ -88,7 +90,7 @@ class PreflightTurns:
 
 
 def uses_slot(pod: PodObservation, now: datetime) -> bool:
-    """Return whether a preflight pod takes one of the slots: it runs, or is so young that it may start at once."""
+    """Return whether a preflight pod takes one of the slots: it runs, or is so young that it may still start."""
     if pod.ended:
         return False
     return pod.running or (now - pod.created_at).total_seconds() < STARTING_SECONDS

@@ -50,17 +50,17 @@ def close(
 ) -> AttemptsStatus:
     """Return ``attempts`` after the end of ``current``: moved to `recent`, and counted if charged or free.
 
-    A free attempt is charged where FREE_IN_A_ROW says so. Further attempts that end with NodeRefused are then charged
-    too until a checkpoint is committed, because an image that no node can start also ends attempts with NodeRefused.
-    No attempt is counted twice, because `attempts.current` is None afterwards.
+    A free attempt is charged where FREE_IN_A_ROW says so. If such an attempt ended with NodeRefused, the attempts right
+    after it that end with NodeRefused are charged too, until a checkpoint is committed. The cause may be an image that
+    no node can start. No attempt is counted twice, because `attempts.current` is None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
         in_a_row = _free_in_a_row(attempts.recent, checkpoints, cause.reason)
         if in_a_row >= FREE_IN_A_ROW and not _progressed(current.start_time, checkpoints):
             verdict = Verdict.CHARGED
-    # Another version may have written the cause, with longer texts and larger numbers than this version writes. So the
-    # texts are cut here, and the numbers are not validated.
+    # Another version may have written ``cause`` and ``current``, with longer texts and larger numbers than this version
+    # writes. So the texts are cut here, and the numbers are not validated.
     past = PastAttempt.model_construct(
         number=current.number,
         verdict=verdict[:32],

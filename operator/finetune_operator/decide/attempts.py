@@ -23,8 +23,8 @@ from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.observation import JobObservation
 
 LEAVE_TOGETHER = timedelta(seconds=10)
-"""How long at most an attempt stays open after the cause of its end was recorded. In this time its other pods can still
-tell why they end."""
+"""How long at most an attempt stays open after the cause of its end was recorded. In this time the operator still
+observes why the other pods of the attempt end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
@@ -113,7 +113,10 @@ def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
 
 
 def _ended_long_ago(attempts: AttemptsStatus, now: datetime) -> bool:
-    """Return whether the last attempt ended so long ago that the garbage collector would have deleted its pods."""
+    """Return whether the last attempt ended so long ago that the garbage collector would have deleted its pods.
+
+    True also where no ended attempt is recorded.
+    """
     return not attempts.recent or now - attempts.recent[-1].end_time >= ORPHAN_LIMIT
 
 
@@ -240,7 +243,8 @@ def _ending(
     because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    left = seconds_of_pause(cause.time + LEAVE_TOGETHER, seen.now, LEAVE_TOGETHER.total_seconds())
+    # The pause is subtracted from the time of this reconcile, because a recorded time may be the last that exists.
+    left = seconds_of_pause(cause.time, seen.now - LEAVE_TOGETHER, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)
     closed = close(attempts, current, cause, seen.checkpoints, seen.now)

@@ -1,8 +1,8 @@
 """What the operator must not lose in a crash: how many attempts were started and counted, number and cause of the
 current attempt, and the record of the preflight check.
 
-`decision.py` asks here whether the status must be written before an object is changed, and `status/urgency.py` whether
-a new status is written at once. Both ask the same function. So a decision that must be written first never waits.
+`decision.py` asks here whether the status must be written before an object is changed. All values come from fields of
+which `status/urgency.py` says that they are written at once. So a decision that must be written first never waits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune_core.api.status import AttemptsStatus, PreflightStatus
 def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
     """Return those values of the status that must be written before any object is created or deleted.
 
-    The values of two statuses are compared; they are not used otherwise.
+    The callers only compare the values of two statuses with each other.
     """
     current = attempts.current
     return (

@@ -1,7 +1,7 @@
 """The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods; and
 the pauses that the status records.
 
-Pure functions. `rules.py` asks whether a deadline is over. `attempts.py` asks in how many seconds the next one is over.
+Pure functions. `rules.py`, `attempts.py` and `preflight.py` call them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt
 
 CLOCK_DIFFERENCE_SECONDS = 60.0
-"""For so many seconds the clocks of two leaders may differ, one after the other, without anything being noticed."""
+"""Seconds by which the clock of an earlier leader may have been ahead of this leader's clock. A recorded pause that
+exceeds the longest possible pause by more than these seconds is ignored."""
 
 
 def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
@@ -21,7 +22,7 @@ def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
 
 
 def seconds_to_pending_deadline(policy: RunPolicySpec, current: CurrentAttempt, now: datetime) -> float | None:
-    """Return in how many seconds all pods of the attempt must run; 0 or less where that time is over.
+    """Return within how many seconds all pods of the attempt must run; 0 or less where that time is over.
 
     None where all pods have already run, while a queue or a person has suspended the child object, and where
     `runPolicy.pendingDeadlineSeconds` is absent.
@@ -32,18 +33,20 @@ def seconds_to_pending_deadline(policy: RunPolicySpec, current: CurrentAttempt, 
 
 
 def seconds_left(policy: RunPolicySpec, *, since: datetime, now: datetime) -> float | None:
-    """Return how many seconds of `runPolicy.pendingDeadlineSeconds` are left; None where the field is absent.
+    """Return how many seconds of `runPolicy.pendingDeadlineSeconds`, counted from ``since``, are left at ``now``.
 
-    Seconds are added and not times, because another version may allow more seconds than a time can be moved by.
+    None where the field is absent. The function calculates with numbers of seconds, because another version may allow
+    more seconds than a `timedelta` can hold.
     """
     limit = policy.pending_deadline_seconds
     return None if limit is None else limit - (now - since).total_seconds()
 
 
 def seconds_of_pause(until: datetime | None, now: datetime, longest: float) -> float:
-    """Return for how many seconds a recorded pause still lasts, of which none is longer than ``longest`` seconds.
+    """Return for how many more seconds a recorded pause lasts, which ends at ``until``; 0 where it is over or absent.
 
-    0 where it is over, and where it would last much longer than that: the leader that recorded it had a wrong clock.
+    No leader records a pause of more than ``longest`` seconds. So the answer is also 0 where much more than that would
+    be left: the leader that recorded the pause had a wrong clock.
     """
     left = 0.0 if until is None else (until - now).total_seconds()
     return left if 0 < left <= longest + CLOCK_DIFFERENCE_SECONDS else 0.0

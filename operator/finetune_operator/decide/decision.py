@@ -65,12 +65,12 @@ class Decision:
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
+    """Whether attempt 1 waits for the preflight check, or the job fails because of that check."""
     missing: str = ""
     """Why the preflight check has not passed yet, as a sentence: why its pod could not be created or does not start, or
     else what the last try reported. Empty where no reason is known."""
     turn: str = ""
-    """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
+    """A sentence which says that the preflight check waits for its turn; empty where the check does not wait for it."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
     orphans: Sequence[PodObservation] = ()

@@ -1,7 +1,8 @@
 """What is known about an attempt when `rules.py` asks whether it ends: its pods, its child object, its job's policy.
 
-The properties here find out what came first where several pods failed or were deleted. The times alone do not tell,
-because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first failure.
+The properties here find out what came first where several pods failed or were deleted. The times alone do not show
+this, because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first
+failure.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
 """Exit codes that may be no more than a consequence of another pod's failure: 75 and 143. Every other exit code
 explains more than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
-"""A child object that fails within this time after its queue resumed it may have failed only because pods of its
-earlier admission still ended."""
+"""A child object may fail within this time after its queue resumed it. The reason may then be that pods of its earlier
+admission were still ending, so the job need not be at fault."""
 
 
 START_PATIENCE_SECONDS = 120.0
 """Seconds for which a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
 The kubelet itself never gives up, and no other node is tried."""
 KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
-"""`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
-(`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
-Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget; the rule about that condition then decides,
-because it is asked earlier."""
+"""Values of `status.reason` of a pod that the kubelet killed, whether its container ran or not. The kubelet does so to
+make room for a critical pod (`pkg/kubelet/preemption/preemption.go`), or because the node shuts down
+(`pkg/kubelet/nodeshutdown`; Shutdown until Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget;
+the rule about that condition then decides, because it is asked earlier."""
 
 
 class Disturbance(Enum):
@@ -169,7 +170,7 @@ class Evidence:
 
     @property
     def resumed_too_early(self) -> bool:
-        """Whether the child failed so soon after its queue resumed it that pods of the earlier admission explain it.
+        """Whether pods of the earlier admission explain the child's failure, because it failed soon after a resume.
 
         The suspension deleted those pods. training-operator counts a pod with a deletionTimestamp as failed, because
         the pods' restartPolicy is Never.
@@ -201,12 +202,12 @@ def is_refused(pod: PodObservation) -> bool:
     """Return whether ``pod`` failed because its kubelet refused or killed it, or because the runtime did not start it.
 
     Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
-    recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
-    container never ran.
+    recognised by what all refusals have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and
+    its container never ran.
     """
     container = pod.container
     if container is not None and container.never_ran:
-        # The phase need not be Failed yet: the kubelet writes it only once nothing of the pod is left on the node.
+        # The phase need not be Failed yet: the kubelet writes Failed only once nothing of the pod is left on the node.
         return True
     if pod.phase != "Failed":
         return False

@@ -1,4 +1,4 @@
-"""The nodes that the next attempt is to avoid if it can, because the newest attempts failed through them.
+"""The nodes that the next attempt is to avoid if it can, because they ended the newest attempts.
 
 A pure function on `status.attempts`, called by `reconcile.py` before it creates the objects of an attempt.
 """
@@ -22,7 +22,7 @@ ATTEMPTS_BACK: Final = 2
 
 
 def nodes_to_avoid(recent: Sequence[PastAttempt]) -> tuple[str, ...]:
-    """Return the names of the nodes through which the newest two attempts of ``recent`` ended, each name once.
+    """Return the names of the nodes that ended the newest two attempts of ``recent``, each name once.
 
     Attempts that ended by a suspension say nothing about nodes and are skipped.
     """

@@ -21,10 +21,10 @@ from finetune_operator.observe.observation import PreflightObservation
 
 
 def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
-    """Return the record of the run that the job takes over; None where ``found`` is the job's own, in its own folder.
+    """Return the record of the run that the job takes over; None if ``found`` is the job's own run in its own folder.
 
     A job that took a run over and then lost its status finds its own uid in the folder of the former job. It gets the
-    record again, because only the record tells it to use that folder.
+    record again, because without the record it would not use that folder.
     """
     if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
         return None
@@ -35,8 +35,10 @@ def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus |
 
 
 def end_with_artifact(found: FoundRun, former: TakenOverStatus | None, seen: PreflightObservation) -> JobEnd | None:
-    """Return how the job ends where the artifact of ``found`` is committed; None where training is left to do, or where
-    the artifact's address can't be told. An attempt then finds the artifact by itself."""
+    """Return how the job ends where the artifact of ``found`` is committed; None where training is left to do.
+
+    None also where the address of the artifact can't be made. An attempt then finds the artifact by itself.
+    """
     if found.artifact is None or not seen.runs_folder:
         return None
     uri = f"{seen.runs_folder}/{found.run_id}/{artifact_folder(found.artifact.run)}"

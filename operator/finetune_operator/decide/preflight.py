@@ -1,4 +1,4 @@
-"""What happens before attempt 1: a small pod checks the job, and attempt 1 is opened only after the verdict Passed.
+"""The preflight check: a small pod checks a job before attempt 1, which is opened only after the verdict Passed.
 
 Pure functions on `status.preflight`, called by `state_machine.py`. A try is one run of the pod. First the verdict of a
 try is recorded, then the objects of the try are removed. Only then does the verdict take effect: attempt 1 is opened,
@@ -34,7 +34,7 @@ TURN_SECONDS = 60.0
 """Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
 GIVE_UP_TRIES = 3
 """Number of tries that could not be carried out for a cause in the job (`_Outcome.aborted`) after which the job ends. A
-try that brought a result starts the count anew."""
+try with a result sets the count back to 0."""
 
 
 def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchecked: Decision) -> Decision:
@@ -191,15 +191,15 @@ class _Outcome:
     found: FoundRun | None = None
     """What the check found in the bucket: the job's own run, or that of a former job. None where it found neither."""
     aborted: bool = False
-    """Whether the check could not be carried out for a cause that lies in the job: it needs more memory than it may
-    take, or its image goes on as if it were not asked to check."""
+    """Whether the check could not be carried out for a cause in the job: the check needs more memory than it may take,
+    or its container ran far too long, for example because the job's own image does not know the check."""
 
 
 def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     """Return the outcome of a try whose pod has ended or must end; None while the pod may go on.
 
-    Final findings end the job. A pod that ended without findings does not end it at once, because the next try may
-    succeed; `_with_verdict` counts aborted tries.
+    Final findings end the job. A pod that failed without findings does not end the job at once, because the next try
+    may succeed; `_with_verdict` counts aborted tries.
     """
     container = pod.container
     if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
@@ -228,7 +228,8 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
 def _ran_on(pod: PodObservation, now: datetime) -> bool:
     """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline.
 
-    A start before the pod was bound to its node comes from a node whose clock is behind.
+    A start that is earlier than the binding of the pod to its node comes from a node whose clock is behind. The time of
+    the binding counts instead.
     """
     container = pod.container
     if container is None or container.started_at is None or container.never_ran:

@@ -125,7 +125,7 @@ def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | N
 
 
 def resumed_too_early(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Free where the child failed only because pods of its earlier admission still ended."""
+    """Return the verdict Free where the child failed because pods of its earlier admission were still ending."""
     if evidence.failures or not evidence.resumed_too_early:
         return None
     return _free(Cause.RESUMED_TOO_EARLY, messages.RESUMED_TOO_EARLY)

@@ -68,9 +68,9 @@ class GoesOn:
 def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
     """Return whether ``ruling`` replaces the cause that was recorded for the attempt.
 
-    The cause that was recorded first stays, because later evidence is often its consequence. Three rulings still
-    replace it: a permanent failure, and, where the recorded cause is exit code 75 or 143, the crash of another pod and
-    what a node did to another pod.
+    The cause that was recorded first stays, because later evidence is often its consequence. There are two exceptions.
+    A permanent ruling replaces every cause that is not permanent. A crash, a node that refused a pod and a lost node
+    replace the exit codes 75 and 143, which may be their consequences.
     """
     if recorded is None:
         return True

@@ -1,5 +1,5 @@
 """Access to the Kubernetes API server: the client with one method per request, the table of RBAC permissions, and the
 fencing that keeps a former leader from writing.
 
-Objects pass through here as dictionaries. Code that knows what their fields mean for a job belongs into `objects/`.
+Objects pass through here as dictionaries. Code that knows what their fields mean for a job belongs in `objects/`.
 """

@@ -27,7 +27,7 @@ from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.rbac import Permission
 from finetune_operator.kube.resources import OPERATOR_NAME, TOKEN_REVIEWS
 from finetune_operator.kube.retry_after import LoadLimit, pause_seconds
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 FIELD_MANAGER: Final = OPERATOR_NAME
 REQUEST_SECONDS: Final = 15.0
@@ -96,7 +96,7 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
 )
 """HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
 REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, OSError)
-"""The exceptions with which a request can fail; a time-out and a broken connection are OSErrors. A caller that tries
+"""The exceptions with which a request can fail. OSError includes the TimeoutError of a time-out. A caller that tries
 again later catches all of them."""
 
 
@@ -353,7 +353,7 @@ class KubeClient:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
             # A 409 is raised although it mostly means that the object is gone and a new one has its name, so that the
-            # uid precondition failed. It can have other causes, and the next reconcile reads what exists.
+            # uid precondition failed. A 409 can also have other causes, and the next reconcile reads what exists.
             if not error.is_not_found:
                 raise
             return False

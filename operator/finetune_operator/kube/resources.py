@@ -49,7 +49,7 @@ class Resource:
 
 
 def _segment(text: str) -> str:
-    """Return ``text`` quoted as one segment of a path; raise ValueError where no quoting makes it one.
+    """Return ``text`` quoted as one segment of a path; raise ValueError for a text that is no segment even when quoted.
 
     An empty segment would turn the path of an object into that of a collection, or that of a namespace into that of
     all namespaces. Clients and servers resolve the segments "." and "..", even where their dots are quoted.

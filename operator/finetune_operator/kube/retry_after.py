@@ -22,6 +22,10 @@ MOST_SECONDS: Final = 300.0
 """Longest pause that is obeyed, so that a proxy with a wrong answer does not stop the operator for hours."""
 
 
+LONGEST_TEXT: Final = 64
+"""Longest `Retry-After` in characters that is read. A date has 29 characters."""
+
+
 def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> float | None:
     """Return for how many seconds the answer asks the client to send nothing; None where the answer does not ask.
 
@@ -35,11 +39,13 @@ def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> flo
 
 
 def _seconds(value: str, now: datetime) -> float:
+    if len(value) > LONGEST_TEXT:
+        return DEFAULT_SECONDS
     if value.strip().isdecimal():
         return float(value)
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return DEFAULT_SECONDS
     return (moment.replace(tzinfo=moment.tzinfo or UTC) - now).total_seconds()
 
@@ -54,7 +60,7 @@ class LoadLimit:
         self._until = 0.0
 
     async def wait(self) -> None:
-        """Return once no pause lasts any more, also no pause that begins while this call waits."""
+        """Return once no pause lasts any more. A pause that begins while this call waits is waited for as well."""
         while (left := self._until - self._clock()) > 0:
             await self._sleep(left)
 

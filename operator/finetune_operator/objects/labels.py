@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_core.api import API_VERSION, GROUP, KIND, FineTuneJob
 from finetune_operator.kube.resources import OPERATOR_NAME
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 JOB_NAME = f"{GROUP}/job-name"
 JOB_UID = f"{GROUP}/job-uid"
@@ -28,7 +28,7 @@ QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 A WorkloadPriorityClass is not the PriorityClass of `runPolicy.priorityClassName`. Where the label is absent, Kueue
 takes the priority from the pods' PriorityClass."""
 LAST_CHECKPOINT_TIME = "volcano.sh/last-checkpoint-time"
-"""Annotation of pods with the time of the job's newest checkpoint. A scheduler can then preempt the pods that lose
+"""Annotation of pods with the time of the job's newest checkpoint. A scheduler can then preempt the pods that lose the
 least work."""
 REPLICA_INDEX = "training.kubeflow.org/replica-index"
 """Label with the index of a worker, set on every pod by training-operator."""

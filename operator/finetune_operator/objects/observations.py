@@ -1,6 +1,6 @@
 """Pods and child objects of an attempt as immutable values, and the functions that parse pods into such values.
 
-`observe/observer.py` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
+`observe/`, `act/` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
 conditions and messages from these values and never from manifests.
 """
 
@@ -41,9 +41,15 @@ START_ERRORS = frozenset(
 `pkg/kubelet/container/sync_result.go` and `pkg/kubelet/kuberuntime/kuberuntime_container.go` of Kubernetes 1.34."""
 
 
+NUMBER_DIGITS = 19
+"""Largest number of digits of a text that is read as a whole number. No number of the Kubernetes API has more."""
+LONGEST_GRACE_SECONDS = 10 * 365 * 24 * 3600
+"""Longest grace period in seconds that is believed. Anybody may delete their own pod with a grace period of a trillion
+seconds, and no time lies so long before the end of that period."""
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
-process when containerd starts, and the kubelet ContainerStatusUnknown (137) for one that its runtime no longer has."""
+process when containerd starts. The kubelet writes ContainerStatusUnknown (137) for a container that its runtime no
+longer has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +71,8 @@ class ContainerObservation:
     def never_ran(self) -> bool:
         """Whether the container has ended without ever having run, because the container runtime could not start it.
 
-        A runtime gives times as numbers. For a start that never came it gives 0, which the kubelet shows as the year
-        1970. With runtimes that give another number, the reason tells that the container never ran.
+        A runtime gives times as numbers. For a start that did not happen most runtimes give 0, which the kubelet shows
+        as the year 1970. For runtimes that give another number, the reason shows that the container never ran.
         """
         if self.state is not ContainerState.TERMINATED:
             return False
@@ -174,13 +180,20 @@ def parse_time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
+def whole_number(text: str) -> int | None:
+    """Return the whole number that ``text`` consists of; None where ``text`` is something else than 1 to 19 digits.
+
+    Others write the texts that the operator reads as numbers: labels, names and stored values. `int` takes digits of
+    all scripts, and raises an error for a text of thousands of digits.
+    """
+    return int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else None
+
+
 def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
     """Return the observation of a pod of an attempt; None where the labels of ``pod`` name no attempt and index."""
     labels = pod["metadata"].get("labels", {})
-    attempt, index = labels.get(ATTEMPT, ""), labels.get(REPLICA_INDEX, "")
-    if not (attempt.isdigit() and index.isdigit()):
-        return None
-    return _observation(pod, int(attempt), int(index))
+    attempt, index = whole_number(labels.get(ATTEMPT, "")), whole_number(labels.get(REPLICA_INDEX, ""))
+    return _observation(pod, attempt, index) if attempt is not None and index is not None else None
 
 
 def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
@@ -188,8 +201,8 @@ def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
 
     In the observation, `attempt` is 0 and `index` is the number of the try.
     """
-    number = pod["metadata"].get("labels", {}).get(PREFLIGHT, "")
-    return _observation(pod, 0, int(number)) if number.isdigit() else None
+    number = whole_number(pod["metadata"].get("labels", {}).get(PREFLIGHT, ""))
+    return _observation(pod, 0, number) if number is not None else None
 
 
 def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObservation:
@@ -199,7 +212,7 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
     disrupted = disruption.get("status") == "True"
     scheduled = conditions.get("PodScheduled", {})
     deadline = parse_time(metadata.get("deletionTimestamp"))
-    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    grace = timedelta(seconds=min(metadata.get("deletionGracePeriodSeconds") or 0, LONGEST_GRACE_SECONDS))
     created = parse_time(metadata["creationTimestamp"])
     assert created is not None
     return PodObservation(
@@ -211,7 +224,7 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         node=spec.get("nodeName", ""),
-        version=int(version) if (version := metadata.get("resourceVersion", "")).isdigit() else 0,
+        version=whole_number(metadata.get("resourceVersion", "")) or 0,
         created_at=created,
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         delete_requested_at=deadline - grace if deadline else None,
@@ -267,6 +280,9 @@ def controller_uid(manifest: Mapping[str, Any]) -> str:
 
 
 def controller_name(manifest: Mapping[str, Any], kind: str) -> str:
-    """Return the name in the owner reference with `controller: true` to an object of ``kind``; empty where none is."""
+    """Return the name in the owner reference with `controller: true` to an object of ``kind``.
+
+    Empty where the object has no such reference.
+    """
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == kind), "")

@@ -53,12 +53,12 @@ UNREACHABLE_SECONDS = 30
 TOKEN_SECONDS = 3600
 """Lifetime in seconds of each projected service account token. The kubelet renews the tokens in time."""
 AVOIDED_NODE_WEIGHT = 100
-"""Weight (1 to 100) of the preference against nodes through which the newest attempts failed."""
+"""Weight (1 to 100) of the preference against nodes that ended the newest attempts."""
 PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
 MASTER_PORT_NAME = "pytorchjob-port"
 """Name of the container port on which rank 0 listens. training-operator looks for a port of this name."""
 SHARED_READ_ONLY = 0o440
-"""File mode of mounted Secrets and ConfigMaps. The trainer can read them, because fsGroup is its group."""
+"""File mode of mounted Secrets, ConfigMaps and tokens. The trainer can read them, because fsGroup is its group."""
 
 RUN_VOLUME: Final = "run"
 REPORT_TOKEN_VOLUME: Final = "report-token"  # noqa: S105  (the name of a volume)
@@ -94,7 +94,7 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     labels = dict(template.labels) | attempt_labels(job.metadata.name, job.metadata.uid, attempt.number)
     annotations = dict(template.annotations)
     if ISTIO_INJECTION not in {*template.labels, *template.annotations}:
-        # Istio is told to inject no sidecar, because a sidecar never ends and blocks the network until it has started.
+        # Istio must inject no sidecar, because a sidecar never ends and blocks the network until it has started.
         # Newer versions of Istio read the label, older versions read the annotation.
         labels[ISTIO_INJECTION] = "false"
         annotations[ISTIO_INJECTION] = "false"
@@ -175,8 +175,8 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
 
 
 def web_identity(job: FineTuneJob) -> dict[str, str]:
-    """Return the environment variables that tell the AWS SDKs, and the trainer, about the token of `storage.identity`;
-    none where the field is absent."""
+    """Return the environment variables by which the AWS SDKs and the trainer find the token of `storage.identity`; none
+    where the field is absent."""
     storage = job.spec.storage
     if storage.identity is None:
         return {}
@@ -207,7 +207,7 @@ def _node_selector(job: FineTuneJob) -> dict[str, str]:
 
 
 def _affinity(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
-    """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty without both.
+    """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty without either.
 
     The nodes are named by their object name, because the label `kubernetes.io/hostname` of a node may differ from it.
     A requirement on a field takes one value only, so each node has a requirement, and all must hold.

@@ -33,8 +33,8 @@ large tokenizer."""
 PREFLIGHT_GRACE_SECONDS = 2
 """terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
 PREFLIGHT_POD_SECONDS = 1800
-"""activeDeadlineSeconds of the preflight pod; the time to pull its image counts too. `decide/preflight.py` ends a check
-that runs for too long much earlier. This deadline ends the pod even while no operator works."""
+"""activeDeadlineSeconds of the preflight pod; the time to pull its image counts too. This deadline ends the pod even
+while no operator works. A working operator ends a long check much earlier (`decide/preflight.py`)."""
 GPU_TOLERATION = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
 """The toleration that the admission plugin ExtendedResourceToleration gives to pods that ask for GPUs. The preflight
 pod asks for no GPU, so the operator adds the toleration itself."""

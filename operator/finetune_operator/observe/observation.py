@@ -24,7 +24,7 @@ class PreflightObservation:
     problem: str = ""
     """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
-    """`metadata.uid` of the job, by which the decision tells the job's own run from that of a former job."""
+    """`metadata.uid` of the job, which distinguishes the job's own run from the run of a former job."""
     chosen_run_id: str = ""
     """`storage.runId`; empty where it is absent."""
     runs_folder: str = ""
@@ -78,7 +78,7 @@ class JobObservation:
 
 
 def is_of_an_earlier_admission(pod: PodObservation, child: ChildObservation | None) -> bool:
-    """Return whether ``pod`` was deleted before ``child`` was last resumed, and so by a suspension that is over.
+    """Return whether ``pod`` was deleted before ``child`` was last resumed, that is, by a suspension that is over.
 
     Such a pod may still terminate, but its end proves no failure of the attempt.
     """

@@ -90,9 +90,10 @@ class Observer:
         )
 
     async def count_attempts(self, job: StoredJob) -> StoredJob:
-        """Return ``job`` with the number of its newest attempt as its objects show it, where the status shows less.
+        """Return ``job`` with `status.attempts.started` raised to the highest attempt number that its objects show.
 
-        Used where the attempts in the status can't be read and an order is to be obeyed: it ends the pods that exist.
+        Used where an order to cancel or suspend is to be obeyed although the attempts in the status can't be read. With
+        the number, the operator finds the pods that the order ends.
         """
         pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         started = max(job.status.attempts.started, newest_attempt(pods, job, self._backend))
@@ -115,8 +116,8 @@ class Observer:
     async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.policy, []
-        # The record is written before the first pod is created, so no pod exists without a record. It may be there and
-        # not be readable.
+        # The record is written before the first pod is created, so no pod exists without a record. The record may exist
+        # and be unreadable.
         if record is not None or job.unread_bookkeeping:
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = preflight_pods(manifests, job)
@@ -137,7 +138,8 @@ class Observer:
     def _with_start_errors(self, job: StoredJob, pods: Sequence[PodObservation]) -> list[PodObservation]:
         """Return ``pods`` with the seconds for which each has waited with an error of its container runtime.
 
-        No status of a pod has this time, so it is measured here and lost with a restart of the operator.
+        A pod's status does not contain this time, so it is measured here. After a restart of the operator the
+        measurement starts at 0.
         """
         now, known = self._clock(), job.memory.start_errors
         stuck = {pod.uid for pod in pods if pod.container is not None and pod.container.waits_for_runtime}

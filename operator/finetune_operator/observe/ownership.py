@@ -19,6 +19,7 @@ from finetune_operator.objects.observations import (
     controller_uid,
     parse_pod,
     parse_preflight_pod,
+    whole_number,
 )
 from finetune_operator.observe.stored_job import StoredJob
 
@@ -30,8 +31,9 @@ def pods_of_attempts(
 
     A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
     is the child of the attempt. Where the status records the uid of that child, the controller must have this uid.
-    Otherwise its name decides, because the name of a child contains a digest of the job's uid. ``found`` is the object
-    that now has the name of the newest child. Where another owner has created that object, its pods are not the job's.
+    Otherwise the controller's name decides, because the name of a child contains a digest of the job's uid. ``found``
+    is the object that now has the name of the newest child. Where ``found`` has another owner than the job, its pods do
+    not belong to the job.
 
     A pod without a controller belongs to its attempt where the status records the uid of the pod: somebody deleted the
     child and kept its pods (`--cascade=orphan`).
@@ -49,8 +51,8 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
 def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> list[PodObservation]:
     """Return the pods in ``manifests`` that the last attempt of ``job``, which has ended, left without an owner.
 
-    The status of an ended job records no pods any more. So the name decides, which contains a digest of the job's uid,
-    and that the pod is older than the end of the job.
+    The status of an ended job records no pods any more. So a pod counts if it has the name of a pod of that attempt,
+    which contains a digest of the job's uid, and if it was created before the job ended.
     """
     ended, started = job.ended_at, job.status.attempts.started
     child = attempt_name(job.key.name, job.uid, started)
@@ -67,10 +69,13 @@ def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Bac
 
 
 def newest_attempt(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> int:
-    """Return the highest number of an attempt of ``job`` whose child the pods in ``manifests`` or `status.child` name;
-    0 where they name none. The name of a child has its number and a digest of the job's uid."""
+    """Return the highest number of an attempt of ``job`` whose child has left a trace; 0 where there is none.
+
+    A trace is the child's name in `status.child`, or as the controller of a pod in ``manifests``. The name of a child
+    contains the number of its attempt and a digest of the job's uid.
+    """
     named = set() if job.status.child is None else {job.status.child.name}
-    numbers = {0, *(int(end) for name in named if (end := name.rpartition("-")[2]).isdecimal())}
+    numbers = {0, *(whole_number(name.rpartition("-")[2]) or 0 for name in named)}
     for manifest in manifests:
         pod, owner = parse_pod(manifest), controller_of(manifest)
         if pod is not None and owner is not None and owner["kind"] == backend.kind:

@@ -21,8 +21,8 @@ from finetune_core.api.reading import Section, read_section
 from finetune_core.api.resources import ResourcesSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.queue.work_queue import Key
 
 _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
 """Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
@@ -57,12 +57,15 @@ class StoredJob:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the condition `Succeeded` is True or False. Once it is, it never changes again."""
+        """Whether the job has ended: `status.completionTime` is set, or the condition `Succeeded` is True or False."""
         return self.ended_at is not None
 
     @property
     def ended_at(self) -> datetime | None:
-        """When the job ended; None while it goes on. Where `status.completionTime` can't be read, `Succeeded` tells."""
+        """When the job ended; None while it goes on.
+
+        Where `status.completionTime` can't be read, the time of the condition `Succeeded` is returned.
+        """
         ends = (item for item in self.status.conditions if item.type == ConditionType.SUCCEEDED)
         by_condition = (item.last_transition_time for item in ends if item.status in ("True", "False"))
         return self.status.completion_time or next(by_condition, None)
@@ -81,7 +84,8 @@ class StoredJob:
         """The fields of the status that could be read only in part, with the values that could be read.
 
         The operator leaves them as they are stored, because the installed CRD gives them another shape. Fields in
-        `_BOOKKEEPING` and `_ALWAYS` are not among them: they are written where an order to cancel or suspend is obeyed.
+        `_ALWAYS` are not among them, because they are always written. Nor are fields in `_BOOKKEEPING`: a job whose
+        bookkeeping can't be read is changed only by an order to cancel or suspend, which writes these fields.
         """
         names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
         return {name: getattr(self.status, name) for name in names}
@@ -130,7 +134,7 @@ class ParsedJob(StoredJob):
 
 
 def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
-    """Return the stored job. What this version can't read of its status and spec is left out."""
+    """Return the stored job. Values of its status that this version can't read are left out, and listed in `unread`."""
     now = now.replace(microsecond=0)
     status, unread = read_section(FineTuneJobStatus, manifest.get("status") or {}, now)
     status = status.model_copy(update={"attempts": _counted(status.attempts)})
@@ -149,14 +153,14 @@ def _is_bookkeeping(path: str) -> bool:
 
 
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
-    """Return ``attempts`` with counts that are no less than its list of attempts shows, and without pods without uid.
+    """Return ``attempts`` with counts no smaller than its list of attempts shows, and without pod records without uid.
 
-    Another version may have left out counts and uids. They matter, because no second attempt may get a number that is
-    used already, and because a record without a uid would look like a pod that vanished.
+    Another version may have left out counts and uids. Counts matter, because no second attempt may get a number that is
+    used already. A pod record without a uid would look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:
-        current = None  # only fields that somebody else applied are left of it, because server-side apply keeps those
+        current = None  # server-side apply has kept only the fields of ``current`` that somebody else applied
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
         number = current.number if current.number >= 1 else max(1, attempts.started)

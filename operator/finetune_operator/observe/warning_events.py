@@ -1,8 +1,8 @@
 """Reads Kubernetes' warning events about pods that do not start.
 
-Only these events show some causes, such as a Secret that can't be mounted or a quota that is used up. `observer.py`
-calls `WarningReader` in every reconcile. The newest warning is kept in `JobMemory.hint` and becomes part of the
-messages of the job's conditions.
+Some causes appear in these events only, such as a Secret that can't be mounted or a quota that is used up.
+`observer.py` calls `WarningReader` in every reconcile. The newest warning is kept in `JobMemory.hint` and becomes part
+of the messages of the job's conditions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class WarningReader:
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        The hint is emptied where the attempt runs, ends, has a suspended child, or was recorded just now.
+        The hint is emptied where no attempt is current, and where the attempt runs, is ending, has a suspended child,
+        or was recorded just now.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended
@@ -68,7 +69,7 @@ class WarningReader:
     async def _read(self, job: StoredJob, uids: Sequence[str]) -> None:
         """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings.
 
-        Where the events can't be read, the hint stays as it is: it only explains, and the reconcile goes on.
+        Where the events can't be read, the hint stays as it is, and the reconcile goes on: no decision needs the hint.
         """
         job.memory.hint_read_at = self._clock()
         for uid in uids:

@@ -28,14 +28,15 @@ TLS_BUFFER_BYTES: Final = 8 * 1024
 the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
 SEND_BUFFER_BYTES: Final = 64 * 1024
 """Size of the buffer in which the kernel keeps what a client has not received yet; the kernel takes twice as much.
-Without a size it grows to several megabytes for a client that does not read, and counts as memory of the container."""
+Without a fixed size the buffer would grow to several megabytes for a client that does not read, and would count as
+memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
 """Seconds that a client has to answer the end of a TLS connection."""
 FILES_LEFT: Final = 512
 """Number of files that are left to the process besides the connections of one server: half of them for the connections
 of the other server, and half for the process itself, for example for its connections to the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
-"""Seconds to wait before connections are accepted again, after the system had no file or memory left for one."""
+"""Seconds to wait before connections are accepted again, after the system lacked a file or memory for a connection."""
 BACKLOG: Final = 128
 _ALL: Final = "all"
 """Key of the one token bucket that limits the new connections of all addresses together."""
@@ -46,7 +47,7 @@ _END_OF_HEADER: Final = b"\r\n\r\n"
 class ConnectionLimits:
     """What the clients of a server may take.
 
-    One address may make half of ``per_address`` new connections in a second, and twice ``per_address`` at once.
+    One address may make ``per_address / 2`` new connections per second on average, and ``2 * per_address`` in a burst.
     """
 
     connections: int = 2000
@@ -58,21 +59,22 @@ class ConnectionLimits:
     """Time for the TLS handshake."""
     header_seconds: float = 5.0
     """Time from the first byte of a request to the end of its header. For the first request of a connection, the time
-    runs from the end of the TLS handshake (without TLS: from the begin of the connection)."""
+    runs from the end of the TLS handshake (without TLS: from the beginning of the connection)."""
     header_bytes: int = 16 * 1024
     """Largest number of bytes of a request's header, with its first line."""
     request_bytes: int = 256 * 1024
-    """Largest number of bytes that a client may send before its request is answered, also those of further requests."""
+    """Largest number of bytes that a client may send before its request is answered. Bytes of further requests count
+    too."""
     request_seconds: float = 60.0
     """Time in all to answer a request whose header is complete. `reports/server.py` has a shorter limit for reading the
     body, and `kube/client.py` for each request to the API server."""
     idle_seconds: float = 30.0
     """Time that a connection may wait for its next request."""
     requests_per_second: float = 64.0
-    """Largest number of requests of one address in a second. Four times as many may come at once."""
+    """Largest number of requests per second of one address, on average. A burst may have four times as many."""
     handshakes_per_second: float = 100.0
-    """Largest number of new connections in a second in all, because a TLS handshake costs a few milliseconds of CPU
-    time."""
+    """Largest number of new connections per second of all addresses, on average. A burst may have five times as many.
+    The number is limited because a TLS handshake costs a few milliseconds of CPU time."""
 
 
 def client_of(address: str) -> str:
@@ -160,15 +162,15 @@ class Connection(asyncio.Protocol):
         self._end_after(self._limits.idle_seconds)
 
     def eof_received(self) -> bool | None:
-        """Hand on that the client sends nothing more."""
+        """Inform the HTTP protocol that the client sends nothing more."""
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        """Hand on that the client does not read fast enough."""
+        """Inform the HTTP protocol that the client does not read fast enough."""
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """Hand on that the client reads again."""
+        """Inform the HTTP protocol that the client reads again."""
         self._inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -199,9 +201,9 @@ class Connection(asyncio.Protocol):
 class Listener:
     """Accepts connections on one port within limits.
 
-    Where a new connection would be one too many, the connection that has been idle for longest is closed in its favour:
-    one of the same address where that address has too many, else one of all. Where none of these is idle, the new
-    connection is closed at once.
+    Where a new connection would exceed the limit of its address, the connection of that address that has been idle for
+    longest is closed in its favour. Where it would exceed the limit of all addresses, the connection that has been idle
+    for longest of all is closed. Where no such connection is idle, the new connection is closed at once.
     """
 
     def __init__(

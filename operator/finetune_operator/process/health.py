@@ -2,8 +2,8 @@
 
 /healthz fails when the API server has sent nothing (no watch event, no list of jobs, no Lease) for three resync
 periods, so that the kubelet restarts an operator whose watches have stopped without an error. /readyz succeeds for the
-leader once the first list of all jobs has succeeded. For a replica that waits for the Lease, /readyz succeeds once the
-replica has read the Lease.
+leader once it has listed the jobs of every served namespace, except namespaces that are deleted or forbidden. For a
+replica that waits for the Lease, /readyz succeeds once the replica has read the Lease.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from finetune_operator.queue.work_queue import WorkQueue
 STALE_RESYNC_PERIODS = 3
 """Number of resync periods after which /healthz fails if the API server has sent nothing."""
 PIECE_BYTES = 32 * 1024
-"""Bytes of /metrics that are sent at once. Several megabytes would else be copied for each client that does not read
-them."""
+"""Bytes of /metrics that are sent at once. Otherwise several megabytes would be copied for each client that does not
+read them."""
 METRICS_SECONDS = 1.0
-"""Least seconds between two renderings of /metrics, because one takes half a second of CPU time with thousands of jobs.
-Requests in between get the text of the last rendering."""
+"""Shortest time in seconds between two renderings of /metrics, because a rendering takes half a second of CPU time with
+thousands of jobs. Requests in between get the text of the last rendering."""
 
 
 class WatchActivity:
@@ -57,7 +57,11 @@ class WatchActivity:
         self.ready = False
 
     def jobs_listed(self, *, of_all_namespaces: bool = True) -> None:
-        """Record that a list of jobs has succeeded. The leader is ready once all namespaces were listed or refused."""
+        """Record that a list of jobs has succeeded.
+
+        ``of_all_namespaces`` says whether the list of every namespace has now succeeded or was refused. The leader is
+        then ready.
+        """
         self.event_received()
         self.ready = self.ready or of_all_namespaces
 

@@ -37,7 +37,7 @@ _logger.addFilter(lambda record: not _is_about_a_bad_request(record))
 
 
 def _is_about_a_bad_request(record: logging.LogRecord) -> bool:
-    """Return whether a log record only says that a client sent something else than HTTP.
+    """Return whether a log record only says that a client sent something other than HTTP.
 
     aiohttp logs each such request with a traceback, so that any client could fill the log.
     """
@@ -65,7 +65,7 @@ class HttpServer(ABC):
 
     @property
     def connections(self) -> int:
-        """Number of open connections, with those whose handshake is not done."""
+        """Number of open connections, including those whose handshake is not done."""
         return len(self._listener) if self._listener is not None else 0
 
     async def start(self, port: int, address: str = "", context: ssl.SSLContext | None = None) -> None:
@@ -80,7 +80,8 @@ class HttpServer(ABC):
             handle_signals=False,
             access_log=None,
             logger=_logger,
-            # A compressed body could grow without bound, before anybody asks whether its client may send one.
+            # aiohttp would decompress a body before the handler has authenticated its client, and the body could grow
+            # without bound.
             auto_decompress=False,
             shutdown_timeout=STOP_SECONDS,
             keepalive_timeout=self.limits.idle_seconds,
@@ -106,7 +107,7 @@ class HttpServer(ABC):
 
     @web.middleware
     async def _note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note begin and end of the request, for the deadlines of its connection.
+        """Note the beginning and the end of the request, for the deadlines of its connection.
 
         A request is answered with 429 where its client sends too many.
         """
@@ -128,7 +129,7 @@ class HttpServer(ABC):
         finally:
             connection.request_finished()
         if request.can_read_body and not request.content.at_eof():
-            # What is left of the body would else be taken for the header of the next request.
+            # What is left of the body would otherwise be taken for the header of the next request.
             response.force_close()
         if isinstance(response, web.HTTPException):
             raise response

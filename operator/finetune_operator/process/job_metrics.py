@@ -1,7 +1,8 @@
 """Prometheus metrics of the jobs, collected from the newest status of each job.
 
 `reconcile.py` and `status/writer.py` pass in the newest status. A job's series are exported until the job is deleted,
-or until an hour after its end, so that ended jobs do not pile up in Prometheus. The labels are `job_namespace` and
+or until an hour after its end, so that ended jobs do not pile up in Prometheus. Jobs whose namespace the operator may
+not list are not exported while that lasts (`controller.py`). The labels are `job_namespace` and
 `job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
@@ -17,12 +18,12 @@ from prometheus_client.registry import Collector
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 RETENTION_AFTER_END: Final = timedelta(hours=1)
 """How long after its end the series of a job are still exported."""
 MOST_DIGITS: Final = 64
-"""Longest text in characters of the status that is read as a number. The status's own numbers have at most 32."""
+"""Largest number of characters of a text in the status that is read as a number. The CRD allows at most 32."""
 LABELS: Final = ("job_namespace", "job_name")
 INFO_LABELS: Final = ("model", "method", "queue")
 CONDITION_LABELS: Final = ("type", "status", "reason")
@@ -59,7 +60,8 @@ class JobMetrics:
 def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetrics:
     """Return what is exported of a job with ``spec``, as the API server stores it, and ``status``.
 
-    A number that the status lacks is None. A part of the spec that this version does not know gives an empty text.
+    A number that the status lacks is None, and 0 for the counts of attempts and GPU seconds. A part of the spec that
+    this version does not know gives an empty text.
     """
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: _number(metric.value) for metric in status.metrics}
@@ -108,8 +110,8 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
 def _number(value: str | int | None) -> float | None:
     """Return ``value`` as a number; None where it is absent, or where it is no number that Prometheus can express.
 
-    The series of all jobs are rendered together, so that one such value would cost the series of every job. A text of
-    more than `MOST_DIGITS` characters is no number either, because `float` takes minutes for a text of megabytes.
+    The series of all jobs are rendered together, so one such value would make the rendering fail for every job. A text
+    of more than `MOST_DIGITS` characters counts as no number, because `float` takes minutes for a text of megabytes.
     """
     if isinstance(value, str) and len(value) > MOST_DIGITS:
         return None
@@ -126,6 +128,7 @@ class JobMetricsCollector(Collector):
         """Create a collector without jobs. ``now`` returns the current time, from which ages are computed."""
         self._now = now
         self._jobs: dict[Key, JobMetrics] = {}
+        self._hidden: set[str | None] = set()
 
     def update(self, key: Key, spec: Mapping[str, Any], status: FineTuneJobStatus) -> None:
         """Export ``status`` and parts of ``spec`` (as stored) for the job ``key`` until the next call for that job."""
@@ -135,10 +138,22 @@ class JobMetricsCollector(Collector):
         """Stop the export of the job ``key``, which no longer exists."""
         self._jobs.pop(key, None)
 
+    def hide(self, namespace: str | None) -> None:
+        """Export no job of ``namespace``, or of any namespace where it is None, until the call of `show`."""
+        self._hidden.add(namespace)
+
+    def show(self, namespace: str | None) -> None:
+        """Export the jobs of ``namespace`` again."""
+        self._hidden.discard(namespace)
+
+    def _is_hidden(self, key: Key) -> bool:
+        return None in self._hidden or key.namespace in self._hidden
+
     def collect(self) -> Iterable[Metric]:
         """Yield all metric families with a sample for each job; a number that is None gets no sample."""
         now = self._now()
-        exported = [(key, job) for key, job in list(self._jobs.items()) if not _is_expired(job, now)]
+        jobs = list(self._jobs.items())
+        exported = [(key, job) for key, job in jobs if not (self._is_hidden(key) or _is_expired(job, now))]
         for name, text, value in GAUGES:
             family = GaugeMetricFamily(f"finetune_job_{name}", text, labels=LABELS)
             for key, job in exported:
@@ -190,4 +205,5 @@ AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]
     ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
 )
 """Each age by name, with its help text and the time from which it is counted. Ages are exported only while the job
-runs, and are never counted from before it began to run. So a job that was suspended for hours has no age of hours."""
+runs, and are never counted from a time before the job began to run. So a job that was suspended for hours does not get
+an age of hours."""

@@ -82,9 +82,9 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
         """Create the missing Lease with this process as holder; return False where that is too early or fails.
 
-        A process that holds the Lease creates a deleted one again at once. Every other process waits until the Lease
-        has been missing for 15 s. A leader whose Lease was deleted while it could not reach the API server has then
-        ended, so that there are never two leaders. The first start of a new installation waits as long.
+        The process that held the Lease creates it again at once after a deletion. Every other process waits until the
+        Lease has been missing for 15 s. By then a leader that could not reach the API server has ended, so that there
+        are never two leaders. The first start of a new installation waits as long.
         """
         missing_since = self._clock() if self._missing_since is None else self._missing_since
         if not self._is_mine and self._clock() - missing_since < LEASE_SECONDS:

@@ -1,4 +1,5 @@
-"""JSON logs on standard output: one line for each record. A line about a job has the fields job, uid and attempt.
+"""JSON logs on standard output: one line for each record. A line about a job has the field job and, where they are
+known, the fields uid and attempt.
 
 `__main__.py` configures the logs; `controller.py`, `reconcile.py` and `reports/server.py` set the fields.
 """

@@ -64,17 +64,17 @@ class _Lane:
         return key
 
     def oldest(self) -> float | None:
-        """Return since when the key waits that has waited longest; None where no key waits."""
+        """Return when the key that has waited longest began to wait; None where no key waits."""
         return min((since for keys in self._namespaces.values() for since in keys.values()), default=None)
 
     def waiting_since(self) -> float | None:
-        """Return since when the key waits that `take` would return; None where no key waits."""
+        """Return when the key that `take` would return began to wait; None where no key waits."""
         keys = next(iter(self._namespaces.values()), None)
         return None if keys is None else next(iter(keys.values()))
 
 
 class FairOrder:
-    """Waiting keys in two lanes, for news and for the resync. A key waits in one of them only, that of its best reason.
+    """Waiting keys in two lanes, for news and for the resync. A key waits in one lane only, that of its best reason.
 
     `Precedence` lists the reasons, the best first.
     """
@@ -110,5 +110,5 @@ class FairOrder:
         return None
 
     def oldest(self) -> float | None:
-        """Return since when the key waits that has waited longest; None where no key waits."""
+        """Return when the key that has waited longest began to wait; None where no key waits."""
         return min((since for lane in (self._news, self._resync) if (since := lane.oldest()) is not None), default=None)

@@ -17,13 +17,13 @@ from datetime import datetime
 
 from finetune_core.contract import Report
 from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
 from finetune_operator.queue.token_bucket import TokenBucket
-from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
-"""Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
+"""Shortest time in seconds from a status write of a job to a write in which only numbers (step, loss, speed) differ."""
 REPORTED_WRITES_PER_SECOND = 0.1
 REPORTED_WRITES_BURST = 3.0
 """Limit on the writes that the reports of one job may cause: three at once, and then one every ten seconds. It holds
@@ -61,8 +61,8 @@ class JobMemory:
     report or the job ends."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
-    """Recent training speed, from the newest reports of the attempt. A new attempt keeps the speed of the one before
-    until it has reported two steps."""
+    """Recent training speed, from the newest reports of the attempt. Until a new attempt has reported two steps, the
+    speed of the attempt before is kept."""
     event_created_at: dict[str, float] = field(default_factory=dict)
     """For each event reason that may recur: when an event with this reason was last created."""
     status_written_at: float | None = None
@@ -192,9 +192,9 @@ class Memory:
     def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
         """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
 
-        Returns in how many seconds the job is to be reconciled: when its status may be written. An earlier reconcile
-        would cost requests and write nothing. Returns None, and stores nothing, where the memory no longer has the
-        state of this job: it may have been deleted, and created again, while its report was being checked.
+        Returns after how many seconds the job's status may be written, so that the job is to be reconciled then. An
+        earlier reconcile would cost requests and write nothing. Returns None, and stores nothing, where the memory no
+        longer has the state of this job: it may have been deleted, and created again, while its report was checked.
         """
         job = self._jobs.get(key)
         if job is None or job.uid != uid:
@@ -228,8 +228,10 @@ class Memory:
 
 
 def _news(report: Report) -> tuple[object, ...]:
-    """Return the parts of ``report`` that do not wait for the limit of all jobs, as numbers do. `status/urgency.py`
-    says the same of the fields and conditions of the status that follow from these parts."""
+    """Return those parts of ``report`` whose changes need not wait for the limit of all jobs; new numbers wait for it.
+
+    `status/urgency.py` lists the fields and conditions of the status that follow from these parts.
+    """
     return (
         report.checkpoints,
         report.best,

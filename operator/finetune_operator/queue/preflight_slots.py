@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 DEFAULT_LIMIT = 20
 """Largest number of preflight checks that run at the same time, where no setting says otherwise."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 LEAST_PAUSE_SECONDS: Final = 1.0
-"""Least seconds until the next reconcile of a job after one that has written nothing. Each reconcile rounds its time
-down to whole seconds, so a second reconcile within the same second would see the same time."""
+"""Shortest time in seconds between a reconcile of a job that has written nothing and the next reconcile of the job.
+Each reconcile rounds its time down to whole seconds, so a reconcile within the same second would see the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Requeue:
     write: Write | None = None
     """What this reconcile has written. Then the job is reconciled again at once, because its state has changed."""
     pause: float | None = None
-    """Seconds until the next reconcile where nothing was written; fewer than `LEAST_PAUSE_SECONDS` become that many.
-    None means to wait for the next watch event or resync."""
+    """Seconds until the next reconcile where nothing was written. Less than `LEAST_PAUSE_SECONDS` counts as
+    `LEAST_PAUSE_SECONDS`. None means to wait for the next watch event or resync."""
     gone: bool = False
     """Whether the job no longer exists."""
 

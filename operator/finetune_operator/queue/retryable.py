@@ -2,8 +2,8 @@
 and between reads of warning events.
 
 The cause is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove such a cause,
-so the error never ends the job. `objects/` and `act/` raise `RetryableError`, and `reconcile.py` uses it for a spec
-that can't be used at the moment; `status/` shows it in the conditions.
+so the error never ends the job. `objects/` and `act/` raise `RetryableError`, and `reconcile.py` uses it for a spec or
+status that can't be used at the moment; `status/` shows it in the conditions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from finetune_core.api.conditions import Reason
 
 
 class RetryableError(Exception):
-    """An object of the job can't be created at the moment, for a cause outside the job's spec."""
+    """Nothing can be created for the job at the moment.
+
+    Mostly an object can't be created for a cause outside the job's spec. With the reason BadInput, this version of the
+    operator can't use the job's spec or status.
+    """
 
     def __init__(self, reason: Reason, message: str) -> None:
         """Keep ``reason`` and ``message``, which the conditions of the job will show."""

@@ -16,7 +16,7 @@ from finetune_core.contract.contract_model import LARGEST_NUMBER
 
 WINDOW: Final = 64
 """Number of newest reports with a new step over which the speed is averaged. With a report every three seconds, and
-steps that are shorter than that, they cover about three minutes."""
+steps that are shorter than that, the window covers about three minutes."""
 
 
 class StepWindow:

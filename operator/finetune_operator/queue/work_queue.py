@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 from finetune_operator.queue.fair_order import FairOrder, Precedence
-from finetune_operator.queue.key import Key as Key
+from finetune_operator.queue.key import Key
 
 BASE_DELAY_SECONDS = 0.2
 MAX_DELAY_SECONDS = 300.0

@@ -55,8 +55,8 @@ class CertificateReloader:
     async def reload_forever(self, seconds: float) -> None:
         """Load the certificate again every ``seconds``. Never returns.
 
-        A failure is retried every 5 s, and the old certificate serves meanwhile. One that the operator has made is then
-        valid for up to 30 days more, because its renewal begins so long before its end.
+        A failure is retried every 5 s, and the old certificate serves meanwhile. A certificate that the operator has
+        made is then valid for up to 30 days more, because its renewal begins 30 days before its end.
         """
         while True:
             await asyncio.sleep(seconds)

@@ -87,7 +87,8 @@ def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) ->
     """Return ``old`` where nothing in it is due for renewal, else a renewed set.
 
     The server certificate is due where it is valid for 30 days or less, or not for ``hostname``. It is renewed with the
-    same CA. Where the CA would end before a new server certificate (90 days), both are made anew.
+    same CA. Both are made anew where ``old`` is None, or where the CA would end before a new server certificate (90
+    days).
     """
     if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
@@ -113,7 +114,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
     """Make ``context`` present the certificate of ``serving`` to all new connections.
 
     Raises:
-        CertificateError: key and certificate don't belong together. ``context`` is then unchanged.
+        CertificateError: key and certificate don't belong together, or are not PEM. ``context`` is then unchanged.
     """
     # The key is written into a file, because the ssl module loads keys from files only. The pod's /tmp lies in memory.
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +171,7 @@ class SelfSignedCertificates:
         return new
 
     def _new_secret(self, content: CertificateSet) -> Manifest:
-        """Return the Secret to create. Its type is the chart's, because the type of a Secret can't change."""
+        """Return the Secret to create. It has the type of the chart's Secret, because a Secret's type can't change."""
         metadata = {"namespace": self._namespace, "name": self._name}
         kind = {"apiVersion": SECRETS.api_version, "kind": "Secret", "type": "Opaque"}
         return {**kind, "metadata": metadata, "data": content.to_data()}

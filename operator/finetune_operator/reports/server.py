@@ -30,8 +30,9 @@ from finetune_operator.process.http_server import HttpServer
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.rate_limit import RateLimiter
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.token_claims import TokenClaims, read_claims
 from finetune_operator.reports.token_review import ReviewUnavailableError, TokenPod, TokenReviewer
 
@@ -46,13 +47,12 @@ MESSAGE_LENGTH: Final = 512
 """Largest number of characters of a rejection's message. A malformed report can have long parts that the message would
 repeat."""
 TOKENS_PER_SECOND: Final = 20.0
-"""How many tokens from one address are looked at in a second. Tokens that are known to be valid do not count."""
+"""How many tokens from one address are checked in a second. Tokens that are known to be valid do not count."""
 TOKENS_AT_ONCE: Final = 100.0
-"""How many tokens from one address are looked at before that rate applies. After a restart of the operator, all pods
-that use the network of their node send their tokens at once, from one address."""
+"""How many tokens from one address are checked before TOKENS_PER_SECOND applies. After a restart of the operator, all
+pods that use the network of one node send their tokens at once, from one address."""
 TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
-"""How many tokens for one job and audience are looked at in a second. Tokens that are known to be valid do not
-count."""
+"""How many tokens for one job and audience are checked in a second. Tokens that are known to be valid do not count."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
 """How many reports of one pod are accepted in a second. The trainer sends one every three seconds, and a few more when
@@ -84,7 +84,7 @@ def authorize(pod: TokenPod, reporting: ReportingAttempt, key: Key, attempt: str
     ``attempt`` is the attempt's number in the request's path, or empty where the path has none.
 
     Raises:
-        RejectedError: the path names another attempt, or the pod is none of the attempt's.
+        RejectedError: the path names another attempt, or the pod does not belong to the attempt.
     """
     if attempt not in ("", str(reporting.attempt)):
         raise RejectedError(HTTPStatus.CONFLICT, f"attempt {reporting.attempt} is the current one")
@@ -125,7 +125,7 @@ def _malformed(error: ValidationError) -> RejectedError:
 def _token_and_claims(header: str | None) -> tuple[str, TokenClaims | None]:
     """Return the bearer token of an Authorization header, and its claims, which nobody has verified yet.
 
-    The token is empty where the header has none, and the claims are None where the token can be no token for reports.
+    The token is empty where the header has none. The claims are None where the token can't be meant for reports.
     """
     scheme, _, token = (header or "").partition(" ")
     if scheme.lower() != "bearer":
@@ -192,7 +192,7 @@ class ReportServer(HttpServer):
             key, pod = await self._authenticate(request)
             async with asyncio.timeout(BODY_SECONDS):
                 body = await request.read()
-            # The job is looked up only now, because the attempt may end, and the job may go, while the body arrives.
+            # The attempt is looked up only now, because it may end, and the job may be deleted, while the body arrives.
             reporting = self._reporting_attempt(key, pod, request.match_info.get("attempt", ""))
             report = parse(body, pod, reporting)
             self._check_same_format(key, reporting, report)
@@ -218,10 +218,11 @@ class ReportServer(HttpServer):
         return None
 
     async def _authenticate(self, request: web.Request) -> tuple[Key, TokenPod]:
-        """Return the job that the request is about, and the pod to which its token is bound: a pod of its namespace.
+        """Return the key of the job in the request's path, and the pod to which the request's token is bound.
 
-        Raises RejectedError where no job can have the name, where the token is not valid, and where its pod or address
-        sends too much. Raises ReviewUnavailableError where the token can't be reviewed.
+        The pod is in the namespace of the job. Raises RejectedError where no job can have the name, where the token is
+        not valid, and where the pod or its address sends too much. Raises ReviewUnavailableError where the token can't
+        be reviewed.
         """
         key = Key.parse(request.match_info["namespace"], request.match_info["name"])
         if key is None:
@@ -237,9 +238,9 @@ class ReportServer(HttpServer):
     async def _review(self, request: web.Request, key: Key) -> TokenPod | None:
         """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
 
-        Before its review, a token that nobody has reviewed in the last minute passes the same checks in the same order
-        whether the job is known or not, so that the answers do not tell which jobs exist. Raises RejectedError (401,
-        429) and ReviewUnavailableError.
+        A token that was not reviewed in the last minute passes the same checks in the same order whether the job is
+        known or not. So the answers do not tell which jobs exist. Raises RejectedError (401, 429) and
+        ReviewUnavailableError.
         """
         token, claims = _token_and_claims(request.headers.get("Authorization"))
         fits = claims is not None and claims.namespace == key.namespace
@@ -264,28 +265,28 @@ class ReportServer(HttpServer):
             return await self._reviewer.pod_of(token, claims.audience, job_is_known=reporting is not None)
         except ReviewUnavailableError:
             if reporting is None and self._jobs_are_listed():
-                # While no token can be reviewed, a token for a job that does not exist is answered as one that is not
-                # meant for a job that does.
+                # For a known job, a token with a wrong audience is answered with 401 even while no token can be
+                # reviewed. The answer for an unknown job must be the same.
                 return None
             raise
 
     def _reporting_attempt(self, key: Key, pod: TokenPod, attempt: str) -> ReportingAttempt:
         """Return the attempt of the job for which ``pod`` may report; ``attempt`` is its number in the path, or empty.
 
-        Raises RejectedError where the job or its attempt is not known, and where the pod is none of the attempt's.
+        Raises RejectedError where the job or its attempt is not known, and where the pod belongs to no such attempt.
         """
         reporting = self._memory.reporting_attempt(key)
         if reporting is None and not self._jobs_are_listed():
             raise RejectedError(HTTPStatus.SERVICE_UNAVAILABLE, "the jobs are not listed yet")
         if reporting is None:
-            # The key is not queued: the list and the watches bring every job that exists.
+            # Do not queue the key here: the list of all jobs and the watches queue the key of every job that exists.
             raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
         set_log_fields(job=str(key), uid=reporting.uid, attempt=reporting.attempt)
         try:
             authorize(pod, reporting, key, attempt)
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
-                # The pod may be too new to be known. After a reconcile the next report is accepted.
+                # The pod may be too new to be known. After a reconcile the operator knows it and accepts its reports.
                 self._queue.add_after(key, self._memory.reserve_reported_turn(key, reporting.uid))
             raise
         return reporting

@@ -24,7 +24,7 @@ REVIEWS_AT_ONCE = 4
 """Largest number of reviews that run at the same time for known jobs, so that many tokens leave connections to the API
 server for the reconciler. For unknown jobs, half as many run at the same time."""
 MOST_WAITING = 256
-"""Largest number of reviews that wait or run for known jobs, and as many for unknown ones."""
+"""Largest number of reviews that wait or run for known jobs. The same number applies separately to unknown jobs."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _SERVICE_ACCOUNT = "system:serviceaccount:"

@@ -52,7 +52,7 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, giv
 
 
 def _state_of(condition: Condition | None) -> _State | None:
-    """Return what the stored ``condition`` says; None where it is absent or its status not True, False or Unknown."""
+    """Return what the stored ``condition`` says; None if it is absent or its status is not True, False or Unknown."""
     if condition is None or condition.status not in ("True", "False", "Unknown"):
         return None
     return _State(condition.status, condition.reason, condition.message)
@@ -113,7 +113,7 @@ def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
 
 
 def _held(given: StatusInput) -> _State:
-    """Return the condition `Succeeded` while the job's queue has suspended the child, or a person where it has none."""
+    """Return the condition `Succeeded` of a job whose queue, or (without a queue) a person, has suspended the child."""
     if queue := given.policy.queue_name:
         return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), given.ending_pods))
     return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)
@@ -189,7 +189,7 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
 def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _State:
     """Return the condition `CheckpointAvailable`: whether an undamaged checkpoint is committed.
 
-    Its reason and message also tell when new checkpoints can't be committed in time, and which one is damaged.
+    Its reason and message also show that new checkpoints can't be committed in time, or which checkpoint is damaged.
     """
     whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
     what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT

@@ -15,7 +15,7 @@ from finetune_operator.status.events import event_manifest, events_between
 logger = logging.getLogger(__name__)
 
 LEAST_SECONDS_BETWEEN_EVENTS = 60.0
-"""Least seconds between two events with the same reason about one job. Applies to reasons that may recur."""
+"""Shortest time in seconds between two events with the same reason about one job. Applies to reasons that may recur."""
 
 
 class EventRecorder:
@@ -52,7 +52,10 @@ class EventRecorder:
                 logger.warning("event not created: %s", describe_error(error), extra=log_fields)
 
     def _is_due(self, memory: JobMemory, reason: str) -> bool:
-        """Return whether no event with ``reason`` was created within the last minute; if so, note the time of this."""
+        """Return whether no event with ``reason`` was created within the last minute.
+
+        If so, the current time is noted as the time of the event that the caller creates next.
+        """
         last = memory.event_created_at.get(reason)
         if last is not None and self._clock() - last < LEAST_SECONDS_BETWEEN_EVENTS:
             return False

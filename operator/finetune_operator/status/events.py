@@ -18,7 +18,7 @@ from finetune_operator.decide.verdict import Verdict
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.resources import EVENTS
 from finetune_operator.objects.labels import MANAGER
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 NOTE_LIMIT = 1024
 """Largest number of characters of an event's note that the API server accepts."""

@@ -49,11 +49,11 @@ class StatusInput:
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
+    """Whether attempt 1 waits for the preflight check, or the job fails because of that check."""
     missing: str = ""
     """Why the preflight check has not passed yet, as in `Decision.missing`; empty where no reason is known."""
     turn: str = ""
-    """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
+    """A sentence which says that the preflight check waits for its turn; empty where the check does not wait for it."""
     child: ChildObservation | None = None
     """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
     pods: Sequence[PodObservation] = ()
@@ -126,7 +126,7 @@ def status_input(
 def refused_input(
     job: StoredJob, *, invalid: str, end: JobEnd | None = None, problem: RetryableError | None = None
 ) -> StatusInput:
-    """Return the inputs for the status of a job whose spec this version can't read or run.
+    """Return the inputs for the status of a job whose spec or status this version can't use.
 
     The attempts and the preflight check in the status stay as they are.
     """

@@ -17,11 +17,14 @@ Json = Any
 
 
 def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) -> Manifest:
-    """Return the status to apply as the field manager ``manager``, in place of the status of ``manifest``.
+    """Return the status to apply as the field manager ``manager``.
 
-    ``read`` is what this version has read of the stored status, and ``new`` what the status is to be. What is equal in
-    both stays as it is stored. Conditions that neither ``manager`` owns nor this version knows are left out:
-    server-side apply keeps them, and once two managers apply a condition, neither can remove it alone.
+    ``manifest`` is the stored FineTuneJob, whose status is replaced. ``read`` is what this version has read of that
+    status, and ``new`` is what the status is to be. What is equal in both stays as it is stored.
+
+    The result leaves out a condition if this version does not know its type and ``manager`` does not own the condition.
+    Server-side apply keeps such a condition for its owner. If ``manager`` applied the condition as well, the owner
+    could no longer remove it alone.
     """
     stored: Manifest = manifest.get("status") or {}
     owned = _owned_conditions(manifest, manager) | set(ConditionType)

@@ -1,8 +1,8 @@
 """Decides how soon a new status is written, from what differs and from whether a report alone made the difference.
 
-Pure functions, called by `writer.py`. What the operator itself recorded or saw is written at once. What a report says
-passes the token bucket of its job, whatever it is: a pod with a valid token chooses the content of its reports, and
-would otherwise choose how often the operator writes. Every field of the status stands in exactly one list below.
+Pure functions, called by `writer.py`. What the operator itself recorded or saw is written at once. A change that comes
+from a report needs a token of the job's token bucket, whatever the report contains. Otherwise a pod with a valid token
+could choose how often the operator writes. Every field of the status is in exactly one list below.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Final
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.status import FineTuneJobStatus
-from finetune_operator.decide.bookkeeping import bookkeeping
 
 OWN_FIELDS: Final = (
     "observed_generation",
@@ -25,14 +24,14 @@ OWN_FIELDS: Final = (
     "start_time",
     "completion_time",
 )
-"""Fields that the operator computes itself."""
+"""Fields that the operator computes itself. `decide/bookkeeping.py` takes its values from two of these fields."""
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
 REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
 """Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
-"""Fields that are compared in parts: of a condition its status and reason, and of the usage which pods hold GPUs and
-whether one runs."""
+"""Fields that are compared in parts. Of a condition, its type, status and reason count. Of the usage, it counts which
+pods hold GPUs and whether one of them runs."""
 REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
 """Conditions that are computed from reports. `Running` is not among them: a report can make it True, but no report
 makes it False again."""
@@ -47,7 +46,7 @@ class Urgency(Enum):
     """Only numbers and messages differ. The status is written ten seconds after the last write or later, as the limits
     of the job and of all jobs allow."""
     REPORTED = auto()
-    """A report brought more than numbers. The status is written as soon as the token bucket of the job has a token."""
+    """More than numbers differ, because of a report. The status is written once the job's token bucket has a token."""
     OWN = auto()
     """The operator's own records or observations differ. The status is written at once."""
 
@@ -85,9 +84,9 @@ def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool
 
 def _is_own(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
     """Return whether fields or conditions that the operator computes itself differ between ``old`` and ``new``."""
-    if old is None or bookkeeping(old.attempts, old.preflight) != bookkeeping(new.attempts, new.preflight):
+    if old is None or _differ(old, new, OWN_FIELDS):
         return True
-    return _differ(old, new, OWN_FIELDS) or _states(old, REPORTED_CONDITIONS) != _states(new, REPORTED_CONDITIONS)
+    return _states(old, REPORTED_CONDITIONS) != _states(new, REPORTED_CONDITIONS)
 
 
 def _differ(old: FineTuneJobStatus, new: FineTuneJobStatus, fields: Sequence[str]) -> bool:

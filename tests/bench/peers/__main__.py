@@ -32,8 +32,8 @@ BASELINE = "Trainer + peft, padded to 512"
 
 
 def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
-    """Return the command of each contender, by its name in the table: first the Python module, then the arguments that
-    only this contender gets."""
+    """Return the command of each contender, by the contender's name in the table. A command is a list of the Python
+    module and the arguments that only this contender gets."""
     return {
         "finetune-operator, packed": ["tests.bench.peers.ours", endpoint, str(credentials)],
         BASELINE: ["tests.bench.peers.padded", "max_length"],
@@ -61,7 +61,7 @@ def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> 
 
 def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
     """End the program if contenders did not do the same work: in each update of the first round their losses must agree
-    within a thousandth. trl's losses are not compared, because it packs rows across batches."""
+    within a thousandth. trl's losses are not compared, because trl packs rows across batches."""
     unpacked = [name for name in taken if not name.startswith("trl")]
     reference = taken[unpacked[0]][0].losses
     for name in unpacked[1:]:
@@ -120,8 +120,9 @@ def main() -> None:
         ]
         workload = Workload(
             model=base_model(),
-            # Our trainer orders the rows itself, but transformers' Trainer reads them in the order of the file. Its
-            # file is therefore written in our trainer's order, so that both train on the same batches.
+            # Our trainer orders the rows itself, but transformers' Trainer reads the rows in the order of the file. The
+            # file for transformers' Trainer is therefore written in our trainer's order, so that both train on the same
+            # batches.
             rows=write_rows(folder / "ordered.jsonl", [rows[index] for index in order]),
             batch=options.batch,
             micro_batch=8,

@@ -1,6 +1,5 @@
-"""What the two compared programs that use transformers' Trainer, `padded.py` and `sft.py`, have in common: the model
-with LoRA adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows
-(`examples`)."""
+"""Code that `padded.py` and `sft.py`, the two compared programs with transformers' Trainer, share: the model with LoRA
+adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows (`examples`)."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """A callback for transformers' Trainer that tells the clock when an optimizer step has ended."""
+    """A callback for transformers' Trainer that records the end of each optimizer step in a `Clock`."""
 
     def __init__(self, clock: Clock) -> None:
-        """Tell ``clock`` the end of each optimizer step."""
+        """Record the ends of the optimizer steps in ``clock``."""
         self._clock = clock
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

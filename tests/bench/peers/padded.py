@@ -1,5 +1,5 @@
-"""The contender (compared program) with transformers' Trainer and peft. The last argument says how rows are padded:
-either to the workload's `max_length` tokens or to the longest row of the batch.
+"""The contender (compared program) with transformers' Trainer and peft. The last argument selects the padding of the
+rows: either to the workload's `max_length` tokens or to the longest row of the batch.
 
     python -m tests.bench.peers.padded WORKLOAD OUT max_length|longest
 """

@@ -20,8 +20,9 @@ class Workload(BaseModel):
     model: Path
     """Folder of the base model."""
     rows: Path
-    """JSON Lines file with the fields `question` and `answer`. For the contenders with transformers' Trainer the rows
-    stand in the order in which our trainer takes them. Our trainer gets them unordered."""
+    """JSON Lines file with the fields `question` and `answer`. The file for our trainer has the rows in any order,
+    because our trainer orders them itself. The file for the other contenders has the rows in the order in which our
+    trainer takes them."""
     batch: int
     micro_batch: int
     updates: int

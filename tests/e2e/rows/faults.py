@@ -1,5 +1,6 @@
-"""What happens to the jobs of the test cases in `table.py`. Each function, or the function that it returns, causes an
-event in the cluster or waits for one, and returns the time (`time.monotonic`) at which the event was observed."""
+"""Functions that cause the events of the test cases in `table.py`. Each function gets a `Stage`, causes an event in the
+cluster or waits for one, and returns the time (`time.monotonic`) at which the event was observed. The functions with
+other arguments return such a function."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from tests.e2e.rows.stage import Stage, training_state
 
 
 def exits(code: int, worker: int = 1) -> Callable[[Stage], float]:
-    """Return a function that waits until the trainer of one worker has exited with ``code``. The job's script makes it
-    exit."""
+    """Return a function that waits until the trainer of worker ``worker`` has exited with ``code``. The job's script
+    causes the exit."""
     return lambda stage: stage.ended(worker, code)
 
 
@@ -60,7 +61,8 @@ def cannot_be_pulled(stage: Stage) -> float:
 
 
 def cannot_be_started(stage: Stage) -> float:
-    """Wait until the container runtime has failed to start the program of worker 0. Return when that was observed."""
+    """Wait until the container runtime has failed to start the program of worker 0. Return the time at which the
+    failure was observed."""
 
     def failed(pod: Manifest) -> bool:
         end = training_state(pod).get("terminated", {})
@@ -70,14 +72,15 @@ def cannot_be_started(stage: Stage) -> float:
 
 
 def begins(stage: Stage) -> float:
-    """Wait until attempt 1 begins. Nothing else has to happen to a job whose pods never run: the job ends at its
-    deadline."""
+    """Wait until attempt 1 begins. This function is for jobs whose pods never run. Nothing else has to happen to these
+    jobs, because they end at their deadline."""
     return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at
 
 
 def runs_on(stage: Stage) -> float:
-    """Wait until both training containers run, and return when the first of them ran. Nothing else has to happen to a
-    job whose scripted trainer never ends by itself: the job ends at its deadline."""
+    """Wait until both training containers run, and return the time at which the first of them was seen running. This
+    function is for jobs whose scripted trainer never ends by itself. Nothing else has to happen to these jobs, because
+    they end at their deadline."""
     running = [
         stage.pod(worker, "its container to run", lambda pod: training_state(pod).get("running")) for worker in (0, 1)
     ]
@@ -95,8 +98,8 @@ def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
 
 
 def is_suspended_and_resumed(stage: Stage) -> float:
-    """Suspend the job as a person does, and resume it after its pods are gone. Return the time at which it was
-    resumed."""
+    """Suspend the job as a person does, and resume the job after its pods are gone. Return the time at which the job
+    was resumed."""
     is_ordered(suspend=True)(stage)
     for worker in (0, 1):
         stage.pod_gone(worker)

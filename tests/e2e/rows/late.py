@@ -24,14 +24,14 @@ LATE_CLAIM = "late-claim"
 LATE_IMAGE = "localhost/late-trainer:1"
 LATE_BUCKET = "late-bucket"
 KUBELET_PAUSE = 40.0
-"""Longest pause, in seconds, between two tries of the kubelet to mount a volume or pull an image, if the object appears
-within the first minute."""
+"""Longest pause, in seconds, between two tries of the kubelet to mount a volume or pull an image. The pauses double,
+and this is the longest one if the missing object appears within the first minute."""
 SCHEDULER_PAUSE = 10.0
 VOLUME_PAUSE = 15.0
 """Seconds between two checks of an unbound PersistentVolumeClaim by the volume controller
 (`--pvclaimbinder-sync-period`)."""
 RUN = 5.0
-"""Seconds that two small pods need from start to end, as soon as everything that they need exists."""
+"""Seconds from start to end of two small pods, once all objects that the pods need exist."""
 
 
 def wait_until_named(stage: Stage, *words: str) -> None:

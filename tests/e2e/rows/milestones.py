@@ -1,10 +1,10 @@
 """The milestones of the test cases. A milestone is a state that the job must reach after an event, such as the crash of
 a pod, and the number of seconds in which it must do so by design.
 
-The designed times follow from how the operator works. It writes most changes to the status within 2 s. If only a
-message changes, it waits until 10 s have passed since its last write. It closes an attempt when the pods have ended, at
-most 10 s after the cause. The next attempt starts after a back-off: 10 s, doubled for each
-further attempt in a row without a checkpoint, 300 s at most.
+The designed times follow from the design of the operator. The operator writes most changes to the status within 2 s. If
+only a message changes, the operator waits until 10 s have passed since its last write. The operator counts an attempt
+as ended when the pods have ended, at most 10 s after the cause. The next attempt starts after a back-off of 10 s. The
+back-off doubles with each further attempt in a row without a checkpoint, up to 300 s.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ENDING = 5.0
 
 
 def cause(bound: float = SEEN) -> Milestone:
-    """Return the milestone that is reached when the status says why attempt 1 ends, or lists it among the ended
-    attempts."""
+    """Return the milestone that is reached when the status contains the cause for the end of attempt 1, or lists
+    attempt 1 as an ended attempt."""
 
     def reached(job: Manifest) -> bool:
         attempts = job["status"]["attempts"]

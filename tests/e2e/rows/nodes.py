@@ -40,8 +40,8 @@ ON_BOTH_NODES: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [APART]}},
 }
-"""Fields of `podTemplate` by which each node gets one of two pods. If the second node can't take pods, the first node
-gets both."""
+"""Fields of `podTemplate` with which the scheduler places one of two pods on each node. If the second node takes no
+pods, both pods are placed on the first node."""
 ON_SECOND_NODE: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
@@ -68,8 +68,8 @@ PREFERS_SECOND_NODE: dict[str, Any] = {
 
 
 def is_drained(stage: Stage) -> float:
-    """Drain the second node, on which one pod runs, with `kubectl drain`, as an administrator does. Return when the pod
-    was deleted."""
+    """Drain the second node, on which one pod runs, with `kubectl drain`, as an administrator does. Return the time at
+    which the pod was seen as deleted."""
     worker = worker_on_second_node(stage)
     selector = f"--pod-selector={JOB_UID}={stage.uid}"
     options = ["--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s"]
@@ -93,9 +93,9 @@ def is_cut_off(stage: Stage) -> float:
 
 
 def is_preempted(stage: Stage) -> float:
-    """Let the scheduler preempt the job's pods, which both run on the second node, by creating a pod of higher priority
-    that needs all GPUs of this node. The pod of higher priority runs for 20 s. Return when the pod of worker 1 was
-    deleted."""
+    """Create a pod of higher priority that needs all GPUs of the second node. The scheduler then preempts the job's
+    pods, which both run on this node. The pod of higher priority runs for 20 s. Return the time at which the pod of
+    worker 1 was seen as deleted."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
     return stage.pod_deleted(1)
@@ -131,15 +131,16 @@ def _preemptor(namespace: str) -> dict[str, Any]:
 
 
 def cannot_allocate_its_gpus(stage: Stage) -> float:
-    """Break the GPUs of the second node, and then resume the suspended job, whose pods prefer that node. Return when
-    the job was resumed. The pods that the kubelet refuses exist for less than a second, so they are not waited for."""
+    """Break the GPUs of the second node, and then resume the suspended job, whose pods prefer that node. Return the
+    time at which the job was resumed. The function does not wait for the pods that the kubelet refuses, because they
+    exist for less than a second."""
     stage.second_node.refuse_devices()
     return stage.change_run_policy(suspend=False)
 
 
 def worker_on_second_node(stage: Stage) -> int:
-    """Wait until both pods run, and return the number of the worker whose pod is on the second node. Assert that there
-    is exactly one."""
+    """Wait until both pods run, and return the number of the worker whose pod is on the second node. Assert that
+    exactly one pod is on the second node."""
     stage.both_pods_run()
     nodes = {worker: stage.pod(worker, "a node", lambda pod: "nodeName" in pod["spec"]).object for worker in (0, 1)}
     found = [worker for worker, pod in nodes.items() if pod["spec"]["nodeName"] == SECOND_NODE.name]

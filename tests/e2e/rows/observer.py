@@ -1,9 +1,9 @@
-"""Record every change of FineTuneJobs and their pods, with the time of the change. There are two watches, one for jobs
-and one for pods, which serve all test cases, so that the cases need not poll.
+"""Record every change of FineTuneJobs and their pods, with the time of the change. All test cases share two watches,
+one for jobs and one for pods. So the cases need not poll the API server.
 
-One watch may lag behind the other. If each change got the time at which it arrived, a cause could get a later time than
-its consequence. But the resourceVersions of all objects come from one counter. The time of a write is therefore the
-time at which it, or any write with a higher resourceVersion, was first observed.
+One watch may lag behind the other. If the time of a change were the time of its arrival, a cause could get a later time
+than its consequence. But the resourceVersions of all objects come from one counter. The time of a write is therefore
+the first time at which this write, or a write with a higher resourceVersion, was observed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ WATCH_SECONDS = 5
 
 @dataclass(frozen=True)
 class Sighting:
-    """A state of an object that a watch has delivered. At the time ``at`` (`time.monotonic`) this state had certainly
-    been written."""
+    """A state of an object that a watch has delivered. The state was written at the time ``at`` (`time.monotonic`) or
+    earlier."""
 
     at: float
     object: Manifest
@@ -41,15 +41,16 @@ class Sighting:
 
 
 class Timeline:
-    """Decides the time of each write from its resourceVersion. All watches on one API server share one such object."""
+    """Computes the time of each write from its resourceVersion. All watches on one API server share one `Timeline`."""
 
     def __init__(self) -> None:
         self._revisions: list[int] = []
         self._moments: list[float] = []
 
     def date(self, revision: int, now: float) -> float:
-        """Return when a write with the resourceVersion ``revision``, or with a higher one, was first observed. ``now``
-        is the present time, at which a watch has delivered the write."""
+        """Return the first time at which a write with the resourceVersion ``revision``, or with a higher
+        resourceVersion, was observed. ``now`` is the present time. The caller has just got the write with ``revision``
+        from a watch."""
         later = bisect.bisect_left(self._revisions, revision)
         if later < len(self._revisions):
             return self._moments[later]

@@ -1,5 +1,5 @@
-"""Define and run a test case: cause the event, measure when the job reaches each milestone, and compare its conditions,
-attempts and Kubernetes events with the design."""
+"""Define and run a test case. A run causes the event, measures when the job reaches each milestone, and compares the
+job's conditions, attempts and Kubernetes events with the expected ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.stage import PATIENCE_SECONDS, Stage
 
 TOLERANCE = 3
-"""A test case fails if a milestone takes longer than this factor times its designed time. The designed times hold for
-an idle machine."""
+"""A test case fails if a milestone takes longer than its designed time times this factor. The factor is needed because
+the designed times are those of an idle machine."""
 EVENTS_SECONDS = 10
 
 
@@ -26,7 +26,8 @@ class Milestone:
     name: str
     bound: float
     when: Callable[[Stage, float], float]
-    """Waits for the state, at most the given number of seconds, and returns the time at which the state was reached."""
+    """A function that gets a stage and a time limit in seconds. It waits for the state, and returns the time at which
+    the state was reached."""
 
 
 def on_job(name: str, bound: float, reached: Callable[[Manifest], Any]) -> Milestone:
@@ -49,14 +50,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A test case: what happens to a job, and all that the job's status and events must then show. It belongs to a row
-    of the operator's verdict table."""
+    """A test case: an event that happens to a job, and the content that the job's status and events must then have. The
+    test case belongs to a row of the operator's verdict table."""
 
     name: str
     script: str
     """Shell script that the job's pods run in place of a trainer; see `scripts.py`."""
     fault: Callable[[Stage], float]
-    """Causes what happens to the job, or waits for it, and returns the time at which it happened."""
+    """Causes the event that happens to the job, or waits for the event, and returns the time of the event."""
     attempts: tuple[tuple[str, str], ...]
     """Verdict and reason of each ended attempt, oldest first. A reason may list alternatives, such as
     ``"PodDeleted|PodVanished"``."""
@@ -67,7 +68,7 @@ class Row:
     """Status and reason that the condition Succeeded must have at the end. None means that the job must still be
     unfinished at the end of the test case."""
     open_attempts: int = 1
-    """Number of attempts that still run at the end of the test case, if the job must still be unfinished then."""
+    """Number of attempts that still run at the end of the test case. It is used only if ``final`` is None."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -76,8 +77,8 @@ class Row:
     """Reasons of the events that must appear in addition to those for the start and end of attempts and for the end of
     the job."""
     repeated_event: str | None = None
-    """Reason of an event that may appear once more than expected, because the message about the missing object can
-    change."""
+    """Reason of an event that may appear once more than expected. This happens when the message about a missing object
+    changes."""
     check: Callable[[Stage, Manifest], None] = lambda stage, job: None
     """A function with further assertions at the end. It gets the job's last manifest."""
 
@@ -128,7 +129,8 @@ def words_of(row: Row, stage: Stage) -> list[str]:
 
 
 def assert_conditions(row: Row, job: Manifest) -> None:
-    """Assert that all conditions fit the expected end of the job, and each other."""
+    """Assert that six conditions have the statuses that follow from the expected end of the job, and that the condition
+    Succeeded has the expected reason."""
     shown = {item["type"]: item["status"] for item in job["status"]["conditions"]}
     status = row.final[0] if row.final else "Unknown"
     expected = {
@@ -147,7 +149,8 @@ def assert_conditions(row: Row, job: Manifest) -> None:
 
 def assert_events(row: Row, stage: Stage) -> None:
     """Assert that there is one event for the start of each attempt, one for each attempt that ended without success,
-    one for the end of the job, those in ``more_events``, and no others."""
+    one for the end of the job, the events in ``more_events``, and no others. Only an event with the reason
+    ``repeated_event`` may appear once more."""
     unsuccessful = [verdict for verdict, _ in row.attempts if verdict != "Succeeded"]
     expected = Counter({"AttemptStarted": started_by(row), "AttemptEnded": len(unsuccessful)})
     expected.update(row.more_events)

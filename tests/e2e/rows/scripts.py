@@ -1,6 +1,6 @@
 """The scripted trainer: an image whose entry point runs the shell script in the environment variable `SCRIPT`. The
-scripts here write the termination messages of the real trainer and end with its exit codes, so that a test case needs
-no model and takes only seconds."""
+scripts in this module write termination messages and end with exit codes as the real trainer does. With them, a test
+case needs no model and takes only seconds."""
 
 from __future__ import annotations
 

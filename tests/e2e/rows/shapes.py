@@ -1,5 +1,5 @@
 """Functions that make the common kinds of test cases: a job whose first attempt fails and whose second attempt
-succeeds, or a job that ends with its first attempt. Other fields of `Row` are keyword arguments."""
+succeeds, or a job that ends with its first attempt. Keyword arguments set any other fields of `Row`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ DONE_THEN = ("Succeeded", "Completed")
 
 
 def charged(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return a test case in which the first attempt is charged, for ``reason``, and the second attempt succeeds."""
+    """Return a test case in which the first attempt ends with the verdict Charged and ``reason``, and the second
+    attempt succeeds."""
     return _retried(name, ("Charged", reason), script, fault, more)
 
 
 def free(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return a test case in which the first attempt is free, for ``reason``, and the second attempt succeeds."""
+    """Return a test case in which the first attempt ends with the verdict Free and ``reason``, and the second attempt
+    succeeds."""
     return _retried(name, ("Free", reason), script, fault, more)
 
 
 def permanent(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return a test case in which the job fails for good with its first attempt, for ``reason``."""
+    """Return a test case in which the job fails with its first attempt, which ends with the verdict Permanent and
+    ``reason``."""
     shape: dict[str, Any] = {
         "attempts": (("Permanent", reason),),
         "final": ("False", reason),

@@ -1,5 +1,5 @@
-"""The namespace and the job of one test case, with methods that change the job and its pods and that wait until they
-have reached a state."""
+"""The namespace and the job of one test case. Methods change the job and its pods, or wait until the job or a pod has
+reached a state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.operator.builders import is_observed
 
 JOB = "row"
 PATIENCE_SECONDS = 90
-"""Seconds for waits that have no designed time, such as the wait until pods have started on a busy machine."""
+"""Time limit, in seconds, of waits without a designed time, such as the wait until pods have started on a busy
+machine."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class Stage:
         )
 
     def pod_gone(self, worker: int, timeout: float = PATIENCE_SECONDS) -> float:
-        """Wait until the worker's pod of attempt 1 is removed from the API server, and return when that was
-        observed."""
+        """Wait until the worker's pod of attempt 1 is removed from the API server, and return the time at which the
+        removal was observed."""
         name = self.pod_name(worker)
         return self.observer.first("pod", self.namespace, name, "its end", lambda seen: seen.deleted, timeout).at
 
     def pod_deleted(self, worker: int, *, attempt: int = 1) -> float:
-        """Wait until the worker's pod has a deletionTimestamp or is removed, and return when that was first
+        """Wait until the worker's pod has a deletionTimestamp or is removed. Return the time at which this was first
         observed."""
         name = self.pod_name(worker, attempt)
         return self.observer.first(
@@ -151,7 +152,7 @@ class Stage:
 
     def ended(self, worker: int, exit_code: int | None = None) -> float:
         """Wait until the training container of the worker's pod in attempt 1 has ended, with ``exit_code`` if that is
-        given. Return when that was observed."""
+        given. Return the time at which the end was observed."""
 
         def reached(pod: Manifest) -> bool:
             end = training_state(pod).get("terminated")

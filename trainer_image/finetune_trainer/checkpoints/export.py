@@ -38,7 +38,8 @@ MERGED_FOLDER = "merged"
 PEFT_PREFIX = "base_model.model."
 """Prefix that peft puts before the names of all modules of the base model."""
 LARGEST_FILE = "5GB"
-"""Largest size of one weights file. `save_torch_state_dict` splits a larger model into several files."""
+"""Largest size of one weights file of a full run's artifact. `save_torch_state_dict` splits a larger model into several
+files. A merged model is split like its base model."""
 
 
 @dataclass(frozen=True)

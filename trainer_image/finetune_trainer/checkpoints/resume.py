@@ -16,7 +16,7 @@ from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.layout import TRAINER_FILE, checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.storage.checkpoint_folders import (
     TrainerState,
     check_readable,
@@ -25,7 +25,6 @@ from finetune_trainer.storage.checkpoint_folders import (
     inventory,
     uncommitted,
 )
-from finetune_trainer.storage.commit import Damaged
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
@@ -82,7 +81,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
 
     An earlier run that is still alive may commit one more checkpoint before the number is taken. The checkpoint to
     resume from is then chosen again, and the new run takes one more number. Raises OutsideFailure where other writers
-    get ahead of all MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
+    interfere with each of MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):

@@ -25,11 +25,11 @@ from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
 from finetune_trainer.decisions.selection import best_first
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import take_snapshot, write_snapshot
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.storage.checkpoint_folders import TrainerState, apply_retention, to_keep
-from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
+from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.step_log import StepRow, write_segment
@@ -44,7 +44,8 @@ POLL_SECONDS = 0.2
 """While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
 have failed, or received SIGTERM."""
 MAX_UPLOAD_TRIES = 3
-"""How many times in all a checkpoint is uploaded, if the bucket does not show the uploaded files afterwards."""
+"""How many times at most a checkpoint is uploaded. It is uploaded again where the bucket does not hold the uploaded
+files afterwards."""
 SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes more than this many seconds, while the next checkpoint waits, is reported as a problem."""
 

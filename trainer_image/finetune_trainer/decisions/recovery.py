@@ -19,7 +19,7 @@ from finetune_trainer.storage.lineage import Rollback
 RATE_FACTOR = 0.3
 MAX_ROLLBACKS = 3
 SKIPPED_STEPS_AFTER_ALARM = 8
-"""How many steps after an alarm about a finite loss or gradient norm a rollback skips too, because bad rows often
+"""How many steps after an alarm a rollback skips too, where the loss and the gradient norm were finite. Bad rows often
 follow each other. PaLM skipped 200 to 500 batches, in a far longer run."""
 DIGITS = ".6g"
 

@@ -1,4 +1,5 @@
-"""Restores the state of all decisions that depend on earlier steps, by replaying the step log from the bucket.
+"""Restores the state of two decisions that depend on earlier steps, the best evaluation and the alarms, by replaying
+the step log from the bucket.
 
 `train.py` calls `replay_decisions` on rank 0 with the rows of the step log, and sends the returned state to all ranks.
 Checkpoints therefore need not hold this state.

@@ -20,8 +20,8 @@ from statistics import median
 from finetune_core.contract import ContractModel
 
 RECENT = 8
-"""Number of newest steps that are compared with the steps before them. A fault raises an alarm only if these steps show
-it."""
+"""Number of newest steps that are compared with the steps before them. A fault raises an alarm only while these steps
+show it."""
 BASELINE = 32
 MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
@@ -33,10 +33,12 @@ for 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
 """A step is a spike if the logarithm of its loss lies above the median of the baseline by more than SPIKE_DEVIATIONS
-standard deviations, and by more than SPIKE_MIN_RISE. DOUBLED describes another way in which a step becomes a spike."""
+standard deviations, and by more than SPIKE_MIN_RISE. DOUBLED describes a second condition. A step that meets it is a
+spike too."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
-"""In a run with noisy batches, a step is also a spike if its loss is more than twice the median loss of the baseline
-(the threshold of llm-foundry), and lies more than DOUBLED_DEVIATIONS standard deviations above the median."""
+"""A step is also a spike if its loss is more than twice the median loss of the baseline (the threshold of llm-foundry),
+and if the logarithm of its loss lies above the median by more than DOUBLED_DEVIATIONS standard deviations. This matters
+in a run with noisy batches, where SPIKE_DEVIATIONS standard deviations would be a higher limit."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
 """For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than
 GRADIENT_DEVIATIONS standard deviations, and by more than GRADIENT_MIN_RISE."""
@@ -45,27 +47,27 @@ GRADIENT_LOSS_DEVIATIONS = 1.5
 than this number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at
 first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""A drift is an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than
-DRIFT_DEVIATIONS standard deviations of a mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST describes another way in
-which a drift shows."""
+"""A drift raises an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than
+DRIFT_DEVIATIONS standard deviations of a mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST describes a second limit. A
+mean above it is a drift too."""
 DRIFT_BEGINS = 2.0
-"""A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
-the median of the baseline."""
+"""A drift is reported to begin at the first recent step whose log-loss lies more than this number of standard
+deviations above the median of the baseline."""
 ABOVE_START = math.log(1.5)
 """How far the log-loss may lie above the median log-loss of the first steps without an alarm: the loss may be 1.5 times
 as large."""
 ABOVE_BEST = math.log(1.5)
 """How far the mean log-loss of the recent steps may lie above the lowest median of any full baseline so far without an
-alarm: the loss may be 1.5 times as large. In noisy runs it may lie DRIFT_DEVIATIONS standard deviations higher, if that
-is more."""
+alarm: the loss may be 1.5 times as large. The limit is DRIFT_DEVIATIONS standard deviations instead where they are more
+than this, as in noisy runs."""
 MIN_DEVIATION = 0.02
 """Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
 smooth run any small change would otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences in
-standard deviations. The largest tenth of the differences is left out. For a normal distribution, the mean size of the
-kept differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less
-noisy than the median absolute deviation."""
+"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences. The
+largest tenth of the differences is left out. The unit of the mean size is the standard deviation of a difference: for a
+normal distribution with density phi the mean size is 2 (phi(0) - phi(1.645)) / 0.9. This estimate is robust enough
+here, and less noisy than the median absolute deviation."""
 START_STEPS = 3
 """Number of the job's first steps. The median of their log-losses is the level that ABOVE_START refers to."""
 
@@ -199,8 +201,8 @@ def _alarm(state: MonitorState) -> Alarm | None:
 
 
 def _above_start(state: MonitorState, recent: Sequence[Observation]) -> Alarm | None:
-    """Return the alarm for a loss far above the losses of the job's first steps, if there is one. In this way a
-    learning rate that is far too high shows before there is a baseline to compare with."""
+    """Return the alarm for a loss far above the losses of the job's first steps, if there is one. So a learning rate
+    that is far too high raises an alarm before there is a baseline to compare with."""
     if len(state.start) < START_STEPS:
         return None
     limit = median(state.start) + ABOVE_START

@@ -49,7 +49,7 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW is used even where the optimizer state lies in CPU memory. DeepSpeed's own CPU optimizer would
-        # be compiled at run time, and its updates differ.
+        # be compiled at run time, and its updates differ from torch's.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }

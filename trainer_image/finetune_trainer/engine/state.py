@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign_parameter, full_shape
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
-from finetune_trainer.storage.commit import Damaged
 
 STATE_KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 

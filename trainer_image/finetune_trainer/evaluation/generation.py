@@ -49,8 +49,9 @@ def generate_answers(
     """Generate the answers to this rank's share of ``prompts`` (token ids). Yield one dictionary per batch, which gives
     the answer's text by the index of its prompt in ``prompts``.
 
-    Every rank yields equally many dictionaries, of which some may be empty. Each batch is a collective. Before a batch
-    begins, StopAgreed is raised if a rank has received SIGTERM.
+    Every rank yields equally many dictionaries, of which some may be empty. Each batch is a collective. StopAgreed is
+    raised before a batch begins and after the last one if a rank has received SIGTERM. So a caller that gets to the end
+    of the dictionaries has got whole answers only.
     """
     own = micro_batches(
         [[row] for row in range(len(prompts))],
@@ -66,6 +67,8 @@ def generate_answers(
             rows = [row for sequence in batch for row in sequence]
             made = _generate(engine, gang, [prompts[row] for row in rows], decoding)
             yield {row: _text(ids, decoding) for row, ids in zip(rows, made, strict=True)}
+        # SIGTERM cuts off the answers of a batch. Without this check, the cut answers of the last batch would count.
+        gang.check_stop()
     finally:
         engine.train()
 
@@ -123,7 +126,7 @@ def _text(ids: Sequence[int], decoding: Decoding) -> str:
 
 class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
     """Ends the generation of a batch once this rank knows that any rank has received SIGTERM. `Gang.check_stop` then
-    raises StopAgreed before the next batch, if there is one."""
+    raises StopAgreed before the next batch, or after the last one."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang

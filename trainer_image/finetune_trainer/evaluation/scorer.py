@@ -50,8 +50,8 @@ class TaskScores:
 
 
 class Scorer:
-    """Scores the model that the ranks hold. Every method is a collective, and raises StopAgreed between two batches if
-    a rank has received SIGTERM."""
+    """Scores the model that the ranks hold. Every method is a collective, and raises StopAgreed between two batches, or
+    after the last batch of answers, if a rank has received SIGTERM."""
 
     def __init__(
         self,

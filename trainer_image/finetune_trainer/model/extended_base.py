@@ -30,8 +30,8 @@ GPT-2."""
 
 
 def initial_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
-    """Return the initial embedding row of an added token, (width,) in fp32. Its values are drawn from a normal
-    distribution with standard deviation ``spread``, as in the model's own initialisation. ``matrix`` names the
+    """Return the initial embedding row of an added token, a tensor of shape (width,) in fp32. Its values are drawn from
+    a normal distribution with standard deviation ``spread``, as in the model's own initialisation. ``matrix`` names the
     embedding: `input` or `output`."""
     digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

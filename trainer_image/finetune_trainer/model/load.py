@@ -81,8 +81,8 @@ def adapts_an_embedding(structure: ModelStructure, targets: Collection[str]) -> 
 def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
     """Load the base model. Raises UserError where its files are not those of a complete causal language model.
 
-    With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks, and the
-    memory of the mapped files is freed in the meantime.
+    With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks. While this
+    happens, the memory of the mapped files is freed again and again.
     """
     try:
         with release_mapped_pages(folder) if sharded else contextlib.nullcontext():

@@ -37,9 +37,9 @@ def read_structure(folder: Path) -> ModelStructure:
     """Return the structure of the model in ``folder``. Raises UserError where the folder holds no causal language
     model.
 
-    Side effect: unsets transformers' DeepSpeed configuration, which shards every new model (ZeRO-3), and which an
-    earlier run in this process may have left set. So call this function before `shard_new_models` sets the
-    configuration for this run's model.
+    Side effect: unsets transformers' DeepSpeed configuration. An earlier run in this process may have left it set, and
+    it would shard every new model (ZeRO-3). So call this function before `shard_new_models` sets the configuration for
+    this run's model.
     """
     unset_hf_deepspeed_config()
     try:

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: which file holds which tensor, whether the files are complete, and the
-index, a file that lists the tensors."""
+"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete, and
+writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What the launcher (PID 1 of a training pod) and its worker processes share: paths and time budgets, the worker plan,
 exceptions, outcome files, heartbeats, signal handlers, and the limits of the container.
 
-Every other room may import this one. So only code that needs neither torch nor the object store belongs here.
+Every other package of the trainer may import this one. So only code that needs neither torch nor the object store
+belongs here.
 """

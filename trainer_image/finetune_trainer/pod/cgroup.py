@@ -20,8 +20,8 @@ def parse_cpu_max(text: str) -> float | None:
 
 
 def parse_oom_kills(text: str) -> int:
-    """Return the value of `oom_kill` in the text of `memory.events` (v2) or `memory.oom_control` (v1), or 0
-    without it."""
+    """Return the value of `oom_kill` in the text of `memory.events` (v2) or `memory.oom_control` (v1), or 0 where the
+    text has no such value."""
     for line in text.splitlines():
         key, _, value = line.partition(" ")
         if key == "oom_kill":
@@ -69,7 +69,7 @@ def threads_per_process(processes: int, *, limit: float | None, cores: int) -> i
     limit, and ``cores`` is the number of CPU cores that the process may run on.
 
     Threads beyond the CPU limit would be throttled by the kernel. The results of CPU computations also depend on the
-    number of threads, so this number must not depend on the size of the node where a limit is set.
+    number of threads. So under a CPU limit, a larger node must not mean more threads.
     """
     available = cores if limit is None else min(cores, limit)
     return max(1, math.floor(available / processes))

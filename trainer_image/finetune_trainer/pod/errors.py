@@ -1,8 +1,8 @@
 """The exceptions that end a run early. Each stands for an outcome of `finetune_core.contract.Outcome`. The message of
 an exception is the sentence that users see in the job's status.
 
-Every room of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a user
-can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
+Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a
+user can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OutOfMemory(Exception):  # noqa: N818
 
 
 class Stopped(Exception):  # noqa: N818
-    """This process was told to stop with SIGTERM (exit code 143). All steps that were finished are in a committed
+    """This process was asked to stop with SIGTERM (exit code 143). All steps that were finished are in a committed
     checkpoint."""
 
 
@@ -42,6 +42,11 @@ class StopAgreed(Exception):  # noqa: N818
 class NewerRun(OutsideFailure):
     """A later run of the same job has taken a higher run number, so this run must not write to the bucket any more
     (exit code 75)."""
+
+
+class Damaged(OutsideFailure):
+    """A folder in the bucket does not hold what was written to it, or its content can't be read (exit code 75). The
+    message names the damaged object."""
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:

@@ -158,8 +158,8 @@ def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: in
 
 
 def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
-    """Return the result of the pod: of its workers' results, the one whose outcome stands first in `PRECEDENCE`. A
-    worker that ended only because of another worker counts only if all did.
+    """Return the result of the pod: of its workers' results, the one whose outcome comes first in `PRECEDENCE`. Workers
+    that ended only because of another worker are left out, unless all workers ended so.
 
     ``out_of_memory`` says whether the kernel killed a process of the pod for lack of memory while the workers ran.
     ``memory_limit`` is the container's limit in bytes.

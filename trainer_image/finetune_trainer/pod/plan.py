@@ -40,8 +40,8 @@ class WorkerPlan(ContractModel):
     config: RunConfig
     inputs: Inputs
     folder: Path
-    """Temporary folder of the attempt, in which the workers write outcome files, heartbeats and snapshots of
-    checkpoints."""
+    """Temporary folder of the attempt, in which the workers write outcome files, heartbeats, tokenised rows, and the
+    files of checkpoints before their upload."""
 
 
 def read_run_file(path: Path) -> RunConfig:

@@ -54,5 +54,5 @@ seconds.
 PEERS_LEAVE_SECONDS = 30.0
 """After a worker failed, the other workers of the pod have this many seconds to exit before the launcher kills them."""
 ALL_LEAVE_SECONDS = 120.0
-"""After a worker succeeded or stopped as told, the other workers of the pod have this many seconds to exit before the
-launcher kills them. The time is long, because these other workers may still be writing files."""
+"""After a worker succeeded or stopped because of SIGTERM, the other workers of the pod have this many seconds to exit
+before the launcher kills them. The time is long, because these other workers may still be writing files."""

@@ -1,5 +1,6 @@
 """`python -m finetune_trainer preflight` checks the object store, the base model and the data of a job in a small pod,
 before the operator requests GPUs. The findings go into the pod's termination message.
 
-Each check is a module of this room, and `entrypoint.py` runs the checks. Nothing in this room imports torch.
+`store_check.py`, `model_check.py` and `row_check.py` check the job, `former_run.py` searches for a run that the job can
+take over, and `entrypoint.py` calls them. Nothing in this package imports torch.
 """

@@ -25,12 +25,14 @@ from typing import Any
 
 MEMORY_BYTES = 512 << 20
 """Largest memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may
-use 1 GiB. The rest is for the parent, for what the child shares with the parent, and for `EXCESS_BYTES`."""
+use 1 GiB. The rest of it is for the memory of the parent and for `EXCESS_BYTES`."""
 EXCESS_BYTES = 192 << 20
-"""Memory in bytes that the child may take beyond its limit until the parent looks at the child's memory again. On a
-busy machine the parent may look late, so the kernel refuses to the child what exceeds this."""
+"""Memory in bytes that the child may take beyond its limit before the parent looks at the child's memory the next time.
+On a busy machine the parent may look late. So the kernel refuses memory beyond the limit plus this excess
+(RLIMIT_DATA)."""
 LOOK_SECONDS = 0.01
-"""Time in seconds between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
+"""Time in seconds between two looks at the memory of the child. The kernel gives a process about a gigabyte in a
+second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MEMORY_REFUSED = 2
 """Exit code of a child to which the kernel has refused memory."""
@@ -53,11 +55,15 @@ def run_confined(
 ) -> ChildEnd:
     """Call ``work`` in a forked child process, and return how the child ended.
 
-    ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
-    killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is
-    raised in this process, such as the end of a time limit. The kernel refuses the child memory from `EXCESS_BYTES`
-    above this limit. A child that ends by that, also by the abort of a library, was too large. No other thread may run
-    in this process, because a forked child has only the calling thread.
+    ``work`` gets a function that sends a JSON value to this process. This process calls ``receive`` with each value.
+    The child is killed when it has added more than ``memory_bytes`` to the memory that it had at the fork. It is also
+    killed when an exception is raised in this process, for example at the end of a time limit.
+
+    The kernel refuses memory to the child from `EXCESS_BYTES` above ``memory_bytes`` on. A child that ends with a
+    MemoryError counts as too large. So does a child that ends by any error, such as the abort of a library, after it
+    has added more than ``memory_bytes``.
+
+    No other thread may run in this process, because a forked child has only the calling thread.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -70,7 +76,8 @@ def run_confined(
     try:
         closed = _receive_all(reader, receive, child, watched)
     finally:
-        # The process id of a child that nobody has waited for is still that of the child, even if the child has ended.
+        # Until this process has waited for the child, the process id still belongs to the child, even if the child has
+        # ended.
         if not closed:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
@@ -90,8 +97,8 @@ class _Watched:
     memory_bytes: int
     """Memory in bytes that the child may add to ``at_the_fork``."""
     at_the_fork: int | None = None
-    """Resident memory in bytes of the child at the fork, once the child has sent it. Pages that the child shares with
-    the parent count in it."""
+    """Resident memory in bytes of the child at the fork, including the pages that the child shares with the parent.
+    None until the child has sent the number."""
 
     def is_too_large(self, resident: int) -> bool:
         """Whether a child with ``resident`` bytes of memory has added more than it may."""
@@ -126,8 +133,8 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memor
 
 
 def _receive_all(reader: int, receive: Callable[[Any], None], child: int, watched: _Watched) -> bool:
-    """Receive values until the child has closed its end, and return True. Return False at once when the child is too
-    large.
+    """Receive values until the child has closed its end of the pipe, and return True. Return False at once when the
+    child is too large.
 
     The first value is not passed on, because it is the memory of the child at the fork.
     """
@@ -159,7 +166,7 @@ def _resident_bytes(process: int) -> int:
 
 
 def _data_bytes() -> int:
-    """Return the address space for data of this process in bytes: what RLIMIT_DATA limits (man 2 setrlimit)."""
+    """Return the size in bytes of this process's address space for data, which RLIMIT_DATA limits (man 2 setrlimit)."""
     status = Path("/proc/self/status").read_text()
     (kibibytes,) = re.findall(r"^VmData:\s*(\d+) kB$", status, re.MULTILINE)
     return int(kibibytes) << 10

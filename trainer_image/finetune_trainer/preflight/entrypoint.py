@@ -40,8 +40,8 @@ class ChecksTimedOut(BaseException):
 
 
 def run(paths: Paths, environment: Mapping[str, str]) -> int:
-    """Run all checks and return the exit code. 0: nothing was found. 64: the job can't run as written. 75: something
-    outside the job is missing. ``environment`` is the pod's environment, which holds the job's uid.
+    """Run all checks and return the exit code. 0: there are no findings. 64: the job can't run as written. 75:
+    something outside the job fails or is missing. ``environment`` is the pod's environment, which holds the job's uid.
 
     An unexpected error ends the process with a traceback and exit code 1, and without a result. The operator then shows
     the failure and starts the preflight pod again.
@@ -64,8 +64,10 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
     """Check the run file, the object store, the base model and the data, in this order.
 
     If the artifact of the job is committed already, or that of a former job with the same training, check only the run
-    file, and that the object store can be read. ``uid`` is the job's uid. Former jobs are looked for where the uid is
-    the name of the job's folder, because a folder with another name was chosen by a person (`storage.runId`).
+    file, and that the object store can be read. ``uid`` is the job's uid.
+
+    Former jobs are looked for only if the job's folder is named after the uid, and holds no run and no artifact yet. A
+    person chose a folder with another name (`storage.runId`), so the job keeps that folder.
     """
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
     root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
@@ -97,7 +99,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
 def _run_confined(findings: Findings, checks: Callable[[Findings], None]) -> None:
     """Run ``checks`` in a child process whose memory is limited, and add what they find to ``findings``.
 
-    Raises RuntimeError if the checks fail by an unexpected error.
+    Raises RuntimeError if the checks end with an unexpected error.
     """
     end = run_confined(lambda send: checks(Findings(send)), findings.receive)
     if end is ChildEnd.TOO_LARGE:
@@ -196,7 +198,7 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
 
 
 def _peak_memory() -> str:
-    """Return the largest resident memory of this process and of the child that ran checks, for example `212 MiB`. The
-    figure serves to choose the memory limit of the preflight pod."""
+    """Return the peak resident memory of this process plus that of the child that ran checks, for example `212 MiB`.
+    The figure helps to choose the memory limit of the preflight pod."""
     own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return f"{own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10} MiB"

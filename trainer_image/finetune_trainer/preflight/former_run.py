@@ -8,8 +8,7 @@ a record that is malformed or too long, or with a damaged artifact, is left alon
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,22 +29,22 @@ from finetune_core.layout import (
     Location,
     artifact_folder,
     evaluation_key,
-    run_key,
 )
 from finetune_core.requirements import judge
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import committed
 from finetune_trainer.storage.client import ListedObject
-from finetune_trainer.storage.commit import Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.commit import check_sizes, read_manifest
 from finetune_trainer.storage.evaluation_file import EvaluationFile
-from finetune_trainer.storage.lineage import RunRecord, lineage
+from finetune_trainer.storage.lineage import RunRecord, lineage, listed_records, read_records
 from finetune_trainer.storage.root import RunRoot
 
 MOST_FOLDERS = 1000
 """Largest number of folders of former jobs that are looked into: the first ones in the order of their names."""
 MOST_RECORDS = 2000
 """Largest number of run records in the folder of a former job. A folder with more records is left alone."""
-OBJECT_BYTES = 256 * 1024
-"""Largest size in bytes of a run record or of `ARTIFACT` that is read."""
+POINTER_BYTES = 256 * 1024
+"""Largest size in bytes of `ARTIFACT` that is read."""
 MANIFEST_BYTES = 16 * 1024 * 1024
 """Largest size in bytes of a manifest that is read. A manifest has about 150 bytes for each file of the artifact."""
 EVALUATION_BYTES = 64 * 1024 * 1024
@@ -64,7 +63,8 @@ class OwnFolder:
 
 @dataclass(frozen=True)
 class FormerFolder:
-    """The folder of a former job that has been trained with the same settings."""
+    """The folder of a former job whose settings are those of the checked job. All of its runs have the same
+    training."""
 
     training: TrainingRecord
     """What all runs in the folder trained."""
@@ -75,9 +75,9 @@ class FormerFolder:
 
 def own_folder(root: RunRoot) -> OwnFolder:
     """Return what the job's own folder of runs holds. Raises Damaged where the artifact is not what was committed."""
-    entries = _record_entries(root)
+    entries = listed_records(root)
     try:
-        records = _read_records(root, sorted(entries))
+        records = read_records(root, list(entries))
     except Damaged:
         # Records are not needed for an artifact. Without an artifact, the start of the run says what is wrong.
         records = {}
@@ -85,11 +85,11 @@ def own_folder(root: RunRoot) -> OwnFolder:
 
 
 def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
-    """Return the folders of former jobs beside ``root`` in which all runs trained with the settings that
-    ``settings_sha256`` is the digest of, and which hold an artifact or a checkpoint.
+    """Return the folders of former jobs beside ``root`` that hold an artifact or a checkpoint. All runs of such a
+    folder trained with the settings whose digest is ``settings_sha256``.
 
-    A folder with an artifact comes before all folders without one, and a newer folder before an older one. Raises
-    OutsideFailure if the store can't be read.
+    Folders with an artifact come first. Among them, and among the other folders, a newer folder comes before an older
+    one. Raises OutsideFailure if the store can't be read.
     """
     parent, _, own = root.location.prefix.rpartition("/")
     names = root.store.list_folders(root.location.bucket, f"{parent}/", MOST_FOLDERS)
@@ -125,17 +125,18 @@ def _is_run_id(name: str) -> bool:
 
 
 def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
-    """Return what ``root`` holds if all of its runs trained the same, with the settings of the digest; else None."""
-    entries = _record_entries(root)
+    """Return what the folder ``root`` holds. Return None if it holds no artifact and no checkpoint, if its runs do not
+    all have the same training, or if their settings have another digest than ``settings_sha256``."""
+    entries = listed_records(root)
     if not 0 < len(entries) <= MOST_RECORDS:
         return None
-    runs = sorted(entries)
+    runs = list(entries)
     try:
         # The newest record alone is mostly enough to see that a folder does not fit.
-        newest = _read_records(root, runs[-1:])[runs[-1]].training
+        newest = read_records(root, runs[-1:])[runs[-1]].training
         if newest is None or newest.settings_sha256 != settings_sha256:
             return None
-        records = _read_records(root, runs)
+        records = read_records(root, runs)
         if any(record.training != newest for record in records.values()):
             return None
         found = _found(root, records, entries)
@@ -145,26 +146,6 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
         return None
     newest_time = max(entry.modified for entry in entries.values())
     return FormerFolder(training=newest, found=found, newest=newest_time)
-
-
-def _record_entries(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listed run records of a folder by run number."""
-    matches = ((re.fullmatch(r"runs/(\d{6})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
-    return {int(match[1]): entry for match, entry in matches if match}
-
-
-def _read_records(root: RunRoot, runs: Sequence[int]) -> dict[int, RunRecord]:
-    """Return the records of ``runs`` by run number. Raises Damaged if one is gone, too long or malformed."""
-    records = {}
-    for run in runs:
-        data = root.read_at_most(run_key(run), OBJECT_BYTES)
-        if data is None:
-            raise Damaged(f"{run_key(run)} is gone or has more than {OBJECT_BYTES} bytes")
-        try:
-            records[run] = RunRecord.model_validate_json(data)
-        except ValidationError as error:
-            raise Damaged(f"{run_key(run)} is no run record") from error
-    return records
 
 
 def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]) -> FoundRun | None:
@@ -182,7 +163,7 @@ def _artifact_or_checkpoint(
     uid = records[max(records)].uid if records else ""
     run_id = root.location.prefix.rpartition("/")[2]
     began = min((entry.modified for entry in entries.values()), default=None)
-    data = root.read_at_most(ARTIFACT_POINTER, OBJECT_BYTES)
+    data = root.read_at_most(ARTIFACT_POINTER, POINTER_BYTES)
     if data is not None:
         pointer = ArtifactPointer.model_validate_json(data)
         if pointer.folder != artifact_folder(pointer.run):
@@ -209,7 +190,8 @@ def _artifact_or_checkpoint(
             time=(began or listed[0].modified).replace(microsecond=0),
             step=pointer.step,
             artifact=artifact,
-            # Scores that are too long to be read here are left out. The folder of the artifact still holds them.
+            # Scores that are too long to be read here are left out. The object `evaluation/<run>.json` still holds
+            # them.
             evaluation=EvaluationFile.model_validate_json(scores).evaluation.rounded() if scores is not None else None,
         )
     checkpoints = lineage(records, committed(root))

@@ -47,7 +47,7 @@ def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) ->
     """Check the headers of the weight files. Then copy the small files into ``folder``, and load configuration and
     tokenizer from there.
 
-    Raises UserError that names the file in question.
+    Raises a UserError that names the file at fault.
     """
     check_weights(files)
     folder.mkdir()
@@ -118,7 +118,7 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
 
 
 def _header_text(files: ModelFiles, name: str) -> bytes:
-    """Return the header of a safetensors file as the JSON text that stands in the file."""
+    """Return the header of a safetensors file as JSON text. The text is not parsed yet."""
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
     if piece.startswith(LFS_POINTER):

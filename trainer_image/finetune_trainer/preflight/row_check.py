@@ -29,10 +29,10 @@ HEAD_ROWS = 1000
 """Largest number of rows of a data file that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
 """Largest number of bytes that are read of a text file in the object store. What was read of a longer file is cut off
-behind its last whole row."""
+after its last whole row."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
-"""Largest number of bytes of content in the rows that are turned into examples. It is limited too, because a compressed
-file may hold much content in few bytes."""
+"""Largest number of bytes of content in the rows that are turned into examples. The content is limited too, because a
+compressed file may hold much content in few bytes."""
 LARGEST_HEAD_EXPANSION = 100
 """A data source is refused if its first rows hold at least HEAD_CONTENT_BYTES, and more than this many times the bytes
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the

@@ -56,8 +56,8 @@ NONCE_VARIABLE = "RENDEZVOUS_NONCE"
 """Environment variable with a text that is different for every attempt. All keys of the attempt in the rendezvous store
 begin with a prefix that contains the text."""
 FOREIGN_KEYS_BEATS = 10
-"""Number of heartbeats between two searches of rank 0 for foreign keys in the rendezvous store, which no rank of the
-attempt has set. After the first find rank 0 does not search again."""
+"""Rank 0 searches the rendezvous store for foreign keys once in this many heartbeats. Foreign keys are keys that no
+rank of the attempt has set. After rank 0 has found some, it does not search again."""
 STOP_KEY, STALLED_KEY = "stop", "stalled"
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
@@ -204,8 +204,8 @@ class Gang:
 
         An error of rank 0 is raised on every rank. The other ranks raise the same class if `SHARED_ERRORS` names it or
         it is UserError, else PeerLost. The other ranks wait at the rendezvous store for a bounded time, and raise
-        PeerLost when rank 0 is gone. With ``until_stop`` every rank abandons the work and raises StopAgreed once any
-        rank has received SIGTERM.
+        PeerLost when rank 0 is gone. With ``until_stop`` rank 0 abandons the work once any rank has received SIGTERM,
+        and every rank raises StopAgreed.
         """
         with self._allow_long_work():
             return self._run_on_rank_0(work, until_stop)
@@ -228,7 +228,7 @@ class Gang:
 
         Where the work of a rank fails, every rank raises an error, as in `run_on_rank_0`. Rank 0 collects the results,
         and raises PeerLost when the heartbeat of another rank stops; the other ranks raise PeerLost when rank 0 is
-        gone. ``until_stop`` is as in `run_on_rank_0`.
+        gone. With ``until_stop`` every rank abandons its work and raises StopAgreed once any rank has received SIGTERM.
         """
         with self._allow_long_work():
             return self._gather(work, until_stop)
@@ -258,16 +258,16 @@ class Gang:
     def run_on_all_ranks(self, work: Callable[[], T], *, until_stop: bool = False) -> T:
         """Let every rank call its own ``work``, wait until all ranks are done, and return this rank's own result.
 
-        An error of one rank is raised on every rank, as soon as rank 0 knows of the error. ``until_stop`` is as in
-        `run_on_rank_0`.
+        An error of one rank is raised on every rank. The rank itself raises it at once. The other ranks raise it once
+        rank 0 has the answers of all ranks, or at once if rank 0 itself fails. ``until_stop`` is as in `gather`.
         """
         results: list[T] = []
         self.gather(lambda: results.append(work()), until_stop=until_stop)
         return results[0]
 
     def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
-        """Let the watchdog wait WORK_SECONDS longer before it ends the process during the block, because calls to the
-        object store and loading have their own time limits."""
+        """Inside the block, let the watchdog wait WORK_SECONDS longer before it ends the process. Calls to the object
+        store and loading have their own time limits."""
         return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:

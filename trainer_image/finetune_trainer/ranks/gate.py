@@ -19,14 +19,11 @@ import hmac
 import secrets
 import socket
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+from finetune_trainer.ranks.forwarding import Forwarder, RefusedError, Streams, Target, is_power_of_two, served
 
 LOOPBACK = "127.0.0.1"
 GREETING = b"finetune-rendezvous-1\n"
@@ -35,17 +32,10 @@ PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
 """How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
-"""Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
-that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
-however many connections they open."""
-RETRY_SECONDS = 0.2
-"""Pause in seconds between two tries to connect to the rendezvous store or the gate, which may not listen yet."""
-LAST_BYTES_SECONDS = 2.0
-"""How many seconds the last bytes of the workers may still be forwarded after the workers have ended."""
-PIECE_BYTES = 64 * 1024
+"""Largest number of connections that are in the handshake at the same time. One more connection ends a handshake: the
+oldest one of the address that has the most handshakes. So clients that connect and send nothing can't keep the pods of
+the attempt away, however many connections they open."""
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Handshake = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Key = Callable[[], bytes]
 """A function that returns the key of the attempt. The function is called for every handshake, because the kubelet may
 replace the files from which the key is made."""
@@ -77,49 +67,46 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
             reserved = stack.enter_context(_bound_socket())
             local = Rendezvous(LOOPBACK, reserved.getsockname()[1])
             gate = Gate(key, local)
-            stack.enter_context(_served(lambda: asyncio.start_server(gate.serve, None, port, backlog=1024), port))
+            stack.enter_context(served(gate, lambda call: asyncio.start_server(call, None, port, backlog=1024), port))
         else:
             relay = Relay(key, address, port)
             listener = socket.create_server((LOOPBACK, 0))
             local = Rendezvous(LOOPBACK, listener.getsockname()[1])
-            stack.enter_context(_served(lambda: asyncio.start_server(relay.serve, sock=listener), local.port))
+            stack.enter_context(served(relay, lambda call: asyncio.start_server(call, sock=listener), local.port))
         yield local
 
 
-class Gate:
+class Gate(Forwarder):
     """Serves the connections of other pods in the pod of rank 0, and lets them pass to the store after a handshake."""
 
     def __init__(self, key: Key, store: Rendezvous) -> None:
         """Let a connection pass to ``store`` if its other end knows ``key``."""
+        super().__init__()
         self._key = key
-        self._store = _Target(store.address, store.port)
+        self._store = Target(store.address, store.port)
         self._handshakes: dict[asyncio.Task[None], str] = {}
-        """The other end's address of each handshake. The oldest handshake comes first."""
+        """Address of the other end, by handshake. The oldest handshake comes first."""
         self._refused = 0
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection until either end closes it."""
-        with _closing(writer):
-            handshake = asyncio.ensure_future(self._handshake(reader, writer))
-            self._handshakes[handshake] = _address(writer)
-            if len(self._handshakes) > MOST_HANDSHAKES:
-                self._end_one()
-            try:
-                await asyncio.wait([handshake])
-            finally:
-                handshake.cancel()
-                self._handshakes.pop(handshake, None)
-            # A connection passes only where the handshake has ended without any error, whatever the error's text is.
-            error = RefusedError("it was the oldest of too many") if handshake.cancelled() else handshake.exception()
-            if error is not None:
-                self._log_refusal(writer, str(error) or type(error).__name__)
-                return
-            store = await self._store.connect()
-            if store is not None:
-                await _forward(reader, writer, store)
+    async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
+        handshake = asyncio.ensure_future(self._handshake(reader, writer))
+        self._handshakes[handshake] = _address(writer)
+        if len(self._handshakes) > MOST_HANDSHAKES:
+            self._end_one()
+        try:
+            await asyncio.wait([handshake])
+        finally:
+            handshake.cancel()
+            self._handshakes.pop(handshake, None)
+        # A connection passes only where the handshake has ended without any error, whatever the error's text is.
+        error = RefusedError("it was the oldest of too many") if handshake.cancelled() else handshake.exception()
+        if error is not None:
+            self._log_refusal(writer, str(error) or type(error).__name__)
+            return None
+        return await self._store.connect()
 
     def _end_one(self) -> None:
-        """End the oldest handshake of the address that has the most."""
+        """End a handshake: the oldest one of the address that has the most handshakes."""
         ((address, _),) = Counter(self._handshakes.values()).most_common(1)
         oldest = next(task for task, other in self._handshakes.items() if other == address)
         del self._handshakes[oldest]
@@ -127,7 +114,7 @@ class Gate:
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows it too."""
-        key = self._key()
+        key = _read(self._key)
         with _refusing():
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 mine = secrets.token_bytes(CHALLENGE_BYTES)
@@ -144,7 +131,7 @@ class Gate:
         """Count one more refused connection, and print a line about it if it is the first, second, fourth, eighth and
         so on. Many refusals then print only a few lines."""
         self._refused += 1
-        if self._refused & (self._refused - 1) == 0:
+        if is_power_of_two(self._refused):
             print(
                 f"refused a foreign connection to the rendezvous port from {_address(writer)}:"
                 f" {problem} ({self._refused} refused so far)",
@@ -153,29 +140,27 @@ class Gate:
             )
 
 
-class Relay:
+class Relay(Forwarder):
     """Serves the connections of this pod's workers, and connects each with the gate in the pod of rank 0."""
 
     def __init__(self, key: Key, address: str, port: int) -> None:
         """Connect to the gate at ``address`` and ``port``, and prove there that this end knows ``key``."""
+        super().__init__()
         self._key = key
-        self._gate = _Target(address, port, self._handshake)
+        self._gate = Target(address, port, self._handshake)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection of a worker until either end closes it."""
-        with _closing(writer):
-            gate = await self._gate.connect()
-            if gate is not None:
-                await _forward(reader, writer, gate)
+    async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
+        return await self._gate.connect()
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        key = _read(self._key)
         with _refusing():
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 greeting = await reader.readexactly(len(GREETING))
                 theirs = await reader.readexactly(CHALLENGE_BYTES)
                 if greeting != GREETING:
                     raise RefusedError("the other end is no gate of an attempt")
-                mine, key = secrets.token_bytes(CHALLENGE_BYTES), self._key()
+                mine = secrets.token_bytes(CHALLENGE_BYTES)
                 writer.write(mine + _proof(key, b"client", theirs, mine))
                 await writer.drain()
                 proof = await reader.readexactly(PROOF_BYTES)
@@ -188,56 +173,19 @@ def _address(writer: asyncio.StreamWriter) -> str:
     return str(peer[0]) if peer else "an unknown address"
 
 
-class RefusedError(Exception):
-    """The other end of a connection did not prove that it belongs to the attempt."""
-
-
-class _Target:
-    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens there
-    may still be starting."""
-
-    def __init__(
-        self,
-        address: str,
-        port: int,
-        handshake: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None,
-    ) -> None:
-        self._address, self._port, self._handshake = address, port, handshake
-        self._reached = False
-
-    async def connect(self) -> Streams | None:
-        """Return a connection. Return None where the port was reached before and can't be reached any more, or was not
-        reached for PEER_WAIT_SECONDS."""
-        deadline = time.monotonic() + PEER_WAIT_SECONDS
-        told = False
-        while True:
-            try:
-                streams = await asyncio.open_connection(self._address, self._port)
-            except OSError:
-                if self._reached:
-                    return None
-            else:
-                try:
-                    if self._handshake is not None:
-                        await self._handshake(*streams)
-                except RefusedError as error:
-                    streams[1].close()
-                    if not told:
-                        print(f"no connection to rank 0 yet: {error}", file=sys.stderr, flush=True)
-                    told = True
-                else:
-                    self._reached = True
-                    return streams
-            if time.monotonic() > deadline:
-                return None
-            # Nothing tells when a program begins to listen, so the port is tried again after a pause.
-            await asyncio.sleep(RETRY_SECONDS)
-
-
 def _proof(key: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
     """Return the proof that an end with ``role`` (`client` or `server`) knows ``key``. The proof includes the random
     challenges of both ends, ``first`` and ``second``, so it is valid for one connection only."""
     return hmac.digest(key, GREETING + role + first + second, "sha256")
+
+
+def _read(key: Key) -> bytes:
+    """Return what ``key`` returns. Raises RefusedError where the files that the key is made from can't be read, for
+    example while the kubelet replaces them."""
+    try:
+        return key()
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"this pod can't read the key of the attempt: {error}") from error
 
 
 @contextlib.contextmanager
@@ -251,80 +199,8 @@ def _refusing() -> Iterator[None]:
         raise RefusedError("it left before it proved anything") from error
 
 
-@contextlib.contextmanager
-def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
-    """Close the connection at the end of the block. A connection that the other end has broken is no error."""
-    try:
-        with contextlib.suppress(OSError):
-            yield
-    finally:
-        writer.close()
-
-
-async def _forward(near_reader: asyncio.StreamReader, near: asyncio.StreamWriter, far_end: Streams) -> None:
-    """Forward bytes in both directions until one end closes its connection, then close the other one."""
-
-    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        while piece := await source.read(PIECE_BYTES):
-            sink.write(piece)
-            await sink.drain()
-
-    far_reader, far = far_end
-    with _closing(far):
-        copies = [asyncio.ensure_future(copy(near_reader, far)), asyncio.ensure_future(copy(far_reader, near))]
-        try:
-            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in copies:
-                task.cancel()
-            # A broken connection is a usual end of forwarding, so the errors of both directions are dropped.
-            await asyncio.gather(*copies, return_exceptions=True)
-
-
 def _bound_socket() -> socket.socket:
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((LOOPBACK, 0))
     return bound
-
-
-@contextlib.contextmanager
-def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterator[None]:
-    """Inside the block, run the server that ``start`` starts, in a thread of its own. Raises OutsideFailure, which
-    names ``port``, where the server can't listen."""
-    loop = asyncio.new_event_loop()
-    started = threading.Event()
-    stopping = asyncio.Event()
-    failed: list[OSError] = []
-
-    async def serve() -> None:
-        try:
-            server = await start()
-        except OSError as error:
-            failed.append(error)
-            return
-        finally:
-            started.set()
-        await stopping.wait()
-        server.close()
-        # The workers have ended, so the connections of the workers end by themselves once the last bytes are forwarded.
-        if connections := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(connections, timeout=LAST_BYTES_SECONDS)
-
-    def run() -> None:
-        with contextlib.closing(loop):
-            loop.run_until_complete(serve())
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
-
-    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-    thread.start()
-    started.wait()
-    if failed:
-        raise OutsideFailure(f"port {port}, at which the ranks meet, can't be opened: {failed[0].strerror}")
-    try:
-        yield
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(HANDSHAKE_SECONDS)

@@ -23,7 +23,7 @@ def out_of_memory_message(error: BaseException, status: WorkerStatus, config: Ru
     """Return the sentence for lack of memory: the phase and step, how much memory was requested, and which field to
     change.
 
-    ``error`` is what torch or NumPy raised; its message holds the requested amount.
+    ``error`` is what torch or NumPy raised; its message usually holds the requested amount.
     """
     text = str(error)
     asked = re.search(r"(?:tried to allocate|Unable to allocate) ([0-9.]+ ?(?:[KMGT]i?B|bytes)?)", text, re.IGNORECASE)

@@ -55,7 +55,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 def peer_lost(error: BaseException) -> PeerLost:
-    """Return the PeerLost that stands for ``error`` of torch."""
+    """Return the PeerLost to raise in place of torch's ``error``."""
     return PeerLost(f"another rank left: {torch_message(error)}")
 
 
@@ -78,8 +78,8 @@ def unpack_answer(answer: Mapping[str, Any]) -> Any:
 
 
 def _error_name(error: Exception) -> str:
-    """Return the name of the most specific class of ``error`` that another rank can raise, or else the name of its own
-    class."""
+    """Return the name of the most specific class of ``error`` that another rank can raise. If there is none, return the
+    name of the error's own class."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
 

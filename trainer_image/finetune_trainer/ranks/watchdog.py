@@ -77,8 +77,8 @@ class Watchdog:
     def end_process(self, message: str, *, caused_by_peer: bool) -> None:
         """Write stack traces and the outcome, then end the process. Never returns.
 
-        With ``caused_by_peer`` another rank stalls, and that rank has told all ranks. Otherwise the other ranks are
-        told here.
+        With ``caused_by_peer`` another rank stalls, and that rank has informed all ranks. Otherwise this function
+        informs the other ranks.
         """
         self.claim_end()
         print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)

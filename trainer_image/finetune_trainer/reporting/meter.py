@@ -55,8 +55,8 @@ class Stopwatch:
 
 
 def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[int, int]:
-    """Return the memory in use and its peak so far, in bytes: of the GPU, or the resident memory of this process on a
-    CPU."""
+    """Return the memory in use and its peak so far, in bytes: what torch has allocated on the GPU, or the resident
+    memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     now = int((proc / "statm").read_text().split()[1]) * PAGE_BYTES

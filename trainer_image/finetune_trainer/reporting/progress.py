@@ -131,8 +131,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # The row is added to the pending rows even if an earlier run wrote it already, because the row of a run
-            # that was stopped during this evaluation has no scores.
+            # The row is added to the pending rows even if an earlier run has written it already. SIGTERM stopped that
+            # run during this evaluation, so its row has no scores.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
@@ -168,8 +168,8 @@ class Progress:
         checkpoints: Sequence[CheckpointRecord],
         best: CheckpointRecord | None,
     ) -> None:
-        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` is the
-        best checkpoint. Each is None where there is none."""
+        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, or None if there is
+        none. ``best`` is the best checkpoint, or None if none was scored."""
         self._checkpoints = list(checkpoints)[-MAX_CHECKPOINTS:]
         self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
         if record is not None:
@@ -178,7 +178,8 @@ class Progress:
 
     def checkpointing(self, *, age: float, problem: str) -> None:
         """Note the age in seconds of the newest committed checkpoint, and what is wrong with saving: a sentence, or an
-        empty text. Write a log line where the problem has changed."""
+        empty text. Write a log line where the sentence has changed before its first colon. What follows the colon may
+        change with every try."""
         if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
             log_line(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem

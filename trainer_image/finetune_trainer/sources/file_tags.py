@@ -1,5 +1,5 @@
-"""Tags of local files: texts that differ where the contents of two files differ. `identities.py` and `model_files.py`
-use them for files on a volume."""
+"""Tags of local files: texts that differ where the contents of two files differ. Of large files only parts are read.
+`identities.py` and `model_files.py` use the tags for files on a volume."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ WHOLE_BYTES = 64 * 1024 * 1024
 """Largest file in bytes whose tag is the sha256 of all its bytes."""
 PIECES = 16
 PIECE_BYTES = 256 * 1024
-"""Of a larger file, such as weights, this many pieces of this size are read, from its first byte to its last, because
-the preflight check has no time to read hundreds of gigabytes."""
+"""PIECES pieces of PIECE_BYTES bytes are read of a larger file, such as weights, at even distances from its first byte
+to its last. The preflight check has no time to read hundreds of gigabytes."""
 
 
 def file_tag(path: Path) -> str:

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 DATA_CARD = "README.md"
 PREFERRED_SUFFIXES = (".parquet", ".jsonl", ".csv")
-"""Suffixes of data formats, the preferred format first. If a repository holds files in several formats, only those of
-the first format are read.
-"""
+"""Suffixes of data formats, the preferred format first. If a repository holds files in several formats, only the files
+in the preferred one are read."""
 
 
 def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Path:
@@ -136,7 +135,7 @@ def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
     for config in configs if isinstance(configs, list) else []:
         files = config.get("data_files") if isinstance(config, dict) else None
         # If `data_files` names no splits and is a pattern or a list of patterns, its files belong to the split `train`.
-        # Otherwise each item of the list names its split.
+        # Otherwise each of its items names a split.
         items = files if isinstance(files, list) else [files] if files else []
         splits: dict[str, list[str]] = {}
         for item in items:
@@ -185,8 +184,8 @@ def split_files(
 
 
 def _names_split(file: str, split: str) -> bool:
-    """Return whether the file's name or its folder's name contains the split's name as a word. For the split `train`,
-    the file `main/train-00000-of-00001.parquet` does."""
+    """Return whether the file's name or its folder's name contains the split's name as a word. For example,
+    `main/train-00000-of-00001.parquet` belongs to the split `train`."""
     parts = PurePosixPath(file).parts[-2:]
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 

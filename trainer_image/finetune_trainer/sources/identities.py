@@ -1,10 +1,10 @@
 """Identities of the base model and of the data: texts that differ where the files differ. Two runs with equal
 identities read the same content. Of large files on a volume only parts are compared.
 
-The launcher takes the identities when an attempt starts, and the run record in the bucket keeps them. The preflight
-check of a job whose status is lost takes the identities again, and compares them with those in the run records. The
-object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id), so of their files only the data
-cards on the hub are downloaded.
+The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them.
+The preflight check of a job whose status is lost determines the identities again, and compares them with those in the
+run records. The object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id), so of their
+files only the data cards on the hub are downloaded.
 """
 
 from __future__ import annotations

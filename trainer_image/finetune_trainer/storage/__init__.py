@@ -2,6 +2,5 @@
 scores and the artifact. Includes the client of the object store, which retries requests. `finetune_core.layout` defines
 the keys.
 
-Code that decides when to write belongs into other rooms, for checkpoints into `checkpoints/`. Nothing here imports
-torch.
+Code that decides when to write belongs elsewhere, for checkpoints in `checkpoints/`. Nothing here imports torch.
 """

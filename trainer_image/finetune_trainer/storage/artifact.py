@@ -11,7 +11,8 @@ from pathlib import Path
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
-from finetune_trainer.storage.commit import Damaged, commit_folder, read_manifest, upload_files
+from finetune_trainer.pod.errors import Damaged
+from finetune_trainer.storage.commit import commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.evaluation_file import read_evaluation
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot

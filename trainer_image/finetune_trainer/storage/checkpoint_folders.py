@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from finetune_core.contract import CheckpointRecord, ContractModel
 from finetune_core.layout import COMMIT, TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.client import ListedObject
-from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, check_sizes, read_manifest
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
 
@@ -135,8 +136,9 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     """Return a record of each committed checkpoint, ordered by run and step. A damaged checkpoint has the reason in its
     record.
 
-    ``damaged`` gives the reason for folders that are already known to be damaged. In other folders only COMMIT, the
-    manifest, the file sizes and `trainer.json` are checked, because no other file is read.
+    ``damaged`` gives the reason for folders that are already known to be damaged. For the other folders, COMMIT, the
+    manifest and `trainer.json` are read, and the sizes of all files are compared with the manifest. No other file is
+    read.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):

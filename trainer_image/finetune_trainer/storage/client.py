@@ -108,8 +108,9 @@ class Store:
         """Prepare access to ``endpoint``, for example `http://minio.minio.svc:9000`. No request is sent.
 
         ``credentials`` is the folder of a mounted Secret. If it is None, the pod's own identity is used. ``ca_file``
-        holds the CA certificates for the endpoint. If it is None, the image's own certificates are used. ``wait`` is
-        called before a failed request is repeated, and must wait the given number of seconds.
+        holds the CA certificates for the endpoint. If it is None, the file that SSL_CERT_FILE names is used, or else
+        the certificates of the package certifi. ``wait`` is called before a failed request is repeated, and must wait
+        the given number of seconds.
         """
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
@@ -224,7 +225,7 @@ class Store:
         return self._retried(folders, bucket)
 
     def stat(self, bucket: str, key: str) -> ListedObject | None:
-        """Return the entry of one object, or None if the object does not exist."""
+        """Return the entry of one object, as a listing would show it. Return None if the object does not exist."""
         return self._retried(lambda: _listed(self._client.stat_object(bucket, key)), bucket, missing=None)
 
     def write(self, bucket: str, key: str, data: bytes) -> None:
@@ -315,8 +316,9 @@ class Store:
 
     @contextlib.contextmanager
     def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object and yield the response, to read ``length`` bytes from ``offset`` on (0 means to the end). At
-        the end of the `with` block the connection returns to the pool, also after an error."""
+        """Open an object and yield the response, from which ``length`` bytes can be read from ``offset`` on. A
+        ``length`` of 0 means all bytes to the end. At the end of the `with` block the connection returns to the pool,
+        also after an error."""
         response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response

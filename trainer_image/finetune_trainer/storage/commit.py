@@ -16,17 +16,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, digest
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import Damaged, NewerRun
 from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
 
 PARALLEL_TRANSFERS = 4
-
-
-class Damaged(OutsideFailure):
-    """A folder in the bucket does not hold what was written to it, or its content can't be read. The message names the
-    damaged object."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:

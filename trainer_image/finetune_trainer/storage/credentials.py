@@ -22,7 +22,7 @@ from finetune_core.contract.pod import (
 IDENTITY_SECONDS = 10.0
 
 
-class NoCredentials(Exception):  # noqa: N818  (a state that may pass, as a Secret is replaced)
+class NoCredentials(Exception):  # noqa: N818  (a state that may pass, for example while a Secret is replaced)
     """There is no access key at the moment. The message names the place that should give one."""
 
 

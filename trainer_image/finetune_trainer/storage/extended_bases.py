@@ -1,5 +1,6 @@
-"""Base models with embedding rows for added tokens, in `<storage.uri>/_bases/<digest>/` of the bucket. LoRA artifacts
-refer to such a folder. All jobs that add the same tokens to the same base model in the same way share one folder.
+"""Extended base models, in `<storage.uri>/_bases/<digest>/` of the bucket: base models with embedding rows for added
+tokens, or with an untied output head. LoRA artifacts refer to such a folder. All jobs with the same extended base model
+share one folder.
 
 The digest is the sha256 of the manifest, so equal content has an equal folder name. `finish.py` calls `publish_base`.
 """
@@ -10,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.client import digest_of_file
-from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, upload_files
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, upload_files
 from finetune_trainer.storage.root import RunRoot
 
 

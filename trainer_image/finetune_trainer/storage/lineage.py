@@ -9,17 +9,21 @@ highest step, because that one may belong to a branch that was left, after a rol
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from finetune_core.contract import ContractModel
 from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_core.layout import run_key
-from finetune_trainer.pod.errors import NewerRun
+from finetune_trainer.pod.errors import Damaged, NewerRun
+from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.root import RunRoot
+
+RECORD_BYTES = 256 * 1024
+"""Largest size in bytes of a run record that is read."""
 
 
 class CheckpointId(NamedTuple):
@@ -95,19 +99,28 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
     return found
 
 
-def run_numbers(root: RunRoot) -> list[int]:
-    """Return the run numbers that the job's runs have taken so far, in ascending order."""
-    matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.list_objects("runs/"))
-    return sorted(int(match[1]) for match in matches if match)
+def listed_records(root: RunRoot) -> dict[int, ListedObject]:
+    """Return the listed run records of a folder by run number, in ascending order. The run numbers are those that the
+    folder's runs have taken so far."""
+    matches = ((re.fullmatch(r"runs/([0-9]{6,18})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
+    found = {int(match[1]): entry for match, entry in matches if match}
+    return {run: found[run] for run in sorted(found) if found[run].key == run_key(run)}
 
 
-def read_records(root: RunRoot) -> dict[int, RunRecord]:
-    """Return the records of all runs, by run number."""
+def read_records(root: RunRoot, runs: Sequence[int] | None = None) -> dict[int, RunRecord]:
+    """Return the records of ``runs``, or of all runs in the folder, by run number in ascending order.
+
+    Raises Damaged where a record is gone, malformed, or longer than `RECORD_BYTES`.
+    """
     records = {}
-    for run in run_numbers(root):
-        data = root.read(run_key(run))
-        if data is not None:
+    for run in sorted(listed_records(root) if runs is None else runs):
+        data = root.read_at_most(run_key(run), RECORD_BYTES)
+        if data is None:
+            raise Damaged(f"{run_key(run)} is gone or has more than {RECORD_BYTES} bytes")
+        try:
             records[run] = RunRecord.model_validate_json(data)
+        except ValidationError as error:
+            raise Damaged(f"{run_key(run)} is no run record") from error
     return records
 
 
@@ -115,8 +128,8 @@ def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
     """Raise UserError where the job with the uid ``uid`` has had a run in the folder, and another job has taken the
     folder over since.
 
-    Two such jobs may exist where two clusters use one bucket. Without this check each would end the runs of the other
-    again and again. The job that began last keeps the folder.
+    Two such jobs may exist where two clusters use one bucket. Without this check each job would end the runs of the
+    other job again and again. The job that began last keeps the folder.
     """
     newest = records[max(records)] if records else None
     if newest is not None and newest.uid not in ("", uid) and any(record.uid == uid for record in records.values()):
@@ -134,6 +147,6 @@ def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:
 
 def check_fence(root: RunRoot, run: int) -> None:
     """Raise NewerRun if a higher run number than ``run`` has been taken for the job, so that ``run`` stops writing."""
-    newest = max(run_numbers(root), default=run)
+    newest = max(listed_records(root), default=run)
     if newest > run:
         raise NewerRun(f"run {newest} of this job has started, so run {run} stopped writing to the bucket")

@@ -1,7 +1,8 @@
 """The interface of a backend, which runs the pods of an attempt by a child object such as a PyTorchJob.
 
-Start here to add a backend: implement `Backend` in a new module and pass an instance to `Reconciler` in
-`application.py`. `act/`, `observe/` and `settled.py` call the methods.
+`act/`, `observe/` and `settled.py` call the methods. A new backend implements `Backend` in a module of its own, and
+`application.py` passes an instance to `Reconciler`. docs/extending.md lists all the other files that a new backend
+changes, because some facts about PyTorchJob still lie outside of this interface.
 """
 
 from __future__ import annotations

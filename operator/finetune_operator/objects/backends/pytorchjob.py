@@ -45,8 +45,8 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
-            # A string, because the CRD of PyTorchJob requires one. It is a number and not `auto`, because with `auto`
-            # the node would decide the number of processes.
+            # The value is a string, because the CRD of PyTorchJob requires a string. It is a number and not `auto`,
+            # because with `auto` the node would decide the number of processes.
             "nprocPerNode": str(resources.processes_per_node),
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {

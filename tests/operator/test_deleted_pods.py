@@ -1,0 +1,156 @@
+"""Which verdict an attempt gets whose pods or child somebody or the backend has deleted, and whom the verdict names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.decide.verdict import Verdict
+from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.observe.observation import is_of_an_earlier_admission
+from tests.operator.builders import at, child, current, pod
+from tests.operator.verdicts import judged, ruled
+
+SAME_SECOND = {
+    # name: (pods, whether training-operator has failed the PyTorchJob, verdict and reason)
+    "the backend cleaned up after a crash": (
+        [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
+        True,
+        ("Charged", "Crashed"),
+    ),
+    "the backend cleaned up after a 75": (
+        [pod(0, exit_code=75, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
+        True,
+        ("Charged", "OutsideFailure"),
+    ),
+    "somebody deleted a pod and its peer crashed for it": (
+        [pod(0, exit_code=1, finished=5), pod(1, deleted=5)],
+        False,
+        ("Free", "PodDeleted"),
+    ),
+    "somebody deleted a pod and both left with 143": (
+        [pod(0, exit_code=143, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
+        True,
+        ("Free", "PodDeleted"),
+    ),
+    "somebody deleted a pod that left at once": (
+        [pod(0), pod(1, exit_code=143, finished=5, deleted=5)],
+        False,
+        ("Free", "PodDeleted"),
+    ),
+    "somebody deleted a pod that was killed at once": (
+        [pod(0), pod(1, exit_code=137, finished=5, deleted=5)],
+        False,
+        ("Free", "PodDeleted"),
+    ),
+    "a pod that failed and was deleted then": (
+        [pod(0), pod(1, exit_code=1, finished=5, deleted=5)],
+        False,
+        ("Charged", "Crashed"),
+    ),
+    "bad input in the second of a deletion": (
+        [pod(0), pod(1, exit_code=64, finished=5, deleted=5)],
+        False,
+        ("Permanent", "BadInput"),
+    ),
+    "143 before anybody asked for it": (
+        [pod(0), pod(1, exit_code=143, finished=4, deleted=5)],
+        True,
+        ("Charged", "Stopped"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME_SECOND)
+def test_in_the_same_second_it_counts_whether_the_backend_had_begun_to_clean_up(name: str) -> None:
+    pods, backend_failed, expected = SAME_SECOND[name]
+    assert ruled(pods, child=child(failed=backend_failed)) == expected
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
+def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: int) -> None:
+    """A person deletes the first pod. training-operator deletes the other pod in the same second.
+
+    The resourceVersion, which is higher for the other pod, shows the order of the deletions.
+    """
+    pods = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
+    for order in (pods, pods[::-1]):
+        ruling = judged(order, child=child(failed=True))
+        assert ruling is not None
+        assert (ruling.message, ruling.node) == (f"pod job-1-worker-{first} was deleted", f"node-{first}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (None, "ChildDeleted"),
+        (child(deleting=True), "ChildDeleted"),
+        (child(uid="another"), "ChildReplaced"),
+        (child(replicas=1), "ChildChanged"),
+    ],
+)
+def test_a_free_attempt_names_the_child_where_its_pods_go_for_it(changed: Any, reason: str) -> None:
+    assert ruled([pod(0), pod(1, deleted=5)], child=changed) == ("Free", reason)
+
+
+RESUMED = {"resumed_at": at(100)}
+
+
+def test_pods_of_an_earlier_admission_are_told_by_when_they_were_deleted() -> None:
+    suspended = child(**RESUMED)
+    assert is_of_an_earlier_admission(pod(0, deleted=60), suspended)
+    assert is_of_an_earlier_admission(pod(0, deleted=100), suspended)
+    assert not is_of_an_earlier_admission(pod(0, deleted=101), suspended)
+    assert not is_of_an_earlier_admission(pod(0), suspended)
+    assert not is_of_an_earlier_admission(pod(0, deleted=60), child())
+
+
+@pytest.mark.parametrize(
+    ("pods", "failed_at", "expected"),
+    [
+        ([], 101, ("Free", "ResumedTooEarly")),
+        ([pod(0, deleted=102)], 101, ("Free", "ResumedTooEarly")),
+        ([pod(0, exit_code=1, finished=150), pod(1)], 151, ("Charged", "Crashed")),
+        ([], 400, ("Charged", "ChildFailed")),
+    ],
+    ids=["old pods only", "and new ones that the backend deletes", "a new pod failed", "much later"],
+)
+def test_a_child_that_failed_for_the_pods_of_an_earlier_admission_is_free(
+    pods: list[Any], failed_at: float, expected: tuple[str, str]
+) -> None:
+    failed = child(failed=True, failed_at=at(failed_at), **RESUMED)
+    assert ruled(pods, child=failed, current=current(indexes=())) == expected
+
+
+def test_all_pods_that_are_gone_are_named() -> None:
+    """Both pods are gone when the operator reconciles, so nothing shows which of them a person deleted first."""
+    ruling = judged([])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodVanished")
+    assert ruling.message == "pods job-1-worker-0, job-1-worker-1 are gone"
+
+
+def test_what_is_gone_comes_before_what_the_backend_deleted_after_it() -> None:
+    ruling = judged([pod(0, deleted=1)])
+    assert ruling is not None
+    assert ruling.reason == "PodVanished"
+    assert ruling.message == "pod job-1-worker-1 is gone; pod job-1-worker-0 was deleted"
+    ruling = judged([pod(0, deleted=1, exit_code=143, finished=2)])
+    assert ruling is not None
+    assert ruling.reason == "PodVanished"
+
+
+def test_a_pod_in_the_place_of_another_is_named_once() -> None:
+    ruling = judged([pod(0), pod(1, uid="another", deleted=1)])
+    assert ruling is not None
+    assert ruling.reason == "PodReplaced"
+    assert ruling.message == "pod job-1-worker-1 was deleted and another one took its place"
+
+
+def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> None:
+    container = ContainerObservation(state=ContainerState.RUNNING)
+    pods = [pod(0, deleted=0), pod(1, container=container, phase="Failed", reason_="Evicted", message_="disk")]
+    assert ruled(pods, child=child(failed=True)) == ("Charged", "Evicted")
+    # training-operator deletes pods only after it has failed the PyTorchJob, so a person deleted this pod.
+    assert ruled(pods, child=child()) == ("Free", "PodDeleted")
