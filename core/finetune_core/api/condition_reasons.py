@@ -141,7 +141,14 @@ _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
 """Reasons with which the operator stops a job. While the pods save their last checkpoint, the condition `Succeeded` has
 one of these reasons and the status Unknown. Afterwards the condition has the same reason and the status False."""
 _FAILED = (
-    Reason.GATE
+    Reason.GATE_FAILED,
+    Reason.BAD_INPUT,
+    Reason.DIVERGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.RETRIES_EXHAUSTED,
+    *_STOPPING,
+)
+
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
         # BadInput is listed here too, for a spec that this version of the operator can't read. A job with such a spec
