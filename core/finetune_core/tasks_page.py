@@ -51,7 +51,7 @@ A Python package in your trainer image can bring graders along, as entry points 
 The job names one: `task: {{entryPoint: overlap, fields: {{reference: solution}}, arguments: {{enough: "0.6"}}}}`.
 
 ```python
-# my_graders.py
+# the module my_graders
 from finetune_core.task_declaration import Column, Score, Task, Unit
 from finetune_trainer.evaluation.graders import OwnGrader
 
