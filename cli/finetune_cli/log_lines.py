@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_cli.formatting import duration, number, size
-from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
+from finetune_cli.state import (
+    blocking_message,
+    ending,
+    metric,
+    required_text,
+    scores_by_name,
+    state,
+    state_message,
+    status_of,
+    task_of,
+    ungraded_text,
+)
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
@@ -90,9 +101,18 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     ):
         if scores is not None and scores != known:
             values = ", ".join(
-                f"{name} {number(value)}" for name, value in scores_by_name(scores, job.spec.dataset.task).items()
+                f"{name} {number(value)}" for name, value in scores_by_name(scores, task_of(job)).items()
             )
             yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} rows: {values}"
+            if text := ungraded_text(scores):
+                yield f"{model}: {text}"
+    told = before.requirements if before is not None else []
+    for found in evaluation.requirements:
+        if found not in told:
+            figures = [("base", found.base), ("tuned", found.tuned), ("difference", found.difference)]
+            measured = ", ".join(f"{name} {number(value)}" for name, value in figures if value is not None)
+            verdict = "passed" if found.passed else "failed"
+            yield f"required {found.score} {required_text(found)}: {verdict} ({measured or 'not measured'})"
 
 
 def _results(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:

@@ -3,7 +3,7 @@ sentence.
 
 Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, or a checkpoint is damaged; 2 the command
 line is wrong, or the command could not do its work, for example because the API server can't be reached; 130
-interrupted.
+interrupted. `finetune watch` has 3 besides: only a score of `evaluation.require` was not reached.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from finetune_cli.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.terminal import SafeConsole, TerminalHandler, complain, say, say_json
 from finetune_cli.validate import validate_files
 from finetune_cli.watch import show_until_ended, view_for
+from finetune_core.api.conditions import Reason
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
+
+GATE_FAILED_CODE = 3
+"""Exit code of `finetune watch` for a job whose model is trained, but did not reach a score of `evaluation.require`."""
 
 EXAMPLES = """\
 examples:
@@ -51,7 +55,8 @@ examples:
   finetune watch quickstart -n research | tee job.log
   finetune watch quickstart && finetune download quickstart
 
-exit code: 0 the job succeeded, 1 it did not, 2 it cannot be watched
+exit code: 0 the job succeeded, 1 it did not, 2 it cannot be watched,
+           3 the model is trained, but did not reach a score of evaluation.require
 """
 DOWNLOAD_EXAMPLES = """\
 examples:
@@ -101,14 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch_job(options: argparse.Namespace) -> int:
-    """Show a job until it has ended. Return 0 when the job succeeded. Otherwise print the reason and return 1."""
+    """Show a job until it has ended. Return 0 when the job succeeded. Otherwise print the reason, and return 3 where
+    only a required score was not reached, else 1."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     with view_for(SafeConsole()) as view:
         end = show_until_ended(jobs.follow(options.name, view.show_notice, give_up_after=options.timeout), view)
     if not end.succeeded:
         complain(f"finetune: {options.name}: {end.reason}: {end.message}")
-    return 0 if end.succeeded else 1
+    if end.succeeded:
+        return 0
+    return GATE_FAILED_CODE if end.reason == Reason.GATE_FAILED else 1
 
 
 def download_artifact(options: argparse.Namespace) -> int:

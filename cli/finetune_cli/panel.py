@@ -15,7 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_cli.formatting import duration, number, size, sparkline
-from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
+from finetune_cli.state import (
+    blocking_message,
+    ending,
+    metric,
+    required_text,
+    scores_by_name,
+    state,
+    state_message,
+    status_of,
+    task_of,
+    ungraded_text,
+)
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, IncidentStatus
 
@@ -38,7 +49,10 @@ def render(job: FineTuneJob, now: datetime) -> RenderableType:
     if status.checkpoints:
         parts += [Text(), _checkpoints(status.checkpoints)]
     if status.evaluation:
-        parts += [Text(), _evaluation(status.evaluation, job.spec.dataset.task)]
+        parts += [Text(), _evaluation(status.evaluation, task_of(job))]
+        parts += _ungraded(status.evaluation)
+        if status.evaluation.requirements:
+            parts += [Text(), _requirements(status.evaluation)]
     if status.incidents:
         parts += [Text(), _incidents(status.incidents)]
     if attempts := _attempts(status, now):
@@ -135,7 +149,7 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
     return table
 
 
-def _evaluation(evaluation: EvaluationStatus, task: str) -> RenderableType:
+def _evaluation(evaluation: EvaluationStatus, task: str | None) -> RenderableType:
     """Return a table with one row for each score, and with columns for the base model and the tuned model."""
     of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
     table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
@@ -144,6 +158,25 @@ def _evaluation(evaluation: EvaluationStatus, task: str) -> RenderableType:
     base, tuned = scores_by_name(evaluation.base, task), scores_by_name(evaluation.tuned, task)
     for name in {**base, **tuned}:
         table.add_row("", name, _or_dash(base.get(name)), Text(_or_dash(tuned.get(name)), style="bold"))
+    return table
+
+
+def _ungraded(evaluation: EvaluationStatus) -> list[RenderableType]:
+    """Return a line for each model of which answers could not be graded."""
+    models = (("base", evaluation.base), ("tuned", evaluation.tuned))
+    texts = [(name, ungraded_text(scores)) for name, scores in models]
+    return [Text(f"  {name} model: {text}", style="yellow") for name, text in texts if text]
+
+
+def _requirements(evaluation: EvaluationStatus) -> RenderableType:
+    """Return a table with one row for each required score: what is required, both models' scores and the verdict."""
+    table = _table("required", "score", "", "base", "tuned", "difference", "")
+    for column in (3, 4, 5):
+        table.columns[column].justify = "right"
+    for found in evaluation.requirements:
+        verdict = Text("passed", style="green") if found.passed else Text("failed", style="bold red")
+        figures = (_or_dash(value) for value in (found.base, found.tuned, found.difference))
+        table.add_row("", found.score, required_text(found), *figures, verdict)
     return table
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finetune_core.api.conditions import Condition, ConditionType
 from finetune_core.api.job import FineTuneJob
-from finetune_core.api.status import FineTuneJobStatus, MetricValue, Scores
+from finetune_core.api.status import FineTuneJobStatus, MetricValue, RequirementStatus, Scores
 from finetune_core.tasks import main_score_label
 
 NOT_SEEN = "Pending"
@@ -89,11 +89,33 @@ def metric(job: FineTuneJob, name: str) -> MetricValue | None:
     return next((found for found in status_of(job).metrics if found.name == name), None)
 
 
-def scores_by_name(scores: Scores | None, task: str) -> dict[str, str]:
+def task_of(job: FineTuneJob) -> str | None:
+    """Return the name of the job's task, or of the entry point of its own grader; None where it has no task."""
+    return job.spec.dataset.task.label if job.spec.dataset.task is not None else None
+
+
+def required_text(requirement: RequirementStatus) -> str:
+    """Return what a requirement asks for, for example `at least 0.8, better than the base model`."""
+    bounds = [f"at least {requirement.at_least}"] if requirement.at_least is not None else []
+    bounds += [f"at most {requirement.at_most}"] if requirement.at_most is not None else []
+    bounds += ["better than the base model"] if requirement.better_than_base else []
+    return ", ".join(bounds)
+
+
+def ungraded_text(scores: Scores | None) -> str:
+    """Return how many answers of a model were graded, how many not, and why. Empty where all were graded."""
+    if scores is None or not scores.not_graded:
+        return ""
+    reasons = "; ".join(f"{group.answers} because {group.reason}" for group in scores.ungraded)
+    text = f"{scores.not_graded} of {scores.graded + scores.not_graded} answers not graded"
+    return f"{text}: {reasons}" if reasons else text
+
+
+def scores_by_name(scores: Scores | None, task: str | None) -> dict[str, str]:
     """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. The result is empty
     where the model was not scored.
 
-    ``task`` is the value of `dataset.task`.
+    ``task`` is what `task_of` returns.
     """
     if scores is None:
         return {}

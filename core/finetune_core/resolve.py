@@ -97,6 +97,7 @@ def resolve(
             patience=spec.evaluation.patience,
             min_delta=float(spec.evaluation.min_delta or 0),
             artifact_from=spec.evaluation.artifact_from or ("Best" if spec.dataset.validation else "Last"),
+            require=spec.evaluation.require or None,
         ),
         stability=StabilityConfig(
             on_non_finite=spec.stability.on_non_finite,

@@ -1,111 +1,20 @@
-"""Declares the tasks whose generated answers can be graded. Each value of `dataset.task` except `None` has one
-declaration.
+"""Declares the tasks whose generated answers can be graded. Each value of `dataset.task.name` has one declaration.
 
-The declarations in `TASKS` determine the allowed values of `dataset.task`, the descriptions of API fields, the names of
-the scores, the label of the main score in the CLI, and docs/tasks.md. The trainer has a grading function for each task
+The declarations in `TASKS` determine the allowed values of `dataset.task.name`, the columns and arguments that the
+fields of `dataset.task` may set, the descriptions of API fields, the names of the scores, the label of the main score
+in the CLI, and docs/tasks.md. The trainer has a grading function for each task
 (`finetune_trainer/evaluation/graders/__init__.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, GetPydanticSchema
+from pydantic import GetPydanticSchema
 from pydantic_core import core_schema
 
-NO_TASK = "None"
-"""Value of `dataset.task` with which no answers are generated or graded."""
-
-SCORE_LIMIT = 8
-"""Largest number of scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
-SCORE_NAME_LENGTH = 32
-"""Largest number of characters of a score's name."""
-
-PERPLEXITY = "perplexity"
-"""Label of a model's perplexity in tables of scores. No score of a task may have this name, because the tables show the
-perplexity beside the task's scores."""
-
-ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
-
-
-class Unit(StrEnum):
-    """The two kinds of scores. They differ in what the grader returns for an answer, and therefore in what the reported
-    mean over all graded answers is. The value is the text that docs/tasks.md shows for this mean."""
-
-    RIGHT_OR_WRONG = "share of right answers"
-    """The grader returns True or False, so that the mean is the share of right answers."""
-    PARTIAL_CREDIT = "mean over the answers"
-    """The grader returns a number from 0 to 1, for example the share of words that are right."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One of the scores that a task's grader gives to every answer."""
-
-    name: str
-    """Name in camelCase as the status and the CLI show it, for example ``orderFree``."""
-    meaning: str
-    """Sentence that says when an answer gets the score."""
-    unit: Unit = Unit.RIGHT_OR_WRONG
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """A column of the evaluation set that a grader reads, in addition to the generated answer."""
-
-    name: str
-    """Name of the column in the data file, for example ``mr``."""
-    meaning: str
-    """Sentence that says what the column must hold."""
-    example: str
-    """A value of the column, shown in docs/tasks.md."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
-    score is too long, forbidden or used twice, or where `main` names no score."""
-
-    name: str
-    """Value of `dataset.task`, for example ``GSM8K``."""
-    grading: str
-    """Verb and object of a sentence whose subject is the task's name, for example ``runs the query``. The description
-    of the field `dataset.task` contains the sentence."""
-    description: str
-    """Sentences for docs/tasks.md: what the prompt asks for, which answers count as right, and which rows are left
-    out."""
-    columns: tuple[Column, ...]
-    scores: tuple[Score, ...]
-    main: str
-    """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
-    example_answer: str
-    """An answer to the row that is made of the `example` of each column. The grader gives this answer the highest value
-    of every score."""
-
-    def __post_init__(self) -> None:
-        names = self.score_names
-        if not 1 <= len(names) <= SCORE_LIMIT or len(set(names)) < len(names):
-            raise ValueError(f"{self.name}: a task must have 1 to {SCORE_LIMIT} scores of different names")
-        if any(len(name) > SCORE_NAME_LENGTH for name in names):
-            raise ValueError(f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters")
-        if self.main not in names:
-            raise ValueError(f"{self.name}: `main` must name one of the scores, and {self.main} is none of them")
-        if PERPLEXITY in names:
-            raise ValueError(f"{self.name}: no score may be called {PERPLEXITY}, which tables show beside the scores")
-
-    @property
-    def score_names(self) -> tuple[str, ...]:
-        """Return the names of the scores in the order in which they are reported."""
-        return tuple(score.name for score in self.scores)
-
-    @property
-    def main_score(self) -> Score:
-        """Return the score that `main` names. It is used where only one number can be shown or compared."""
-        return next(score for score in self.scores if score.name == self.main)
-
+from finetune_core.task_declaration import Column, Score, Task, Unit
 
 VIGGO = Task(
     name="ViGGO",
@@ -118,6 +27,7 @@ VIGGO = Task(
     columns=(
         Column(
             name="mr",
+            is_completion=True,
             meaning="The functional representation that is right.",
             example="inform(name[Dirt: Showdown], genres[driving/racing, sport])",
         ),
@@ -141,17 +51,20 @@ VIGGO = Task(
     ),
     main="strict",
     example_answer="inform(name[Dirt: Showdown], genres[driving/racing, sport])",
+    one_line=True,
 )
 
 GSM8K = Task(
     name="GSM8K",
     grading="compares the number after `####`",
     description="A word problem is answered step by step, and only the first number after `####` counts (Cobbe et al."
-    " 2021). Commas, currency signs and a unit behind the number are ignored. An answer without such a number is wrong,"
-    " a row without one is left out.",
+    " 2021). Commas, currency signs, a unit behind the number and the markup of Markdown or LaTeX are ignored, and"
+    " words such as `million` multiply. Several numbers in one statement (`72, 73`, `5 hours and 30 minutes`) are no"
+    " number. An answer without a number is wrong, a row without one is left out.",
     columns=(
         Column(
             name="answer",
+            is_completion=True,
             meaning="An answer that ends in `####` and the number that is right.",
             example="Natalia sold 48/2 = 24 clips in May, and 48+24 = 72 clips altogether.\n#### 72",
         ),
@@ -177,6 +90,7 @@ SQL = Task(
         ),
         Column(
             name="answer",
+            is_completion=True,
             meaning="A query that is right.",
             example="SELECT COUNT(*) FROM head WHERE age > 56",
         ),
@@ -189,19 +103,176 @@ SQL = Task(
     ),
     main="execution",
     example_answer="SELECT COUNT(age) FROM head WHERE age > 56",
+    one_line=True,
 )
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
-"""Every task that `dataset.task` can name, by its name, in the order in which the API lists the names."""
+EXACT_MATCH = Task(
+    name="ExactMatch",
+    grading="compares whole answers",
+    description="The whole answer must be the right text. White space around the answer never counts, and `ignore`"
+    " names what else does not: `Case`, `WhiteSpace` (every run of it counts as one space), `Punctuation`, and"
+    " `UnicodeForm` (other spellings of the same characters, such as full-width letters or ligatures). Where a row"
+    " holds a list of texts, each of them is right. A row whose column holds no text, or nothing but what is ignored,"
+    " is left out.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The right answer: a text, a number, or a list of texts of which each is right.",
+            example="Paris",
+        ),
+    ),
+    scores=(Score(name="exact", meaning="The answer is the right text, or one of the right texts."),),
+    main="exact",
+    example_answer=" paris.",
+    example_arguments={"ignore": ["Case", "Punctuation"]},
+    arguments=("ignore",),
+)
 
-TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
-"""Type of `dataset.task`. It behaves as a Literal of the string "None" (`NO_TASK`) and the names of all tasks."""
+CONTAINS = Task(
+    name="Contains",
+    grading="looks for texts in the answer",
+    description="The answer may be any text that contains the right text, or all texts of a list. A text that begins or"
+    " ends with a letter or a digit must not be a part of a longer word or number: `72` is not in `172`. `ignore` is as"
+    " with ExactMatch. A row whose column holds no text, or nothing but what is ignored, is left out.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The text that the answer must contain: a text, a number, or a list of texts.",
+            example="Paris",
+        ),
+    ),
+    scores=(
+        Score(name="contains", meaning="The answer contains every text of the row."),
+        Score(name="found", meaning="The share of the row's texts that the answer contains.", unit=Unit.PARTIAL_CREDIT),
+    ),
+    main="contains",
+    example_answer="The capital of France is Paris.",
+    arguments=("ignore",),
+)
+
+REGEX = Task(
+    name="Regex",
+    grading="compares what a regular expression finds",
+    description="`pattern` is a regular expression in the syntax of RE2, which has no back references and searches"
+    " every text in time proportional to its length. What its first match in the answer finds (its first group, or the"
+    " whole match where the pattern has no group) is compared with what the pattern finds in the row's own text, or"
+    " with that whole text where it finds nothing there. `ignore` is as with ExactMatch. A row whose column holds no"
+    " text is left out.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The right answer: a text, a number, or a list of texts of which each is right.",
+            example="Of the two, B is older.\nAnswer: B",
+        ),
+    ),
+    scores=(
+        Score(name="exact", meaning="What the pattern finds in the answer is what it finds in the row's own."),
+        Score(name="found", meaning="The pattern finds something in the answer."),
+    ),
+    main="exact",
+    example_answer="Answer: B",
+    example_arguments={"pattern": "Answer: *(.)"},
+    arguments=("pattern", "ignore"),
+    required_arguments=("pattern",),
+)
+
+NUMBER = Task(
+    name="Number",
+    grading="compares numbers",
+    description="The answer must state exactly one number, with or without words around it; with `marker` the number is"
+    " the first one behind that text, as behind the `####` of GSM8K. Commas, currency signs, units and the markup of"
+    " Markdown or LaTeX are ignored, and words such as `million` multiply. The number is right where it differs from"
+    " the row's by at most `tolerance`, or by at most `relativeTolerance` times the row's. An answer without a number,"
+    " or with several, is wrong; such a row is left out.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The right number, as a number or in a text as an answer would state it.",
+            example="3.14",
+        ),
+    ),
+    scores=(Score(name="exact", meaning="The number is the row's own, within the tolerance."),),
+    main="exact",
+    example_answer="It is about 3.1416.",
+    example_arguments={"tolerance": "0.01"},
+    arguments=("tolerance", "relativeTolerance", "marker"),
+)
+
+JSON = Task(
+    name="JSON",
+    grading="compares JSON values",
+    description="The answer must be JSON and nothing else; a Markdown fence around it is ignored. Values are compared,"
+    " not texts: the order of keys, white space and the spelling of a number (`1`, `1.0`) make no difference, the order"
+    " of a list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The right value: JSON as text, or an object or a list.",
+            example='{"city": "Paris", "people": 2100000}',
+        ),
+    ),
+    scores=(
+        Score(name="equal", meaning="The value is the row's own."),
+        Score(
+            name="keys",
+            meaning="The share of keys, of those in the row's value or the answer's, that are in both with equal"
+            " values. Keys inside of objects count, each with its path. Values that are no objects count as a whole.",
+            unit=Unit.PARTIAL_CREDIT,
+        ),
+    ),
+    main="equal",
+    example_answer='{"people": 2.1e6, "city": "Paris"}',
+)
+
+CHOICE = Task(
+    name="Choice",
+    grading="compares chosen options",
+    description="The answer names one option, by its letter (`B`, `(B)`, `B.`, `Answer: B`), by its text, or by both"
+    " (`B) Paris`), which must then agree. Upper and lower case make no difference. A row is left out whose own answer"
+    " names no option, or in which the text of an option is the letter of another one.",
+    columns=(
+        Column(
+            name="answer",
+            is_completion=True,
+            meaning="The right option: its letter, its text, or its place in the list, counted from 0, as a number.",
+            example="B",
+        ),
+        Column(
+            name="choices",
+            optional=True,
+            meaning="The texts of the options: a list, the JSON text of a list, or an object with the lists `text` and"
+            " `label`. Without the column only letters count.",
+            example=["London", "Paris", "Rome"],
+        ),
+    ),
+    scores=(Score(name="exact", meaning="The answer names the right option."),),
+    main="exact",
+    example_answer="(B) Paris",
+)
+
+TASKS: Mapping[str, Task] = {
+    task.name: task for task in (VIGGO, GSM8K, SQL, EXACT_MATCH, CONTAINS, REGEX, NUMBER, JSON, CHOICE)
+}
+"""Every task that `dataset.task.name` can name, by its name, in the order in which the API lists the names."""
+
+TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema(list(TASKS)))]
+"""Type of `dataset.task.name`. It behaves as a Literal of the names of all tasks."""
 
 
-def task_field_text() -> str:
-    """Return the description of the field `dataset.task` in the API."""
+def task_name_text() -> str:
+    """Return the description of the field `dataset.task.name` in the API."""
     graded = ", ".join(f"{task.name} {task.grading}" for task in TASKS.values())
-    return f"What grades generated answers: {graded}. {NO_TASK}: only perplexity is measured."
+    return f"What grades generated answers: {graded}. docs/tasks.md describes each of them."
+
+
+def tasks_with(argument: str) -> list[str]:
+    """Return the names of the tasks that take ``argument``, a field of `dataset.task` in camelCase."""
+    return [task.name for task in TASKS.values() if argument in task.arguments]
 
 
 def score_names_text() -> str:
@@ -211,31 +282,34 @@ def score_names_text() -> str:
     return f"Such as {', '.join(named)}."
 
 
-def main_score_text(task: str, value: float, *, answers: int | None = None) -> str:
+def main_score_text(task: str | None, value: float, *, answers: int | None = None) -> str:
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
-    ``value`` is the mean over the graded answers, from 0 to 1. ``answers`` is the number of graded answers. Where
-    ``answers`` is None, the text names no number.
+    ``task`` is the name of a task, or of the entry point of an own grader. ``value`` is the value over the graded
+    answers. ``answers`` is the number of graded answers. Where ``answers`` is None, the text names no number.
     """
-    credit = _partial_credit(task)
-    if credit is None:
+    declared = TASKS.get(task) if task is not None else None
+    graded = f"{answers} answers" if answers is not None else "the answers"
+    if declared is None and task is not None:
+        return f"{task} {value:.4g}" + (f" (over {graded})" if answers is not None else "")
+    if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
         return f"{value:.1%} of {'the' if answers is None else answers} answers right"
-    return f"{credit.name} {value:.1%}" + (f" (mean of {answers} answers)" if answers is not None else "")
+    name = declared.main_score.name
+    return f"{name} {value:.1%}" + (f" (mean of {graded})" if answers is not None else "")
 
 
-def main_score_label(task: str) -> str | None:
+def main_value_text(task: str | None, value: float) -> str:
+    """Return a value of the main score of ``task`` alone, for example ``90.0%``."""
+    return f"{value:.4g}" if task is not None and task not in TASKS else f"{value:.1%}"
+
+
+def main_score_label(task: str | None) -> str | None:
     """Return the label under which a table of scores shows the main score of ``task``, for example ``right answers``.
 
-    Returns None where an answer can be partly right for the main score. Tables then show that score only under its own
-    name.
+    Returns None where an answer can be more than right or wrong for the main score. Tables then show that score only
+    under its own name.
     """
-    return "right answers" if _partial_credit(task) is None else None
-
-
-def _partial_credit(task: str) -> Score | None:
-    """Return the main score of ``task`` if an answer can be partly right for that score, else None. Also None where
-    ``task`` is the value `None` of `dataset.task`."""
-    declared = TASKS.get(task)
-    if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
-        return None
-    return declared.main_score
+    declared = TASKS.get(task) if task is not None else None
+    if declared is None:
+        return None if task is not None else "right answers"
+    return "right answers" if declared.main_score.unit is Unit.RIGHT_OR_WRONG else None

@@ -12,32 +12,91 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_core.tasks import NO_TASK, SCORE_LIMIT, SCORE_NAME_LENGTH, TASKS, Task
+from finetune_core.task_declaration import SCORE_LIMIT, SCORE_NAME_LENGTH, Task
+from finetune_core.tasks import TASKS
 
 TASKS_PAGE = "tasks.md"
 
-_INTRODUCTION = f"""\
+_INTRODUCTION = """\
 # Tasks: how generated answers are graded
 
 <!-- Generated from core/finetune_core/tasks.py by `make docs`; do not edit. -->
 
 With `dataset.task` the trainer generates an answer to the prompt of every row of the evaluation set, and a grader gives
 the answer scores. The evaluation set is `dataset.test`, else `dataset.validation`. Base model and tuned model answer
-the same rows, and `status.evaluation` shows both. With `dataset.task: {NO_TASK}`, the default, only perplexity is
-measured.
+the same rows, and `status.evaluation` shows both. Without `dataset.task` only perplexity is measured.
 
-- A grader reads the answer and its row. The row must have the columns that are listed here, **under these names**,
-  whatever columns `format.promptCompletion` names. A row without such a column is left out.
-  `evaluation.generation.maxExamples` bounds the number of answers.
-- Every score is a value from 0 to 1 per answer. The reported value is the mean over all graded answers. Where an answer
-  is right or wrong, the mean is the *share of right answers*.
+- A grader reads the answer and the columns of its row that are listed here. The column with the right answer is the
+  completion of `format.promptCompletion`, any other column has the name that is listed here. `dataset.task.fields`
+  names other columns of your rows: `task: {name: GSM8K, fields: {answer: solution}}`. A column that the file does not
+  have is found before a GPU is asked for. `evaluation.generation.maxExamples` bounds the number of answers.
+- Where `format.promptCompletion.completion` puts the completion together from several columns or other text, the right
+  answer is that text, as a generated answer of the same tokens would be read: without `completionSuffix`, control
+  tokens and what follows a token that ends an answer.
+- Every score has a value for each answer, and the reported value is their mean. Where an answer is right or wrong, the
+  mean is the *share of right answers*. Own graders may report the median, the least or the greatest value instead.
+- Of the base model's answer only the first line counts where the task says that right answers are one line, because a
+  base model often goes on with another example. `dataset.task.oneLine` says so for your rows.
 - The **main** score is `taskScore` in the status. `evaluation.bestBy: TaskScore` chooses checkpoints by it.
 - A row that a grader can't use, for example because its reference answer can't be parsed, is left out. The answer to
-  such a row counts neither as right nor as wrong. `graded` in the status is the number of answers that counted.
+  such a row counts neither as right nor as wrong. `graded` in the status is the number of answers that counted,
+  `notGraded` the number of the others, `ungraded` says why, and a notice says so too. A job that needs a score of the
+  task, for `evaluation.bestBy` or `evaluation.require`, ends with exit code 64 before its first step where no row can
+  be graded.
+- `evaluation.require` makes a score a condition of success: see [pipelines.md](pipelines.md).
 - `evaluation/<run>.json` in the bucket has the first answers of both models with their scores and problems.
 """
 
 _RECIPE = f"""\
+## Own graders, without a change of this repository
+
+A Python package in your trainer image can bring graders along, as entry points of the group `finetune_trainer.graders`.
+The job names one: `task: {{entryPoint: overlap, fields: {{reference: solution}}, arguments: {{enough: "0.6"}}}}`.
+
+```python
+# the module my_graders
+from finetune_core.task_declaration import Column, Score, Task, Unit
+from finetune_trainer.evaluation.graders import OwnGrader
+
+TASK = Task(
+    name="overlap",
+    columns=(Column(name="reference", is_completion=True),),
+    scores=(Score(name="overlap", unit=Unit.PARTIAL_CREDIT), Score(name="enough")),
+    main="overlap",
+)
+
+
+def grade(answer, row, arguments):
+    right, said = set(row["reference"].split()), set(answer.split())
+    if not right:
+        return None  # the row can't be used
+    share = len(right & said) / len(right)
+    return {{"overlap": share, "enough": share >= float(arguments.get("enough", 0.5))}}
+
+
+overlap = OwnGrader(task=TASK, grade=grade)
+```
+
+```toml
+# pyproject.toml
+[project.entry-points."finetune_trainer.graders"]
+overlap = "my_graders:overlap"
+```
+
+```dockerfile
+FROM TRAINER_IMAGE
+COPY my_graders /tmp/my_graders
+RUN pip install --no-deps /tmp/my_graders
+```
+
+Set `podTemplate.image` to that image. The check before the first attempt loads the grader: a name that the image does
+not have is refused with the list of those that it has, and so are columns that the data lacks and arguments that the
+optional function `check` of `OwnGrader` refuses with a ValueError. The module must not import torch, because the check
+runs without it. A score may be any finite number (`unit=Unit.VALUE`), higher is better, and `aggregation` says what is
+reported over all answers. Whatever the function raises, or returns that the declaration does not allow, leaves the row
+out and is counted with its reason; a training never ends because of it. A call that takes longer than 30 s leaves
+its row and all later ones out. `grade` is called on every rank, for the answers of that rank.
+
 ## Add a task
 
 Copy the task that is nearest to yours. [GSM8K](#gsm8k) is the smallest one with answers that are right or wrong. For
@@ -49,9 +108,11 @@ a share between 0 and 1 see `PARTIAL` in `tests/trainer/test_tasks.py`, and retu
    a score, or a number from 0 to 1 where the declaration says `unit=Unit.PARTIAL_CREDIT`.
 2. `trainer_image/finetune_trainer/evaluation/graders/<task>.py`: write `grade(answer, row) -> Grade`, a pure function
    without torch. It returns `Grade.of(TASK, {{score: value}})`, with a `problem` if the answer can't be read, or
-   `Grade.left_out(problem)` if the row can't be used. It never raises because of the answer or the row: a model may
-   write any text, and a data file may hold any value, so leave a row out whose column is null or no text.
-3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the function to `GRADERS`.
+   `Grade.left_out(problem)` if the row can't be used. A task with arguments has a function that makes the grader from
+   `TaskSpec` (`regex_grader`), and its fields stand in `core/finetune_core/api/task.py`. It never raises because of the
+   answer or the row: a model may write any text, and a data file may hold any value, so leave a row out whose column is
+   null or no text.
+3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the grader to `GRADERS`.
 4. `tests/trainer/test_tasks_<task>.py`: test the grader with right answers, with each way of being wrong, and with rows
    that can't be used. `tests/trainer/test_tasks.py` checks by itself that the task has a grader, that the grader reads
    the declared columns only, that the example answer gets every score, and that a row without a value is left out. Add
@@ -79,17 +140,22 @@ def _section(task: Task) -> Iterator[str]:
     """Yield the lines of the section about ``task``."""
     yield f"## {task.name}\n"
     yield textwrap.fill(task.description, width=120) + "\n"
-    yield "| column | holds |"
-    yield "|---|---|"
-    yield from (f"| `{column.name}` | {column.meaning} |" for column in task.columns)
+    yield "| column | default | holds |"
+    yield "|---|---|---|"
+    for column in task.columns:
+        default = "the completion" if column.is_completion else "the column of this name"
+        may_lack = "; may be absent" if column.optional else ""
+        yield f"| `{column.name}` | {default}{may_lack} | {column.meaning} |"
     yield "\n| score | | reported value |"
     yield "|---|---|---|"
     for score in task.scores:
         name = f"`{score.name}` (main)" if score.name == task.main else f"`{score.name}`"
-        yield f"| {name} | {score.meaning} | {score.unit} |"
+        yield f"| {name} | {score.meaning} | {score.reported} |"
     row = {column.name: column.example for column in task.columns}
     yield "\nA row, and an answer that gets every score in full:\n"
     yield "```"
+    if task.example_arguments:
+        yield f"task    {json.dumps({'name': task.name, **task.example_arguments}, ensure_ascii=False)}"
     yield f"row     {json.dumps(row, ensure_ascii=False)}"
     yield f"answer  {json.dumps(task.example_answer, ensure_ascii=False)}"
     yield "```\n"

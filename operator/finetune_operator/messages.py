@@ -276,6 +276,12 @@ def completed(step: int, uri: str) -> str:
     return f"the artifact of step {step} is committed: {uri}"
 
 
+def gate_failed(step: int, uri: str) -> str:
+    """Return the sentence about a job whose model did not reach a score of `evaluation.require`. The artifact of
+    ``step`` is at the address ``uri``."""
+    return f"evaluation.require: a score was not reached (status.evaluation.requirements); {completed(step, uri)}"
+
+
 def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
     """Return the sentence about a former run that the job takes over: which one, from when, and how to train anew.
 

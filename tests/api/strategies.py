@@ -158,10 +158,16 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
             value["warmupSteps"] = min(value.get("warmupSteps", 0), value["maxSteps"])
         if "microBatchSize" in value:
             value["globalBatchSize"] = max(value["globalBatchSize"], value["microBatchSize"])
-    if path == ("dataset",) and value.get("task", "None") != "None" and "promptCompletion" not in value["format"]:
-        value["task"] = "None"
+    if path == ("dataset",) and "task" in value and "promptCompletion" not in value["format"]:
+        value["format"] = {"promptCompletion": {}} if force[:1] != ("format",) else value["format"]
+        if force[:1] == ("format",):
+            value.pop("task")
     if path == ("dataset",) and "text" not in value["format"] and value.get("longRows") in ("Split", "Truncate"):
         value["longRows"] = "Skip"
+    if path == ("dataset", "task"):
+        value = _agreeing_task(value, force)
+    if path == ("evaluation", "require", "[]") and not {"atLeast", "atMost"} & value.keys():
+        value["betterThanBase"] = True
     if path == ("dataset", "train") and any("weight" in part for part in value.get("mix", ())):
         value["mix"] = [{"weight": "1", **part} for part in value["mix"]]
     if path[-1] == "huggingFace" and "subset" in value and "path" in value:
@@ -191,6 +197,38 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
     return value
 
 
+_ARGUMENTS = {
+    "ExactMatch": ("ignore",),
+    "Contains": ("ignore",),
+    "Regex": ("ignore", "pattern"),
+    "Number": ("tolerance", "relativeTolerance", "marker"),
+}
+_TASK_ARGUMENTS = {field for fields in _ARGUMENTS.values() for field in fields}
+
+
+def _agreeing_task(value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
+    """Return the section `dataset.task` with a name, or an entry point, that takes the field at the path ``force``, and
+    without the fields that the task does not take."""
+    if force[:1] == ("arguments",):
+        return {"entryPoint": "own"} | {
+            name: value[name] for name in ("fields", "arguments", "oneLine") if name in value
+        }
+    if (
+        name := next((task for task, fields in _ARGUMENTS.items() if force[:1] and force[0] in fields), None)
+    ) is not None:
+        value = {key: inner for key, inner in value.items() if key != "entryPoint"} | {"name": name}
+    if "entryPoint" in value:
+        return {key: inner for key, inner in value.items() if key not in _TASK_ARGUMENTS}
+    allowed = _ARGUMENTS.get(value["name"], ())
+    value = {key: inner for key, inner in value.items() if key not in {*_TASK_ARGUMENTS, "arguments"} - {*allowed}}
+    if value["name"] == "Regex":
+        value.setdefault("pattern", "a")
+    if "fields" in value:
+        column = "mr" if value["name"] == "ViGGO" else "answer"
+        value["fields"] = {column: next(iter(value["fields"].values()), "answer")}
+    return value
+
+
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return ``spec``. The field
     at the path ``force`` is kept."""
@@ -204,13 +242,18 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"
     if graded and force[:2] != ("dataset", "format"):
         spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
-        spec["dataset"] |= {"task": "SQL", "format": {"promptCompletion": {}}}
+        if "task" not in spec["dataset"]:
+            spec["dataset"] |= {"task": {"name": "SQL"}, "format": {"promptCompletion": {}}}
         if spec["dataset"].get("longRows") in ("Split", "Truncate"):
             spec["dataset"]["longRows"] = "Skip"
     elif graded:
-        spec["dataset"]["task"] = "None"
+        spec["dataset"].pop("task", None)
         for name in ("generation", "basePrompt", "bestBy"):
             evaluation.pop(name, None)
+    if "require" in evaluation:
+        spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
+        for required in evaluation["require"]:
+            required["score"] = "perplexity"
     if "gradientAccumulationSteps" in training:
         _accumulate(spec)
     return spec

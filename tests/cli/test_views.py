@@ -94,6 +94,30 @@ def test_scores_stand_side_by_side_and_incidents_below() -> None:
     )
 
 
+def test_the_verdict_on_each_required_score_stands_below_the_scores() -> None:
+    lines = [line.strip("│ ").split() for line in drawn(job("gate-failed")).splitlines()]
+    words = " ".join(word for line in lines for word in line)
+    assert "✘ GateFailed evaluation.require: exact must be at least 0.8 and is 0.75" in words
+    assert ["exact", "at", "least", "0.8", "0.25", "0.75", "0.5", "failed"] in lines
+    assert ["perplexity", "better", "than", "the", "base", "model", "48.2", "1.5", "-46.7", "passed"] in lines
+    assert (
+        "tuned model: 4 of 40 answers not graded: 3 because the row has no text to compare with; 1 because the grader"
+        " raised KeyError"
+    ) in words
+    assert "artifacts/000001" in words
+
+
+def test_lines_tell_the_verdict_and_what_was_not_graded() -> None:
+    lines = new_lines(job("running"), job("gate-failed"))
+    assert "required exact at least 0.8: failed (base 0.25, tuned 0.75, difference 0.5)" in lines
+    assert "required perplexity better than the base model: passed (base 48.2, tuned 1.5, difference -46.7)" in lines
+    assert any(line.startswith("tuned model: 4 of 40 answers not graded: 3 because") for line in lines)
+    assert new_lines(job("gate-failed"), job("gate-failed")) == []
+    end = ending(job("gate-failed"))
+    assert end is not None
+    assert (end.succeeded, end.reason) == (False, "GateFailed")
+
+
 def test_a_damaged_checkpoint_is_named() -> None:
     found = stored("running")
     found["status"]["checkpoints"][0]["damaged"] = "manifest.json is missing"
@@ -117,7 +141,7 @@ def test_words_from_the_cluster_are_never_markup() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-@pytest.mark.parametrize("name", [None, "running", "succeeded", "failed", "unschedulable"])
+@pytest.mark.parametrize("name", [None, "running", "succeeded", "failed", "unschedulable", "gate-failed"])
 def test_the_panel_fits_every_terminal(name: str | None, width: int) -> None:
     assert all(len(line) <= width for line in drawn(job(name), width=width).splitlines())
 

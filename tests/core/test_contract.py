@@ -63,10 +63,10 @@ def test_something_else_is_no_result(text: str) -> None:
     assert Result.from_termination_message(text) is None
 
 
-def test_every_outcome_has_an_exit_code_and_only_success_is_zero() -> None:
+def test_every_outcome_has_an_exit_code_and_only_those_with_an_artifact_have_zero() -> None:
     assert set(EXIT_CODES) == set(Outcome)
     zero = {outcome for outcome, code in EXIT_CODES.items() if code == 0}
-    assert zero == {Outcome.COMPLETED, Outcome.EARLY_STOPPED}
+    assert zero == {Outcome.COMPLETED, Outcome.EARLY_STOPPED, Outcome.GATE_FAILED}
 
 
 def test_identity_comes_from_the_environment() -> None:

@@ -20,7 +20,8 @@ from finetune_core.contract.preflight_result import (
     ordered,
 )
 from finetune_core.names import attempt_name, preflight_name
-from finetune_core.tasks import SCORE_LIMIT, TASKS
+from finetune_core.task_declaration import SCORE_LIMIT
+from finetune_core.tasks import TASKS
 
 FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
 SCORE_NAMES = sorted({score.name for task in TASKS.values() for score in task.scores})[:SCORE_LIMIT]

@@ -17,7 +17,7 @@ from finetune_core.contract.same_training import NOT_THE_TRAINING, digest_of_fie
 from finetune_core.resolve import resolve
 from tests.core.jobs import quickstart
 
-DIGEST = "2bed6131279b43b85ba0a4b4edb37a0c5ad816f5436a727e3fb250cd0560bd6f"
+DIGEST = "2aaac4e6dc9ee70cdef692ff2c9b950f32c8cfbf22c494614d76b6b5f2c3737d"
 """Result of `settings_digest` for the run file of examples/quickstart.yaml."""
 
 
@@ -102,3 +102,8 @@ def test_machines_and_policies_do_not_define_the_training(change: dict[str, Any]
     base = {"training": {"maxSteps": 4, "globalBatchSize": 16}}
     digests = {settings_digest(example(**spec)) for spec in (base, base | change)}
     assert (len(digests) == 1) == same
+
+
+def test_the_scores_that_a_model_must_reach_do_not_define_the_training() -> None:
+    required = {"require": [{"score": "perplexity", "atMost": "2"}]}
+    assert settings_digest(example(evaluation={})) == settings_digest(example(evaluation=required))

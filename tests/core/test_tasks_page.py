@@ -11,17 +11,8 @@ import pytest
 
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.tasks import (
-    GSM8K,
-    NO_TASK,
-    SCORE_LIMIT,
-    SCORE_NAME_LENGTH,
-    TASKS,
-    Score,
-    Unit,
-    main_score_label,
-    main_score_text,
-)
+from finetune_core.task_declaration import SCORE_LIMIT, SCORE_NAME_LENGTH, Column, Score, Unit
+from finetune_core.tasks import GSM8K, TASKS, main_score_label, main_score_text
 from finetune_core.tasks_page import TASKS_PAGE, tasks_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +24,7 @@ def test_the_committed_page_is_the_generated_one() -> None:
 
 def test_the_field_takes_every_declared_task_and_nothing_else() -> None:
     field = openapi_schema(FineTuneJobSpec)["properties"]["dataset"]["properties"]["task"]
-    assert field["enum"] == [NO_TASK, *TASKS]
-    assert field["default"] == NO_TASK
+    assert field["properties"]["name"]["enum"] == list(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +34,7 @@ def test_the_field_takes_every_declared_task_and_nothing_else() -> None:
         ({"scores": tuple(Score(name=f"s{n}", meaning="") for n in range(SCORE_LIMIT + 1))}, "1 to 8 scores"),
         ({"scores": (Score(name="exact", meaning=""),) * 2}, "different names"),
         ({"scores": (Score(name="e" * (SCORE_NAME_LENGTH + 1), meaning=""),)}, "at most 32 characters"),
+        ({"columns": (Column(name="answer"),) * 2}, "columns of different names"),
         ({"main": "other"}, "other is none of them"),
         ({"scores": (Score(name="perplexity", meaning=""),), "main": "perplexity"}, "no score may be called"),
     ],
@@ -56,9 +47,14 @@ def test_a_declaration_that_does_not_fit_is_refused(change: dict[str, Any], prob
 def test_sentences_name_shares_of_right_answers_and_means_of_partial_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main_score_text("GSM8K", 0.9) == "90.0% of the answers right"
     assert main_score_text("GSM8K", 0.9, answers=50) == "90.0% of 50 answers right"
-    assert main_score_label("GSM8K") == main_score_label(NO_TASK) == "right answers"
+    assert main_score_label("GSM8K") == main_score_label(None) == "right answers"
     words = Score(name="words", meaning="The words are right.", unit=Unit.PARTIAL_CREDIT)
     monkeypatch.setitem(TASKS, "Words", replace(GSM8K, name="Words", scores=(words,), main="words"))
     assert main_score_text("Words", 0.9) == "words 90.0%"
     assert main_score_text("Words", 0.9, answers=50) == "words 90.0% (mean of 50 answers)"
     assert main_score_label("Words") is None
+
+
+def test_the_sentence_about_an_own_grader_names_the_grader_and_its_value() -> None:
+    assert main_score_text("overlap", 12.345, answers=50) == "overlap 12.35 (over 50 answers)"
+    assert main_score_label("overlap") is None

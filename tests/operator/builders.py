@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -71,12 +71,17 @@ FORMER_UID = "99999999-8888-7777-6666-555555555555"
 
 
 def former_run(
-    *, done: bool, uid: str = FORMER_UID, run_id: str = FORMER_UID, template_date: date | None = None
+    *,
+    done: bool,
+    uid: str = FORMER_UID,
+    run_id: str = FORMER_UID,
+    outcome: Literal[Outcome.COMPLETED, Outcome.GATE_FAILED] = Outcome.COMPLETED,
+    template_date: date | None = None,
 ) -> str:
     """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
-    artifact is committed; else the run has checkpoints only. ``template_date`` is the day that its chat template got.
-    """
-    committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=Outcome.COMPLETED)
+    artifact is committed, with ``outcome``; else the run has checkpoints only. ``template_date`` is the day that its
+    chat template got."""
+    committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=outcome)
     found = FoundRun(
         run_id=run_id,
         uid=uid,

@@ -140,6 +140,17 @@ def test_success_settles_the_job_with_the_artifact() -> None:
     assert (step.attempts.charged, step.attempts.free, step.attempts.recent[-1].verdict) == (0, 0, "Succeeded")
 
 
+def test_a_required_score_that_was_not_reached_ends_the_job_with_its_artifact_and_no_charge() -> None:
+    gate = result(Outcome.GATE_FAILED, "exact is 0.5", with_artifact=True)
+    step = advance(running(), seen([pod(0, exit_code=0, message=gate), pod(1, exit_code=0)]))
+    assert step.state is JobState.FAILED
+    assert step.end is not None
+    assert (step.end.succeeded, step.end.reason, step.end.message) == (False, "GateFailed", "exact is 0.5")
+    assert step.end.result is not None
+    assert step.end.result.artifact is not None
+    assert (step.attempts.charged, step.attempts.current, step.attempts.recent[-1].verdict) == (0, None, "Permanent")
+
+
 @pytest.mark.parametrize(("charged_before", "settled"), [(2, None), (3, "RetriesExhausted")])
 def test_max_retries_counts_charged_attempts_beyond_the_first(charged_before: int, settled: str | None) -> None:
     attempts = running(started=charged_before + 1, charged=charged_before, current=current(charged_before + 1))

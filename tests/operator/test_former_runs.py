@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune_core.contract import RunConfig
+from finetune_core.contract import Outcome, RunConfig
 from finetune_core.contract.preflight_result import PreflightResult
 from tests.operator.builders import FORMER_UID, NOW, UID, former_run, job_manifest
 from tests.operator.conftest import condition
@@ -65,6 +65,14 @@ async def test_a_restored_job_settles_on_the_artifact_without_an_attempt() -> No
     writes = list(server.writes)
     await settle(server)
     assert server.writes == writes
+
+
+async def test_a_restored_job_that_requires_more_than_the_artifact_reached_fails_and_has_the_artifact() -> None:
+    server = await checked(former_run(done=True, outcome=Outcome.GATE_FAILED))
+    succeeded = condition(server.job, "Succeeded")
+    assert (succeeded["status"], succeeded["reason"]) == ("False", "GateFailed")
+    assert server.job["status"]["artifact"]["uri"] == f"{FOLDER}/{FORMER_UID}/artifacts/000002"
+    assert server.job["status"]["attempts"]["started"] == 0
 
 
 async def test_a_half_trained_run_is_resumed_in_its_folder_by_every_attempt() -> None:

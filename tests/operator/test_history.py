@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 
 from finetune_core.api.conditions import ConditionType, Reason
+from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.status import AttemptsStatus, CurrentAttempt, FineTuneJobStatus, HistoryPoint
 from finetune_core.contract import (
     CheckpointName,
@@ -20,7 +21,14 @@ from finetune_core.contract import (
 from finetune_operator.status.conditions import compute_conditions
 from finetune_operator.status.events import events_between
 from finetune_operator.status.inputs import StatusInput
-from finetune_operator.status.report_merge import checkpoints_of, merge_history, merge_report, percentage, thin
+from finetune_operator.status.report_merge import (
+    checkpoints_of,
+    evaluation_of,
+    merge_history,
+    merge_report,
+    percentage,
+    thin,
+)
 from tests.operator.builders import NOW
 
 
@@ -198,3 +206,42 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
     assert status.evaluation is not None
     assert status.evaluation.base is not None
     assert status.evaluation.base.perplexity == "20"
+
+
+REQUIRED = [
+    RequirementSpec(score="exact", at_least="0.8"),
+    RequirementSpec(score="perplexity", better_than_base=True),
+]
+
+
+def test_the_verdict_on_each_required_score_stands_in_the_status() -> None:
+    base = ScoreRecord(perplexity=20.0, scores={"exact": 0.05}, graded=40)
+    tuned = ScoreRecord(perplexity=1.5, scores={"exact": 0.75}, graded=40)
+    before = evaluation_of(EvaluationRecord(rows="Test", examples=40, base=base), REQUIRED)
+    assert (before.passed, before.requirements) == (None, [])
+    after = evaluation_of(EvaluationRecord(rows="Test", examples=40, base=base, tuned=tuned), REQUIRED)
+    assert after.passed is False
+    assert [found.to_json() for found in after.requirements] == [
+        {"score": "exact", "atLeast": "0.8", "base": "0.05", "tuned": "0.75", "difference": "0.7", "passed": False},
+        {
+            "score": "perplexity",
+            "betterThanBase": True,
+            "base": "20",
+            "tuned": "1.5",
+            "difference": "-18.5",
+            "passed": True,
+        },
+    ]
+    assert evaluation_of(EvaluationRecord(rows="Test", examples=40, tuned=tuned)).passed is None
+
+
+def test_why_answers_were_not_graded_stays_in_the_status_although_the_result_has_no_room_for_it() -> None:
+    reasons = {"the row has no text to compare with": 3}
+    scored = ScoreRecord(perplexity=2.0, scores={"exact": 1.0}, graded=4, not_graded=3, ungraded=reasons)
+    record = EvaluationRecord(rows="Test", examples=7, base=scored, tuned=scored)
+    reported = evaluation_of(record)
+    final = evaluation_of(record.rounded(), stored=reported)
+    assert record.rounded().tuned == scored.model_copy(update={"ungraded": {}})
+    assert final == reported
+    assert final.tuned is not None
+    assert [(group.reason, group.answers) for group in final.tuned.ungraded] == [(*reasons.items(),)[0]]

@@ -62,6 +62,7 @@ REPORT = Report(
 )
 OVERDUE = REPORT.model_copy(update={"checkpoint_problem": "the store is down"})
 FINAL = (
+    Reason.GATE_FAILED,
     Reason.BAD_INPUT,
     Reason.DIVERGED,
     Reason.OUT_OF_MEMORY,

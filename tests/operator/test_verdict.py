@@ -16,6 +16,7 @@ from tests.operator.builders import NOW, at, child, current, pod, result
 from tests.operator.verdicts import evidence_of, judged, ruled
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
+GATE = result(Outcome.GATE_FAILED, "evaluation.require: exact must be at least 0.8 and is 0.5", with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
 
 
@@ -29,6 +30,10 @@ TABLE = {
     "stopped early": (
         [pod(i, exit_code=0, message=result(Outcome.EARLY_STOPPED, with_artifact=True)) for i in (0, 1)],
         ("Succeeded", "EarlyStopped"),
+    ),
+    "a required score was not reached": (
+        [pod(0, exit_code=0, message=GATE), pod(1, exit_code=0)],
+        ("Permanent", "GateFailed"),
     ),
     "all ended with 0 and no artifact": ([pod(0, exit_code=0), pod(1, exit_code=0)], ("Charged", "NoArtifact")),
     "a success that names no artifact": (
@@ -159,6 +164,7 @@ CASES: list[tuple[list[Any], dict[str, Any]]] = [
     ),
     ([pod(0)], {"child": child(suspended=True)}),
     ([], {"child": child(failed=True, failed_at=at(101), resumed_at=at(100)), "current": current(indexes=())}),
+    ([pod(0, exit_code=0, message=GATE), pod(1, exit_code=0)], {}),
     *(([pod(0), pod(1)], {"child": changed}) for changed in (None, child(uid="another"), child(replicas=3))),
     ([pod(0, exit_code=143), pod(1)], {}),
     ([pod(0), pod(1, phase="Failed", container=None)], {}),

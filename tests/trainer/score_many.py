@@ -72,7 +72,7 @@ def main() -> None:
                 examples, rank=gang.rank, world_size=gang.world_size, pad=tokenizer.eos_token_id, capacity=None
             )
             config = EvaluationConfig(artifact_from="Last", generation=GenerationConfig(batch_size=size))
-            scorer = Scorer(engine, gang, batches, config, "None", batch_size=size, context=128, phase=lambda _: None)
+            scorer = Scorer(engine, gang, batches, config, None, batch_size=size, context=128, phase=lambda _: None)
             decoding = Decoding(
                 tokenizer=tokenizer,
                 stop_ids=[tokenizer.eos_token_id],

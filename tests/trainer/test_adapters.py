@@ -173,7 +173,7 @@ def as_the_engine_had_it(run: Trained) -> Any:
         inputs=Inputs(model=run.model, train=train),
         folder=folder,
     )
-    prepare_node(plan)
+    prepare_node(plan, graded=())
     model = load_model(plan)
     load_weights(trained_parameters(model), sorted(run.checkpoint.iterdir())[-1])
     return model.eval()

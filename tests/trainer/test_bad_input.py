@@ -45,9 +45,24 @@ FIELD = "dataset__format__promptCompletion"
             "storage.uri: bucket 'no-such-bucket' does not exist at {endpoint}",
         ),
         ({"dataset__maxLength": 12}, 64, "tokens, more than dataset.maxLength 12 (set dataset.longRows to Skip"),
+        (
+            {"dataset__task": {"name": "GSM8K"}, "evaluation__bestBy": "TaskScore"},
+            64,
+            "dataset.validation: none of 7 rows can be graded (7 because the gold row has no number after ####), and"
+            " evaluation.bestBy needs a score of dataset.task",
+        ),
         ({"lora__targetModules": ["q_prj"]}, 64, "lora.targetModules: must name modules of the model"),
     ],
-    ids=["wrong column", "no data", "outside volume", "no model", "no bucket", "long row", "no such module"],
+    ids=[
+        "wrong column",
+        "no data",
+        "outside volume",
+        "no model",
+        "no bucket",
+        "long row",
+        "nothing to grade",
+        "no such module",
+    ],
 )
 def test_the_cause_is_named(
     changes: dict[str, Any], code: int, sentence: str, store: ObjectStore, pods: StartPods

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
 from finetune_trainer.decisions.selection import Selection, best_first, selection_after
+from finetune_trainer.evaluation.comparison import ungraded_text
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.step_log import StepRow
@@ -240,7 +241,7 @@ def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
         store,
         name,
         method="Full",
-        dataset__task="GSM8K",
+        dataset__task={"name": "GSM8K"},
         optimization__learningRate=5e-3,
         optimization__maxSteps=60,
         optimization__globalBatchSize=5,
@@ -252,6 +253,9 @@ def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     config["dataset"]["format"]["promptCompletion"]["completionField"] = "answer"
     config["evaluation"]["generation"] = {"maxNewTokens": 10, "batchSize": 3}
     return config
+
+
+REQUIRED = [{"score": "exact", "atLeast": "0.9"}, {"score": "perplexity", "betterThanBase": True}]
 
 
 def scores_of(store: ObjectStore, name: str, run: int = 1) -> EvaluationFile:
@@ -266,6 +270,8 @@ def runs(
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
+    odd = [{"question": "", "answer": "#### 3"}, {"question": "w1", "answer": "so"}, {"question": "w2", "answer": "so"}]
+    mixed = tiny.write_jsonl(folder / "mixed.jsonl", [*sum_rows(0, 3), *odd])
     plain = Inputs(model=sum_model, train=rows, validation=rows)
     configs = {
         "by-score": sum_config(
@@ -283,6 +289,9 @@ def runs(
     form = tokens["dataset"]["format"]["promptCompletion"]
     form |= {"template": "{prompt}<A>", "completionSuffix": "</A>"}
     tokens["evaluation"]["basePrompt"] = "Answer : {prompt}"
+    configs["required"] = sum_config(store, "required", evaluation__require=REQUIRED)
+    configs["required"]["optimization"]["maxSteps"] = 2
+    configs["required"]["dataset"]["format"]["promptCompletion"]["template"] = "{prompt}"
     cut_off = sum_config(store, "cut-off")
     configs |= {"cut-off": cut_off, "resumed": cut_off}
     cut_off["optimization"]["maxSteps"] = 45
@@ -297,7 +306,15 @@ def runs(
     }
     results = train_all(
         list(configs.values()),
-        [plain.model_copy(update={"test": few if name == "with-tokens" else None}) for name in configs],
+        [
+            plain.model_copy(
+                update={
+                    "test": few if name == "with-tokens" else None,
+                    "validation": mixed if name == "required" else rows,
+                }
+            )
+            for name in configs
+        ],
         folder,
         credentials=store.credentials,
         faults=[faults.get(name) for name in configs],
@@ -398,6 +415,28 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
+
+
+def test_a_required_score_that_is_not_reached_and_rows_without_a_number_are_told_and_the_artifact_is_committed(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    """The evaluation set also has a row with an empty prompt, which the tokenizer turns into no token at all."""
+    result, _ = runs["required"]
+    assert (result.outcome, result.exit_code) == (Outcome.GATE_FAILED, 0)
+    assert result.message.startswith("evaluation.require: exact must be at least 0.9 and is ")
+    assert "perplexity" not in result.message.partition(";")[0], "after two steps the perplexity is better"
+    assert result.artifact is not None
+    pointer = json.loads(store.read("runs/default/required/uid-1/ARTIFACT"))
+    assert pointer["outcome"] == "Completed", "another job may require less of the same artifact"
+    evaluation = scores_of(store, "required").evaluation
+    for record in (evaluation.base, evaluation.tuned):
+        assert record is not None
+        assert (record.graded, record.not_graded) == (4, 2)
+        assert record.ungraded == {"the gold row has no number after ####": 2}
+    assert evaluation.base is not None
+    assert ungraded_text(evaluation.base, "the base model") == (
+        "2 of 6 answers of the base model could not be graded: 2 because the gold row has no number after ####"
+    )
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(

@@ -61,7 +61,7 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
         },
         dataset__maxLength=256,
         dataset__packing=True,
-        dataset__task="ViGGO",
+        dataset__task={"name": "ViGGO"},
         lora={"rank": 8, "alpha": 16},
         optimization__learningRate=1e-3,
         optimization__schedule="Linear",

@@ -131,6 +131,61 @@ def test_the_cause_is_named(
     assert sentence.format(endpoint=store.endpoint) in found[0][1]
 
 
+NOTHING_GRADED = "dataset.validation: none of 7 rows can be graded (7 because the gold row has no number after ####)"
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluation", "sentence"),
+    [
+        (
+            {"name": "Number", "fields": {"answer": "total"}},
+            {},
+            "dataset.task.fields.answer: no column 'total' in validation.jsonl; it has 'question', 'reply'",
+        ),
+        ({"name": "SQL"}, {}, "dataset.task.fields.context: no column 'context' in validation.jsonl; it has"),
+        ({"name": "Regex", "pattern": "("}, {}, "dataset.task.pattern: must be a regular expression in the syntax"),
+        (
+            {"entryPoint": "overlap"},
+            {},
+            "dataset.task.entryPoint: the trainer image has no entry point overlap of the group"
+            " finetune_trainer.graders; it has none",
+        ),
+        (
+            {"name": "GSM8K"},
+            {"bestBy": "TaskScore", "artifactFrom": "Best"},
+            f"{NOTHING_GRADED}, and evaluation.bestBy needs a score of dataset.task",
+        ),
+        (
+            {"name": "GSM8K"},
+            {"require": [{"score": "exact", "atLeast": "0.5"}], "artifactFrom": "Last"},
+            f"{NOTHING_GRADED}, and evaluation.require needs a score of dataset.task",
+        ),
+        (
+            {"name": "GSM8K"},
+            {"require": [{"score": "execution", "atLeast": "0.5"}], "artifactFrom": "Last"},
+            "evaluation.require: names the score execution; the job has perplexity, allTokenPerplexity, exact",
+        ),
+    ],
+    ids=["column", "no tables", "pattern", "entry point", "best by nothing", "nothing required", "other score"],
+)
+def test_what_can_not_be_graded_is_a_finding(
+    task: dict[str, Any], evaluation: dict[str, Any], sentence: str, check: Check
+) -> None:
+    changes = {"evaluation": evaluation} if evaluation else {}
+    (found,) = check(dataset__task=task, **changes)
+    assert found[0] is FINAL
+    assert sentence in found[1]
+
+
+def test_rows_that_can_not_be_graded_are_a_notice_where_no_score_is_needed(
+    check: Check, paths: Paths, store: ObjectStore
+) -> None:
+    assert check(dataset__task={"name": "GSM8K"}) == []
+    findings = Findings()
+    entrypoint.run_checks(findings, paths)
+    assert findings.result.notices == [NOTHING_GRADED]
+
+
 def test_everything_that_is_wrong_is_told_in_one_look(check: Check) -> None:
     found = check(
         **{f"{FIELD}__completionField": "answer"},

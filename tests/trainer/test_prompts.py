@@ -23,12 +23,14 @@ from finetune_trainer.data.dataset import check_columns, length_limit, make_exam
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.formats import renderer, required_columns
 from finetune_trainer.data.piece_tokens import PieceTokenizer
-from finetune_trainer.data.prompts import base_prompt_columns
+from finetune_trainer.data.prompts import answer_reader, base_prompt_columns
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.evaluation.generation import Decoding, answer_text
 from finetune_trainer.evaluation.sets import base_format
 from tests.trainer import tiny
 
+TEXTS = ["it is it", " ", "\n", "</s>", "<s>", "<|im_end|>", "<tool>", "<add>", "END", "é", "hello"]
 SOURCE = {"s3": {"uri": "s3://rows/train.jsonl"}}
 ALPACA = "### Instruction:\n{instruction}{#input}\n\n### Input:\n{input}{/input}\n\n### Response:\n"
 
@@ -488,3 +490,40 @@ def test_the_base_prompt_takes_every_column_and_has_no_suffix(tmp_path: Path) ->
     examples, _ = made(tmp_path, [row], byte_level(), form.model_dump(by_alias=True, exclude_none=True))
     assert byte_level().decode(examples[0].ids) == "<s>{it}: what </s> what </s>\nis!</s>"
     assert [int(number) for number in examples[0].ids].count(byte_level().eos_token_id) == 1
+
+
+# ---- The right answer where answers are graded ----
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    texts=st.lists(st.tuples(st.sampled_from(TEXTS), st.booleans()), min_size=1, max_size=6),
+    suffix=st.sampled_from(["", "END", "</s>", "<add>"]),
+    allowed=st.booleans(),
+)
+def test_the_right_answer_of_a_row_is_what_a_model_would_answer_that_repeats_the_completion(
+    texts: list[tuple[str, bool]], suffix: str, allowed: bool
+) -> None:
+    tokenizer = copy.deepcopy(byte_level())
+    add_tokens(tokenizer, ["<add>"])
+    form = spec({"promptCompletion": {"completionSuffix": suffix, "allowSpecialTokens": allowed}}).format
+    assert form.prompt_completion is not None
+    completion = [Piece(text, from_row) for text, from_row in texts]
+    # A control token that begins in one piece and ends in another one is ordinary text.
+    pieces = [Piece(piece.text, piece.from_row and not allowed) for piece in completion]
+    try:
+        ids = PieceTokenizer(tokenizer, ["<add>"]).follow([*pieces, Piece(suffix, from_row=False)]).ids
+    except RowError:
+        return
+    stops = stop_ids(tokenizer, form)
+    decoding = Decoding(
+        tokenizer=tokenizer,
+        stop_ids=stops,
+        suffix=suffix,
+        suppressed=(),
+        batch_size=1,
+        max_new_tokens=100,
+        context=100,
+    )
+    read = answer_reader(form.prompt_completion, tokenizer, ["<add>"], stops)
+    assert read(completion) == answer_text(ids, decoding)

@@ -7,31 +7,52 @@ of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.sources import DataSource
+from finetune_core.api.task import TaskSpec
 from finetune_core.errors import UserError
-from finetune_core.tasks import GSM8K, NO_TASK, TASKS, VIGGO, Score, Task, Unit
-from finetune_trainer.evaluation.graders import GRADERS, Grade, grader_of
-from finetune_trainer.evaluation.graders.grades import ScoreSums
+from finetune_core.row_templates import Piece
+from finetune_core.task_declaration import Aggregation, Score, Task, Unit
+from finetune_core.tasks import GSM8K, TASKS, VIGGO
+from finetune_trainer.data.dataset import GRADED_FIELDS, columns_read
+from finetune_trainer.data.files.row import NamedColumn
+from finetune_trainer.evaluation.graders import GRADERS, Grade, Grader, Grading, load_grading
+from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.storage.evaluation_file import AnswerRecord
 
 MEANING = {"mr": "inform(name[Portal], genres[puzzle, shooter], rating[good])"}
 NUMBER = {"answer": "12 x 80 = 960, and 40 more make 1,000.\n#### 1,000"}
 TABLES = "CREATE TABLE boat (name VARCHAR, harbour VARCHAR, length INTEGER)"
 FOUND = {"context": TABLES, "answer": "SELECT name FROM boat WHERE harbour = 'Quay'"}
+TOWN = {"answer": "Lyon"}
 SORTED = {"context": TABLES, "answer": "SELECT name FROM boat ORDER BY length DESC"}
 
 
 def grade(task: str, answer: str, gold: dict[str, str]) -> Grade:
-    return GRADERS[task](answer, gold)
+    return GRADERS[task](TaskSpec.model_validate({"name": task}))(answer, gold)
+
+
+def example_grader(task: Task) -> Grader:
+    """Return the grader of ``task`` with the arguments of the task's example."""
+    spec = TaskSpec.model_validate({"name": task.name, **(task.example_arguments or {})})
+    return GRADERS[task.name](spec)
+
+
+SOURCE = {"s3": {"uri": "s3://bucket/rows.jsonl"}}
+
+
+def dataset(task: dict[str, object] | None, **form: str) -> DatasetSpec:
+    return DatasetSpec.model_validate({"train": SOURCE, "format": {"promptCompletion": form}, "task": task})
 
 
 class ReadColumns(Mapping[str, object]):
     """A row that records which columns a grader reads, by their names."""
 
-    def __init__(self, columns: dict[str, str]) -> None:
+    def __init__(self, columns: dict[str, object]) -> None:
         self._columns = columns
         self.read: set[str] = set()
 
@@ -54,16 +75,17 @@ def test_every_declared_task_has_a_grader_and_every_grader_a_declaration() -> No
     assert set(GRADERS) == set(TASKS), "declare the task in finetune_core/tasks.py and add its grader to GRADERS"
 
 
-def test_a_task_without_a_grader_ends_the_job_instead_of_scoring_nothing() -> None:
-    assert grader_of(NO_TASK) is None
-    with pytest.raises(UserError, match=r"dataset\.task: must be one of .* no grader for Haiku"):
-        grader_of("Haiku")
+def test_a_task_without_a_grader_ends_the_job_instead_of_scoring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_grading(dataset(None)) is None
+    monkeypatch.delitem(GRADERS, "GSM8K")
+    with pytest.raises(UserError, match=r"dataset\.task\.name: must be one of .* no grader for GSM8K"):
+        load_grading(dataset({"name": "GSM8K"}))
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_a_grader_reads_the_declared_columns_and_gives_the_example_answer_every_score(task: Task) -> None:
     row = example_row(task)
-    grade = GRADERS[task.name](task.example_answer, row)
+    grade = example_grader(task)(task.example_answer, row)
     assert grade.problem == ""
     assert {name: float(value) for name, value in grade.scores.items()} == dict.fromkeys(task.score_names, 1.0)
     assert row.read == {column.name for column in task.columns}
@@ -71,11 +93,125 @@ def test_a_grader_reads_the_declared_columns_and_gives_the_example_answer_every_
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_an_empty_answer_gets_no_score_and_an_empty_row_is_left_out(task: Task) -> None:
-    assert not any(GRADERS[task.name]("", example_row(task)).scores.values())
-    assert not GRADERS[task.name](task.example_answer, {}).is_graded
+    assert not any(example_grader(task)("", example_row(task)).scores.values())
+    assert not example_grader(task)(task.example_answer, {}).is_graded
     for column in task.columns:
-        row = {other.name: None if other is column else other.example for other in task.columns}
-        assert not GRADERS[task.name]("None", row).is_graded, f"{column.name} is null"
+        if not column.optional:
+            row = {other.name: None if other is column else other.example for other in task.columns}
+            assert not example_grader(task)("None", row).is_graded, f"{column.name} is null"
+
+
+def test_a_grader_reads_the_completion_unless_the_job_names_another_column() -> None:
+    rows = {"solution": "so 5\n#### 5", "other": "#### 7", "answer": "#### 9"}
+    by_default = load_grading(dataset({"name": "GSM8K"}, completionField="solution"))
+    named = load_grading(dataset({"name": "GSM8K", "fields": {"answer": "other"}}, completionField="solution"))
+    assert by_default is not None
+    assert named is not None
+    assert by_default.grade("#### 5", rows).scores == {"exact": True}
+    assert named.grade("#### 7", rows).scores == {"exact": True}
+    assert by_default.required_columns == [NamedColumn("dataset.task.fields.answer", "solution")]
+
+
+def test_a_column_with_tables_keeps_its_own_name_and_an_optional_one_is_not_demanded() -> None:
+    sql = load_grading(dataset({"name": "SQL"}, completionField="query"))
+    choice = load_grading(dataset({"name": "Choice"}))
+    listed = load_grading(dataset({"name": "Choice", "fields": {"choices": "options"}}))
+    assert [sql.columns, choice.columns] == [  # type: ignore[union-attr]
+        {"context": "context", "answer": "query"},
+        {"answer": "completion", "choices": "choices"},
+    ]
+    found = [grading.required_columns for grading in (sql, choice, listed) if grading is not None]
+    assert [[column.name for column in columns] for columns in found] == [
+        ["context", "query"],
+        ["completion"],
+        ["completion", "options"],
+    ]
+
+
+def graded(task: dict[str, object], **form: str) -> Grading:
+    found = load_grading(dataset(task, **form))
+    assert found is not None
+    return found
+
+
+def test_the_right_answer_of_a_completion_template_is_its_text() -> None:
+    row = {"reasoning": "2 + 3", "value": 5, "answer": "#### 9", "completion": "#### 9"}
+    found = graded({"name": "GSM8K"}, completion="{reasoning} = {value}\n#### {value}", completionSuffix="<END>")
+    assert found.grade("so it is\n#### 5", row).scores == {"exact": True}
+    assert not found.required_columns, "the format demands the columns of the template"
+    whole = graded({"name": "ExactMatch"}, completion="{reasoning} = {value}", completionSuffix="<END>")
+    assert whole.grade("2 + 3 = 5", row).scores == {"exact": True}
+    assert whole.grade("2 + 3 = 5<END>", row).scores == {"exact": False}
+
+
+def test_a_completion_template_of_one_column_is_that_column() -> None:
+    """The grader gets the value as it is in the row, for example a number that is no text."""
+    found = graded({"name": "ExactMatch"}, completion="{solution}")
+    assert (found.columns, found.rendered) == ({"answer": "solution"}, [])
+    assert found.required_columns == [NamedColumn("dataset.task.fields.answer", "solution")]
+    assert graded({"name": "ExactMatch"}, completion="{completion}", completionField="x").columns == {"answer": "x"}
+
+
+def test_a_column_that_the_job_names_holds_the_right_answer_also_beside_a_completion_template() -> None:
+    found = graded({"name": "Number", "fields": {"answer": "value"}}, completion="{reasoning} = {value}")
+    assert found.grade("5", {"reasoning": "2 + 3", "value": 5}).scores == {"exact": True}
+    assert found.required_columns == [NamedColumn("dataset.task.fields.answer", "value")]
+
+
+def test_the_completion_of_a_row_is_what_shows_whether_the_row_can_be_graded() -> None:
+    found = graded({"name": "Number"}, completion="It is {value}.")
+    assert found.why_left_out({"value": "5"}) == ""
+    assert "number" in found.why_left_out({"value": "five or six"})
+    assert found.why_left_out({"value": None}), "a row that can't be rendered is a bad row, and never graded"
+
+
+def test_a_rendered_completion_is_read_like_a_generated_answer() -> None:
+    def without_end(completion: Iterable[Piece]) -> str:
+        return "".join(piece.text for piece in completion).removesuffix("</s>")
+
+    found = graded({"name": "ExactMatch"}, completion="{value}</s>").reading(without_end)
+    assert found.grade("5", {"value": 5}).scores == {"exact": True}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("completion", [None, "{one} and {two}{#three} or {three}{/three}"])
+@pytest.mark.parametrize("field", GRADED_FIELDS)
+def test_a_grader_gets_every_column_that_it_reads_although_others_are_not_read(
+    name: str, completion: str | None, field: str
+) -> None:
+    """Rows are read with the columns of `columns_read` only. The grade must be that of the whole row."""
+    task = TASKS[name]
+    row = {"one": "x", "two": "y", "three": "z", "prompt": "q", "further": "w"} | {
+        column.name: column.example for column in task.columns
+    }
+    row["completion"] = next((row[column.name] for column in task.columns if column.is_completion), "x")
+    arguments: dict[str, object] = {"pattern": "x"} if "pattern" in task.required_arguments else {}
+    renamed = {column.name: f"my {column.name}" for column in task.columns}
+    every = row | {renamed[column.name]: column.example for column in task.columns}
+    form = {"completion": completion} if completion else {}
+    for fields in ({}, renamed):
+        spec = dataset({"name": name, "fields": fields, **arguments}, **form)
+        grading = load_grading(spec)
+        assert grading is not None
+        read = columns_read(spec, field, None, grading.columns_read)
+        assert "further" not in read
+        part = {column: value for column, value in every.items() if column in read}
+        assert grading.grade(task.example_answer, part) == grading.grade(task.example_answer, every)
+        assert grading.why_left_out(part) == grading.why_left_out(every)
+
+
+def test_only_the_rows_that_are_scored_are_read_with_the_columns_of_graders_and_of_the_base_prompt() -> None:
+    spec = dataset({"name": "SQL"}).model_copy(update={"test": DataSource.model_validate(SOURCE)})
+    read = {
+        field: columns_read(spec, field, "{shots}{prompt}", {"context"})
+        for field in ("dataset.train", "dataset.train.mix[0]", "dataset.validation", "dataset.test")
+    }
+    assert read == {
+        "dataset.train": {"prompt", "completion"},
+        "dataset.train.mix[0]": {"prompt", "completion"},
+        "dataset.validation": {"prompt", "completion", "context"},
+        "dataset.test": {"prompt", "completion", "context", "shots"},
+    }
 
 
 WORDS = Score(name="words", meaning="The share of words that are right.", unit=Unit.PARTIAL_CREDIT)
@@ -97,9 +233,11 @@ def test_a_share_goes_from_the_grader_into_the_mean_and_into_the_file() -> None:
         Grade.left_out("the row is empty"),
         Grade.of(PARTIAL, {}, problem="the answer is empty"),
     ]
-    sums = ScoreSums.of(PARTIAL, grades)
-    assert sums.with_vector(2 * value for value in sums.as_vector()).means == sums.means
-    assert (sums.graded, sums.means) == (3, {"words": 0.5, "all": pytest.approx(1 / 3)})
+    found = GradeList.of(PARTIAL, grades)
+    twice = GradeList.joined(PARTIAL, [found, GradeList.from_json(found.to_json())])
+    assert twice.reported(PARTIAL) == found.reported(PARTIAL)
+    assert (found.graded, found.reported(PARTIAL)) == (3, {"words": 0.5, "all": pytest.approx(1 / 3)})
+    assert (twice.graded, twice.not_graded, twice.main_reasons) == (6, 2, {"the row is empty": 2})
     records = [AnswerRecord(answer="", gold={}, scores=grade.scores) for grade in grades]
     assert [record.to_json().split('"scores":')[1].split("}")[0] + "}" for record in records] == [
         '{"words":0.5,"all":false}',
@@ -108,6 +246,23 @@ def test_a_share_goes_from_the_grader_into_the_mean_and_into_the_file() -> None:
         '{"words":0.0,"all":false}',
     ]
     assert [AnswerRecord.model_validate_json(record.to_json()) for record in records] == records
+
+
+def test_reasons_beyond_the_limit_are_counted_together() -> None:
+    grades = [Grade.left_out(f"reason {number}") for number in range(6) for _ in range(6 - number)]
+    reasons = GradeList.of(PARTIAL, grades).main_reasons
+    assert reasons == {"reason 0": 6, "reason 1": 5, "reason 2": 4, "other reasons": 6}
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "value"),
+    [(Aggregation.MEAN, 4.0), (Aggregation.MEDIAN, 2.0), (Aggregation.MINIMUM, -1.0), (Aggregation.MAXIMUM, 11.0)],
+)
+def test_a_score_is_aggregated_as_it_declares(aggregation: Aggregation, value: float) -> None:
+    length = Score(name="length", unit=Unit.VALUE, aggregation=aggregation)
+    task = Task(name="Length", scores=(length,), main="length")
+    grades = [Grade.of(task, {"length": number}) for number in (-1.0, 2.0, 11.0)]
+    assert GradeList.of(task, grades).reported(task) == {"length": value}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +311,23 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),
         ("SQL", SORTED, "SELECT name FROM boat", set()),
+        # The whole answer counts, and a text is not found inside of a longer word.
+        ("ExactMatch", TOWN, " Lyon\n", {"exact"}),
+        ("ExactMatch", TOWN, "Lyon, France", set()),
+        ("ExactMatch", TOWN, "lyon", set()),
+        ("Contains", {"answer": "72"}, "There are 172.", set()),
+        ("Contains", TOWN, "It is Lyon.", {"contains", "found"}),
+        # One number, and no other.
+        ("Number", {"answer": "1,000"}, "It costs $1000.", {"exact"}),
+        ("Number", {"answer": "1,000"}, "10 or 1000", set()),
+        # Values of JSON, not texts, and nothing behind them.
+        ("JSON", {"answer": '{"a": 1, "b": [1, 2]}'}, '{"b": [1.0, 2], "a": 1}', {"equal", "keys"}),
+        ("JSON", {"answer": '{"a": 1}'}, '{"a": true}', set()),
+        ("JSON", {"answer": '{"a": 1}'}, '{"a": 1} {"a": 1}', set()),
+        ("JSON", {"answer": '{"a": 1}'}, '{"a": 2, "a": 1}', set()),
+        # A letter that begins a sentence names no option.
+        ("Choice", {"answer": "A"}, "A good question.", set()),
+        ("Choice", {"answer": "A"}, "(A)", {"exact"}),
     ],
 )
 def test_trap_25_holes_of_the_graders(task: str, gold: dict[str, str], answer: str, right: set[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finetune_core.tasks import VIGGO
-from finetune_trainer.evaluation.graders.grades import ScoreSums
+from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.evaluation.graders.viggo import (
     ATTRIBUTES,
     FUNCTIONS,
@@ -60,9 +60,9 @@ def test_every_published_row_parses_keeps_the_order_demanded_and_is_right_agains
         places = [ATTRIBUTES.index(attribute.name) for attribute in representation.attributes]
         assert places == sorted(set(places))
     grades = [grade(row, {"mr": row}) for row in rows]
-    summary = ScoreSums.of(VIGGO, grades)
+    summary = GradeList.of(VIGGO, grades)
     assert (summary.graded, left_out(grades)) == (len(rows), {})
-    assert {summary.means[name] for name in VIGGO.score_names} == {1.0}
+    assert summary.reported(VIGGO) == dict.fromkeys(VIGGO.score_names, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,23 @@ def test_a_comma_is_part_of_a_value_that_is_no_list() -> None:
 @pytest.mark.parametrize("gold", ["inform(name[x]", "invite(name[x])", "inform(colour[red])", ""])
 def test_a_gold_row_that_is_not_viggo_is_counted_apart(gold: str) -> None:
     grades = [grade(GOLD, {"mr": gold}), grade(GOLD, {}), grade(GOLD, {"mr": GOLD})]
-    assert (ScoreSums.of(VIGGO, grades).graded, left_out(grades).total()) == (1, 2)
+    assert (GradeList.of(VIGGO, grades).graded, left_out(grades).total()) == (1, 2)
 
 
-def test_summaries_of_parts_add_up() -> None:
+def test_lists_of_parts_join_to_the_list_of_all_answers() -> None:
     grades = [grade(answer, {"mr": GOLD}) for answer in (GOLD, GOLD.replace("good", "poor"), "inform(", "")]
-    whole, nothing = ScoreSums.of(VIGGO, grades), ScoreSums.of(VIGGO, [])
-    for parts in ((ScoreSums.of(VIGGO, grades[:1]), ScoreSums.of(VIGGO, grades[1:])), (whole, nothing)):
-        vectors = [part.as_vector() for part in parts]
-        assert parts[0].with_vector(map(sum, zip(*vectors, strict=True))) == whole
-    assert whole.sums == {"strict": 1, "orderFree": 1, "function": 3, "attributes": 2, "values": 1}
+    whole, nothing = GradeList.of(VIGGO, grades), GradeList.of(VIGGO, [])
+    for parts in ((GradeList.of(VIGGO, grades[:1]), GradeList.of(VIGGO, grades[1:])), (whole, nothing)):
+        assert GradeList.joined(VIGGO, parts) == whole
+    assert {name: sum(values) for name, values in whole.values.items()} == {
+        "strict": 1,
+        "orderFree": 1,
+        "function": 3,
+        "attributes": 2,
+        "values": 1,
+    }
     assert unreadable(grades) == {"the answer is not a functional representation": 2}
-    assert (whole.means["strict"], nothing.means.get("strict")) == (0.25, None)
+    assert (whole.reported(VIGGO)["strict"], nothing.reported(VIGGO)) == (0.25, {})
 
 
 words = st.text("abz'\"(.-: é0", min_size=1, max_size=8).filter(lambda word: word == " ".join(word.split()) != "")

@@ -12,7 +12,8 @@ from typing import Any
 
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
 from finetune_core.layout import checkpoint_folder
-from finetune_core.tasks import main_score_text
+from finetune_core.requirements import judged
+from finetune_core.tasks import main_score_text, main_value_text
 from finetune_trainer.checkpoints.export import ExportOptions, export_artifact
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
@@ -71,10 +72,12 @@ def finish(
         result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
-        message = result_message(chosen, comparison.evaluation, task=plan.config.dataset.task, patience=patience)
+        task = plan.config.dataset.task
+        message = result_message(chosen, comparison.evaluation, task=task.label if task else None, patience=patience)
         evaluation = comparison.evaluation.rounded() if comparison.evaluation is not None else None
         update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
-        return result.model_copy(update=update).model_dump(mode="json")
+        final = judged(result.model_copy(update=update), plan.config.evaluation.require)
+        return final.model_dump(mode="json")
 
     result = Result.model_validate(gang.run_on_rank_0(publish_chosen, until_stop=True))
     shutil.rmtree(source, ignore_errors=True)
@@ -105,12 +108,13 @@ def export_files(
 
 
 def result_message(
-    chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, task: str, patience: int | None
+    chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, task: str | None, patience: int | None
 ) -> str:
     """Return the sentence of the final result, such as `the artifact is the model of step 60, validation perplexity
     1.479`.
 
-    ``task`` is `dataset.task`, and ``patience`` is `evaluation.patience` where the run stopped early, else None.
+    ``task`` is the name of the job's task, None where it has none, and ``patience`` is `evaluation.patience` where the
+    run stopped early, else None.
     """
     text = f"the artifact is the model of step {chosen.step}"
     if chosen.perplexity is not None:
@@ -118,7 +122,7 @@ def result_message(
     if evaluation is not None and evaluation.tuned is not None and evaluation.tuned.task_score is not None:
         before = evaluation.base.task_score if evaluation.base is not None else None
         text += f", {main_score_text(task, evaluation.tuned.task_score)}"
-        text += f" (the base model {before:.1%})" if before is not None else ""
+        text += f" (the base model {main_value_text(task, before)})" if before is not None else ""
     if patience is not None:
         evaluations = "1 evaluation" if patience == 1 else f"{patience} evaluations"
         text += f"; stopped early, because {evaluations} in a row brought no improvement"

@@ -28,6 +28,7 @@ from finetune_core.contract import (
 )
 from finetune_core.contract.same_training import TrainingRecord, settings_digest
 from finetune_core.errors import UserError
+from finetune_core.requirements import judged
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import outcome_of, result_of_pod
@@ -106,7 +107,7 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     root = open_root(config, paths)
     done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
     if done is not None:
-        return done
+        return judged(done, config.evaluation.require)
     print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
     # The identities of the input files are read before the files are fetched. If a file changes in between, the run
     # record then names its older content, so that a later job with the new content does not take this run over by

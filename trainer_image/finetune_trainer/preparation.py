@@ -7,7 +7,7 @@ Then `train.py` calls `load_data` and `load_model` on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -103,8 +102,10 @@ class TrainingData:
         return int(self.tokenizer.eos_token_id)
 
 
-def prepare_node(plan: WorkerPlan) -> PreparationSummary:
+def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummary:
     """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
+
+    ``graded`` are all columns that the job's grader reads, and empty where the job has no task.
 
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
@@ -137,14 +138,15 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
         made = []
         for part in parts:
             counter = _Counter()
+            columns = columns_read(config.dataset, part.field, config.evaluation.base_prompt, graded)
             examples, skipped_rows = make_examples(
-                counter.counted(read_rows(part.path, part.field, columns=columns_read(config.dataset))),
+                counter.counted(read_rows(part.path, part.field, columns=columns)),
                 source_name(part.source),
                 part.field,
                 config.dataset,
                 tokenize,
                 limit=limit,
-                keep_rows=config.dataset.task != NO_TASK and name != "train",
+                keep_rows=config.dataset.task is not None and name != "train",
             )
             made.append(examples)
             notices += [*_files_notice(part, counter.rows), *skipped_rows]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import Phase, Result
+from finetune_core.errors import UserError
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.checkpoints.resume import (
     RunStart,
@@ -23,13 +24,17 @@ from finetune_trainer.checkpoints.resume import (
     start_run_after_rollback,
 )
 from finetune_trainer.checkpoints.saver import Saver
+from finetune_trainer.data.dataset import GRADED_FIELDS, check_columns
 from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.prompts import answer_reader
 from finetune_trainer.decisions.recovery import RollbackRequired
 from finetune_trainer.decisions.replay import ReplayedDecisions, replay_decisions
 from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
+from finetune_trainer.evaluation.gradable import needed_by, why_ungradable
+from finetune_trainer.evaluation.graders import Grading, load_grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
@@ -65,10 +70,12 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
     try:
         gang.check_stop()
         root = open_root(plan.config, plan.paths)
-        data = _prepare_and_load_data(plan, gang)
+        grading = _load_grading(plan, gang)
+        data = _prepare_and_load_data(plan, gang, grading)
+        grading = _try_rows(plan, gang, data, grading, progress)
         start = _start_first_run(plan, gang, root)
         while True:
-            run = Run(plan, gang, root, data, start, progress, status)
+            run = Run(plan, gang, root, data, grading, start, progress, status)
             try:
                 run.comparison.score_base_model(is_base=start.parent is None)
                 stopped_early = run.loop.run()
@@ -94,18 +101,70 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
         raise Stopped(f"told to stop: {where}") from None
 
 
-def _prepare_and_load_data(plan: WorkerPlan, gang: Gang) -> TrainingData:
+def _prepare_and_load_data(plan: WorkerPlan, gang: Gang, grading: Grading | None) -> TrainingData:
     """Let the first rank of each node write the tokenised rows and, where needed, an extended base model. Then load the
     rows on every rank."""
-    answers = gang.gather(lambda: _prepare(plan) if gang.local_rank == 0 else None, until_stop=True)
+    graded = grading.columns_read if grading is not None else frozenset()
+    answers = gang.gather(lambda: _prepare(plan, graded) if gang.local_rank == 0 else None, until_stop=True)
     return gang.run_on_all_ranks(lambda: load_data(plan, agreed_summary(answers)), until_stop=True)
 
 
-def _prepare(plan: WorkerPlan) -> object:
-    """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON."""
-    summary = prepare_node(plan)
-    notices = [*summary.notices, *prepare_base_model_set(plan)]
+def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
+    """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON.
+    ``graded`` are all columns that the job's grader reads."""
+    summary = prepare_node(plan, graded)
+    notices = [*summary.notices, *prepare_base_model_set(plan, graded)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
+
+
+def _load_grading(plan: WorkerPlan, gang: Gang) -> Grading | None:
+    """Return how the answers of the job are graded, on every rank; None where the job has no task.
+
+    Raises UserError on every rank where the grader or its columns do not exist.
+    """
+    config = plan.config
+    grading: Grading | None = gang.run_on_all_ranks(
+        lambda: load_grading(config.dataset, config.evaluation.require), until_stop=True
+    )
+    if grading is None:
+        return None
+
+    def check() -> None:
+        for field, path in zip(GRADED_FIELDS, (plan.inputs.validation, plan.inputs.test), strict=True):
+            if path is not None:
+                check_columns(path, field, config.dataset.format, grading.required_columns)
+
+    gang.run_on_rank_0(check, until_stop=True)
+    return grading
+
+
+def _try_rows(
+    plan: WorkerPlan, gang: Gang, data: TrainingData, grading: Grading | None, progress: Progress | None
+) -> Grading | None:
+    """Return ``grading``, which from now on knows the job's tokenizer.
+
+    Raises UserError on every rank where no row can be graded although `evaluation.bestBy` or `evaluation.require` needs
+    a score of the task. Where nothing needs such a score, a notice says that no row can be graded.
+    """
+    form, evaluation = plan.config.dataset.format.prompt_completion, plan.config.evaluation
+    if grading is None or form is None:
+        return None
+    grading = grading.reading(answer_reader(form, data.tokenizer, plan.config.model.added_tokens, data.stop_ids))
+    scored = "dataset.test" if plan.config.dataset.test is not None else "dataset.validation"
+
+    def notices() -> object:
+        found = []
+        for field, examples in zip(GRADED_FIELDS, (data.validation, data.test), strict=True):
+            if problem := why_ungradable(grading, [row.fields for row in examples.rows]):
+                if needing := needed_by(evaluation, field, scored):
+                    raise UserError(field, f"{problem}, and {needing} needs a score of dataset.task")
+                found.append(f"{field}: {problem}")
+        return found
+
+    texts = gang.run_on_rank_0(notices, until_stop=True)
+    if progress is not None:
+        progress.notice(*texts)
+    return grading
 
 
 def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
@@ -176,6 +235,7 @@ class Run:
         gang: Gang,
         root: RunRoot,
         data: TrainingData,
+        grading: Grading | None,
         start: RunStart,
         progress: Progress | None,
         status: WorkerStatus,
@@ -215,12 +275,12 @@ class Run:
             gang,
             batches,
             config.evaluation,
-            config.dataset.task,
+            grading,
             batch_size=config.optimization.micro_batch_size,
             context=data.summary.model_context,
             phase=set_phase,
         )
-        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress)
+        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress, grading)
         history = read_steps_before(root, start) if gang.is_first else []
         replayed = gang.run_on_rank_0(
             lambda: replay_decisions(config.evaluation, history).model_dump(mode="json"), until_stop=True

@@ -73,6 +73,10 @@ REASONS: Mapping[Reason, Explanation] = {
         "Training stopped before its last step because the score no longer improved; the artifact is committed.",
         "Fetch the artifact: `finetune download NAME`.",
     ),
+    Reason.GATE_FAILED: Explanation(
+        "The model is trained and its artifact is committed, but it did not reach a score of `evaluation.require`.",
+        "Read `status.evaluation.requirements`. The artifact can be fetched all the same: `finetune download NAME`.",
+    ),
     Reason.BAD_INPUT: Explanation(
         "The spec or the data make the job impossible; the message names the field, or the file and line.",
         "Correct the job or the data, and create the job again. `finetune validate` finds mistakes that can be found"
@@ -136,7 +140,14 @@ _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
 """Reasons with which the operator stops a job. While the pods save their last checkpoint, the condition `Succeeded` has
 one of these reasons and the status Unknown. Afterwards the condition has the same reason and the status False."""
-_FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
+_FAILED = (
+    Reason.GATE_FAILED,
+    Reason.BAD_INPUT,
+    Reason.DIVERGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.RETRIES_EXHAUSTED,
+    *_STOPPING,
+)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
+    GATE_FAILED = "GateFailed"
     BAD_INPUT = "BadInput"
     DIVERGED = "Diverged"
     OUT_OF_MEMORY = "OutOfMemory"

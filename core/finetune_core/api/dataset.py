@@ -8,8 +8,8 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ENTRIES, ApiModel, cel, exactly_one_of
 from finetune_core.api.sources import DataSource, TrainingSource
+from finetune_core.api.task import TaskSpec
 from finetune_core.row_templates import SHOWS_A_COLUMN_PATTERN, WELL_FORMED_PATTERN
-from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
 """Name of a column in the data files."""
@@ -146,8 +146,8 @@ class DatasetSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.task == 'None' || has(self.format.promptCompletion)",
-                "`task` must be None unless `format.promptCompletion` is set",
+                "!has(self.task) || has(self.format.promptCompletion)",
+                "`task` must be absent unless `format.promptCompletion` is set",
             ),
             (
                 "!(self.longRows in ['Split', 'Truncate']) || has(self.format.text)",
@@ -165,7 +165,8 @@ class DatasetSpec(ApiModel):
     which checkpoint is chosen."""
     format: DatasetFormat
     """How a row becomes a training example."""
-    task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK
+    task: TaskSpec | None = None
+    """What grades generated answers, for example `{name: GSM8K}`. Absent: only perplexity is measured."""
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ApiModel, DecimalString, cel
+from finetune_core.api.base import ATOMIC, ApiModel, DecimalString, cel
 from finetune_core.api.dataset import TemplateText, template_rules
+from finetune_core.task_declaration import PERPLEXITY, SCORE_NAME_LENGTH
 
 BestBy = Literal["Perplexity", "TaskScore"]
 """The score by which checkpoints are compared: the validation perplexity, or the main score of `dataset.task`."""
@@ -17,6 +18,15 @@ ArtifactFrom = Literal["Best", "Last"]
 ScoredRows = Literal["Validation", "Test"]
 """Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
 `dataset.test`."""
+
+ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
+"""Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
+LOWER_IS_BETTER = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
+"""Scores that every evaluation gives, of which a lower value is better. Of all scores of tasks a higher one is."""
+REQUIREMENT_LIMIT = 8
+"""Largest number of requirements of `evaluation.require`."""
+SignedDecimalString = Annotated[str, Field(max_length=32, pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
+"""A decimal number, for example `"0.8"` or `"-1.5"`, as a string."""
 
 
 class GenerationSpec(ApiModel):
@@ -28,6 +38,29 @@ class GenerationSpec(ApiModel):
     """Largest number of validation or test rows for which answers are generated. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """Number of answers that one process generates at once."""
+
+
+class RequirementSpec(ApiModel):
+    """A score that the tuned model must reach. All bounds that are set must hold."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "has(self.atLeast) || has(self.atMost) || has(self.betterThanBase) && self.betterThanBase",
+                "`atLeast`, `atMost` or `betterThanBase: true` must be set",
+            ),
+        )
+    )
+
+    score: Annotated[str, Field(min_length=1, max_length=SCORE_NAME_LENGTH)]
+    """Name of the score: perplexity, allTokenPerplexity, or a score of `dataset.task`, such as exact."""
+    at_least: SignedDecimalString | None = None
+    """Lowest value that passes, for example `"0.8"`."""
+    at_most: SignedDecimalString | None = None
+    """Highest value that passes."""
+    better_than_base: bool | None = None
+    """true: the tuned model must be better than the base model, which means a lower perplexity, or a higher score of
+    the task. Equal is not better."""
 
 
 class EvaluationSpec(ApiModel):
@@ -63,3 +96,9 @@ class EvaluationSpec(ApiModel):
     artifact_from: ArtifactFrom | None = None
     """Checkpoint that is exported: the best by `bestBy`, or the last. Absent: Best with `dataset.validation`, Last
     without."""
+    require: Annotated[list[RequirementSpec], Field(max_length=REQUIREMENT_LIMIT, json_schema_extra=ATOMIC)] | None = (
+        None
+    )
+    """Scores that the tuned model must reach on the test rows, or on the validation rows where there are no test rows.
+    Where one is not reached, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is committed
+    all the same."""

@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from finetune_core.api.base import ApiModel, cel
 from finetune_core.api.dataset import DatasetSpec
-from finetune_core.api.evaluation import EvaluationSpec
+from finetune_core.api.evaluation import LOWER_IS_BETTER, EvaluationSpec
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.pod_template import PodTemplateSpec
 from finetune_core.api.resources import ResourcesSpec
@@ -15,7 +15,16 @@ from finetune_core.api.sources import ModelSpec
 from finetune_core.api.storage import StorageSpec
 from finetune_core.api.tracking import TrackingSpec
 from finetune_core.api.training import DeepSpeedSpec, StabilitySpec, TrainingSpec
+from finetune_core.tasks import TASKS
 
+_SCORES = " || ".join(
+    f"self.dataset.task.name == '{task.name}' && required.score in {list(task.score_names)}" for task in TASKS.values()
+)
+_SCORE_EXISTS = (
+    f"required.score in {list(LOWER_IS_BETTER)} || has(self.dataset.task)"
+    f" && (has(self.dataset.task.entryPoint) || has(self.dataset.task.name) && ({_SCORES}))"
+)
+"""CEL expression: the evaluation gives the score `required.score`. The trainer checks the scores of own graders."""
 _PROCESSES = "self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode : 1)"
 _ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
@@ -60,16 +69,25 @@ _BETWEEN_SECTIONS = (
         "`evaluation.patience` must be absent unless `dataset.validation` is set",
     ),
     (
-        "self.evaluation.bestBy == 'Perplexity' || has(self.dataset.validation) && self.dataset.task != 'None'",
+        "self.evaluation.bestBy == 'Perplexity' || has(self.dataset.validation) && has(self.dataset.task)",
         "`evaluation.bestBy` must be Perplexity unless `dataset.validation` and `dataset.task` are set",
     ),
     (
-        "!has(self.evaluation.generation) || self.dataset.task != 'None'",
+        "!has(self.evaluation.generation) || has(self.dataset.task)",
         "`evaluation.generation` must be absent unless `dataset.task` is set",
     ),
     (
-        "!has(self.evaluation.basePrompt) || self.dataset.task != 'None'",
+        "!has(self.evaluation.basePrompt) || has(self.dataset.task)",
         "`evaluation.basePrompt` must be absent unless `dataset.task` is set",
+    ),
+    (
+        "!has(self.evaluation.require) || has(self.dataset.validation) || has(self.dataset.test)",
+        "`evaluation.require` must be absent unless `dataset.validation` or `dataset.test` is set",
+    ),
+    (
+        f"!has(self.evaluation.require) || self.evaluation.require.all(required, {_SCORE_EXISTS})",
+        "`evaluation.require` must only name scores that the job has:"
+        f" {', '.join(LOWER_IS_BETTER)}, or a score of `dataset.task`",
     ),
 )
 

@@ -10,9 +10,10 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ATOMIC, ApiModel, by_key
 from finetune_core.api.conditions import Condition
-from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.evaluation import REQUIREMENT_LIMIT, ScoredRows
 from finetune_core.api.resources import NODES_LIMIT
-from finetune_core.tasks import SCORE_LIMIT, ScoreName, score_names_text
+from finetune_core.task_declaration import SCORE_LIMIT, UNGRADED_LIMIT, UNGRADED_REASON_LENGTH, ScoreName
+from finetune_core.tasks import score_names_text
 
 ATTEMPT_LIMIT = 999
 """Largest number that an attempt can have, because names of pods have room for three digits."""
@@ -265,7 +266,7 @@ class CheckpointStatus(StatusModel):
     perplexity: Decimal | None = None
     """Validation perplexity at this step. Absent where no evaluation followed the step."""
     task_score: Decimal | None = None
-    """Main score of `dataset.task` at this step, from 0 to 1. Absent where `evaluation.bestBy` compares checkpoints by
+    """Main score of `dataset.task` at this step. Absent where `evaluation.bestBy` compares checkpoints by
     perplexity."""
     time: datetime
     """Time at which the checkpoint was committed."""
@@ -300,8 +301,17 @@ class NamedScore(StatusModel):
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Mean of the score over the graded answers, from 0 to 1. Where an answer is either right or wrong for this score,
-    the mean is the share of right answers."""
+    """Value over the graded answers: their mean, unless the task says otherwise. Where an answer is either right or
+    wrong for this score, the mean is the share of right answers."""
+
+
+class UngradedAnswers(StatusModel):
+    """Answers that could not be graded for the same reason."""
+
+    reason: Annotated[str, Field(max_length=UNGRADED_REASON_LENGTH)]
+    """Why the answers could not be graded, for example `the gold row has no number after ####`."""
+    answers: Count
+    """Number of such answers."""
 
 
 class Scores(StatusModel):
@@ -314,11 +324,36 @@ class Scores(StatusModel):
     """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
     it."""
     task_score: Decimal | None = None
-    """Main score of `dataset.task`, from 0 to 1: the mean over the graded answers."""
+    """Main score of `dataset.task` over the graded answers."""
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Every score of the task."""
     graded: Count = 0
-    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
+    """Number of graded answers."""
+    not_graded: Count = 0
+    """Number of answers that could not be graded, mostly because their row has no right answer that can be used."""
+    ungraded: Annotated[list[UngradedAnswers], Field(max_length=UNGRADED_LIMIT, json_schema_extra=ATOMIC)] = []
+    """Why answers could not be graded, the most frequent reasons first."""
+
+
+class RequirementStatus(StatusModel):
+    """Whether the tuned model reached a score of `evaluation.require`."""
+
+    score: ScoreName
+    """Name of the score."""
+    at_least: Decimal | None = None
+    """Lowest value that passes."""
+    at_most: Decimal | None = None
+    """Highest value that passes."""
+    better_than_base: bool | None = None
+    """Whether the tuned model had to be better than the base model."""
+    base: Decimal | None = None
+    """Score of the base model. Absent where it was not measured."""
+    tuned: Decimal | None = None
+    """Score of the tuned model. Absent where it was not measured."""
+    difference: Decimal | None = None
+    """Score of the tuned model less that of the base model."""
+    passed: bool
+    """Whether the score was reached."""
 
 
 class EvaluationStatus(StatusModel):
@@ -335,6 +370,11 @@ class EvaluationStatus(StatusModel):
     """Scores of the tuned model, which is the artifact."""
     tuned_step: Count | None = None
     """Optimizer step of the checkpoint that the artifact was made from."""
+    passed: bool | None = None
+    """Whether the tuned model reached every score of `evaluation.require`. Absent where the job requires none, and
+    before the tuned model was scored."""
+    requirements: Annotated[list[RequirementStatus], Field(max_length=REQUIREMENT_LIMIT, json_schema_extra=ATOMIC)] = []
+    """The scores of `evaluation.require`, and whether the tuned model reached them."""
 
 
 class IncidentStatus(StatusModel):

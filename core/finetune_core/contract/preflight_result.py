@@ -53,7 +53,7 @@ class FoundArtifact(ContractModel):
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
     bytes: Count
     manifest_sha256: Sha256
-    outcome: Literal[Outcome.COMPLETED, Outcome.EARLY_STOPPED]
+    outcome: Literal[Outcome.COMPLETED, Outcome.EARLY_STOPPED, Outcome.GATE_FAILED]
 
 
 class FoundRun(ContractModel):

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.evaluation import ALL_TOKEN_PERPLEXITY, ScoredRows
 from finetune_core.api.training import StabilityAction
 from finetune_core.contract.contract_model import ContractModel, Count, PositiveCount, Time
-from finetune_core.tasks import SCORE_LIMIT, ScoreName
+from finetune_core.task_declaration import PERPLEXITY, SCORE_LIMIT, UNGRADED_LIMIT, UNGRADED_REASON_LENGTH, ScoreName
 
 
 class CheckpointRecord(ContractModel):
@@ -57,17 +57,30 @@ class ScoreRecord(ContractModel):
     minimises, such as the tokens of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
-    task_score: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Mean of the task's main score over the graded answers, from 0 to 1. Where an answer is either right or wrong for
-    this score, the mean is the share of right answers. None where no answers were graded."""
+    task_score: float | None = None
+    """Value of the task's main score over the graded answers: their mean, unless the task says otherwise. Where an
+    answer is either right or wrong for this score, the mean is the share of right answers. None where no answers were
+    graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
-    """For each score of the task, by name, its mean over the graded answers, for example ``{"exact": 0.9}``."""
+    """For each score of the task, by name, its value over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Count = 0
     """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
+    not_graded: Count = 0
+    """Number of answers that could not be graded."""
+    ungraded: Annotated[
+        dict[Annotated[str, Field(max_length=UNGRADED_REASON_LENGTH)], Count], Field(max_length=UNGRADED_LIMIT)
+    ] = {}
+    """Number of answers that could not be graded by the reason, the most frequent reasons first."""
+
+    def value_of(self, score: str) -> float | None:
+        """Return the value of ``score``, a name that `evaluation.require` takes; None where it was not measured."""
+        measured = {PERPLEXITY: self.perplexity, ALL_TOKEN_PERPLEXITY: self.all_token_perplexity}
+        return measured[score] if score in measured else self.scores.get(score)
 
     def rounded(self) -> ScoreRecord:
-        """Return the record with all scores rounded to six significant digits."""
-        values = self.model_dump()
+        """Return the record with all scores rounded to six significant digits, and without the reasons why answers
+        could not be graded, for which a termination message has no room."""
+        values = self.model_dump(exclude={"ungraded"})
         scores = {name: _rounded(value) for name, value in self.scores.items()}
         return ScoreRecord.model_validate(
             {name: _rounded(value) if isinstance(value, float) else value for name, value in values.items()}

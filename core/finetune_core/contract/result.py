@@ -15,7 +15,8 @@ class ExitCode(IntEnum):
     """Exit codes of PID 1 in a training pod. The operator treats any other exit code as a crash."""
 
     DONE = 0
-    """The training is complete or stopped early, and the artifact is committed."""
+    """The training is complete or stopped early, and the artifact is committed, also where the model did not reach a
+    score of `evaluation.require`."""
     BAD_INPUT = 64
     DIVERGED = 65
     OUT_OF_MEMORY = 66
@@ -31,6 +32,9 @@ class Outcome(StrEnum):
 
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
+    GATE_FAILED = "GateFailed"
+    """The artifact is committed as with the two outcomes above, but the tuned model did not reach a score of
+    `evaluation.require`."""
     BAD_INPUT = "BadInput"
     DIVERGED = "Diverged"
     OUT_OF_MEMORY = "OutOfMemory"
@@ -42,6 +46,7 @@ class Outcome(StrEnum):
 EXIT_CODES: Mapping[Outcome, int] = {
     Outcome.COMPLETED: ExitCode.DONE,
     Outcome.EARLY_STOPPED: ExitCode.DONE,
+    Outcome.GATE_FAILED: ExitCode.DONE,
     Outcome.BAD_INPUT: ExitCode.BAD_INPUT,
     Outcome.DIVERGED: ExitCode.DIVERGED,
     Outcome.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.dataset import DatasetSpec
-from finetune_core.api.evaluation import ArtifactFrom, BestBy
+from finetune_core.api.evaluation import ArtifactFrom, BestBy, RequirementSpec
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.resources import Device
 from finetune_core.api.sources import ModelSpec
@@ -79,6 +79,8 @@ class EvaluationConfig(ContractModel):
     patience: Annotated[int, Field(ge=1)] | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     artifact_from: ArtifactFrom
+    require: list[RequirementSpec] | None = None
+    """Scores that the tuned model must reach. None where the job requires none."""
 
 
 class StabilityConfig(ContractModel):

@@ -39,6 +39,7 @@ NOT_THE_TRAINING = (
     "optimization.offload_optimizer",
     "optimization.offload_parameters",
     "evaluation.generation.batch_size",
+    "evaluation.require",
     "stability.stall_timeout_seconds",
     "storage.uri",
     "storage.endpoint",
@@ -52,9 +53,10 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained. They contain the machines, the division of the work, the
-place of the bucket, the frequency of checkpoints, the references to access tokens, and the day on which the job began:
-a job that continues a run takes over the day of that run. All other fields define what is trained. This includes fields
-that later versions add. A path through a list means the fields of all its items."""
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the references to
+access tokens, and the day on which the job began: a job that continues a run takes over the day of that run. All other
+fields define what is trained. This includes fields that later versions add. A path through a list means the fields of
+all its items."""
 
 
 class TrainingRecord(ContractModel):

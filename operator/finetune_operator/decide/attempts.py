@@ -135,10 +135,11 @@ def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobO
     pods = seen.pods_of(current)
     current = _with_observed_pods(current, pods, seen)
     ruling = judge(_evidence(current, pods, seen))
-    if ruling is not None and ruling.verdict is Verdict.SUCCEEDED:
-        end = JobEnd(succeeded=True, reason=ruling.reason, message=ruling.message, result=ruling.result)
+    if ruling is not None and ruling.result is not None:
+        succeeded = ruling.verdict is Verdict.SUCCEEDED
+        end = JobEnd(succeeded=succeeded, reason=ruling.reason, message=ruling.message, result=ruling.result)
         closed = close(attempts, current, cause_of(ruling, seen.now), seen.checkpoints, seen.now)
-        return Decision(state=JobState.SUCCEEDED, attempts=closed, end=end)
+        return Decision(state=JobState.SUCCEEDED if succeeded else JobState.FAILED, attempts=closed, end=end)
     if ruling is not None and ruling.ordered:
         closed = close(attempts, current, cause_of(ruling, seen.now), seen.checkpoints, seen.now)
         return Decision(state=JobState.CLEANING_UP, attempts=closed)

@@ -46,7 +46,7 @@ class JobEnd:
     """CamelCase reason of the condition, for example "RetriesExhausted"."""
     message: str
     result: Result | None = None
-    """The trainer's result with artifact and scores; None where the job failed."""
+    """The trainer's result with artifact and scores; None where no artifact is committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -225,7 +225,7 @@ def is_refused(pod: PodObservation) -> bool:
 def _names_artifact(result: Result | None) -> bool:
     return (
         result is not None
-        and result.outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED)
+        and result.outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED, Outcome.GATE_FAILED)
         and result.artifact is not None
     )
 

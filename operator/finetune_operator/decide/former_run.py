@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from finetune_core.api.status import TakenOverStatus
-from finetune_core.contract import ArtifactRecord, Result
+from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.contract.preflight_result import FoundRun
 from finetune_core.layout import artifact_folder
 from finetune_operator import messages
@@ -48,9 +48,10 @@ def end_with_artifact(found: FoundRun, former: TakenOverStatus | None, seen: Pre
         )
     except ValidationError:
         return None
-    message = messages.completed(found.step, uri)
+    outcome = found.artifact.outcome
+    failed = outcome is Outcome.GATE_FAILED
+    message = messages.gate_failed(found.step, uri) if failed else messages.completed(found.step, uri)
     if former is not None:
         message = f"{message}; it {former.message}"
-    outcome = found.artifact.outcome
     result = Result(outcome=outcome, message=message, step=found.step, artifact=artifact, evaluation=found.evaluation)
-    return JobEnd(succeeded=True, reason=outcome.value, message=message, result=result)
+    return JobEnd(succeeded=not failed, reason=outcome.value, message=message, result=result)

@@ -92,7 +92,8 @@ def _during_try(
             )
             if end := end_with_artifact(outcome.found, former, seen.preflight):
                 # The pod is left to `settled.py`, because nothing has to wait for its removal.
-                return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
+                state = JobState.SUCCEEDED if end.succeeded else JobState.FAILED
+                return Decision(state=state, attempts=attempts, preflight=recorded, end=end)
         return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
     left = seconds_left(seen.policy, since=record.start_time, now=seen.now)

@@ -26,11 +26,20 @@ from finetune_operator.objects.observations import PodObservation
 def artifact_committed(evidence: Evidence) -> Ruling | None:
     """Return the verdict Succeeded where a result names the committed artifact."""
     result = evidence.artifact_result
-    if result is None or result.artifact is None:
+    if result is None or result.artifact is None or result.outcome is Outcome.GATE_FAILED:
         return None
     reason = Reason.EARLY_STOPPED if result.outcome is Outcome.EARLY_STOPPED else Reason.COMPLETED
     message = result.message or messages.completed(result.artifact.step, result.artifact.uri)
     return Ruling(verdict=Verdict.SUCCEEDED, reason=reason, message=message, result=result)
+
+
+def gate_failed(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Permanent where the artifact is committed, but its model did not reach a required score."""
+    result = evidence.artifact_result
+    if result is None or result.artifact is None or result.outcome is not Outcome.GATE_FAILED:
+        return None
+    message = result.message or messages.gate_failed(result.artifact.step, result.artifact.uri)
+    return Ruling(verdict=Verdict.PERMANENT, reason=Reason.GATE_FAILED, message=message, result=result)
 
 
 # ---- rules for orders of `runPolicy` ----
@@ -317,6 +326,11 @@ RULES: tuple[Rule, ...] = (
         artifact_committed,
         Verdict.SUCCEEDED,
         "every pod ended with 0 and a result names the artifact; or no pod is left and the final report names it",
+    ),
+    Rule(
+        gate_failed,
+        Verdict.PERMANENT,
+        "the same, and the result says that the model did not reach a score of `evaluation.require`",
     ),
     Rule(cancelled, Verdict.PERMANENT, "`runPolicy.cancel` is true", is_order=True),
     Rule(suspended, Verdict.FREE, "`runPolicy.suspend` is true", is_order=True),

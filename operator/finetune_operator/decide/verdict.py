@@ -55,7 +55,7 @@ class Ruling:
     node: str = ""
     """Name of the node on which the deciding pod ran; empty where no pod decided."""
     result: Result | None = None
-    """The trainer's result that names the artifact; None unless the verdict is Succeeded."""
+    """The trainer's result that names the committed artifact; None where the attempt ends without one."""
     ordered: bool = False
     """Whether `runPolicy` ended the attempt. The attempt is closed at once, because no later evidence can matter."""
 

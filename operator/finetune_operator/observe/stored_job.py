@@ -16,6 +16,7 @@ from pydantic.alias_generators import to_snake
 
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
+from finetune_core.api.evaluation import EvaluationSpec, RequirementSpec
 from finetune_core.api.reading import Section, read_section
 from finetune_core.api.resources import ResourcesSpec
 from finetune_core.api.run_policy import RunPolicySpec
@@ -103,6 +104,11 @@ class StoredJob:
     def resources(self) -> ResourcesSpec:
         """`spec.resources`, as far as this version can read it."""
         return self._section("resources", ResourcesSpec)
+
+    @cached_property
+    def requirements(self) -> list[RequirementSpec]:
+        """`spec.evaluation.require`, as far as this version can read it."""
+        return self._section("evaluation", EvaluationSpec).require or []
 
     def _section(self, name: str, model: type[Section]) -> Section:
         spec = self.manifest.get("spec")

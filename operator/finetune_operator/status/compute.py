@@ -21,7 +21,9 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
     """
     status = stored
     if given.report is not None and given.reported_at is not None:
-        status = merge_report(status, given.report, given.reported_at, given.seconds_per_step)
+        status = merge_report(
+            status, given.report, given.reported_at, given.seconds_per_step, requirements=given.requirements
+        )
     update: dict[str, object] = {
         "observed_generation": given.generation,
         "attempts": given.attempts,
@@ -104,7 +106,7 @@ def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[st
     if result.artifact is not None:
         update["artifact"] = artifact_of(result.artifact)
     if result.evaluation is not None:
-        update["evaluation"] = evaluation_of(result.evaluation)
+        update["evaluation"] = evaluation_of(result.evaluation, given.requirements, stored=status.evaluation)
     progress = status.progress
     if progress is not None:
         step = max(progress.step, result.step)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
 from finetune_core.contract import Report, RunConfig
@@ -33,6 +34,8 @@ class StatusInput:
     ranks: int
     """Number of training processes of an attempt, over all its pods."""
     policy: RunPolicySpec = field(default_factory=RunPolicySpec)
+    requirements: Sequence[RequirementSpec] = ()
+    """The scores of `evaluation.require`."""
     image: str | None = None
     """Image that the job's pods are to run."""
     plan: PlanStatus | None = None
@@ -98,6 +101,7 @@ def status_input(
         nodes=job.resources.nodes,
         ranks=job.resources.processes,
         policy=job.policy,
+        requirements=job.requirements,
         image=image,
         plan=plan_of(config) if config is not None else None,
         invalid="" if decision.end else invalid,

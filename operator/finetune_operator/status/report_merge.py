@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
+from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.status import (
     CHECKPOINT_LIMIT,
     HISTORY_LIMIT,
@@ -23,7 +24,9 @@ from finetune_core.api.status import (
     MetricValue,
     NamedScore,
     ProgressStatus,
+    RequirementStatus,
     Scores,
+    UngradedAnswers,
 )
 from finetune_core.contract import (
     ArtifactRecord,
@@ -37,6 +40,7 @@ from finetune_core.contract import (
     ScoreRecord,
 )
 from finetune_core.contract.stock_reports import StockReport
+from finetune_core.requirements import Judgement, judge
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100
@@ -53,12 +57,18 @@ def _optional(value: float | None) -> str | None:
 
 
 def merge_report(
-    stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
+    stored: FineTuneJobStatus,
+    report: Report,
+    received: datetime,
+    seconds_per_step: float | None = None,
+    *,
+    requirements: Sequence[RequirementSpec] = (),
 ) -> FineTuneJobStatus:
     """Return the status ``stored`` with the content of ``report``, which arrived at ``received``.
 
     Progress and loss curve of a trainer that still loads its model are ignored, because the stored status knows more.
-    ``seconds_per_step`` is the speed that the operator measured; None where no speed is known yet.
+    ``seconds_per_step`` is the speed that the operator measured; None where no speed is known yet. ``requirements`` is
+    `evaluation.require`.
     """
     if isinstance(report, StockReport):
         return _merge_stock_report(stored, report, received, seconds_per_step)
@@ -77,7 +87,7 @@ def merge_report(
     if report.notices:
         update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:
-        update["evaluation"] = evaluation_of(report.evaluation)
+        update["evaluation"] = evaluation_of(report.evaluation, requirements)
     if report.incidents:
         update["incidents"] = merge_incidents(stored.incidents, report.incidents)
     return stored.model_copy(update=update)
@@ -192,26 +202,55 @@ def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
     return result
 
 
-def evaluation_of(record: EvaluationRecord) -> EvaluationStatus:
-    """Return `status.evaluation` for ``record``: the scores of the base model and of the tuned model."""
+def evaluation_of(
+    record: EvaluationRecord, requirements: Sequence[RequirementSpec] = (), *, stored: EvaluationStatus | None = None
+) -> EvaluationStatus:
+    """Return `status.evaluation` for ``record``: the scores of the base model and of the tuned model, and whether the
+    tuned model reached ``requirements``.
+
+    Where ``record`` has no room for the reasons why answers could not be graded, those of the ``stored`` status are
+    kept.
+    """
+    judgements = judge(requirements, record) if record.tuned is not None else []
     return EvaluationStatus(
         rows=record.rows,
         examples=record.examples,
-        base=_scores(record.base),
-        tuned=_scores(record.tuned),
+        base=_scores(record.base, stored.base if stored is not None else None),
+        tuned=_scores(record.tuned, stored.tuned if stored is not None else None),
         tuned_step=record.tuned_step,
+        passed=all(judgement.passed for judgement in judgements) if judgements else None,
+        requirements=[_requirement(judgement) for judgement in judgements],
     )
 
 
-def _scores(record: ScoreRecord | None) -> Scores | None:
+def _requirement(judgement: Judgement) -> RequirementStatus:
+    requirement = judgement.requirement
+    return RequirementStatus(
+        score=requirement.score,
+        at_least=requirement.at_least,
+        at_most=requirement.at_most,
+        better_than_base=requirement.better_than_base,
+        base=_optional(judgement.base),
+        tuned=_optional(judgement.tuned),
+        difference=_optional(judgement.difference),
+        passed=judgement.passed,
+    )
+
+
+def _scores(record: ScoreRecord | None, stored: Scores | None) -> Scores | None:
     if record is None:
         return None
+    reasons = [UngradedAnswers(reason=reason, answers=count) for reason, count in record.ungraded.items()]
+    if not reasons and stored is not None and stored.not_graded == record.not_graded:
+        reasons = stored.ungraded
     return Scores(
         perplexity=decimal(record.perplexity),
         all_token_perplexity=_optional(record.all_token_perplexity),
         task_score=_optional(record.task_score),
         scores=[NamedScore(name=name, value=decimal(value)) for name, value in record.scores.items()],
         graded=record.graded,
+        not_graded=record.not_graded,
+        ungraded=reasons,
     )
 
 

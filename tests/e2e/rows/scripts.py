@@ -4,7 +4,7 @@ case needs no model and takes only seconds."""
 
 from __future__ import annotations
 
-from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_core.contract import ArtifactRecord, EvaluationRecord, Outcome, Result
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PreflightResult
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image
 
@@ -29,11 +29,14 @@ RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
 FILLS_ITS_MEMORY = "x=x; while :; do x=$x$x; done"
 
 
-def says(outcome: Outcome, message: str = "", *, artifact: bool = False) -> str:
+def says(
+    outcome: Outcome, message: str = "", *, artifact: bool = False, evaluation: EvaluationRecord | None = None
+) -> str:
     """Return a script that writes a result with this outcome as its termination message, and exits with the exit code
-    of the outcome. With ``artifact`` the result names a published artifact."""
+    of the outcome. With ``artifact`` the result names a published artifact, and ``evaluation`` holds its scores."""
     record = ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
-    result = Result(outcome=outcome, message=message, step=100, artifact=record if artifact else None)
+    published = record if artifact else None
+    result = Result(outcome=outcome, message=message, step=100, artifact=published, evaluation=evaluation)
     return f"echo -n '{result.to_termination_message()}' > /dev/termination-log; exit {result.exit_code}"
 
 

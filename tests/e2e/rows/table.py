@@ -3,9 +3,10 @@ the cases in FAST, and `make test-long` runs those in SLOW."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
-from finetune_core.contract import Outcome
+from finetune_core.contract import EvaluationRecord, Outcome, ScoreRecord
 from tests.e2e.rows import sidecar
 from tests.e2e.rows.faults import (
     begins,
@@ -53,6 +54,10 @@ PENDING_SECONDS = ACTIVE_SECONDS = 60.0
 deadlines."""
 
 
+UNREACHED = "evaluation.require: perplexity must be at most 1.2 and is 1.5"
+SCORED = EvaluationRecord(
+    rows="Validation", examples=8, base=ScoreRecord(perplexity=48.2), tuned=ScoreRecord(perplexity=1.5), tuned_step=100
+)
 OUTSIDE = "storage.endpoint: nobody answered for 600 s"
 MISSING = "dataset.train: column meaning must exist"
 IMAGE = "registry.invalid/nobody:1"
@@ -69,8 +74,44 @@ def _rests(stage: Stage, job: Manifest) -> None:
     assert stage.cluster.get("pytorchjobs", "-n", stage.namespace)["items"] == []
 
 
+def _tells_the_verdict(stage: Stage, job: Manifest) -> None:
+    """Assert that the status has the artifact and the verdict on the required score, and that `finetune watch` shows
+    the verdict and ends with its own exit code."""
+    assert job["status"]["artifact"]["step"] == 100
+    evaluation = job["status"]["evaluation"]
+    assert evaluation["passed"] is False
+    assert evaluation["requirements"] == [
+        {
+            "score": "perplexity",
+            "atMost": "1.2",
+            "betterThanBase": True,
+            "base": "48.2",
+            "tuned": "1.5",
+            "difference": "-46.7",
+            "passed": False,
+        }
+    ]
+    command = [sys.executable, "-m", "finetune_cli", "watch", job["metadata"]["name"], "-n", stage.namespace]
+    watched = stage.cluster.run(command, check=False, timeout=60)
+    assert watched.returncode == 3, watched
+    assert (
+        "required perplexity at most 1.2, better than the base model: failed (base 48.2, tuned 1.5, difference -46.7)"
+        in watched.stdout
+    )
+    assert f"GateFailed: {UNREACHED}" in watched.stderr
+
+
 FAST = (
     charged("exit 1", "Crashed", at_first("exit 1"), exits(1), words=("exit code 1",)),
+    permanent(
+        "a required score that is not reached",
+        "GateFailed",
+        says(Outcome.GATE_FAILED, UNREACHED, artifact=True, evaluation=SCORED),
+        exits(0),
+        spec={"evaluation": {"require": [{"score": "perplexity", "atMost": "1.2", "betterThanBase": True}]}},
+        words=(UNREACHED,),
+        check=_tells_the_verdict,
+    ),
     permanent("exit 64", "BadInput", at_first(says(Outcome.BAD_INPUT, MISSING)), exits(64), words=(MISSING,)),
     charged("exit 75", "OutsideFailure", at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE)), exits(75), words=(OUTSIDE,)),
     permanent(

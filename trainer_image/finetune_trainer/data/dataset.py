@@ -7,20 +7,19 @@ The workers and the preflight checks call `make_examples`, and the launcher call
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_core.tasks import TASKS
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
-from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.files.row import NamedColumn, Row
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
 from finetune_trainer.data.formats import columns_read as format_columns
 from finetune_trainer.data.long_rows import LongTexts
-from finetune_trainer.data.prompts import NamedColumn
+from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
@@ -28,6 +27,8 @@ COLUMN_CHECK_BYTES = 8 * 1024 * 1024
 COLUMN_CHECK_ROWS = 100
 """How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
 none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
+GRADED_FIELDS = ("dataset.validation", "dataset.test")
+"""The data sources whose rows are graded, where the job has a task."""
 
 
 class NoRowsError(UserError):
@@ -70,11 +71,14 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
 
 
-def columns_read(dataset: DatasetSpec) -> set[str]:
-    """Return the names of the columns that the format and the grader of ``dataset`` read."""
-    task = TASKS.get(dataset.task)
-    graded = {column.name for column in task.columns} if task is not None else set()
-    return {*format_columns(dataset.format), *graded}
+def columns_read(dataset: DatasetSpec, field: str, base_prompt: str | None, graded: Collection[str]) -> set[str]:
+    """Return the names of all columns that a job reads of the data source at the path ``field`` of the spec, for
+    example `dataset.test`. These are the columns of the format, in the rows that the base model is scored on also those
+    of ``base_prompt`` (`evaluation.basePrompt`), and in validation and test rows also ``graded``, which are all columns
+    that the job's grader reads."""
+    asked = base_prompt_columns(dataset, field, base_prompt)
+    found = {*format_columns(dataset.format), *(column.name for column in asked)}
+    return {*found, *graded} if field in GRADED_FIELDS else found
 
 
 def make_examples(

@@ -12,11 +12,12 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune_core.row_templates import RowError, text_of
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.spooled_numbers import SpooledNumbers
 
@@ -101,10 +102,8 @@ class ExampleSet(Sequence[Example]):
         folder.mkdir(parents=True, exist_ok=True)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", self._arrays[name])
-        # Values that JSON can't hold, such as dates and bytes from parquet files, are written as text. No grader reads
-        # such values.
         rows = [{field.name: getattr(row, field.name) for field in fields(row)} for row in self.rows]
-        (folder / ROWS_FILE).write_text(json.dumps(rows, default=str))
+        (folder / ROWS_FILE).write_text(json.dumps(rows, default=_as_text))
 
     @classmethod
     def load(cls, folder: Path) -> ExampleSet:
@@ -113,6 +112,20 @@ class ExampleSet(Sequence[Example]):
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         rows = json.loads((folder / ROWS_FILE).read_text())
         return cls(arrays, [Row(**row) for row in rows])
+
+
+def graded_fields(row: Row) -> dict[str, Any]:
+    """Return the columns of ``row`` as graders get them: as JSON holds them. A value that JSON can't hold, such as a
+    date or bytes of a parquet file, is a text, and a date or a decimal number is the text that templates show."""
+    found: dict[str, Any] = json.loads(json.dumps(row.fields, default=_as_text))
+    return found
+
+
+def _as_text(value: object) -> str:
+    try:
+        return text_of("", value)
+    except RowError:
+        return str(value)
 
 
 class ExampleWriter:

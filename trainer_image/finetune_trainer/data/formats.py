@@ -17,13 +17,9 @@ from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import conversation_renderer
 from finetune_trainer.data.chat.messages import optional_columns
 from finetune_trainer.data.examples import Example
+from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.data.piece_tokens import PieceTokenizer
-from finetune_trainer.data.prompts import (
-    NamedColumn,
-    prompt_columns,
-    render_prompt_completion,
-    render_text,
-)
+from finetune_trainer.data.prompts import prompt_columns, render_prompt_completion, render_text
 
 
 class TokenizeFunctions(NamedTuple):

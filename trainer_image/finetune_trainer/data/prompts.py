@@ -6,25 +6,19 @@ A row that can't be rendered raises RowError with the reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat, TextFormat
 from finetune_core.errors import UserError
 from finetune_core.row_templates import Piece, RowError, RowTemplate, TemplateError, is_empty, parse, text_of
 from finetune_trainer.data.examples import Example
+from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 PROMPT_COMPLETION = "dataset.format.promptCompletion"
 BASE_PROMPT = "evaluation.basePrompt"
-
-
-class NamedColumn(NamedTuple):
-    """A column of the data files that the job names."""
-
-    field: str
-    """Path of the field in the spec that names the column, for example `dataset.format.text.textField`."""
-    name: str
 
 
 def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
@@ -47,11 +41,6 @@ def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | Non
     return _named(_parse(base_prompt, BASE_PROMPT, form), BASE_PROMPT, form)
 
 
-def completion_columns(form: PromptCompletionFormat) -> Sequence[str]:
-    """Return the names of the columns that the completion shows. Raises UserError if `completion` is no template."""
-    return sorted(_parsed(form)[1].shown)
-
-
 def completion_ending(form: PromptCompletionFormat) -> str:
     """Return the text with which every completion ends: what stands in `completion` behind its last column, and
     `completionSuffix`. Raises UserError if `completion` is no template."""
@@ -71,22 +60,59 @@ def render_prompt_completion(
     named = completion.only_column
     empty = "has an empty completion" if named is None else f"has an empty {named!r}"
 
-    def pieces(made: Iterable[Piece]) -> list[Piece]:
-        """Return ``made``, in which the row's text counts as the template's own if control tokens are allowed there."""
-        return [Piece(piece.text, piece.from_row and not form.allow_special_tokens) for piece in made]
-
     def render(row: Mapping[str, Any]) -> Example:
         prompt, answer = template.pieces(row), completion.pieces(row)
         if not any(piece.from_row and piece.text.strip() for piece in answer):
             raise RowError(empty)
-        before = tokenizer.begin(pieces(prompt))
+        before = tokenizer.begin(_meant(form, prompt))
         if not before.ids:
             raise RowError("has an empty prompt, and the model's tokenizer puts no token in front of it")
-        after = tokenizer.follow(pieces([*answer, *suffix]))
+        after = tokenizer.follow(_meant(form, [*answer, *suffix]))
         ids = (*before.ids, *_ended(after.ids, tokenizer.end))
         return Example(ids, ((len(before.ids), len(ids)),), (*before.read_as_text, *after.read_as_text))
 
     return render
+
+
+def answer_reader(
+    form: PromptCompletionFormat, tokenizer: Any, added_tokens: Sequence[str], stop_ids: Sequence[int]
+) -> Callable[[Iterable[Piece]], str]:
+    """Return the function that gives for a rendered `completion` the text of a generated answer with the same tokens.
+    An answer ends at the first token of ``stop_ids`` and at `completionSuffix`, and its text has no control tokens.
+
+    ``added_tokens`` are those of `model.addedTokens`, which ``tokenizer``, a tokenizer of transformers, has.
+    """
+    tokens = {
+        token.content: number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or number in stop_ids
+    }
+    # Of two tokens that begin with the same text, the longer one is found.
+    every = sorted(tokens, key=len, reverse=True)
+    added = [token for token in every if token in added_tokens]
+
+    def read(completion: Iterable[Piece]) -> str:
+        text = ""
+        for piece in _meant(form, completion):
+            known = added if piece.from_row else every
+            for part in re.split(f"({'|'.join(map(re.escape, known))})", piece.text) if known else [piece.text]:
+                if part not in known:
+                    text += part
+                elif tokens[part] in stop_ids:
+                    return _before(text, form.completion_suffix)
+        return _before(text, form.completion_suffix)
+
+    return read
+
+
+def _before(text: str, suffix: str) -> str:
+    """Return ``text`` up to ``suffix``, which may be empty."""
+    return text.split(suffix)[0] if suffix else text
+
+
+def _meant(form: PromptCompletionFormat, made: Iterable[Piece]) -> list[Piece]:
+    """Return ``made``, in which the row's text counts as the template's own if control tokens are allowed there."""
+    return [Piece(piece.text, piece.from_row and not form.allow_special_tokens) for piece in made]
 
 
 def render_text(form: TextFormat, tokenizer: PieceTokenizer) -> Callable[[Mapping[str, Any]], Example]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune_core.contract import EvaluationRecord, ScoreRecord
+from finetune_trainer.evaluation.graders import Grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import base_model_set, tuned_model_set
 from finetune_trainer.pod.plan import WorkerPlan
@@ -24,6 +25,13 @@ from finetune_trainer.storage.evaluation_file import (
 from finetune_trainer.storage.root import RunRoot
 
 
+def ungraded_text(record: ScoreRecord, model: str) -> str:
+    """Return a sentence about the answers of ``model`` that could not be graded, with the reasons."""
+    answers = record.graded + record.not_graded
+    reasons = "; ".join(f"{count} because {reason}" for reason, count in record.ungraded.items())
+    return f"{record.not_graded} of {answers} answers of {model} could not be graded: {reasons}"
+
+
 class ModelComparison:
     """Computes and holds the scores of base model and tuned model. The scores are the same on every rank."""
 
@@ -36,18 +44,21 @@ class ModelComparison:
         scorer: Scorer,
         run: int,
         progress: Progress | None,
+        grading: Grading | None,
     ) -> None:
         """Begin without scores. If the job has neither test nor validation rows, no model will be scored.
 
-        ``run`` is the number of the run whose scores are written to the bucket. ``progress`` is None except on rank 0.
+        ``grading`` is None where the job has no task. ``run`` is the number of the run whose scores are written to the
+        bucket. ``progress`` is None except on rank 0.
         """
         self._gang = gang
         self._root = root
         self._scorer = scorer
         self._run = run
-        self._task = plan.config.dataset.task
+        self._task = plan.config.dataset.task.label if plan.config.dataset.task is not None else None
         self._progress = progress
-        self._base_set, self._tuned_set = base_model_set(plan, data), tuned_model_set(plan, data)
+        one_line = grading is not None and grading.one_line
+        self._base_set, self._tuned_set = base_model_set(plan, data, one_line=one_line), tuned_model_set(plan, data)
         self._file: EvaluationFile | None = None
 
     @property
@@ -72,6 +83,7 @@ class ModelComparison:
         answers: Sequence[AnswerRecord] = ()
         if is_base:
             record, answers = self._scorer.score(self._base_set)
+            self._notice_ungraded(record, "the base model")
         elif self._progress is not None:
             self._progress.notice("the base model's score is not in the bucket, and this run began with a checkpoint")
         evaluation = EvaluationRecord(rows=self._base_set.rows, examples=len(self._tuned_set.examples), base=record)
@@ -84,9 +96,14 @@ class ModelComparison:
         if self._tuned_set is None or self._file is None:
             return
         record, answers = self._scorer.score(self._tuned_set)
+        self._notice_ungraded(record, "the tuned model")
         evaluation = self._file.evaluation.model_copy(update={"tuned": record, "tuned_step": step})
         self._take(self._file.model_copy(update={"evaluation": evaluation, "tuned_answers": list(answers)}))
         self._write()
+
+    def _notice_ungraded(self, record: ScoreRecord, model: str) -> None:
+        if record.not_graded and self._progress is not None:
+            self._progress.notice(ungraded_text(record, model))
 
     def _stored_scores(self) -> object:
         found = newest_base_evaluation(self._root)

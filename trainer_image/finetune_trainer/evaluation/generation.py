@@ -66,7 +66,7 @@ def generate_answers(
             gang.check_stop()
             rows = [row for sequence in batch for row in sequence]
             made = _generate(engine, gang, [prompts[row] for row in rows], decoding)
-            yield {row: _text(ids, decoding) for row, ids in zip(rows, made, strict=True)}
+            yield {row: answer_text(ids, decoding) for row, ids in zip(rows, made, strict=True)}
         # SIGTERM cuts off the answers of a batch. Without this check, the cut answers of the last batch would count.
         gang.check_stop()
     finally:
@@ -90,7 +90,8 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
     if not prompts and not engine.lockstep:
         return []
     # A rank that has no prompt left answers a dummy prompt, because under ZeRO-3 all ranks must run each forward pass.
-    ids, mask = left_padded(prompts or [[pad]], pad)
+    # A prompt without a token becomes the end token, behind which a model begins a new text.
+    ids, mask = left_padded([prompt or [pad] for prompt in prompts] or [[pad]], pad)
     width = ids.shape[1]
     config = HuggingFaceConfig(
         do_sample=False,
@@ -116,7 +117,7 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
     return [row[width:].tolist() for row in made.cpu()][: len(prompts)]
 
 
-def _text(ids: Sequence[int], decoding: Decoding) -> str:
+def answer_text(ids: Sequence[int], decoding: Decoding) -> str:
     """Return the text of generated token ids, up to the first stop token or up to the suffix."""
     end = next((place for place, token in enumerate(ids) if token in decoding.stop_ids), len(ids))
     text = str(decoding.tokenizer.decode(ids[:end], skip_special_tokens=True))

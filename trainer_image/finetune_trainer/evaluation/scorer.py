@@ -1,24 +1,26 @@
 """Scores a model on an evaluation set: perplexity of the answers, perplexity of all tokens, and the scores of the task.
 
-The task's scores are means over generated answers, which the task's grader has graded. Sums and counts are added up
-over all ranks before a mean is taken, so that no figure depends on batch size or number of ranks. `loop.py` scores
-checkpoints with `Scorer`, and `comparison.py` scores base model and tuned model.
+The task's scores are values over generated answers, which the task's grader has graded: mostly their mean. The values
+of all ranks are joined before one is computed, so that no figure depends on batch size or number of ranks. `loop.py`
+scores checkpoints with `Scorer`, and `comparison.py` scores base model and tuned model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
-from finetune_core.tasks import TASKS
+from finetune_core.errors import valid_text
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
-from finetune_trainer.evaluation.graders import Grade, grader_of
-from finetune_trainer.evaluation.graders.grades import ScoreSums
+from finetune_trainer.evaluation.graders import Grade, Grading
+from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.evaluation.perplexity import perplexity
 from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.ranks.gang import Gang
@@ -34,11 +36,15 @@ class TaskScores:
     """The scores of a model on an evaluation set for the job's task."""
 
     main: float | None
-    """Mean of the task's main score. None if no answer was graded."""
+    """Value of the task's main score. None if no answer was graded."""
     scores: Mapping[str, float]
-    """Mean of each score of the task over the graded answers, by the score's name."""
+    """Value of each score of the task over the graded answers, by the score's name."""
     graded: int
     """Number of answers that all ranks together graded."""
+    not_graded: int
+    """Number of answers that could not be graded."""
+    ungraded: Mapping[str, int]
+    """Number of answers that could not be graded by the reason, the most frequent reasons first."""
     answers: Sequence[AnswerRecord]
     """The first answers that this rank generated, with their grades. At most `MOST_STORED_ANSWERS`."""
 
@@ -53,24 +59,23 @@ class Scorer:
         gang: Gang,
         batches: MicroBatcher,
         config: EvaluationConfig,
-        task: str,
+        grading: Grading | None,
         *,
         batch_size: int,
         context: int,
         phase: Callable[[Phase], None],
     ) -> None:
-        """Take what scoring needs. Raises UserError if ``task``, the value of `dataset.task`, has no grader.
+        """Take what scoring needs.
 
-        ``batches`` makes micro-batches of examples. ``batch_size`` is the number of sequences whose loss a rank
-        computes at once. ``context`` is the longest text in tokens that the model can read. ``phase`` is called when
-        evaluating or generating begins.
+        ``grading`` is None where the job has no task, so that no answers are generated. ``batches`` makes micro-batches
+        of examples. ``batch_size`` is the number of sequences whose loss a rank computes at once. ``context`` is the
+        longest text in tokens that the model can read. ``phase`` is called when evaluating or generating begins.
         """
         self._engine = engine
         self._gang = gang
         self._batches = batches
         self._config = config
-        self._grader = grader_of(task)
-        self._task = task
+        self._grading = grading
         self._batch_size = batch_size
         self._context = context
         self._phase = phase
@@ -88,7 +93,7 @@ class Scorer:
         with self._without_tokens(evaluation_set.added_ids):
             answer_tokens = self.perplexity(evaluation_set.examples)
             every_token = self.perplexity(all_tokens(evaluation_set.examples))
-            if self._grader is None:
+            if self._grading is None:
                 return ScoreRecord(perplexity=answer_tokens, all_token_perplexity=every_token), ()
             found = self.task_scores(evaluation_set)
         record = ScoreRecord(
@@ -97,14 +102,16 @@ class Scorer:
             task_score=found.main,
             scores=dict(found.scores),
             graded=found.graded,
+            not_graded=found.not_graded,
+            ungraded=dict(found.ungraded),
         )
         return record, found.answers
 
     def task_scores(self, evaluation_set: EvaluationSet) -> TaskScores:
         """Generate answers to the prompts of ``evaluation_set``, grade them, and return the task's scores. At most
         `evaluation.generation.maxExamples` prompts are answered."""
-        task, grader = TASKS[self._task], self._grader
-        assert grader is not None
+        grading = self._grading
+        assert grading is not None
         self._phase(Phase.GENERATING)
         limits = self._config.generation
         asked = len(evaluation_set.examples) if limits.max_examples is None else limits.max_examples
@@ -124,15 +131,25 @@ class Scorer:
             for index, answer in batch.items():
                 text = answer.strip().split("\n")[0] if evaluation_set.one_line else answer
                 row = evaluation_set.examples.rows[index].fields
-                grade = grader(text, row)
+                grade = grading.grade(text, row)
                 grades.append(grade)
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]
-                    stored.append(AnswerRecord(answer=text, gold=row, scores=grade.scores, problem=grade.problem))
-        own = ScoreSums.of(task, grades)
-        total = own.with_vector(self._gang.sum_over_ranks(own.as_vector()))
-        means = total.means
-        return TaskScores(main=means.get(task.main), scores=means, graded=total.graded, answers=stored)
+                    stored.append(
+                        AnswerRecord(answer=text, gold=storable(row), scores=grade.scores, problem=grade.problem)
+                    )
+        own = GradeList.of(grading.task, grades)
+        ranks = self._gang.gather(own.to_json, until_stop=True)
+        total = GradeList.joined(grading.task, [GradeList.from_json(part) for part in ranks])
+        reported = total.reported(grading.task)
+        return TaskScores(
+            main=reported.get(grading.task.main),
+            scores=reported,
+            graded=total.graded,
+            not_graded=total.not_graded,
+            ungraded=total.main_reasons,
+            answers=stored,
+        )
 
     @contextmanager
     def _without_tokens(self, ids: Sequence[int]) -> Iterator[None]:
@@ -142,6 +159,17 @@ class Scorer:
             yield
         finally:
             self._engine.exclude_tokens(())
+
+
+def storable(value: Any) -> Any:
+    """Return a value of a data file as one that JSON can hold. What JSON has no form for becomes text."""
+    if isinstance(value, Mapping):
+        return {valid_text(str(key)): storable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return valid_text(value if isinstance(value, str) else str(value))
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:

@@ -8,18 +8,16 @@ The base model reads them with its own tokenizer, without the job's added tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
-from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import LengthLimit, columns_read, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.prompts import completion_columns
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.structure import read_structure
@@ -46,8 +44,8 @@ class EvaluationSet:
     """Ids of `model.addedTokens` in the base model's set, because the base model is scored without these tokens. Empty
     in the tuned model's set."""
     one_line: bool = False
-    """Whether only the first line of an answer counts. A base model often goes on with another example behind its
-    answer."""
+    """Whether only the first line of an answer counts, because the task says that right answers are one line. A base
+    model often goes on with another example behind its answer."""
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
@@ -74,9 +72,9 @@ def _base_differs(config: RunConfig) -> bool:
     return bool(config.model.added_tokens) or config.evaluation.base_prompt is not None
 
 
-def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
+def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[str]:
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
-    form.
+    form. ``graded`` are all columns that the job's grader reads.
 
     Return a notice for each kind of row that was left out (bad rows and long rows).
     """
@@ -94,14 +92,15 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     use_chat_template(tokenizer, form, plan.inputs.model)
     ends = stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model))
     dataset = config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"})
+    columns = columns_read(config.dataset, f"dataset.{rows.lower()}", config.evaluation.base_prompt, graded)
     examples, notices = make_examples(
-        read_rows(path, "evaluation.basePrompt", columns=columns_read(dataset)),
+        read_rows(path, "evaluation.basePrompt", columns=columns),
         source_name(source),
         "evaluation.basePrompt",
         dataset,
         tokenize_functions(tokenizer, ends=ends, today=config.template_date),
         limit=limit,
-        keep_rows=config.dataset.task != NO_TASK,
+        keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
     return notices
@@ -109,15 +108,6 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
 
 def _suffix(form: DatasetFormat) -> str:
     return form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
-
-
-def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
-    """Return whether every reference answer of the evaluation set is a single line."""
-    form = config.dataset.format.prompt_completion
-    columns = completion_columns(form) if form is not None else ()
-    return form is not None and not any(
-        "\n" in str(row.fields.get(column)) for row in examples.rows for column in columns
-    )
 
 
 def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
@@ -140,12 +130,14 @@ def _trained_form(plan: WorkerPlan, data: TrainingData, rows: ScoredRows) -> Eva
     return EvaluationSet(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
 
 
-def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
-    """Return the evaluation set as the base model reads it, or None if the job has neither test nor validation rows."""
+def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> EvaluationSet | None:
+    """Return the evaluation set as the base model reads it, or None if the job has neither test nor validation rows.
+
+    ``one_line`` says whether right answers of the job's task are one line.
+    """
     tuned, config = tuned_model_set(plan, data), plan.config
     if tuned is None:
         return None
-    one_line = _has_one_line_references(config, tuned.examples)
     if not _base_differs(config):
         return replace(tuned, one_line=one_line)
     tokenizer = load_tokenizer(plan.inputs.model)

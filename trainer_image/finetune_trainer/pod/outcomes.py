@@ -22,6 +22,7 @@ PRECEDENCE: Sequence[Outcome] = (
     Outcome.CRASHED,
     Outcome.OUTSIDE_FAILURE,
     Outcome.STOPPED,
+    Outcome.GATE_FAILED,
     Outcome.EARLY_STOPPED,
     Outcome.COMPLETED,
 )

@@ -27,7 +27,7 @@ from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
 from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_confined
 from finetune_trainer.preflight.findings import Findings
-from finetune_trainer.preflight.former_run import former_folders, own_folder
+from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
 from finetune_trainer.preflight.store_check import check_store
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.model_files import model_files
@@ -83,6 +83,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         if not own.has_runs and own.found is None and root.location.prefix.endswith(f"/{uid}"):
             findings.found = _former_run(findings, config, paths, root, folder)
     if findings.found is not None and findings.found.artifact is not None:
+        findings.found = judged_run(findings.found, config.evaluation.require)
         return
     # If the store does not answer, nothing else is requested from it, because the same finding would only be repeated.
     store_answers = own is not None
@@ -135,14 +136,17 @@ def _check_inputs(
     """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
     object store are left out."""
     _hide_torch()
+    from finetune_trainer.evaluation.graders import load_grading
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.row_check import check_rows
+    from finetune_trainer.preflight.task_check import TaskCheck
 
     def check_base_model() -> ModelFacts:
         return check_model(model_files(config.model, paths, root.store), folder / "model", config.model.added_tokens)
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
     dataset = config.dataset
+    task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
     for number, (field, source) in enumerate(dataset.sources.items()):
         if source.s3 is not None and not store_answers:
             continue
@@ -155,6 +159,7 @@ def _check_inputs(
             root.store,
             folder / f"data-{number}",
             model,
+            task,
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,
         )

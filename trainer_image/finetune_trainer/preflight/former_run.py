@@ -8,7 +8,7 @@ a record that is malformed or too long, or with a damaged artifact, is left alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -16,7 +16,9 @@ from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
 
+from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.storage import RunId
+from finetune_core.contract import Outcome
 from finetune_core.contract.preflight_result import FoundArtifact, FoundRun
 from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.layout import (
@@ -28,6 +30,7 @@ from finetune_core.layout import (
     artifact_folder,
     evaluation_key,
 )
+from finetune_core.requirements import judge
 from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import committed
 from finetune_trainer.storage.client import ListedObject
@@ -102,6 +105,15 @@ def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
             if folder is not None
         ]
     return sorted(folders, key=lambda folder: (folder.found.artifact is not None, folder.newest), reverse=True)
+
+
+def judged_run(found: FoundRun, requirements: Sequence[RequirementSpec] | None) -> FoundRun:
+    """Return ``found``, with the outcome GateFailed where the artifact's model did not reach one of ``requirements``,
+    which is `evaluation.require` of the job that takes the artifact over."""
+    if found.artifact is None or all(judgement.passed for judgement in judge(requirements, found.evaluation)):
+        return found
+    failed = found.artifact.model_copy(update={"outcome": Outcome.GATE_FAILED})
+    return found.model_copy(update={"artifact": failed})
 
 
 def _is_run_id(name: str) -> bool:

@@ -16,13 +16,15 @@ from finetune_core.api.sources import DataSource
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import NoRowsError, check_columns, columns_read, length_limit, make_examples
+from finetune_trainer.data.examples import graded_fields
 from finetune_trainer.data.files.index import DataFile, write_index
 from finetune_trainer.data.files.row import Row
-from finetune_trainer.data.prompts import base_prompt_columns
+from finetune_trainer.data.prompts import answer_reader, base_prompt_columns
 from finetune_trainer.data.reader import content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
+from finetune_trainer.preflight.task_check import TaskCheck
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.inputs import source_name
 from finetune_trainer.sources.source_files import DataFiles, HeadLimits
@@ -71,6 +73,7 @@ def check_rows(
     store: Store,
     folder: Path,
     model: ModelFacts | None,
+    task: TaskCheck | None = None,
     *,
     today: date | None = None,
     base_prompt: str | None = None,
@@ -78,23 +81,24 @@ def check_rows(
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`, ``today`` is the date that a chat
-    template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns
-    are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
-    training, and OutsideFailure if the source can't be read.
+    template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns are checked,
+    because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises UserError with file
+    and line for a row that would end the training, and OutsideFailure if the source can't be read.
     """
     folder.mkdir()
     files = find_data_files(source, field, paths, store, folder)
     asked = base_prompt_columns(dataset, field, base_prompt)
-    columns = {*columns_read(dataset), *(column.name for column in asked)}
+    named = [*asked, *(task.columns(field) if task is not None else ())]
+    columns = columns_read(dataset, field, base_prompt, task.columns_read if task is not None else ())
     head = _fetch_head(files, folder, columns)
     if head is None:
         return [*files.notices, f"{field}: its first file is too large to be checked before the training"]
     if not head.is_whole and next(read_rows(head.path, field, columns=columns), None) is None:
         if head.has_schema:
-            check_columns(head.path, field, dataset.format, asked)
+            check_columns(head.path, field, dataset.format, named)
         sentence = f"{field}: its first row is too far from the beginning to be checked before the training"
         return [*files.notices, sentence]
-    check_columns(head.path, field, dataset.format, asked)
+    check_columns(head.path, field, dataset.format, named)
     if model is None:
         return list(files.notices)
     use_chat_template(model.tokenizer, dataset.format, model.folder)
@@ -116,6 +120,12 @@ def check_rows(
             raise
         # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
         return [*files.notices, str(error)]
+    form = dataset.format.prompt_completion
+    if task is not None and form is not None:
+        whole = head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES
+        graded = [graded_fields(row) for row in rows if row.problem is None]
+        read_completion = answer_reader(form, model.tokenizer, model.added_tokens, ends)
+        notices += task.notices(field, graded, read_completion, whole=whole)
     return [*files.notices, *notices]
 
 

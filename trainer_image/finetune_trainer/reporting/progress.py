@@ -47,7 +47,7 @@ def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -
     return f"step {row.step}/{total_steps} {loss}{score} rate {row.learning_rate:.3g}{norm}{speed}"
 
 
-def score_text(record: ScoreRecord, task: str) -> str:
+def score_text(record: ScoreRecord, task: str | None) -> str:
     """Return a model's scores for people, for example `perplexity 12.3, 90.0% of 50 answers right`."""
     text = f"perplexity {record.perplexity:.4g}"
     if record.task_score is None:
@@ -147,7 +147,7 @@ class Progress:
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
 
-    def evaluated(self, evaluation: EvaluationRecord, task: str) -> None:
+    def evaluated(self, evaluation: EvaluationRecord, task: str | None) -> None:
         """Note the known scores of the base model and of the tuned model. ``task`` is `dataset.task`."""
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):

@@ -1,12 +1,21 @@
-"""A row of a data file, with its place in the file. The readers of all kinds of files yield rows."""
+"""A row of a data file, with its place in the file, and a column that a job names. The readers of all kinds of files
+yield rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from finetune_core.errors import valid_text
+
+
+class NamedColumn(NamedTuple):
+    """A column of the data files that the job names."""
+
+    field: str
+    """Path of the field in the spec that names the column, for example `dataset.format.text.textField`."""
+    name: str
 
 
 @dataclass(frozen=True)

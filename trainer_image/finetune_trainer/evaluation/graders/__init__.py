@@ -1,43 +1,161 @@
-"""The graders: functions that grade generated answers, one module for each task. The modules `sql_*` are parts of the
-SQL grader.
+"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the
+columns of its row, by the grader's own names of the columns, and returns a `Grade`.
 
-A grader is a pure function without torch. It gets a generated answer and its row of the evaluation set, and returns a
-`Grade`. The SQL grader runs queries in a child process. `finetune_core.tasks` declares the names, columns and scores of
-the tasks.
+`finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. `load_grading` is what the trainer
+and the preflight check call. The room has no torch. Only the SQL grader is no pure function: it runs queries in a child
+process (`sql_child.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat
+from finetune_core.api.evaluation import LOWER_IS_BETTER, RequirementSpec
+from finetune_core.api.task import TaskSpec
 from finetune_core.errors import UserError
-from finetune_core.tasks import NO_TASK
-from finetune_trainer.evaluation.graders import gsm8k, sql, viggo
+from finetune_core.row_templates import Piece, RowError, RowTemplate, TemplateError, parse
+from finetune_core.task_declaration import Task
+from finetune_core.tasks import TASKS
+from finetune_trainer.data.files.row import NamedColumn
+from finetune_trainer.evaluation.graders import choice, gsm8k, json_value, sql, viggo
 from finetune_trainer.evaluation.graders.grades import Grade
+from finetune_trainer.evaluation.graders.number import number_grader
+from finetune_trainer.evaluation.graders.own import OwnGrader, bounded, load_own_grader
+from finetune_trainer.evaluation.graders.texts import contains_grader, exact_match_grader, regex_grader
 
-__all__ = ["GRADERS", "Grade", "Grader", "grader_of"]
+__all__ = ["GRADERS", "Grade", "Grader", "Grading", "OwnGrader", "load_grading"]
+
+Grader = Callable[[str, Mapping[str, object]], Grade]
+"""A function that grades a generated answer. It gets the answer and the row, by the grader's own names of the columns,
+and never raises an exception, whatever the two contain."""
+
+GRADERS: Mapping[str, Callable[[TaskSpec], Grader]] = {
+    "ViGGO": lambda _: viggo.grade,
+    "GSM8K": lambda _: gsm8k.grade,
+    "SQL": lambda _: sql.grade,
+    "ExactMatch": exact_match_grader,
+    "Contains": contains_grader,
+    "Regex": regex_grader,
+    "Number": number_grader,
+    "JSON": lambda _: json_value.grade,
+    "Choice": lambda _: choice.grade,
+}
+"""For each task in `finetune_core.tasks.TASKS`, by its name, the function that makes its grader from the arguments in
+`dataset.task`. The function raises UserError where it can't use the arguments."""
 
 
-class Grader(Protocol):
-    """A function that grades a generated answer. It compares the answer with the row that the prompt came from."""
-
-    def __call__(self, answer: str, row: Mapping[str, object]) -> Grade:
-        """Return the grade of ``answer``. Never raises an exception, whatever the answer and the row contain."""
+def text_of_pieces(pieces: Iterable[Piece]) -> str:
+    """Return the text that consists of ``pieces``."""
+    return "".join(piece.text for piece in pieces)
 
 
-GRADERS: Mapping[str, Grader] = {"ViGGO": viggo.grade, "GSM8K": gsm8k.grade, "SQL": sql.grade}
-"""The grader of each task in `finetune_core.tasks.TASKS`, by the task's name."""
+@dataclass(frozen=True)
+class Grading:
+    """How the answers of a job are graded: the declaration of its task, and the grader with the job's arguments."""
 
-
-def grader_of(task: str) -> Grader | None:
-    """Return the grader of ``task``, the value of `dataset.task`. Return None if the value says that the job has no
-    task.
-
-    Raises UserError for a task without a grader. Otherwise the job would train to the end and report no score.
+    task: Task
+    columns: Mapping[str, str]
+    """For each column that the grader reads, by the grader's own name, the column of the rows that holds it. Without
+    those of ``rendered``."""
+    rendered: Sequence[str]
+    """The grader's own names of the columns that hold the right answer and get the text of the template `completion`.
+    Empty where the format has no such template, or where it consists of one column, which then stands in ``columns``.
     """
-    if task == NO_TASK:
+    required_columns: Sequence[NamedColumn]
+    """The columns that rows must have, each with the field of the spec that names it or would name it."""
+    one_line: bool
+    """Whether only the first line of the base model's answer counts."""
+    completion: RowTemplate
+    """The completion of the rows."""
+    grader: Grader
+    read_completion: Callable[[Iterable[Piece]], str] = text_of_pieces
+    """Returns for a rendered completion the text that a generated answer with the same tokens has."""
+
+    @property
+    def columns_read(self) -> frozenset[str]:
+        """All columns of the rows that are read to grade an answer."""
+        return frozenset({*self.columns.values(), *self.completion.columns})
+
+    def reading(self, read_completion: Callable[[Iterable[Piece]], str]) -> Grading:
+        """Return the same grading, which reads rendered completions with ``read_completion``."""
+        return replace(self, read_completion=read_completion)
+
+    def grade(self, answer: str, row: Mapping[str, object]) -> Grade:
+        """Return the grade of ``answer``. ``row`` is a row of the data file, by the names of its own columns."""
+        given = {name: row.get(column) for name, column in self.columns.items() if column in row}
+        if self.rendered and (completion := self._completion(row)) is not None:
+            given |= dict.fromkeys(self.rendered, completion)
+        return self.grader(answer, given)
+
+    def why_left_out(self, row: Mapping[str, object]) -> str:
+        """Return why an answer to ``row`` can't be graded; empty where it can. The row's own completion is tried as the
+        answer."""
+        grade = self.grade(self._completion(row) or "", row)
+        return "" if grade.is_graded else grade.problem or "the grader left the row out"
+
+    def _completion(self, row: Mapping[str, object]) -> str | None:
+        """Return the text of the row's completion. None for a row that can't be rendered, which is a bad row."""
+        try:
+            return self.read_completion(self.completion.pieces(row))
+        except RowError:
+            return None
+
+
+def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None = None) -> Grading | None:
+    """Return how the answers of a job are graded; None where `dataset.task` is absent.
+
+    Raises UserError with the field where the grader does not exist, where it refuses its arguments, and where
+    ``require``, which is `evaluation.require`, names a score that the task does not have.
+    """
+    spec, form = dataset.task, dataset.format.prompt_completion
+    if spec is None or form is None:
+        _check_required(require, ())
         return None
-    if task not in GRADERS:
-        raise UserError("dataset.task", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {task}")
-    return GRADERS[task]
+    if spec.entry_point is not None:
+        own = load_own_grader(spec.entry_point, spec.arguments or {})
+        task, grader = own.task, bounded(own, spec.arguments or {})
+    elif spec.name is not None and spec.name in GRADERS:
+        task, grader = TASKS[spec.name], GRADERS[spec.name](spec)
+    else:
+        raise UserError(
+            "dataset.task.name", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {spec.name}"
+        )
+    _check_required(require, task.score_names)
+    fields = spec.named_columns
+    if unknown := sorted(fields.keys() - {column.name for column in task.columns}):
+        known = ", ".join(column.name for column in task.columns) or "no columns"
+        raise UserError("dataset.task.fields", f"names {unknown[0]}, and the grader of {task.name} reads {known}")
+    completion = _completion(form)
+    columns = task.columns_of_rows(fields, completion.only_column)
+    return Grading(
+        task=task,
+        columns=columns,
+        rendered=[column.name for column in task.columns if column.name not in columns],
+        required_columns=[
+            NamedColumn(f"dataset.task.fields.{column.name}", columns[column.name])
+            for column in task.columns
+            if column.name in columns and (not column.optional or column.name in fields)
+        ],
+        one_line=task.one_line if spec.one_line is None else spec.one_line,
+        completion=completion,
+        grader=grader,
+    )
+
+
+def _completion(form: PromptCompletionFormat) -> RowTemplate:
+    """Return the completion of the rows as a template. Raises UserError if `completion` is none."""
+    try:
+        return parse("{completion}" if form.completion is None else form.completion, form.aliases)
+    except TemplateError as error:
+        raise UserError("dataset.format.promptCompletion.completion", str(error)) from error
+
+
+def _check_required(require: Sequence[RequirementSpec] | None, scores: Sequence[str]) -> None:
+    known = (*LOWER_IS_BETTER, *scores)
+    for requirement in require or ():
+        if requirement.score not in known:
+            raise UserError(
+                "evaluation.require", f"names the score {requirement.score}; the job has {', '.join(known)}"
+            )

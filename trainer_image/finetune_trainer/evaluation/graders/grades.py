@@ -1,14 +1,17 @@
-"""The grade of one answer, and the mean scores of many answers.
+"""The grade of one answer, and the scores over many answers.
 
-Every grader returns a `Grade`. `scorer.py` adds up the grades of all ranks with `ScoreSums`.
+Every grader returns a `Grade`. `scorer.py` joins the grades of all ranks with `GradeList`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from finetune_core.tasks import Task, Unit
+from finetune_core.task_declaration import UNGRADED_LIMIT, UNGRADED_REASON_LENGTH, Task, Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +20,7 @@ class Grade:
     used."""
 
     scores: Mapping[str, bool | float] = field(default_factory=dict)
-    """The value of each score of the task, from 0 to 1, where True counts as 1. Empty if the row can't be used."""
+    """The value of each score of the task, where True counts as 1. Empty if the row can't be used."""
     problem: str = ""
     """Why the answer could not be read, or why the row can't be used. Graders use only a few different texts, so that
     equal problems can be counted."""
@@ -25,10 +28,11 @@ class Grade:
     @classmethod
     def of(cls, task: Task, scores: Mapping[str, bool | float], *, problem: str = "") -> Grade:
         """Return the grade of an answer. A score of ``task`` that is not in ``scores`` becomes False, or 0 if the score
-        gives partial credit.
+        has another unit than RIGHT_OR_WRONG.
 
         Raises ValueError for a score that ``task`` does not have, and for a value of the wrong kind: scores with the
-        unit RIGHT_OR_WRONG are True or False, and scores with the unit PARTIAL_CREDIT are numbers from 0 to 1.
+        unit RIGHT_OR_WRONG are True or False, scores with the unit PARTIAL_CREDIT are numbers from 0 to 1, and scores
+        with the unit VALUE are finite numbers.
         """
         if not scores.keys() <= set(task.score_names):
             raise ValueError(f"{task.name} declares no score {', '.join(scores.keys() - set(task.score_names))}")
@@ -36,7 +40,8 @@ class Grade:
         for score in task.scores:
             wrong: bool | float = False if score.unit is Unit.RIGHT_OR_WRONG else 0.0
             value = scores.get(score.name, wrong)
-            if isinstance(value, bool) is not isinstance(wrong, bool) or not 0 <= value <= 1:
+            is_allowed = math.isfinite(value) if score.unit is Unit.VALUE else 0 <= value <= 1
+            if isinstance(value, bool) is not isinstance(wrong, bool) or not is_allowed:
                 raise ValueError(f"{value} is no value of the score {score.name} of {task.name}, a {score.unit}")
             whole[score.name] = value if isinstance(value, bool) else float(value)
         return cls(scores=whole, problem=problem)
@@ -54,32 +59,65 @@ class Grade:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreSums:
-    """The sums of the scores of many answers. The ranks add their sums up before means are taken."""
+class GradeList:
+    """The values of the scores of many answers, and why answers were left out. The ranks join their lists before the
+    reported values are computed, so that no value depends on the number of ranks."""
 
-    graded: int
-    """Number of answers in the sums. Answers whose row can't be used are left out."""
-    sums: Mapping[str, float]
-    """Sum of each score over the answers. For a right-or-wrong score this is the number of right answers."""
+    values: Mapping[str, Sequence[float]]
+    """For each score of the task its values for the graded answers. All lists have the same length."""
+    reasons: Mapping[str, int]
+    """Number of answers that were left out, by the reason."""
 
     @classmethod
-    def of(cls, task: Task, grades: Iterable[Grade]) -> ScoreSums:
-        """Add up ``grades``, which all belong to ``task``."""
-        graded = [grade for grade in grades if grade.is_graded]
-        sums = {name: float(sum(grade.scores[name] for grade in graded)) for name in task.score_names}
-        return cls(graded=len(graded), sums=sums)
+    def of(cls, task: Task, grades: Iterable[Grade]) -> GradeList:
+        """Return the values of ``grades``, which all belong to ``task``."""
+        every = list(grades)
+        graded = [grade for grade in every if grade.is_graded]
+        return cls(
+            values={name: [float(grade.scores[name]) for grade in graded] for name in task.score_names},
+            reasons=Counter(grade.problem[:UNGRADED_REASON_LENGTH] for grade in every if not grade.is_graded),
+        )
+
+    @classmethod
+    def joined(cls, task: Task, lists: Iterable[GradeList]) -> GradeList:
+        """Return the list of all answers of several ranks."""
+        every = list(lists)
+        reasons: Counter[str] = Counter()
+        for part in every:
+            reasons.update(part.reasons)
+        values = {name: [value for part in every for value in part.values[name]] for name in task.score_names}
+        return cls(values=values, reasons=reasons)
+
+    def to_json(self) -> object:
+        """Return the list as a value that JSON can hold."""
+        return {"values": {name: list(values) for name, values in self.values.items()}, "reasons": dict(self.reasons)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> GradeList:
+        """Return the list that `to_json` made ``value`` from."""
+        return cls(values=value["values"], reasons=value["reasons"])
 
     @property
-    def means(self) -> dict[str, float]:
-        """The mean of each score over the graded answers. Empty if no answer was graded."""
-        return {name: total / self.graded for name, total in self.sums.items()} if self.graded else {}
+    def graded(self) -> int:
+        """Number of graded answers."""
+        return len(next(iter(self.values.values()), ()))
 
-    def as_vector(self) -> list[float]:
-        """Return the number of answers and the sums as a list of numbers, which the ranks add up element by element."""
-        return [self.graded, *self.sums.values()]
+    @property
+    def not_graded(self) -> int:
+        """Number of answers that were left out."""
+        return sum(self.reasons.values())
 
-    def with_vector(self, vector: Iterable[float]) -> ScoreSums:
-        """Return the sums over all ranks. ``vector`` is the sum of the `as_vector` of every rank, element by
-        element."""
-        graded, *sums = vector
-        return ScoreSums(graded=int(graded), sums=dict(zip(self.sums, sums, strict=True)))
+    def reported(self, task: Task) -> dict[str, float]:
+        """Return the value of each score over the graded answers, as ``task`` declares it. Empty if no answer was
+        graded."""
+        return {score.name: score.aggregation.of(self.values[score.name]) for score in task.scores if self.graded}
+
+    @property
+    def main_reasons(self) -> dict[str, int]:
+        """Why answers were left out, the most frequent reasons first. Where there are more than UNGRADED_LIMIT, the
+        last entry counts all others."""
+        ordered = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+        if len(ordered) <= UNGRADED_LIMIT:
+            return dict(ordered)
+        shown = dict(ordered[: UNGRADED_LIMIT - 1])
+        return shown | {"other reasons": self.not_graded - sum(shown.values())}

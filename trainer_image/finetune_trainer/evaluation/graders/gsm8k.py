@@ -6,49 +6,25 @@ answers in the same form. `evaluation/scorer.py` calls `grade` for every generat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from decimal import Decimal
 
 from finetune_core.tasks import GSM8K
 from finetune_trainer.evaluation.graders.grades import Grade
+from finetune_trainer.evaluation.graders.number import read_number_behind
 
-_ANSWER = re.compile(
-    r"""
-    (?<!\#)\#{4}(?!\#) [^\S\n]*
-    (?P<sign>[-+\u2212]?) [^\S\n]* \\?[$€£]? [^\S\n]* (?P<inner>[-+\u2212]?)
-    (?P<number>
-        (?> (?: [0-9]{1,3} (?: (?:,[0-9]{3})+ | (?:[\u0020\u00a0\u202f][0-9]{3})+ ) (?![0-9]) | [0-9]+ ) (?: \.[0-9]+ )?
-        | \.[0-9]+ )
-    )
-    (?! [0-9] | [.,][0-9] | [eE][-+]?[0-9] | [^\S\n]* [-+/*^:×\u2212]? [^\S\n]* [$]? [0-9] | [^\S\n]* [¼½¾] )
-    """,
-    re.VERBOSE,
-)
-"""Matches `#### {number}` on one line, with digits in ASCII. The `####` is the data set's own convention (Cobbe et al.
-2021).
-
-Commas or spaces may separate groups of three digits. Behind the number may stand a unit, a full stop or a sentence. An
-exponent, a fraction, a range, a calculation or a list must not stand there, because it would mean another number.
-"""
+MARKER = "####"
+"""The text behind which the data set's answers state their number (Cobbe et al. 2021)."""
 
 
 def extract(text: str) -> Decimal | None:
-    """Return the first number that stands after `####`, or None if the text has no such number or the number has two
-    signs.
+    """Return the first number that is stated after `####`, or None if there is none or the statement names several.
 
     As in Anyscale's study of LoRA, these are ignored: commas, currency signs, spaces, a full stop and a unit behind the
     number. As in the data set's published grader, the first number counts, because a base model often goes on with
     another problem after its answer.
     """
-    match = _ANSWER.search(text)
-    if match is None:
-        return None
-    number = Decimal(re.sub(r"[^0-9.]", "", match["number"]))
-    signs = match["sign"] + match["inner"]
-    if len(signs) > 1:
-        return None
-    return -number if signs in {"-", "\u2212"} else number
+    return read_number_behind(MARKER, text)
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:

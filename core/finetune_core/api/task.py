@@ -1,0 +1,118 @@
+"""`dataset.task`: what grades generated answers, which columns of the rows the grader reads, and the grader's
+arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from finetune_core.api.base import ENTRIES, SET, UNIQUE, ApiModel, DecimalString, cel, exactly_one_of, join
+from finetune_core.task_declaration import COLUMN_LIMIT
+from finetune_core.tasks import TASKS, TaskName, task_name_text, tasks_with
+
+Ignorable = Literal["Case", "WhiteSpace", "Punctuation", "UnicodeForm"]
+"""What makes no difference between an answer and the right text."""
+
+PATTERN_LENGTH = 1024
+"""Largest number of characters of `dataset.task.pattern`."""
+ARGUMENT_LIMIT = 16
+"""Largest number of entries of `dataset.task.arguments`."""
+
+ENTRY_POINT_PATTERN = "^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+"""Regular expression for the name of an entry point."""
+
+_ARGUMENTS = ("ignore", "pattern", "tolerance", "relativeTolerance", "marker")
+"""The fields of `dataset.task` that set something for some of the tasks only."""
+
+
+def _or(values: list[str]) -> str:
+    return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
+
+
+def _quoted(values: Iterable[str]) -> str:
+    return ", ".join(f"'{value}'" for value in values)
+
+
+def _task_rules() -> Iterator[tuple[str, str]]:
+    """Yield the CEL rules that follow from the declared tasks: which fields each task takes, which ones it needs, and
+    which columns its grader reads."""
+    for argument in _ARGUMENTS:
+        names = tasks_with(argument)
+        yield (
+            f"!has(self.{argument}) || has(self.name) && self.name in [{_quoted(names)}]",
+            f"`{argument}` must be absent unless `name` is {_or(names)}",
+        )
+    for task in TASKS.values():
+        for argument in task.required_arguments:
+            yield (
+                f"!has(self.name) || self.name != '{task.name}' || has(self.{argument})",
+                f"`{argument}` must be set, because `name` is {task.name}",
+            )
+    readers: dict[tuple[str, ...], list[str]] = {}
+    for task in TASKS.values():
+        readers.setdefault(tuple(column.name for column in task.columns), []).append(task.name)
+    for columns, names in readers.items():
+        yield (
+            f"!has(self.fields) || !has(self.name) || !(self.name in [{_quoted(names)}])"
+            f" || self.fields.all(column, column in [{_quoted(columns)}])",
+            f"`fields` must only have the keys {', '.join(columns)} where `name` is {_or(names)}",
+        )
+    yield (
+        "!has(self.arguments) || has(self.entryPoint)",
+        "`arguments` must be absent unless `entryPoint` is set",
+    )
+
+
+class TaskSpec(ApiModel):
+    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` one of your trainer image."""
+
+    model_config = ConfigDict(json_schema_extra=join(exactly_one_of("name", "entryPoint"), cel(*_task_rules())))
+
+    name: Annotated[TaskName, Field(description=task_name_text())] | None = None
+    entry_point: Annotated[str, Field(min_length=1, max_length=64, pattern=ENTRY_POINT_PATTERN)] | None = None
+    """Name of an entry point of the group `finetune_trainer.graders` in the trainer image, which names an own
+    grader."""
+    fields: (
+        Annotated[
+            dict[str, Annotated[str, Field(min_length=1, max_length=128)]],
+            Field(max_length=COLUMN_LIMIT),
+            ENTRIES,
+        ]
+        | None
+    ) = None
+    """Columns of the rows that the grader reads: its own name of a column, and the column in your rows, for example
+    `{answer: solution}`. A column that is not named here is the completion of `format` where it holds the right answer
+    (the text of `completion` without `completionSuffix`, where the format has that template), else the column of the
+    grader's own name."""
+    one_line: bool | None = None
+    """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: true
+    for ViGGO and SQL, what an own grader declares, else false."""
+    ignore: Annotated[list[Ignorable], Field(max_length=4, json_schema_extra=SET), UNIQUE] | None = None
+    """What makes no difference between the answer and the right text. Absent: only white space around the answer."""
+    pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
+    """Regular expression in the syntax of RE2. What its first group finds in the answer is compared, or the whole match
+    where it has no group."""
+    tolerance: DecimalString | None = None
+    """Largest difference between the number of the answer and the right one. Absent: 0."""
+    relative_tolerance: DecimalString | None = None
+    """Largest difference between the number of the answer and the right one, as a multiple of the right one. Absent:
+    0."""
+    marker: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """Text behind which the number of the answer stands, for example `####`. Absent: the answer must state exactly one
+    number."""
+    arguments: (
+        Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=ARGUMENT_LIMIT), ENTRIES] | None
+    ) = None
+    """Arguments of an own grader, by their names."""
+
+    @property
+    def label(self) -> str:
+        """Name of the task, or of the entry point of an own grader."""
+        return self.name or self.entry_point or ""
+
+    @property
+    def named_columns(self) -> Mapping[str, str]:
+        """`fields`, empty where it is absent."""
+        return self.fields or {}

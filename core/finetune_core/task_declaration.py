@@ -1,0 +1,176 @@
+"""The parts of a task's declaration: the columns that its grader reads, its scores, and how the scores of single
+answers become one value.
+
+`tasks.py` declares the tasks of this project with these classes. The authors of own graders, which an entry point of
+the trainer image names, declare their tasks with the same classes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import fsum
+from typing import Annotated
+
+from pydantic import Field
+
+SCORE_LIMIT = 8
+"""Largest number of scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
+SCORE_NAME_LENGTH = 32
+"""Largest number of characters of a score's name."""
+COLUMN_LIMIT = 8
+"""Largest number of columns that a grader reads."""
+
+UNGRADED_LIMIT = 4
+"""Largest number of reasons that an evaluation reports for answers that could not be graded."""
+UNGRADED_REASON_LENGTH = 160
+"""Largest number of characters of such a reason."""
+
+PERPLEXITY = "perplexity"
+"""Label of a model's perplexity in tables of scores, and its name in `evaluation.require`. No score of a task may have
+this name."""
+
+ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
+
+
+class Unit(StrEnum):
+    """What the value of a score for one answer is, and therefore what its mean over all graded answers is. The value of
+    the enum is the text that docs/tasks.md shows for this mean."""
+
+    RIGHT_OR_WRONG = "share of right answers"
+    """The grader returns True or False, so that the mean is the share of right answers."""
+    PARTIAL_CREDIT = "mean over the answers"
+    """The grader returns a number from 0 to 1, for example the share of words that are right."""
+    VALUE = "value"
+    """The grader returns any finite number, for example a length or a reward."""
+
+
+class Aggregation(StrEnum):
+    """How the values of a score for all graded answers become the value that is reported."""
+
+    MEAN = "Mean"
+    MEDIAN = "Median"
+    MINIMUM = "Minimum"
+    MAXIMUM = "Maximum"
+
+    def of(self, values: Sequence[float]) -> float:
+        """Return the reported value of at least one value. The order of ``values`` makes no difference."""
+        match self:
+            case Aggregation.MEAN:
+                return fsum(values) / len(values)
+            case Aggregation.MEDIAN:
+                return float(statistics.median(values))
+            case Aggregation.MINIMUM:
+                return min(values)
+            case Aggregation.MAXIMUM:
+                return max(values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One of the scores that a task's grader gives to every answer. A higher value is better."""
+
+    name: str
+    """Name in camelCase as the status and the CLI show it, for example ``orderFree``."""
+    meaning: str = ""
+    """Sentence that says when an answer gets the score."""
+    unit: Unit = Unit.RIGHT_OR_WRONG
+    aggregation: Aggregation = Aggregation.MEAN
+    """How the values of the graded answers become the reported value."""
+
+    @property
+    def reported(self) -> str:
+        """What the reported value is, as docs/tasks.md shows it, for example ``share of right answers``."""
+        if self.aggregation is Aggregation.MEAN and self.unit is not Unit.VALUE:
+            return str(self.unit)
+        return f"{self.aggregation.lower()} over the answers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of the evaluation set that a grader reads, in addition to the generated answer."""
+
+    name: str
+    """Name under which the grader reads the column, for example ``mr``. It is a key of `dataset.task.fields`."""
+    meaning: str = ""
+    """Sentence that says what the column must hold."""
+    example: object = ""
+    """A value of the column, shown in docs/tasks.md."""
+    is_completion: bool = False
+    """Whether the column holds the right answer. `dataset.task.fields` may name any column of the rows for it. Where
+    that field names none, the right answer is the completion of `dataset.format`: the value of `completionField`, or
+    the text of the template `completion`. A column that does not hold the right answer is that of the name ``name``."""
+    optional: bool = False
+    """Whether rows may lack the column."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
+    score is too long, forbidden or used twice, where `main` names no score, or where two columns have one name."""
+
+    name: str
+    """Value of `dataset.task.name`, for example ``GSM8K``; for an own grader the name of its entry point."""
+    grading: str = ""
+    """Verb and object of a sentence whose subject is the task's name, for example ``runs the query``. The description
+    of the field `dataset.task.name` contains the sentence."""
+    description: str = ""
+    """Sentences for docs/tasks.md: what the prompt asks for, which answers count as right, and which rows are left
+    out."""
+    columns: tuple[Column, ...] = ()
+    scores: tuple[Score, ...]
+    main: str
+    """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
+    example_answer: str = ""
+    """An answer to the row that is made of the `example` of each column. The grader gives this answer the highest value
+    of every score."""
+    example_arguments: Mapping[str, object] | None = None
+    """Arguments with which the grader grades the example, by the names of the fields of `dataset.task`. None where the
+    example needs no arguments."""
+    arguments: tuple[str, ...] = ()
+    """Names of the fields of `dataset.task`, in camelCase, that set something for this task."""
+    required_arguments: tuple[str, ...] = ()
+    """Those of `arguments` that a job must set."""
+    one_line: bool = False
+    """Whether every right answer is one line. Of the base model's answer only the first line counts then, because a
+    base model often goes on with another example behind its answer."""
+
+    def __post_init__(self) -> None:
+        names = self.score_names
+        if not 1 <= len(names) <= SCORE_LIMIT or len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: a task must have 1 to {SCORE_LIMIT} scores of different names")
+        if any(len(name) > SCORE_NAME_LENGTH for name in names):
+            raise ValueError(f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters")
+        if self.main not in names:
+            raise ValueError(f"{self.name}: `main` must name one of the scores, and {self.main} is none of them")
+        if PERPLEXITY in names:
+            raise ValueError(f"{self.name}: no score may be called {PERPLEXITY}, which tables show beside the scores")
+        columns = [column.name for column in self.columns]
+        if len(columns) > COLUMN_LIMIT or len(set(columns)) < len(columns):
+            raise ValueError(f"{self.name}: a task must have at most {COLUMN_LIMIT} columns of different names")
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Return the names of the scores in the order in which they are reported."""
+        return tuple(score.name for score in self.scores)
+
+    @property
+    def main_score(self) -> Score:
+        """Return the score that `main` names. It is used where only one number can be shown or compared."""
+        return next(score for score in self.scores if score.name == self.main)
+
+    def columns_of_rows(self, fields: Mapping[str, str], completion: str | None) -> dict[str, str]:
+        """Return for each column that the grader reads the column of the rows that holds it.
+
+        ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. Where the
+        completion is a text of several columns, ``completion`` is None, and the columns that get this text are not in
+        the result. An optional column is in the result only where ``fields`` names it or the grader's own name may be
+        found.
+        """
+        found = {
+            column.name: fields.get(column.name, completion if column.is_completion else column.name)
+            for column in self.columns
+        }
+        return {name: column for name, column in found.items() if column is not None}

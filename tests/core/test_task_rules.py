@@ -1,0 +1,119 @@
+"""What `finetune validate` and the API server refuse of `dataset.task` and `evaluation.require`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_core.validation.validate_job import validate_job
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+
+
+def problems(task: dict[str, Any] | None, require: list[dict[str, Any]] | None = None, **dataset: Any) -> list[str]:
+    """Return the problems of the quickstart job with a task and required scores. The value None of a field of the data
+    set removes the field."""
+    job = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    spec = job["spec"]
+    spec["dataset"] |= {"task": task, **dataset}
+    spec["evaluation"] = {**spec.get("evaluation", {}), "require": require}
+    spec["evaluation"].pop("artifactFrom", None)
+    return [str(problem) for problem in validate_job(job).problems]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"name": "GSM8K"},
+        {"name": "GSM8K", "fields": {"answer": "solution"}},
+        {"name": "SQL", "fields": {"answer": "query", "context": "tables"}},
+        {"name": "ExactMatch", "ignore": ["Case", "WhiteSpace", "Punctuation", "UnicodeForm"]},
+        {"name": "Contains", "oneLine": True},
+        {"name": "Regex", "pattern": "Answer: (.)", "ignore": ["Case"]},
+        {"name": "Number", "tolerance": "0.01", "relativeTolerance": "1e-3", "marker": "####"},
+        {"name": "JSON"},
+        {"name": "Choice", "fields": {"choices": "options"}},
+        {"entryPoint": "overlap", "fields": {"anything": "x"}, "arguments": {"enough": "0.5"}},
+        None,
+    ],
+    ids=str,
+)
+def test_a_task_with_its_own_columns_and_arguments_is_valid(task: dict[str, Any] | None) -> None:
+    assert problems(task) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ({}, "exactly one of `name`, `entryPoint` must be set"),
+        ({"name": "GSM8K", "entryPoint": "x"}, "exactly one of `name`, `entryPoint` must be set"),
+        ({"name": "GMS8K"}, "must be one of ViGGO, GSM8K, SQL"),
+        ({"name": "GSM8K", "fields": {"gold": "x"}}, "`fields` must only have the keys answer where `name` is GSM8K"),
+        ({"name": "ViGGO", "fields": {"answer": "x"}}, "`fields` must only have the keys mr where `name` is ViGGO"),
+        ({"name": "Regex"}, "`pattern` must be set, because `name` is Regex"),
+        ({"name": "GSM8K", "pattern": "x"}, "`pattern` must be absent unless `name` is Regex"),
+        (
+            {"name": "JSON", "ignore": ["Case"]},
+            "`ignore` must be absent unless `name` is ExactMatch, Contains or Regex",
+        ),
+        ({"name": "ExactMatch", "ignore": ["Colour"]}, "must be one of Case, WhiteSpace, Punctuation, UnicodeForm"),
+        ({"name": "JSON", "tolerance": "1"}, "`tolerance` must be absent unless `name` is Number"),
+        ({"entryPoint": "x", "marker": "#"}, "`marker` must be absent unless `name` is Number"),
+        ({"name": "JSON", "arguments": {"a": "b"}}, "`arguments` must be absent unless `entryPoint` is set"),
+    ],
+    ids=str,
+)
+def test_what_a_task_does_not_take_is_refused_by_name(task: dict[str, Any], sentence: str) -> None:
+    assert any(sentence in problem for problem in problems(task)), problems(task)
+
+
+@pytest.mark.parametrize(
+    ("task", "require"),
+    [
+        (None, [{"score": "perplexity", "betterThanBase": True}, {"score": "allTokenPerplexity", "atMost": "9"}]),
+        ({"name": "GSM8K"}, [{"score": "exact", "atLeast": "0.8"}]),
+        ({"name": "JSON"}, [{"score": "keys", "atLeast": "0.8", "betterThanBase": True}]),
+        ({"entryPoint": "x"}, [{"score": "reward", "atLeast": "-1.5"}]),
+        (None, []),
+    ],
+    ids=str,
+)
+def test_scores_that_the_job_has_can_be_required(task: dict[str, Any] | None, require: list[dict[str, Any]]) -> None:
+    assert problems(task, require) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "require", "dataset", "sentence"),
+    [
+        (
+            None,
+            [{"score": "exact", "atLeast": "0.8"}],
+            {},
+            "`evaluation.require` must only name scores that the job has",
+        ),
+        (
+            {"name": "ViGGO"},
+            [{"score": "exact", "atLeast": "0.8"}],
+            {},
+            "`evaluation.require` must only name scores that the job has",
+        ),
+        (
+            None,
+            [{"score": "perplexity", "atMost": "2"}],
+            {"validation": None, "test": None},
+            "`evaluation.require` must be absent unless `dataset.validation` or `dataset.test` is set",
+        ),
+        (None, [{"score": "perplexity"}], {}, "`atLeast`, `atMost` or `betterThanBase: true` must be set"),
+        (None, [{"score": "perplexity", "betterThanBase": False}], {}, "`atLeast`, `atMost` or `betterThanBase: true`"),
+        (None, [{"score": "perplexity", "atMost": "two"}], {}, "require[0].atMost"),
+    ],
+    ids=str,
+)
+def test_a_score_that_can_not_exist_is_refused(
+    task: dict[str, Any] | None, require: list[dict[str, Any]], dataset: dict[str, Any], sentence: str
+) -> None:
+    found = problems(task, require, **dataset)
+    assert any(sentence in problem for problem in found), found

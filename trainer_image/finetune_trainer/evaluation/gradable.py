@@ -1,0 +1,58 @@
+"""Whether answers to the rows of an evaluation set can be graded at all. The check before the first attempt asks this
+about the first rows, and the trainer about all rows before its first step.
+
+Without torch, because the preflight pod has none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from finetune_core.api.evaluation import LOWER_IS_BETTER
+from finetune_core.contract import EvaluationConfig
+from finetune_trainer.evaluation.graders import Grading
+
+TRIED_SECONDS = 60.0
+"""Longest time in seconds for which rows are tried. Where none of the rows that were tried can be graded, the others
+are taken for such rows too."""
+
+
+def needed_by(config: EvaluationConfig, field: str, scored: str) -> str:
+    """Return the field of the spec that needs graded answers to the rows of ``field``; empty where none does.
+
+    ``field`` is the path of the rows in the spec, such as `dataset.validation`, and ``scored`` that of the rows on
+    which base model and tuned model are scored.
+    """
+    if config.best_by == "TaskScore" and field == "dataset.validation":
+        return "evaluation.bestBy"
+    required = any(requirement.score not in LOWER_IS_BETTER for requirement in config.require or ())
+    return "evaluation.require" if required and field == scored else ""
+
+
+def why_ungradable(
+    grading: Grading,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    seconds: float = TRIED_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> str:
+    """Return why no answer to ``rows`` can be graded, with the number of rows that were tried. Empty where an answer to
+    one of them can be graded, and where there are no rows."""
+    reasons: Counter[str] = Counter()
+    deadline = clock() + seconds
+    for row in rows:
+        problem = grading.why_left_out(row)
+        if not problem:
+            return ""
+        reasons[problem] += 1
+        if clock() > deadline:
+            break
+    tried = sum(reasons.values())
+    if not tried:
+        return ""
+    reason, count = reasons.most_common(1)[0]
+    which = "the only row" if tried == 1 else f"none of {tried} rows"
+    can = "can't be graded" if tried == 1 else "can be graded"
+    return f"{which} {can} ({count} because {reason})"

@@ -1,0 +1,104 @@
+"""The grader of JSON: the value of the answer is compared with the row's own value, key by key."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+
+from finetune_core.tasks import JSON
+from finetune_trainer.evaluation.graders.grades import Grade
+
+DEEPEST = 100
+"""Largest depth of objects and lists in a value that can be graded."""
+
+_FENCE = re.compile(r"```[A-Za-z0-9]*[ \t]*\n(.*)\n?[ \t]*```", re.DOTALL)
+"""A Markdown fence that a text consists of."""
+
+
+class NoValueError(ValueError):
+    """A text or a value of a data file is no JSON value, or is nested too deep."""
+
+
+def grade(answer: str, row: Mapping[str, object]) -> Grade:
+    """Return the grade of ``answer``, whose value is compared with that of the row's column `answer`."""
+    try:
+        own = row.get("answer")
+        if own is None:
+            raise NoValueError
+        reference = parse(own) if isinstance(own, str) else parse(json.dumps(own, allow_nan=False, ensure_ascii=False))
+    except (NoValueError, ValueError, TypeError, RecursionError):
+        return Grade.left_out("the row's own answer is no JSON")
+    try:
+        value = parse(answer)
+    except NoValueError:
+        return Grade.of(JSON, {}, problem="the answer is no JSON")
+    equal = same(value, reference)
+    return Grade.of(JSON, {"equal": equal, "keys": 1.0 if equal else _share(value, reference)})
+
+
+def parse(text: str) -> object:
+    """Return the JSON value of ``text``, in which numbers are decimals. A Markdown fence around the text is ignored.
+
+    Raises NoValueError where the text is something else, has a key twice in an object, or is nested deeper than
+    DEEPEST.
+    """
+    text = text.strip()
+    fenced = _FENCE.fullmatch(text)
+    try:
+        value = json.loads(
+            fenced[1] if fenced else text,
+            object_pairs_hook=_object,
+            parse_int=Decimal,
+            parse_float=Decimal,
+            parse_constant=_refuse,
+        )
+    except (ValueError, InvalidOperation, RecursionError) as error:
+        raise NoValueError from error
+    if _deeper_than(value, DEEPEST):
+        raise NoValueError
+    return value
+
+
+def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise NoValueError
+    return made
+
+
+def _refuse(name: str) -> object:
+    """Refuse NaN and Infinity, which JSON does not have."""
+    raise NoValueError
+
+
+def _deeper_than(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper_than(item, levels - 1) for item in inner)
+
+
+def same(left: object, right: object) -> bool:
+    """Return whether two parsed values are equal. True is no number, and the order of keys makes no difference."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return type(left) is type(right) and left == right
+
+
+def _share(left: object, right: object) -> float:
+    """Return the share of equal leaves, of all paths that one of two values has."""
+    ours, theirs = dict(_leaves(left)), dict(_leaves(right))
+    paths = ours.keys() | theirs.keys()
+    equal = sum(path in ours and path in theirs and same(ours[path], theirs[path]) for path in paths)
+    return equal / len(paths)
+
+
+def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the path and the value of everything in ``value`` that is no object, or is an empty one."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, key))
+    else:
+        yield path, value

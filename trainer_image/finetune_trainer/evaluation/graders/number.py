@@ -1,0 +1,208 @@
+"""Reads the number that a text states, and the grader of numbers.
+
+`read_statement` is the one reader of numbers: the graders of Number and of GSM8K call it. A text states a number where
+it begins with the number, apart from markup and currency signs, and names no other number in the same statement. So a
+list, a range, a calculation and `5 hours and 30 minutes` state no number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+from finetune_core.api.task import TaskSpec
+from finetune_core.tasks import NUMBER
+from finetune_trainer.evaluation.graders.grades import Grade
+
+LONGEST_NUMBER = 1000
+"""Largest number of characters of a number. A longer one is no number that a person means."""
+MOST_SCALES = 4
+"""Largest number of words such as `million` that may multiply one number."""
+
+_GAP = "\x1f"
+"""Stands for markup that was removed. It separates what stands on its two sides, and is ignored beside a number."""
+_MARKUP = re.compile(
+    r"\\[()\[\]]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit|displaystyle|left|right)(?![A-Za-z])|\\[,;!: ]"
+    r"|[{}`]|\*\*|__|[\u200b\u2060\ufeff]"
+)
+"""Markup of Markdown and LaTeX, and invisible characters."""
+_MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
+"""Turns hyphens, the en dash and other signs that people type for a minus into one."""
+
+_SPACE = r"[^\S\n]*+"
+"""White space and removed markup on one line. The quantifier never gives characters back, so that no text takes more
+than linear time."""
+_CURRENCY = (
+    r"(?:(?:US|CA|AU|NZ|HK|[AC])?\\?[$€£¥₹₩₽]"
+    r"|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
+)
+_DIGITS = (
+    r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[\u0020\u00a0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+)
+_SIGN = r"(?:[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|)"
+_NUMBER = re.compile(
+    rf"(?P<sign>{_SIGN}){_SPACE}(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>{_SIGN}){_SPACE}(?P<number>(?>{_DIGITS}))"
+    rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷xX]?{_SPACE}[$]?{_SPACE}[0-9])"
+)
+"""A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand. Commas or
+spaces may separate groups of three digits. Digits are those of ASCII."""
+_BEFORE = re.compile(r"[^\S\n]*+(?:[*_\"'“”‘’=:][^\S\n]*+)*+")
+"""What may stand before the number of a statement: markup, quotes, `=` and `:`."""
+_LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?$")
+"""What belongs to a number and stands before its first digit, at the end of a text."""
+_SCALE = re.compile(
+    rf"{_SPACE}-?{_SPACE}(?:(?P<k>[kK]|thousands?)|(?P<m>mn|mio|millions?)|(?P<b>bn|billions?)|(?P<t>trillions?)"
+    r"|(?P<h>hundreds?)|(?P<l>lakhs?)|(?P<c>crores?)|(?P<d>dozens?))(?![A-Za-z])",
+    re.IGNORECASE,
+)
+"""A word that multiplies the number before it."""
+_FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "h": 100, "l": 10**5, "c": 10**7, "d": 12}
+_LETTER_SCALE = re.compile("(?:(?P<m>M)|(?P<b>B))(?![A-Za-z])")
+"""Letters directly behind a number that mean millions and billions. Small letters may be metres."""
+_AMOUNT_SCALE = re.compile("[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
+"""Letters that mean millions and billions behind an amount of money."""
+_END = re.compile(
+    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
+    rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
+)
+"""The end of a statement: of the line or the sentence, or a remark. A comma ends it unless a number follows."""
+_FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
+"""A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
+_WORDS = re.compile(
+    rf"\b(?:and|or|to|plus|times|point){_SPACE}(?:an?{_SPACE})?(?:half|quarters?|thirds?|fifths?"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty"
+    r"|forty|fifty|sixty|seventy|eighty|ninety|dozens?|hundreds?|thousands?|millions?)\b",
+    re.IGNORECASE,
+)
+"""A further number in words, such as the `and a half` of `2 and a half`."""
+_ANY_DIGIT = re.compile("[0-9]")
+
+
+def plain(text: str) -> str:
+    """Return ``text`` without markup, and with one sign for minus."""
+    return _MARKUP.sub(_GAP, text.translate(_MINUS).replace("{,}", ","))
+
+
+def read_statement(text: str) -> Decimal | None:
+    """Return the number with which the statement at the beginning of ``text`` begins, where it names no other number.
+
+    ``text`` is what `plain` returned. None where the statement begins with something else, has two signs, or names
+    several numbers. What follows behind the statement is ignored.
+    """
+    before = _BEFORE.match(text)
+    found = _NUMBER.match(text, before.end() if before else 0)
+    if found is None or len(found["number"]) > LONGEST_NUMBER:
+        return None
+    if found["sign"] and found["inner"]:
+        return None
+    end, factor = found.end(), 1
+    scales = [_SCALE, _LETTER_SCALE if found["currency"] is None else _AMOUNT_SCALE]
+    for _ in range(MOST_SCALES):
+        scale = next((match for pattern in scales if (match := pattern.match(text, end))), None)
+        if scale is None:
+            break
+        factor *= _FACTORS[scale.lastgroup or "k"]
+        end = scale.end()
+        scales = [_SCALE]
+    ended = _END.search(text, end)
+    rest = text[end : ended.start() if ended else len(text)].replace("^" + _GAP, "^")
+    if _FURTHER.search(rest) or _WORDS.search(rest):
+        return None
+    _, digits, places = Decimal(re.sub(r"[^0-9.]", "", found["number"])).as_tuple()
+    assert isinstance(places, int)
+    # The product is one of whole numbers, because decimals round a product to 28 digits.
+    product = int("".join(map(str, digits))) * factor
+    is_negative = (found["sign"] + found["inner"]) not in ("", "+")
+    return Decimal((int(is_negative), tuple(map(int, str(product))), places))
+
+
+def read_only_number(text: str) -> Decimal | None:
+    """Return the number of a text that states exactly one number anywhere, with words around it. None where the text
+    has no number or several, or where letters stand directly before the number."""
+    text = plain(text)
+    digit = _ANY_DIGIT.search(text)
+    if digit is None:
+        return None
+    start = _start(text, digit.start())
+    if start is None:
+        return None
+    number = read_statement(text[start:])
+    ended = _END.search(text, digit.start())
+    if number is None or (ended is not None and _number_follows(text[ended.start() :])):
+        return None
+    return number
+
+
+def read_number_behind(marker: str, text: str) -> Decimal | None:
+    """Return the number that is stated behind ``marker``, on the same line or, where nothing else stands there, on the
+    next one.
+
+    Of several markers the first one counts behind which a number is stated. A marker behind which several numbers are
+    stated, or a number that can't be read, ends the search: None is returned then.
+    """
+    text, mark = plain(text), plain(marker)
+    # The characters at the ends of the marker must not continue there, so that `#####` is not the marker `####`.
+    pattern = re.compile(f"(?<!{re.escape(mark[0])}){re.escape(mark)}(?!{re.escape(mark[-1])})")
+    places = [found.span() for found in pattern.finditer(text)]
+    ends = [start for start, _ in places[1:]] + [len(text)]
+    for (_, start), end in zip(places, ends, strict=False):
+        statement = text[start:end].lstrip()
+        number = read_statement(statement)
+        if number is not None:
+            return number
+        if _ANY_DIGIT.search(statement.partition("\n")[0]):
+            return None
+    return None
+
+
+def _start(text: str, digit: int) -> int | None:
+    """Return where the statement of the number begins whose first digit stands at ``digit``: before its sign and its
+    currency. None where a letter stands directly before the number."""
+    before = text[max(0, digit - 24) : digit]
+    lead = _LEAD.search(before)
+    start = digit - (len(before) - lead.start() if lead else 0)
+    return None if start and (text[start - 1].isalnum() or text[start - 1] in "-+.,") else start
+
+
+def _number_follows(text: str) -> bool:
+    """Return whether ``text``, which follows behind a statement, states a further number."""
+    return _FURTHER.search(text) is not None
+
+
+def number_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]:
+    """Return the grader of the task Number with the arguments of ``spec``."""
+    tolerance, relative = Decimal(spec.tolerance or 0), Decimal(spec.relative_tolerance or 0)
+    marker = spec.marker
+
+    def read(text: str) -> Decimal | None:
+        return read_only_number(text) if marker is None else read_number_behind(marker, text)
+
+    def grade(answer: str, row: Mapping[str, object]) -> Grade:
+        value = row.get("answer")
+        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+            reference = _decimal(value)
+        else:
+            reference = read(value) if isinstance(value, str) else None
+        if reference is None:
+            return Grade.left_out("the row states no number, or several")
+        number = read(answer)
+        if number is None:
+            return Grade.of(NUMBER, {}, problem="the answer states no number, or several")
+        return Grade.of(NUMBER, {"exact": is_near(number, reference, tolerance, relative)})
+
+    return grade
+
+
+def is_near(number: Decimal, reference: Decimal, tolerance: Decimal, relative: Decimal) -> bool:
+    """Return whether two numbers differ by at most ``tolerance``, or by at most ``relative`` times the reference."""
+    if number == reference:
+        return True
+    difference = abs(number - reference)
+    return difference <= tolerance or difference <= relative * abs(reference)
+
+
+def _decimal(value: float | Decimal) -> Decimal | None:
+    """Return a number of a data file as a decimal; None where it is not finite."""
+    number = value if isinstance(value, Decimal) else Decimal(repr(value))
+    return number if number.is_finite() else None

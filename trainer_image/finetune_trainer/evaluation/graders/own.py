@@ -1,0 +1,164 @@
+"""Own graders: those that a user's trainer image brings along, as entry points of the group `finetune_trainer.graders`.
+
+An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function raises or returns
+becomes a grade, so that a fault of an own grader leaves rows out and never ends a training.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from finetune_core.errors import UserError, valid_text
+from finetune_core.task_declaration import UNGRADED_REASON_LENGTH, Task, Unit
+from finetune_trainer.evaluation.graders.grades import Grade
+
+GROUP = "finetune_trainer.graders"
+"""Group of the entry points that name own graders."""
+
+GRADE_SECONDS = 30.0
+"""Longest time in seconds that a call of an own grader may take."""
+
+GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
+"""A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
+names, None where a row lacks one), and `dataset.task.arguments`. It returns a `Grade`, or the values of scores by their
+names, or the value of the main score alone, or None where the row can't be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnGrader:
+    """What an entry point of the group `finetune_trainer.graders` must name."""
+
+    task: Task
+    """The declaration: columns, scores, and which of them is `main`."""
+    grade: GradeFunction
+    check: Callable[[Mapping[str, str]], None] = field(default=lambda _arguments: None)
+    """A function that raises ValueError where `dataset.task.arguments` can't be used. The check before the first
+    attempt calls it."""
+
+
+def names_of_own_graders() -> list[str]:
+    """Return the names of all own graders in the image, sorted."""
+    return sorted({found.name for found in entry_points(group=GROUP)})
+
+
+def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
+    """Return the own grader ``name``.
+
+    Raises UserError where the image has no such entry point, with the names of those that it has, and where the entry
+    point can't be loaded or the grader refuses ``arguments``.
+    """
+    found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
+    if not found:
+        present = ", ".join(names_of_own_graders()) or "none"
+        raise UserError(
+            "dataset.task.entryPoint",
+            f"the trainer image has no entry point {name} of the group {GROUP}; it has {present}",
+        )
+    try:
+        loaded = found[0].load()
+        problem = "" if isinstance(loaded, OwnGrader) else f"must be an OwnGrader, and is a {type(loaded).__name__}"
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (an import may raise anything)
+        problem = f"can't be loaded: {_sentence(error)}"
+    if problem:
+        raise UserError("dataset.task.entryPoint", f"{found[0].value} of the entry point {name} {problem}")
+    assert isinstance(loaded, OwnGrader)
+    try:
+        loaded.check(arguments)
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+        raise UserError("dataset.task.arguments", f"the grader {name} refuses them: {_sentence(error)}") from None
+    return loaded
+
+
+def bounded(
+    own: OwnGrader, arguments: Mapping[str, str], *, seconds: float = GRADE_SECONDS
+) -> Callable[[str, Mapping[str, object]], Grade]:
+    """Return a grader that calls the function of ``own``. What the function raises, or returns that is no value of the
+    declared scores, becomes a grade that leaves the row out and says why.
+
+    A call that takes longer than ``seconds`` leaves its row out too, and the function is not called again, because the
+    thread of that call can't be ended.
+    """
+    stuck = threading.Event()
+    too_long = f"a call of the grader took longer than {seconds:g} s"
+
+    def grade(answer: str, row: Mapping[str, object]) -> Grade:
+        if stuck.is_set():
+            return Grade.left_out(too_long)
+        made: list[Grade | BaseException] = []
+        thread = threading.Thread(target=lambda: made.append(_attempt(own, answer, row, arguments)), daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if not made:
+            stuck.set()
+            return Grade.left_out(too_long)
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return made[0]
+
+    return grade
+
+
+def _attempt(
+    own: OwnGrader, answer: str, row: Mapping[str, object], arguments: Mapping[str, str]
+) -> Grade | BaseException:
+    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are."""
+    try:
+        return as_grade(own.task, own.grade(answer, row, arguments))
+    except MemoryError as error:
+        return error
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+        return Grade.left_out(f"the grader raised {_sentence(error)}"[:UNGRADED_REASON_LENGTH])
+    except BaseException as error:  # noqa: BLE001  (raised again by the caller, in its own thread)
+        return error
+
+
+def as_grade(task: Task, returned: object) -> Grade:
+    """Return what a grading function returned as a grade of ``task``."""
+    if returned is None:
+        return Grade.left_out("the grader left the row out")
+    if isinstance(returned, Grade):
+        if not returned.is_graded:
+            problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+            return Grade.left_out(problem or "the grader left the row out")
+        values: Mapping[Any, object] = returned.scores
+        problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+    else:
+        values = returned if isinstance(returned, Mapping) else {task.main: returned}
+        problem = ""
+    scores: dict[str, bool | float] = {}
+    for score in task.scores:
+        value = values.get(score.name, False if score.unit is Unit.RIGHT_OR_WRONG else 0.0)
+        number = _number(value)
+        if number is None or (score.unit is not Unit.VALUE and not 0 <= number <= 1):
+            return Grade.left_out(f"the grader returned no value of the score {score.name}, a {score.unit}")
+        if score.unit is Unit.RIGHT_OR_WRONG and number not in (0, 1):
+            return Grade.left_out(f"the grader returned no value of the score {score.name}, which is right or wrong")
+        scores[score.name] = bool(number) if score.unit is Unit.RIGHT_OR_WRONG else number
+    if unknown := [str(name) for name in values if name not in task.score_names]:
+        return Grade.left_out(valid_text(f"the grader returned a score {unknown[0]}, which it does not declare")[:160])
+    return Grade.of(task, scores, problem=problem)
+
+
+def _number(value: object) -> float | None:
+    """Return a number that a grading function returned as a float; None where it is none, or not finite."""
+    if not isinstance(value, (bool, int, float)) and not hasattr(value, "__float__"):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _sentence(error: BaseException) -> str:
+    try:
+        text = " ".join(valid_text(str(error)).split())[:100]
+    except Exception:  # noqa: BLE001  (an exception of a user may raise anything when it is shown)
+        text = "it can't be shown"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

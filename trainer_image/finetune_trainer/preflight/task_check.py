@@ -1,0 +1,60 @@
+"""Checks whether the answers of a job can be graded: the columns that its grader reads, and the first rows.
+`row_check.py` asks about each data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from finetune_core.contract import RunConfig
+from finetune_core.errors import UserError
+from finetune_core.row_templates import Piece
+from finetune_trainer.data.dataset import GRADED_FIELDS
+from finetune_trainer.data.files.row import NamedColumn
+from finetune_trainer.evaluation.gradable import needed_by, why_ungradable
+from finetune_trainer.evaluation.graders import Grading
+
+TRIED_SECONDS = 20.0
+"""Longest time in seconds for which the rows of a data file are tried. The whole check has two minutes."""
+
+
+class TaskCheck:
+    """What the grader of a job needs of the data files. Nothing where the job has no task."""
+
+    def __init__(self, config: RunConfig, grading: Grading | None) -> None:
+        """Check for the job of ``config``, whose answers ``grading`` grades."""
+        self._evaluation = config.evaluation
+        self._scored = "dataset.test" if config.dataset.test is not None else "dataset.validation"
+        self._grading = grading
+
+    def columns(self, field: str) -> Sequence[NamedColumn]:
+        """Return the columns that the file of ``field`` must have, with the fields of the spec that name them."""
+        return self._grading.required_columns if self._grading is not None and field in GRADED_FIELDS else ()
+
+    @property
+    def columns_read(self) -> Collection[str]:
+        """All columns that the grader reads of the rows that are graded."""
+        return self._grading.columns_read if self._grading is not None else ()
+
+    def notices(
+        self,
+        field: str,
+        rows: Sequence[Mapping[str, object]],
+        read_completion: Callable[[Iterable[Piece]], str],
+        *,
+        whole: bool,
+    ) -> list[str]:
+        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. ``read_completion``
+        is that of `Grading.reading`.
+
+        Raises UserError instead where ``rows`` are the ``whole`` file and the job needs a score of its task.
+        """
+        if self._grading is None or field not in GRADED_FIELDS:
+            return []
+        problem = why_ungradable(self._grading.reading(read_completion), rows, seconds=TRIED_SECONDS)
+        if not problem:
+            return []
+        needing = needed_by(self._evaluation, field, self._scored)
+        if needing and whole:
+            raise UserError(field, f"{problem}, and {needing} needs a score of dataset.task")
+        return [f"{field}: {problem}"]
