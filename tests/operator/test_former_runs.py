@@ -101,7 +101,8 @@ async def test_every_attempt_reads_conversations_with_the_date_of_the_first_one(
     """The second attempt starts on the day after, and the run of a former job keeps its own day."""
     answer = PreflightResult(findings=[]).to_termination_message()
     message = former_run(done=False, template_date=former) if former is not None else answer
-    dataset = job_manifest()["spec"]["dataset"] | {"format": {"messages": {}}, "task": "None"}
+    dataset = job_manifest()["spec"]["dataset"] | {"format": {"messages": {}}}
+    dataset.pop("task")
     server = await checked(message, dataset=dataset)
     assert days(server) == [day]
     server.pass_time(86_000)

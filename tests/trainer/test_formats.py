@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pyarrow import parquet
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import LengthLimit, check_columns, length_limit, make_examples
-from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.examples import ExampleSet, graded_fields
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
@@ -272,6 +274,36 @@ def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: An
     assert loaded.rows == examples.rows
     assert ExampleSet.empty().digest != examples.digest
     assert len(ExampleSet.empty()) == 0
+
+
+def test_rows_are_kept_with_the_values_that_templates_show(tmp_path: Path, tokenizer: Any) -> None:
+    """The trainer grades the rows that it has kept, and the check before the first attempt rows from the file."""
+    when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+    odd = {"day": when.date(), "when": when, "price": Decimal("1E+2"), "bytes": b"x", "list": [Decimal("1.50")]}
+    path = tmp_path / "odd.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "w1", "reply": "w2", **odd}]), path)
+    (row,) = read_rows(path, "dataset.test")
+    examples, _ = make_examples(
+        [row],
+        "odd.parquet",
+        "dataset.test",
+        spec(),
+        tokenize_functions(tokenizer),
+        limit=LengthLimit(64, "x"),
+        keep_rows=True,
+    )
+    examples.save(tmp_path / "tokens")
+    (kept,) = ExampleSet.load(tmp_path / "tokens").rows
+    assert kept.fields == graded_fields(row)
+    assert kept.fields == {
+        "question": "w1",
+        "reply": "w2",
+        "day": "2026-03-01",
+        "when": "2026-03-01T12:30:00+00:00",
+        "price": "100",
+        "bytes": "b'x'",
+        "list": ["1.50"],
+    }
 
 
 @pytest.mark.parametrize("capacity", [None, 64])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,38 @@ def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
     kind, sentence = check(**train, **{f"{FIELD}__completionField": "answer"})[0]
     assert kind is FINAL
     assert f"no column 'answer' in s3://{BUCKET}/shards/a.parquet; it has 'question', 'reply', 'more'" in sentence
+
+
+def test_the_column_of_a_grader_is_fetched_of_a_large_parquet_file(
+    check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The format does not read the column, and a date is graded as the text that templates show."""
+    monkeypatch.setattr("finetune_trainer.preflight.row_check.WHOLE_FILE_BYTES", 100_000)
+    rows = [{"question": "w1", "reply": "w2", "day": date(2026, 3, 1), "more": "x" * 9000} for _ in range(100)]
+    folder = tmp_path / "graded"
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=20, compression="none", use_dictionary=False)
+    store.upload("graded", folder)
+    graded = {
+        "dataset__validation": {"s3": {"uri": f"s3://{BUCKET}/graded"}},
+        "evaluation": {"bestBy": "TaskScore", "artifactFrom": "Best"},
+    }
+    assert check(**graded, dataset__task={"name": "ExactMatch", "fields": {"answer": "day"}}) == []
+    ((kind, sentence),) = check(**graded, dataset__task={"name": "ExactMatch", "fields": {"answer": "hour"}})
+    assert kind is FINAL
+    assert "dataset.task.fields.answer: no column 'hour' in" in sentence
+
+
+def test_rows_whose_completion_is_a_template_are_graded_by_its_text(check: Check) -> None:
+    changes: dict[str, Any] = {
+        f"{FIELD}__completion": "{reply} #### 7",
+        "dataset__task": {"name": "GSM8K"},
+        "evaluation": {"bestBy": "TaskScore", "artifactFrom": "Best"},
+    }
+    assert check(**changes) == []
+    ((kind, sentence),) = check(**changes | {f"{FIELD}__completion": "{reply} ####"})
+    assert (kind, "none of 7 rows can be graded" in sentence) == (FINAL, True)
 
 
 @pytest.fixture
