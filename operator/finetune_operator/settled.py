@@ -52,10 +52,11 @@ class SettledJobs:
         self._preflight_objects = preflight_objects
 
     async def tidy(self, job: StoredJob) -> float | None:
-        """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be.
+        """Remove those objects of the job whose time of removal has come, and then bring the job's status up to date.
 
-        Then write into the status that the newest generation of the job is observed, for example after an edit of its
-        TTL.
+        The status then says that the newest generation of the job is observed, for example after an edit of its TTL. It
+        no longer names the child object once all objects are removed. Return in how many seconds the next object has to
+        be removed; None if no other removal will follow.
         """
         after, all_removed = await self._remove_due(job)
         await self._writer.write_settled(job, without_child=all_removed)

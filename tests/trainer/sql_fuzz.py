@@ -1,9 +1,9 @@
 """Grades hostile SQL, and prints what the most expensive grade cost: `python -m tests.trainer.sql_fuzz SEED COUNT`.
 
-A statement of the data set or of a model may have an expression in many places. The program fills such places
-with random expressions that are expensive, grow or fail. The output is one line of JSON: the longest time of a grade in
-seconds with its statement, the peak memory in MiB of the processes that ran the queries, and how often each problem
-occurred.
+A statement of SQL has many places for an expression. The program fills such places in statements of the data set and of
+a model with random expressions that take long, produce very large values, or fail. The output is one line of JSON: the
+longest time of a grade in seconds with its statement, the peak memory in MiB of the processes that ran the queries, and
+how often each problem occurred.
 """
 
 from __future__ import annotations

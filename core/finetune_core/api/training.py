@@ -118,7 +118,8 @@ class StabilitySpec(ApiModel):
     is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
     lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
-    """What follows a loss far above its recent values. Absent: the loss is not watched."""
+    """What follows a loss or gradient norm that is finite and far too high: compared with the steps before, or, for the
+    loss, with the job's first steps. Absent: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
     """Seconds without progress, for example in one optimizer step, after which the trainer exits. The attempt then ends
     and is retried."""

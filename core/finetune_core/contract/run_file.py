@@ -87,7 +87,8 @@ class StabilityConfig(ContractModel):
 
     on_non_finite: StabilityAction = "Fail"
     on_exploding_loss: StabilityAction | None = None
-    """What the trainer does about a loss far above its recent values. None: the loss is not watched."""
+    """What the trainer does about a loss or gradient norm that is finite and far too high: compared with the steps
+    before, or, for the loss, with the job's first steps. None: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 

@@ -20,7 +20,8 @@ from finetune_operator.process.connections import ConnectionLimits, Listener
 from finetune_operator.process.rate_limit import RateLimiter
 
 LINE_BYTES: Final = 2048
-"""Largest number of bytes of the first line of a request. The longest path of a possible job has fewer than 300."""
+"""Largest number of bytes of the first line of a request. The longest path to which a pod may send a report has fewer
+than 300 bytes."""
 HEADER_FIELD_BYTES: Final = 8190
 """Largest number of bytes of one header field, such as the one with the token. The tokens of service accounts have one
 to three KiB."""

@@ -20,7 +20,7 @@ SIDECAR_SECONDS = 60.0
 STARTING = 5.0
 """Seconds from the creation of two small pods until their scripts run."""
 ENDING = 5.0
-"""Seconds from SIGTERM to two small pods until both are gone."""
+"""Seconds from the moment at which two small pods get SIGTERM until both pods are gone."""
 
 
 def cause(bound: float = SEEN) -> Milestone:

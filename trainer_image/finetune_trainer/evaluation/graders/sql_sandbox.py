@@ -68,8 +68,8 @@ class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an e
 
 
 class Affinity(Enum):
-    """What a column turns stored values into. sqlite calls this the column's affinity
-    (sqlite.org/datatype3.html, 3)."""
+    """The type to which a column converts a value that is stored in it. sqlite calls this type the column's affinity
+    (sqlite.org/datatype3.html, section 3)."""
 
     NUMBER = "INTEGER, REAL or NUMERIC"
     TEXT = "TEXT"
