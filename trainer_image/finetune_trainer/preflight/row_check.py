@@ -17,7 +17,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.formats import columns_read
+from finetune_trainer.data.formats import format_columns
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
@@ -81,7 +81,7 @@ def check_rows(
         return []
     use_chat_template(model.tokenizer, dataset.format, model.folder)
     ends = stop_ids(model.tokenizer, dataset.format, model_stop_ids(model.folder))
-    columns = columns_read(dataset.format)
+    columns = format_columns(dataset.format)
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head.path, rows, field)
