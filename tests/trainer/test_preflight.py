@@ -516,3 +516,22 @@ def test_the_chat_template_of_a_job_is_checked_with_the_rows(
     found = check(**source, model=model, dataset__format=chosen, dataset__validation=None)
     assert [kind for kind, _ in found] == ([FINAL] if sentence else [])
     assert all(message.startswith("dataset.format.messages") and sentence in message for _, message in found), found
+
+
+def test_the_columns_of_a_conversation_that_no_field_names_are_read_too(
+    tiny_model: Path, paths: Paths, check: Check
+) -> None:
+    """A file of parquet is read without the columns that nobody needs. The column `system` is not among them."""
+    folder = paths.volumes / "models"
+    shutil.copytree(tiny_model, folder)
+    (folder / "a.jinja").write_text(SIMPLE.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"))
+    path, source = on_a_volume(paths, "train.parquet")
+    messages = json.loads(TALK)["messages"]
+    parquet.write_table(pyarrow.table({"id": [1], "messages": [messages], "system": ["w3"]}), path)
+    form = {"messages": {"chatTemplate": {"file": "a.jinja"}}}
+    model = {"volume": {"claimName": "models", "path": "."}}
+    ((kind, message),) = check(**source, model=model, dataset__format=form, dataset__validation=None)
+    assert kind == FINAL
+    assert (
+        "row 1 has 'content' in column 'system' of role 'system', which the model's chat template leaves out" in message
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune_core.api.dataset import DatasetFormat
-from finetune_trainer.data.formats import columns_read, renderer
+from finetune_trainer.data.formats import format_columns, renderer
 from finetune_trainer.data.tokenizer import tokenize_functions
 from tests.trainer.chat import byte_tokenizer, learned, published
 from tests.trainer.published_rows import LINES, Line
@@ -33,7 +33,7 @@ def test_a_field_of_a_published_format_is_honoured_or_refused_by_name(line: Line
     tokenizer = byte_tokenizer(template)
     form = DatasetFormat.model_validate(line.form)
     # A file of parquet is read without the columns that no format names.
-    fields = {name: value for name, value in line.row.items() if name in columns_read(form)}
+    fields = {name: value for name, value in line.row.items() if name in format_columns(form)}
     examples = renderer(form, tokenize_functions(tokenizer, ends=[tokenizer.convert_tokens_to_ids("<|im_end|>")]))(
         fields
     )

@@ -16,8 +16,7 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import NamedColumn, Row
-from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
-from finetune_trainer.data.formats import columns_read as format_columns
+from finetune_trainer.data.formats import TokenizeFunctions, format_columns, renderer, required_columns
 from finetune_trainer.data.long_rows import LongTexts
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns

@@ -52,7 +52,7 @@ def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
-def columns_read(form: DatasetFormat) -> list[str]:
+def format_columns(form: DatasetFormat) -> list[str]:
     """Return all columns that a format reads, also those that a data file need not have."""
     found = [column.name for column in required_columns(form)]
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
