@@ -102,7 +102,6 @@ async def test_every_attempt_reads_conversations_with_the_date_of_the_first_one(
     answer = PreflightResult(findings=[]).to_termination_message()
     message = former_run(done=False, template_date=former) if former is not None else answer
     dataset = job_manifest()["spec"]["dataset"] | {"format": {"messages": {}}}
-    dataset.pop("task")
     server = await checked(message, dataset=dataset)
     assert days(server) == [day]
     server.pass_time(86_000)
