@@ -94,7 +94,7 @@ def test_templates_that_can_not_be_meant_are_refused(
 ) -> None:
     document = quickstart("dataset.format", {"promptCompletion": form})
     if base_prompt is not None:
-        document["spec"]["dataset"]["task"] = "GSM8K"
+        document["spec"]["dataset"]["task"] = {"name": "GSM8K"}
         document["spec"]["evaluation"]["basePrompt"] = base_prompt
     with pytest.raises(UserError) as caught:
         resolve(FineTuneJob.model_validate(document), report=None)
