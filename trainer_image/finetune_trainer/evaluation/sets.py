@@ -106,7 +106,8 @@ def _suffix(form: DatasetFormat) -> str:
 
 
 def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
-    """Return whether every reference answer of the evaluation set is a single line."""
+    """Return whether every completion of the evaluation set is a single line; False without
+    `format.promptCompletion`."""
     form = config.dataset.format.prompt_completion
     return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
 
