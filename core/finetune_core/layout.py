@@ -109,7 +109,8 @@ def metrics_key(run: int, segment: int) -> str:
 
 
 def evaluation_key(run: int) -> str:
-    """Return the key of the scores that run number ``run`` measured, relative to the folder of all runs of the job."""
+    """Return the key of the scores that run number ``run`` wrote, relative to the folder of all runs of the job. The
+    base model's scores among them may come from an earlier run."""
     return f"evaluation/{run:06d}.json"
 
 

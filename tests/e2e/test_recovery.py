@@ -27,8 +27,8 @@ LONG_RUN = {"spec__training__maxSteps": 300, "spec__evaluation__everySteps": 100
 
 @pytest.fixture(scope="module")
 def undisturbed_losses(installed: Cluster, tiny_job: MakeJob) -> Iterator[Callable[[], dict[int, float]]]:
-    """Start an undisturbed job with the same spec as the disturbed jobs. Return a function that waits for its end and
-    returns the loss of each step, by the number of the step."""
+    """Start an undisturbed job with the same spec as the disturbed jobs. Return a function that waits until this job
+    has ended, and that returns the job's loss of each step, by the number of the step."""
     namespace = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, namespace)
     steps.apply(installed, tiny_job("undisturbed", **LONG_RUN), namespace)

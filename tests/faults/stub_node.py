@@ -138,8 +138,9 @@ class StubNode:
         gang = _gang_of(pod)
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
-            # The script is a task of its own and not a step of the pod. The script may delete the pod. The handling of
-            # the deletion is a step, and it can't begin while another step of the pod runs.
+            # `_befall` carries out the script's word for this attempt. It runs as a task of its own and not as a step
+            # of the pod, because it may delete the pod: the deletion is handled in a step, which can't begin while
+            # another step of the pod runs.
             self._spawn(self._try(partial(self._befall, pod)))
         return None
 

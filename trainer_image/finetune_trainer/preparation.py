@@ -83,7 +83,7 @@ class TrainingData:
 
     tokenizer: Any
     structure: ModelStructure
-    """The modules of the base model that the run trains, without weights."""
+    """All modules of the base model, or of the extended base model where the job has one, without weights."""
     train: ExampleSet
     validation: ExampleSet
     test: ExampleSet

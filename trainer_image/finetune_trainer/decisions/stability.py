@@ -118,7 +118,8 @@ class Alarm:
     value: float
     """The loss or gradient norm that stands out."""
     threshold: float
-    """The largest value that would not have raised the alarm."""
+    """The largest value that would not have raised the alarm. Infinity in the alarm about a loss or a gradient that is
+    not finite."""
 
     def describe(self) -> str:
         """Return the alarm as a sentence for people."""
