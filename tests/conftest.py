@@ -21,21 +21,17 @@ TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they need the most CPU
 time and can run at the same time. The tests of most other folders spend most of their time waiting."""
-FIRST_WITHOUT_CLUSTER = ("operator", *FIRST)
-"""The same order where only tests without a cluster run (`make unit`). The tests of `operator` are then one long group,
-which would otherwise begin last and end long after the others."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the tests so that the folders of `FIRST`, or of `FIRST_WITHOUT_CLUSTER`, come first."""
-    first = FIRST_WITHOUT_CLUSTER if "not cluster" in config.getoption("markexpr") else FIRST
-    items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0], first))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests so that the folders of `FIRST` come first."""
+    items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0]))
 
 
-def _rank(folder: str, first: tuple[str, ...]) -> int:
-    return first.index(folder) if folder in first else len(first)
+def _rank(folder: str) -> int:
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 def group_of(nodeid: str) -> str:

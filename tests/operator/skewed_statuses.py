@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -64,13 +65,37 @@ def with_doubled_lists(value: Json) -> Json:
     return value
 
 
-def with_new_words(value: Json, key: str = "") -> Json:
-    """Return ``value`` with a new value in every field that `ENUMS` names."""
+def with_each_value(change: Callable[[str, Json], Json], value: Json, key: str = "") -> Json:
+    """Return ``value`` with ``change(key, value)`` in place of each value in it that is no object and no list. The key
+    of an item of a list is that of the list."""
     if isinstance(value, dict):
-        return {name: with_new_words(inner, name) for name, inner in value.items()}
+        return {name: with_each_value(change, inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [with_new_words(item) for item in value]
+        return [with_each_value(change, item, key) for item in value]
+    return change(key, value)
+
+
+def new_word(key: str, value: Json) -> Json:
+    """Return a word that no version knows for a field that `ENUMS` names."""
     return "Novel7: x" if key in ENUMS else value
+
+
+def long_text(key: str, value: Json) -> Json:
+    """Return a much longer text, except for names, times and words from a list."""
+    named = key in ("name", "uid", "type", "holders", "kind", *ENUMS) or key.lower().endswith("time")
+    return value * 3000 if isinstance(value, str) and not named else value
+
+
+def large_number(key: str, value: Json) -> Json:
+    """Return a much larger number, except for numbers of attempts, indexes of pods and the active seconds."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value * 10**7 if is_count and key not in ("number", "index", "started", "activeSeconds") else value
+
+
+def other_time(time: str, key: str, value: Json) -> Json:
+    """Return ``time`` in place of a time, except for the time at which the job ended."""
+    is_time = isinstance(value, str) and key.lower().endswith("time") and key != "completionTime"
+    return time if is_time else value
 
 
 def with_new_fields(value: Json) -> Json:
@@ -114,48 +139,17 @@ def without_required_fields(value: Json, annotation: Any = FineTuneJobStatus) ->
     }
 
 
-def with_long_texts(value: Json, key: str = "") -> Json:
-    """Return ``value`` with much longer texts, except for names, times and words from a list."""
-    if isinstance(value, dict):
-        return {name: with_long_texts(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [with_long_texts(item, key) for item in value]
-    named = key in ("name", "uid", "type", "holders", "kind", *ENUMS) or key.lower().endswith("time")
-    return value * 3000 if isinstance(value, str) and not named else value
-
-
-def with_large_numbers(value: Json, key: str = "") -> Json:
-    """Return ``value`` with much larger numbers, except for numbers of attempts, indexes of pods and the active
-    seconds."""
-    if isinstance(value, dict):
-        return {name: with_large_numbers(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [with_large_numbers(item, key) for item in value]
-    is_count = isinstance(value, int) and not isinstance(value, bool)
-    return value * 10**7 if is_count and key not in ("number", "index", "started", "activeSeconds") else value
-
-
-def with_times(time: str, value: Json, key: str = "") -> Json:
-    """Return ``value`` with ``time`` in place of each time, except for the time at which the job ended."""
-    if isinstance(value, dict):
-        return {name: with_times(time, inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [with_times(time, item, key) for item in value]
-    is_time = isinstance(value, str) and key.lower().endswith("time") and key != "completionTime"
-    return time if is_time else value
-
-
 SKEWS: dict[str, Callable[[Json], Json]] = {
     "every list is twice as long": with_doubled_lists,
-    "every word is new": with_new_words,
+    "every word is new": partial(with_each_value, new_word),
     "every object has a new field": with_new_fields,
     "every optional field is gone": without_optional_fields,
     "every required field is gone": without_required_fields,
-    "every text is long": with_long_texts,
-    "every number is large": with_large_numbers,
-    "every time is the last one": lambda value: with_times("9999-12-31T23:59:59Z", value),
-    "every time is the first one": lambda value: with_times("0001-01-01T00:00:00Z", value),
-    "all at once": lambda value: with_doubled_lists(with_new_words(with_new_fields(value))),
+    "every text is long": partial(with_each_value, long_text),
+    "every number is large": partial(with_each_value, large_number),
+    "every time is the last one": partial(with_each_value, partial(other_time, "9999-12-31T23:59:59Z")),
+    "every time is the first one": partial(with_each_value, partial(other_time, "0001-01-01T00:00:00Z")),
+    "all at once": lambda value: with_doubled_lists(with_each_value(new_word, with_new_fields(value))),
 }
 
 

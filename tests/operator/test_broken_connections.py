@@ -13,7 +13,7 @@ from finetune_operator.queue.memory import Memory
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import _report
+from tests.operator.scenarios import report_of
 
 ERRORS = [
     ApiError(403, "Forbidden", "no events in this namespace"),
@@ -45,7 +45,7 @@ async def test_a_broken_connection_at_a_request_that_explains_loses_nothing(
     for _ in range(3):
         await operator.reconcile(KEY)
         server.pass_time(10)
-    memory.store_report(KEY, UID, _report(20), server.now)
+    memory.store_report(KEY, UID, report_of(20), server.now)
     for _ in range(3):
         await operator.reconcile(KEY)
         server.pass_time(10)

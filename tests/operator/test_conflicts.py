@@ -18,7 +18,7 @@ from finetune_operator.kube.client import ApiError, KubeClient
 from tests.operator.builders import NOW, REPOSITORY, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import SCENARIOS, Scenario, essence, run_to_end
+from tests.operator.scenarios import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
 """Reasons of the 409 that answers a creation in these tests. Nothing is created, whatever the reason. AlreadyExists

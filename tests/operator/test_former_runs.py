@@ -19,7 +19,7 @@ from tests.operator.builders import FORMER_UID, NOW, UID, former_run, job_manife
 from tests.operator.conftest import condition
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import DONE
+from tests.operator.scenarios import DONE
 
 FOLDER = "s3://finetune/runs/team/quickstart"
 

@@ -18,7 +18,7 @@ from finetune_operator.queue.retryable import RetryableError
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import DONE
+from tests.operator.scenarios import DONE
 
 OTHER_UID = "99999999-8888-7777-6666-555555555555"
 

@@ -20,7 +20,7 @@ from tests.operator.builders import NOW, UID, job_manifest, result
 from tests.operator.kstatus import kstatus
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import DONE, found
+from tests.operator.scenarios import DONE, found
 from tests.operator.test_identity import pass_minutes, report, running
 
 State = Callable[[], Awaitable[ModelServer]]

@@ -1,6 +1,6 @@
 """No job is reconciled again and again without a pause: only a reconcile that wrote something asks for another at once.
 
-The tests run `Reconciler` against `ModelServer`, with the scenarios of `test_crashes.py` and with random events.
+The tests run `Reconciler` against `ModelServer`, with the scenarios of `scenarios.py` and with random events.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_operator.queue.requeue import LEAST_PAUSE_SECONDS, Requeue, Write
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import SCENARIOS, checked
+from tests.operator.scenarios import SCENARIOS, checked
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01

@@ -28,12 +28,25 @@ from finetune_core.contract import (
 from finetune_core.contract.records import CheckpointName, ScoreRecord
 from finetune_core.contract.stock_reports import StockReport
 from finetune_operator.decide.bookkeeping import bookkeeping
-from finetune_operator.queue.memory import REPORTED_WRITES_BURST, REPORTED_WRITES_PER_SECOND, Memory
+from finetune_operator.queue.memory import (
+    REPORTED_WRITES_BURST,
+    REPORTED_WRITES_PER_SECOND,
+    Memory,
+    ReportingAttempt,
+)
 from finetune_operator.queue.work_queue import WorkQueue
-from finetune_operator.status.urgency import OWN_FIELDS, REPORTED_NEWS, REPORTED_NUMBERS, SPECIAL_FIELDS
+from finetune_operator.status.urgency import (
+    OWN_FIELDS,
+    REPORTED_NEWS,
+    REPORTED_NUMBERS,
+    SPECIAL_FIELDS,
+    is_transition,
+)
 from tests.operator.builders import NOW, UID, artifact, at, job_manifest
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.operators import KEY, reconciler
+from tests.operator.test_status import report as a_report
+from tests.operator.test_status import status as a_status
 
 SECONDS = 60
 REPORTS_PER_SECOND = 20
@@ -102,6 +115,24 @@ def test_every_field_of_the_status_has_an_urgency() -> None:
 def test_what_must_be_written_before_objects_change_is_written_at_once() -> None:
     """The parameters of `bookkeeping` are named after the fields of the status that its values come from."""
     assert set(inspect.signature(bookkeeping).parameters) <= set(OWN_FIELDS)
+
+
+@pytest.mark.parametrize("field", FLOODS)
+def test_a_report_whose_status_need_not_wait_for_the_limit_of_all_jobs_is_reconciled_as_soon(field: str) -> None:
+    """`Memory` says when to reconcile, and `status/urgency.py` whether that reconcile may write. Both must agree, or
+    news would wait as numbers do."""
+    for number in range(1, 8):
+        first, second = (a_report(**{field: FLOODS[field](each)}) for each in (number, number + 1))
+        stored = a_status(report=first, reported_at=NOW)
+        writes_soon = is_transition(stored, a_status(stored, report=second, reported_at=NOW))
+        memory = Memory(lambda: 1000.0)
+        memory.set_reporting_attempt(KEY, UID, ReportingAttempt(uid=UID, attempt=1, pod_uids=frozenset({"pod-0"})))
+        memory.store_report(KEY, UID, first, NOW)
+        memory.job(KEY, UID).status_written(1000.0)
+        memory.job(KEY, UID).reported_write_at = None
+        after = memory.store_report(KEY, UID, second, NOW)
+        assert after is not None
+        assert not writes_soon or after == 0, f"{field} {number}: reconciled only after {after} s"
 
 
 class CountingServer(ModelServer):

@@ -15,7 +15,7 @@ from finetune_operator.queue.memory import JobMemory
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_crashes import DONE, Scenario, during, ends, run_to_end
+from tests.operator.scenarios import DONE, Scenario, during, ends, run_to_end
 
 
 async def ended(**policy: object) -> ModelServer:

@@ -20,8 +20,8 @@ from finetune_operator.status.preservation import preserve
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
+from tests.operator.scenarios import DONE
 from tests.operator.skewed_statuses import SKEWS, Json, filled, leaves, replaced, value_at
-from tests.operator.test_crashes import DONE
 from tests.operator.test_identity import pass_minutes, while_it_runs
 
 

@@ -27,8 +27,8 @@ from finetune_operator.status.urgency import Urgency, urgency
 
 WRITES_PER_SECOND: Final = 70.0
 """Limit on the status writes per second over all jobs, after a burst. Only writes of new numbers wait for this limit.
-With it, the numbers in the statuses of a thousand jobs are at most 15 s old. Without it, 5,000 jobs that each write
-every ten seconds would cause 500 writes per second."""
+With it, the numbers in the statuses of a thousand jobs are at most 15 s old, if the API server can take so many writes.
+Without it, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
 """Largest number of status writes of all jobs that may come at once. Writes that do not wait use up this number as
 well."""

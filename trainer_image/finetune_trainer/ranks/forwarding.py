@@ -187,7 +187,8 @@ def problem_printer() -> Callable[[asyncio.AbstractEventLoop, Mapping[str, Any]]
 
 
 async def _forward(near_reader: asyncio.StreamReader, near: asyncio.StreamWriter, far_end: Streams) -> None:
-    """Forward bytes in both directions until one end closes its connection, then close the other one."""
+    """Forward bytes in both directions until one end closes its connection. Then close ``far_end``. The caller closes
+    ``near``."""
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while piece := await source.read(PIECE_BYTES):
