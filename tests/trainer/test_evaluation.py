@@ -270,7 +270,8 @@ def runs(
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
-    odd = [{"question": "w0", "answer": "#### 3"}, {"question": "w1", "answer": "so"}, {"question": "w2", "answer": "so"}]
+    answers = ["#### 3", "so", "so"]
+    odd = [{"question": f"w{place}", "answer": answer} for place, answer in enumerate(answers)]
     mixed = tiny.write_jsonl(folder / "mixed.jsonl", [*sum_rows(0, 3), *odd])
     plain = Inputs(model=sum_model, train=rows, validation=rows)
     configs = {
