@@ -56,6 +56,11 @@ class Kueue:
         found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace, "--show-managed-fields")
         return found
 
+    def is_held(self, name: str) -> bool:
+        """Return whether the PyTorchJob ``name`` exists and is suspended, so that it can be admitted."""
+        items: list[Manifest] = self._cluster.get("pytorchjobs", "-n", self._namespace)["items"]
+        return any(job["spec"]["runPolicy"]["suspend"] for job in items if job["metadata"]["name"] == name)
+
     def admit(self, name: str, info: PodSetInfo) -> Manifest:
         """Admit the PyTorchJob ``name``: merge ``info`` into its pod templates and set `suspend` to false. Return the
         job as stored."""

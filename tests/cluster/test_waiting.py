@@ -4,7 +4,9 @@ cluster with all its content."""
 
 from __future__ import annotations
 
+import errno
 import http.client
+import os
 import socket
 import ssl
 import subprocess
@@ -20,7 +22,7 @@ import urllib3
 
 from tests.cluster import ClusterError, wait_for
 from tests.cluster.layout import Layout
-from tests.cluster.waiting import NO_ANSWER, wait_while_it_moves, was_not_answered
+from tests.cluster.waiting import NO_ANSWER, NO_WAY, wait_while_it_moves, was_not_answered
 from tests.cluster.watcher import remove_state
 
 
@@ -71,6 +73,13 @@ def test_a_server_that_stays_silent_is_asked_again(ask: Callable[[int], None]) -
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Exception) as caught:
         ask(silent.getsockname()[1])
     assert was_not_answered(caught.value)
+
+
+@pytest.mark.parametrize("number", sorted(NO_WAY), ids=errno.errorcode.get)
+def test_a_server_to_which_no_packet_gets_is_asked_again(number: int) -> None:
+    error = OSError(number, os.strerror(number))
+    assert was_not_answered(error)
+    assert was_not_answered(urllib.error.URLError(error))
 
 
 def test_a_wait_ends_at_its_own_deadline_and_names_what_was_not_answered() -> None:

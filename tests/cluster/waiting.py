@@ -3,6 +3,7 @@ and can contain evidence such as the end of a log."""
 
 from __future__ import annotations
 
+import errno
 import http.client
 import re
 import ssl
@@ -42,6 +43,9 @@ are those of Go's net packages, of etcd's client and of apimachinery's `errors.N
 
 NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """Errors of Python's own clients for a connection that was refused, broken or too slow."""
+NO_WAY = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET})
+"""Numbers of the errors for a server to which no packet gets, for example while a node is cut off. Python has no class
+of its own for them."""
 
 
 def was_not_answered(error: BaseException) -> bool:
@@ -56,6 +60,8 @@ def was_not_answered(error: BaseException) -> bool:
         return True
     if not isinstance(error, (OSError, HTTPError)):
         return False
+    if isinstance(error, OSError) and error.errno in NO_WAY:
+        return True
     inner = [getattr(error, "reason", None), error.__cause__, error.__context__]
     return any(isinstance(found, BaseException) and was_not_answered(found) for found in inner)
 

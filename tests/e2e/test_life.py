@@ -71,7 +71,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         steps.apply(installed, manifest, namespace)
         job = steps.wait_for_job(installed, namespace, "held", "the queue", says(Reason.QUEUED), 60)
         child = attempt_name("held", job.metadata.uid, 1)
-        wait_for("the child", lambda: kueue.get(child)["spec"]["runPolicy"]["suspend"], 30)
+        wait_for("the child", lambda: kueue.is_held(child), 30)
         kueue.admit(child, PodSetInfo(labels={"kueue.x-k8s.io/podset": "worker"}))
         steps.wait_for_job(installed, namespace, "held", "some steps", stepped(30), 300)
 
@@ -92,8 +92,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         steps.wait_for_job(installed, namespace, "held", "the last checkpoint in the status", shown, 60)
         patch(installed, namespace, "held", suspend=False)
         second = attempt_name("held", job.metadata.uid, 2)
-        wait_for("the child", lambda: installed.get("pytorchjobs", "-n", namespace)["items"], 60)
-        wait_for("the child", lambda: kueue.get(second)["spec"]["runPolicy"]["suspend"], 30)
+        wait_for("the child", lambda: kueue.is_held(second), 60)
         kueue.admit(second, PodSetInfo())
         job = steps.wait_for_condition(installed, namespace, "held", ConditionType.SUCCEEDED, timeout=420)
 
