@@ -1,0 +1,355 @@
+"""Each format of rows trains like a plain PyTorch loop over the examples that the rows must become: with packing, every
+ZeRO stage, evaluation, and after a resume with the same and with other ranks.
+
+`row_formats.py` lists the formats. Here every format has few combinations of method, stage and packing, in which every
+pair of two of them occurs. The tests that are marked long have all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from minio.commonconfig import CopySource
+from transformers import AutoTokenizer
+
+from finetune_core.api.base import ApiModel
+from finetune_core.api.dataset import DatasetSpec
+from finetune_trainer.data.chat.chat_template import use_chat_template
+from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.examples import joined
+from finetune_trainer.data.files.kinds import Compression, Kind, kind_of
+from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import load_tokenizer, tokenize_functions
+from finetune_trainer.pod.plan import Inputs
+from finetune_trainer.storage.evaluation_file import EvaluationFile
+from tests.trainer import row_formats
+from tests.trainer.gangs import RUN_SECONDS, losses_of, rows_consumed, step_rows, train_all
+from tests.trainer.objectstore import BUCKET, ObjectStore
+from tests.trainer.plain_loop import Plain, PlainExample, plain_batches, plain_loop
+from tests.trainer.pods import run_config
+from tests.trainer.row_formats import FORMATS, Made, RowFormat
+from tests.trainer.test_recovery import artifact_files
+
+STEPS, INTERRUPTED = 6, 2
+RATE, GLOBAL_BATCH = 1e-3, 6
+TRAIN_ROWS, VALIDATION_ROWS = 12, 5
+PRODUCT_SECONDS = 350
+METHODS, STAGES = ("LoRA", "Full"), (0, 1, 2, 3)
+NAMES = [form.name for form in FORMATS]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to train with a format."""
+
+    form: RowFormat
+    method: str
+    stage: int
+    packing: bool
+    world: int
+    job: str
+    """The first word of the job's name. A run resumes if the job has a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The name of the job, which is the same for all runs of the job."""
+        return f"{self.job}-{self.form.name}-{self.method}".lower()
+
+
+def few_runs() -> Iterator[tuple[Run, Run]]:
+    """Yield two runs for each format, on two ranks and on one: for the second one everything is different."""
+    for number, form in enumerate(FORMATS):
+        method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
+        run = Run(form, method, stage, packing, 2, "whole")
+        yield run, replace(run, stage=(stage + 1 + number // 4) % 4, packing=not packing, world=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The object store, the model and the data with which the jobs of this module train."""
+
+    store: ObjectStore
+    model: Path
+    folder: Path
+
+    def inputs(self, form: RowFormat) -> Inputs:
+        """Write the data of a format where that was not done yet."""
+        paths, validation = self._files(form)
+        return Inputs(
+            model=self.model,
+            train=paths[0].parent if form.mix else paths[0],
+            mix=paths if form.mix else [],
+            validation=validation,
+        )
+
+    @functools.cache  # noqa: B019  (the bench lives as long as the tests of this module)
+    def _files(self, form: RowFormat) -> tuple[list[Path], Path]:
+        rows, scored = form.rows(TRAIN_ROWS, 1), form.rows(VALIDATION_ROWS, 2)
+        paths = row_formats.write_files(form, self.folder / form.name / "train", [made.row for made in rows])
+        one_file = replace(form, file=form.file.split(",")[0], mix=())
+        target = self.folder / form.name / "validation"
+        return paths, row_formats.write_files(one_file, target, [made.row for made in scored])[0]
+
+    def config(self, run: Run) -> dict[str, Any]:
+        form = run.form
+        config = run_config(
+            self.store,
+            run.name,
+            world__nodes=run.world,
+            method=run.method,
+            dataset__format=form.form,
+            dataset__packing=run.packing,
+            optimization__zeroStage=run.stage,
+            optimization__maxSteps=STEPS,
+            optimization__learningRate=RATE,
+            optimization__globalBatchSize=GLOBAL_BATCH,
+            storage__checkpointEverySteps=100,
+            evaluation__everySteps=100,
+            **{f"dataset__{name}": value for name, value in form.dataset.items()},
+        )
+        if form.mix:
+            source = config["dataset"]["train"]
+            weights = [{} if weight is None else {"weight": weight} for weight in form.mix]
+            config["dataset"]["train"] = {"mix": [{**source, **weight} for weight in weights]}
+        return config
+
+    def train(
+        self, runs: Sequence[Run], folder: str, *, stopped: Iterable[Run] = ()
+    ) -> dict[Run, dict[int, list[int]]]:
+        """Train ``runs``, which all have the same number of ranks; those of ``stopped`` only up to step INTERRUPTED.
+        Return the rows that the ranks of each run consumed, by step."""
+        cut = set(stopped)
+        train_all(
+            [self.config(run) for run in runs],
+            [self.inputs(run.form) for run in runs],
+            self.folder / folder,
+            credentials=self.store.credentials,
+            seconds=RUN_SECONDS,
+            faults=[{"kind": "stop", "step": INTERRUPTED + 1} if run in cut else None for run in runs],
+        )
+        return {run: rows_consumed(self.folder / folder, index, run.world) for index, run in enumerate(runs)}
+
+    def copy(self, run: Run, target: Run) -> None:
+        """Copy the files of a job in the bucket to another job, which can then resume from the same checkpoint."""
+        prefix = f"runs/default/{run.name}/uid-1/"
+        for key in self.store.keys(prefix):
+            self.store.client.copy_object(
+                BUCKET, key.replace(f"/{run.name}/", f"/{target.name}/"), CopySource(BUCKET, key)
+            )
+
+    @functools.cache  # noqa: B019
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.model)
+
+    def example(self, text: row_formats.Text) -> PlainExample:
+        """Return an example that is given as text."""
+        parts = [(self.tokenizer()(part)["input_ids"], learned) for part, learned in text]
+        return PlainExample(
+            [number for ids, _ in parts for number in ids], [learned for ids, learned in parts for _ in ids]
+        )
+
+    def examples(self, form: RowFormat) -> list[PlainExample]:
+        """Return the training examples that the rows of a format must become."""
+        parts = row_formats.shares(form, form.rows(TRAIN_ROWS, 1))
+        return [self.example(text) for part in parts for text in _texts(part)]
+
+    def batches(self, form: RowFormat) -> list[list[int]]:
+        """Return the examples that each step of a run consumes, as sorted numbers."""
+        sizes = [len(_texts(part)) for part in row_formats.shares(form, form.rows(TRAIN_ROWS, 1))]
+        batches = plain_batches(sizes, form.mix, steps=STEPS, size=GLOBAL_BATCH)
+        return [sorted(batch) for batch in batches]
+
+    @functools.cache  # noqa: B019
+    def plain(self, form: RowFormat, method: str) -> Plain:
+        """Return the results of the plain loop."""
+        train = self.examples(form)
+        validation = [self.example(text) for text in _texts(form.rows(VALIDATION_ROWS, 2))]
+        torch.set_num_threads(1)
+        return plain_loop(self.model, method, train, validation, self.batches(form), rate=RATE)
+
+    def losses(self, run: Run) -> list[float]:
+        assert [row.step for row in step_rows(self.store, run.name)] == list(range(1, STEPS + 1)), run
+        return losses_of(self.store, run.name)
+
+    def assert_like_plain(self, run: Run) -> None:
+        """Assert that the losses, the perplexities of base and tuned model, and the number of learned tokens are those
+        of the plain loop."""
+        plain = self.plain(run.form, run.method)
+        assert self.losses(run) == pytest.approx(plain.losses, rel=1e-6), run
+        last = step_rows(self.store, run.name)[-1]
+        assert last.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
+        keys = sorted(self.store.keys(f"runs/default/{run.name}/uid-1/evaluation/"))
+        scores = EvaluationFile.model_validate_json(self.store.read(keys[-1])).evaluation
+        assert scores.base is not None
+        assert scores.tuned is not None
+        assert scores.base.perplexity == pytest.approx(plain.base_perplexity, rel=1e-6), run
+        assert scores.tuned.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
+
+
+def _texts(rows: Sequence[Made]) -> list[row_formats.Text]:
+    return [text for made in rows for text in made.examples]
+
+
+@pytest.fixture(scope="module")
+def bench(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("formats")
+    return Bench(store, row_formats.write_model(folder / "model"), folder)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=NAMES)
+def test_rows_become_the_examples_that_they_must_become(form: RowFormat, bench: Bench) -> None:
+    run = Run(form, "LoRA", 0, packing=False, world=1, job="examples")
+    dataset = DatasetSpec.model_validate(bench.config(run)["dataset"])
+    tokenizer = load_tokenizer(bench.model)
+    use_chat_template(tokenizer, dataset.format, bench.model)
+    inputs = bench.inputs(form)
+    made = [
+        make_examples(
+            read_rows(path, "dataset.train"),
+            path.name,
+            "dataset.train",
+            dataset,
+            tokenize_functions(tokenizer),
+            limit=length_limit(dataset, None),
+        )[0]
+        for path in inputs.mix or [inputs.train]
+    ]
+    found = [
+        PlainExample(
+            [int(number) for number in example.ids],
+            [any(first <= at < last for first, last in example.spans) for at in range(len(example.ids))],
+        )
+        for example in joined(made)
+    ]
+    assert found == bench.examples(form)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the runs of a format consumed: by step, the numbers of the examples."""
+
+    whole: dict[int, list[int]]
+    before: dict[int, list[int]]
+    """In a run that was stopped."""
+    after: dict[int, list[int]]
+    """In the run that went on in the same way."""
+    moved: dict[int, list[int]]
+    """In the run that went on with other ranks, another ZeRO stage and other packing."""
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Bench) -> dict[str, Trained]:
+    """Train each format without a stop; with a stop; resumed in the same way; and resumed in another one."""
+    pairs = list(few_runs())
+    whole = [run for run, _ in pairs]
+    cut = [replace(run, job="cut") for run in whole]
+    moved = [replace(other, job="moved") for _, other in pairs]
+    first = bench.train([*whole, *cut], "first", stopped=cut)
+    for source, target in zip(cut, moved, strict=True):
+        bench.copy(source, target)
+    again = bench.train(cut, "again")
+    alone = bench.train(moved, "alone")
+    return {
+        run.form.name: Trained(first[run], first[run_cut], again[run_cut], alone[run_moved])
+        for run, run_cut, run_moved in zip(whole, cut, moved, strict=True)
+    }
+
+
+@pytest.fixture(params=few_runs(), ids=NAMES)
+def runs(request: pytest.FixtureRequest) -> tuple[Run, Run]:
+    found: tuple[Run, Run] = request.param
+    return found
+
+
+def test_losses_and_perplexities_are_those_of_a_plain_loop_over_the_examples_that_rows_must_become(
+    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
+) -> None:
+    run, _ = runs
+    bench.assert_like_plain(run)
+    assert trained[run.form.name].whole == dict(enumerate(bench.batches(run.form), start=1))
+
+
+def test_a_resume_in_the_same_way_has_the_same_bits(
+    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
+) -> None:
+    run, _ = runs
+    cut, rows = replace(run, job="cut"), trained[run.form.name]
+    assert bench.losses(cut) == bench.losses(run)
+    assert artifact_files(bench.store, cut.name) == artifact_files(bench.store, run.name)
+    assert (max(rows.before), min(rows.after)) == (INTERRUPTED, INTERRUPTED + 1)
+    assert {**rows.before, **rows.after} == rows.whole
+    bench.assert_like_plain(cut)
+
+
+def test_a_resume_with_other_ranks_stage_and_packing_loses_and_repeats_no_row(
+    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
+) -> None:
+    _, other = runs
+    bench.assert_like_plain(replace(other, job="moved"))
+    rows = trained[other.form.name]
+    assert (max(rows.before), min(rows.moved)) == (INTERRUPTED, INTERRUPTED + 1)
+    assert {**rows.before, **rows.moved} == dict(enumerate(bench.batches(other.form), start=1))
+
+
+def test_every_pair_of_method_stage_and_packing_occurs_among_the_few_runs() -> None:
+    few = [*itertools.chain.from_iterable(few_runs())]
+    settings: list[Callable[[Run], object]] = [
+        lambda run: run.method,
+        lambda run: run.stage,
+        lambda run: run.packing,
+        lambda run: run.world,
+    ]
+    for first, second in itertools.combinations(settings, 2):
+        possible = set(itertools.product({first(run) for run in few}, {second(run) for run in few}))
+        assert {(first(run), second(run)) for run in few} == possible
+    assert {(run.form.name, run.packing) for run in few} == set(itertools.product(NAMES, (False, True)))
+
+
+# ---- the table has everything that the API has ----
+
+
+def missing_of(models: Sequence[ApiModel], path: str) -> list[str]:
+    """Return the fields that none of ``models`` sets, which are of one class, and the values of Literals that none of
+    them has. A field that is not set has its default value."""
+    found: list[str] = []
+    for name, info in type(models[0]).model_fields.items():
+        at = f"{path}.{info.alias or name}"
+        choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        found += [f"{at}: {choice}" for choice in choices if choice not in {getattr(model, name) for model in models}]
+        given = [getattr(model, name) for model in models if name in model.model_fields_set]
+        if not given and not choices:
+            found.append(at)
+        inner = [value for value in given if isinstance(value, ApiModel)]
+        found += missing_of(inner, at) if inner else []
+    return found
+
+
+def specs() -> list[DatasetSpec]:
+    source = {"s3": {"uri": "s3://bucket/rows.jsonl"}}
+    return [DatasetSpec.model_validate({"train": source, "format": form.form, **form.dataset}) for form in FORMATS]
+
+
+def test_every_field_and_choice_of_a_format_is_in_the_table() -> None:
+    assert missing_of([spec.format for spec in specs()], "dataset.format") == []
+    policies = [
+        f"{field}: {choice}"
+        for field in ("long_rows", "bad_rows")
+        for choice in get_args(DatasetSpec.model_fields[field].annotation)
+        if choice not in {getattr(spec, field) for spec in specs()}
+    ]
+    assert policies == []
+
+
+def test_every_kind_of_file_and_mix_is_in_the_table() -> None:
+    kinds = [kind_of(f"rows{suffix}") for form in FORMATS for suffix in form.file.split(",")]
+    assert {found.kind for found in kinds if found is not None} == set(Kind)
+    assert {found.compression for found in kinds if found is not None} == set(Compression)
+    assert {weight is None for form in FORMATS for weight in form.mix} == {False, True}
+    assert any("," in form.file and not form.mix for form in FORMATS), "a source of several files"
