@@ -1,8 +1,8 @@
 """Each format of rows trains like a plain PyTorch loop over the examples that the rows must become: with packing, every
 ZeRO stage, evaluation, and after a resume with the same and with other ranks.
 
-`row_formats.py` lists the formats. Here every format has few combinations of method, stage and packing, in which every
-pair of two of them occurs. The tests that are marked long have all of them.
+`row_formats.py` lists the formats. `FEW` has one case for each format, and among the cases every pair of method, stage,
+packing and number of ranks occurs. The test that is marked long has all combinations.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from finetune_core.api.base import ApiModel
 from finetune_core.api.dataset import DatasetSpec
+from finetune_core.contract import ScoreRecord
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import joined
@@ -30,7 +31,7 @@ from finetune_trainer.data.tokenizer import load_tokenizer, tokenize_functions
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.evaluation_file import EvaluationFile
 from tests.trainer import row_formats
-from tests.trainer.gangs import RUN_SECONDS, losses_of, rows_consumed, step_rows, train_all
+from tests.trainer.gangs import losses_of, rows_consumed, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.plain_loop import Plain, PlainExample, plain_batches, plain_loop
 from tests.trainer.pods import run_config
@@ -63,12 +64,32 @@ class Run:
         return f"{self.job}-{self.form.name}-{self.method}".lower()
 
 
-def few_runs() -> Iterator[tuple[Run, Run]]:
-    """Yield two runs for each format, on two ranks and on one: for the second one everything is different."""
+@dataclass(frozen=True)
+class Case:
+    """How a format is trained and resumed."""
+
+    run: Run
+    moved: Run
+    """How the job goes on where it goes on in another way."""
+    repeated: bool = True
+    """Whether the job is also trained without a stop, and resumed in the same way."""
+
+    @property
+    def cut(self) -> Run:
+        """The run that is stopped, and the one that goes on in the same way."""
+        return replace(self.run, job=f"{self.run.job}-cut")
+
+
+def few_cases() -> Iterator[Case]:
+    """Yield a case for each format. It goes on with one rank instead of two, another stage and other packing."""
     for number, form in enumerate(FORMATS):
         method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
-        run = Run(form, method, stage, packing, 2, "whole")
-        yield run, replace(run, stage=(stage + 1 + number // 4) % 4, packing=not packing, world=1)
+        run = Run(form, method, stage, packing, 2, "few")
+        moved = Run(form, method, (stage + 1 + number // 4) % 4, not packing, 1, "few-moved")
+        yield Case(run, moved, repeated=number % 2 == 0)
+
+
+FEW = list(few_cases())
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +152,7 @@ class Bench:
             [self.inputs(run.form) for run in runs],
             self.folder / folder,
             credentials=self.store.credentials,
-            seconds=RUN_SECONDS,
+            seconds=PRODUCT_SECONDS,
             faults=[{"kind": "stop", "step": INTERRUPTED + 1} if run in cut else None for run in runs],
         )
         return {run: rows_consumed(self.folder / folder, index, run.world) for index, run in enumerate(runs)}
@@ -179,18 +200,22 @@ class Bench:
         return losses_of(self.store, run.name)
 
     def assert_like_plain(self, run: Run) -> None:
-        """Assert that the losses, the perplexities of base and tuned model, and the number of learned tokens are those
-        of the plain loop."""
+        """Assert that the losses, and the perplexities of base and tuned model, are those of the plain loop."""
         plain = self.plain(run.form, run.method)
         assert self.losses(run) == pytest.approx(plain.losses, rel=1e-6), run
         last = step_rows(self.store, run.name)[-1]
         assert last.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
-        keys = sorted(self.store.keys(f"runs/default/{run.name}/uid-1/evaluation/"))
-        scores = EvaluationFile.model_validate_json(self.store.read(keys[-1])).evaluation
-        assert scores.base is not None
-        assert scores.tuned is not None
-        assert scores.base.perplexity == pytest.approx(plain.base_perplexity, rel=1e-6), run
-        assert scores.tuned.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
+        base, tuned = self.evaluation(run)
+        assert base.perplexity == pytest.approx(plain.base_perplexity, rel=1e-6), run
+        assert tuned.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
+
+    def evaluation(self, run: Run) -> tuple[ScoreRecord, ScoreRecord]:
+        """Return the scores of base and tuned model."""
+        key = max(self.store.keys(f"runs/default/{run.name}/uid-1/evaluation/"))
+        found = EvaluationFile.model_validate_json(self.store.read(key)).evaluation
+        assert found.base is not None
+        assert found.tuned is not None
+        return found.base, found.tuned
 
 
 def _texts(rows: Sequence[Made]) -> list[row_formats.Text]:
@@ -244,62 +269,90 @@ class Trained:
     """In the run that went on with other ranks, another ZeRO stage and other packing."""
 
 
-@pytest.fixture(scope="module")
-def trained(bench: Bench) -> dict[str, Trained]:
-    """Train each format without a stop; with a stop; resumed in the same way; and resumed in another one."""
-    pairs = list(few_runs())
-    whole = [run for run, _ in pairs]
-    cut = [replace(run, job="cut") for run in whole]
-    moved = [replace(other, job="moved") for _, other in pairs]
-    first = bench.train([*whole, *cut], "first", stopped=cut)
-    for source, target in zip(cut, moved, strict=True):
-        bench.copy(source, target)
-    again = bench.train(cut, "again")
-    alone = bench.train(moved, "alone")
+def train_cases(cases: Sequence[Case], bench: Bench, folder: str) -> dict[Case, Trained]:
+    """Train each case: without a stop, with a stop, resumed in the same way, and resumed in another way."""
+    whole = [case.run for case in cases if case.repeated]
+    cut = [case.cut for case in cases]
+    found = [bench.train([*whole, *cut], f"{folder}-first", stopped=cut)]
+    for case in cases:
+        bench.copy(case.cut, case.moved)
+    found.append(bench.train([case.cut for case in cases if case.repeated], f"{folder}-again"))
+    for world in sorted({case.moved.world for case in cases}):
+        found.append(
+            bench.train([case.moved for case in cases if case.moved.world == world], f"{folder}-moved-{world}")
+        )
+    first, again, *others = found
+    moved = dict(itertools.chain.from_iterable(rows.items() for rows in others))
     return {
-        run.form.name: Trained(first[run], first[run_cut], again[run_cut], alone[run_moved])
-        for run, run_cut, run_moved in zip(whole, cut, moved, strict=True)
+        case: Trained(first.get(case.run, {}), first[case.cut], again.get(case.cut, {}), moved[case.moved])
+        for case in cases
     }
 
 
-@pytest.fixture(params=few_runs(), ids=NAMES)
-def runs(request: pytest.FixtureRequest) -> tuple[Run, Run]:
-    found: tuple[Run, Run] = request.param
-    return found
-
-
-def test_losses_and_perplexities_are_those_of_a_plain_loop_over_the_examples_that_rows_must_become(
-    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
-) -> None:
-    run, _ = runs
-    bench.assert_like_plain(run)
-    assert trained[run.form.name].whole == dict(enumerate(bench.batches(run.form), start=1))
-
-
-def test_a_resume_in_the_same_way_has_the_same_bits(
-    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
-) -> None:
-    run, _ = runs
-    cut, rows = replace(run, job="cut"), trained[run.form.name]
-    assert bench.losses(cut) == bench.losses(run)
-    assert artifact_files(bench.store, cut.name) == artifact_files(bench.store, run.name)
+def assert_the_same_bits(case: Case, rows: Trained, bench: Bench) -> None:
+    """Assert that a run that went on in the same way equals the one that was not stopped, which has the rows, losses
+    and perplexities of the plain loop."""
+    assert rows.whole == dict(enumerate(bench.batches(case.run.form), start=1))
+    bench.assert_like_plain(case.run)
     assert (max(rows.before), min(rows.after)) == (INTERRUPTED, INTERRUPTED + 1)
     assert {**rows.before, **rows.after} == rows.whole
-    bench.assert_like_plain(cut)
+    assert bench.losses(case.cut) == bench.losses(case.run)
+    assert artifact_files(bench.store, case.cut.name) == artifact_files(bench.store, case.run.name)
+    assert bench.evaluation(case.cut) == bench.evaluation(case.run)
 
 
-def test_a_resume_with_other_ranks_stage_and_packing_loses_and_repeats_no_row(
-    runs: tuple[Run, Run], trained: dict[str, Trained], bench: Bench
-) -> None:
-    _, other = runs
-    bench.assert_like_plain(replace(other, job="moved"))
-    rows = trained[other.form.name]
+def assert_goes_on_in_another_way(case: Case, rows: Trained, bench: Bench) -> None:
+    """Assert that a run that went on in another way has lost and repeated no row, and has the losses and perplexities
+    of the plain loop."""
     assert (max(rows.before), min(rows.moved)) == (INTERRUPTED, INTERRUPTED + 1)
-    assert {**rows.before, **rows.moved} == dict(enumerate(bench.batches(other.form), start=1))
+    assert {**rows.before, **rows.moved} == dict(enumerate(bench.batches(case.run.form), start=1))
+    bench.assert_like_plain(case.moved)
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Bench) -> dict[Case, Trained]:
+    return train_cases(FEW, bench, "few")
+
+
+@pytest.mark.parametrize("case", FEW, ids=NAMES)
+def test_a_resume_with_other_ranks_stage_and_packing_has_the_rows_and_losses_of_a_plain_loop(
+    case: Case, trained: dict[Case, Trained], bench: Bench
+) -> None:
+    assert_goes_on_in_another_way(case, trained[case], bench)
+
+
+REPEATED = [case for case in FEW if case.repeated]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=[case.run.form.name for case in REPEATED])
+def test_a_resume_in_the_same_way_has_the_same_bits(case: Case, trained: dict[Case, Trained], bench: Bench) -> None:
+    assert_the_same_bits(case, trained[case], bench)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(PRODUCT_SECONDS + 60)
+@pytest.mark.parametrize(("method", "stage", "packing"), itertools.product(METHODS, STAGES, (False, True)))
+def test_every_format_in_every_combination(method: str, stage: int, packing: bool, bench: Bench) -> None:
+    """Every format is trained and resumed on two ranks, trained on one rank, and goes on with one rank or with four."""
+    job = f"{stage}{'p' * packing}"
+    cases = [
+        Case(
+            Run(form, method, stage, packing, 2, job),
+            Run(form, method, (stage + 1 + number % 3) % 4, not packing, 1 if number % 2 else 4, f"{job}-moved"),
+        )
+        for number, form in enumerate(FORMATS)
+    ]
+    alone = [replace(case.run, world=1, job=f"{job}-alone") for case in cases]
+    for case, rows in train_cases(cases, bench, f"{job}-{method}").items():
+        assert_the_same_bits(case, rows, bench)
+        assert_goes_on_in_another_way(case, rows, bench)
+    for run, consumed in bench.train(alone, f"{job}-{method}-alone").items():
+        assert consumed == dict(enumerate(bench.batches(run.form), start=1))
+        bench.assert_like_plain(run)
 
 
 def test_every_pair_of_method_stage_and_packing_occurs_among_the_few_runs() -> None:
-    few = [*itertools.chain.from_iterable(few_runs())]
+    few = [run for case in FEW for run in (case.run, case.moved)]
     settings: list[Callable[[Run], object]] = [
         lambda run: run.method,
         lambda run: run.stage,
