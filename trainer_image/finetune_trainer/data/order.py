@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-HASHED_AT_ONCE = 65536
+HASHED_AT_ONCE = 4096
 """How many digests are held as Python objects at a time."""
 
 
