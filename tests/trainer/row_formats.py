@@ -7,21 +7,16 @@ format or a kind of file that no entry has.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-from pyarrow import parquet
-
-from finetune_trainer.data.files.index import DataFile, write_index
+from finetune_trainer.data.examples import ExampleSet
 from tests.trainer import tiny
+from tests.trainer.plain_loop import PlainExample
 
 WORDS = [*tiny.WORDS, "note", "offer", "call", "result"]
 LONGEST = 12
@@ -339,60 +334,25 @@ FORMATS = (
 )
 
 
-def write_files(form: RowFormat, folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write rows in the form of data sources, and return these: the sources of a mix, or the one source. Several files
-    get about equally many rows each."""
-    folder.mkdir(parents=True)
-    suffixes = form.file.split(",")
-    paths = []
-    for number, suffix in enumerate(suffixes):
-        paths.append(folder / f"part-{number}{suffix}")
-        paths[-1].write_bytes(_file(suffix, rows[number :: len(suffixes)]))
-    if form.mix or len(paths) == 1:
-        return paths
-    write_index(folder, [DataFile(path, path.name) for path in paths])
-    return [folder]
+def texts(rows: Sequence[Made]) -> list[Text]:
+    """Return the examples of all rows."""
+    return [text for made in rows for text in made.examples]
 
 
-def shares(form: RowFormat, made: Sequence[Made]) -> Iterator[list[Made]]:
-    """Yield the rows of each file that `write_files` writes, in the order of the files."""
-    count = len(form.file.split(","))
-    yield from (list(made[number::count]) for number in range(count))
-
-
-def _file(suffix: str, rows: Sequence[Row]) -> bytes:
-    """Return the content of a data file with the rows."""
-    _, kind, *compression = suffix.split(".")
-    data = _CONTENT[kind](rows)
-    if compression == ["gz"]:
-        return gzip.compress(data)
-    if compression == ["zst"]:
-        return bytes(pyarrow.compress(data, codec="zstd", asbytes=True))
-    return data
-
-
-def _delimited(rows: Sequence[Row], delimiter: str) -> bytes:
-    """Return a csv file, in which lists are JSON."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(
-        {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows
+def plain_example(tokenizer: Any, text: Text) -> PlainExample:
+    """Return an example that is given as text."""
+    parts = [(tokenizer(part)["input_ids"], learned) for part, learned in text]
+    return PlainExample(
+        [number for ids, _ in parts for number in ids], [learned for ids, learned in parts for _ in ids]
     )
-    return file.getvalue().encode()
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file, row_group_size=4)
-    return file.getvalue()
-
-
-_CONTENT: Mapping[str, Callable[[Sequence[Row]], bytes]] = {
-    "jsonl": lambda rows: "".join(f"{json.dumps(row)}\n" for row in rows).encode(),
-    "json": lambda rows: json.dumps(list(rows)).encode(),
-    "csv": lambda rows: _delimited(rows, ","),
-    "tsv": lambda rows: _delimited(rows, "\t"),
-    "parquet": _parquet,
-    "txt": lambda rows: "".join(f"{row['text']}\n" for row in rows).encode(),
-}
+def found_examples(examples: ExampleSet) -> list[PlainExample]:
+    """Return examples that the trainer has made."""
+    return [
+        PlainExample(
+            [int(number) for number in example.ids],
+            [any(first <= at < last for first, last in example.spans) for at in range(len(example.ids))],
+        )
+        for example in examples
+    ]

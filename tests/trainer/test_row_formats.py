@@ -35,7 +35,8 @@ from tests.trainer.gangs import losses_of, rows_consumed, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.plain_loop import Plain, PlainExample, plain_batches, plain_loop
 from tests.trainer.pods import run_config
-from tests.trainer.row_formats import FORMATS, Made, RowFormat
+from tests.trainer.row_files import shares, write_files
+from tests.trainer.row_formats import FORMATS, RowFormat, Text, found_examples, plain_example, texts
 from tests.trainer.test_recovery import artifact_files
 
 STEPS, INTERRUPTED = 6, 2
@@ -113,10 +114,10 @@ class Bench:
     @functools.cache  # noqa: B019  (the bench lives as long as the tests of this module)
     def _files(self, form: RowFormat) -> tuple[list[Path], Path]:
         rows, scored = form.rows(TRAIN_ROWS, 1), form.rows(VALIDATION_ROWS, 2)
-        paths = row_formats.write_files(form, self.folder / form.name / "train", [made.row for made in rows])
+        paths = write_files(form, self.folder / form.name / "train", [made.row for made in rows])
         one_file = replace(form, file=form.file.split(",")[0], mix=())
         target = self.folder / form.name / "validation"
-        return paths, row_formats.write_files(one_file, target, [made.row for made in scored])[0]
+        return paths, write_files(one_file, target, [made.row for made in scored])[0]
 
     def config(self, run: Run) -> dict[str, Any]:
         form = run.form
@@ -169,21 +170,18 @@ class Bench:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.model)
 
-    def example(self, text: row_formats.Text) -> PlainExample:
+    def example(self, text: Text) -> PlainExample:
         """Return an example that is given as text."""
-        parts = [(self.tokenizer()(part)["input_ids"], learned) for part, learned in text]
-        return PlainExample(
-            [number for ids, _ in parts for number in ids], [learned for ids, learned in parts for _ in ids]
-        )
+        return plain_example(self.tokenizer(), text)
 
     def examples(self, form: RowFormat) -> list[PlainExample]:
         """Return the training examples that the rows of a format must become."""
-        parts = row_formats.shares(form, form.rows(TRAIN_ROWS, 1))
-        return [self.example(text) for part in parts for text in _texts(part)]
+        parts = shares(form, form.rows(TRAIN_ROWS, 1))
+        return [self.example(text) for part in parts for text in texts(part)]
 
     def batches(self, form: RowFormat) -> list[list[int]]:
         """Return the examples that each step of a run consumes, as sorted numbers."""
-        sizes = [len(_texts(part)) for part in row_formats.shares(form, form.rows(TRAIN_ROWS, 1))]
+        sizes = [len(texts(part)) for part in shares(form, form.rows(TRAIN_ROWS, 1))]
         batches = plain_batches(sizes, form.mix, steps=STEPS, size=GLOBAL_BATCH)
         return [sorted(batch) for batch in batches]
 
@@ -191,7 +189,7 @@ class Bench:
     def plain(self, form: RowFormat, method: str) -> Plain:
         """Return the results of the plain loop."""
         train = self.examples(form)
-        validation = [self.example(text) for text in _texts(form.rows(VALIDATION_ROWS, 2))]
+        validation = [self.example(text) for text in texts(form.rows(VALIDATION_ROWS, 2))]
         torch.set_num_threads(1)
         return plain_loop(self.model, method, train, validation, self.batches(form), rate=RATE)
 
@@ -218,10 +216,6 @@ class Bench:
         return found.base, found.tuned
 
 
-def _texts(rows: Sequence[Made]) -> list[row_formats.Text]:
-    return [text for made in rows for text in made.examples]
-
-
 @pytest.fixture(scope="module")
 def bench(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("formats")
@@ -246,14 +240,7 @@ def test_rows_become_the_examples_that_they_must_become(form: RowFormat, bench: 
         )[0]
         for path in inputs.mix or [inputs.train]
     ]
-    found = [
-        PlainExample(
-            [int(number) for number in example.ids],
-            [any(first <= at < last for first, last in example.spans) for at in range(len(example.ids))],
-        )
-        for example in joined(made)
-    ]
-    assert found == bench.examples(form)
+    assert found_examples(joined(made)) == bench.examples(form)
 
 
 @dataclass(frozen=True)
