@@ -60,7 +60,7 @@ def test_with_added_tokens_the_base_model_is_scored_on_the_rows_of_the_tuned_mod
     expected = [plain_example(tokenizer, text) for text in texts(made)]
     assert found_examples(tuned) == expected
     assert found_examples(base) == expected
-    assert all(notice.startswith("dataset.validation: ") for notice in notices)
+    assert all(notice.startswith("dataset.validation, as the base model reads it: ") for notice in notices)
 
 
 def test_a_row_that_the_tuned_model_skips_is_skipped_for_a_base_prompt_too(

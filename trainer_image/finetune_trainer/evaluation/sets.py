@@ -113,7 +113,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    return notices
+    # The same rows have notices of their own where the tuned model reads them.
+    return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 
 def _suffix(form: DatasetFormat) -> str:
