@@ -200,6 +200,8 @@ class Bench:
     def assert_like_plain(self, run: Run) -> None:
         """Assert that the losses, and the perplexities of base and tuned model, are those of the plain loop."""
         plain = self.plain(run.form, run.method)
+        worst = max(abs(a - b) / b for a, b in zip(self.losses(run), plain.losses, strict=True))
+        print(f"{run.name}: largest relative difference of a loss {worst:.2g}")
         assert self.losses(run) == pytest.approx(plain.losses, rel=1e-6), run
         last = step_rows(self.store, run.name)[-1]
         assert last.perplexity == pytest.approx(plain.perplexity, rel=1e-6), run
