@@ -4,11 +4,15 @@ micro-batches.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import secrets
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,13 +22,15 @@ from hypothesis import strategies as st
 
 from finetune_core.contract import OptimizationConfig
 from finetune_core.errors import UserError
+from finetune_trainer.data import order
 from finetune_trainer.data.batches import IGNORED, collate
 from finetune_trainer.data.examples import Example
-from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
+from finetune_trainer.data.order import batches_per_epoch, cursor, digest_order, global_batch, micro_batches
 from finetune_trainer.data.packing import best_fit_decreasing, pack
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.engine.state import assign_owners
+from tests.trainer.plain_loop import plain_order
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -85,6 +91,38 @@ def test_the_order_is_fixed_for_ever() -> None:
     assert global_batch(2, rows=8, global_batch_size=8, seed=42) != global_batch(
         1, rows=8, global_batch_size=8, seed=42
     )
+
+
+@pytest.mark.parametrize("equal_bytes", [0, 8])
+@given(rows=st.integers(0, 60), name=st.text(st.characters(codec="utf-8"), max_size=10))
+def test_rows_are_in_the_order_of_their_digests(equal_bytes: int, rows: int, name: str) -> None:
+    """Also where the first halves of digests are equal, which a random digest never has."""
+
+    def blake2b(text: bytes, *, digest_size: int) -> Any:
+        digest = hashlib.blake2b(text, digest_size=digest_size).digest()
+        return SimpleNamespace(digest=lambda: bytes(equal_bytes) + digest[equal_bytes:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "hashlib", SimpleNamespace(blake2b=blake2b))
+        patch.setattr(order, "HASHED_AT_ONCE", 7)
+        found = digest_order(rows, name).tolist()
+    digests = {row: blake2b(f"{name}/{row}".encode(), digest_size=16).digest() for row in range(rows)}
+    assert found == sorted(range(rows), key=digests.__getitem__)
+
+
+def test_the_order_of_many_rows_takes_little_memory() -> None:
+    """Every rank of a node holds an order, so a list of Python objects, of 118 bytes for each row while it is sorted,
+    would need more memory than the tokens of short rows."""
+    rows = 100_000
+    tracemalloc.start()
+    try:
+        found = digest_order(rows, "42/0")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found[:3].tolist() == plain_order(rows, "42/0")[:3]
+    assert held < 10 * rows
+    assert peak < 50 * rows
 
 
 @given(batch=st.integers(1, 40), world=st.integers(1, 8), size=st.integers(1, 8), packed=st.booleans())

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.loss.head import CHUNK_LOGITS
-from finetune_trainer.model.load import add_adapters
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.gangs import RUN_SECONDS, losses_of, step_rows, train_all
 from tests.trainer.objectstore import ObjectStore
+from tests.trainer.plain_loop import Plain, PlainExample, plain_loop
 from tests.trainer.pods import run_config
 
 STEPS = 20
@@ -34,18 +32,7 @@ RATE = 1e-3
 DECAY = 0.1
 GLOBAL_BATCH = 6
 MATRIX_SECONDS = 1800
-DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Rows = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Losses, perplexity and model of a plain training loop in one process, without the trainer's engine and
-    DeepSpeed."""
-
-    losses: list[float]
-    perplexity: float
-    model: Any = field(repr=False)
 
 
 def plain_run(
@@ -59,35 +46,26 @@ def plain_run(
     dtype: torch.dtype = torch.float32,
 ) -> Plain:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if method == "LoRA":
-        model = add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="tiny")
 
-    def nll(row: dict[str, str]) -> tuple[torch.Tensor, int]:
+    def example(row: dict[str, str]) -> PlainExample:
         prompt = tokenizer(tiny.TEMPLATE.replace("{prompt}", row["question"]))["input_ids"]
-        ids = torch.tensor([[*prompt, *tokenizer(row["reply"])["input_ids"], tokenizer.eos_token_id]])
-        log_probabilities = model(ids).logits[0, :-1].log_softmax(-1)
-        wanted = log_probabilities.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
-        return -wanted.sum(), len(wanted)
+        answer = [*tokenizer(row["reply"])["input_ids"], tokenizer.eos_token_id]
+        return PlainExample([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
-    losses = []
-    for step in range(1, STEPS + 1):
-        batch = global_batch(step, rows=len(train), global_batch_size=global_batch_size, seed=42)
-        sums, counts = zip(*(nll(train[row]) for row in batch), strict=True)
-        loss = torch.stack(sums).sum() / sum(counts)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        sums, counts = zip(*(nll(row) for row in validation), strict=True)
-    return Plain(losses, math.exp(torch.stack(sums).sum().item() / sum(counts)), model)
+    batches = [
+        global_batch(step, rows=len(train), global_batch_size=global_batch_size, seed=42)
+        for step in range(1, STEPS + 1)
+    ]
+    return plain_loop(
+        folder,
+        method,
+        [example(row) for row in train],
+        [example(row) for row in validation],
+        batches,
+        rate=RATE,
+        weight_decay=weight_decay,
+        dtype=dtype,
+    )
 
 
 TRAIN, VALIDATION = tiny.rows(20, seed=1), tiny.rows(7, seed=2)

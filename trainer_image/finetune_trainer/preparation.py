@@ -19,6 +19,7 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
 from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
@@ -125,8 +126,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     if config.storage.artifact != "Adapter":
         check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
-    ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
-    tokenize = tokenize_functions(tokenizer, config.model.added_tokens, ends=ends, today=config.template_date)
+    tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
@@ -225,6 +225,14 @@ def _job_tokenizer(plan: WorkerPlan) -> Any:
     tokenizer = load_tokenizer(base_model_folder(plan))
     use_chat_template(tokenizer, plan.config.dataset.format, plan.inputs.model)
     return tokenizer
+
+
+def job_tokenize_functions(plan: WorkerPlan) -> TokenizeFunctions:
+    """Return the functions that make token ids of rows as the trained model reads them, with the added tokens of the
+    job."""
+    config, tokenizer = plan.config, _job_tokenizer(plan)
+    ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
+    return tokenize_functions(tokenizer, config.model.added_tokens, ends=ends, today=config.template_date)
 
 
 def _extended_folder(plan: WorkerPlan) -> Path:

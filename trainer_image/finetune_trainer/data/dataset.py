@@ -2,21 +2,22 @@
 long, is either skipped or raises an error with file and line. `dataset.badRows` and `dataset.longRows` choose between
 the two.
 
-The workers and the preflight checks call `make_examples`, and the launcher calls `check_columns`.
+The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher calls
+`check_columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.examples import ExampleSet, ExampleWriter
+from finetune_trainer.data.examples import Example, ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import NamedColumn, Row
-from finetune_trainer.data.formats import TokenizeFunctions, format_columns, renderer, required_columns
+from finetune_trainer.data.formats import Render, TokenizeFunctions, format_columns, renderer, required_columns
 from finetune_trainer.data.long_rows import LongTexts
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns
@@ -107,35 +108,23 @@ def make_examples(
     read_as_text = _Rows()
     skipped: dict[str, _Rows] = {}
     long_texts = LongTexts(dataset.long_rows, limit.tokens) if dataset.long_rows in ("Split", "Truncate") else None
-
-    def refuse(option: Literal["badRows", "longRows"], policy: str, problem: str) -> None:
-        if policy == "Fail":
-            raise UserError(field, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
-        skipped.setdefault(option, _Rows()).add(problem)
-
     for row in rows:
-        rendered = row.problem or render(row.fields)
-        if isinstance(rendered, str):
-            refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
+        rendered = _rendered(row, dataset, render, limit)
+        if isinstance(rendered, _Refusal):
+            problem = f"{row.place(source)} {rendered.problem}"
+            if rendered.policy == "Fail":
+                raise UserError(field, f"{problem} (set dataset.{rendered.option} to Skip to leave such rows out)")
+            skipped.setdefault(rendered.option, _Rows()).add(problem)
             continue
-        length = max(len(example.ids) for example in rendered)
-        if length > limit.tokens and long_texts is not None:
-            used += 1
-            for example in rendered:
-                for piece in long_texts.pieces(example, row.place(source)):
-                    made.add(piece, row if keep_rows else None)
-        elif length > limit.tokens:
-            problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
-            refuse("longRows", dataset.long_rows, problem)
-        elif min(example.supervised_tokens for example in rendered) < 1:
-            refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
-        else:
-            used += 1
-            controls = [token for example in rendered for token in example.read_as_text]
-            if controls:
-                read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
-            for example in rendered:
-                made.add(example, row if keep_rows else None)
+        used += 1
+        controls = [token for example in rendered for token in example.read_as_text]
+        if controls:
+            read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
+        for example in rendered:
+            is_long = long_texts is not None and len(example.ids) > limit.tokens
+            pieces = long_texts.pieces(example, row.place(source)) if long_texts is not None and is_long else [example]
+            for piece in pieces:
+                made.add(piece, row if keep_rows else None)
     notices = [found.notice(field, f"{option}: Skip", total=used) for option, found in sorted(skipped.items())]
     if long_texts is not None and long_texts.rows:
         notices.append(f"{field}: {long_texts.notice}")
@@ -146,6 +135,38 @@ def make_examples(
     if not len(made):
         raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
+
+
+def used_rows(
+    rows: Iterable[Row], dataset: DatasetSpec, tokenize: TokenizeFunctions, *, limit: LengthLimit
+) -> Iterator[Row]:
+    """Yield those of ``rows`` that `make_examples` makes examples of, and not those that it skips."""
+    render = renderer(dataset.format, tokenize)
+    return (row for row in rows if not isinstance(_rendered(row, dataset, render, limit), _Refusal))
+
+
+class _Refusal(NamedTuple):
+    """Why a row can't be used."""
+
+    option: Literal["badRows", "longRows"]
+    """The field of `dataset` that says what happens to the row."""
+    policy: str
+    """The value of that field."""
+    problem: str
+    """What is wrong with the row, as a phrase that follows its place."""
+
+
+def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit) -> Sequence[Example] | _Refusal:
+    """Return the examples of a row. They exceed ``limit`` only where `dataset.longRows` makes shorter ones of them."""
+    rendered = row.problem or render(row.fields)
+    if isinstance(rendered, str):
+        return _Refusal("badRows", dataset.bad_rows, rendered)
+    length = max(len(example.ids) for example in rendered)
+    if length > limit.tokens and dataset.long_rows in ("Fail", "Skip"):
+        return _Refusal("longRows", dataset.long_rows, f"has {length} tokens, more than {limit.origin}")
+    if min(example.supervised_tokens for example in rendered) < 1:
+        return _Refusal("badRows", dataset.bad_rows, "has no token to learn")
+    return rendered
 
 
 @dataclass

@@ -13,6 +13,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+HASHED_AT_ONCE = 4096
+"""How many digests are held as Python objects at a time."""
+
 
 class Cursor(NamedTuple):
     """Position of a global batch in the data: its epoch, and its index in the epoch. Both are counted from 0."""
@@ -32,24 +38,34 @@ def cursor(step: int, *, rows: int, global_batch_size: int) -> Cursor:
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return the order of the rows in an epoch, as row numbers.
+def permutation(rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.intp]:
+    """Return the order of the rows in an epoch, as row numbers. The array can't be written to."""
+    return digest_order(rows, f"{seed}/{epoch}")
 
-    The rows are sorted by a digest of (seed, epoch, row). No library's random generator is used, so the order is the
-    same on every platform and with every library version.
+
+def digest_order(rows: int, name: str) -> npt.NDArray[np.intp]:
+    """Return the numbers from 0 to ``rows`` - 1, sorted by the digest of (``name``, number), in an array that can't be
+    written to.
+
+    No library's random generator is used, so the order is the same on every platform and with every library version.
+    Every rank holds the order, so the digests and the order are arrays of numbers, and no lists of Python objects.
     """
-
-    def key(row: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{row}".encode(), digest_size=16).digest()
-
-    return tuple(sorted(range(rows), key=key))
+    halves = np.empty((2, rows), dtype=np.uint64)
+    for start in range(0, rows, HASHED_AT_ONCE):
+        numbers = range(start, min(start + HASHED_AT_ONCE, rows))
+        digests = b"".join(hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest() for row in numbers)
+        halves[:, start : numbers.stop] = np.frombuffer(digests, dtype=">u8").reshape(-1, 2).T
+    # numpy sorts by the last key first: by the first half of a digest, and where two are equal by the second half.
+    order = np.lexsort((halves[1], halves[0]))
+    order.flags.writeable = False
+    return order
 
 
 def global_batch(step: int, *, rows: int, global_batch_size: int, seed: int) -> tuple[int, ...]:
     """Return the numbers of the rows that step ``step`` (counted from 1) consumes on all ranks together."""
     epoch, batch = cursor(step, rows=rows, global_batch_size=global_batch_size)
     start = batch * global_batch_size
-    return permutation(rows, seed=seed, epoch=epoch)[start : start + global_batch_size]
+    return tuple(permutation(rows, seed=seed, epoch=epoch)[start : start + global_batch_size].tolist())
 
 
 def micro_batches(

@@ -16,13 +16,13 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import LengthLimit, columns_read, make_examples
+from finetune_trainer.data.dataset import LengthLimit, columns_read, length_limit, make_examples, used_rows
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.preparation import TrainingData
+from finetune_trainer.preparation import TrainingData, job_tokenize_functions
 from finetune_trainer.sources.inputs import source_name
 
 BASE_MODEL_SET_FOLDER = "base-model-set"
@@ -76,7 +76,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
     form. ``graded`` are all columns that the job's grader reads.
 
-    Return a notice for each kind of row that was left out (bad rows and long rows).
+    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return a
+    notice for each kind of row that was left out nevertheless (bad rows and long rows).
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -84,26 +85,36 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
     context = read_structure(plan.inputs.model).context
-    # `dataset.maxLength` does not apply, because `evaluation.basePrompt` may be long. For example, it may hold solved
-    # examples.
-    limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
+    scored, trained_limit = f"dataset.{rows.lower()}", length_limit(config.dataset, context)
+    field = scored if config.evaluation.base_prompt is None else "evaluation.basePrompt"
     form = base_format(config.dataset, config.evaluation.base_prompt)
     tokenizer = load_tokenizer(plan.inputs.model)
     use_chat_template(tokenizer, form, plan.inputs.model)
     ends = stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model))
-    dataset = config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"})
-    columns = columns_read(config.dataset, f"dataset.{rows.lower()}", config.evaluation.base_prompt, graded)
+    dataset = config.dataset.model_copy(update={"format": form, "bad_rows": "Skip"})
+    limit = trained_limit
+    if dataset.long_rows in ("Fail", "Skip"):
+        # `dataset.maxLength` does not apply. `evaluation.basePrompt` may be long, for example because it holds solved
+        # examples, and an added token is several tokens of the base model.
+        limit = (
+            LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
+        )
+        dataset = dataset.model_copy(update={"long_rows": "Skip"})
+    columns = columns_read(config.dataset, scored, config.evaluation.base_prompt, graded)
     examples, notices = make_examples(
-        read_rows(path, "evaluation.basePrompt", columns=columns),
+        used_rows(
+            read_rows(path, field, columns=columns), config.dataset, job_tokenize_functions(plan), limit=trained_limit
+        ),
         source_name(source),
-        "evaluation.basePrompt",
+        field,
         dataset,
         tokenize_functions(tokenizer, ends=ends, today=config.template_date),
         limit=limit,
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    return notices
+    # The same rows have notices of their own where the tuned model reads them.
+    return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 
 def _suffix(form: DatasetFormat) -> str:

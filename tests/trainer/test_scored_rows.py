@@ -1,0 +1,81 @@
+"""Base model and tuned model are scored on the same rows, also where they read the rows in different forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.evaluation.sets import BASE_MODEL_SET_FOLDER, prepare_base_model_set
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preparation import prepare_node
+from tests.trainer import row_formats, tiny
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
+from tests.trainer.row_files import file_content
+from tests.trainer.row_formats import FORMATS, RowFormat, found_examples, plain_example, texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return row_formats.write_model(tmp_path_factory.mktemp("scored") / "model")
+
+
+def prepared(
+    config: dict[str, Any], model: Path, train: Path, validation: Path, folder: Path
+) -> tuple[ExampleSet, ExampleSet, list[str]]:
+    """Return the examples that the tuned model and the base model are scored on, and what is said of the base model's
+    examples."""
+    plan = WorkerPlan(
+        paths=Paths(scratch=folder),
+        identity=Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(config),
+        inputs=Inputs(model=model, train=train, validation=validation),
+        folder=folder,
+    )
+    prepare_node(plan, [])
+    notices = prepare_base_model_set(plan, [])
+    tuned, base = (ExampleSet.load(folder / "tokens" / name) for name in ("validation", BASE_MODEL_SET_FOLDER))
+    return tuned, base, notices
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=[form.name for form in FORMATS])
+def test_with_added_tokens_the_base_model_is_scored_on_the_rows_of_the_tuned_model(
+    form: RowFormat, store: ObjectStore, model: Path, tmp_path: Path
+) -> None:
+    """No row has an added token, so both models read the same examples."""
+    made = form.rows(12, 3)
+    rows = tmp_path / f"rows{form.file.split(',')[0]}"
+    rows.write_bytes(file_content(rows.suffixes, [item.row for item in made]))
+    config = run_config(store, "scored", dataset__format=form.form)
+    config["model"]["addedTokens"] = ["<A>"]
+    config["dataset"] |= form.dataset
+    tuned, base, notices = prepared(config, model, rows, rows, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    expected = [plain_example(tokenizer, text) for text in texts(made)]
+    assert found_examples(tuned) == expected
+    assert found_examples(base) == expected
+    assert all(notice.startswith("dataset.validation, as the base model reads it: ") for notice in notices)
+
+
+def test_a_row_that_the_tuned_model_skips_is_skipped_for_a_base_prompt_too(
+    store: ObjectStore, model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": "w1", "reply": "w2"},
+        {"question": " ".join(["w1"] * 70), "reply": "w3"},
+        {"question": "w4", "reply": ""},
+    ]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = run_config(store, "scored", dataset__longRows="Skip", dataset__badRows="Skip")
+    config["evaluation"]["basePrompt"] = "note {prompt} answer"
+    tuned, base, notices = prepared(config, model, path, path, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert [tokenizer.decode(example.ids) for example in tuned] == ["ask w1 answer w2 <end>"]
+    assert [tokenizer.decode(example.ids) for example in base] == ["note w1 answer w2 <end>"]
+    assert notices == []
