@@ -9,7 +9,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.errors import first_line, library_boundary
 
 
 class _GenerationTag(Extension):
@@ -28,13 +28,10 @@ def template_variables(template: str, field: str) -> frozenset[str]:
     """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja, or if it
     raises to a power: a number such as 9 ** 9 ** 9 takes hours, which nothing can interrupt."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
-    try:
+    # What Jinja raises for a text that is no template is not specified.
+    with library_boundary(lambda error: UserError(field, f"is no chat template: {first_line(error)}")):
         parsed = environment.parse(template)
         variables = frozenset(meta.find_undeclared_variables(parsed))
-    except MemoryError:
-        raise
-    except Exception as error:  # what Jinja raises for a text that is no template is not specified
-        raise UserError(field, f"is no chat template: {first_line(error)}") from error
     if parsed.find(nodes.Pow) is not None:
         raise UserError(field, "must not use **, because no chat template needs it")
     return variables
