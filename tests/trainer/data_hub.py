@@ -78,9 +78,11 @@ def served(hub: Hub) -> Iterator[Hub]:
             if asked and status == 200:
                 status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
+            headers = {"Content-Length": str(len(body)), **headers}
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
+            # Behind a body of another length than was announced, nothing more can be read from the connection.
+            self.close_connection = headers["Content-Length"] != str(len(body))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)

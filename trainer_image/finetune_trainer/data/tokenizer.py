@@ -32,6 +32,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
+        # Some wrong values show only when they are used. Nothing here depends on the text of a row.
+        tokenizer("")
+        len(tokenizer)
     if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
@@ -83,7 +86,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop
     An ending of ordinary text adds no stop token, because the same token may occur within an answer.
     """
     ending = completion_ending(form.prompt_completion) if form.prompt_completion is not None else ""
-    ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+    with library_boundary(_unusable):
+        ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
     added = [number for number in ids if number in tokenizer.added_tokens_decoder and number != tokenizer.unk_token_id]
     ends = {tokenizer.eos_token_id, *added[:1], *(n for n in model_stop_ids if 0 <= n < len(tokenizer))}
     if form.messages is not None and tokenizer.chat_template:

@@ -15,12 +15,11 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import kind_of
-from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_datasets import HubDataFiles
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, read_token
 from finetune_trainer.sources.source_files import DataFiles, HeadLimits, SourceFile, fetch_head_by_ranges
 from finetune_trainer.sources.volumes import VolumeFolder
 from finetune_trainer.storage.client import ListedObject, Store
@@ -46,16 +45,6 @@ def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, 
             token = read_token(paths.hub_data_tokens / field, f"{field}.huggingFace.tokenSecretRef")
         return HubDataFiles(source.hugging_face, field, token, folder)
     raise UserError(field, "must be one of huggingFace, s3, volume")
-
-
-def read_token(path: Path, field: str) -> str:
-    """Return the access token of the hub in the file ``path``, which comes from the Secret that ``field`` names. Raises
-    OutsideFailure if it holds something else than a token."""
-    token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        # The text itself is left out of the message, because it may be most of a secret.
-        raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
-    return token
 
 
 class StoreDataFiles:
