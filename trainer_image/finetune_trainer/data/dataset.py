@@ -114,7 +114,11 @@ def make_examples(
         skipped.setdefault(option, _Rows()).add(problem)
 
     for row in rows:
-        rendered = row.problem or render(row.fields)
+        try:
+            rendered = row.problem or render(row.fields)
+        except UserError as error:
+            # The row shows a fault of the job, such as a chat template that does not end.
+            raise UserError(error.subject, f"{error.problem} ({row.place(source)})") from error
         if isinstance(rendered, str):
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue

@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError, valid_text
 from finetune_trainer.data.chat.row_texts import RowTexts
-from finetune_trainer.data.chat.template_process import TemplateLimitError, TemplateProcess
+from finetune_trainer.data.chat.template_process import SECONDS, TemplateLimitError, TemplateProcess
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0
-"""Largest processor time in seconds that a template may take to render one conversation. Templates of published models
-take milliseconds."""
+RENDER_SECONDS = SECONDS
+"""Largest processor time in seconds that a template may take to render one conversation."""
 LONGEST_TEXT = 16 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
@@ -118,9 +117,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._pieces = pieces
         prelude = _date_macro(today) if today is not None else ""
-        self._process = TemplateProcess(
-            partial(_render, tokenizer, prelude), most_characters=LONGEST_TEXT, seconds=RENDER_SECONDS
-        )
+        self._process = TemplateProcess(partial(_render, tokenizer, prelude), seconds=RENDER_SECONDS)
         self.ends = frozenset(ends)
         self.special = frozenset(
             {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -146,9 +143,9 @@ class ChatTemplate:
         """
         given = [dict(tool) for tool in tools] or None
         try:
-            text = self._process.text([dict(message) for message in messages], given, dict(arguments), answer_next)
+            text: str = self._process.call([dict(message) for message in messages], given, dict(arguments), answer_next)
         except TemplateLimitError as error:
-            raise UserError("dataset.format.messages", f"the chat template {error}") from None
+            raise UserError("dataset.format.messages", f"the chat template {error} for one row") from None
         if valid_text(text) != text:
             raise ValueError("it makes half of a surrogate pair, which is no text")
         return text
@@ -206,4 +203,6 @@ def _render(
         tokenize=False,
         **arguments,
     )
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"it makes {len(text)} characters of one row")
     return text

@@ -1,10 +1,10 @@
-"""Runs chat templates in a child process, which may use little time and memory. `chat_template.py` makes a
-`TemplateProcess`.
+"""Reads and runs chat templates in a child process, which may use little time and memory. `chat_template.py` and
+`template_variables.py` make a `TemplateProcess`.
 
 A template is a program of a stranger. Nothing inside of a process can stop it everywhere: a single expression such as
-`'a' * 10 ** 10` takes all memory, and a signal interrupts no work of the interpreter itself. The kernel can stop a
-process at any place, so the template runs in a process of its own, and whatever it does is a sentence about its row or
-about the job.
+`'a' * 10 ** 10` takes all memory, also where Jinja only compiles it, and a signal interrupts no work of the interpreter
+itself. The kernel can stop a process at any place, so the template has a process of its own, and whatever it does is a
+sentence about its row or about the job.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any, NoReturn
 
 from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
 
+SECONDS = 10.0
+"""Processor time in seconds that a template may take. Templates of published models take milliseconds."""
 MEMORY_BYTES = 256 << 20
 """Memory in bytes that a template may take. The text of a conversation of the largest size takes a half of it."""
 PATIENCE_SECONDS = 300.0
-"""Largest time in seconds that the process waits for a rendering. It is far longer than the processor time that a
+"""Largest time in seconds that the process waits for a template. It is far longer than the processor time that a
 template may take, because other processes may keep the processor busy."""
 
 
@@ -36,23 +38,22 @@ class TemplateLimitError(Exception):
 
 
 class _Answer(Enum):
-    TEXT = "The rendered text."
-    FAILED = "The first line of the error that the template raised."
-    MEMORY = "Nothing, because the template had no memory left."
+    VALUE = "What the function returned."
+    FAILED = "The first line of the error that the function raised."
+    MEMORY = "Nothing, because the function had no memory left."
 
 
 class TemplateProcess:
-    """A child process that renders conversations. It is a fork of this process, made for the first rendering, and has
-    all that this process had then."""
+    """A child process that calls a function which reads or runs templates. The process is a fork of this one, made for
+    the first call, and has all that this process had then."""
 
-    def __init__(self, render: Callable[..., str], *, most_characters: int, seconds: float) -> None:
-        """Render with the function ``render``. A rendering may have ``most_characters`` and take ``seconds`` of
-        processor time."""
-        self._render, self._most_characters, self._seconds = render, most_characters, seconds
+    def __init__(self, function: Callable[..., Any], *, seconds: float) -> None:
+        """Call ``function``. A call may take ``seconds`` of processor time."""
+        self._function, self._seconds = function, seconds
         self._child: _Child | None = None
 
-    def text(self, *arguments: Any) -> str:
-        """Return what the function returns for ``arguments``, which must be JSON values.
+    def call(self, *arguments: Any) -> Any:
+        """Return what the function returns for ``arguments``. Both must be values that can be pickled.
 
         Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit,
         MemoryError if the pod has no memory left, and OutsideFailure if the child process stands still.
@@ -61,28 +62,27 @@ class TemplateProcess:
             self._child = _Child(self._work)
             weakref.finalize(self, self._child.end)
         try:
-            kind, text = self._child.ask(arguments)
+            kind, value = self._child.ask(arguments)
         except (EOFError, OSError):
-            kind, text = _Answer.FAILED, self._why_it_ended()
-        if kind is _Answer.TEXT:
-            return text
+            kind, value = _Answer.FAILED, self._why_it_ended()
+        if kind is _Answer.VALUE:
+            return value
         if kind is _Answer.MEMORY:
-            limit = f"{MEMORY_BYTES >> 20} MiB of memory for one row"
-            raise TemplateLimitError(f"takes more than {limit}, or is nested too deeply")
-        raise ValueError(text)
+            raise TemplateLimitError(f"takes more than {MEMORY_BYTES >> 20} MiB of memory")
+        raise ValueError(value)
 
     def _why_it_ended(self) -> str:
-        """Return what ended the child process, as the reason of a row. Raise what `text` raises."""
+        """Return what ended the child process, as a reason. Raise what `call` raises."""
         assert self._child is not None
         child, self._child = self._child, None
         status = child.end()
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number == signal.SIGPROF:
-            raise TemplateLimitError(f"takes more than {self._seconds:.0f} s for one row")
+            raise TemplateLimitError(f"takes more than {self._seconds:.0f} s")
         if number == signal.SIGKILL:
             # Nobody but the kernel does this, to the process that holds most of the memory of a pod without any left.
             raise MemoryError
-        return f"it ends the process that renders it ({signal.Signals(number).name if number else 'without a signal'})"
+        return f"it ends the process that reads it ({signal.Signals(number).name if number else 'without a signal'})"
 
     def _work(self, asked: Connection) -> None:
         """Answer one question after the other, in the child process."""
@@ -98,20 +98,19 @@ class TemplateProcess:
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
             try:
                 answer = self._answer(arguments)
-            except MemoryError:
-                answer = _Answer.MEMORY, ""
+            except MemoryError as error:
+                # Python also raises MemoryError for code that is nested too deeply, with a message.
+                answer = (_Answer.FAILED, first_line(error)) if str(error) else (_Answer.MEMORY, None)
             signal.setitimer(signal.ITIMER_PROF, 0)
             asked.send(answer)
 
-    def _answer(self, arguments: tuple[Any, ...]) -> tuple[_Answer, str]:
+    def _answer(self, arguments: tuple[Any, ...]) -> tuple[_Answer, Any]:
         try:
+            # What a template raises, and what Jinja raises for a text that is no template, is not specified.
             with library_boundary(lambda error: ValueError(first_line(error))):
-                text = self._render(*arguments)
+                return _Answer.VALUE, self._function(*arguments)
         except ValueError as error:
             return _Answer.FAILED, str(error)
-        if len(text) > self._most_characters:
-            return _Answer.FAILED, f"it makes {len(text)} characters of one row"
-        return _Answer.TEXT, text
 
 
 class _Child:
