@@ -32,3 +32,10 @@ def load_configuration(folder: Path, field: str) -> Any:
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
             raise UserError(field, f"its config.json can't be used: {name} must be between 0 and {COUNTS[name]}")
     return config
+
+
+def model_context(config: Any) -> int | None:
+    """Return the longest sequence in tokens that a model with the configuration ``config`` can read. None if the
+    configuration names no limit."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
-from finetune_trainer.data.configuration import load_configuration
+from finetune_trainer.data.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 
@@ -58,5 +58,5 @@ def read_structure(folder: Path) -> ModelStructure:
         input_name=names[id(inner)],
         output_name=names[id(head)] if head is not None else None,
         tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
-        context=getattr(text, "max_position_embeddings", None),
+        context=model_context(config),
     )

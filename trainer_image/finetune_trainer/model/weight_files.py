@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune_core.errors import UserError
+from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import INDEX_FILE
 
@@ -63,6 +64,23 @@ def check_complete(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
+
+
+def check_shapes(structure: ModelStructure, folder: Path) -> None:
+    """Raise UserError where a tensor in the weights files of ``folder`` has another shape than ``structure``, which was
+    built from the configuration of the same model. Weights that are no floating-point numbers are left out, because
+    quantisations change shapes."""
+    expected = {name: list(tensor.shape) for name, tensor in structure.model.state_dict().items()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(set(file.keys()) & expected.keys()):
+                part = file.get_slice(name)
+                if "F" in part.get_dtype() and part.get_shape() != expected[name]:
+                    raise UserError(
+                        "model",
+                        f"its config.json does not fit its weights: {name} has the shape {part.get_shape()} in"
+                        f" {path.name}, and must have {expected[name]}",
+                    )
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:

@@ -61,9 +61,10 @@ def library_boundary(failure: Callable[[BaseException], Exception], *known: type
     thread or a process, such as KeyboardInterrupt. A panic of a library that is written in Rust, such as tokenizers, is
     turned too, although `except Exception` does not catch it.
     """
+    passing: tuple[type[BaseException], ...] = (MemoryError, UserError, OutsideFailure, *known)
     try:
         yield
-    except (MemoryError, UserError, OutsideFailure, *known):
+    except passing:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or _is_panic(error):

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_core.errors import UserError
-from finetune_trainer.data.configuration import load_configuration
+from finetune_trainer.data.configuration import load_configuration, model_context
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
@@ -161,5 +161,4 @@ def check_configuration(folder: Path, field: str) -> int | None:
     known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if not known:
         raise UserError(field, f"config.json names model_type {config.model_type!r}, which is no causal language model")
-    context = getattr(text, "max_position_embeddings", None)
-    return context if isinstance(context, int) and context > 0 else None
+    return model_context(config)
