@@ -35,6 +35,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Some wrong values show only when they are used. Nothing here depends on the text of a row.
         tokenizer("")
         len(tokenizer)
+        tokenizer.decode([end] if end is not None else [])
     if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
