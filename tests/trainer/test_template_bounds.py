@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.chat import chat_template
+from finetune_trainer.data.chat import chat_template, template_variables
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.chat.template_process import MEMORY_BYTES, TemplateLimitError, TemplateProcess
 from finetune_trainer.data.dataset import LengthLimit, make_examples
@@ -212,21 +212,25 @@ SENTENCES = (
 )
 
 
-def check_any_template(template: str) -> None:
-    found = outcome(template)
-    assert "\n" not in found
-    assert found == "examples" or found.startswith(SENTENCES)
+def check_templates(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(template_variables, "SECONDS", 0.5)
+
+    @given(BODIES | st.text("{}%#-|.()[]'=+* \nmessagxfori", max_size=40))
+    @example(APPENDING)
+    @settings(max_examples=examples, deadline=None)
+    def check(template: str) -> None:
+        found = outcome(template)
+        assert "\n" not in found
+        assert found == "examples" or found.startswith(SENTENCES)
+
+    check()
 
 
-@given(BODIES | st.text("{}%#-|.()[]'=+* \nmessagxfori", max_size=40))
-@example(APPENDING)
-@settings(max_examples=60, deadline=None)
-def test_any_template_is_an_example_or_a_sentence(template: str) -> None:
-    check_any_template(template)
+def test_any_template_is_an_example_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_templates(50, monkeypatch)
 
 
 @pytest.mark.long
-@given(BODIES | st.text("{}%#-|.()[]'=+* \nmessagxfori", max_size=40))
-@settings(max_examples=3000, deadline=None)
-def test_any_of_many_templates_is_an_example_or_a_sentence(template: str) -> None:
-    check_any_template(template)
+def test_any_of_many_templates_is_an_example_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_templates(3000, monkeypatch)
