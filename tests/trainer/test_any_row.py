@@ -27,7 +27,7 @@ from tests.trainer.chat import byte_tokenizer, published
 
 FIELD = "dataset.train"
 TEMPLATE = "{instruction}{#input}\n{input}{/input} <|im_end|>"
-PROMPTS = (
+PROMPTS: tuple[dict[str, Any], ...] = (
     {},
     {"template": TEMPLATE},
     {"template": TEMPLATE, "completion": "{output}{#text} {text}{/text}", "completionSuffix": "<|im_end|>"},

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
-from finetune_trainer.data.configuration import load_configuration, model_context
+from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 

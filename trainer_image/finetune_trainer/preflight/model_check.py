@@ -15,8 +15,8 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_core.errors import UserError
-from finetune_trainer.data.configuration import load_configuration, model_context
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
