@@ -28,7 +28,8 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.load import load_base
 from finetune_trainer.model.structure import read_structure
-from finetune_trainer.model.weight_files import check_shapes
+from finetune_trainer.model.weight_files import check_complete, check_shapes
+from finetune_trainer.pod.model_file_names import INDEX_FILE
 from finetune_trainer.preflight.model_check import check_configuration
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer
@@ -59,9 +60,10 @@ def unigram() -> PreTrainedTokenizerFast:
     inner = Tokenizer(Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    special = ["<unk>", "<s>", "</s>"]
     trainer = UnigramTrainer(vocab_size=50, special_tokens=special, unk_token="<unk>", show_progress=False)
     inner.train_from_iterator(["inform name it what is the cat request genres"] * 20, trainer)
+    inner.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -305,3 +307,35 @@ def test_many_contents_of_a_models_small_files_are_models_or_sentences(models: P
 
     check()
     assert min(outcomes[True], outcomes[False]) > 100
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"\xff",
+        b"[",
+        b"[]",
+        b"{}",
+        b'{"weight_map": 5}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": ["b"]}}',
+        b'{"weight_map": {"a": "../../x"}}',
+        b'{"weight_map": {"a": "b\\u0000"}}',
+        b'{"weight_map": {"a": "model.safetensors"}}',
+        b"[" * 100_000,
+    ],
+)
+def test_any_index_of_weights_is_complete_or_a_sentence(index: bytes, tmp_path: Path) -> None:
+    tiny.write_model(tmp_path)
+    check_complete(tmp_path)
+    (tmp_path / INDEX_FILE).write_bytes(index)
+    with pytest.raises(UserError, match=r"^model: its files are incomplete: [^\n]+$"):
+        check_complete(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 7, b"\xff" * 20, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+def test_any_bytes_as_weights_are_complete_or_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with pytest.raises(UserError, match=r"^model: its files are incomplete: model.safetensors [^\n]+$"):
+        check_complete(tmp_path)

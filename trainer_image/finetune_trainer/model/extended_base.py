@@ -50,7 +50,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     ids = add_tokens(tokenizer, tokens)
     tokenizer.save_pretrained(target)
     config = json.loads((source / CONFIG_FILE).read_text())
-    text = config.get("text_config", config)
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     input_key = f"{structure.input_name}.weight"
     if input_key not in weights.files or structure.output_name is None:
         raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")

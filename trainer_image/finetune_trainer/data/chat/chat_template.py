@@ -64,7 +64,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             " promptCompletion",
         )
     templates = tokenizer.chat_template
-    texts = templates.values() if isinstance(templates, dict) else [templates]
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("dataset.format.messages", "the chat template of the model's tokenizer must be a text")
     known = frozenset[str]().union(*(_variables(text) for text in texts))
     for name in form.messages.template_arguments:
         if problem := argument_problem(name, known):
