@@ -26,7 +26,7 @@ from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.sources.source_files import HeadLimits
 from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
-from tests.trainer.data_hub import COMMIT, Hub, served
+from tests.trainer.data_hub import COMMIT, Hub, ask_only, served
 from tests.trainer.objectstore import write_credentials
 
 
@@ -267,9 +267,7 @@ def test_any_answer_of_the_hub_is_a_result_or_a_sentence(
     files = {"config.json": b"{}", "a.txt": b"one\ntwo\n", "model.safetensors": b"12345678", "README.md": b"# Rows"}
     outcomes: Counter[str] = Counter()
     with served(MovingHub("acme/rows", files, kind)) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        # The client waits before it repeats a request.
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        ask_only(hub, monkeypatch)
 
         def read_rows_of_hub(folder: Path) -> object:
             source = HuggingFaceDataSource(repo="acme/rows", path="a.txt")

@@ -26,7 +26,7 @@ from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.inputs import data_file, source_name
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
 from finetune_trainer.storage.client import Store
-from tests.trainer.data_hub import COMMIT, Hub, served
+from tests.trainer.data_hub import COMMIT, Hub, ask_only, served
 from tests.trainer.objectstore import write_credentials
 
 
@@ -171,8 +171,7 @@ def test_any_text_as_the_paths_of_a_repository_is_files_or_a_sentence(
     made = tmp_path / "made"
     made.mkdir()
     with served(OpenHub("acme/rows", {})) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        ask_only(hub, monkeypatch)
 
         @given(
             st.lists(st.text(st.characters(exclude_categories=[]), max_size=8), max_size=3),
