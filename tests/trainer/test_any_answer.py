@@ -177,6 +177,17 @@ def test_an_error_of_the_trainer_itself_is_not_taken_for_one_of_the_store(
         store.download("bucket", "key", tmp_path / "file")
 
 
+def test_a_store_that_knows_no_ranges_gives_the_beginning_of_an_object_and_no_other_part(
+    server: AnyStore, tmp_path: Path
+) -> None:
+    write_credentials(tmp_path, "key", "secret")
+    store = Store(f"http://127.0.0.1:{server.server_address[1]}", "us-east-1", tmp_path, budget_seconds=0)
+    server.answer = Answer(body=b"0123456789")
+    assert store.read_range("bucket", "key", 0, 4) == b"0123"
+    with pytest.raises(OutsideFailure, match="the answer is not the range of bytes that was asked for"):
+        store.read_range("bucket", "key", 4, 4)
+
+
 def test_a_file_that_can_not_be_written_is_no_fault_of_the_store(server: AnyStore, tmp_path: Path) -> None:
     write_credentials(tmp_path, "key", "secret")
     store = Store(f"http://127.0.0.1:{server.server_address[1]}", "us-east-1", tmp_path, budget_seconds=0)

@@ -22,6 +22,7 @@ from finetune_trainer.data.chat.template_process import MEMORY_BYTES, TemplateLi
 from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import tokenize_functions
+from finetune_trainer.pod.errors import OutsideFailure
 from tests.trainer.chat import byte_tokenizer, rendered
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -122,6 +123,15 @@ def test_whatever_ends_the_process_of_a_template_is_told_apart() -> None:
         TemplateProcess(ended_by(signal.SIGPROF), seconds=9).call()
     with pytest.raises(ValueError, match=r"^it ends the process that reads it \(without a signal\)$"):
         TemplateProcess(lambda: os._exit(0), seconds=9).call()
+
+
+def test_a_process_that_can_not_be_started_is_an_outside_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(OutsideFailure, match=r"^no process can be started for the chat template: Resource temporarily"):
+        TemplateProcess(str, seconds=9).call(1)
 
 
 def test_a_process_goes_on_after_an_error_is_made_anew_after_its_end_and_leaves_nothing_behind() -> None:

@@ -78,8 +78,16 @@ def read_hub_range(
 
     headers = build_hf_headers(token=token or False) | {"Range": f"bytes={start}-{start + length - 1}"}
     url = hf_hub_url(repo, name, revision=revision, repo_type=repo_type)
-    response = get_session().get(url, headers=headers, timeout=HUB_SECONDS)
-    hf_raise_for_status(response)
-    if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
-        raise OSError("the answer is not the range of bytes that was asked for")
-    return bytes(response.content[:length])
+    found = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=HUB_SECONDS) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
+            raise OSError("the answer is not the range of bytes that was asked for")
+        # A server that knows no ranges sends the whole file, which may not fit into memory.
+        for piece in response.iter_bytes():
+            found += piece
+            if len(found) >= length:
+                break
+    return bytes(found[:length])

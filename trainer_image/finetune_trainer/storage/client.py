@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -178,7 +179,10 @@ class Store:
         def get() -> bytes:
             try:
                 with self._open(bucket, key, offset=start, length=length) as response:
-                    return read_answer(response)
+                    if start and response.status != HTTPStatus.PARTIAL_CONTENT:
+                        raise OddAnswerError("the answer is not the range of bytes that was asked for")
+                    # A store that knows no ranges sends the whole object, which may not fit into memory.
+                    return read_answer(response, length)
             except S3Error as error:
                 if error.code == BEYOND_THE_END:
                     return b""

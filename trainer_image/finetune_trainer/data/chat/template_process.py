@@ -56,10 +56,15 @@ class TemplateProcess:
         """Return what the function returns for ``arguments``. Both must be values that can be pickled.
 
         Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit,
-        MemoryError if the pod has no memory left, and OutsideFailure if the child process stands still.
+        MemoryError if the pod has no memory left, and OutsideFailure if the child process stands still or can't be
+        started.
         """
         if self._child is None:
-            self._child = _Child(self._work)
+            try:
+                self._child = _Child(self._work)
+            except OSError as error:
+                problem = f"no process can be started for the chat template: {error.strerror}"
+                raise OutsideFailure(problem) from error
             weakref.finalize(self, self._child.end)
         try:
             kind, value = self._child.ask(arguments)
