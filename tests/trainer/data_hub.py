@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -37,7 +39,7 @@ class Hub:
         self.asked.append(path)
         if self.token is not None and token != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b""
-        prefix = f"/{self.kind}/{self.repo}/resolve/"
+        prefix = f"/{self.kind}/{self.repo}/resolve/".removeprefix("/models")
         if path.startswith(prefix):
             revision, _, name = path.removeprefix(prefix).partition("/")
             if revision not in self.revisions or name not in self.files:
@@ -78,9 +80,11 @@ def served(hub: Hub) -> Iterator[Hub]:
             if asked and status == 200:
                 status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
+            headers = {"Content-Length": str(len(body)), **headers}
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
+            # Behind a body of another length than was announced, nothing more can be read from the connection.
+            self.close_connection = headers["Content-Length"] != str(len(body))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
@@ -100,3 +104,11 @@ def served(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def ask_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process ask ``hub`` for everything, and not wait before it repeats a request."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)

@@ -23,10 +23,10 @@ from finetune_core.resolve import resolve
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files, read_token
+from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files
 from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
 from finetune_trainer.sources.hub_datasets import HubDataFiles, card_configs, split_files
-from finetune_trainer.sources.hub_requests import call_hub
+from finetune_trainer.sources.hub_requests import call_hub, read_token
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import data_file, source_name
 from finetune_trainer.storage.client import ListedObject, Store

@@ -36,7 +36,7 @@ from finetune_trainer.model.load import (
     load_base,
 )
 from finetune_trainer.model.structure import ModelStructure, read_structure
-from finetune_trainer.model.weight_files import check_complete
+from finetune_trainer.model.weight_files import check_complete, check_shapes
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
 from finetune_trainer.sources.inputs import source_name
@@ -113,6 +113,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     """
     check_complete(plan.inputs.model)
     structure, config = read_structure(plan.inputs.model), plan.config
+    check_shapes(structure, plan.inputs.model)
     targets = _adapter_targets(plan, structure)
     untie = structure.tied and adapts_an_embedding(structure, targets)
     if config.model.added_tokens or untie:

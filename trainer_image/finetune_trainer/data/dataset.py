@@ -109,7 +109,11 @@ def make_examples(
     skipped: dict[str, _Rows] = {}
     long_texts = LongTexts(dataset.long_rows, limit.tokens) if dataset.long_rows in ("Split", "Truncate") else None
     for row in rows:
-        rendered = _rendered(row, dataset, render, limit)
+        try:
+            rendered = _rendered(row, dataset, render, limit)
+        except UserError as error:
+            # The row shows a fault of the job, such as a chat template that does not end.
+            raise UserError(error.subject, f"{error.problem} ({row.place(source)})") from error
         if isinstance(rendered, _Refusal):
             problem = f"{row.place(source)} {rendered.problem}"
             if rendered.policy == "Fail":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from finetune_core.row_templates import Piece, RowError
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.errors import first_line, library_boundary
 
 
 class PieceIds(NamedTuple):
@@ -79,12 +79,9 @@ class PieceTokenizer:
     def _encode(self, pieces: Sequence[Piece], *, specials: bool) -> tuple[list[int], list[int], Sequence[str]]:
         """Return the ids, a mask in which 1 stands for each token that the tokenizer itself put around the text, and
         the control tokens that were read as ordinary text."""
-        try:
+        # A tokenizer is a program from files, which can fail in every way.
+        with library_boundary(lambda error: RowError(f"can't be tokenised: {first_line(error)}"), RowError):
             return self._encode_whole(pieces, specials=specials)
-        except (MemoryError, RowError):
-            raise
-        except Exception as error:  # a tokenizer is a program from files, which can fail in every way
-            raise RowError(f"can't be tokenised: {first_line(error)}") from error
 
     def _encode_whole(self, pieces: Sequence[Piece], *, specials: bool) -> tuple[list[int], list[int], Sequence[str]]:
         text = "".join(piece.text for piece in pieces)

@@ -21,19 +21,22 @@ from finetune_trainer.data.chat.conversations import answer_ends
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import completion_ending
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.errors import first_line, library_boundary
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer or if the tokenizer has no
     end token."""
-    try:
+    # transformers and tokenizers raise whatever a wrong file makes their code raise.
+    with library_boundary(lambda error: UserError("model", f"its tokenizer can't be loaded: {first_line(error)}")):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises whatever a wrong file makes its code raise
-        raise UserError("model", f"its tokenizer can't be loaded: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+    with library_boundary(_unusable):
+        end = tokenizer.eos_token_id
+        # Some wrong values show only when they are used. Nothing here depends on the text of a row.
+        tokenizer("")
+        len(tokenizer)
+        tokenizer.decode([end] if end is not None else [])
+    if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
 
@@ -44,13 +47,19 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
 
     An added token matches only its exact text: surrounding spaces are kept, and the text is not normalized first.
     """
-    known = tokenizer.get_vocab()
+    with library_boundary(_unusable):
+        known = tokenizer.get_vocab()
     for token in tokens:
         if token in known:
             raise UserError("model.addedTokens", f"must not hold {token!r}: the model's tokenizer has it already")
     added = [AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False) for token in tokens]
-    tokenizer.add_tokens(added, special_tokens=True)
-    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    with library_boundary(_unusable):
+        tokenizer.add_tokens(added, special_tokens=True)
+        return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+def _unusable(error: BaseException) -> UserError:
+    return UserError("model", f"its tokenizer can't be used: {first_line(error)}")
 
 
 def tokenize_functions(
@@ -78,7 +87,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop
     An ending of ordinary text adds no stop token, because the same token may occur within an answer.
     """
     ending = completion_ending(form.prompt_completion) if form.prompt_completion is not None else ""
-    ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+    with library_boundary(_unusable):
+        ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
     added = [number for number in ids if number in tokenizer.added_tokens_decoder and number != tokenizer.unk_token_id]
     ends = {tokenizer.eos_token_id, *added[:1], *(n for n in model_stop_ids if 0 <= n < len(tokenizer))}
     if form.messages is not None and tokenizer.chat_template:

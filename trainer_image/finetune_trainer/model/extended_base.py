@@ -50,12 +50,14 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     ids = add_tokens(tokenizer, tokens)
     tokenizer.save_pretrained(target)
     config = json.loads((source / CONFIG_FILE).read_text())
-    text = config.get("text_config", config)
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     input_key = f"{structure.input_name}.weight"
     if input_key not in weights.files or structure.output_name is None:
         raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
     output_key = f"{structure.output_name}.weight"
-    spread = float(text.get("initializer_range") or DEFAULT_SPREAD)
+    spread = text.get("initializer_range") or DEFAULT_SPREAD
+    if not isinstance(spread, int | float) or not 0 < spread < 100:
+        raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
     old = weights.tensor(input_key)
     rows = max(old.shape[0], max(ids, default=-1) + 1)
 

@@ -97,6 +97,11 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        # torch raises RuntimeError for lack of memory and for lost ranks too, which are not the model's fault.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError("model", "its config.json does not fit its weights: they have other shapes") from error
     shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
     missing = sorted(key for key in report["missing_keys"] if key not in shared)
     if missing:

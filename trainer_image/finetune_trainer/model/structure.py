@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.model.configuration import load_configuration, model_context
+from finetune_trainer.pod.errors import first_line, library_boundary
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,13 @@ def read_structure(folder: Path) -> ModelStructure:
     this run's model.
     """
     unset_hf_deepspeed_config()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises whatever a wrong file makes its code raise
-        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    config = load_configuration(folder, "model")
+    # transformers raises whatever a wrong file makes its code raise.
+    with (
+        library_boundary(lambda error: UserError("model", f"its files can't be loaded: {first_line(error)}")),
+        torch.device("meta"),
+    ):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     text = config.get_text_config()
@@ -58,5 +58,5 @@ def read_structure(folder: Path) -> ModelStructure:
         input_name=names[id(inner)],
         output_name=names[id(head)] if head is not None else None,
         tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
-        context=getattr(text, "max_position_embeddings", None),
+        context=model_context(config),
     )

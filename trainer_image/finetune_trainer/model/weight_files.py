@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
 from finetune_trainer.pod.model_file_names import INDEX_FILE
 
 
@@ -48,21 +50,45 @@ class WeightFiles:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UserError where a weights file of the model in ``folder`` is missing, or can't be opened, for example
-    because it is shorter than its header says."""
+    """Raise UserError where a weights file of the model in ``folder`` is missing, can't be opened, for example because
+    it is shorter than its header says, or lacks a tensor that the index expects in it."""
     index = folder / INDEX_FILE
+    expected: dict[str, set[str]] = {path.name: set() for path in folder.glob("*.safetensors")}
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+        for tensor, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
+            expected.setdefault(f"{name}", set()).add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights") from None
-    for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
-        if not path.is_file():
-            raise UserError("model", f"its files are incomplete: {INDEX_FILE} names {path.name}, which is not there")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
+    for name, tensors in sorted(expected.items()):
+        if not (folder / name).is_file():
+            raise UserError("model", f"its files are incomplete: {INDEX_FILE} names {name}, which is not there")
+        with library_boundary(partial(_unreadable, name)), safe_open(folder / name, framework="pt") as file:
+            missing = sorted(tensors - set(file.keys()))
+        if missing:
+            raise UserError("model", f"its files are incomplete: {name} lacks {missing[0]}, which {INDEX_FILE} names")
+
+
+def _unreadable(name: str, error: BaseException) -> Exception:
+    if isinstance(error, OSError):
+        return OutsideFailure(f"model: {name} can't be read: {error.strerror or first_line(error)}")
+    return UserError("model", f"its files are incomplete: {name} ({first_line(error)})")
+
+
+def check_shapes(structure: ModelStructure, folder: Path) -> None:
+    """Raise UserError where a tensor in the weights files of ``folder`` has another shape than ``structure``, which was
+    built from the configuration of the same model. Weights that are no floating-point numbers are left out, because
+    quantisations change shapes."""
+    expected = {name: list(tensor.shape) for name, tensor in structure.model.state_dict().items()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(set(file.keys()) & expected.keys()):
+                part = file.get_slice(name)
+                if "F" in part.get_dtype() and part.get_shape() != expected[name]:
+                    raise UserError(
+                        "model",
+                        f"its config.json does not fit its weights: {name} has the shape {part.get_shape()} in"
+                        f" {path.name}, and must have {expected[name]}",
+                    )
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:

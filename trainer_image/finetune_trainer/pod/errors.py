@@ -7,7 +7,10 @@ user can correct in the job or its data are raised as `finetune_core.errors.User
 
 from __future__ import annotations
 
-from finetune_core.errors import valid_text
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from finetune_core.errors import UserError, valid_text
 
 
 class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not after Python's errors)
@@ -47,6 +50,32 @@ class NewerRun(OutsideFailure):
 class Damaged(OutsideFailure):
     """A folder in the bucket does not hold what was written to it, or its content can't be read (exit code 75). The
     message names the damaged object."""
+
+
+@contextmanager
+def library_boundary(failure: Callable[[BaseException], Exception], *known: type[Exception]) -> Iterator[None]:
+    """Turn whatever another library raises in the `with` block into the exception that ``failure`` makes of it. The
+    block holds only calls of the library, because it would also hide an error of this package.
+
+    MemoryError, UserError, OutsideFailure and the exceptions ``known`` pass as they are. So do exceptions that end a
+    thread or a process, such as KeyboardInterrupt. A panic of a library that is written in Rust, such as tokenizers, is
+    turned too, although `except Exception` does not catch it.
+    """
+    passing: tuple[type[BaseException], ...] = (MemoryError, UserError, OutsideFailure, *known)
+    try:
+        yield
+    except passing:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or _is_panic(error):
+            raise failure(error) from error
+        raise
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether ``error`` is a panic of Rust code. Each library has its own class for it, which can't be
+    imported."""
+    return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:

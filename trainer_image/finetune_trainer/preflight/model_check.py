@@ -12,11 +12,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
@@ -156,15 +156,9 @@ def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any
 def check_configuration(folder: Path, field: str) -> int | None:
     """Return the longest sequence in tokens that the model can read, or None if `config.json` names no limit. Raises
     UserError if `config.json` does not describe a causal language model that transformers knows."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises whatever a wrong file makes its code raise
-        raise UserError(field, f"its config.json can't be used: {first_line(error)}") from error
+    config = load_configuration(folder, field)
     text = config.get_text_config()
     known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if not known:
         raise UserError(field, f"config.json names model_type {config.model_type!r}, which is no causal language model")
-    context = getattr(text, "max_position_embeddings", None)
-    return context if isinstance(context, int) and context > 0 else None
+    return model_context(config)

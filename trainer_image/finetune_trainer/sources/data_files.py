@@ -15,12 +15,11 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import kind_of
-from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
+from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select, shown
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_datasets import HubDataFiles
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, read_token
 from finetune_trainer.sources.source_files import DataFiles, HeadLimits, SourceFile, fetch_head_by_ranges
 from finetune_trainer.sources.volumes import VolumeFolder
 from finetune_trainer.storage.client import ListedObject, Store
@@ -48,16 +47,6 @@ def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, 
     raise UserError(field, "must be one of huggingFace, s3, volume")
 
 
-def read_token(path: Path, field: str) -> str:
-    """Return the access token of the hub in the file ``path``, which comes from the Secret that ``field`` names. Raises
-    OutsideFailure if it holds something else than a token."""
-    token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        # The text itself is left out of the message, because it may be most of a secret.
-        raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
-    return token
-
-
 class StoreDataFiles:
     """The data files of a source in the object store."""
 
@@ -77,7 +66,7 @@ class StoreDataFiles:
         if entry is None or (kind_of(path) is None and entry.bytes == 0):
             return []
         self._entries[path] = entry
-        return [SourceFile(path, PurePosixPath(path).name, entry.bytes)]
+        return [SourceFile(path, shown(PurePosixPath(path).name), entry.bytes)]
 
     def _several(self, uri: str, path: str) -> list[SourceFile]:
         prefix = literal_prefix(path) if is_glob(path) else f"{path}/" if path else ""
@@ -90,7 +79,7 @@ class StoreDataFiles:
         keys = list(self._entries)
         found = matching(keys, path, self._field) if is_glob(path) else below(keys, path)
         chosen, self.notices = select(found, self._field, uri)
-        return [SourceFile(key, f"s3://{self._bucket}/{key}", self._entries[key].bytes) for key in chosen]
+        return [SourceFile(key, f"s3://{self._bucket}/{shown(key)}", self._entries[key].bytes) for key in chosen]
 
     def tag(self, file: SourceFile) -> str:
         """Return size and ETag of the object."""
@@ -135,7 +124,7 @@ class VolumeDataFiles:
         self.notices: list[str] = []
         path = PurePosixPath(source.path).as_posix()
         if self._volume.is_file(path):
-            self.files = [SourceFile(path, PurePosixPath(path).name, self._volume.bytes(path))]
+            self.files = [SourceFile(path, shown(PurePosixPath(path).name), self._volume.bytes(path))]
             return
         where = f"{source.claim_name}/{source.path}"
         if self._volume.is_folder(path):
@@ -148,7 +137,7 @@ class VolumeDataFiles:
         else:
             raise UserError(self._field, f"there is no {source.path!r} in volume {source.claim_name!r}")
         chosen, self.notices = select(found, self._field, where)
-        self.files = [SourceFile(key, f"{source.claim_name}/{key}", self._volume.bytes(key)) for key in chosen]
+        self.files = [SourceFile(key, f"{source.claim_name}/{shown(key)}", self._volume.bytes(key)) for key in chosen]
 
     def tag(self, file: SourceFile) -> str:
         """Return the tag of the file's content (see `file_tag`)."""

@@ -18,6 +18,7 @@ from finetune_trainer.data.files.kinds import KINDS_TEXT, kind_of
 MOST_FILES = 10_000
 """Largest number of data files of one source."""
 _WILDCARD = re.compile(r"[*?\[]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json")
 """Names of files that describe a data set and hold no rows. The library `datasets` leaves them out too."""
 
@@ -77,25 +78,33 @@ def select(paths: Sequence[str], field: str, where: str) -> Selection:
         else:
             found[path] = kind
     if not found:
-        seen = f"; it holds {', '.join(others[:3])}" if others else ""
+        seen = f"; it holds {shown(*others[:3])}" if others else ""
         raise UserError(field, f"there is no data file at {where}{seen}: the suffix must be {KINDS_TEXT}")
     if len(found) > MOST_FILES:
         raise UserError(field, f"{where} has {len(found)} data files, more than {MOST_FILES}")
     examples = {kind.kind: path for path, kind in reversed(found.items())}
     if len(examples) > 1:
-        seen = ", ".join(sorted(examples.values()))
+        seen = shown(*sorted(examples.values()))
         raise UserError(field, f"{where} must have data files of one kind, and has {seen}: a glob can name one kind")
     by_stem: dict[str, str] = {}
     for path, kind in found.items():
         other = by_stem.setdefault(kind.stem, path)
         if other != path:
-            raise UserError(field, f"{where} has {other} and {path}, which seem to be the same rows twice")
+            raise UserError(
+                field, f"{where} has {shown(other)} and {shown(path)}, which seem to be the same rows twice"
+            )
     return Selection(list(found), [_left_out(others, field, where)] if others else [])
+
+
+def shown(*paths: str) -> str:
+    """Return paths for a message, with an escape in place of each character that would break the line or the
+    terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), ", ".join(paths))
 
 
 def _left_out(paths: Sequence[str], field: str, where: str) -> str:
     files = f"{len(paths)} files that are no data files are" if len(paths) > 1 else "a file that is no data file is"
-    return f"{field}: {files} left out of {where}: {', '.join(paths[:3])}"
+    return f"{field}: {files} left out of {where}: {shown(*paths[:3])}"
 
 
 def _hidden_parts(path: str) -> int:

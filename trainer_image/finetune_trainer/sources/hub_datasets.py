@@ -18,7 +18,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select
+from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select, shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
 from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
@@ -49,7 +49,7 @@ class HubDataFiles:
         self._commit, self._siblings, card = self._call(lambda: self._read_repository(folder.with_suffix(".card")))
         self.notices: list[str] = []
         self.files = [
-            SourceFile(path, f"{source.repo}/{path}", self._siblings[path].bytes) for path in self._choose(card)
+            SourceFile(path, f"{source.repo}/{shown(path)}", self._siblings[path].bytes) for path in self._choose(card)
         ]
 
     def tag(self, file: SourceFile) -> str:
@@ -226,14 +226,12 @@ def split_files(
             )
         if config.patterns:
             if split not in config.patterns:
-                raise UserError(f"{field}.split", f"must be one of {', '.join(config.patterns)}")
+                raise UserError(f"{field}.split", f"must be one of {shown(*config.patterns)}")
             start = f"{config.folder}/" if config.folder not in ("", ".") else ""
             patterns = [f"{start}{pattern.removeprefix('./')}" for pattern in config.patterns[split]]
             found = sorted({path for pattern in patterns for path in matching(files, pattern, f"{field}.split")})
             if not found:
-                raise UserError(
-                    f"{field}.split", f"the data card names files that are not there: {', '.join(patterns)}"
-                )
+                raise UserError(f"{field}.split", f"the data card names files that are not there: {shown(*patterns)}")
             return _of_first_kind(found, field)
         files, subset = below(files, config.folder if config.folder != "." else ""), None
     return _files_by_name(files, subset, split, field)
@@ -253,10 +251,10 @@ def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: 
     if not found and split == "train" and not any(_names_split(file, name) for file in data for name in SPLIT_NAMES):
         found = data
     if not found:
-        raise UserError(f"{field}.split", f"no data file is called after {split!r}; there are {', '.join(data[:8])}")
+        raise UserError(f"{field}.split", f"no data file is called after {split!r}; there are {shown(*data[:8])}")
     folders = {str(PurePosixPath(file).parent) for file in found}
     if subset is None and len(folders) > 1:
-        raise UserError(f"{field}.subset", f"must be set: there are files of the split in {', '.join(sorted(folders))}")
+        raise UserError(f"{field}.subset", f"must be set: there are files of the split in {shown(*sorted(folders))}")
     return _of_first_kind(sorted(found), field)
 
 
@@ -274,7 +272,7 @@ def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -
     default = marked or (DEFAULT_CONFIG if DEFAULT_CONFIG in configs else None)
     chosen = subset or default or (next(iter(configs)) if len(configs) == 1 else None)
     if chosen is None or chosen not in configs:
-        raise UserError(f"{field}.subset", f"must be one of {', '.join(configs)}")
+        raise UserError(f"{field}.subset", f"must be one of {shown(*configs)}")
     return configs[chosen]
 
 
@@ -285,4 +283,4 @@ def _of_first_kind(files: list[str], field: str) -> list[str]:
         found = [file for file in files if (known := kind_of(file)) is not None and known.kind is kind]
         if found:
             return select(found, f"{field}.split", "the split").paths
-    raise UserError(f"{field}.split", f"must have data files with the suffix {KINDS_TEXT}, not {files[0]}")
+    raise UserError(f"{field}.split", f"must have data files with the suffix {KINDS_TEXT}, not {shown(files[0])}")

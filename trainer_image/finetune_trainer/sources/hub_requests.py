@@ -9,15 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import TypeVar
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import OutsideFailure, first_line
+from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
 from finetune_trainer.pod.settings import HUB_SECONDS
 
 PARALLEL_DOWNLOADS = 4
 """How many files of one repository or folder are downloaded at the same time."""
 T = TypeVar("T")
+
+
+def read_token(path: Path, field: str) -> str:
+    """Return the access token of the hub in the file ``path``, which comes from the Secret that ``field`` names. Raises
+    OutsideFailure if it holds something else than a token."""
+    token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        # The text itself is left out of the message, because it may be most of a secret.
+        raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
+    return token
 
 
 def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, has_token: bool) -> T:
@@ -36,24 +47,24 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
     )
 
     access = "the token gives no access to it" if has_token else f"no token is set ({field}.tokenSecretRef)"
-    try:
-        return request()
-    except RevisionNotFoundError as error:
-        raise UserError(f"{field}.revision", f"{repo} has no revision {revision!r}") from error
-    except GatedRepoError as error:
-        raise OutsideFailure(f"{field}: {repo} is gated and {access}") from error
-    except RepositoryNotFoundError as error:
-        # The message names both causes, because the hub gives the same answer for a private repository and for a
-        # missing one.
-        raise OutsideFailure(f"{field}: {repo} does not exist, or {access}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-        raise OutsideFailure(f"{field}: {repo} can't be read: {first_line(error)}") from error
-    except (UserError, OutsideFailure, MemoryError):
-        raise
-    except Exception as error:
-        # The client library raises whatever an answer that it does not expect makes its code raise.
+
+    def failure(error: BaseException) -> Exception:
+        if isinstance(error, RevisionNotFoundError):
+            return UserError(f"{field}.revision", f"{repo} has no revision {revision!r}")
+        if isinstance(error, GatedRepoError):
+            return OutsideFailure(f"{field}: {repo} is gated and {access}")
+        if isinstance(error, RepositoryNotFoundError):
+            # The message names both causes, because the hub gives the same answer for a private repository and for a
+            # missing one.
+            return OutsideFailure(f"{field}: {repo} does not exist, or {access}")
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | httpx2.HTTPError | OSError):
+            return OutsideFailure(f"{field}: {repo} can't be read: {first_line(error)}")
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise OutsideFailure(f"{field}: the hub's answer about {repo} can't be read ({reason})") from error
+        return OutsideFailure(f"{field}: the hub's answer about {repo} can't be read ({reason})")
+
+    # The client library raises whatever an answer that it does not expect makes its code raise.
+    with library_boundary(failure):
+        return request()
 
 
 def read_hub_range(
@@ -67,8 +78,16 @@ def read_hub_range(
 
     headers = build_hf_headers(token=token or False) | {"Range": f"bytes={start}-{start + length - 1}"}
     url = hf_hub_url(repo, name, revision=revision, repo_type=repo_type)
-    response = get_session().get(url, headers=headers, timeout=HUB_SECONDS)
-    hf_raise_for_status(response)
-    if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
-        raise OSError("the answer is not the range of bytes that was asked for")
-    return bytes(response.content[:length])
+    found = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=HUB_SECONDS) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
+            raise OSError("the answer is not the range of bytes that was asked for")
+        # A server that knows no ranges sends the whole file, which may not fit into memory.
+        for piece in response.iter_bytes():
+            found += piece
+            if len(found) >= length:
+                break
+    return bytes(found[:length])

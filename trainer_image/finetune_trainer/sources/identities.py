@@ -40,5 +40,5 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
 
 def _digest(tags: Mapping[str, str]) -> str:
     text = "".join(f"{name}\n{tags[name]}\n" for name in sorted(tags))
-    # The names of files on a volume may hold bytes that are no UTF-8.
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    # The names of files on a volume may hold bytes that are no UTF-8, and those of the hub half of a surrogate pair.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

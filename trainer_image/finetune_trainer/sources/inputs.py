@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
-from finetune_core.errors import UserError
+from finetune_core.errors import UserError, valid_text
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
@@ -69,7 +69,7 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
     folder.mkdir()
     found = find_data_files(source, field, paths, store, folder)
     for notice in found.notices:
-        print(notice, flush=True)
+        print(valid_text(notice), flush=True)
     write_index(folder, found.fetch(found.files, folder))
     return folder
 

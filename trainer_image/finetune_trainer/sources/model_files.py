@@ -17,7 +17,8 @@ from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.file_tags import file_tag
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range, read_token
+from finetune_trainer.sources.volumes import VolumeFolder
 from finetune_trainer.storage.client import Store
 
 T = TypeVar("T")
@@ -54,11 +55,13 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
     weights."""
     files: ModelFiles
     if source.volume is not None:
-        files = LocalFiles(volume_path(source.volume, paths, "model"), "model.volume.path")
+        files = LocalFiles(source.volume, paths)
     elif source.s3 is not None:
         files = StoreFiles(source.s3, store)
     elif source.hugging_face is not None:
-        files = HubFiles(source.hugging_face, hub_token(paths))
+        field = "model.huggingFace.tokenSecretRef"
+        token = read_token(paths.hub_token_file, field) if paths.hub_token_file.is_file() else None
+        files = HubFiles(source.hugging_face, token)
     else:
         raise UserError("model", "must be one of huggingFace, s3, volume")
     if CONFIG_FILE not in files.sizes:
@@ -70,50 +73,48 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
     return files
 
 
-def volume_path(source: VolumeSource, paths: Paths, field: str) -> Path:
-    """Return the path of a file or folder on a mounted volume. Raises UserError if the path does not exist, or if it
-    leads out of the volume. ``field`` is the path of the source in the spec, such as `dataset.train` or `model`."""
-    base = paths.volumes / source.claim_name
-    path = base / source.path
-    if not path.resolve().is_relative_to(base.resolve()):
-        raise UserError(f"{field}.volume.path", "must not lead out of the volume")
-    if not path.exists():
-        raise UserError(f"{field}.volume.path", f"there is no {source.path!r} in volume {source.claim_name!r}")
-    return path
-
-
-def hub_token(paths: Paths) -> str | None:
-    """Return the token for reading the base model on the Hugging Face Hub, or None if no Secret with a token is
-    mounted."""
-    return paths.hub_token_file.read_text().strip() if paths.hub_token_file.is_file() else None
-
-
 class LocalFiles:
     """Access to a model folder on a mounted volume."""
 
-    def __init__(self, folder: Path, field: str) -> None:
-        """List the files of ``folder``. A path that is not a folder counts as an empty folder. ``field`` is the path in
-        the spec that messages name."""
-        self.field = field
-        self.folder = folder
-        names = folder.iterdir() if folder.is_dir() else ()
-        self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
+    field = "model.volume.path"
+
+    def __init__(self, source: VolumeSource, paths: Paths) -> None:
+        """List the files of the folder. A path that is not a folder counts as an empty folder.
+
+        Raises UserError if the path does not exist or leads out of the volume, and OutsideFailure if the file system
+        refuses to read it, as the other methods do too.
+        """
+        self._path = source.path
+        self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self.field)
+        if not self._volume.reading(source.path, lambda local: local.exists()):
+            raise UserError(self.field, f"there is no {source.path!r} in volume {source.claim_name!r}")
+        self.folder = self._volume.path(source.path)
+        self.sizes: Mapping[str, int] = self._volume.reading(source.path, _file_sizes)
 
     def tag(self, name: str) -> str:
         """Return the tag of a file's content (see `file_tag`). Of a file of more than 64 MiB only parts are read."""
-        return file_tag(self.folder / name)
+        return self._volume.reading(self._path, lambda folder: file_tag(folder / name))
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
-        with (self.folder / name).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
+
+        def read(folder: Path) -> bytes:
+            with (folder / name).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+
+        return self._volume.reading(self._path, read)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Create symbolic links in ``folder`` to the files on the volume. Nothing is copied, because the files may be
         larger than the scratch space."""
         for name in names:
             (folder / name).symlink_to((self.folder / name).resolve())
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    names = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: path.stat().st_size for path in names if path.is_file()}
 
 
 class StoreFiles:
@@ -127,7 +128,8 @@ class StoreFiles:
         start = len(self._location.prefix) + 1 if self._location.prefix else 0
         prefix = self._location.key("") + "/" if self._location.prefix else ""
         entries = [(entry.key[start:], entry) for entry in store.list_objects(self._location.bucket, prefix)]
-        self._entries = {name: entry for name, entry in entries if "/" not in name}
+        # A key that is no name of a file belongs to no model.
+        self._entries = {name: entry for name, entry in entries if _is_file_name(name)}
         self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in self._entries.items()}
 
     def tag(self, name: str) -> str:
@@ -198,8 +200,9 @@ class HubFiles:
         from huggingface_hub.hf_api import RepoFile
 
         tree = HfApi().list_repo_tree(self._repo, revision=self._revision, token=self._token or False)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return {entry.path: entry.blob_id for entry in files}, {entry.path: entry.size for entry in files}
+        # The client library passes on what the hub answers, whatever its type.
+        files = [entry for entry in tree if isinstance(entry, RepoFile) and _is_file_name(str(entry.path))]
+        return {str(f.path): str(f.blob_id) for f in files}, {str(f.path): int(f.size) for f in files}
 
     def _call(self, request: Callable[[], T]) -> T:
         """Run ``request`` to the hub and return its result. `call_hub` turns the hub's errors into UserError and
@@ -211,3 +214,8 @@ class HubFiles:
             revision=self._revision,
             has_token=self._token is not None,
         )
+
+
+def _is_file_name(name: str) -> bool:
+    """Return whether ``name`` can be the name of a file in a folder."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\0"} and len(name.encode(errors="replace")) <= 255

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,9 +32,9 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import Addressing, EncryptionSpec
-from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
+from finetune_trainer.storage.answers import OddAnswerError, answers, read_answer, writing
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ class Store:
 
         def get() -> bytes:
             with self._open(bucket, key) as response:
-                return response.read()
+                return read_answer(response)
 
         return self._retried(get, bucket, missing=None)
 
@@ -178,7 +179,10 @@ class Store:
         def get() -> bytes:
             try:
                 with self._open(bucket, key, offset=start, length=length) as response:
-                    return response.read()
+                    if start and response.status != HTTPStatus.PARTIAL_CONTENT:
+                        raise OddAnswerError("the answer is not the range of bytes that was asked for")
+                    # A store that knows no ranges sends the whole object, which may not fit into memory.
+                    return read_answer(response, length)
             except S3Error as error:
                 if error.code == BEYOND_THE_END:
                     return b""
@@ -192,8 +196,8 @@ class Store:
 
         def get() -> ObjectDigest:
             hasher, size = hashlib.sha256(), 0
-            with self._open(bucket, key) as response, path.open("wb") as file:
-                while chunk := response.read(CHUNK_BYTES):
+            with self._open(bucket, key) as response, writing(path), path.open("wb") as file:
+                while chunk := read_answer(response, CHUNK_BYTES):
                     hasher.update(chunk)
                     size += file.write(chunk)
             return ObjectDigest(size, hasher.hexdigest())
@@ -204,11 +208,9 @@ class Store:
         """Return all objects whose keys begin with ``prefix``, or the first ``most`` of them, ordered by key."""
 
         def objects() -> list[ListedObject]:
-            found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
-            try:
+            with answers("its listing"):
+                found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
                 return [_listed(item) for item in islice(found, most)]
-            except (ValueError, AttributeError) as error:
-                raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return sorted(self._retried(objects, bucket))
 
@@ -216,27 +218,30 @@ class Store:
         """Return the names of the first ``most`` folders directly below ``prefix``, which ends with a slash."""
 
         def folders() -> list[str]:
-            found = self._client.list_objects(bucket, prefix=prefix)
-            names = (item.object_name.removeprefix(prefix).rstrip("/") for item in found if item.is_dir)
-            try:
+            with answers("its listing"):
+                found = self._client.list_objects(bucket, prefix=prefix)
+                names = (item.object_name.removeprefix(prefix).rstrip("/") for item in found if item.is_dir)
                 return list(islice(names, most))
-            except (ValueError, AttributeError) as error:
-                raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return self._retried(folders, bucket)
 
     def stat(self, bucket: str, key: str) -> ListedObject | None:
         """Return the entry of one object, as a listing would show it. Return None if the object does not exist."""
-        return self._retried(lambda: _listed(self._client.stat_object(bucket, key)), bucket, missing=None)
+
+        def ask() -> ListedObject:
+            with answers():
+                return _listed(self._client.stat_object(bucket, key))
+
+        return self._retried(ask, bucket, missing=None)
 
     def write(self, bucket: str, key: str, data: bytes) -> None:
         """Create or replace an object."""
-        self._retried(
-            lambda: self._client.put_object(
-                bucket, key, io.BytesIO(data), len(data), part_size=PART_BYTES, sse=self._sse
-            ),
-            bucket,
-        )
+
+        def put() -> None:
+            with answers():
+                self._client.put_object(bucket, key, io.BytesIO(data), len(data), part_size=PART_BYTES, sse=self._sse)
+
+        self._retried(put, bucket)
 
     def upload(self, bucket: str, key: str, path: Path) -> ObjectDigest:
         """Create or replace an object with the content of the local file ``path``, and return its size and sha256."""
@@ -244,7 +249,7 @@ class Store:
         metadata = {DIGEST_METADATA: digest.sha256}
 
         def put() -> None:
-            with path.open("rb") as file:
+            with path.open("rb") as file, answers():
                 self._client.put_object(
                     bucket,
                     key,
@@ -272,7 +277,8 @@ class Store:
         def put() -> bool:
             headers = {"If-None-Match": "*", **(self._sse.headers() if self._sse else {})}
             try:
-                self._client._execute("PUT", bucket, key, body=data, headers=headers)
+                with answers():
+                    self._client._execute("PUT", bucket, key, body=data, headers=headers)
             except S3Error as error:
                 if error.code in EXISTS_CODES:
                     return False
@@ -288,8 +294,10 @@ class Store:
             return
 
         def remove() -> None:
-            for error in self._client.remove_objects(bucket, names):
-                raise OutsideFailure(f"storage.uri: the store refused to delete {error.name}: {error.message}")
+            with answers():
+                refused = next(iter(self._client.remove_objects(bucket, names)), None)
+            if refused is not None:
+                raise OutsideFailure(f"storage.uri: the store refused to delete {refused.name}: {refused.message}")
 
         self._retried(remove, bucket)
 
@@ -302,25 +310,30 @@ class Store:
         """
 
         def uploads() -> list[tuple[str, str]]:
-            found = [
-                upload
-                for asked in (prefix, "")
-                for upload in self._client._list_multipart_uploads(bucket, prefix=asked).uploads
-            ]
-            return sorted({(str(upload.object_name), str(upload.upload_id)) for upload in found})
+            with answers("its list of uploads"):
+                found = [
+                    upload
+                    for asked in (prefix, "")
+                    for upload in self._client._list_multipart_uploads(bucket, prefix=asked).uploads
+                ]
+                return sorted({(str(upload.object_name), str(upload.upload_id)) for upload in found})
 
         stale = [item for item in self._retried(uploads, bucket) if item[0].startswith(prefix)]
         for key, upload in stale:
-            abort = partial(self._client._abort_multipart_upload, bucket, key, upload)
-            self._retried(abort, bucket, missing=None)
+            self._retried(partial(self._abort_upload, bucket, key, upload), bucket, missing=None)
         return [key for key, _ in stale]
+
+    def _abort_upload(self, bucket: str, key: str, upload: str) -> None:
+        with answers():
+            self._client._abort_multipart_upload(bucket, key, upload)
 
     @contextlib.contextmanager
     def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
         """Open an object and yield the response, from which ``length`` bytes can be read from ``offset`` on. A
         ``length`` of 0 means all bytes to the end. At the end of the `with` block the connection returns to the pool,
         also after an error."""
-        response = self._client.get_object(bucket, key, offset=offset, length=length)
+        with answers():
+            response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
         finally:
@@ -348,18 +361,11 @@ class Store:
                 cause, final = str(error), True
             except ElementTree.ParseError as error:
                 cause, final = f"storage.endpoint: {self.endpoint} sent an answer that can't be read ({error})", False
-            except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
+            except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, ConnectionError) as error:
                 cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
                 final = False
-            except (UserError, OutsideFailure, MemoryError):
-                raise
-            except Exception as error:  # noqa: BLE001
-                # minio-py raises whatever a name that it refuses, or an answer that it does not expect, makes its code
-                # raise: ValueError for a key with the part `..`, KeyError for a header that is missing.
-                cause = (
-                    f"storage.endpoint: a request to {self.endpoint} failed ({type(error).__name__}: {_short(error)})"
-                )
-                final = True
+            except OddAnswerError as error:
+                cause, final = f"storage.endpoint: a request to {self.endpoint} failed ({error})", True
             else:
                 if failed:
                     self._on_attempt("")

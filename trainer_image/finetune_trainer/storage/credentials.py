@@ -18,6 +18,7 @@ from finetune_core.contract.pod import (
     STS_ENDPOINT_VARIABLE,
     WEB_IDENTITY_FILE_VARIABLE,
 )
+from finetune_trainer.pod.errors import library_boundary
 
 IDENTITY_SECONDS = 10.0
 
@@ -40,7 +41,12 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
         values = {}
         for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN):
             path = self._folder / name
-            values[name] = path.read_text().strip() if path.is_file() else ""
+            try:
+                values[name] = path.read_text().strip() if path.is_file() else ""
+            except (OSError, ValueError) as error:
+                # The text itself is left out of the message, because it may be most of a secret.
+                problem = f"the key {name} of the Secret can't be read as text ({type(error).__name__})"
+                raise NoCredentials(f"storage.credentialsSecretRef: {problem}") from None
             if not values[name] and name != SESSION_TOKEN:
                 raise NoCredentials(f"storage.credentialsSecretRef: the Secret has no key {name}, or it is empty")
         return Credentials(values[ACCESS_KEY_ID], values[SECRET_ACCESS_KEY], values[SESSION_TOKEN] or None)
@@ -67,22 +73,24 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
         fixed = EnvAWSProvider().retrieve() if _has_key() else None
         if fixed is not None:
             return fixed
-        try:
+        # minio-py raises ValueError if the key is refused, and anything about a malformed or missing answer.
+        with library_boundary(_no_identity):
             return self._provider.retrieve()
-        # minio-py raises ValueError if the key is refused. The other exceptions come from malformed or missing answers.
-        except (ValueError, KeyError, OSError, urllib3.exceptions.HTTPError) as error:
-            raise NoCredentials(
-                "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
-                f" ({_reason(error)}): name a Secret, set storage.identity, or name a service account with a role in"
-                " podTemplate"
-            ) from error
+
+
+def _no_identity(error: BaseException) -> NoCredentials:
+    return NoCredentials(
+        "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
+        f" ({_reason(error)}): name a Secret, set storage.identity, or name a service account with a role in"
+        " podTemplate"
+    )
 
 
 def _has_key() -> bool:
     return all(os.environ.get(name) for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the reason of an error, at most 200 characters. The text ends before the first question mark, because the
     query string of a URL may contain a secret token."""
     text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__

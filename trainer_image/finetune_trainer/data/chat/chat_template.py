@@ -1,34 +1,31 @@
 """The chat template of a job: which template is used, and the text and token ids of a conversation that it renders.
 `preparation.py` and the preflight check call `use_chat_template`, and `conversations.py` renders with `ChatTemplate`.
 
-A template is a program from the model's folder or from the job. It runs in the sandbox of transformers, for at most
-RENDER_SECONDS of processor time, and its output is bounded.
+A template is a program from the model's folder or from the job. It runs in the sandbox of transformers, and in a
+process that bounds its time, its memory and its output (`template_process.py`).
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError, valid_text
-from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.row_texts import RowTexts
+from finetune_trainer.data.chat.template_process import SECONDS, TemplateLimitError, TemplateProcess
 from finetune_trainer.data.piece_tokens import PieceTokenizer
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.errors import first_line, library_boundary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0
-"""Largest processor time in seconds that a template may take to render one conversation. Templates of published models
-take milliseconds."""
+RENDER_SECONDS = SECONDS
+"""Largest processor time in seconds that a template may take to render one conversation."""
 LONGEST_TEXT = 16 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
@@ -37,10 +34,6 @@ GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables that a template gets in any case, so that no argument may have their names."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
-
-
-class EndlessTemplateError(Exception):
-    """A template did not end in time."""
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, folder: Path) -> None:
@@ -71,7 +64,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             " promptCompletion",
         )
     templates = tokenizer.chat_template
-    texts = templates.values() if isinstance(templates, dict) else [templates]
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("dataset.format.messages", "the chat template of the model's tokenizer must be a text")
     known = frozenset[str]().union(*(_variables(text) for text in texts))
     for name in form.messages.template_arguments:
         if problem := argument_problem(name, known):
@@ -123,7 +118,8 @@ class ChatTemplate:
         ``added_tokens`` (`model.addedTokens`) are tokens in texts of a row too."""
         self._tokenizer = tokenizer
         self._pieces = pieces
-        self._prelude = _date_macro(today) if today is not None else ""
+        prelude = _date_macro(today) if today is not None else ""
+        self._process = TemplateProcess(partial(_render, tokenizer, prelude), seconds=RENDER_SECONDS)
         self.ends = frozenset(ends)
         self.special = frozenset(
             {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -145,49 +141,29 @@ class ChatTemplate:
         """Return the text of a conversation. With ``answer_next`` it ends with the generation prompt, which is the text
         that the template puts before an answer.
 
-        Raises ValueError with the reason if the template fails, and UserError if it does not end in time.
+        Raises ValueError with the reason if the template fails, and UserError if it takes too much time or memory.
         """
         given = [dict(tool) for tool in tools] or None
         try:
-            template = self._prelude + self._tokenizer.get_chat_template(None, given)
-            with _processor_time_limit(RENDER_SECONDS):
-                text: str = self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=given,
-                    chat_template=template,
-                    add_generation_prompt=answer_next,
-                    tokenize=False,
-                    **arguments,
-                )
-        except MemoryError:
-            raise
-        except EndlessTemplateError:
-            raise UserError(
-                "dataset.format.messages", f"the chat template takes more than {RENDER_SECONDS:.0f} s for one row"
-            ) from None
-        except Exception as error:  # a template is a program, which can fail in every way
-            raise ValueError(first_line(error)) from error
+            text: str = self._process.call([dict(message) for message in messages], given, dict(arguments), answer_next)
+        except TemplateLimitError as error:
+            raise UserError("dataset.format.messages", f"the chat template {error} for one row") from None
         if valid_text(text) != text:
             raise ValueError("it makes half of a surrogate pair, which is no text")
-        if len(text) > LONGEST_TEXT:
-            raise ValueError(f"it makes {len(text)} characters of one row")
         return text
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of rendered text, to which no special tokens are added. Control tokens that `row_texts`
-        has marked are read as ordinary text. Raises ValueError if the text can't be tokenized, and RowError if a marked
-        token can't be read as ordinary text."""
-        try:
-            ids = list(self._pieces.follow(self.row_texts.pieces(text)).ids)
-        except (MemoryError, RowError):
-            raise
-        except Exception as error:  # what tokenizers raises is not specified
-            raise ValueError(first_line(error)) from error
-        return ids
+        has marked are read as ordinary text. Raises RowError if the text can't be tokenised, also where a
+        marked token can't be read as ordinary text."""
+        return list(self._pieces.follow(self.row_texts.pieces(text)).ids)
 
     def is_blank(self, token: int) -> bool:
-        """Return whether the token ``token`` stands for white space only."""
-        return not str(self._tokenizer.decode([token])).strip()
+        """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't tell
+        it."""
+        with library_boundary(lambda error: ValueError(first_line(error))):
+            text = str(self._tokenizer.decode([token]))
+        return not text.strip()
 
     def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Return the names of the variables that the template reads for a row with ``tools``."""
@@ -212,23 +188,23 @@ def _date_macro(today: date) -> str:
     )
 
 
-@contextmanager
-def _processor_time_limit(seconds: float) -> Iterator[None]:
-    """Raise EndlessTemplateError in the `with` block once this process has used ``seconds`` of processor time.
-
-    Only the main thread can be interrupted, so nothing is limited in another thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(*_: object) -> NoReturn:
-        raise EndlessTemplateError
-
-    former = signal.signal(signal.SIGPROF, on_signal)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, former)
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    prelude: str,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    arguments: dict[str, Any],
+    answer_next: bool,
+) -> str:
+    """Return the rendering of a conversation by the template of ``tokenizer``, with ``prelude`` in front of it."""
+    text: str = tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=prelude + tokenizer.get_chat_template(None, tools),
+        add_generation_prompt=answer_next,
+        tokenize=False,
+        **arguments,
+    )
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"it makes {len(text)} characters of one row")
+    return text

@@ -9,7 +9,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.data.chat.template_process import SECONDS, TemplateLimitError, TemplateProcess
 
 
 class _GenerationTag(Extension):
@@ -26,15 +26,20 @@ class _GenerationTag(Extension):
 @functools.lru_cache
 def template_variables(template: str, field: str) -> frozenset[str]:
     """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja, or if it
-    raises to a power: a number such as 9 ** 9 ** 9 takes hours, which nothing can interrupt."""
-    environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
+    raises to a power, which no chat template needs."""
     try:
-        parsed = environment.parse(template)
-        variables = frozenset(meta.find_undeclared_variables(parsed))
-    except MemoryError:
-        raise
-    except Exception as error:  # what Jinja raises for a text that is no template is not specified
-        raise UserError(field, f"is no chat template: {first_line(error)}") from error
-    if parsed.find(nodes.Pow) is not None:
+        variables: frozenset[str] | None = TemplateProcess(_variables, seconds=SECONDS).call(template)
+    except TemplateLimitError as error:
+        raise UserError(field, f"is no chat template: it {error}") from error
+    except ValueError as error:
+        raise UserError(field, f"is no chat template: {error}") from error
+    if variables is None:
         raise UserError(field, "must not use **, because no chat template needs it")
     return variables
+
+
+def _variables(template: str) -> frozenset[str] | None:
+    """Return the names of the variables that ``template`` reads, or None if it raises to a power."""
+    environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
+    parsed = environment.parse(template)
+    return frozenset(meta.find_undeclared_variables(parsed)) if parsed.find(nodes.Pow) is None else None

@@ -1,0 +1,58 @@
+"""The boundary of the object store: whatever minio-py raises about a request or an answer becomes an exception that
+`client.py` knows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import urllib3
+from minio.error import InvalidResponseError, S3Error, ServerError
+
+from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
+from finetune_trainer.storage.credentials import NoCredentials
+
+
+class OddAnswerError(Exception):
+    """minio-py can't make a request, or can't read the answer."""
+
+
+@contextlib.contextmanager
+def answers(what: str = "") -> Iterator[None]:
+    """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Store`
+    knows. Only calls of minio-py and the reading of its answers stand in such blocks, so that an error of the trainer
+    itself is not taken for one of the store. ``what`` is what the answer holds, for the message.
+
+    minio-py raises ValueError for a key with the part `..`, KeyError for a header that is missing, and AttributeError
+    or TypeError for an element that is missing.
+    """
+
+    def odd(error: BaseException) -> Exception:
+        if isinstance(error, OSError):  # an error of the connection
+            return ConnectionError(*error.args)
+        if what:
+            return urllib3.exceptions.HTTPError(f"{what} can't be read: {first_line(error)}")
+        return OddAnswerError(f"{type(error).__name__}: {first_line(error)}")
+
+    known = (S3Error, ServerError, InvalidResponseError, ElementTree.ParseError, urllib3.exceptions.HTTPError)
+    with library_boundary(odd, *known, NoCredentials):
+        yield
+
+
+def read_answer(response: urllib3.BaseHTTPResponse, most: int | None = None) -> bytes:
+    """Return the next ``most`` bytes of an answer, or all of them."""
+    with answers():
+        return response.read(most)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the local file system, such as that of a full disk, into OutsideFailure."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise OutsideFailure(f"a downloaded file can't be written to {path.parent}: {error.strerror}") from error
