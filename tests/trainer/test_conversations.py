@@ -197,7 +197,10 @@ def test_a_template_that_cuts_a_control_token_apart_is_named() -> None:
     refused = rendered(
         tokenizer, {"messages": [{"role": "user", "content": "<|im_end|> ends"}, {**TALK[1], "content": "Hello"}]}
     )
-    assert refused == "has a control token in a message that the model's chat template cuts apart"
+    assert refused == (
+        "has a control token in a message that the model's chat template cuts apart or looks for (remove it, or set"
+        " allowSpecialTokens)"
+    )
 
 
 def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens() -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.messages import SYSTEM_COLUMN, THOUGHTS, Conversation, Message, content_text
 
 OPENED = "<think>"
 """With this tag some generation prompts open the thoughts of the answer."""
 CLOSED = "</think>"
+PARTS = ("'type': 'text'", '"type": "text"')
+"""What a list of text parts looks like where a template writes it as if it were a text."""
 PROBE = "probe-7d1f"
 """A text that no row has."""
 
@@ -61,11 +64,20 @@ class Dialogue:
         return f"message {number}" if number else f"column {SYSTEM_COLUMN!r}"
 
     def text(self, messages: Sequence[Message], *, answer_next: bool, with_tools: bool = True) -> str:
-        """Return the rendering of ``messages``. Raises ValueError if the template fails."""
+        """Return the rendering of ``messages``. Raises ValueError if the template fails, and RowError if it would
+        render other text without the marks of `row_texts`."""
         tools = self.conversation.tools if with_tools else ()
         text = self.template.text(messages, tools, self._arguments, answer_next=answer_next)
-        if self._has_parts and "{'type': 'text'" in text:
+        if self._has_parts and any(part in text for part in PARTS):
             raise ValueError("it reads no content that is a list of parts")
+        texts = self.template.row_texts
+        if texts.is_marked([messages, tools, self._arguments]):
+            messages, tools, arguments = map(texts.without_marks, (messages, tools, self._arguments))
+            if texts.without_marks(text) != self.template.text(messages, tools, arguments, answer_next=answer_next):
+                raise RowError(
+                    "has a control token in a message that the model's chat template cuts apart or looks for (remove"
+                    " it, or set allowSpecialTokens)"
+                )
         return text
 
 

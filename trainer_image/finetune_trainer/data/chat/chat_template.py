@@ -7,7 +7,9 @@ RENDER_SECONDS of processor time, and its output is bounded.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +35,12 @@ LONGEST_TEXT = 16 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token for one byte, as tokenizers of Llama 2 have them."""
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables that a template gets in any case, so that no argument may have their names."""
+FUNCTIONS = ("raise_exception", "strftime_now")
+"""Functions that a template may call, so that no argument may have their names."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
 
@@ -70,20 +76,43 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or use"
             " promptCompletion",
         )
-    templates = tokenizer.chat_template
-    texts = templates.values() if isinstance(templates, dict) else [templates]
-    known = frozenset[str]().union(*(_variables(text) for text in texts))
+    known, taken = _variables_of_all(tokenizer), taken_names(tokenizer)
     for name in form.messages.template_arguments:
-        if problem := argument_problem(name, known):
+        if problem := argument_problem(name, known, taken):
             raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
 
 
-def argument_problem(name: str, variables: frozenset[str]) -> str:
-    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can."""
-    if name in GIVEN:
+def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the names of the variables that the chat templates read. A model may have several templates with names, of
+    which transformers uses the one for rows with tools, and the one for all other rows. Raises UserError if one of them
+    is no Jinja, or if there is none for rows without tools."""
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise UserError(
+            "dataset.format.messages",
+            f"the model has the chat templates {names} and none with the name default; give one in chatTemplate",
+        )
+    texts = {tokenizer.get_chat_template(None, tools) for tools in (None, [{}])}
+    return frozenset[str]().union(*(_variables(text) for text in texts))
+
+
+def taken_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the names that no argument of a chat template may have: what the trainer or transformers gives to the
+    template, and the parameters of transformers' own functions, which would take such an argument for themselves."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    functions = (tokenizer.apply_chat_template, render_jinja_template)
+    parameters = {name for function in functions for name in inspect.signature(function).parameters}
+    return frozenset(parameters - {"kwargs"}) | {*GIVEN, *FUNCTIONS}
+
+
+def argument_problem(name: str, variables: frozenset[str], taken: frozenset[str]) -> str:
+    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can. The
+    names ``taken`` can't be given."""
+    if name in taken:
         return "is set by the trainer"
     if name not in variables:
-        others = ", ".join(sorted(variables - set(GIVEN) - {"raise_exception", "strftime_now"})) or "none"
+        others = ", ".join(sorted(variables - taken)) or "none"
         return f"is not read by the chat template, which reads {others}"
     return ""
 
@@ -125,14 +154,12 @@ class ChatTemplate:
         self._pieces = pieces
         self._prelude = _date_macro(today) if today is not None else ""
         self.ends = frozenset(ends)
-        self.special = frozenset(
-            {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-            | set(tokenizer.all_special_ids)
-        )
-        """Ids of control tokens, such as those that end a turn."""
-        known = tokenizer.added_tokens_decoder
-        texts = {known[index].content for index in self.special if index in known}
-        self.row_texts = RowTexts(texts - set(added_tokens))
+        words = {tokenizer.unk_token_id, *(n for n, text in pieces.control_tokens.items() if BYTE.fullmatch(text))}
+        self.special = (frozenset(pieces.control_tokens) - words) | self.ends
+        """Ids of control tokens, such as those that end a turn. The token for unknown words and those for single bytes
+        are none, because ordinary text becomes such tokens."""
+        self.row_texts = RowTexts(pieces, added_tokens)
+        self._taken = taken_names(tokenizer)
 
     def text(
         self,
@@ -189,10 +216,10 @@ class ChatTemplate:
         """Return whether the token ``token`` stands for white space only."""
         return not str(self._tokenizer.decode([token])).strip()
 
-    def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-        """Return the names of the variables that the template reads for a row with ``tools``."""
+    def argument_problem(self, name: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Return why the template can't get the argument ``name`` for a row with ``tools``; an empty text if it can."""
         template: str = self._tokenizer.get_chat_template(None, [dict(tool) for tool in tools] or None)
-        return _variables(template)
+        return argument_problem(name, _variables(template), self._taken)
 
 
 def _date_macro(today: date) -> str:

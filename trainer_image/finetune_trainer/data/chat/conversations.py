@@ -17,7 +17,7 @@ from typing import Any
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.answers import CLOSED, PROBE, Dialogue, ProblemError, turn_of
-from finetune_trainer.data.chat.chat_template import ChatTemplate, argument_problem, template_arguments
+from finetune_trainer.data.chat.chat_template import ChatTemplate, template_arguments
 from finetune_trainer.data.chat.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
 from finetune_trainer.data.examples import Example
 
@@ -26,6 +26,8 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 are compared in another way."""
 
 
+LACKS = "has no attribute"
+"""What Jinja says of a field that a template reads and a message lacks."""
 THOUGHTS_IN_CONTENT = "content before </think>"
 """Thoughts that stand in the content of a message. Templates leave them out as they leave out a field with thoughts."""
 
@@ -69,6 +71,7 @@ class _Renderer:
             if isinstance(conversation, str):
                 return conversation
             self._check_roles(conversation)
+            self._check_role_names(conversation)
             self._check_arguments(conversation)
             return self._in_the_right_form(conversation)
         except (ProblemError, RowError) as problem:
@@ -86,25 +89,35 @@ class _Renderer:
         if not any(conversation.weights):
             raise ProblemError("has no message of the assistant to learn, because all have weight 0")
 
+    def _check_role_names(self, conversation: Conversation) -> None:
+        """Raise ProblemError for a role that holds a control token: a row can't make one. The job can, in `roles`."""
+        named = self._form.roles.values()
+        for index, message in enumerate(conversation.messages):
+            found = self._template.row_texts.tokens(message["role"])
+            if found and message["role"] not in named and not self._form.allow_special_tokens:
+                place = index + conversation.first_number
+                raise ProblemError(f"has {found[0]!r}, a control token of the model, in the role of message {place}")
+
     def _check_arguments(self, conversation: Conversation) -> None:
         for name in conversation.arguments:
-            if problem := argument_problem(name, self._template.variables(conversation.tools)):
+            if problem := self._template.argument_problem(name, conversation.tools):
                 raise ProblemError(f"has an argument {name!r} for the chat template that {problem}")
 
     def _in_the_right_form(self, conversation: Conversation) -> Sequence[Example]:
         """Return the examples, with the messages in the first form that the template can render. If it can render none,
         raise what is wrong with the form that it renders best."""
         failure: ValueError | _LeftOutError | None = None
-        arguments = {**self._arguments, **conversation.arguments}
         texts = self._template.row_texts
         read_as_text: Sequence[str] = ()
         if not self._form.allow_special_tokens:
-            read_as_text = texts.tokens([conversation.messages, conversation.tools])
+            read_as_text = texts.tokens([conversation.messages, conversation.tools, conversation.arguments])
             conversation = replace(
                 conversation,
                 messages=texts.marked_messages(conversation.messages),
                 tools=texts.marked(conversation.tools),
+                arguments=texts.marked(conversation.arguments),
             )
+        arguments = {**self._arguments, **conversation.arguments}
         for messages in _forms(conversation.messages):
             row = Dialogue(self._template, conversation, messages, arguments=arguments, end=self._end)
             try:
@@ -114,7 +127,8 @@ class _Renderer:
             except _LeftOutError as error:
                 failure = error
             except ValueError as error:
-                failure = failure or error
+                # Of the forms that fail, one that lacks nothing says most.
+                failure = error if failure is None or LACKS in str(failure) else failure
         assert failure is not None
         raise failure
 
