@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat
+from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
 from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
@@ -20,6 +20,9 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import prompt_columns, render_prompt_completion, render_text
+
+TOOLS_FIELD = MessagesFormat.model_fields["tools_field"].default
+"""The column of tools in jobs that name none."""
 
 
 class TokenizeFunctions(NamedTuple):
@@ -41,12 +44,16 @@ says what is wrong.
 
 
 def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
-    """Return the columns that a format reads. No other columns of a data file are needed to make examples. Raises
+    """Return the columns that a format reads and that at least one row must have. Raises
     UserError if a template of the format is none."""
     if form.prompt_completion is not None:
         return prompt_columns(form.prompt_completion)
     if form.messages is not None:
-        return [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
+        found = [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
+        # Rows need not have tools, but the name of a column that is given must be right.
+        if form.messages.tools_field != TOOLS_FIELD:
+            found.append(NamedColumn("dataset.format.messages.toolsField", form.messages.tools_field))
+        return found
     if form.text is not None:
         return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")

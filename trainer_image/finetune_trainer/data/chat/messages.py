@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_core.api.dataset import MessagesFormat
+from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
 
@@ -32,6 +32,11 @@ REFUSED_COLUMNS = {
 """Columns that other tools read beside the messages, and why they are refused where a row has a value in them."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of the field of a message that holds the thoughts of the assistant. Templates get all names that they read."""
+
+
+OPENED = "<think>"
+"""With this tag some templates open the thoughts of an answer. Rows may have it in the content of an answer."""
+CLOSED = "</think>"
 
 
 class _ProblemError(Exception):
@@ -98,13 +103,23 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
 
 def _parsed(value: Any) -> Any:
     """Return ``value``, or what it holds where it is JSON text: csv files have no lists, and parquet files no objects
-    with other keys in each row. Text that is not JSON is returned as it is."""
+    with other keys in each row. Text that is not JSON is returned as it is. Raises _ProblemError for a key that stands
+    in an object twice, because one of its values would be lost."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return value
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise _ProblemError(f"holds JSON text with the key {twice!r} twice")
+    return found
 
 
 def _is_text(value: Any) -> bool:
@@ -142,7 +157,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _ProblemError(f"has no role in message {number}")
-    message["role"] = role = "tool" if role == "function" else form.roles.get(role, role)
+    message["role"] = role = "tool" if role == "function" else {**SHAREGPT_ROLES, **form.roles}.get(role, role)
     weight = message.pop("weight", None)
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise _ProblemError(f"has a weight in message {number} that is not 0 or 1")
@@ -176,6 +191,9 @@ def _set_content(message: dict[str, Any], number: int) -> None:
                 raise _ProblemError(f"has a part of type {kind!r} in message {number}: only text is learned")
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise _ProblemError(f"has no text as content of message {number}")
+            unknown = next((key for key in part if key not in ("type", "text") and part[key] is not None), None)
+            if unknown is not None:
+                raise _ProblemError(f"has a part with the field {unknown!r} in message {number}, which is not read")
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
     elif (content is not None and not isinstance(content, str)) or (content is None and "tool_calls" not in message):
         raise _ProblemError(f"has no text as content of message {number}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune_core.row_templates import Piece
+from finetune_trainer.data.chat.messages import CLOSED, OPENED
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 
@@ -46,8 +47,27 @@ class RowTexts:
         return [self.marked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def marked_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages with marks. Roles get none, because templates make control tokens of roles."""
-        return [{**self.marked(message), "role": message["role"]} for message in messages]
+        """Return messages with marks. Roles get none, because templates make control tokens of roles. The tags around
+        thoughts in the content of an answer get none either, because templates look for them."""
+        return [self._marked_message(message) for message in messages]
+
+    def _marked_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {**self.marked(message), "role": message["role"]}
+        content = message.get("content")
+        if message["role"] == "assistant" and isinstance(content, str):
+            found["content"] = self._marked_answer(content)
+        elif message["role"] == "assistant" and isinstance(content, list):
+            found["content"] = [{**part, "text": self._marked_answer(part["text"])} for part in content]
+        return found
+
+    def _marked_answer(self, content: str) -> str:
+        thoughts, closed, rest = content.partition(CLOSED)
+        if not closed:
+            return self._with_marks(content)
+        before, opened, inner = thoughts.partition(OPENED)
+        if before.strip():
+            before, opened, inner = "", "", thoughts
+        return f"{before}{opened}{self._with_marks(inner)}{closed}{self._with_marks(rest)}"
 
     def is_marked(self, value: Any) -> bool:
         """Return whether a JSON value has marks."""
@@ -62,8 +82,13 @@ class RowTexts:
         return [self.without_marks(item) for item in value] if isinstance(value, list | tuple) else value
 
     def tokens(self, value: Any) -> list[str]:
-        """Return the control tokens that stand in the texts of a JSON value, each once, as they are written there."""
-        return sorted({text[first:last] for text in _texts(value) for first, last in self._whole_tokens(text)})
+        """Return the control tokens that are marked in the texts of a JSON value, each once, as the row writes them."""
+        found = {name for text in _texts(value) for name in self._marked.findall(text)}
+        return sorted(name for name in found if self._whole_tokens(name))
+
+    def first_token(self, text: str) -> str | None:
+        """Return the first control token in a text without marks. None if there is none."""
+        return next((text[first:last] for first, last in self._whole_tokens(text)), None)
 
     def pieces(self, text: str) -> list[Piece]:
         """Return rendered text without marks: the control tokens of the row, and what stands around them."""
