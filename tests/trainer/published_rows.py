@@ -258,12 +258,12 @@ LINES = (
         SHAREGPT,
         "`observation`, `function_call` (roles)",
         "Names that templates do not know. Refused where the template leaves them out. `roles: {observation: tool}`"
-        " says what an observation is.",
+        " says what an observation is; `human` and `gpt` keep their meaning.",
         human(more=[{"from": "observation", "value": "9"}]),
         {
             "messages": {
                 "messagesField": "conversations",
-                "roles": {"human": "user", "gpt": "assistant", "observation": "tool"},
+                "roles": {"observation": "tool"},
             }
         },
         learned=[ANSWER],

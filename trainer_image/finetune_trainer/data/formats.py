@@ -44,19 +44,24 @@ says what is wrong.
 
 
 def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
-    """Return the columns that a format reads and that at least one row must have. Raises
+    """Return the columns that a format reads. Raises
     UserError if a template of the format is none."""
     if form.prompt_completion is not None:
         return prompt_columns(form.prompt_completion)
     if form.messages is not None:
-        found = [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
-        # Rows need not have tools, but the name of a column that is given must be right.
-        if form.messages.tools_field != TOOLS_FIELD:
-            found.append(NamedColumn("dataset.format.messages.toolsField", form.messages.tools_field))
-        return found
+        return [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
     if form.text is not None:
         return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
+
+
+def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
+    """Return the column of tools that a job names, where at least one row must have it: rows need not have tools, but a
+    misspelled name would make all tools vanish. Rows of ``field``, the path of a source in the spec, may have no tools
+    unless they are the only ones that are trained on."""
+    if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
+        return []
+    return [NamedColumn("dataset.format.messages.toolsField", form.messages.tools_field)]
 
 
 def format_columns(form: DatasetFormat) -> list[str]:
