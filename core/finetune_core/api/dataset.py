@@ -94,6 +94,12 @@ class MessagesFormat(ApiModel):
     template only appends messages, and one for each answer where the template changes earlier messages, for example by
     removing their thoughts. docs/data.md lists the fields of rows and messages."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("self.messagesField != self.toolsField", "`messagesField` and `toolsField` must differ"),
+        )
+    )
+
     messages_field: FieldName = "messages"
     """Column that holds the list of messages, each with `role` and `content`, or with `from` and `value`."""
     tools_field: FieldName = "tools"
