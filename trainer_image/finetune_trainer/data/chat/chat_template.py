@@ -92,7 +92,8 @@ def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
             "dataset.format.messages",
             f"the model has the chat templates {names} and none with the name default; give one in chatTemplate",
         )
-    texts = {tokenizer.get_chat_template(None, tools) for tools in (None, [{}])}
+    with_tools: list[dict[str, Any]] = [{}]
+    texts = {tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=with_tools)}
     return frozenset[str]().union(*(_variables(text) for text in texts))
 
 
