@@ -282,6 +282,13 @@ def test_the_template_of_the_job_is_rendered_and_kept_for_the_artifact(tmp_path:
             "templateArguments.enable_thinkin: is not read by the chat template, which reads content,",
         ),
         *(
+            (
+                {"templateArguments": {"enable_thinking": text}},
+                f"templateArguments.enable_thinking: must be {value} as JSON writes it: {text!r} would be a text",
+            )
+            for text, value in (("False", "false"), ("TRUE", "true"), (" None", "null"))
+        ),
+        *(
             ({"templateArguments": {name: "1"}}, f"templateArguments.{name}: is set by the trainer")
             for name in (
                 "messages",

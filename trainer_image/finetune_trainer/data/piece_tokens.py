@@ -97,9 +97,9 @@ class PieceTokenizer:
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def begin(self, pieces: Sequence[Piece]) -> PieceIds:
-        """Tokenise a text that begins an example. What the tokenizer puts in front of every text is included. BOS
-        stands there only once, also where the text itself begins with BOS. What the tokenizer appends to every text,
-        such as an end token, is left out, because in an example more text follows.
+        """Tokenise a text that begins an example. What the tokenizer puts in front of every text, such as BOS, is
+        included. It stands there only once, also where the text itself begins with it. What the tokenizer appends to
+        every text, such as an end token, is left out, because in an example more text follows.
 
         Raises RowError if a control token in a column can't be read as ordinary text.
         """
@@ -110,7 +110,9 @@ class PieceTokenizer:
             # An empty text: what stands here was put in front, except for an end token behind it.
             return PieceIds(ids[:-1] if ids and ids[-1] == self.end != bos else ids, found)
         front, text = ids[: inside[0]], ids[inside[0] : inside[-1] + 1]
-        return PieceIds([*front, *(text[1:] if bos in front and text[0] == bos else text)], found)
+        # Some tokenizers put other tokens than BOS in front, such as GLM's `[gMASK]<sop>`.
+        repeated = len(front) if text[: len(front)] == front else int(bos in front and text[0] == bos)
+        return PieceIds([*front, *text[repeated:]], found)
 
     def follow(self, pieces: Sequence[Piece]) -> PieceIds:
         """Tokenise a text that follows other text in an example. Raises RowError as `begin` does."""

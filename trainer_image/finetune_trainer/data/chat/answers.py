@@ -22,7 +22,7 @@ from finetune_trainer.data.chat.messages import (
     content_text,
 )
 
-CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>")
+CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")
 """Tags that close the thoughts of an answer, in templates of different models."""
 PARTS = ("'type': 'text'", '"type": "text"')
 """What a list of text parts looks like where a template writes it as if it were a text."""

@@ -41,6 +41,8 @@ GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables that a template gets in any case, so that no argument may have their names."""
 FUNCTIONS = ("raise_exception", "strftime_now")
 """Functions that a template may call, so that no argument may have their names."""
+ALMOST_JSON = {"true": "true", "false": "false", "null": "null", "none": "null"}
+"""Texts in small letters that people write for JSON values, and the values."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
 
@@ -77,7 +79,13 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             " promptCompletion",
         )
     known, taken = _variables_of_all(tokenizer), taken_names(tokenizer)
-    for name in form.messages.template_arguments:
+    for name, text in form.messages.template_arguments.items():
+        meant = ALMOST_JSON.get(text.strip().lower())
+        if meant is not None and isinstance(template_arguments({name: text})[name], str):
+            raise UserError(
+                f"{ARGUMENTS_FIELD}.{name}",
+                f"must be {meant} as JSON writes it: {text!r} would be a text, which a template takes for true",
+            )
         if problem := argument_problem(name, known, taken):
             raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
 
