@@ -126,9 +126,9 @@ def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) ->
     conversation up to the message, begins in another way.
 
     The generation prompt may end with thoughts that are closed already, which the rendered message lacks (Gemma 4). Or
-    the template changes what stands further up once there is an answer: Mistral's moves the system message, and that of
-    gpt-oss removes the thoughts before a call. Then ``answered`` has the end of ``before`` too, from the last message
-    on, and the answer stands behind it. Raises ProblemError in all other cases.
+    the template leaves out a part of what stands further up once there is an answer: Mistral's shows the system message
+    only before the answer, and that of gpt-oss the text beside a call. Then ``answered`` has the end of ``before`` too,
+    from the last message on, and the answer stands behind it. Raises ProblemError in all other cases.
     """
     message, last = row.messages[index], row.messages[index - 1]
     probe = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
@@ -144,12 +144,17 @@ def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) ->
     content = content_text(last).strip()
     ending = before[before.rfind(content) :] if content and content in before else ""
     place = answered.rfind(ending, 0, shared) if ending else -1
-    if place < 0:
+    if place < 0 or not _is_shortened(before.removesuffix(ending), answered[:place]):
         raise ProblemError(
             f"has a {row.place(index)} that the model's chat template does not put unchanged behind the messages before"
             " it, so it can't be told which tokens are the answer"
         )
     return answered[place + len(ending) :]
+
+
+def _is_shortened(whole: str, text: str) -> bool:
+    """Return whether ``text`` is ``whole`` without one part of it."""
+    return _length_in_common(whole, text) + _length_in_common(whole[::-1], text[::-1]) >= len(text)
 
 
 def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: str) -> str:
