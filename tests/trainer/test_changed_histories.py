@@ -184,6 +184,20 @@ def test_no_part_of_a_message_is_lost_without_a_word(message: dict[str, Any], pr
     assert refused.startswith(problem)
 
 
+@pytest.mark.parametrize(
+    ("change", "content", "problem"),
+    [
+        ("m.content.split('</think>')[-1]", "What is </think> for?", "content before </think>"),
+        ("m.content[3:]", "What is it for?", "the beginning of content"),
+        ("m.content[:3]", "What is it for?", "content"),
+    ],
+)
+def test_no_part_of_a_question_is_lost_without_a_word(change: str, content: str, problem: str) -> None:
+    tokenizer = byte_tokenizer(APPENDING.replace("m.content", change))
+    refused = rendered(tokenizer, {"messages": [{**USER, "content": content}, {**ANSWER, "content": "For thoughts"}]})
+    assert refused == f"has {problem!r} in message 1 of role 'user', which the model's chat template leaves out"
+
+
 def test_a_list_of_parts_is_text_also_for_a_template_that_writes_it_as_json() -> None:
     tokenizer = byte_tokenizer(APPENDING.replace("m.content", "m.content | tojson if m.role == 'tool' else m.content"))
     result = {"role": "tool", "content": [{"type": "text", "text": "9"}]}

@@ -30,6 +30,7 @@ CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
 """What Jinja says of a field that a template reads and a message lacks."""
+CONTENT_BEGINNING = "the beginning of content"
 THOUGHTS_IN_CONTENT = "content before </think>"
 """Thoughts that stand in the content of a message. Templates leave them out as they leave out a field with thoughts."""
 
@@ -228,11 +229,14 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
     left_out: set[str] = set(THOUGHTS) if message["role"] == "assistant" and not with_thoughts else set()
     if message["role"] == "tool":
         left_out.add("name")
-    content = message.get("content", "")
+    content, probe = message.get("content", ""), {"type": "text", "text": PROBE}
     parts = content if isinstance(content, list) else []
+    has_thoughts = CLOSED in content_text(message)
     if content_text(message).strip():
-        probe = [*parts, {"type": "text", "text": PROBE}] if parts else f"{content}{PROBE}"
-        yield "content", {**message, "content": probe}
+        yield "content", {**message, "content": [*parts, probe] if parts else f"{content}{PROBE}"}
+        if not has_thoughts:
+            begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
+            yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
     for name in message:
         if name not in NOT_TEXT and name not in left_out and message[name]:
             yield name, {key: value for key, value in message.items() if key != name}
@@ -246,9 +250,15 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]
             yield f"tool_calls[{number}].function.arguments", {**message, "tool_calls": changed}
-    if with_thoughts and CLOSED in content_text(message):
+    if has_thoughts and (with_thoughts or message["role"] != "assistant"):
         probed = [{**part, "text": part["text"].replace(CLOSED, PROBE + CLOSED, 1)} for part in parts]
         yield THOUGHTS_IN_CONTENT, {**message, "content": probed or content.replace(CLOSED, PROBE + CLOSED, 1)}
+
+
+def _other_beginning(text: str) -> str:
+    """Return ``text`` with another first character than its own, white space aside."""
+    found = text.lstrip()
+    return f"{text[: len(text) - len(found)]}{'Y' if found[:1] == 'X' else 'X'}{found[1:]}"
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
