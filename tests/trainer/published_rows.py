@@ -94,7 +94,8 @@ LINES = (
     Line(
         OPENAI,
         "`content`: list of text parts",
-        "Passed as a list to templates that read lists, and joined by line breaks for others.",
+        "Passed as a list to templates that read lists, and joined by line breaks for others. A part with another field"
+        " than `type` and `text` is refused.",
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": text} for text in ("One", "Two")]},
@@ -163,7 +164,7 @@ LINES = (
         OPENAI,
         "`tool_calls`",
         "Learned as the template renders them. `arguments` may be JSON text or an object, and become what the template"
-        " reads. Refused where the template leaves calls out.",
+        " reads. Refused where the template leaves a call or its arguments out.",
         {"messages": called()[:2]},
         learned=[CALLED],
     ),

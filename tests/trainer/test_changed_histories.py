@@ -198,6 +198,15 @@ def test_no_part_of_a_question_is_lost_without_a_word(change: str, content: str,
     assert refused == f"has {problem!r} in message 1 of role 'user', which the model's chat template leaves out"
 
 
+def test_the_same_thoughts_under_two_names_are_no_more_than_thoughts() -> None:
+    tokenizer = byte_tokenizer(published("qwen3"))
+    twice = {**ANSWER, "reasoning": "Greet", "reasoning_content": "Greet"}
+    expected = [["<think>\nGreet\n</think>\n\nYo<|im_end|>"]]
+    assert learned(tokenizer, rendered(tokenizer, {"messages": [USER, twice]})) == expected
+    refused = rendered(tokenizer, {"messages": [USER, {**twice, "reasoning": "Or not"}]})
+    assert refused == "has 'reasoning' in message 2 of role 'assistant', which the model's chat template leaves out"
+
+
 def test_a_list_of_parts_is_text_also_for_a_template_that_writes_it_as_json() -> None:
     tokenizer = byte_tokenizer(APPENDING.replace("m.content", "m.content | tojson if m.role == 'tool' else m.content"))
     result = {"role": "tool", "content": [{"type": "text", "text": "9"}]}

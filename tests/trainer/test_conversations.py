@@ -374,7 +374,7 @@ def test_arguments_change_what_the_model_gets() -> None:
 
 def test_the_date_of_a_template_is_the_given_one_in_every_format() -> None:
     day = date(2024, 2, 9)
-    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBdmyYjHMSpIUWuwVGeF%"]
+    codes = [f"%{flag}{letter}" for flag in ("", "-", "_", "0", "^", "#") for letter in "aAbBdmyYjHMSpIUWuwVGeF%"]
     asked = f"x%{'-'.join(codes)} ünd {{}}"
     tokenizer = byte_tokenizer("{{ strftime_now(" + json.dumps(asked) + ") }}" + APPENDING)
     examples = rendered(tokenizer, {"messages": TALK}, today=day)

@@ -44,7 +44,9 @@ FUNCTIONS = ("raise_exception", "strftime_now")
 ALMOST_JSON = {"true": "true", "false": "false", "null": "null", "none": "null"}
 """Texts in small letters that people write for JSON values, and the values."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
-"""Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
+"""Letters that follow `%` in the format of a date (man 3 strftime)."""
+DATE_FLAGS = "-_0^#"
+"""Characters that may stand between `%` and the letter."""
 
 
 class EndlessTemplateError(Exception):
@@ -237,11 +239,11 @@ def _date_macro(today: date) -> str:
     The line break behind the macro is no part of the rendered text, because transformers removes the first line break
     after a block.
     """
-    codes = [f"%{flag}{letter}" for letter in DATE_LETTERS for flag in ("", "-")]
+    codes = [f"%{flag}{letter}" for letter in DATE_LETTERS for flag in ("", *DATE_FLAGS)]
     values = json.dumps({code: today.strftime(code) for code in codes})
     return (
         "{% macro strftime_now(format) %}{% set values = " + values + " %}{% set ns = namespace(text='', code='') %}"
-        "{% for letter in format %}{% if ns.code and letter != '-' %}"
+        "{% for letter in format %}{% if ns.code and letter not in '" + DATE_FLAGS + "' %}"
         "{% set ns.text = ns.text + values.get(ns.code + letter, ns.code + letter) %}{% set ns.code = '' %}"
         "{% elif ns.code or letter == '%' %}{% set ns.code = ns.code + letter %}"
         "{% else %}{% set ns.text = ns.text + letter %}{% endif %}{% endfor %}{{ ns.text }}{% endmacro %}\n"

@@ -165,6 +165,11 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         raise _ProblemError(f"has weight 1 in message {number}, which is not of the assistant")
     if weight == 0 and form.learn == "Everything":
         raise _ProblemError(f"has weight 0 in message {number}, although dataset.format.messages.learn is Everything")
+    thoughts = [name for name in THOUGHTS if name in message]
+    for name in thoughts[1:]:
+        # Servers answer with the same thoughts under two names, of which a template reads one.
+        if message[name] == message[thoughts[0]]:
+            del message[name]
     calls = _calls(message, number)
     message.pop("tool_calls", None)
     if calls:
