@@ -193,7 +193,7 @@ class _Renderer:
             # What templates do with a message can depend on the messages beside it.
             beside = [row.messages[at]["role"] if 0 <= at <= turn else None for at in (index - 1, index + 1)]
             for name, changed in _changes(message, with_thoughts=index in with_thoughts):
-                kind = (name, message["role"], index == 0, index == turn, *beside, frozenset(message))
+                kind = (name, message["role"], index == 0, index == turn, *beside, _shape(message))
                 if kind in self._shown:
                     continue
                 if not self._is_shown(row, index, changed, turn):
@@ -222,6 +222,13 @@ class _Renderer:
         return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)
 
 
+def _shape(message: Message) -> tuple[object, ...]:
+    """Return what a template may tell messages of one role apart by: their fields, parts of the content, and tags."""
+    content = message.get("content")
+    parts = min(len(content), 2) if isinstance(content, list) else None
+    return (frozenset(message), parts, CLOSED in content_text(message))
+
+
 def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Message]]:
     """Yield the name of each field of a message that must be part of its rendering, and the message with another text
     in the field, or without it. Thoughts of answers that are not learned may be left out, as templates do at inference.
@@ -232,9 +239,10 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
     content, probe = message.get("content", ""), {"type": "text", "text": PROBE}
     parts = content if isinstance(content, list) else []
     has_thoughts = CLOSED in content_text(message)
+    may_be_cut = has_thoughts and message["role"] == "assistant" and not with_thoughts
     if content_text(message).strip():
         yield "content", {**message, "content": [*parts, probe] if parts else f"{content}{PROBE}"}
-        if not has_thoughts:
+        if not may_be_cut:
             begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
             yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
     for name in message:
@@ -250,7 +258,7 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]
             yield f"tool_calls[{number}].function.arguments", {**message, "tool_calls": changed}
-    if has_thoughts and (with_thoughts or message["role"] != "assistant"):
+    if has_thoughts and not may_be_cut:
         probed = [{**part, "text": part["text"].replace(CLOSED, PROBE + CLOSED, 1)} for part in parts]
         yield THOUGHTS_IN_CONTENT, {**message, "content": probed or content.replace(CLOSED, PROBE + CLOSED, 1)}
 
