@@ -61,6 +61,7 @@ def human(*, more: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str
     return {"conversations": talk, **changes}
 
 
+FUNCTION_CALL = {"from": "function_call", "value": '{"name": "area", "arguments": {"side": 3}}'}
 INSTRUCTIONS = {
     "promptCompletion": {"template": "{instruction}\n{#input}{input}\n{/input}", "completionField": "output"}
 }
@@ -257,17 +258,19 @@ LINES = (
     ),
     Line(
         SHAREGPT,
-        "`observation`, `function_call` (roles)",
-        "Names that templates do not know. Refused where the template leaves them out. `roles: {observation: tool}`"
-        " says what an observation is; `human` and `gpt` keep their meaning.",
-        human(more=[{"from": "observation", "value": "9"}]),
-        {
-            "messages": {
-                "messagesField": "conversations",
-                "roles": {"observation": "tool"},
-            }
-        },
-        learned=[ANSWER],
+        "`function_call` (role)",
+        "An answer that calls tools. Its text is JSON with `name` and `arguments`, or a list of such objects.",
+        {"conversations": [*human()["conversations"][:1], FUNCTION_CALL]},
+        CONVERSATIONS,
+        learned=[CALLED],
+    ),
+    Line(
+        SHAREGPT,
+        "`observation` (role)",
+        "Stands for `tool`, beside `from` and `value`. `roles: {observation: observation}` passes it as it is.",
+        human(more=[FUNCTION_CALL, {"from": "observation", "value": "9"}]),
+        CONVERSATIONS,
+        learned=[CALLED, ANSWER],
         shown="<tool_response>\n9",
     ),
     Line(

@@ -198,6 +198,18 @@ def test_no_part_of_a_question_is_lost_without_a_word(change: str, content: str,
     assert refused == f"has {problem!r} in message 1 of role 'user', which the model's chat template leaves out"
 
 
+def test_names_of_sharegpt_mean_what_the_job_says() -> None:
+    called = {"from": "function_call", "value": "[1]"}
+    asked = {"from": "human", "value": "Hi"}
+    row = {"messages": [asked, called, {"from": "observation", "value": "9"}, {"from": "gpt", "value": "Yo"}]}
+    tokenizer = byte_tokenizer(APPENDING)
+    assert rendered(tokenizer, row) == "has a function_call in message 2 that is no JSON object"
+    examples = rendered(tokenizer, row, roles={"function_call": "assistant", "observation": "observation"})
+    assert learned(tokenizer, examples) == [["[1]<|im_end|>", "Yo<|im_end|>"]]
+    assert not isinstance(examples, str)
+    assert "<|im_start|>observation\n9" in tokenizer.decode(list(examples[0].ids))
+
+
 def test_the_same_thoughts_under_two_names_are_no_more_than_thoughts() -> None:
     tokenizer = byte_tokenizer(published("qwen3"))
     twice = {**ANSWER, "reasoning": "Greet", "reasoning_content": "Greet"}

@@ -116,8 +116,8 @@ class MessagesFormat(ApiModel):
     one. Everything: all tokens of the conversation. Messages with `weight: 0` are never learned."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
     """For names of roles in the rows, the role of the chat template that they stand for. A name that is not listed is
-    passed to the template as it is, except for those of ShareGPT: `human` stands for `user`, and `gpt` for
-    `assistant`."""
+    passed to the template as it is, except for those of ShareGPT: `human` stands for `user`, `gpt` for `assistant`, and
+    beside `from` and `value` also `observation` for `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
     """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
     text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are

@@ -38,6 +38,11 @@ THOUGHTS_IN_CONTENT = "content before </think>"
 class _LeftOutError(ProblemError):
     """The template leaves out a field that has a meaning. It may render the field in another form."""
 
+    def __init__(self, problem: str, *, of_content: bool = False) -> None:
+        """Take what is wrong, and whether the field is the content of a message."""
+        super().__init__(problem)
+        self.of_content = of_content
+
 
 def conversation_renderer(
     form: MessagesFormat, template: ChatTemplate, end: int
@@ -139,7 +144,9 @@ class _Renderer:
             except RowError:
                 raise
             except _LeftOutError as error:
-                failure = error
+                # A content that is left out may have the wrong form, and another form says more.
+                says_more = not isinstance(failure, _LeftOutError) or (failure.of_content and not error.of_content)
+                failure = error if says_more else failure
             except ValueError as error:
                 # Of the forms that fail, one that lacks nothing says most.
                 failure = error if failure is None or LACKS in str(failure) else failure
@@ -199,7 +206,8 @@ class _Renderer:
                 if not self._is_shown(row, index, changed, turn):
                     raise _LeftOutError(
                         f"has {name!r} in {row.place(index)} of role {message['role']!r}, which the model's chat"
-                        " template leaves out"
+                        " template leaves out",
+                        of_content=name in ("content", CONTENT_BEGINNING, THOUGHTS_IN_CONTENT),
                     )
                 self._shown.add(kind)
 
@@ -242,9 +250,12 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
     may_be_cut = has_thoughts and message["role"] == "assistant" and not with_thoughts
     if content_text(message).strip():
         yield "content", {**message, "content": [*parts, probe] if parts else f"{content}{PROBE}"}
-        if not may_be_cut:
-            begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
-            yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
+    if has_thoughts and not may_be_cut:
+        probed = [{**part, "text": part["text"].replace(CLOSED, PROBE + CLOSED, 1)} for part in parts]
+        yield THOUGHTS_IN_CONTENT, {**message, "content": probed or content.replace(CLOSED, PROBE + CLOSED, 1)}
+    if content_text(message).strip() and not may_be_cut:
+        begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
+        yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
     for name in message:
         if name not in NOT_TEXT and name not in left_out and message[name]:
             yield name, {key: value for key, value in message.items() if key != name}
@@ -258,9 +269,6 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]
             yield f"tool_calls[{number}].function.arguments", {**message, "tool_calls": changed}
-    if has_thoughts and not may_be_cut:
-        probed = [{**part, "text": part["text"].replace(CLOSED, PROBE + CLOSED, 1)} for part in parts]
-        yield THOUGHTS_IN_CONTENT, {**message, "content": probed or content.replace(CLOSED, PROBE + CLOSED, 1)}
 
 
 def _other_beginning(text: str) -> str:

@@ -154,6 +154,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         message["role"] = message.pop("from")
         if "value" in message and "content" not in message:
             message["content"] = message.pop("value")
+        _read_tools_of_sharegpt(message, number, form)
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _ProblemError(f"has no role in message {number}")
@@ -180,6 +181,21 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         what = f"no text as {half}" if half == "content" else f"no JSON as {half!r}"
         raise _ProblemError(f"has {what} of message {number}{_reason(message[half])}")
     return message, int(role == "assistant" and weight != 0)
+
+
+def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
+    """Give ``message`` the role `tool` if it is an `observation`, and tool calls if it is a `function_call`, whose
+    content is JSON text. Names that the job lists in `roles` mean what the job says."""
+    if message["role"] in form.roles:
+        return
+    if message["role"] == "observation":
+        message["role"] = "tool"
+    elif message["role"] == "function_call":
+        found = _parsed(message.pop("content", None))
+        calls = found if isinstance(found, list) else [found]
+        if "tool_calls" in message or not calls or not all(isinstance(call, dict) for call in calls):
+            raise _ProblemError(f"has a function_call in message {number} that is no JSON object")
+        message |= {"role": "assistant", "tool_calls": calls}
 
 
 def _reason(value: Any) -> str:
