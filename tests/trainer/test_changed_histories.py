@@ -119,6 +119,13 @@ def test_thoughts_that_the_generation_prompt_has_closed_are_part_of_the_prompt()
     assert learned(tokenizer, examples) == [["Yo<|im_end|>"], ["Yo<|im_end|>"]]
     assert not isinstance(examples, str)
     assert tokenizer.decode(list(examples[0].ids[: examples[0].prompt_tokens])).endswith(closed)
+    # A row with thoughts does not fit to a prompt that has closed them.
+    thinking = template.replace(
+        "{{ m.content }}", "{{ '<think>' + m.thinking + '</think>' if m.thinking }}{{ m.content }}"
+    )
+    refused = rendered(byte_tokenizer(thinking), {"messages": [USER, {**ANSWER, "thinking": "Greet"}]})
+    assert isinstance(refused, str)
+    assert refused.startswith("has a message 2 that the model's chat template does not put unchanged behind")
     # Thoughts that are still open must be closed by the answer, and this template does not tell how.
     tokenizer = byte_tokenizer(template.replace("<channel|>", ""))
     refused = rendered(tokenizer, {"messages": [USER, ANSWER]})

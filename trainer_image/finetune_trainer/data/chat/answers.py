@@ -137,9 +137,12 @@ def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) ->
     except ValueError:
         probed = ""
     header, found, _ = probed.rpartition(PROBE)
-    closed = before[len(header) :].rstrip().endswith(CLOSERS)
-    if found and closed and before.startswith(header) and answered.startswith(header):
-        return answered[len(header) :]
+    is_header = bool(found) and before.startswith(header) and answered.startswith(header)
+    answer = answered[len(header) :]
+    # Thoughts behind thoughts that are closed already would teach the model to think where it is told not to.
+    thinks = any(closer in answer for closer in CLOSERS)
+    if is_header and before[len(header) :].rstrip().endswith(CLOSERS) and not thinks:
+        return answer
     shared = _length_in_common(probed, answered)
     content = content_text(last).strip()
     ending = before[before.rfind(content) :] if content and content in before else ""
