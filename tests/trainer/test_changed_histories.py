@@ -175,7 +175,7 @@ def test_tags_around_thoughts_are_tags_where_they_are_control_tokens_too() -> No
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]},
-            "holds JSON text with the key 'a' twice",
+            "has JSON text with the key 'a' twice in message 2",
         ),
         (
             {"content": [{"type": "text", "text": "<think>Greet</think>Yo"}]},

@@ -79,7 +79,7 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     found = fields.get(form.messages_field)
     if found is None:
         raise _ProblemError(f"has no {form.messages_field!r}")
-    found = _parsed(found)
+    found = _parsed(found, repr(form.messages_field))
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise _ProblemError(f"has a {form.messages_field!r} that is not a list of messages")
     read = [_message(message, number, form) for number, message in enumerate(found, start=1)]
@@ -92,7 +92,7 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
         if messages and messages[0]["role"] == "system":
             raise _ProblemError(f"has a system message both in {SYSTEM_COLUMN!r} and in {form.messages_field!r}")
         messages, weights = [{"role": "system", "content": system}, *messages], [0, *weights]
-    arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {})
+    arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {}, repr(ARGUMENTS_COLUMN))
     if not isinstance(arguments, dict) or not _is_valid(arguments):
         raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object")
     # A value that is null was added by parquet, because other rows of the file have the argument.
@@ -101,25 +101,28 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     return Conversation(messages, weights, 0 if system else 1, tools, arguments)
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, place: str) -> Any:
     """Return ``value``, or what it holds where it is JSON text: csv files have no lists, and parquet files no objects
-    with other keys in each row. Text that is not JSON is returned as it is. Raises _ProblemError for a key that stands
-    in an object twice, because one of its values would be lost."""
+    with other keys in each row. Text that is not JSON is returned as it is.
+
+    Raises _ProblemError, which names ``place``, for a key that stands in an object twice, because one of its values
+    would be lost.
+    """
     if not isinstance(value, str):
         return value
+
+    def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for at, name in enumerate(names) if name in names[:at])
+            raise _ProblemError(f"has JSON text with the key {twice!r} twice in {place}")
+        return found
+
     try:
-        return json.loads(value, object_pairs_hook=_object)
+        return json.loads(value, object_pairs_hook=as_object)
     except (ValueError, RecursionError):
         return value
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
-        raise _ProblemError(f"holds JSON text with the key {twice!r} twice")
-    return found
 
 
 def _is_text(value: Any) -> bool:
@@ -191,7 +194,7 @@ def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: Messages
     if message["role"] == "observation":
         message["role"] = "tool"
     elif message["role"] == "function_call":
-        found = _parsed(message.pop("content", None))
+        found = _parsed(message.pop("content", None), f"message {number}")
         calls = found if isinstance(found, list) else [found]
         if "tool_calls" in message or not calls or not all(isinstance(call, dict) for call in calls):
             raise _ProblemError(f"has a function_call in message {number} that is no JSON object")
@@ -234,10 +237,10 @@ def content_text(message: Message) -> str:
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """Return the tool calls of ``message``, whose arguments become JSON objects. Remove OpenAI's older field
     `function_call`, which holds one call, from ``message``."""
-    calls = _parsed(message.get("tool_calls", []))
+    calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _ProblemError(f"has tool_calls in message {number} that are not a list of calls")
-    old = _parsed(message.pop("function_call", None))
+    old = _parsed(message.pop("function_call", None), f"message {number}")
     if old is not None:
         if calls or not isinstance(old, dict):
             raise _ProblemError(f"has a function_call in message {number} that is not the only call")
@@ -262,7 +265,7 @@ def _call(found: Mapping[str, Any], number: int) -> dict[str, Any]:
         problem = f"the field {unknown[0]!r}" if unknown else f"the type {call['type']!r}"
         raise _ProblemError(f"has a tool call with {problem} in message {number}, which no chat template reads")
     arguments = function.get("arguments", {})
-    arguments = {} if arguments == "" else _parsed(arguments)
+    arguments = {} if arguments == "" else _parsed(arguments, f"message {number}")
     if not isinstance(arguments, dict):
         raise _ProblemError(f"has arguments of a tool call in message {number} that are not a JSON object")
     name = function["name"]
@@ -282,7 +285,7 @@ def _check_call_ids(messages: Sequence[Message]) -> None:
 
 def _tools(found: Any, column: str) -> list[dict[str, Any]]:
     """Return the tools in column ``column`` of a row, as JSON Schemas of functions."""
-    found = _parsed(found or [])
+    found = _parsed(found or [], repr(column))
     if not isinstance(found, list) or not all(isinstance(tool, dict) and tool for tool in found):
         raise _ProblemError(f"has a {column!r} that is not a list of tools")
     tools = [_without_null(tool) for tool in found]
