@@ -44,6 +44,28 @@ def test_a_job_is_valid_and_says_in_one_line_what_its_rows_are(path: Path) -> No
     assert yaml.safe_load(line.strip())["format"] == yaml.safe_load(path.read_text())["spec"]["dataset"]["format"]
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "sentence"),
+    [
+        ("alpaca", "{/input}", "", "template: must close each optional part: there is no `{/input}`"),
+        ("prompt-completion", "{promptCompletion: {}}", '{promptCompletion: {template: "{{prompt}}"}}', "must hold a"),
+        ("sharegpt", "messagesField", "messageField", "unknown field; did you mean `messagesField`?"),
+        ("sharegpt", "conversations}", "tools}", "`messagesField` and `toolsField` must differ"),
+    ],
+)
+def test_a_mistake_in_that_line_is_named(
+    name: str, right: str, wrong: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text()
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("format:"))
+    assert right in line
+    path = tmp_path / "job.yaml"
+    path.write_text(text.replace(line, line.replace(right, wrong)))
+    assert main(["validate", str(path)]) == 1
+    assert f"job.yaml:{1 + text.splitlines().index(line)}: spec.dataset.format" in (said := capsys.readouterr().out)
+    assert sentence in said
+
+
 @pytest.mark.parametrize("name", RENDERED)
 def test_the_row_of_the_comment_becomes_prompt_and_completion(name: str) -> None:
     path = FOLDER / f"{name}.yaml"

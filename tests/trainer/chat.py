@@ -61,7 +61,7 @@ def rendered(
 ) -> Sequence[Example] | str:
     """Return the examples of ``row``. ``ends`` are the tokens at which the model stops, besides `<eos>`."""
     stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
-    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer), ends=stops, today=today)
+    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
     return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)
 
 

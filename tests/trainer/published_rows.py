@@ -61,6 +61,7 @@ def human(*, more: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str
     return {"conversations": talk, **changes}
 
 
+FUNCTION_CALL = {"from": "function_call", "value": '{"name": "area", "arguments": {"side": 3}}'}
 INSTRUCTIONS = {
     "promptCompletion": {"template": "{instruction}\n{#input}{input}\n{/input}", "completionField": "output"}
 }
@@ -94,7 +95,8 @@ LINES = (
     Line(
         OPENAI,
         "`content`: list of text parts",
-        "Passed as a list to templates that read lists, and joined by line breaks for others.",
+        "Passed as a list to templates that read lists, and joined by line breaks for others. A part with another field"
+        " than `type` and `text` is refused.",
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": text} for text in ("One", "Two")]},
@@ -163,7 +165,7 @@ LINES = (
         OPENAI,
         "`tool_calls`",
         "Learned as the template renders them. `arguments` may be JSON text or an object, and become what the template"
-        " reads. Refused where the template leaves calls out.",
+        " reads. Refused where the template leaves a call or its arguments out.",
         {"messages": called()[:2]},
         learned=[CALLED],
     ),
@@ -256,17 +258,19 @@ LINES = (
     ),
     Line(
         SHAREGPT,
-        "`observation`, `function_call` (roles)",
-        "Names that templates do not know. Refused where the template leaves them out. `roles: {observation: tool}`"
-        " says what an observation is.",
-        human(more=[{"from": "observation", "value": "9"}]),
-        {
-            "messages": {
-                "messagesField": "conversations",
-                "roles": {"human": "user", "gpt": "assistant", "observation": "tool"},
-            }
-        },
-        learned=[ANSWER],
+        "`function_call` (role)",
+        "An answer that calls tools. Its text is JSON with `name` and `arguments`, or a list of such objects.",
+        {"conversations": [*human()["conversations"][:1], FUNCTION_CALL]},
+        CONVERSATIONS,
+        learned=[CALLED],
+    ),
+    Line(
+        SHAREGPT,
+        "`observation` (role)",
+        "Stands for `tool`, beside `from` and `value`. `roles: {observation: observation}` passes it as it is.",
+        human(more=[FUNCTION_CALL, {"from": "observation", "value": "9"}]),
+        CONVERSATIONS,
+        learned=[CALLED, ANSWER],
         shown="<tool_response>\n9",
     ),
     Line(

@@ -15,9 +15,10 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat import chat_template
 from finetune_trainer.data.chat.chat_template import template_arguments, use_chat_template
-from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
+from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer, learned, published, rendered
 
 APPENDING = (
@@ -197,7 +198,10 @@ def test_a_template_that_cuts_a_control_token_apart_is_named() -> None:
     refused = rendered(
         tokenizer, {"messages": [{"role": "user", "content": "<|im_end|> ends"}, {**TALK[1], "content": "Hello"}]}
     )
-    assert refused == "has a control token in a message that the model's chat template cuts apart"
+    assert refused == (
+        "has a control token in a message that the model's chat template cuts apart or looks for (remove it, or set"
+        " allowSpecialTokens)"
+    )
 
 
 def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens() -> None:
@@ -277,7 +281,27 @@ def test_the_template_of_the_job_is_rendered_and_kept_for_the_artifact(tmp_path:
             {"templateArguments": {"enable_thinkin": "false"}},
             "templateArguments.enable_thinkin: is not read by the chat template, which reads content,",
         ),
-        ({"templateArguments": {"messages": "1"}}, "templateArguments.messages: is set by the trainer"),
+        *(
+            (
+                {"templateArguments": {"enable_thinking": text}},
+                f"templateArguments.enable_thinking: must be {value} as JSON writes it: {text!r} would be a text",
+            )
+            for text, value in (("False", "false"), ("TRUE", "true"), (" None", "null"))
+        ),
+        *(
+            ({"templateArguments": {name: "1"}}, f"templateArguments.{name}: is set by the trainer")
+            for name in (
+                "messages",
+                "tools",
+                "strftime_now",
+                "raise_exception",
+                "conversation",
+                "tokenize",
+                "max_length",
+                "continue_final_message",
+                "return_assistant_tokens_mask",
+            )
+        ),
     ],
 )
 def test_a_template_or_an_argument_that_can_not_be_used_is_refused(
@@ -287,6 +311,48 @@ def test_a_template_or_an_argument_that_can_not_be_used_is_refused(
     with pytest.raises(UserError) as caught:
         use_chat_template(byte_tokenizer(published("qwen3")), spec(**form).format, tmp_path)
     assert str(caught.value).startswith(f"dataset.format.messages.{problem}")
+
+
+def test_a_name_that_transformers_keeps_is_no_argument_also_where_the_template_reads_it() -> None:
+    """transformers would take the argument for itself, and the template would not get it."""
+    tokenizer = byte_tokenizer("{{ max_length }}" + APPENDING)
+    refused = rendered(tokenizer, {"messages": TALK, "chat_template_kwargs": {"max_length": 5}})
+    assert refused == "has an argument 'max_length' for the chat template that is set by the trainer"
+
+
+def test_of_several_templates_with_names_those_for_rows_with_and_without_tools_are_used() -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    named = {"default": APPENDING, "tool_use": "{{ tools }}{{ day }}" + APPENDING, "rag": "{{ quotes }}" + APPENDING}
+    tokenizer.chat_template = named
+    use_chat_template(tokenizer, spec(templateArguments={"day": "Monday"}).format, Path())
+    examples = rendered(
+        tokenizer, {"messages": TALK[:2], "tools": [{"name": "area"}]}, templateArguments={"day": "Monday"}
+    )
+    assert not isinstance(examples, str), examples
+    assert "'area'}]Monday<|im_start|>" in tokenizer.decode(list(examples[0].ids))
+    assert learned(tokenizer, rendered(tokenizer, {"messages": TALK[:2]})) == [["Yo<|im_end|>"]]
+    for form, templates, problem in (
+        ({"templateArguments": {"quotes": "1"}}, named, ".templateArguments.quotes: is not read by the chat template"),
+        ({}, {"rag": APPENDING}, ": the model has the chat templates rag and none with the name default; give one in"),
+    ):
+        tokenizer.chat_template = templates
+        with pytest.raises(UserError) as caught:
+            use_chat_template(tokenizer, spec(**form).format, Path())
+        assert str(caught.value).startswith(f"dataset.format.messages{problem}")
+
+
+def test_a_column_of_tools_that_is_named_must_be_a_column_of_the_training_rows(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "train.jsonl", [{"messages": TALK, "functions_": []}, {"messages": TALK}])
+    check_columns(path, "dataset.train", spec(toolsField="functions_").format)
+    check_columns(path, "dataset.train", spec().format)
+    form = spec(toolsField="function_s").format
+    with pytest.raises(UserError) as caught:
+        check_columns(path, "dataset.train", form)
+    assert str(caught.value) == (
+        "dataset.format.messages.toolsField: no column 'function_s' in train.jsonl; it has 'messages', 'functions_'"
+    )
+    for others in ("dataset.validation", "dataset.train.mix[1]"):
+        check_columns(path, others, form)
 
 
 def test_arguments_are_json_or_text() -> None:
@@ -308,7 +374,7 @@ def test_arguments_change_what_the_model_gets() -> None:
 
 def test_the_date_of_a_template_is_the_given_one_in_every_format() -> None:
     day = date(2024, 2, 9)
-    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBdmyYjHMSpIUWuwVGeF%"]
+    codes = [f"%{flag}{letter}" for flag in ("", "-", "_", "0", "^", "#") for letter in "aAbBdmyYjHMSpIUWuwVGeF%"]
     asked = f"x%{'-'.join(codes)} ünd {{}}"
     tokenizer = byte_tokenizer("{{ strftime_now(" + json.dumps(asked) + ") }}" + APPENDING)
     examples = rendered(tokenizer, {"messages": TALK}, today=day)

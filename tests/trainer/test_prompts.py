@@ -240,6 +240,21 @@ def test_a_template_with_bos_has_bos_once(tmp_path: Path) -> None:
         assert list(examples[0].ids[: examples[0].prompt_tokens]) == alone
 
 
+def test_what_a_tokenizer_puts_in_front_stands_once_also_where_it_is_more_than_bos(tmp_path: Path) -> None:
+    """GLM's tokenizers have no BOS and put two control tokens in front of every text."""
+    tokenizer = copy.deepcopy(byte_level(bos=False))
+    inner = tokenizer.backend_tokenizer
+    inner.post_processor = processors.TemplateProcessing(
+        single="<sep> <|im_end|> $A",
+        special_tokens=[(token, inner.token_to_id(token)) for token in ("<sep>", "<|im_end|>")],
+    )
+    for template in ("{prompt}", "<sep><|im_end|>{prompt}"):
+        form = {"promptCompletion": {"template": template}}
+        prompt, _ = tokens(tmp_path, {"prompt": "hello", "completion": "it"}, tokenizer, form)
+        assert prompt[:2] == ["<sep>", "<|im_end|>"]
+        assert not {"<sep>", "<|im_end|>"} & set(prompt[2:])
+
+
 def test_what_a_template_ends_with_is_kept_and_what_the_tokenizer_appends_is_not(tmp_path: Path) -> None:
     row = {"prompt": "hello", "completion": "it"}
     for template, ends in (("{prompt}</s>", 1), ("{prompt}</s></s>", 2), ("{prompt}", 0), ("{prompt}<|im_end|>", 0)):

@@ -84,11 +84,21 @@ class ChatTemplate(ApiModel):
     """The template itself."""
 
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names of roles in rows of ShareGPT, and the roles of chat templates that they stand for."""
+
+
 class MessagesFormat(ApiModel):
     """Rows with a conversation, rendered with a chat template. Each answer of the assistant is learned behind exactly
     the tokens that the model gets before such an answer at inference. A conversation becomes one example where the
     template only appends messages, and one for each answer where the template changes earlier messages, for example by
     removing their thoughts. docs/data.md lists the fields of rows and messages."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("self.messagesField != self.toolsField", "`messagesField` and `toolsField` must differ"),
+        )
+    )
 
     messages_field: FieldName = "messages"
     """Column that holds the list of messages, each with `role` and `content`, or with `from` and `value`."""
@@ -104,12 +114,10 @@ class MessagesFormat(ApiModel):
     learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
     """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
     one. Everything: all tokens of the conversation. Messages with `weight: 0` are never learned."""
-    roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {
-        "human": "user",
-        "gpt": "assistant",
-    }
+    roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
     """For names of roles in the rows, the role of the chat template that they stand for. A name that is not listed is
-    passed to the template as it is. The default is for the rows of ShareGPT."""
+    passed to the template as it is, except for those of ShareGPT: `human` stands for `user`, `gpt` for `assistant`, and
+    beside `from` and `value` also `observation` for `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
     """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
     text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are

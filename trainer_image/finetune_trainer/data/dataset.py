@@ -17,7 +17,14 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import Example, ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import NamedColumn, Row
-from finetune_trainer.data.formats import Render, TokenizeFunctions, format_columns, renderer, required_columns
+from finetune_trainer.data.formats import (
+    Render,
+    TokenizeFunctions,
+    format_columns,
+    renderer,
+    required_columns,
+    tools_column,
+)
 from finetune_trainer.data.long_rows import LongTexts
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns
@@ -65,7 +72,7 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
     if found.parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
-    for column in (*required_columns(form), *further):
+    for column in (*required_columns(form), *tools_column(form, field), *further):
         if column.name not in found.names:
             seen = ", ".join(repr(name) for name in found.names[:12])
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat
+from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
 from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
@@ -20,6 +20,9 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import prompt_columns, render_prompt_completion, render_text
+
+TOOLS_FIELD = MessagesFormat.model_fields["tools_field"].default
+"""The column of tools in jobs that name none."""
 
 
 class TokenizeFunctions(NamedTuple):
@@ -41,7 +44,7 @@ says what is wrong.
 
 
 def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
-    """Return the columns that a format reads. No other columns of a data file are needed to make examples. Raises
+    """Return the columns that a format reads. Raises
     UserError if a template of the format is none."""
     if form.prompt_completion is not None:
         return prompt_columns(form.prompt_completion)
@@ -50,6 +53,15 @@ def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
     if form.text is not None:
         return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
+
+
+def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
+    """Return the column of tools that a job names, where at least one row must have it: rows need not have tools, but a
+    misspelled name would make all tools vanish. Rows of ``field``, the path of a source in the spec, may have no tools
+    unless they are the only ones that are trained on."""
+    if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
+        return []
+    return [NamedColumn("dataset.format.messages.toolsField", form.messages.tools_field)]
 
 
 def format_columns(form: DatasetFormat) -> list[str]:

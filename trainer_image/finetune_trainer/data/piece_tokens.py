@@ -7,8 +7,10 @@ column of the row, because people write such texts without meaning the token.
 
 from __future__ import annotations
 
+import functools
+import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -38,27 +40,66 @@ class _Match(NamedTuple):
 class PieceTokenizer:
     """Tokenises texts that consist of pieces."""
 
-    def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
         """Take a tokenizer of transformers, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are
-        tokens in columns of the row too, because the user added them for the rows.
+        tokens in columns of the row too, because the user added them for the rows. ``ends`` are the ids at which the
+        model stops.
 
         This module does not import transformers, because the process that starts the preflight check has to import the
         formats and must stay small.
         """
         self._tokenizer = tokenizer
+        # Some models do not mark the token that ends their answers as special.
+        named = {*tokenizer.all_special_ids, *ends}
         self._tokens: dict[int, AddedToken] = {
-            number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special
+            number: token
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or number in named
         }
-        """The special tokens by their ids. The model's other added tokens are ordinary words of its vocabulary."""
+        """The control tokens by their ids. The model's other added tokens are ordinary words of its vocabulary."""
+        self._all_marked = all(token.special for token in self._tokens.values())
+        """Whether the tokenizer marks all control tokens as special."""
         self._everywhere = {number for number, token in self._tokens.items() if token.content in added_tokens}
         self._literal: _LiteralTokenizer | None = None
         self.end: int = tokenizer.eos_token_id
         """Id of the end token (EOS), with which every example ends."""
 
+    @property
+    def control_tokens(self) -> Mapping[int, str]:
+        """The texts of the control tokens by their ids."""
+        return {number: token.content for number, token in self._tokens.items()}
+
+    def other_forms(self, text: str) -> list[tuple[int, int]]:
+        """Return where ``text`` holds control tokens in another form than their own, as the first character of each and
+        the one behind it. A normalizer can make the token `</s>` of `</S>` or `＜/s＞`. Raises RowError as `begin`
+        does."""
+        try:
+            normal = self._normal(text) if self._normal_forms else ""
+            if not any(form in normal for form in self._normal_forms):
+                return []
+            encoding = self._tokenizer(text, add_special_tokens=False).encodings[0]
+            return [(match.first, match.last) for match in self._matches(encoding, text)]
+        except MemoryError:
+            raise
+        except Exception as error:  # a tokenizer is a program from files, which can fail in every way
+            raise RowError(f"can't be tokenised: {first_line(error)}") from error
+
+    @functools.cached_property
+    def _normal_forms(self) -> list[str]:
+        """What the tokenizer's normalizer makes of the control tokens that are looked for in normalized text."""
+        if not self._tokenizer.is_fast or self._tokenizer.backend_tokenizer.normalizer is None:
+            return []
+        found = (self._normal(token.content).strip("▁ ") for token in self._tokens.values() if token.normalized)
+        return [form for form in found if form]
+
+    def _normal(self, text: str) -> str:
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
     def begin(self, pieces: Sequence[Piece]) -> PieceIds:
-        """Tokenise a text that begins an example. What the tokenizer puts in front of every text is included. BOS
-        stands there only once, also where the text itself begins with BOS. What the tokenizer appends to every text,
-        such as an end token, is left out, because in an example more text follows.
+        """Tokenise a text that begins an example. What the tokenizer puts in front of every text, such as BOS, is
+        included. It stands there only once, also where the text itself begins with it. What the tokenizer appends to
+        every text, such as an end token, is left out, because in an example more text follows.
 
         Raises RowError if a control token in a column can't be read as ordinary text.
         """
@@ -69,7 +110,9 @@ class PieceTokenizer:
             # An empty text: what stands here was put in front, except for an end token behind it.
             return PieceIds(ids[:-1] if ids and ids[-1] == self.end != bos else ids, found)
         front, text = ids[: inside[0]], ids[inside[0] : inside[-1] + 1]
-        return PieceIds([*front, *(text[1:] if bos in front and text[0] == bos else text)], found)
+        # Some tokenizers put other tokens than BOS in front, such as GLM's `[gMASK]<sop>`.
+        repeated = len(front) if text[: len(front)] == front else int(bos in front and text[0] == bos)
+        return PieceIds([*front, *text[repeated:]], found)
 
     def follow(self, pieces: Sequence[Piece]) -> PieceIds:
         """Tokenise a text that follows other text in an example. Raises RowError as `begin` does."""
@@ -110,7 +153,7 @@ class PieceTokenizer:
     def _as_text(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
         """Tokenise ``text`` with no other special tokens than ``kept``. Return the encoding, the ids, and the text that
         the offsets of the encoding refer to."""
-        if not kept:
+        if not kept and self._all_marked:
             call = self._tokenizer(text, add_special_tokens=specials, split_special_tokens=True)
             return call.encodings[0], call.encodings[0].ids, text
         if self._literal is None:
@@ -132,7 +175,7 @@ class PieceTokenizer:
             found = text[first:last]
             first += len(found) - len(found.lstrip())
             found, content = found.strip(), token.content.strip()
-            if found == content or (token.normalized and found.casefold() == content.casefold()):
+            if found == content or (token.normalized and self._normal(found) == self._normal(content)):
                 yield _Match(first, first + len(found), number)
 
     def _encode_slowly(
@@ -166,7 +209,11 @@ class _LiteralTokenizer:
         self._numbers: dict[str, int] = {}
         """The ids of the special tokens by the placeholders that stand for them. A placeholder is added when it is
         needed first."""
-        self._copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        stored = json.loads(tokenizer.to_str())
+        for token in stored["added_tokens"]:
+            # Only tokens that are marked as special can be read as ordinary text.
+            token["special"] = token["special"] or token["id"] in tokens
+        self._copy: Tokenizer = Tokenizer.from_str(json.dumps(stored))
         self._copy.no_truncation()
         self._copy.no_padding()
         self._copy.encode_special_tokens = True

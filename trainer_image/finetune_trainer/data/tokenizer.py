@@ -72,7 +72,7 @@ def tokenize_functions(
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
     `model.addedTokens` that the tokenizer has. ``ends`` are the ids of `stop_ids`, and only the end token if empty.
     ``today`` is the date that a chat template gets; None means the real one."""
-    end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens)
+    end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)
     chat = ChatTemplate(tokenizer, pieces, ends=ends or [end], today=today, added_tokens=added_tokens)
@@ -92,7 +92,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop
     added = [number for number in ids if number in tokenizer.added_tokens_decoder and number != tokenizer.unk_token_id]
     ends = {tokenizer.eos_token_id, *added[:1], *(n for n in model_stop_ids if 0 <= n < len(tokenizer))}
     if form.messages is not None and tokenizer.chat_template:
-        template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer), ends=sorted(ends))
+        template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=sorted(ends)), ends=sorted(ends))
         ends.update(answer_ends(form.messages, template, tokenizer.eos_token_id))
     return sorted(ends)
 

@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
-from finetune_trainer.data.chat.messages import SYSTEM_COLUMN, THOUGHTS, Conversation, Message, content_text
+from finetune_trainer.data.chat.messages import (
+    CLOSED,
+    OPENED,
+    SYSTEM_COLUMN,
+    THOUGHTS,
+    Conversation,
+    Message,
+    content_text,
+)
 
-OPENED = "<think>"
-"""With this tag some generation prompts open the thoughts of the answer."""
-CLOSED = "</think>"
+CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")
+"""Tags that close the thoughts of an answer, in templates of different models."""
+PARTS = ("'type': 'text'", '"type": "text"')
+"""What a list of text parts looks like where a template writes it as if it were a text."""
 PROBE = "probe-7d1f"
 """A text that no row has."""
 
@@ -61,11 +71,20 @@ class Dialogue:
         return f"message {number}" if number else f"column {SYSTEM_COLUMN!r}"
 
     def text(self, messages: Sequence[Message], *, answer_next: bool, with_tools: bool = True) -> str:
-        """Return the rendering of ``messages``. Raises ValueError if the template fails."""
+        """Return the rendering of ``messages``. Raises ValueError if the template fails, and RowError if it would
+        render other text without the marks of `row_texts`."""
         tools = self.conversation.tools if with_tools else ()
         text = self.template.text(messages, tools, self._arguments, answer_next=answer_next)
-        if self._has_parts and "{'type': 'text'" in text:
+        if self._has_parts and any(part in text for part in PARTS):
             raise ValueError("it reads no content that is a list of parts")
+        texts = self.template.row_texts
+        if texts.is_marked([messages, tools, self._arguments]):
+            messages, tools, arguments = map(texts.without_marks, (messages, tools, self._arguments))
+            if texts.without_marks(text) != self.template.text(messages, tools, arguments, answer_next=answer_next):
+                raise RowError(
+                    "has a control token in a message that the model's chat template cuts apart or looks for (remove"
+                    " it, or set allowSpecialTokens)"
+                )
         return text
 
 
@@ -79,15 +98,66 @@ def turn_of(row: Dialogue, index: int) -> Turn:
             " learned)"
         )
     before = row.text(row.messages[:index], answer_next=True)
-    continues = answered.startswith(before)
-    answer = answered[len(before) :] if continues else _behind_opened_thoughts(row, index, before, answered)
+    has_thoughts = False
+    if answered.startswith(before):
+        answer = answered[len(before) :]
+    elif _opens_thoughts(before, answered):
+        answer, has_thoughts = _behind_opened_thoughts(row, index, before, answered), True
+    else:
+        answer = _behind_other_text(row, index, before, answered)
     prompt = row.template.ids(before)
     # The tokens are taken from the whole text where they can be, because some tokenizers put a space in front of each
     # text. They can't be where the last characters of the prompt and the first ones of the answer would become one
     # token, which the model can't generate.
     whole = row.template.ids(before + answer)
     ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else row.template.ids(answer)
-    return Turn(prompt, _up_to_the_end(row, index, prompt, ids), not continues)
+    lead = row.template.ids(answered.removesuffix(answer)) if not answered.startswith(before) else prompt
+    return Turn(prompt, _up_to_the_end(row, index, lead, ids), has_thoughts)
+
+
+def _opens_thoughts(before: str, answered: str) -> bool:
+    """Return whether ``before`` ends with an open tag of thoughts, and ``answered`` is like it up to the tag."""
+    opened, tag, rest = before.rpartition(OPENED)
+    return bool(tag) and not rest.strip() and answered.startswith(opened)
+
+
+def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) -> str:
+    """Return the text that the model must generate behind ``before`` for message ``index``, where ``answered``, the
+    conversation up to the message, begins in another way.
+
+    The generation prompt may end with thoughts that are closed already, which the rendered message lacks (Gemma 4). Or
+    the template leaves out a part of what stands further up once there is an answer: Mistral's shows the system message
+    only before the answer, and that of gpt-oss the text beside a call. Then ``answered`` has the end of ``before`` too,
+    from the last message on, and the answer stands behind it. Raises ProblemError in all other cases.
+    """
+    message, last = row.messages[index], row.messages[index - 1]
+    probe = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
+    try:
+        probed = row.text([*row.messages[:index], {"role": "assistant", "content": probe}], answer_next=False)
+    except ValueError:
+        probed = ""
+    header, found, _ = probed.rpartition(PROBE)
+    is_header = bool(found) and before.startswith(header) and answered.startswith(header)
+    answer = answered[len(header) :]
+    # Thoughts behind thoughts that are closed already would teach the model to think where it is told not to.
+    thinks = any(closer in answer for closer in CLOSERS)
+    if is_header and before[len(header) :].rstrip().endswith(CLOSERS) and not thinks:
+        return answer
+    shared = _length_in_common(probed, answered)
+    content = content_text(last).strip()
+    ending = before[before.rfind(content) :] if content and content in before else ""
+    place = answered.rfind(ending, 0, shared) if ending else -1
+    if place < 0 or not _is_shortened(before.removesuffix(ending), answered[:place]):
+        raise ProblemError(
+            f"has a {row.place(index)} that the model's chat template does not put unchanged behind the messages before"
+            " it, so it can't be told which tokens are the answer"
+        )
+    return answered[place + len(ending) :]
+
+
+def _is_shortened(whole: str, text: str) -> bool:
+    """Return whether ``text`` is ``whole`` without one part of it."""
+    return _length_in_common(whole, text) + _length_in_common(whole[::-1], text[::-1]) >= len(text)
 
 
 def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: str) -> str:
@@ -97,13 +167,7 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
     At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
     earlier messages out. So the thoughts are taken from the row, and they are empty where it has none.
     """
-    opened, tag, rest = before.rpartition(OPENED)
-    if not tag or rest.strip() or not answered.startswith(opened):
-        raise ProblemError(
-            f"has a {row.place(index)} that the model's chat template does not put unchanged behind the messages before"
-            " it, so it can't be told which tokens are the answer"
-        )
-    answer = answered[len(opened) :]
+    answer = answered[len(before.rpartition(OPENED)[0]) :]
     if answer.startswith(OPENED):
         answer = answer.removeprefix(OPENED).lstrip("\n")
         if not answer.startswith(CLOSED):
@@ -122,8 +186,9 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
     return f"{thoughts.strip()}\n{CLOSED}\n\n" + answer.lstrip("\n")
 
 
-def _up_to_the_end(row: Dialogue, index: int, prompt: list[int], answer: list[int]) -> list[int]:
-    """Return ``answer`` up to the token that ends it, which is added where the template renders none.
+def _up_to_the_end(row: Dialogue, index: int, lead: list[int], answer: list[int]) -> list[int]:
+    """Return ``answer`` up to the token that ends it, which is added where the template renders none. ``lead`` are the
+    tokens in front of the answer where the conversation is rendered up to it.
 
     What the template puts behind that token, such as a line break, is not learned, because generation stops at the
     token.
@@ -139,7 +204,7 @@ def _up_to_the_end(row: Dialogue, index: int, prompt: list[int], answer: list[in
         return answer[: control[0] + 1]
     # Of several control tokens, generation stops at the first one that is known to end it: `<end_of_turn>` and not the
     # EOS behind it. A token that the template puts behind the whole conversation does not end an answer.
-    kept = [place for place in control if place < _length_when_followed(row, index, prompt, answer)] or control
+    kept = [place for place in control if place < _length_when_followed(row, index, lead, answer)] or control
     known = [place for place in kept if place in stops]
     return answer[: (known[0] if known else kept[-1]) + 1]
 
@@ -162,11 +227,16 @@ def _beginning_of_the_next(row: Dialogue, index: int) -> int:
     return control[-1] if control and control[-1] in row.template.ends else row.end
 
 
-def _length_when_followed(row: Dialogue, index: int, prompt: list[int], answer: list[int]) -> int:
+def _length_when_followed(row: Dialogue, index: int, lead: list[int], answer: list[int]) -> int:
     """Return how many tokens of ``answer``, from its beginning, remain where another message follows."""
-    followed, whole = _followed(row, index), prompt + answer
-    different = (at for at, pair in enumerate(zip(followed, whole, strict=False)) if pair[0] != pair[1])
-    return next(different, min(len(followed), len(whole))) - len(prompt)
+    followed, whole = _followed(row, index), lead + answer
+    return _length_in_common(followed, whole) - len(lead)
+
+
+def _length_in_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many items two sequences have in common at their beginnings."""
+    different = (at for at, (first, second) in enumerate(zip(one, other, strict=False)) if first != second)
+    return next(different, min(len(one), len(other)))
 
 
 def _followed(row: Dialogue, index: int) -> list[int]:

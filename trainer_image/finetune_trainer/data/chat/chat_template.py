@@ -7,7 +7,9 @@ process that bounds its time, its memory and its output (`template_process.py`).
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -30,10 +32,18 @@ LONGEST_TEXT = 16 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token for one byte, as tokenizers of Llama 2 have them."""
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables that a template gets in any case, so that no argument may have their names."""
+FUNCTIONS = ("raise_exception", "strftime_now")
+"""Functions that a template may call, so that no argument may have their names."""
+ALMOST_JSON = {"true": "true", "false": "false", "null": "null", "none": "null"}
+"""Texts in small letters that people write for JSON values, and the values."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
-"""Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
+"""Letters that follow `%` in the format of a date (man 3 strftime)."""
+DATE_FLAGS = "-_0^#"
+"""Characters that may stand between `%` and the letter."""
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, folder: Path) -> None:
@@ -63,22 +73,52 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or use"
             " promptCompletion",
         )
-    templates = tokenizer.chat_template
-    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError("dataset.format.messages", "the chat template of the model's tokenizer must be a text")
-    known = frozenset[str]().union(*(_variables(text) for text in texts))
-    for name in form.messages.template_arguments:
-        if problem := argument_problem(name, known):
+    known, taken = _variables_of_all(tokenizer), taken_names(tokenizer)
+    for name, text in form.messages.template_arguments.items():
+        meant = ALMOST_JSON.get(text.strip().lower())
+        if meant is not None and isinstance(template_arguments({name: text})[name], str):
+            raise UserError(
+                f"{ARGUMENTS_FIELD}.{name}",
+                f"must be {meant} as JSON writes it: {text!r} would be a text, which a template takes for true",
+            )
+        if problem := argument_problem(name, known, taken):
             raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
 
 
-def argument_problem(name: str, variables: frozenset[str]) -> str:
-    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can."""
-    if name in GIVEN:
+def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the names of the variables that the chat templates read. A model may have several templates with names, of
+    which transformers uses the one for rows with tools, and the one for all other rows. Raises UserError if one of them
+    is no Jinja, or if there is none for rows without tools."""
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise UserError(
+            "dataset.format.messages",
+            f"the model has the chat templates {names} and none with the name default; give one in chatTemplate",
+        )
+    with_tools: list[dict[str, Any]] = [{}]
+    texts = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=with_tools)]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("dataset.format.messages", "the chat template of the model's tokenizer must be a text")
+    return frozenset[str]().union(*(_variables(text) for text in texts))
+
+
+def taken_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the names that no argument of a chat template may have: what the trainer or transformers gives to the
+    template, and the parameters of transformers' own functions, which would take such an argument for themselves."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    functions = (tokenizer.apply_chat_template, render_jinja_template)
+    parameters = {name for function in functions for name in inspect.signature(function).parameters}
+    return frozenset(parameters - {"kwargs"}) | {*GIVEN, *FUNCTIONS}
+
+
+def argument_problem(name: str, variables: frozenset[str], taken: frozenset[str]) -> str:
+    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can. The
+    names ``taken`` can't be given."""
+    if name in taken:
         return "is set by the trainer"
     if name not in variables:
-        others = ", ".join(sorted(variables - set(GIVEN) - {"raise_exception", "strftime_now"})) or "none"
+        others = ", ".join(sorted(variables - taken)) or "none"
         return f"is not read by the chat template, which reads {others}"
     return ""
 
@@ -121,14 +161,12 @@ class ChatTemplate:
         prelude = _date_macro(today) if today is not None else ""
         self._process = TemplateProcess(partial(_render, tokenizer, prelude), seconds=RENDER_SECONDS)
         self.ends = frozenset(ends)
-        self.special = frozenset(
-            {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-            | set(tokenizer.all_special_ids)
-        )
-        """Ids of control tokens, such as those that end a turn."""
-        known = tokenizer.added_tokens_decoder
-        texts = {known[index].content for index in self.special if index in known}
-        self.row_texts = RowTexts(texts - set(added_tokens))
+        words = {tokenizer.unk_token_id, *(n for n, text in pieces.control_tokens.items() if BYTE.fullmatch(text))}
+        self.special = (frozenset(pieces.control_tokens) - words) | self.ends
+        """Ids of control tokens, such as those that end a turn. The token for unknown words and those for single bytes
+        are none, because ordinary text becomes such tokens."""
+        self.row_texts = RowTexts(pieces, added_tokens)
+        self._taken = taken_names(tokenizer)
 
     def text(
         self,
@@ -165,10 +203,10 @@ class ChatTemplate:
             text = str(self._tokenizer.decode([token]))
         return not text.strip()
 
-    def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-        """Return the names of the variables that the template reads for a row with ``tools``."""
+    def argument_problem(self, name: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Return why the template can't get the argument ``name`` for a row with ``tools``; an empty text if it can."""
         template: str = self._tokenizer.get_chat_template(None, [dict(tool) for tool in tools] or None)
-        return _variables(template)
+        return argument_problem(name, _variables(template), self._taken)
 
 
 def _date_macro(today: date) -> str:
@@ -177,11 +215,11 @@ def _date_macro(today: date) -> str:
     The line break behind the macro is no part of the rendered text, because transformers removes the first line break
     after a block.
     """
-    codes = [f"%{flag}{letter}" for letter in DATE_LETTERS for flag in ("", "-")]
+    codes = [f"%{flag}{letter}" for letter in DATE_LETTERS for flag in ("", *DATE_FLAGS)]
     values = json.dumps({code: today.strftime(code) for code in codes})
     return (
         "{% macro strftime_now(format) %}{% set values = " + values + " %}{% set ns = namespace(text='', code='') %}"
-        "{% for letter in format %}{% if ns.code and letter != '-' %}"
+        "{% for letter in format %}{% if ns.code and letter not in '" + DATE_FLAGS + "' %}"
         "{% set ns.text = ns.text + values.get(ns.code + letter, ns.code + letter) %}{% set ns.code = '' %}"
         "{% elif ns.code or letter == '%' %}{% set ns.code = ns.code + letter %}"
         "{% else %}{% set ns.text = ns.text + letter %}{% endif %}{% endfor %}{{ ns.text }}{% endmacro %}\n"

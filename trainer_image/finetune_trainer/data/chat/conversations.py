@@ -16,9 +16,9 @@ from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.row_templates import RowError
-from finetune_trainer.data.chat.answers import CLOSED, PROBE, Dialogue, ProblemError, turn_of
-from finetune_trainer.data.chat.chat_template import ChatTemplate, argument_problem, template_arguments
-from finetune_trainer.data.chat.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
+from finetune_trainer.data.chat.answers import PROBE, Dialogue, ProblemError, turn_of
+from finetune_trainer.data.chat.chat_template import ChatTemplate, template_arguments
+from finetune_trainer.data.chat.messages import CLOSED, THOUGHTS, Conversation, Message, content_text, read_conversation
 from finetune_trainer.data.examples import Example
 
 NOT_TEXT = ("role", "content", "tool_call_id")
@@ -26,12 +26,22 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 are compared in another way."""
 
 
+CALL_ID = "a1b2c3d4e"
+"""An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
+LACKS = "has no attribute"
+"""What Jinja says of a field that a template reads and a message lacks."""
+CONTENT_BEGINNING = "the beginning of content"
 THOUGHTS_IN_CONTENT = "content before </think>"
 """Thoughts that stand in the content of a message. Templates leave them out as they leave out a field with thoughts."""
 
 
 class _LeftOutError(ProblemError):
     """The template leaves out a field that has a meaning. It may render the field in another form."""
+
+    def __init__(self, problem: str, *, of_content: bool = False) -> None:
+        """Take what is wrong, and whether the field is the content of a message."""
+        super().__init__(problem)
+        self.of_content = of_content
 
 
 def conversation_renderer(
@@ -43,12 +53,23 @@ def conversation_renderer(
 
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
-    """Return the ids of the token that ends an answer of ``template``. Empty if the template can't render a short
-    conversation."""
-    asked = {form.messages_field: [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]}
+    """Return the ids of the tokens that end an answer of ``template``, also one that calls a tool. Empty if the
+    template can't render a short conversation."""
     plain = form.model_copy(update={"learn": "AllAssistant", "roles": {}})
-    examples = conversation_renderer(plain, template, end)(asked)
-    return [] if isinstance(examples, str) else [int(examples[-1].ids[-1])]
+    call = {"name": PROBE, "arguments": {PROBE: PROBE}}
+    tool = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}}
+    rows = (
+        ({"content": PROBE}, None),
+        # Some models end a call of a tool with another token.
+        ({"tool_calls": [{"id": CALL_ID, **call}]}, [tool]),
+    )
+    found: set[int] = set()
+    for answer, tools in rows:
+        asked = [{"role": "user", "content": PROBE}, {"role": "assistant", **answer}]
+        row = {form.messages_field: asked, form.tools_field: tools}
+        examples = conversation_renderer(plain, template, end)(row)
+        found.update([] if isinstance(examples, str) else [int(examples[-1].ids[-1])])
+    return sorted(found)
 
 
 class _Renderer:
@@ -69,6 +90,7 @@ class _Renderer:
             if isinstance(conversation, str):
                 return conversation
             self._check_roles(conversation)
+            self._check_role_names(conversation)
             self._check_arguments(conversation)
             return self._in_the_right_form(conversation)
         except (ProblemError, RowError) as problem:
@@ -86,25 +108,35 @@ class _Renderer:
         if not any(conversation.weights):
             raise ProblemError("has no message of the assistant to learn, because all have weight 0")
 
+    def _check_role_names(self, conversation: Conversation) -> None:
+        """Raise ProblemError for a role that holds a control token: a row can't make one. The job can, in `roles`."""
+        named = self._form.roles.values()
+        for index, message in enumerate(conversation.messages):
+            found = self._template.row_texts.first_token(message["role"])
+            if found is not None and message["role"] not in named and not self._form.allow_special_tokens:
+                place = index + conversation.first_number
+                raise ProblemError(f"has {found!r}, a control token of the model, in the role of message {place}")
+
     def _check_arguments(self, conversation: Conversation) -> None:
         for name in conversation.arguments:
-            if problem := argument_problem(name, self._template.variables(conversation.tools)):
+            if problem := self._template.argument_problem(name, conversation.tools):
                 raise ProblemError(f"has an argument {name!r} for the chat template that {problem}")
 
     def _in_the_right_form(self, conversation: Conversation) -> Sequence[Example]:
         """Return the examples, with the messages in the first form that the template can render. If it can render none,
         raise what is wrong with the form that it renders best."""
         failure: ValueError | _LeftOutError | None = None
-        arguments = {**self._arguments, **conversation.arguments}
         texts = self._template.row_texts
         read_as_text: Sequence[str] = ()
         if not self._form.allow_special_tokens:
-            read_as_text = texts.tokens([conversation.messages, conversation.tools])
             conversation = replace(
                 conversation,
                 messages=texts.marked_messages(conversation.messages),
                 tools=texts.marked(conversation.tools),
+                arguments=texts.marked(conversation.arguments),
             )
+            read_as_text = texts.tokens([conversation.messages, conversation.tools, conversation.arguments])
+        arguments = {**self._arguments, **conversation.arguments}
         for messages in _forms(conversation.messages):
             row = Dialogue(self._template, conversation, messages, arguments=arguments, end=self._end)
             try:
@@ -112,9 +144,12 @@ class _Renderer:
             except RowError:
                 raise
             except _LeftOutError as error:
-                failure = error
+                # A content that is left out may have the wrong form, and another form says more.
+                says_more = not isinstance(failure, _LeftOutError) or (failure.of_content and not error.of_content)
+                failure = error if says_more else failure
             except ValueError as error:
-                failure = failure or error
+                # Of the forms that fail, one that lacks nothing says most.
+                failure = error if failure is None or LACKS in str(failure) else failure
         assert failure is not None
         raise failure
 
@@ -154,55 +189,92 @@ class _Renderer:
         """Raise _LeftOutError if the template leaves out a field that has a meaning: a text that a person wrote must
         not vanish without a word. ``turns`` are the last messages of the renderings that are learned from, and
         ``with_thoughts`` the messages whose thoughts must be rendered."""
-        if row.conversation.tools and ("tools",) not in self._shown:
-            shown = row.messages[: turns[-1] + 1]
-            if row.text(shown, answer_next=False) == row.text(shown, answer_next=False, with_tools=False):
+        last = turns[-1]
+        kind: tuple[object, ...] = ("tools", *(message["role"] for message in row.messages[: last + 1]))
+        if row.conversation.tools and kind not in self._shown:
+            if self._rendering(row, row.messages, 0, last) == self._rendering(row, row.messages, 0, last, tools=False):
                 raise _LeftOutError(f"has {self._form.tools_field!r}, which the model's chat template leaves out")
-            self._shown.add(("tools",))
-        for index, message in enumerate(row.messages[: turns[-1] + 1]):
+            self._shown.add(kind)
+        for index, message in enumerate(row.messages[: last + 1]):
             turn = next(at for at in turns if at >= index)
-            for name in _fields_with_meaning(message, with_thoughts=index in with_thoughts):
-                kind = (name, message["role"], index == 0, index == turn, frozenset(message))
+            # What templates do with a message can depend on the messages beside it.
+            beside = [row.messages[at]["role"] if 0 <= at <= turn else None for at in (index - 1, index + 1)]
+            for name, changed in _changes(message, with_thoughts=index in with_thoughts):
+                kind = (name, message["role"], index == 0, index == turn, *beside, _shape(message))
                 if kind in self._shown:
                     continue
-                if not self._is_shown(row, index, name, turn):
+                if not self._is_shown(row, index, changed, turn):
                     raise _LeftOutError(
                         f"has {name!r} in {row.place(index)} of role {message['role']!r}, which the model's chat"
-                        " template leaves out"
+                        " template leaves out",
+                        of_content=name in ("content", CONTENT_BEGINNING, THOUGHTS_IN_CONTENT),
                     )
                 self._shown.add(kind)
 
-    def _is_shown(self, row: Dialogue, index: int, name: str, turn: int) -> bool:
-        """Return whether the rendering up to message ``turn`` depends on field ``name`` of message ``index``."""
-        messages = list(row.messages[: turn + 1])
-        whole = row.text(messages, answer_next=False)
-        messages[index] = changed = dict(messages[index])
-        if name == "content":
-            content = changed["content"]
-            changed["content"] = (
-                f"{content}{PROBE}" if isinstance(content, str) else [*content, {"type": "text", "text": PROBE}]
-            )
-        elif name == THOUGHTS_IN_CONTENT:
-            changed["content"] = changed["content"].replace(CLOSED, PROBE + CLOSED, 1)
-        else:
-            del changed[name]
+    def _is_shown(self, row: Dialogue, index: int, changed: Message, turn: int) -> bool:
+        """Return whether the example of message ``turn`` is another one where message ``index`` is ``changed``."""
+        whole = self._rendering(row, row.messages, index, turn)
+        messages = [*row.messages[:index], changed, *row.messages[index + 1 :]]
         try:
-            return row.text(messages, answer_next=False) != whole
+            return self._rendering(row, messages, index, turn) != whole
         except ValueError:
             return True  # a template that fails without the field has read it
 
+    def _rendering(
+        self, row: Dialogue, messages: Sequence[Message], index: int, turn: int, *, tools: bool = True
+    ) -> str:
+        """Return the text of which the tokens of message ``index`` are taken in the example of message ``turn``: what
+        the model gets before that message, or the conversation up to it."""
+        if index < turn and self._form.learn != "Everything":
+            return row.text(messages[:turn], answer_next=True, with_tools=tools)
+        return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)
 
-def _fields_with_meaning(message: Message, *, with_thoughts: bool) -> list[str]:
-    """Return the fields of a message that must be part of its rendering. Thoughts of answers that are not learned may
-    be left out, as templates do at inference. The name of a tool that answers is known from its call."""
+
+def _shape(message: Message) -> tuple[object, ...]:
+    """Return what a template may tell messages of one role apart by: their fields, parts of the content, and tags."""
+    content = message.get("content")
+    parts = min(len(content), 2) if isinstance(content, list) else None
+    return (frozenset(message), parts, CLOSED in content_text(message))
+
+
+def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Message]]:
+    """Yield the name of each field of a message that must be part of its rendering, and the message with another text
+    in the field, or without it. Thoughts of answers that are not learned may be left out, as templates do at inference.
+    The name of a tool that answers is known from its call."""
     left_out: set[str] = set(THOUGHTS) if message["role"] == "assistant" and not with_thoughts else set()
     if message["role"] == "tool":
         left_out.add("name")
-    found = [name for name in message if name not in NOT_TEXT and name not in left_out and message[name]]
-    content = message.get("content")
-    if with_thoughts and isinstance(content, str) and CLOSED in content:
-        found.append(THOUGHTS_IN_CONTENT)
-    return ["content", *found] if content_text(message).strip() else found
+    content, probe = message.get("content", ""), {"type": "text", "text": PROBE}
+    parts = content if isinstance(content, list) else []
+    has_thoughts = CLOSED in content_text(message)
+    may_be_cut = has_thoughts and message["role"] == "assistant" and not with_thoughts
+    if content_text(message).strip():
+        yield "content", {**message, "content": [*parts, probe] if parts else f"{content}{PROBE}"}
+    if has_thoughts and not may_be_cut:
+        probed = [{**part, "text": part["text"].replace(CLOSED, PROBE + CLOSED, 1)} for part in parts]
+        yield THOUGHTS_IN_CONTENT, {**message, "content": probed or content.replace(CLOSED, PROBE + CLOSED, 1)}
+    if content_text(message).strip() and not may_be_cut:
+        begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
+        yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
+    for name in message:
+        if name not in NOT_TEXT and name not in left_out and message[name]:
+            yield name, {key: value for key, value in message.items() if key != name}
+    calls = message.get("tool_calls", ())
+    for number, call in enumerate(calls):
+        others, function = [*calls[:number], *calls[number + 1 :]], call["function"]
+        if others:
+            yield f"tool_calls[{number}]", {**message, "tool_calls": others}
+        if function["arguments"] not in ({}, "{}"):
+            none = {} if isinstance(function["arguments"], dict) else "{}"
+            without = {**call, "function": {**function, "arguments": none}}
+            changed = [*calls[:number], without, *calls[number + 1 :]]
+            yield f"tool_calls[{number}].function.arguments", {**message, "tool_calls": changed}
+
+
+def _other_beginning(text: str) -> str:
+    """Return ``text`` with another first character than its own, white space aside."""
+    found = text.lstrip()
+    return f"{text[: len(text) - len(found)]}{'Y' if found[:1] == 'X' else 'X'}{found[1:]}"
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_core.api.dataset import MessagesFormat
+from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
 
@@ -32,6 +32,11 @@ REFUSED_COLUMNS = {
 """Columns that other tools read beside the messages, and why they are refused where a row has a value in them."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of the field of a message that holds the thoughts of the assistant. Templates get all names that they read."""
+
+
+OPENED = "<think>"
+"""With this tag some templates open the thoughts of an answer. Rows may have it in the content of an answer."""
+CLOSED = "</think>"
 
 
 class _ProblemError(Exception):
@@ -74,7 +79,7 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     found = fields.get(form.messages_field)
     if found is None:
         raise _ProblemError(f"has no {form.messages_field!r}")
-    found = _parsed(found)
+    found = _parsed(found, repr(form.messages_field))
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise _ProblemError(f"has a {form.messages_field!r} that is not a list of messages")
     read = [_message(message, number, form) for number, message in enumerate(found, start=1)]
@@ -87,7 +92,7 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
         if messages and messages[0]["role"] == "system":
             raise _ProblemError(f"has a system message both in {SYSTEM_COLUMN!r} and in {form.messages_field!r}")
         messages, weights = [{"role": "system", "content": system}, *messages], [0, *weights]
-    arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {})
+    arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {}, repr(ARGUMENTS_COLUMN))
     if not isinstance(arguments, dict) or not _is_valid(arguments):
         raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object")
     # A value that is null was added by parquet, because other rows of the file have the argument.
@@ -96,13 +101,26 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     return Conversation(messages, weights, 0 if system else 1, tools, arguments)
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, place: str) -> Any:
     """Return ``value``, or what it holds where it is JSON text: csv files have no lists, and parquet files no objects
-    with other keys in each row. Text that is not JSON is returned as it is."""
+    with other keys in each row. Text that is not JSON is returned as it is.
+
+    Raises _ProblemError, which names ``place``, for a key that stands in an object twice, because one of its values
+    would be lost.
+    """
     if not isinstance(value, str):
         return value
+
+    def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for at, name in enumerate(names) if name in names[:at])
+            raise _ProblemError(f"has JSON text with the key {twice!r} twice in {place}")
+        return found
+
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=as_object)
     except (ValueError, RecursionError):
         return value
 
@@ -139,10 +157,11 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         message["role"] = message.pop("from")
         if "value" in message and "content" not in message:
             message["content"] = message.pop("value")
+        _read_tools_of_sharegpt(message, number, form)
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _ProblemError(f"has no role in message {number}")
-    message["role"] = role = "tool" if role == "function" else form.roles.get(role, role)
+    message["role"] = role = "tool" if role == "function" else {**SHAREGPT_ROLES, **form.roles}.get(role, role)
     weight = message.pop("weight", None)
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise _ProblemError(f"has a weight in message {number} that is not 0 or 1")
@@ -150,6 +169,11 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         raise _ProblemError(f"has weight 1 in message {number}, which is not of the assistant")
     if weight == 0 and form.learn == "Everything":
         raise _ProblemError(f"has weight 0 in message {number}, although dataset.format.messages.learn is Everything")
+    thoughts = [name for name in THOUGHTS if name in message]
+    for name in thoughts[1:]:
+        # Servers answer with the same thoughts under two names, of which a template reads one.
+        if message[name] == message[thoughts[0]]:
+            del message[name]
     calls = _calls(message, number)
     message.pop("tool_calls", None)
     if calls:
@@ -160,6 +184,21 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         what = f"no text as {half}" if half == "content" else f"no JSON as {half!r}"
         raise _ProblemError(f"has {what} of message {number}{_reason(message[half])}")
     return message, int(role == "assistant" and weight != 0)
+
+
+def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
+    """Give ``message`` the role `tool` if it is an `observation`, and tool calls if it is a `function_call`, whose
+    content is JSON text. Names that the job lists in `roles` mean what the job says."""
+    if message["role"] in form.roles:
+        return
+    if message["role"] == "observation":
+        message["role"] = "tool"
+    elif message["role"] == "function_call":
+        found = _parsed(message.pop("content", None), f"message {number}")
+        calls = found if isinstance(found, list) else [found]
+        if "tool_calls" in message or not calls or not all(isinstance(call, dict) for call in calls):
+            raise _ProblemError(f"has a function_call in message {number} that is no JSON object")
+        message |= {"role": "assistant", "tool_calls": calls}
 
 
 def _reason(value: Any) -> str:
@@ -176,6 +215,9 @@ def _set_content(message: dict[str, Any], number: int) -> None:
                 raise _ProblemError(f"has a part of type {kind!r} in message {number}: only text is learned")
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise _ProblemError(f"has no text as content of message {number}")
+            unknown = next((key for key in part if key not in ("type", "text") and part[key] is not None), None)
+            if unknown is not None:
+                raise _ProblemError(f"has a part with the field {unknown!r} in message {number}, which is not read")
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
     elif (content is not None and not isinstance(content, str)) or (content is None and "tool_calls" not in message):
         raise _ProblemError(f"has no text as content of message {number}")
@@ -195,10 +237,10 @@ def content_text(message: Message) -> str:
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """Return the tool calls of ``message``, whose arguments become JSON objects. Remove OpenAI's older field
     `function_call`, which holds one call, from ``message``."""
-    calls = _parsed(message.get("tool_calls", []))
+    calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _ProblemError(f"has tool_calls in message {number} that are not a list of calls")
-    old = _parsed(message.pop("function_call", None))
+    old = _parsed(message.pop("function_call", None), f"message {number}")
     if old is not None:
         if calls or not isinstance(old, dict):
             raise _ProblemError(f"has a function_call in message {number} that is not the only call")
@@ -223,7 +265,7 @@ def _call(found: Mapping[str, Any], number: int) -> dict[str, Any]:
         problem = f"the field {unknown[0]!r}" if unknown else f"the type {call['type']!r}"
         raise _ProblemError(f"has a tool call with {problem} in message {number}, which no chat template reads")
     arguments = function.get("arguments", {})
-    arguments = {} if arguments == "" else _parsed(arguments)
+    arguments = {} if arguments == "" else _parsed(arguments, f"message {number}")
     if not isinstance(arguments, dict):
         raise _ProblemError(f"has arguments of a tool call in message {number} that are not a JSON object")
     name = function["name"]
@@ -243,7 +285,7 @@ def _check_call_ids(messages: Sequence[Message]) -> None:
 
 def _tools(found: Any, column: str) -> list[dict[str, Any]]:
     """Return the tools in column ``column`` of a row, as JSON Schemas of functions."""
-    found = _parsed(found or [])
+    found = _parsed(found or [], repr(column))
     if not isinstance(found, list) or not all(isinstance(tool, dict) and tool for tool in found):
         raise _ProblemError(f"has a {column!r} that is not a list of tools")
     tools = [_without_null(tool) for tool in found]

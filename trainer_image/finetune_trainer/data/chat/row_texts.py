@@ -9,51 +9,126 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_core.row_templates import Piece, RowError
-
-NO_CHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3")
-"""Code points that Unicode keeps for the use inside of a program. They stand at the ends of a mark, so that a mark that
-a template has cut apart is noticed."""
+from finetune_core.row_templates import Piece
+from finetune_trainer.data.chat.messages import CLOSED, OPENED
+from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 
 class RowTexts:
     """Marks control tokens, and takes the marks out of rendered text."""
 
-    def __init__(self, control_tokens: Iterable[str]) -> None:
-        """Mark the given tokens, for example `</s>`."""
-        # Nobody can write a mark into a row, because it is drawn anew in each process. It never reaches an id.
-        word, (first, second, third, fourth) = secrets.token_hex(8), NO_CHARACTERS
-        self._begin, self._end = f"{first}{word}{second}", f"{third}{word}{fourth}"
-        longest_first = sorted((token for token in control_tokens if token), key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    def __init__(self, pieces: PieceTokenizer, added_tokens: Sequence[str] = ()) -> None:
+        """Mark the control tokens of ``pieces``, for example `</s>`, except for ``added_tokens``."""
+        # Nobody can write a mark into a row, because it is drawn anew in each process. It never reaches an id. Letters
+        # and digits are the same in JSON, in Python's notation of values and in escaped text.
+        word = secrets.token_hex(12)
+        self._begin, self._end = f"b{word}x", f"e{word}x"
+        self._tokenizer = pieces
+        tokens = sorted({token for token in pieces.control_tokens.values() if token} - set(added_tokens))
+        self._tokens = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        parts = [(token[:size], token[size:]) for token in tokens for size in range(1, len(token))]
+        # Words are no parts: a template may ask whether a text is `user`, and nobody needs a token of words.
+        self._beginnings = {beginning for beginning, _ in parts if not beginning.isalnum()}
+        self._endings = {ending for _, ending in parts if not ending.isalnum()}
+        self._longest = max(map(len, tokens), default=0)
         self._marked = re.compile(f"{self._begin}(.*?){self._end}", re.DOTALL)
 
     def marked(self, value: Any) -> Any:
-        """Return a JSON value with a mark before and behind each control token in its texts."""
+        """Return a JSON value with a mark before and behind each control token in its texts and in the names of its
+        fields. A part of a control token at an end of a text is marked too, because the template may put another text
+        beside it that makes the part a control token."""
         if isinstance(value, str):
-            return self._tokens.sub(lambda match: f"{self._begin}{match[0]}{self._end}", value)
+            return self._with_marks(value)
         if isinstance(value, Mapping):
-            return {key: self.marked(item) for key, item in value.items()}
+            return {self.marked(key): self.marked(item) for key, item in value.items()}
         return [self.marked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def marked_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages with marks. Roles get none, because templates make control tokens of roles."""
-        return [{**self.marked(message), "role": message["role"]} for message in messages]
+        """Return messages with marks. Roles get none, because templates make control tokens of roles. The tags around
+        thoughts in the content of an answer get none either, because templates look for them."""
+        return [self._marked_message(message) for message in messages]
+
+    def _marked_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {**self.marked(message), "role": message["role"]}
+        content = message.get("content")
+        if message["role"] == "assistant" and isinstance(content, str):
+            found["content"] = self._marked_answer(content)
+        elif message["role"] == "assistant" and isinstance(content, list):
+            found["content"] = [{**part, "text": self._marked_answer(part["text"])} for part in content]
+        return found
+
+    def _marked_answer(self, content: str) -> str:
+        thoughts, closed, rest = content.partition(CLOSED)
+        if not closed:
+            return self._with_marks(content)
+        before, opened, inner = thoughts.partition(OPENED)
+        if before.strip():
+            before, opened, inner = "", "", thoughts
+        return f"{before}{opened}{self._with_marks(inner)}{closed}{self._with_marks(rest)}"
+
+    def is_marked(self, value: Any) -> bool:
+        """Return whether a JSON value has marks."""
+        return any(self._begin in text for text in _texts(value))
+
+    def without_marks(self, value: Any) -> Any:
+        """Return a JSON value, or a rendered text, without the marks."""
+        if isinstance(value, str):
+            return value.replace(self._begin, "").replace(self._end, "") if self._begin in value else value
+        if isinstance(value, Mapping):
+            return {self.without_marks(key): self.without_marks(item) for key, item in value.items()}
+        return [self.without_marks(item) for item in value] if isinstance(value, list | tuple) else value
 
     def tokens(self, value: Any) -> list[str]:
-        """Return the control tokens that stand in a text or in the texts of a JSON value, each once."""
-        if isinstance(value, str):
-            return sorted(set(self._tokens.findall(value)))
-        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        return sorted({token for item in inner for token in self.tokens(item)})
+        """Return the control tokens that are marked in the texts of a JSON value, each once, as the row writes them."""
+        found = {name for text in _texts(value) for name in self._marked.findall(text)}
+        return sorted(name for name in found if self._whole_tokens(name))
+
+    def first_token(self, text: str) -> str | None:
+        """Return the first control token in a text without marks. None if there is none."""
+        return next((text[first:last] for first, last in self._whole_tokens(text)), None)
 
     def pieces(self, text: str) -> list[Piece]:
-        """Return rendered text without marks: the control tokens of the row, and what stands around them. Raises
-        RowError if the template has changed a mark."""
+        """Return rendered text without marks: the control tokens of the row, and what stands around them."""
         parts = self._marked.split(text)
-        if any(character in part for part in parts for character in NO_CHARACTERS):
-            raise RowError("has a control token in a message that the model's chat template cuts apart")
         return [Piece(part, from_row=at % 2 == 1) for at, part in enumerate(parts) if part]
+
+    def _with_marks(self, text: str) -> str:
+        places = self._whole_tokens(text)
+        inner = text.strip()
+        first = len(text) - len(text.lstrip())
+        last = first + len(inner)
+        sizes = range(min(self._longest, len(inner)), 0, -1)
+        begun = next((size for size in sizes if inner[:size] in self._endings), 0)
+        ended = next((size for size in sizes if inner[-size:] in self._beginnings), 0)
+        places = _joined([*places, (first, first + begun), (last - ended, last)])
+        for begin, end in reversed(places):
+            text = f"{text[:begin]}{self._begin}{text[begin:end]}{self._end}{text[end:]}"
+        return text
+
+    def _whole_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Return the places of the control tokens in ``text``."""
+        found = [match.span() for match in self._tokens.finditer(text)]
+        return _joined([*found, *self._tokenizer.other_forms(text)])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts of a JSON value, also the names of its fields."""
+    if isinstance(value, str):
+        yield value
+    inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+    for item in inner if isinstance(inner, list | tuple) else ():
+        yield from _texts(item)
+
+
+def _joined(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ``places`` in their order, without empty ones, and those that overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(places):
+        if joined and first < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        elif first < last:
+            joined.append((first, last))
+    return joined
