@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ATOMIC, ApiModel, DecimalString, cel
 from finetune_core.api.dataset import TemplateText, template_rules
-from finetune_core.task_declaration import PERPLEXITY, SCORE_NAME_LENGTH
+from finetune_core.task_declaration import MEASURED, SCORE_NAME_LENGTH
 
 BestBy = Literal["Perplexity", "TaskScore"]
 """The score by which checkpoints are compared: the validation perplexity, or the main score of `dataset.task`."""
@@ -19,9 +19,7 @@ ScoredRows = Literal["Validation", "Test"]
 """Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
 `dataset.test`."""
 
-ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
-"""Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
-LOWER_IS_BETTER = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
+LOWER_IS_BETTER = MEASURED
 """Scores that every evaluation gives, of which a lower value is better. Of all scores of tasks a higher one is."""
 REQUIREMENT_LIMIT = 8
 """Largest number of requirements of `evaluation.require`."""

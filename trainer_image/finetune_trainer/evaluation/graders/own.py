@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -22,6 +23,9 @@ GROUP = "finetune_trainer.graders"
 
 GRADE_SECONDS = 30.0
 """Longest time in seconds that a call of an own grader may take."""
+
+_PASSED_ON = (MemoryError, KeyboardInterrupt)
+"""Exceptions that say nothing about the code that raised them."""
 
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
@@ -53,6 +57,12 @@ def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     point can't be loaded or the grader refuses ``arguments``.
     """
     found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
+    if len(named := sorted({entry.value for entry in found})) > 1:
+        raise UserError(
+            "dataset.task.entryPoint",
+            f"the trainer image has {len(named)} entry points {name} of the group {GROUP}, where one can be meant:"
+            f" {', '.join(named)}",
+        )
     if not found:
         present = ", ".join(names_of_own_graders()) or "none"
         raise UserError(
@@ -61,21 +71,31 @@ def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
         )
     try:
         loaded = found[0].load()
-        problem = "" if isinstance(loaded, OwnGrader) else f"must be an OwnGrader, and is a {type(loaded).__name__}"
-    except MemoryError:
+        problem = _declaration_problem(loaded)
+    except _PASSED_ON:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (an import may raise anything)
+    except BaseException as error:  # noqa: BLE001  (an import may raise anything)
         problem = f"can't be loaded: {_sentence(error)}"
     if problem:
         raise UserError("dataset.task.entryPoint", f"{found[0].value} of the entry point {name} {problem}")
     assert isinstance(loaded, OwnGrader)
     try:
-        loaded.check(arguments)
-    except MemoryError:
+        loaded.check(dict(arguments))
+    except _PASSED_ON:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+    except BaseException as error:  # noqa: BLE001  (the function of a user may raise anything)
         raise UserError("dataset.task.arguments", f"the grader {name} refuses them: {_sentence(error)}") from None
     return loaded
+
+
+def _declaration_problem(loaded: object) -> str:
+    """Return why ``loaded``, which an entry point names, is no own grader; empty where it is one."""
+    if not isinstance(loaded, OwnGrader):
+        return f"must be an OwnGrader, and is a {type(loaded).__name__}"
+    if not isinstance(loaded.task, Task):
+        return f"must have a Task as its `task`, and has a {type(loaded.task).__name__}"
+    wrong = next((name for name in ("grade", "check") if not callable(getattr(loaded, name))), "")
+    return f"must have a function as its `{wrong}`" if wrong else ""
 
 
 def bounded(
@@ -110,15 +130,16 @@ def bounded(
 def _attempt(
     own: OwnGrader, answer: str, row: Mapping[str, object], arguments: Mapping[str, str]
 ) -> Grade | BaseException:
-    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are."""
+    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are.
+
+    The function gets copies, because the row and the arguments are used again for the next evaluation.
+    """
     try:
-        return as_grade(own.task, own.grade(answer, row, arguments))
-    except MemoryError as error:
+        return as_grade(own.task, own.grade(answer, deepcopy(dict(row)), dict(arguments)))
+    except _PASSED_ON as error:
         return error
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+    except BaseException as error:  # noqa: BLE001  (the function of a user may raise anything)
         return Grade.left_out(f"the grader raised {_sentence(error)}"[:UNGRADED_REASON_LENGTH])
-    except BaseException as error:  # noqa: BLE001  (raised again by the caller, in its own thread)
-        return error
 
 
 def as_grade(task: Task, returned: object) -> Grade:
@@ -136,6 +157,8 @@ def as_grade(task: Task, returned: object) -> Grade:
         problem = ""
     scores: dict[str, bool | float] = {}
     for score in task.scores:
+        if score.unit is Unit.VALUE and score.name not in values:
+            return Grade.left_out(f"the grader returned no value of the score {score.name}")
         value = values.get(score.name, False if score.unit is Unit.RIGHT_OR_WRONG else 0.0)
         number = _number(value)
         if number is None or (score.unit is not Unit.VALUE and not 0 <= number <= 1):
