@@ -159,6 +159,11 @@ def test_a_required_score_that_the_grader_does_not_have_is_named() -> None:
         grading([RequirementSpec(score="exact", at_least="0.5")], entryPoint="overlap")
 
 
+def test_a_share_of_an_own_grader_that_no_model_can_reach_is_named() -> None:
+    with pytest.raises(UserError, match=r"evaluation\.require\.atLeast: must be at most 1: overlap is a share"):
+        grading([RequirementSpec(score="overlap", at_least="80")], entryPoint="overlap")
+
+
 TASK = Task(
     name="own",
     columns=(Column(name="answer", is_completion=True),),

@@ -3,6 +3,7 @@ artifact."""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -59,6 +60,21 @@ class RequirementSpec(ApiModel):
     better_than_base: bool | None = None
     """true: the tuned model must be better than the base model, which means a lower perplexity, or a higher score of
     the task. Equal is not better."""
+
+    def out_of_reach(self, *, is_share: bool) -> tuple[str, str] | None:
+        """Return the field whose bound no model can reach, and what the field must be. None where a model can reach all
+        bounds. ``is_share`` says whether the score is a share, from 0 to 1."""
+        least = None if self.at_least is None else Decimal(self.at_least)
+        most = None if self.at_most is None else Decimal(self.at_most)
+        if least is not None and most is not None and least > most:
+            return "atLeast", f"must be at most `atMost`, which is {self.at_most}"
+        if is_share and least is not None and least > 1:
+            return "atLeast", f"must be at most 1: {self.score} is a share, of which 1 means all answers"
+        if is_share and most is not None and most < 0:
+            return "atMost", f"must be at least 0: {self.score} is a share"
+        if self.score in LOWER_IS_BETTER and most is not None and most < 1:
+            return "atMost", "must be at least 1, the least perplexity that a model can have"
+        return None
 
 
 class EvaluationSpec(ApiModel):

@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_core.api.task import Ignorable, TaskSpec
-from finetune_core.errors import UserError
+from finetune_core.patterns import compile_pattern
 from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import CONTAINS, EXACT_MATCH, REGEX
 from finetune_trainer.evaluation.graders.grades import Grade
 
-PATTERN_BYTES = 1 << 20
-"""Largest memory in bytes of a compiled regular expression. RE2 refuses a pattern that needs more."""
 NO_TEXT = "the row has no text to compare with"
 
 
@@ -144,21 +142,7 @@ def _joined(left: str, right: str) -> bool:
 def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]:
     """Return the grader of the task Regex with the arguments of ``spec``. Raises UserError where RE2 can't read the
     pattern."""
-    # RE2 searches in time proportional to the length of the text, whatever the pattern. It is imported here, because
-    # only this task needs it.
-    import re2
-
-    options = re2.Options()
-    options.max_mem = PATTERN_BYTES
-    options.log_errors = False
-    try:
-        pattern = re2.compile(spec.pattern or "", options)
-    except (re2.error, UnicodeEncodeError) as error:
-        detail = error.args[0] if error.args else ""
-        detail = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
-        raise UserError(
-            "dataset.task.pattern", f"must be a regular expression in the syntax of RE2: {detail}"
-        ) from None
+    pattern = compile_pattern(spec.pattern or "")
     normalisation = _normalisation(spec)
 
     def find(text: str) -> str | None:
