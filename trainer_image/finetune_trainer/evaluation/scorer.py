@@ -19,6 +19,7 @@ from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
+from finetune_trainer.evaluation.gradable import asked_rows
 from finetune_trainer.evaluation.graders import Grade, Grading
 from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.evaluation.perplexity import perplexity
@@ -114,7 +115,7 @@ class Scorer:
         assert grading is not None
         self._phase(Phase.GENERATING)
         limits = self._config.generation
-        asked = len(evaluation_set.examples) if limits.max_examples is None else limits.max_examples
+        asked = len(asked_rows(self._config, range(len(evaluation_set.examples))))
         decoding = Decoding(
             tokenizer=evaluation_set.tokenizer,
             stop_ids=evaluation_set.stop_ids,
