@@ -241,6 +241,18 @@ def test_what_an_own_grader_raises_becomes_a_reason_of_bounded_length(error: Bas
     assert found.problem.encode()
 
 
+@pytest.mark.parametrize("reason", ["two\nlines \x1b[2J", "\ud800 \x00 \r", "x" * 5000])
+def test_the_reason_of_an_own_grader_is_one_line_that_a_terminal_can_show(reason: str) -> None:
+    def fail(*_: object) -> object:
+        raise ValueError(reason)
+
+    other = {"main": 1.0, reason: 1.0}
+    for function in (fail, lambda *_: Grade.left_out(reason), lambda *_: other):
+        problem = graded(function).problem
+        assert problem.isprintable()
+        assert 0 < len(problem) <= 160
+
+
 def test_lack_of_memory_and_an_interrupt_pass_through_an_own_grader() -> None:
     for error in (MemoryError(), KeyboardInterrupt()):
 

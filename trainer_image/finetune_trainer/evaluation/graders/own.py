@@ -148,10 +148,10 @@ def as_grade(task: Task, returned: object) -> Grade:
         return Grade.left_out("the grader left the row out")
     if isinstance(returned, Grade):
         if not returned.is_graded:
-            problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+            problem = _line(returned.problem)[:UNGRADED_REASON_LENGTH]
             return Grade.left_out(problem or "the grader left the row out")
         values: Mapping[Any, object] = returned.scores
-        problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+        problem = _line(returned.problem)[:UNGRADED_REASON_LENGTH]
     else:
         values = returned if isinstance(returned, Mapping) else {task.main: returned}
         problem = ""
@@ -167,7 +167,7 @@ def as_grade(task: Task, returned: object) -> Grade:
             return Grade.left_out(f"the grader returned no value of the score {score.name}, which is right or wrong")
         scores[score.name] = bool(number) if score.unit is Unit.RIGHT_OR_WRONG else number
     if unknown := [str(name) for name in values if name not in task.score_names]:
-        return Grade.left_out(valid_text(f"the grader returned a score {unknown[0]}, which it does not declare")[:160])
+        return Grade.left_out(_line(f"the grader returned a score {unknown[0][:60]}, which it does not declare"))
     return Grade.of(task, scores, problem=problem)
 
 
@@ -179,9 +179,15 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _line(value: object) -> str:
+    """Return the text of ``value`` as one line that a terminal can show: the status and the CLI show the line."""
+    text = " ".join(valid_text(str(value)).split())
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _sentence(error: BaseException) -> str:
     try:
-        text = " ".join(valid_text(str(error)).split())[:100]
+        text = _line(error)[:100]
     except Exception:  # noqa: BLE001  (an exception of a user may raise anything when it is shown)
         text = "it can't be shown"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
