@@ -196,14 +196,26 @@ def test_the_verdict_on_required_scores_agrees_with_the_end_also_where_the_resul
     tuned = base.model_copy(update={"tuned": ScoreRecord(perplexity=2 if passed else 4)})
     ended = Result(outcome=outcome, step=10, artifact=artifact(), evaluation=tuned if scored else None)
     end = JobEnd(succeeded=passed, reason=outcome.value, message="m", result=ended)
-    stored = status(report=report(evaluation=base), reported_at=at(0))
     required = [RequirementSpec(score="perplexity", at_most="3")]
+    stored = status(report=report(evaluation=tuned if scored else base), reported_at=at(0), requirements=required)
+    assert stored.evaluation is not None
+    assert [item.passed for item in stored.evaluation.requirements] == ([passed] if scored else [])
+    assert stored.evaluation.passed is None, "nothing is committed yet"
     found = status(stored, end=end, attempts=AttemptsStatus(started=1), requirements=required).evaluation
     assert found is not None
     assert found.passed is passed
-    without = status(stored, end=end, attempts=AttemptsStatus(started=1)).evaluation
-    assert without is not None
-    assert without.passed is None
+    late = {"report": report(evaluation=tuned), "reported_at": at(1), "requirements": required}
+    again = status(
+        status(stored, end=end, attempts=AttemptsStatus(started=1), requirements=required), **late
+    ).evaluation
+    assert again is not None
+    assert again.passed is passed, "a late report changes no verdict"
+    crashed = JobEnd(succeeded=False, reason="RetriesExhausted", message="m")
+    failed = status(stored, end=crashed, attempts=AttemptsStatus(started=1), requirements=required).evaluation
+    assert failed is not None
+    assert failed.passed is None
+    without = status(end=end, attempts=AttemptsStatus(started=1)).evaluation
+    assert without is None or without.passed is None
 
 
 def test_the_usage_of_a_job_that_ended_is_closed_while_its_last_pods_still_save() -> None:
