@@ -158,17 +158,26 @@ def as_grade(task: Task, returned: object) -> Grade:
     scores: dict[str, bool | float] = {}
     for score in task.scores:
         if score.unit is Unit.VALUE and score.name not in values:
-            return Grade.left_out(f"the grader returned no value of the score {score.name}")
+            return Grade.left_out(f"the grader returned no value of {score.name}")
         value = values.get(score.name, False if score.unit is Unit.RIGHT_OR_WRONG else 0.0)
         number = _number(value)
-        if number is None or (score.unit is not Unit.VALUE and not 0 <= number <= 1):
-            return Grade.left_out(f"the grader returned no value of the score {score.name}, a {score.unit}")
-        if score.unit is Unit.RIGHT_OR_WRONG and number not in (0, 1):
-            return Grade.left_out(f"the grader returned no value of the score {score.name}, which is right or wrong")
+        if number is None or not _is_allowed(number, score.unit):
+            return Grade.left_out(f"the grader returned no value of {score.name}, which must be {_ALLOWED[score.unit]}")
         scores[score.name] = bool(number) if score.unit is Unit.RIGHT_OR_WRONG else number
     if unknown := [str(name) for name in values if name not in task.score_names]:
         return Grade.left_out(_line(f"the grader returned a score {unknown[0][:60]}, which it does not declare"))
     return Grade.of(task, scores, problem=problem)
+
+
+_ALLOWED = {
+    Unit.RIGHT_OR_WRONG: "True or False",
+    Unit.PARTIAL_CREDIT: "a number from 0 to 1",
+    Unit.VALUE: "a finite number",
+}
+
+
+def _is_allowed(number: float, unit: Unit) -> bool:
+    return unit is Unit.VALUE or (number in (0, 1) if unit is Unit.RIGHT_OR_WRONG else 0 <= number <= 1)
 
 
 def _number(value: object) -> float | None:
