@@ -327,7 +327,13 @@ TOWNS = ["London", "Paris", "Rome"]
 )
 def test_an_option_is_named_by_letter_text_or_both(answer: str) -> None:
     lettered = {"A": "London", "B": "Paris", "C": "Rome", "D": None}
-    for choices in (TOWNS, json.dumps(TOWNS), {"text": TOWNS, "label": ["A", "B", "C"]}, lettered):
+    for choices in (
+        TOWNS,
+        json.dumps(TOWNS),
+        {"text": TOWNS, "label": ["A", "B", "C"]},
+        lettered,
+        json.dumps(lettered),
+    ):
         for own in ("B", "Paris", 1, 1.0, Decimal(1), "(B) Paris"):
             assert grade("Choice", answer, {"answer": own, "choices": choices}).scores == {"exact": True}
 
@@ -387,6 +393,8 @@ def test_options_may_have_any_labels_and_consist_of_punctuation() -> None:
         {"answer": True, "choices": TOWNS},
         {"answer": "A", "choices": []},
         {"answer": "A", "choices": "London, Paris"},
+        {"answer": "A", "choices": '{"A": "London", "A": "Paris"}'},
+        {"answer": "A", "choices": "[" * 5000 + "]" * 5000},
         {"answer": "A", "choices": ["B", "A"]},
         {"answer": "A", "choices": ["Paris", "paris"]},
         {"answer": "A", "choices": {"text": TOWNS, "label": ["A", "B"]}},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from decimal import Decimal
 from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import CHOICE
 from finetune_trainer.evaluation.graders.grades import Grade
+from finetune_trainer.evaluation.graders.json_value import NoValueError, parse
 from finetune_trainer.evaluation.graders.texts import Normalisation
 
 _FORM = Normalisation(frozenset({"Case", "WhiteSpace", "UnicodeForm"}))
@@ -135,8 +135,8 @@ def _options(value: object) -> Options | None:
         return Options(letters, ())
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except NoValueError:
             return None
     labels = None
     if isinstance(value, dict) and "text" not in value:

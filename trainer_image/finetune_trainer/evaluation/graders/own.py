@@ -29,8 +29,8 @@ _PASSED_ON = (MemoryError, KeyboardInterrupt)
 
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
-names, None where a row lacks one), and `dataset.task.arguments`. It returns a `Grade`, or the values of scores by their
-names, or the value of the main score alone, or None where the row can't be used."""
+names, without those that a row lacks), and `dataset.task.arguments`. It returns a `Grade`, or the values of scores by
+their names, or the value of the main score alone, or None where the row can't be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
