@@ -165,6 +165,8 @@ def test_an_answer_contains_all_texts_and_no_parts_of_longer_words(
         ("Contains", "ax " * 100_000, "ax " * 40_000 + "a"),
         ("JSON", "```\n" + " " * 300_000 + "x", "1"),
         ("JSON", "```json" + "\n" * 300_000 + "x", "1"),
+        ("JSON", "`" * 200_000 + "\n" + "`" * 150_000, "1"),
+        ("JSON", "~" * 200_000 + "\n" + "~" * 150_000 + "x", "1"),
         ("Choice", "the answer is " * 20_000, "a"),
         ("Choice", "\\boxed{" * 20_000, "a"),
         ("ExactMatch", "a.-" * 100_000, "a"),

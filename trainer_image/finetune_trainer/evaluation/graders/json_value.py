@@ -14,7 +14,7 @@ from finetune_trainer.evaluation.graders.grades import Grade
 DEEPEST = 100
 """Largest depth of objects and lists in a value that can be graded."""
 
-_FENCE = re.compile(r"(`{3,}|~{3,})[^\n`]*\n(.*)\1", re.DOTALL)
+_FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
 """A Markdown fence that a text consists of. Behind its beginning may stand a language, such as `json`."""
 
 
