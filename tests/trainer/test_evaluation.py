@@ -279,7 +279,8 @@ def runs(
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
-    odd = [{"question": "", "answer": "#### 3"}, {"question": "w1", "answer": "so"}, {"question": "w2", "answer": "so"}]
+    answers = ["#### 3", "so", "so"]
+    odd = [{"question": f"w{place}", "answer": answer} for place, answer in enumerate(answers)]
     mixed = tiny.write_jsonl(folder / "mixed.jsonl", [*sum_rows(0, 3), *odd])
     plain = Inputs(model=sum_model, train=rows, validation=rows)
     configs = {
@@ -440,7 +441,6 @@ def test_an_artifact_that_another_run_committed_first_keeps_the_scores_of_that_r
 def test_a_required_score_that_is_not_reached_and_rows_without_a_number_are_told_and_the_artifact_is_committed(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """The evaluation set also has a row with an empty prompt, which the tokenizer turns into no token at all."""
     result, _ = runs["required"]
     assert (result.outcome, result.exit_code) == (Outcome.GATE_FAILED, 0)
     assert result.message.startswith("evaluation.require: exact must be at least 0.9 and is ")

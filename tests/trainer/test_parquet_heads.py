@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import secrets
 from pathlib import Path
 
@@ -72,8 +74,45 @@ def test_a_small_file_is_read_as_a_whole(data: bytes, tmp_path: Path) -> None:
     assert len(list(read_rows(tmp_path, "f"))) == len(ROWS)
 
 
+def test_damaged_statistics_of_a_column_do_not_end_the_process(data: bytes, tmp_path: Path) -> None:
+    """pyarrow ends its process when it is asked for a column whose histogram of definition levels has a wrong size.
+
+    The footer is changed byte by byte until the places of the columns are unknown although the schema is readable.
+    """
+    length = int.from_bytes(data[-8:-4], "little")
+    for offset in range(len(data) - 8 - length, len(data) - 8):
+        damaged = data[:offset] + b"\x01" + data[offset + 1 :]
+        if ends_the_process(damaged):
+            break
+    else:
+        pytest.fail("no changed byte makes pyarrow end its process")
+    file, _ = fetched(damaged, tmp_path, HeadLimits(100, 10_000, {"text"}))
+    assert file is not None
+    assert (file.is_head, file.has_rows) == (True, False)
+    write_index(tmp_path, [file._replace(is_head=False, has_rows=True)])
+    file.path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"^f: a\.parquet can't be read as parquet after row 0: "):
+        list(read_rows(tmp_path, "f", columns={"text"}))
+
+
+def ends_the_process(data: bytes) -> bool:
+    """Return whether pyarrow ends a forked process that asks for the columns of the first row group."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            group = parquet.read_metadata(pyarrow.BufferReader(data)).row_group(0)
+            [group.column(index) for index in range(group.num_columns)]
+        except Exception:  # noqa: BLE001  (an error of any kind is no end of the process)
+            os._exit(1)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+# Each example starts a process that reads the places of the columns.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 def test_a_damaged_file_is_rows_or_a_sentence(data: bytes, tmp_path: Path, draw: st.DataObject) -> None:
     tail = len(data) - draw.draw(st.integers(0, 3000))
     noise = draw.draw(st.binary(max_size=20))

@@ -6,9 +6,10 @@ The result is a local file of the same length with holes, so that all offsets in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+
+from finetune_trainer.sources.parquet_chunks import PlacesUnknownError, first_row_group
 
 Read = Callable[[int, int], bytes]
 """Returns a number of bytes (second argument) of the file from an offset (first argument) on."""
@@ -23,7 +24,7 @@ def fetch_parquet_head(
     """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. Return whether the
     schema and whether the rows are there. Each is left out if it has more than ``most_bytes`` bytes.
 
-    A damaged file is written as far as it can be understood, so that reading it raises the same error as ever.
+    Of a damaged file only the schema is written, so that reading the schema raises the same error as ever.
     """
     end = read(max(0, size - _END_BYTES), _END_BYTES)
     length = int.from_bytes(end[:4], "little") + _END_BYTES
@@ -36,11 +37,9 @@ def fetch_parquet_head(
         file.seek(start)
         file.write(read(start, size - start))
     try:
-        chunks = list(_first_row_group(path, columns))
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001  (the reader of the rows meets the same error, and makes a sentence of it)
-        return True, True
+        chunks = first_row_group(path, columns)
+    except PlacesUnknownError:
+        return True, False
     if sum(length for _, length in chunks) > most_bytes:
         return True, False
     with path.open("r+b") as file:
@@ -48,21 +47,3 @@ def fetch_parquet_head(
             file.seek(offset)
             file.write(read(offset, length))
     return True, True
-
-
-def _first_row_group(path: Path, columns: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of the column chunks in the first row group: of ``columns``, or of all columns if the
-    file has none of them."""
-    from pyarrow import parquet
-
-    metadata = parquet.read_metadata(path)
-    if metadata.num_row_groups == 0:
-        return
-    group = metadata.row_group(0)
-    chunks: list[Any] = [group.column(index) for index in range(group.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    for chunk in wanted or chunks:
-        offset = chunk.data_page_offset
-        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < offset:
-            offset = chunk.dictionary_page_offset
-        yield max(0, offset), max(0, chunk.total_compressed_size)

@@ -31,7 +31,7 @@ def parquet_rows(
     # Without `pre_buffer`, and with a buffer, pyarrow reads a column page by page instead of a whole row group at once.
     with parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as opened:
         found = [name for name in _column_names(opened) if columns is None or name in columns]
-        rows = _batch_rows(opened.metadata, found)
+        rows = _batch_rows(opened.metadata)
         groups = range(min(1, opened.num_row_groups) if is_head else opened.num_row_groups)
         for batch in opened.iter_batches(
             batch_size=rows, row_groups=list(groups), columns=found or None, use_threads=False
@@ -65,18 +65,15 @@ def _column_names(opened: Any) -> list[str]:
     return names
 
 
-def _batch_rows(metadata: Any, columns: Collection[str]) -> int:
-    """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows."""
-    largest = 1
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        size = sum(
-            chunk.total_uncompressed_size
-            for chunk in chunks
-            if not columns or chunk.path_in_schema in columns or chunk.path_in_schema.split(".")[0] in columns
-        )
-        largest = max(largest, size // max(1, group.num_rows))
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+def _batch_rows(metadata: Any) -> int:
+    """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows.
+
+    All columns of a row count, also those that are not read. The sizes of single columns are not asked for, because
+    pyarrow ends the whole process if the statistics of a column are damaged.
+    """
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
 
 class _Unreadable:
