@@ -260,6 +260,8 @@ def test_a_letter_behind_a_number_is_read_where_it_is_not_a_unit(text: str, numb
         ("0", 0),
         ("Answer \u2013 72", 72),
         ("Answer - 72", 72),
+        ("Answer - $.5", Decimal("0.5")),
+        ("Answer: -$72", -72),
         ("It is - 72", -72),
         ("x - 72", None),
         ("\\approx 72", 72),

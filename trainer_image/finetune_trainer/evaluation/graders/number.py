@@ -101,8 +101,8 @@ _OPERATOR = re.compile(
     r"(?:[√∛∜±∓^/÷×]|(?:\\|\b)(?:sqrt|log|ln|lg|exp|sin|cos|tan)[({]?|\\(?:pm|mp|times|div|cdot|[dt]?frac|binom))\s*$"
 )
 """What makes another number of the number behind it, such as the sign of a root."""
-_DASH = re.compile(r"(?P<word>[^\W\d_]+)\s+-\s+$")
-"""A word and a dash, which are separated by white space."""
+_DASH = re.compile(rf"(?P<word>[^\W\d_]+)\s+-\s+(?P<behind>(?:{_CURRENCY}{_SPACE})?\.?)$")
+"""A word, a dash between white space, and what stands before the first digit behind the dash."""
 _BEFORE_MINUS = frozenset({"is", "are", "was", "be", "equals", "equal", "about", "of", "to"})
 """Words behind which a dash is a minus: `it is - 5`."""
 
@@ -208,7 +208,7 @@ def _start(text: str, digit: int) -> int | None:
     if dash is None or dash["word"].lower() in _BEFORE_MINUS:
         return start
     # Behind a word a dash is no sign. Behind a single letter it stands for a subtraction.
-    return digit if len(dash["word"]) > 1 else None
+    return digit - len(dash["behind"]) if len(dash["word"]) > 1 else None
 
 
 def _number_follows(text: str) -> bool:
