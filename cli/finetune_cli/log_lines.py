@@ -110,7 +110,8 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     for found in evaluation.requirements:
         if found not in told:
             figures = [("base", found.base), ("tuned", found.tuned), ("difference", found.difference)]
-            measured = ", ".join(f"{name} {number(value)}" for name, value in figures if value is not None)
+            # All digits are shown, because a rounded score may look like its bound.
+            measured = ", ".join(f"{name} {value}" for name, value in figures if value is not None)
             verdict = "passed" if found.passed else "failed"
             yield f"required {found.score} {required_text(found)}: {verdict} ({measured or 'not measured'})"
 

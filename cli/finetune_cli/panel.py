@@ -175,7 +175,8 @@ def _requirements(evaluation: EvaluationStatus) -> RenderableType:
         table.columns[column].justify = "right"
     for found in evaluation.requirements:
         verdict = Text("passed", style="green") if found.passed else Text("failed", style="bold red")
-        figures = (_or_dash(value) for value in (found.base, found.tuned, found.difference))
+        # All digits are shown, because a rounded score may look like its bound.
+        figures = (value or "–" for value in (found.base, found.tuned, found.difference))
         table.add_row("", found.score, required_text(found), *figures, verdict)
     return table
 

@@ -27,6 +27,12 @@ SIZE_LIMIT = 32 << 20
 """Largest size of a file in bytes. A file may contain many jobs. The API server accepts at most 3 MB in one request."""
 
 
+_REFUSED_LATER = {
+    Refusal.OPERATOR: " (accepted by the API server, refused by the operator)",
+    Refusal.CHECK: " (accepted by the API server, refused by the check before the first attempt)",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class LocatedProblem:
     """A problem of a job or of a file, with the name of the file, the line and the name of the job."""
@@ -36,13 +42,12 @@ class LocatedProblem:
     job: str
     path: str
     message: str
-    refused_by: str
+    refused_by: Refusal
 
     def __str__(self) -> str:
         """Return the problem as a line for people."""
         path = f"{self.path}: " if self.path else ""
-        who = " (accepted by the API server, refused by the operator)" if self.refused_by == Refusal.OPERATOR else ""
-        return f"{self.file}:{self.line}: {path}{self.message}{who}"
+        return f"{self.file}:{self.line}: {path}{self.message}{_REFUSED_LATER.get(self.refused_by, '')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,10 @@ def text_of(column: str, value: Any) -> str:
             raise RowError(f"has a {column!r} that is not text ({HALF_PAIR})")
         return value
     if isinstance(value, bool | int):
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except ValueError:  # Python writes no whole number of more than 4,300 digits
+            raise RowError(f"has a {column!r} that is not text (a number of too many digits)") from None
     if isinstance(value, float) and math.isfinite(value):
         return json.dumps(value)
     if isinstance(value, Decimal) and value.is_finite():
@@ -196,6 +199,14 @@ def text_of(column: str, value: Any) -> str:
     if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
     raise RowError(f"has a {column!r} that is not text ({_kind_of(value)})")
+
+
+def text_or_none(value: Any) -> str | None:
+    """Return the text that a template shows for a value of a row (`text_of`); None where it can show none."""
+    try:
+        return text_of("", value)
+    except RowError:
+        return None
 
 
 def _kind_of(value: Any) -> str:

@@ -7,10 +7,12 @@ the trainer image names, declare their tasks with the same classes.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from math import fsum
 from typing import Annotated
 
@@ -29,8 +31,13 @@ UNGRADED_REASON_LENGTH = 160
 """Largest number of characters of such a reason."""
 
 PERPLEXITY = "perplexity"
-"""Label of a model's perplexity in tables of scores, and its name in `evaluation.require`. No score of a task may have
-this name."""
+"""Label of a model's perplexity in tables of scores, and its name in `evaluation.require`."""
+ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
+"""Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
+MEASURED = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
+"""What is measured without a task. No score of a task may have one of these names."""
+
+_SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
@@ -56,21 +63,32 @@ class Aggregation(StrEnum):
     MAXIMUM = "Maximum"
 
     def of(self, values: Sequence[float]) -> float:
-        """Return the reported value of at least one value. The order of ``values`` makes no difference."""
+        """Return the reported value of at least one finite value, which is finite too. The order of ``values`` makes no
+        difference."""
         match self:
             case Aggregation.MEAN:
-                return fsum(values) / len(values)
+                return _mean(values)
             case Aggregation.MEDIAN:
-                return float(statistics.median(values))
+                return _mean([statistics.median_low(values), statistics.median_high(values)])
             case Aggregation.MINIMUM:
                 return min(values)
             case Aggregation.MAXIMUM:
                 return max(values)
 
 
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return fsum(values) / len(values)
+    except OverflowError:  # the sum is larger than every float
+        return float(sum(map(Fraction, values)) / len(values))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One of the scores that a task's grader gives to every answer. A higher value is better."""
+    """One of the scores that a task's grader gives to every answer. A higher value is better.
+
+    `unit` and `aggregation` may be given as the texts of the enums. Raises ValueError for other texts.
+    """
 
     name: str
     """Name in camelCase as the status and the CLI show it, for example ``orderFree``."""
@@ -79,6 +97,11 @@ class Score:
     unit: Unit = Unit.RIGHT_OR_WRONG
     aggregation: Aggregation = Aggregation.MEAN
     """How the values of the graded answers become the reported value."""
+
+    def __post_init__(self) -> None:
+        # The class is frozen, so a text is replaced by its member in this way only.
+        object.__setattr__(self, "unit", Unit(self.unit))
+        object.__setattr__(self, "aggregation", Aggregation(self.aggregation))
 
     @property
     def reported(self) -> str:
@@ -109,7 +132,8 @@ class Column:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
-    score is too long, forbidden or used twice, where `main` names no score, or where two columns have one name."""
+    score is no name, too long, forbidden or used twice, where `main` names no score, or where two columns have one
+    name."""
 
     name: str
     """Value of `dataset.task.name`, for example ``GSM8K``; for an own grader the name of its entry point."""
@@ -141,12 +165,15 @@ class Task:
         names = self.score_names
         if not 1 <= len(names) <= SCORE_LIMIT or len(set(names)) < len(names):
             raise ValueError(f"{self.name}: a task must have 1 to {SCORE_LIMIT} scores of different names")
-        if any(len(name) > SCORE_NAME_LENGTH for name in names):
-            raise ValueError(f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters")
+        if any(len(name) > SCORE_NAME_LENGTH or not _SCORE_NAME.fullmatch(name) for name in names):
+            raise ValueError(
+                f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters, which are letters,"
+                " digits, -, _ and ."
+            )
         if self.main not in names:
             raise ValueError(f"{self.name}: `main` must name one of the scores, and {self.main} is none of them")
-        if PERPLEXITY in names:
-            raise ValueError(f"{self.name}: no score may be called {PERPLEXITY}, which tables show beside the scores")
+        if taken := set(names).intersection(MEASURED):
+            raise ValueError(f"{self.name}: no score may be called {min(taken)}, which is measured for every model")
         columns = [column.name for column in self.columns]
         if len(columns) > COLUMN_LIMIT or len(set(columns)) < len(columns):
             raise ValueError(f"{self.name}: a task must have at most {COLUMN_LIMIT} columns of different names")

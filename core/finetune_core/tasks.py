@@ -110,10 +110,11 @@ EXACT_MATCH = Task(
     name="ExactMatch",
     grading="compares whole answers",
     description="The whole answer must be the right text. White space around the answer never counts, and `ignore`"
-    " names what else does not: `Case`, `WhiteSpace` (every run of it counts as one space), `Punctuation`, and"
-    " `UnicodeForm` (other spellings of the same characters, such as full-width letters or ligatures). Where a row"
-    " holds a list of texts, each of them is right. A row whose column holds no text, or nothing but what is ignored,"
-    " is left out.",
+    " names what else does not: `Case`, `WhiteSpace` (every run of it counts as one space), `Punctuation` (except"
+    " for the sign and the decimal point of a number: 3.5 is not 35), and `UnicodeForm` (other spellings of the same"
+    " characters, such as full-width letters or ligatures, and invisible characters). Where a row holds a list of"
+    " texts, each of them is right. Numbers and dates are compared as the text that a template shows. A row whose"
+    " column holds no text, or nothing but what is ignored, is left out.",
     columns=(
         Column(
             name="answer",
@@ -133,8 +134,9 @@ CONTAINS = Task(
     name="Contains",
     grading="looks for texts in the answer",
     description="The answer may be any text that contains the right text, or all texts of a list. A text that begins or"
-    " ends with a letter or a digit must not be a part of a longer word or number: `72` is not in `172`. `ignore` is as"
-    " with ExactMatch. A row whose column holds no text, or nothing but what is ignored, is left out.",
+    " ends with a letter or a digit must not be a part of a longer word or number: `72` is not in `172`, `-72` or"
+    " `72.5`. `ignore` is as with ExactMatch. A row whose column holds no text, or nothing but what is ignored, is left"
+    " out.",
     columns=(
         Column(
             name="answer",
@@ -183,8 +185,10 @@ NUMBER = Task(
     name="Number",
     grading="compares numbers",
     description="The answer must state exactly one number, with or without words around it; with `marker` the number is"
-    " the first one behind that text, as behind the `####` of GSM8K. Commas, currency signs, units and the markup of"
-    " Markdown or LaTeX are ignored, and words such as `million` multiply. The number is right where it differs from"
+    " the first one behind that text, as behind the `####` of GSM8K. Separators of thousands, currency signs, units"
+    " and the markup of Markdown or LaTeX are ignored, and words such as `million` multiply. Digits may be those of"
+    " any script, and powers of ten belong to the number (`1e5`, `2.4 × 10^5`). A fraction, a root and a multiple of π"
+    " are no number, and a comma is never a decimal point. The number is right where it differs from"
     " the row's by at most `tolerance`, or by at most `relativeTolerance` times the row's. An answer without a number,"
     " or with several, is wrong; such a row is left out.",
     columns=(
@@ -233,8 +237,9 @@ CHOICE = Task(
     name="Choice",
     grading="compares chosen options",
     description="The answer names one option, by its letter (`B`, `(B)`, `B.`, `Answer: B`), by its text, or by both"
-    " (`B) Paris`), which must then agree. Upper and lower case make no difference. A row is left out whose own answer"
-    " names no option, or in which the text of an option is the letter of another one.",
+    " (`B) Paris`), which must then agree. Upper and lower case, words such as `the answer is` and a box of LaTeX make"
+    " no difference. A row is left out whose own answer names no option, or in which the text of an option is the"
+    " letter or the text of another one.",
     columns=(
         Column(
             name="answer",
@@ -245,8 +250,8 @@ CHOICE = Task(
         Column(
             name="choices",
             optional=True,
-            meaning="The texts of the options: a list, the JSON text of a list, or an object with the lists `text` and"
-            " `label`. Without the column only letters count.",
+            meaning="The texts of the options: a list, an object of letters and texts, an object with the lists `text`"
+            " and `label`, or one of these as JSON text. Without the column only letters count.",
             example=["London", "Paris", "Rome"],
         ),
     ),

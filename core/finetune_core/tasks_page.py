@@ -90,12 +90,13 @@ RUN pip install --no-deps /tmp/my_graders
 ```
 
 Set `podTemplate.image` to that image. The check before the first attempt loads the grader: a name that the image does
-not have is refused with the list of those that it has, and so are columns that the data lacks and arguments that the
-optional function `check` of `OwnGrader` refuses with a ValueError. The module must not import torch, because the check
-runs without it. A score may be any finite number (`unit=Unit.VALUE`), higher is better, and `aggregation` says what is
-reported over all answers. Whatever the function raises, or returns that the declaration does not allow, leaves the row
-out and is counted with its reason; a training never ends because of it. A call that takes longer than 30 s leaves
-its row and all later ones out. `grade` is called on every rank, for the answers of that rank.
+not have is refused with the list of those that it has, and so are a name that two packages use, columns that the data
+lacks, and arguments that the optional function `check` of `OwnGrader` refuses with a ValueError. A name of this page
+can't be used. The module must not import torch, because the check runs without it. A score may be any finite number
+(`unit=Unit.VALUE`), higher is better, and `aggregation` says what is reported over all answers. Whatever the function
+raises, or returns that the declaration does not allow, leaves the row out and is counted with its reason; no exception
+of it ends a training. A call that takes longer than 30 s leaves its row and all later ones out. `grade` is called on
+every rank, for the answers of that rank, with copies of the row's columns and of the arguments.
 
 ## Add a task
 

@@ -118,6 +118,15 @@ def test_lines_tell_the_verdict_and_what_was_not_graded() -> None:
     assert (end.succeeded, end.reason) == (False, "GateFailed")
 
 
+def test_a_required_score_is_shown_with_all_digits_because_a_rounded_one_may_look_like_its_bound() -> None:
+    found = stored("gate-failed")
+    found["status"]["evaluation"]["requirements"][0] |= {"tuned": "0.799996", "difference": "0.549996"}
+    missed = FineTuneJob.model_validate(found)
+    assert "0.799996" in drawn(missed)
+    line = "required exact at least 0.8: failed (base 0.25, tuned 0.799996, difference 0.549996)"
+    assert line in new_lines(job("running"), missed)
+
+
 def test_a_damaged_checkpoint_is_named() -> None:
     found = stored("running")
     found["status"]["checkpoints"][0]["damaged"] = "manifest.json is missing"

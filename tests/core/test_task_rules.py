@@ -62,6 +62,12 @@ def test_a_task_with_its_own_columns_and_arguments_is_valid(task: dict[str, Any]
         ({"name": "ExactMatch", "ignore": ["Colour"]}, "must be one of Case, WhiteSpace, Punctuation, UnicodeForm"),
         ({"name": "JSON", "tolerance": "1"}, "`tolerance` must be absent unless `name` is Number"),
         ({"entryPoint": "x", "marker": "#"}, "`marker` must be absent unless `name` is Number"),
+        ({"entryPoint": "GSM8K"}, "`entryPoint` must not be the name of a task of this project"),
+        (
+            {"name": "Regex", "pattern": "(?<=a)b"},
+            "spec.dataset.task.pattern: must be a regular expression in the syntax of RE2: invalid perl operator: (?<",
+        ),
+        ({"name": "Regex", "pattern": "(((a{100}){100}){100})"}, "spec.dataset.task.pattern: must be a regular"),
         ({"name": "JSON", "arguments": {"a": "b"}}, "`arguments` must be absent unless `entryPoint` is set"),
     ],
     ids=str,
@@ -76,7 +82,8 @@ def test_what_a_task_does_not_take_is_refused_by_name(task: dict[str, Any], sent
         (None, [{"score": "perplexity", "betterThanBase": True}, {"score": "allTokenPerplexity", "atMost": "9"}]),
         ({"name": "GSM8K"}, [{"score": "exact", "atLeast": "0.8"}]),
         ({"name": "JSON"}, [{"score": "keys", "atLeast": "0.8", "betterThanBase": True}]),
-        ({"entryPoint": "x"}, [{"score": "reward", "atLeast": "-1.5"}]),
+        ({"entryPoint": "x"}, [{"score": "reward", "atLeast": "-1.5"}, {"score": "reward", "atLeast": "80"}]),
+        ({"name": "GSM8K"}, [{"score": "exact", "atLeast": "1", "atMost": "1.0"}]),
         (None, []),
     ],
     ids=str,
@@ -109,10 +116,24 @@ def test_scores_that_the_job_has_can_be_required(task: dict[str, Any] | None, re
         (None, [{"score": "perplexity"}], {}, "`atLeast`, `atMost` or `betterThanBase: true` must be set"),
         (None, [{"score": "perplexity", "betterThanBase": False}], {}, "`atLeast`, `atMost` or `betterThanBase: true`"),
         (None, [{"score": "perplexity", "atMost": "two"}], {}, "require[0].atMost"),
+        (
+            {"name": "GSM8K"},
+            [{"score": "perplexity", "atMost": "9"}, {"score": "exact", "atLeast": "80"}],
+            {},
+            "spec.evaluation.require[1].atLeast: must be at most 1: exact is a share, of which 1 means all answers",
+        ),
+        ({"name": "JSON"}, [{"score": "keys", "atMost": "-0.5"}], {}, "require[0].atMost: must be at least 0"),
+        (None, [{"score": "perplexity", "atMost": "0.9"}], {}, "require[0].atMost: must be at least 1, the least"),
+        (
+            {"entryPoint": "x"},
+            [{"score": "reward", "atLeast": "2", "atMost": "1e0"}],
+            {},
+            "spec.evaluation.require[0].atLeast: must be at most `atMost`, which is 1e0",
+        ),
     ],
     ids=str,
 )
-def test_a_score_that_can_not_exist_is_refused(
+def test_a_score_that_can_not_exist_or_be_reached_is_refused(
     task: dict[str, Any] | None, require: list[dict[str, Any]], dataset: dict[str, Any], sentence: str
 ) -> None:
     found = problems(task, require, **dataset)

@@ -13,8 +13,10 @@ import pytest
 
 from examples.demo import steps
 from examples.demo.base_model import base_model
+from finetune_cli.state import condition
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
+from finetune_core.api.status import RequirementStatus
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
 from tests.e2e.jobs import MakeJob
@@ -149,12 +151,43 @@ def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, ti
     assert after["metadata"]["generation"] == 1
 
 
-def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
+def test_full_fine_tuning_ends_with_a_model_that_is_judged_by_its_scores_and_later_by_stricter_ones(
+    installed: Cluster, namespace: str, tiny_job: MakeJob
+) -> None:
+    better, perfect = ({"score": "perplexity", **bound} for bound in ({"betterThanBase": True}, {"atMost": "1"}))
     manifest = tiny_job("full", spec__method="Full", spec__deepspeed={"zeroStage": 2}, spec__training__maxSteps=20)
     del manifest["spec"]["lora"]
+    manifest["spec"]["evaluation"] = {"everySteps": 20, "require": [better]}
     steps.apply(installed, manifest, namespace)
     job = steps.wait_for_condition(installed, namespace, "full", ConditionType.SUCCEEDED, timeout=300)
     with installed.enter():
         run = RunFolder(installed, f"s3://{steps.BUCKET}/runs/{namespace}/full/{job.metadata.uid}")
         (artifact,) = run.verified("artifacts")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in artifact.manifest.files}
+    (reached,) = _judged(job)
+    assert reached.passed
+    assert float(reached.base or 0) > float(reached.tuned or 0) > 1
+
+    # A job that requires more is judged by the scores of the same training.
+    steps.delete_job(installed, namespace, "full")
+    manifest["spec"]["evaluation"]["require"] = [better, perfect]
+    steps.apply(installed, manifest, namespace)
+    stricter = steps.wait_for_condition(installed, namespace, "full", ConditionType.SUCCEEDED, "False", timeout=120)
+    ended = condition(stricter, ConditionType.SUCCEEDED)
+    assert ended is not None
+    assert ended.reason == "GateFailed", ended
+    assert job.status is not None
+    assert stricter.status is not None
+    assert (stricter.status.attempts.started, stricter.status.artifact) == (0, job.status.artifact)
+    again, unreached = _judged(stricter)
+    assert again == reached
+    assert (unreached.tuned, unreached.passed) == (reached.tuned, False)
+
+
+def _judged(job: FineTuneJob) -> list[RequirementStatus]:
+    """Return the judgements in the status of ``job``, after a check that the verdict on the job follows from them."""
+    assert job.status is not None
+    evaluation = job.status.evaluation
+    assert evaluation is not None
+    assert evaluation.passed is all(found.passed for found in evaluation.requirements)
+    return evaluation.requirements

@@ -17,6 +17,7 @@ from tests.operator.model import CrashedError, ModelServer, Script
 from tests.operator.operators import KEY, reconciler
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
+UNREACHED = result(Outcome.GATE_FAILED, "evaluation.require: exact must be at least 0.8", with_artifact=True)
 
 Action = Callable[[ModelServer], bool]
 
@@ -81,6 +82,9 @@ SCENARIOS: dict[str, Scenario] = {
     "succeeds at once": Scenario(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0)),
     "crashes, then succeeds": Scenario(
         script=[during(1, ends(1)), during(2, ends(0, DONE))], reason="Completed", counts=(2, 1, 0)
+    ),
+    "crashes, then does not reach a required score": Scenario(
+        script=[during(1, ends(1)), during(2, ends(0, UNREACHED))], reason="GateFailed", counts=(2, 1, 0)
     ),
     "loses a pod, then succeeds": Scenario(
         script=[during(1, lambda world: world.ask_deletion(1)), during(2, ends(0, DONE))],
@@ -153,6 +157,12 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "finds the artifact of a former job": Scenario(
         script=[checked(0, former_run(done=True))], policy=CHECKED, reason="Completed", counts=(0, 0, 0)
+    ),
+    "finds an artifact of a former job that did not reach a required score": Scenario(
+        script=[checked(0, former_run(done=True, outcome=Outcome.GATE_FAILED))],
+        policy=CHECKED,
+        reason="GateFailed",
+        counts=(0, 0, 0),
     ),
     "resumes the run of a former job": Scenario(
         script=[checked(0, former_run(done=False)), during(1, ends(0, DONE))],

@@ -9,6 +9,7 @@ import pytest
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import Condition, ConditionType, Reason
+from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import (
     AttemptCause,
@@ -18,7 +19,7 @@ from finetune_core.api.status import (
     ProgressStatus,
     UsageStatus,
 )
-from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Result
+from finetune_core.contract import ArtifactRecord, EvaluationRecord, Outcome, Phase, Report, Result, ScoreRecord
 from finetune_core.resolve import resolve
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
@@ -28,7 +29,7 @@ from finetune_operator.status.compute import compute_status
 from finetune_operator.status.events import event_manifest, events_between
 from finetune_operator.status.inputs import StatusInput, plan_of
 from finetune_operator.status.urgency import is_news, is_transition
-from tests.operator.builders import UID, at, child, current, job, pod
+from tests.operator.builders import UID, artifact, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING
 
@@ -184,6 +185,37 @@ def test_a_success_without_its_last_report_has_artifact_and_progress() -> None:
     assert found.completion_time == at(0)
     assert found.child == stored.child
     assert condition(found, ConditionType.READY).status == "True"
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["with scores", "without scores"])
+@pytest.mark.parametrize(("outcome", "passed"), [(Outcome.COMPLETED, True), (Outcome.GATE_FAILED, False)])
+def test_the_verdict_on_required_scores_agrees_with_the_end_also_where_the_result_has_no_room_for_scores(
+    outcome: Outcome, passed: bool, scored: bool
+) -> None:
+    base = EvaluationRecord(rows="Validation", examples=9, base=ScoreRecord(perplexity=9))
+    tuned = base.model_copy(update={"tuned": ScoreRecord(perplexity=2 if passed else 4)})
+    ended = Result(outcome=outcome, step=10, artifact=artifact(), evaluation=tuned if scored else None)
+    end = JobEnd(succeeded=passed, reason=outcome.value, message="m", result=ended)
+    required = [RequirementSpec(score="perplexity", at_most="3")]
+    stored = status(report=report(evaluation=tuned if scored else base), reported_at=at(0), requirements=required)
+    assert stored.evaluation is not None
+    assert [item.passed for item in stored.evaluation.requirements] == ([passed] if scored else [])
+    assert stored.evaluation.passed is None, "nothing is committed yet"
+    found = status(stored, end=end, attempts=AttemptsStatus(started=1), requirements=required).evaluation
+    assert found is not None
+    assert found.passed is passed
+    late = {"report": report(evaluation=tuned), "reported_at": at(1), "requirements": required}
+    again = status(
+        status(stored, end=end, attempts=AttemptsStatus(started=1), requirements=required), **late
+    ).evaluation
+    assert again is not None
+    assert again.passed is passed, "a late report changes no verdict"
+    crashed = JobEnd(succeeded=False, reason="RetriesExhausted", message="m")
+    failed = status(stored, end=crashed, attempts=AttemptsStatus(started=1), requirements=required).evaluation
+    assert failed is not None
+    assert failed.passed is None
+    without = status(end=end, attempts=AttemptsStatus(started=1)).evaluation
+    assert without is None or without.passed is None
 
 
 def test_the_usage_of_a_job_that_ended_is_closed_while_its_last_pods_still_save() -> None:

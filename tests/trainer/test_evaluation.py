@@ -17,9 +17,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
+from finetune_core.contract import (
+    ArtifactRecord,
+    CheckpointRecord,
+    EvaluationConfig,
+    EvaluationRecord,
+    Outcome,
+    Result,
+    ScoreRecord,
+)
 from finetune_trainer.decisions.selection import Selection, best_first, selection_after
 from finetune_trainer.evaluation.comparison import ungraded_text
+from finetune_trainer.finish import told_of_run
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.step_log import StepRow
@@ -416,6 +425,17 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
+
+
+def test_an_artifact_that_another_run_committed_first_keeps_the_scores_of_that_run() -> None:
+    ours, theirs = (
+        EvaluationRecord(rows="Validation", examples=9, tuned=ScoreRecord(perplexity=value)) for value in (1.5, 9.0)
+    )
+    artifact = ArtifactRecord(uri="s3://bucket/runs/artifacts/000001", step=5, bytes=1, manifest_sha256="a")
+    committed = Result(outcome=Outcome.COMPLETED, message="committed", step=5, artifact=artifact, evaluation=theirs)
+    assert told_of_run(committed, 2, "ours", "s3://bucket/c", ours) == committed
+    told = told_of_run(committed, 1, "ours", "s3://bucket/c", ours)
+    assert (told.message, told.checkpoint, told.evaluation) == ("ours", "s3://bucket/c", ours.rounded())
 
 
 def test_a_required_score_that_is_not_reached_and_rows_without_a_number_are_told_and_the_artifact_is_committed(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
 import sys
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetSpec
@@ -45,6 +48,8 @@ def check(arguments):
 
 overlap = OwnGrader(task=TASK, grade=grade, check=check)
 nothing = 5
+unfinished = OwnGrader(task="overlap", grade=grade)
+idle = OwnGrader(task=TASK, grade=None)
 """
 ENTRY_POINTS = """[finetune_trainer.graders]
 overlap = own_graders_of_a_user:overlap
@@ -52,6 +57,14 @@ wrong = own_graders_of_a_user:nothing
 absent = own_graders_of_a_user:none
 broken = own_graders_that_fail:overlap
 leaving = own_graders_that_leave:overlap
+cancelled = own_graders_that_are_cancelled:overlap
+unfinished = own_graders_of_a_user:unfinished
+idle = own_graders_of_a_user:idle
+twice = own_graders_of_a_user:overlap
+"""
+OTHER_ENTRY_POINTS = """[finetune_trainer.graders]
+overlap = own_graders_of_a_user:overlap
+twice = own_graders_of_a_user:nothing
 """
 
 
@@ -62,10 +75,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "own_graders_of_a_user.py").write_text(SOURCE)
     (folder / "own_graders_that_fail.py").write_text("1 / 0")
     (folder / "own_graders_that_leave.py").write_text("raise SystemExit(3)")
-    metadata = folder / "own_graders-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-graders\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+    (folder / "own_graders_that_are_cancelled.py").write_text("import asyncio\nraise asyncio.CancelledError")
+    for name, entry_points in {"own_graders": ENTRY_POINTS, "other_graders": OTHER_ENTRY_POINTS}.items():
+        metadata = folder / f"{name}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(entry_points)
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
@@ -104,7 +119,8 @@ def test_an_own_grader_reads_the_columns_that_the_job_names_and_its_arguments() 
         (
             {"entryPoint": "overlaps"},
             "dataset.task.entryPoint: the trainer image has no entry point overlaps of the group"
-            " finetune_trainer.graders; it has absent, broken, leaving, overlap, wrong",
+            " finetune_trainer.graders; it has absent, broken, cancelled, idle, leaving, overlap, twice, unfinished,"
+            " wrong",
         ),
         (
             {"entryPoint": "wrong"},
@@ -114,6 +130,14 @@ def test_an_own_grader_reads_the_columns_that_the_job_names_and_its_arguments() 
         ({"entryPoint": "absent"}, "can't be loaded: AttributeError: "),
         ({"entryPoint": "broken"}, "can't be loaded: ZeroDivisionError: "),
         ({"entryPoint": "leaving"}, "can't be loaded: SystemExit: 3"),
+        ({"entryPoint": "cancelled"}, "can't be loaded: CancelledError"),
+        ({"entryPoint": "unfinished"}, "must have a Task as its `task`, and has a str"),
+        ({"entryPoint": "idle"}, "must have a function as its `grade`"),
+        (
+            {"entryPoint": "twice"},
+            "dataset.task.entryPoint: the trainer image has 2 entry points twice of the group finetune_trainer.graders,"
+            " where one can be meant: own_graders_of_a_user:nothing, own_graders_of_a_user:overlap",
+        ),
         (
             {"entryPoint": "overlap", "arguments": {"enough": "much"}},
             "dataset.task.arguments: the grader overlap refuses them: ValueError: could not convert",
@@ -133,6 +157,11 @@ def test_a_grader_that_can_not_be_used_is_named_with_what_the_image_has(task: di
 def test_a_required_score_that_the_grader_does_not_have_is_named() -> None:
     with pytest.raises(UserError, match=r"evaluation\.require: names the score exact; the job has .*, overlap, enough"):
         grading([RequirementSpec(score="exact", at_least="0.5")], entryPoint="overlap")
+
+
+def test_a_share_of_an_own_grader_that_no_model_can_reach_is_named() -> None:
+    with pytest.raises(UserError, match=r"evaluation\.require\.atLeast: must be at most 1: overlap is a share"):
+        grading([RequirementSpec(score="overlap", at_least="80")], entryPoint="overlap")
 
 
 TASK = Task(
@@ -165,9 +194,11 @@ def graded(function: Callable[..., object]) -> Grade:
         ("2.5", {}),
         ([1], {}),
         ({"main": "x"}, {}),
-        ({"right": 0.5}, {}),
-        ({"share": 1.5}, {}),
-        ({"other": 1.0}, {}),
+        ({"right": True}, {}),
+        ({}, {}),
+        ({"main": 1.0, "right": 0.5}, {}),
+        ({"main": 1.0, "share": 1.5}, {}),
+        ({"main": 1.0, "other": 1.0}, {}),
         ({3: 1.0}, {}),
         (10**400, {}),
     ],
@@ -188,7 +219,16 @@ class OddError(Exception):
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x" * 10_000), ValueError("\ud800"), RecursionError(), SystemExit(0), OddError(), StopIteration()],
+    [
+        ValueError("x" * 10_000),
+        ValueError("\ud800"),
+        RecursionError(),
+        SystemExit(0),
+        OddError(),
+        StopIteration(),
+        CancelledError(),
+        BaseExceptionGroup("several", [ValueError()]),
+    ],
 )
 def test_what_an_own_grader_raises_becomes_a_reason_of_bounded_length(error: BaseException) -> None:
     def fail(*_: object) -> object:
@@ -199,6 +239,18 @@ def test_what_an_own_grader_raises_becomes_a_reason_of_bounded_length(error: Bas
     assert found.problem.startswith(f"the grader raised {type(error).__name__}")
     assert len(found.problem) <= 160
     assert found.problem.encode()
+
+
+@pytest.mark.parametrize("reason", ["two\nlines \x1b[2J", "\ud800 \x00 \r", "x" * 5000])
+def test_the_reason_of_an_own_grader_is_one_line_that_a_terminal_can_show(reason: str) -> None:
+    def fail(*_: object) -> object:
+        raise ValueError(reason)
+
+    other = {"main": 1.0, reason: 1.0}
+    for function in (fail, lambda *_: Grade.left_out(reason), lambda *_: other):
+        problem = graded(function).problem
+        assert problem.isprintable()
+        assert 0 < len(problem) <= 160
 
 
 def test_lack_of_memory_and_an_interrupt_pass_through_an_own_grader() -> None:
@@ -226,6 +278,45 @@ def test_a_call_that_does_not_return_leaves_out_its_row_and_all_others() -> None
     never.set()
 
 
+def test_a_grader_that_changes_its_row_and_arguments_changes_no_later_grade() -> None:
+    def grade(answer: str, row: dict[str, Any], arguments: dict[str, str]) -> object:
+        row["answer"].remove(arguments.pop("wanted"))
+        return float(len(row["answer"]))
+
+    graded = bounded(OwnGrader(task=TASK, grade=grade), {"wanted": "x"})  # type: ignore[arg-type]
+    row = {"answer": ["x", "y"]}
+    assert [graded("", row).scores["main"] for _ in range(2)] == [1.0, 1.0]
+    assert row == {"answer": ["x", "y"]}
+
+
+def test_a_declaration_may_hold_the_texts_of_units_and_aggregations_and_refuses_other_texts() -> None:
+    score = Score(name="s", unit="value", aggregation="Median")  # type: ignore[arg-type]
+    assert (score.unit, score.aggregation) == (Unit.VALUE, Aggregation.MEDIAN)
+    for wrong in ({"unit": "share"}, {"aggregation": "Average"}):
+        with pytest.raises(ValueError, match="is not a valid"):
+            Score(name="s", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["allTokenPerplexity", "perplexity", "", "two words", "a\x1b[2J", "line\nline"])
+def test_a_score_has_a_name_of_its_own_that_every_table_can_show(name: str) -> None:
+    with pytest.raises(ValueError, match="score"):
+        Task(name="own", scores=(Score(name=name),), main=name)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6), st.randoms())
+@example([1.7976931348623157e308] * 3, random.Random(0))
+@example([-1.7976931348623157e308, -1.7976931348623157e308], random.Random(0))
+@settings(deadline=None)
+def test_a_reported_value_is_finite_and_depends_on_no_order(values: list[float], chance: random.Random) -> None:
+    other = list(values)
+    chance.shuffle(other)
+    for aggregation in Aggregation:
+        found = aggregation.of(values)
+        assert math.isfinite(found)
+        assert found == aggregation.of(other)
+        assert min(values) <= found <= max(values) or math.isclose(found, values[0])
+
+
 anything: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(object()),
     lambda inner: (
@@ -237,6 +328,7 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(st.lists(anything, max_size=4))
+@settings(deadline=None)
 def test_no_returned_value_makes_an_evaluation_fail(returned: list[object]) -> None:
     left = list(returned)
     grades = [graded(lambda *_: left.pop()) for _ in returned]

@@ -409,6 +409,29 @@ def test_rows_whose_completion_is_a_template_are_graded_by_its_text(check: Check
     assert (kind, "none of 7 rows can be graded" in sentence) == (FINAL, True)
 
 
+def test_only_rows_to_which_answers_are_generated_count_as_rows_that_can_be_graded(
+    check: Check, store: ObjectStore, tmp_path: Path
+) -> None:
+    rows = [{"question": "w1"}, {"question": "w1", "reply": "w2"}, {"question": "w1", "reply": "#### 7"}]
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store.upload("answers", folder)
+    changes: dict[str, Any] = {
+        "dataset__validation": {"s3": {"uri": f"s3://{BUCKET}/answers/rows.jsonl"}},
+        "dataset__badRows": "Skip",
+        "dataset__task": {"name": "GSM8K"},
+    }
+
+    def checked(asked: int) -> list[tuple[FindingKind, str]]:
+        return check(**changes, evaluation={"bestBy": "TaskScore", "generation": {"maxExamples": asked}})
+
+    assert checked(2) == []
+    ((kind, sentence),) = checked(1)
+    assert kind is FINAL
+    assert "dataset.validation: the only row can't be graded (1 because the gold row has no number" in sentence
+
+
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[Hub]:
     with running_hub({"team/tiny": tiny_model}) as running:

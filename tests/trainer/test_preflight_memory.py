@@ -100,9 +100,10 @@ def test_an_exception_of_the_parent_ends_the_child() -> None:
     [
         (lambda _send: os.kill(os.getpid(), signal.SIGKILL), ChildEnd.KILLED),
         (lambda _send: 1 / 0, ChildEnd.FAILED),
+        (lambda _send: os._exit(0), ChildEnd.FAILED),
         (lambda _send: None, ChildEnd.DONE),
     ],
-    ids=["killed", "failed", "done"],
+    ids=["killed", "failed", "left without a word", "done"],
 )
 def test_the_end_of_the_child_is_told(work: Callable[[Send], None], end: ChildEnd) -> None:
     assert run_confined(work, lambda _: None) is end

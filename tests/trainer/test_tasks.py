@@ -7,14 +7,18 @@ of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.sources import DataSource
 from finetune_core.api.task import TaskSpec
-from finetune_core.errors import UserError
+from finetune_core.errors import UserError, valid_text
 from finetune_core.row_templates import Piece
 from finetune_core.task_declaration import Aggregation, Score, Task, Unit
 from finetune_core.tasks import GSM8K, TASKS, VIGGO
@@ -22,7 +26,7 @@ from finetune_trainer.data.dataset import GRADED_FIELDS, columns_read
 from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.evaluation.graders import GRADERS, Grade, Grader, Grading, load_grading
 from finetune_trainer.evaluation.graders.grades import GradeList
-from finetune_trainer.storage.evaluation_file import AnswerRecord
+from finetune_trainer.storage.evaluation_file import AnswerRecord, stored_row
 
 MEANING = {"mr": "inform(name[Portal], genres[puzzle, shooter], rating[good])"}
 NUMBER = {"answer": "12 x 80 = 960, and 40 more make 1,000.\n#### 1,000"}
@@ -248,10 +252,40 @@ def test_a_share_goes_from_the_grader_into_the_mean_and_into_the_file() -> None:
     assert [AnswerRecord.model_validate_json(record.to_json()) for record in records] == records
 
 
+rows: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.text(st.characters(), max_size=5),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.dates(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=4,
+)
+
+
+@given(rows)
+@settings(deadline=None)
+def test_any_row_is_stored_in_a_form_that_can_be_read_again(row: dict[str, Any]) -> None:
+    assert_stored(row)
+
+
+def test_a_row_that_is_deep_or_long_is_cut_off_where_it_is_stored() -> None:
+    assert_stored({"deep": json.loads("[" * 700 + "]" * 700)})
+    assert_stored({"long": ["x" * 1000] * 1000, "short": 1, "text": "y" * 100_000})
+
+
+def assert_stored(row: dict[str, Any]) -> None:
+    stored = AnswerRecord(answer="a", gold=stored_row(row), scores={}).to_json()
+    assert len(stored) < 100_000
+    assert AnswerRecord.model_validate_json(stored).gold.keys() == {valid_text(name) for name in row}
+
+
 def test_reasons_beyond_the_limit_are_counted_together() -> None:
     grades = [Grade.left_out(f"reason {number}") for number in range(6) for _ in range(6 - number)]
     reasons = GradeList.of(PARTIAL, grades).main_reasons
     assert reasons == {"reason 0": 6, "reason 1": 5, "reason 2": 4, "other reasons": 6}
+    grades += [Grade.left_out("other reasons")] * 9
+    assert GradeList.of(PARTIAL, grades).main_reasons == {"reason 0": 6, "reason 1": 5, "other reasons": 19}
 
 
 @pytest.mark.parametrize(

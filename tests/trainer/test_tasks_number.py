@@ -7,10 +7,11 @@ import time
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.task import TaskSpec
+from finetune_core.row_templates import text_or_none
 from finetune_trainer.evaluation.graders.number import (
     number_grader,
     plain,
@@ -163,6 +164,11 @@ def test_no_text_makes_the_reader_fail(text: str) -> None:
         "#### 1" + "a " * 100_000 + "1",
         ("####" + "{" * 50) * 3000,
         "\\(" * 100_000 + "1",
+        "#### " + "12,34," * 60_000,
+        "#### 1" + "'000" * 100_000 + "x",
+        "#### 1 \u00d7" + " " * 200_000 + "x",
+        "a - " * 100_000 + "5",
+        "\u221a " * 100_000 + "5",
         "1" * 200_000,
     ],
     ids=lambda text: text[:12],
@@ -219,6 +225,64 @@ def test_a_text_that_states_one_number_is_that_number(text: str, number: int | D
 )
 def test_a_letter_behind_a_number_is_read_where_it_is_not_a_unit(text: str, number: int | None) -> None:
     assert read_number_behind("####", text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1'000", 1000),
+        ("1\u2019000", 1000),
+        ("10,00,000", 10**6),
+        ("1,23,456.5", Decimal("123456.5")),
+        ("72\\,000", 72_000),
+        ("\uff17\uff12", 72),
+        ("\u0667\u0662", 72),
+        ("\uff11\uff0c\uff10\uff10\uff10\uff0e\uff15", Decimal("1000.5")),
+        ("\u0661\u066c\u0660\u0660\u0660\u066b\u0665", Decimal("1000.5")),
+        ("72 \u0663", None),
+        ("1e5", 10**5),
+        ("1.5E-3", Decimal("0.0015")),
+        ("-2.4 \u00d7 10^5", -240_000),
+        ("2.4 \\times 10^{-1}", Decimal("0.24")),
+        ("2.4 \u00b7 10\u207b\u00b9", Decimal("0.24")),
+        ("1e5000", None),
+        ("1e5 and 3", None),
+        ("2e3e4", None),
+        ("\u221a5", None),
+        ("\\boxed{\\sqrt{5}}", None),
+        ("5\\sqrt{x}", None),
+        ("\u00b15", None),
+        ("5\u03c0", None),
+        ("5 \\pi", None),
+        ("x^5", None),
+        ("log(5)", None),
+        ("0xFF", None),
+        ("0", 0),
+        ("Answer \u2013 72", 72),
+        ("Answer - 72", 72),
+        ("Answer - $.5", Decimal("0.5")),
+        ("Answer: -$72", -72),
+        ("It is - 72", -72),
+        ("x - 72", None),
+        ("\\approx 72", 72),
+        ("the catalog (72)", 72),
+    ],
+)
+def test_an_answer_is_one_number_in_any_script_and_notation_and_no_expression(
+    text: str, number: int | Decimal | None
+) -> None:
+    assert read_only_number(text) == number
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.decimals(-(10**20), 10**20, places=3))
+@settings(deadline=None)
+def test_the_text_of_a_number_in_a_row_is_the_number(value: float | Decimal) -> None:
+    text = text_or_none(value)
+    assert text is not None
+    assert graded(text, value) is True
+    assert graded(text, 10**5000) is False
+    assert graded(text, text) is True
+    assert graded(f"Answer: {text}", f"Answer: {text}", marker="Answer:") is True
 
 
 def graded(answer: str, reference: object, **arguments: object) -> bool | float | None:

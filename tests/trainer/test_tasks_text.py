@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from finetune_core.api.task import TaskSpec
@@ -20,11 +22,18 @@ from finetune_trainer.evaluation.graders.json_value import DEEPEST
 from finetune_trainer.evaluation.graders.texts import Normalisation
 
 IGNORABLE = ["Case", "WhiteSpace", "Punctuation", "UnicodeForm"]
-SIMPLE = {name: GRADERS[name] for name in TASKS if name not in ("SQL", "ViGGO")}
+SIMPLE = {name: GRADERS[name] for name in TASKS if name != "SQL"}
 ARGUMENTS: Mapping[str, dict[str, Any]] = {"Regex": {"pattern": "(?:Answer: )?(.*)"}}
 
 anything: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.binary(max_size=3)
+    | st.decimals()
+    | st.dates(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
@@ -41,14 +50,22 @@ def right(name: str, answer: str, reference: object, **arguments: object) -> boo
 
 @given(st.sampled_from(sorted(SIMPLE)), st.text(st.characters()), anything, anything)
 def test_no_answer_and_no_row_makes_a_grader_fail(name: str, answer: str, reference: object, choices: object) -> None:
-    found = grade(name, answer, {"answer": reference, "choices": choices})
+    found = grade(name, answer, {"answer": reference, "mr": reference, "choices": choices})
     assert found.is_graded or found.problem
+
+
+@pytest.mark.parametrize("name", sorted(set(SIMPLE) - {"Number"}))
+def test_a_row_with_a_number_of_more_digits_than_python_writes_is_left_out(name: str) -> None:
+    for value in (10**5000, [10**5000]):
+        assert not grade(name, "1", {"answer": value, "mr": value, "choices": [1, value]}).is_graded
 
 
 # ---- ExactMatch and Contains ----
 
 
 @given(st.text(st.characters()), st.sets(st.sampled_from(IGNORABLE)))
+@example("e.\u0301", {"Punctuation", "UnicodeForm"})
+@example("a.-5", {"Punctuation"})
 def test_the_form_of_a_form_is_the_same_form(text: str, ignored: set[Any]) -> None:
     normalisation = Normalisation(frozenset(ignored))
     once = normalisation.of(text)
@@ -86,6 +103,16 @@ def test_every_text_matches_itself_and_is_contained_in_a_longer_one(text: str, o
         ("true", True, [], True),
         ("Rome", ["Paris", "Rome"], [], True),
         ("Lyon", ["Paris", "Rome"], [], False),
+        ("-5", "5", ["Punctuation"], False),
+        ("(-5)", "-5.", ["Punctuation"], True),
+        ("35", "3.5", ["Punctuation"], False),
+        ("3.5.", "3.5", ["Punctuation"], True),
+        ("1,000", "1000", ["Punctuation"], True),
+        ("Par\u00adis\u200b", "\ufeffParis", ["UnicodeForm"], True),
+        ("1.50", Decimal("1.50"), [], True),
+        ("2024-05-01", date(2024, 5, 1), [], True),
+        ("1e-07", 1e-07, [], True),
+        ("NaN", float("nan"), [], None),
         ("...", "!!!", ["Punctuation"], None),
         ("Paris", "", [], None),
         ("Paris", [], [], None),
@@ -112,6 +139,15 @@ def test_an_exact_match_ignores_what_the_job_names(
         ("a car, a cartoon", "car", {"contains": True, "found": 1.0}),
         ("東京都です", "東京", {"contains": True, "found": 1.0}),
         ("c++ is old", "c++", {"contains": True, "found": 1.0}),
+        ("It is 3.5.", "5", {"contains": False, "found": 0.0}),
+        ("It is 3.5.", "3", {"contains": False, "found": 0.0}),
+        ("It is 3.5.", "3.5", {"contains": True, "found": 1.0}),
+        ("It is 1,000.", "1", {"contains": False, "found": 0.0}),
+        ("1,2,3", "2", {"contains": True, "found": 1.0}),
+        ("It is -5.", "5", {"contains": False, "found": 0.0}),
+        ("It is -5.", "-5", {"contains": True, "found": 1.0}),
+        ("2024-05-01", "05", {"contains": True, "found": 1.0}),
+        ("Cafe\u0301s", "Cafe", {"contains": False, "found": 0.0}),
         ("", "Paris", {"contains": False, "found": 0.0}),
         ("Paris", [""], {}),
     ],
@@ -120,6 +156,29 @@ def test_an_answer_contains_all_texts_and_no_parts_of_longer_words(
     answer: str, reference: object, scores: dict[str, float]
 ) -> None:
     assert grade("Contains", answer, {"answer": reference}).scores == scores
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "reference"),
+    [
+        ("Contains", "a" * 300_000, "a" * 100_000),
+        ("Contains", "ax " * 100_000, "ax " * 40_000 + "a"),
+        ("JSON", "```\n" + " " * 300_000 + "x", "1"),
+        ("JSON", "```json" + "\n" * 300_000 + "x", "1"),
+        ("JSON", "`" * 200_000 + "\n" + "`" * 150_000, "1"),
+        ("JSON", "~" * 200_000 + "\n" + "~" * 150_000 + "x", "1"),
+        ("Choice", "the answer is " * 20_000, "a"),
+        ("Choice", "\\boxed{" * 20_000, "a"),
+        ("ExactMatch", "a.-" * 100_000, "a"),
+        ("ViGGO", "inform(" + "a[ ]," * 60_000, "inform(name[a])"),
+    ],
+)
+def test_the_time_of_a_grader_is_in_proportion_to_the_answer(name: str, answer: str, reference: str) -> None:
+    """The bound is a hundred times what a linear grader takes, because the machine may be busy."""
+    began = time.process_time()
+    arguments = {"ignore": IGNORABLE} if name == "ExactMatch" else {}
+    grade(name, answer, {"answer": reference, "mr": reference}, **arguments)
+    assert time.process_time() - began < 5
 
 
 # ---- Regex ----
@@ -188,7 +247,8 @@ def shuffled(value: Any) -> Any:
 @given(values, st.sampled_from([None, 1, "\t"]), st.booleans())
 def test_a_value_equals_itself_however_it_is_written(value: Any, indent: Any, ascii_only: bool) -> None:
     text = json.dumps(shuffled(value), indent=indent, ensure_ascii=ascii_only)
-    for answer in (text, f" {text}\n", f"```json\n{text}\n```", f"```\n{text}\n```"):
+    fenced = (f"```json\n{text}\n```", f"```\r\n{text}\r\n```", f"```JSON5 title\n{text}```", f"~~~~\n{text}\n~~~~")
+    for answer in (text, f" {text}\n", *fenced):
         found = grade("JSON", answer, {"answer": json.dumps(value)}).scores
         assert found == {"equal": True, "keys": 1.0}
     if value is not None and not isinstance(value, str):
@@ -212,6 +272,7 @@ def test_a_value_equals_itself_however_it_is_written(value: Any, indent: Any, as
         ('"1"', "1", {"equal": False, "keys": 0.0}),
         ("null", "null", {"equal": True, "keys": 1.0}),
         ("1e999999999", "1", {"equal": False, "keys": 0.0}),
+        ("1.5", Decimal("1.50"), {"equal": True, "keys": 1.0}),
         ("", "1", {"equal": False, "keys": 0.0}),
         ("NaN", "1", {"equal": False, "keys": 0.0}),
         ('{"a": 1} and more', '{"a": 1}', {"equal": False, "keys": 0.0}),
@@ -254,11 +315,28 @@ TOWNS = ["London", "Paris", "Rome"]
         "B: Paris",
         "the answer is Paris",
         "Option B",
+        "The correct answer is option B",
+        "I choose B",
+        "B - Paris",
+        "(B) \u2013 Paris",
+        "B, Paris",
+        "**B)** Paris",
+        "\\boxed{B}",
+        "$\\boxed{\\text{B}}$",
+        "Answer: \\(B\\)",
+        "\uff22\uff09Paris",
     ],
 )
 def test_an_option_is_named_by_letter_text_or_both(answer: str) -> None:
-    for choices in (TOWNS, json.dumps(TOWNS), {"text": TOWNS, "label": ["A", "B", "C"]}):
-        for own in ("B", "Paris", 1, "(B) Paris"):
+    lettered = {"A": "London", "B": "Paris", "C": "Rome", "D": None}
+    for choices in (
+        TOWNS,
+        json.dumps(TOWNS),
+        {"text": TOWNS, "label": ["A", "B", "C"]},
+        lettered,
+        json.dumps(lettered),
+    ):
+        for own in ("B", "Paris", 1, 1.0, Decimal(1), "(B) Paris"):
             assert grade("Choice", answer, {"answer": own, "choices": choices}).scores == {"exact": True}
 
 
@@ -276,6 +354,9 @@ def test_an_option_is_named_by_letter_text_or_both(answer: str) -> None:
         "A B",
         "A or B",
         "B and C",
+        "A, B",
+        "B, C",
+        "B - Rome",
         "A big town is Paris",
         "Pari",
     ],
@@ -286,20 +367,36 @@ def test_another_option_none_or_a_contradiction_is_wrong(answer: str) -> None:
 
 def test_without_texts_only_letters_count() -> None:
     assert grade("Choice", "(D) whatever it says", {"answer": "D"}).scores == {"exact": True}
-    assert grade("Choice", "whatever it says", {"answer": "D"}).scores == {"exact": False}
+    for answer in ("whatever it says", "D, E", "D - not E"):
+        assert grade("Choice", answer, {"answer": "D"}).scores == {"exact": False}
     assert grade("Choice", "2", {"answer": "2", "choices": {"text": TOWNS, "label": [1, 2, 3]}}).scores == {
         "exact": True
     }
+
+
+def test_options_may_have_any_labels_and_consist_of_punctuation() -> None:
+    roman = {"answer": "II", "choices": {"label": ["I", "II", "III"], "text": TOWNS}}
+    for answer in ("II", "(ii) Paris", "Paris"):
+        assert grade("Choice", answer, roman).scores == {"exact": True}
+    assert grade("Choice", "III", roman).scores == {"exact": False}
+    marks = {"answer": "B", "choices": [",", "!", "?"]}
+    for answer, right in {"!": True, "B": True, "": False, "*": False, "?": False}.items():
+        assert grade("Choice", answer, marks).scores == {"exact": right}
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {"answer": "D", "choices": TOWNS},
+        {"answer": "A", "choices": ["Paris", "Paris."]},
+        {"answer": Decimal("sNaN"), "choices": TOWNS},
+        {"answer": 0.5, "choices": TOWNS},
         {"answer": 3, "choices": TOWNS},
         {"answer": True, "choices": TOWNS},
         {"answer": "A", "choices": []},
         {"answer": "A", "choices": "London, Paris"},
+        {"answer": "A", "choices": '{"A": "London", "A": "Paris"}'},
+        {"answer": "A", "choices": "[" * 5000 + "]" * 5000},
         {"answer": "A", "choices": ["B", "A"]},
         {"answer": "A", "choices": ["Paris", "paris"]},
         {"answer": "A", "choices": {"text": TOWNS, "label": ["A", "B"]}},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
-from finetune_core.layout import checkpoint_folder
+from finetune_core.layout import artifact_folder, checkpoint_folder
 from finetune_core.requirements import judged
 from finetune_core.tasks import main_score_text, main_value_text
 from finetune_trainer.checkpoints.export import ExportOptions, export_artifact
@@ -74,14 +74,28 @@ def finish(
         patience = plan.config.evaluation.patience if stopped_early else None
         task = plan.config.dataset.task
         message = result_message(chosen, comparison.evaluation, task=task.label if task else None, patience=patience)
-        evaluation = comparison.evaluation.rounded() if comparison.evaluation is not None else None
-        update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
-        final = judged(result.model_copy(update=update), plan.config.evaluation.require)
-        return final.model_dump(mode="json")
+        told = told_of_run(result, saver.run, message, chosen.uri, comparison.evaluation)
+        return judged(told, plan.config.evaluation.require).model_dump(mode="json")
 
     result = Result.model_validate(gang.run_on_rank_0(publish_chosen, until_stop=True))
     shutil.rmtree(source, ignore_errors=True)
     return result
+
+
+def told_of_run(
+    committed: Result, run: int, message: str, checkpoint: str, evaluation: EvaluationRecord | None
+) -> Result:
+    """Return ``committed``, the result of the committed artifact, with what ``run`` tells: its message, the address of
+    its chosen checkpoint, and its scores.
+
+    Another run may have committed an artifact first. Then ``committed`` is returned as it is, because the scores of
+    ``run`` are not those of that artifact.
+    """
+    artifact = committed.artifact
+    if artifact is None or not artifact.uri.endswith(f"/{artifact_folder(run)}"):
+        return committed
+    rounded = evaluation.rounded() if evaluation is not None else None
+    return committed.model_copy(update={"message": message, "checkpoint": checkpoint, "evaluation": rounded})
 
 
 def export_files(

@@ -33,7 +33,7 @@ from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
-from finetune_trainer.evaluation.gradable import needed_by, why_ungradable
+from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungradable
 from finetune_trainer.evaluation.graders import Grading, load_grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
@@ -155,7 +155,7 @@ def _try_rows(
     def notices() -> object:
         found = []
         for field, examples in zip(GRADED_FIELDS, (data.validation, data.test), strict=True):
-            if problem := why_ungradable(grading, [row.fields for row in examples.rows]):
+            if problem := why_ungradable(grading, [row.fields for row in asked_rows(evaluation, examples.rows)]):
                 if needing := needed_by(evaluation, field, scored):
                     raise UserError(field, f"{problem}, and {needing} needs a score of dataset.task")
                 found.append(f"{field}: {problem}")

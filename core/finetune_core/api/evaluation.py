@@ -3,13 +3,14 @@ artifact."""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ATOMIC, ApiModel, DecimalString, cel
 from finetune_core.api.dataset import TemplateText, template_rules
-from finetune_core.task_declaration import PERPLEXITY, SCORE_NAME_LENGTH
+from finetune_core.task_declaration import MEASURED, SCORE_NAME_LENGTH
 
 BestBy = Literal["Perplexity", "TaskScore"]
 """The score by which checkpoints are compared: the validation perplexity, or the main score of `dataset.task`."""
@@ -19,9 +20,7 @@ ScoredRows = Literal["Validation", "Test"]
 """Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
 `dataset.test`."""
 
-ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
-"""Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
-LOWER_IS_BETTER = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
+LOWER_IS_BETTER = MEASURED
 """Scores that every evaluation gives, of which a lower value is better. Of all scores of tasks a higher one is."""
 REQUIREMENT_LIMIT = 8
 """Largest number of requirements of `evaluation.require`."""
@@ -61,6 +60,21 @@ class RequirementSpec(ApiModel):
     better_than_base: bool | None = None
     """true: the tuned model must be better than the base model, which means a lower perplexity, or a higher score of
     the task. Equal is not better."""
+
+    def out_of_reach(self, *, is_share: bool) -> tuple[str, str] | None:
+        """Return the field whose bound no model can reach, and what the field must be. None where a model can reach all
+        bounds. ``is_share`` says whether the score is a share, from 0 to 1."""
+        least = None if self.at_least is None else Decimal(self.at_least)
+        most = None if self.at_most is None else Decimal(self.at_most)
+        if least is not None and most is not None and least > most:
+            return "atLeast", f"must be at most `atMost`, which is {self.at_most}"
+        if is_share and least is not None and least > 1:
+            return "atLeast", f"must be at most 1: {self.score} is a share, of which 1 means all answers"
+        if is_share and most is not None and most < 0:
+            return "atMost", f"must be at least 0: {self.score} is a share"
+        if self.score in LOWER_IS_BETTER and most is not None and most < 1:
+            return "atMost", "must be at least 1, the least perplexity that a model can have"
+        return None
 
 
 class EvaluationSpec(ApiModel):

@@ -372,7 +372,7 @@ class EvaluationStatus(StatusModel):
     """Optimizer step of the checkpoint that the artifact was made from."""
     passed: bool | None = None
     """Whether the tuned model reached every score of `evaluation.require`. Absent where the job requires none, and
-    before the tuned model was scored."""
+    before the artifact is committed. So true means that the job has succeeded."""
     requirements: Annotated[list[RequirementStatus], Field(max_length=REQUIREMENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """The scores of `evaluation.require`, and whether the tuned model reached them."""
 

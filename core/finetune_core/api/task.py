@@ -63,6 +63,11 @@ def _task_rules() -> Iterator[tuple[str, str]]:
         "!has(self.arguments) || has(self.entryPoint)",
         "`arguments` must be absent unless `entryPoint` is set",
     )
+    # Status, CLI and docs name a grader by its name alone.
+    yield (
+        f"!has(self.entryPoint) || !(self.entryPoint in [{_quoted(TASKS)}])",
+        "`entryPoint` must not be the name of a task of this project, which `name` chooses",
+    )
 
 
 class TaskSpec(ApiModel):

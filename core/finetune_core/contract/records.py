@@ -7,10 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_core.api.evaluation import ALL_TOKEN_PERPLEXITY, ScoredRows
+from finetune_core.api.evaluation import ScoredRows
 from finetune_core.api.training import StabilityAction
 from finetune_core.contract.contract_model import ContractModel, Count, PositiveCount, Time
-from finetune_core.task_declaration import PERPLEXITY, SCORE_LIMIT, UNGRADED_LIMIT, UNGRADED_REASON_LENGTH, ScoreName
+from finetune_core.task_declaration import (
+    ALL_TOKEN_PERPLEXITY,
+    PERPLEXITY,
+    SCORE_LIMIT,
+    UNGRADED_LIMIT,
+    UNGRADED_REASON_LENGTH,
+    ScoreName,
+)
 
 
 class CheckpointRecord(ContractModel):

@@ -1,5 +1,5 @@
-"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and which of API
-server and operator refuses the job."""
+"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and which component
+refuses the job."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Refusal(StrEnum):
     """The API server refuses the job: `kubectl apply` fails."""
     OPERATOR = "operator"
     """The operator refuses the job: the job ends with `Accepted=False` and `Stalled=True`."""
+    CHECK = "check"
+    """The check before the first attempt refuses the job in the same way, before GPUs are held."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from typing import Any
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.training_plan import process_share
+from finetune_core.task_declaration import Unit
+from finetune_core.tasks import TASKS
 from finetune_core.validation.overrides import override_problems
 from finetune_core.validation.templates import template_problems
 
@@ -47,6 +49,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
         )
     problems += _too_small_share(spec)
     problems += template_problems(spec)
+    problems += _scores_out_of_reach(spec)
     stored = spec.to_json()
     for field in NOT_YET:
         if _value(stored, field.path) not in field.honoured:
@@ -64,6 +67,19 @@ def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
         return []
     sentence = f"must be at most {share}, the share of one of {processes} processes in a globalBatchSize of {total}"
     return [UserError("spec.training.microBatchSize", sentence)]
+
+
+def _scores_out_of_reach(spec: FineTuneJobSpec) -> list[UserError]:
+    """Return a problem for each score of `evaluation.require` that no model can reach. The trainer knows the scores of
+    own graders."""
+    task = TASKS.get(spec.dataset.task.name) if spec.dataset.task is not None and spec.dataset.task.name else None
+    shares = {score.name for score in task.scores if score.unit is not Unit.VALUE} if task is not None else set()
+    problems = []
+    for place, requirement in enumerate(spec.evaluation.require or ()):
+        if wrong := requirement.out_of_reach(is_share=requirement.score in shares):
+            field, sentence = wrong
+            problems.append(UserError(f"spec.evaluation.require[{place}].{field}", sentence))
+    return problems
 
 
 def _value(node: Any, path: str) -> Any:

@@ -1,5 +1,7 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
+A regular expression, which only the check before the first attempt compiles, is compiled here too.
+
 The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
 paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.
 `finetune validate` calls this module.
@@ -17,6 +19,8 @@ from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
 from finetune_core.api.pod_template import LABEL_KEY
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.errors import UserError
+from finetune_core.patterns import compile_pattern
 from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.defaults import defaulted
 from finetune_core.validation.problems import FieldPath, Problem, Refusal
@@ -85,7 +89,17 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
     if problems:
         return ValidationResult(problems)
     refused = [Problem(_split(error.subject), error.problem, Refusal.OPERATOR) for error in unrunnable(model)]
-    return ValidationResult(refused, stored)
+    return ValidationResult([*refused, *_pattern_problems(model)], stored)
+
+
+def _pattern_problems(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    """Yield a problem where RE2 can't read `dataset.task.pattern`."""
+    task = spec.dataset.task
+    if task is not None and task.pattern is not None:
+        try:
+            compile_pattern(task.pattern)
+        except UserError as error:
+            yield Problem(_split(f"spec.{error.subject}"), error.problem, Refusal.CHECK)
 
 
 def _metadata_problems(metadata: Any) -> Iterator[Problem]:
@@ -136,6 +150,13 @@ def _is_label(pattern: str, value: str) -> bool:
 
 
 def _split(dotted: str) -> FieldPath:
-    """Return the parts of ``dotted``, the path of a field such as `spec.lora.rank`. The errors of `unrunnable` have a
-    path in this form as their subject."""
-    return tuple(dotted.split("."))
+    """Return the parts of ``dotted``, the path of a field such as `spec.evaluation.require[0].atLeast`.
+
+    The errors of `unrunnable` have a path in this form as their subject.
+    """
+    parts: list[str | int] = []
+    for part in dotted.split("."):
+        places = re.search(r"(?:\[[0-9]+\])*\Z", part)
+        assert places is not None
+        parts += [part[: places.start()], *map(int, re.findall("[0-9]+", places[0]))]
+    return tuple(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune_core.api.status import ChildStatus, FineTuneJobStatus, UsageStatus
+from finetune_core.contract import Outcome
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.status.conditions import compute_conditions
 from finetune_operator.status.inputs import StatusInput
@@ -105,8 +106,14 @@ def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[st
     update: dict[str, object] = {}
     if result.artifact is not None:
         update["artifact"] = artifact_of(result.artifact)
+    evaluation = status.evaluation
     if result.evaluation is not None:
-        update["evaluation"] = evaluation_of(result.evaluation, given.requirements, stored=status.evaluation)
+        evaluation = evaluation_of(result.evaluation, given.requirements, stored=evaluation)
+    if evaluation is not None and evaluation.passed is None and given.requirements and result.artifact is not None:
+        # A termination message has no room for many scores, and the report with the scores may be lost.
+        evaluation = evaluation.model_copy(update={"passed": result.outcome is not Outcome.GATE_FAILED})
+    if evaluation is not None:
+        update["evaluation"] = evaluation
     progress = status.progress
     if progress is not None:
         step = max(progress.step, result.step)

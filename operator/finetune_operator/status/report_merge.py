@@ -87,7 +87,9 @@ def merge_report(
     if report.notices:
         update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:
-        update["evaluation"] = evaluation_of(report.evaluation, requirements)
+        # The verdict on the job waits for the artifact: a job whose export fails has not passed.
+        verdict = stored.evaluation.passed if stored.evaluation is not None else None
+        update["evaluation"] = evaluation_of(report.evaluation, requirements).model_copy(update={"passed": verdict})
     if report.incidents:
         update["incidents"] = merge_incidents(stored.incidents, report.incidents)
     return stored.model_copy(update=update)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from finetune_core.api.evaluation import LOWER_IS_BETTER
 from finetune_core.contract import EvaluationConfig
 from finetune_trainer.evaluation.graders import Grading
+
+T = TypeVar("T")
 
 TRIED_SECONDS = 60.0
 """Longest time in seconds for which rows are tried. Where none of the rows that were tried can be graded, the others
@@ -29,6 +32,11 @@ def needed_by(config: EvaluationConfig, field: str, scored: str) -> str:
         return "evaluation.bestBy"
     required = any(requirement.score not in LOWER_IS_BETTER for requirement in config.require or ())
     return "evaluation.require" if required and field == scored else ""
+
+
+def asked_rows(config: EvaluationConfig, rows: Sequence[T]) -> Sequence[T]:
+    """Return those of ``rows`` to which answers are generated: the first `evaluation.generation.maxExamples`."""
+    return rows[: config.generation.max_examples]
 
 
 def why_ungradable(

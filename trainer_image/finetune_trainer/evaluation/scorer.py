@@ -7,24 +7,22 @@ scores checkpoints with `Scorer`, and `comparison.py` scores base model and tune
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
-from finetune_core.errors import valid_text
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
+from finetune_trainer.evaluation.gradable import asked_rows
 from finetune_trainer.evaluation.graders import Grade, Grading
 from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.evaluation.perplexity import perplexity
 from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.evaluation_file import AnswerRecord
+from finetune_trainer.storage.evaluation_file import AnswerRecord, stored_row
 
 MOST_STORED_ANSWERS = 20
 STORED_ANSWER_LENGTH = 2000
@@ -114,7 +112,7 @@ class Scorer:
         assert grading is not None
         self._phase(Phase.GENERATING)
         limits = self._config.generation
-        asked = len(evaluation_set.examples) if limits.max_examples is None else limits.max_examples
+        asked = len(asked_rows(self._config, range(len(evaluation_set.examples))))
         decoding = Decoding(
             tokenizer=evaluation_set.tokenizer,
             stop_ids=evaluation_set.stop_ids,
@@ -136,7 +134,7 @@ class Scorer:
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]
                     stored.append(
-                        AnswerRecord(answer=text, gold=storable(row), scores=grade.scores, problem=grade.problem)
+                        AnswerRecord(answer=text, gold=stored_row(row), scores=grade.scores, problem=grade.problem)
                     )
         own = GradeList.of(grading.task, grades)
         ranks = self._gang.gather(own.to_json, until_stop=True)
@@ -159,17 +157,6 @@ class Scorer:
             yield
         finally:
             self._engine.exclude_tokens(())
-
-
-def storable(value: Any) -> Any:
-    """Return a value of a data file as one that JSON can hold. What JSON has no form for becomes text."""
-    if isinstance(value, Mapping):
-        return {valid_text(str(key)): storable(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [storable(inner) for inner in value]
-    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return valid_text(value if isinstance(value, str) else str(value))
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:

@@ -34,6 +34,9 @@ LOOK_SECONDS = 0.01
 """Time in seconds between two looks at the memory of the child. The kernel gives a process about a gigabyte in a
 second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_DONE = 93
+"""Exit code of a child that has done its work. It is not 0, because code of a user, such as an own grader, may end the
+child with 0 before the work is done."""
 _MEMORY_REFUSED = 2
 """Exit code of a child to which the kernel has refused memory."""
 
@@ -82,7 +85,7 @@ def run_confined(
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
         os.close(reader)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == _DONE:
         return ChildEnd.DONE
     refused = os.WIFEXITED(status) and os.WEXITSTATUS(status) == _MEMORY_REFUSED
     if not closed or refused or watched.is_too_large(usage.ru_maxrss << 10):
@@ -120,7 +123,7 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memor
         most = _data_bytes() + memory_bytes + EXCESS_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         work(send)
-        code = 0
+        code = _DONE
     except MemoryError:
         traceback.print_exc()
         code = _MEMORY_REFUSED

@@ -107,13 +107,14 @@ def check_rows(
     rows = list(found)
     _check_expansion(head, source_name(source), rows, field)
     try:
-        _, notices = make_examples(
+        examples, notices = make_examples(
             rows,
             source_name(source),
             field,
             dataset,
             tokenize_functions(model.tokenizer, model.added_tokens, ends=ends, today=today),
             limit=length_limit(dataset, model.context),
+            keep_rows=task is not None,
         )
     except NoRowsError as error:
         if head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES:
@@ -123,7 +124,7 @@ def check_rows(
     form = dataset.format.prompt_completion
     if task is not None and form is not None:
         whole = head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES
-        graded = [graded_fields(row) for row in rows if row.problem is None]
+        graded = [graded_fields(row) for row in examples.rows]
         read_completion = answer_reader(form, model.tokenizer, model.added_tokens, ends)
         notices += task.notices(field, graded, read_completion, whole=whole)
     return [*files.notices, *notices]

@@ -11,7 +11,7 @@ from finetune_core.errors import UserError
 from finetune_core.row_templates import Piece
 from finetune_trainer.data.dataset import GRADED_FIELDS
 from finetune_trainer.data.files.row import NamedColumn
-from finetune_trainer.evaluation.gradable import needed_by, why_ungradable
+from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungradable
 from finetune_trainer.evaluation.graders import Grading
 
 TRIED_SECONDS = 20.0
@@ -44,14 +44,17 @@ class TaskCheck:
         *,
         whole: bool,
     ) -> list[str]:
-        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. ``read_completion``
+        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows behind
+        `evaluation.generation.maxExamples` are left out, because no answers to them are generated. ``read_completion``
         is that of `Grading.reading`.
 
         Raises UserError instead where ``rows`` are the ``whole`` file and the job needs a score of its task.
         """
         if self._grading is None or field not in GRADED_FIELDS:
             return []
-        problem = why_ungradable(self._grading.reading(read_completion), rows, seconds=TRIED_SECONDS)
+        asked = asked_rows(self._evaluation, rows)
+        whole = whole or len(asked) == self._evaluation.generation.max_examples
+        problem = why_ungradable(self._grading.reading(read_completion), asked, seconds=TRIED_SECONDS)
         if not problem:
             return []
         needing = needed_by(self._evaluation, field, self._scored)

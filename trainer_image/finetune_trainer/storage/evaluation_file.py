@@ -6,12 +6,45 @@ scores. `artifact.py` reads the scores of the run that made the artifact.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from finetune_core.contract import ContractModel, EvaluationRecord
+from finetune_core.errors import valid_text
 from finetune_core.layout import evaluation_key
 from finetune_trainer.storage.root import RunRoot
+
+STORED_DEPTH = 32
+"""Largest depth of objects and lists in a stored row. What is deeper is left out, because no reader of JSON reads any
+depth."""
+STORED_ROW_CHARACTERS = 50_000
+"""Largest number of characters of a stored row as JSON."""
+STORED_VALUE_CHARACTERS = 2000
+"""Where a row is longer, its values are stored as texts of at most this many characters."""
+
+
+def stored_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a data file as `AnswerRecord` stores it. What JSON has no form for becomes text, and what is too
+    deep or too long is cut off."""
+    found: dict[str, Any] = {valid_text(name): _stored(value, STORED_DEPTH) for name, value in row.items()}
+    if len(json.dumps(found)) <= STORED_ROW_CHARACTERS:
+        return found
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+    return {name: text[:STORED_VALUE_CHARACTERS] for name, text in texts.items()}
+
+
+def _stored(value: Any, depth: int) -> Any:
+    if isinstance(value, (Mapping, list, tuple)) and depth == 0:
+        return "…"
+    if isinstance(value, Mapping):
+        return {valid_text(str(key)): _stored(inner, depth - 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_stored(inner, depth - 1) for inner in value]
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return valid_text(value if isinstance(value, str) else str(value))
 
 
 class AnswerRecord(ContractModel):
@@ -19,7 +52,8 @@ class AnswerRecord(ContractModel):
 
     answer: str
     gold: Mapping[str, Any]
-    """The whole row of the evaluation set that the prompt came from. It contains the reference answer."""
+    """The row of the evaluation set that the prompt came from, as `stored_row` returns it. It contains the reference
+    answer."""
     scores: Mapping[str, bool | float]
     """Value of each score of the task for this answer, for example ``{"exact": true}``. Empty if the row can't be
     graded."""

@@ -16,7 +16,7 @@ from finetune_core.api.evaluation import LOWER_IS_BETTER, RequirementSpec
 from finetune_core.api.task import TaskSpec
 from finetune_core.errors import UserError
 from finetune_core.row_templates import Piece, RowError, RowTemplate, TemplateError, parse
-from finetune_core.task_declaration import Task
+from finetune_core.task_declaration import Score, Task, Unit
 from finetune_core.tasks import TASKS
 from finetune_trainer.data.files.row import NamedColumn
 from finetune_trainer.evaluation.graders import choice, gsm8k, json_value, sql, viggo
@@ -122,7 +122,7 @@ def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None
         raise UserError(
             "dataset.task.name", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {spec.name}"
         )
-    _check_required(require, task.score_names)
+    _check_required(require, task.scores)
     fields = spec.named_columns
     if unknown := sorted(fields.keys() - {column.name for column in task.columns}):
         known = ", ".join(column.name for column in task.columns) or "no columns"
@@ -152,10 +152,15 @@ def _completion(form: PromptCompletionFormat) -> RowTemplate:
         raise UserError("dataset.format.promptCompletion.completion", str(error)) from error
 
 
-def _check_required(require: Sequence[RequirementSpec] | None, scores: Sequence[str]) -> None:
-    known = (*LOWER_IS_BETTER, *scores)
+def _check_required(require: Sequence[RequirementSpec] | None, scores: Sequence[Score]) -> None:
+    """Raise UserError for a required score that is none of ``scores`` and no perplexity, or that no model can
+    reach."""
+    units = {score.name: score.unit for score in scores}
+    known = (*LOWER_IS_BETTER, *units)
     for requirement in require or ():
         if requirement.score not in known:
             raise UserError(
                 "evaluation.require", f"names the score {requirement.score}; the job has {', '.join(known)}"
             )
+        if wrong := requirement.out_of_reach(is_share=units.get(requirement.score, Unit.VALUE) is not Unit.VALUE):
+            raise UserError(f"evaluation.require.{wrong[0]}", wrong[1])

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import CHOICE
 from finetune_trainer.evaluation.graders.grades import Grade
+from finetune_trainer.evaluation.graders.json_value import NoValueError, parse
 from finetune_trainer.evaluation.graders.texts import Normalisation
 
 _FORM = Normalisation(frozenset({"Case", "WhiteSpace", "UnicodeForm"}))
 _SAID = re.compile(
-    r"(?:(?:so|therefore|thus)[, ]+)?(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?"
-    r"\s*:?\s*(?=\S)"
+    r"(?:(?:so|therefore|thus)[, ]+)?(?:i (?:would )?(?:choose|pick|select|say)|(?:(?:the|my) )?"
+    r"(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?)\s*:?\s*(?=\S)"
 )
 """What may stand before the chosen option, such as `the answer is`."""
+_MOST_SAID = 4
+"""How many of these may stand behind each other, as in `the answer is option B`."""
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
-_LETTER = re.compile(r"[(\[]?(?P<label>[a-z]|[0-9]{1,2})(?:[)\].:]+\s*(?P<text>.*))?", re.DOTALL)
-"""A label alone, or a label that a bracket, a full stop or a colon separates from the text of the option."""
+_OPENING = "(["
+_SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
+"""What separates a label from what follows."""
+_WEAK_SEPARATOR = re.compile(r",\s+|\s*[-\u2013\u2014]\s+")
+"""What separates a label from the text of its option, and may have another meaning before something else."""
+_BOXED = re.compile(
+    r"\$+(?P<math>[^$]*)\$+|\\[(\[](?P<display>.*)\\[)\]]"
+    r"|\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf)\s*\{(?P<inner>.*)\}",
+    re.DOTALL,
+)
+"""Markup of LaTeX that a text consists of."""
+_MOST_BOXES = 4
+"""How many of these may enclose each other."""
+
+
+def _bare(text: str) -> str:
+    """Return ``text`` without markup and punctuation at its ends, where anything else is left."""
+    return text.strip(_EDGES) or text
+
+
+def _unboxed(text: str) -> str:
+    for _ in range(_MOST_BOXES):
+        found = _BOXED.fullmatch(text)
+        if found is None:
+            break
+        text = _bare(next(part for part in found.groups() if part is not None))
+    return text
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a row. `texts` is empty where the row has no texts of options, so that only letters count."""
+    """The options of a row. `texts` is empty where the row has no texts of options, so that only labels count. Both are
+    forms without markup and punctuation at their ends (`_bare`)."""
 
     labels: tuple[str, ...]
     texts: tuple[str, ...]
@@ -40,25 +70,36 @@ class Options:
 
     def chosen(self, answer: str) -> str | None:
         """Return the label of the option that ``answer`` names; None where it names none, or two different ones."""
-        text = _FORM.of(answer).strip(_EDGES)
-        said = _SAID.match(text)
-        for candidate in (text, text[said.end() :].strip(_EDGES)) if said else (text,):
-            if (label := self._named(candidate)) is not None:
-                return label
+        text = _bare(_FORM.of(answer))
+        for _ in range(_MOST_SAID):
+            for candidate in (text, _unboxed(text)):
+                if (label := self._named(candidate)) is not None:
+                    return label
+            said = _SAID.match(text)
+            if said is None:
+                return None
+            text = _bare(text[said.end() :])
         return None
 
     def _named(self, text: str) -> str | None:
-        for label, own in zip(self.labels, self.texts, strict=False):
-            if text == own or text == own.strip(_EDGES):
+        own = dict(zip(self.labels, self.texts, strict=False))
+        for label, option in own.items():
+            if text == option:
                 return label
-        found = _LETTER.fullmatch(text)
-        if found is None or found["label"] not in self.labels:
-            return None
-        behind = (found["text"] or "").strip(_EDGES)
-        if not behind:
-            return found["label"]
-        own = self.texts[self.labels.index(found["label"])] if self.texts else behind
-        return found["label"] if behind in (own, own.strip(_EDGES)) else None
+        body = text[1:] if text[:1] in _OPENING else text
+        for label in self.labels:
+            if body.startswith(label):
+                behind = self._behind(body[len(label) :])
+                if behind == "" or (behind is not None and behind == own.get(label, behind)):
+                    return label
+        return None
+
+    def _behind(self, rest: str) -> str | None:
+        """Return what ``rest``, the text behind a label, says beside it; None where the label does not end there."""
+        separator = _SEPARATOR.match(rest) or (_WEAK_SEPARATOR.match(rest) if self.texts else None)
+        if separator is None:
+            return None if rest else ""
+        return rest[separator.end() :].strip(_EDGES) and _bare(rest[separator.end() :])
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
@@ -68,17 +109,23 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
         return Grade.left_out("the row's options are no list of texts")
     if options.is_ambiguous:
         return Grade.left_out("the text of an option is also the letter or the text of another one")
-    own = row.get("answer")
-    if isinstance(own, int) and not isinstance(own, bool) and options.texts:
-        right = options.labels[own] if 0 <= own < len(options.labels) else None
-    else:
-        right = options.chosen(own) if isinstance(own, str) else None
+    right = _right(row.get("answer"), options)
     if right is None:
         return Grade.left_out("the row's own answer names no option")
     chosen = options.chosen(answer)
     if chosen is None:
         return Grade.of(CHOICE, {}, problem="the answer names no option")
     return Grade.of(CHOICE, {"exact": chosen == right})
+
+
+def _right(own: object, options: Options) -> str | None:
+    """Return the label of the option that ``own``, the row's own answer, names; None where it names none."""
+    if isinstance(own, str):
+        return options.chosen(own)
+    is_number = isinstance(own, (int, float)) or (isinstance(own, Decimal) and own.is_finite())
+    if not is_number or isinstance(own, bool) or not options.texts:
+        return None
+    return next((label for place, label in enumerate(options.labels) if place == own), None)
 
 
 def _options(value: object) -> Options | None:
@@ -88,11 +135,15 @@ def _options(value: object) -> Options | None:
         return Options(letters, ())
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except NoValueError:
             return None
     labels = None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "text" not in value:
+        # Parquet files have all keys in every row, with nulls for the options that a row does not have.
+        value = {label: text for label, text in value.items() if text is not None}
+        labels, value = list(value), list(value.values())
+    elif isinstance(value, dict):
         labels, value = value.get("label"), value.get("text")
     texts = _texts(value)
     own = _texts(labels) if labels is not None else letters[: len(texts or ())]
@@ -102,10 +153,9 @@ def _options(value: object) -> Options | None:
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
-    """Return the forms of a list of texts or numbers; None where ``value`` is something else."""
+    """Return the forms of a list of values that a template can show; None where ``value`` is something else."""
     if not isinstance(value, (list, tuple)):
         return None
-    if not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in value):
-        return None
-    forms = tuple(_FORM.of(str(item)) for item in value)
-    return forms if all(forms) else None
+    shown = [text for text in map(text_or_none, value) if text is not None]
+    forms = tuple(_bare(_FORM.of(text)) for text in shown)
+    return forms if len(shown) == len(value) and all(forms) else None

@@ -13,6 +13,8 @@ from typing import Any
 
 from finetune_core.task_declaration import UNGRADED_LIMIT, UNGRADED_REASON_LENGTH, Task, Unit
 
+OTHER_REASONS = "other reasons"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
@@ -119,5 +121,5 @@ class GradeList:
         ordered = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
         if len(ordered) <= UNGRADED_LIMIT:
             return dict(ordered)
-        shown = dict(ordered[: UNGRADED_LIMIT - 1])
-        return shown | {"other reasons": self.not_graded - sum(shown.values())}
+        shown = {reason: count for reason, count in ordered[: UNGRADED_LIMIT - 1] if reason != OTHER_REASONS}
+        return shown | {OTHER_REASONS: self.not_graded - sum(shown.values())}

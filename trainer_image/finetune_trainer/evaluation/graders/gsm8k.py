@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal
 
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import GSM8K
 from finetune_trainer.evaluation.graders.grades import Grade
 from finetune_trainer.evaluation.graders.number import read_number_behind
@@ -33,7 +34,7 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
     An answer without such a number is wrong. A row without such a number can't be used.
     """
-    reference = extract(str(row.get("answer", "")))
+    reference = extract(text_or_none(row.get("answer")) or "")
     if reference is None:
         return Grade.left_out("the gold row has no number after ####")
     number = extract(answer)

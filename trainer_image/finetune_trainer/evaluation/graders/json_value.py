@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import JSON
 from finetune_trainer.evaluation.graders.grades import Grade
 
 DEEPEST = 100
 """Largest depth of objects and lists in a value that can be graded."""
 
-_FENCE = re.compile(r"```[A-Za-z0-9]*[ \t]*\n(.*)\n?[ \t]*```", re.DOTALL)
-"""A Markdown fence that a text consists of."""
+_FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
+"""A Markdown fence that a text consists of. Behind its beginning may stand a language, such as `json`."""
 
 
 class NoValueError(ValueError):
@@ -27,7 +28,9 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
         own = row.get("answer")
         if own is None:
             raise NoValueError
-        reference = parse(own) if isinstance(own, str) else parse(json.dumps(own, allow_nan=False, ensure_ascii=False))
+        # A decimal of a parquet file is a number, as in the text that a template shows.
+        shown = own if isinstance(own, str) else text_or_none(own)
+        reference = parse(json.dumps(own, allow_nan=False, ensure_ascii=False) if shown is None else shown)
     except (NoValueError, ValueError, TypeError, RecursionError):
         return Grade.left_out("the row's own answer is no JSON")
     try:
@@ -48,7 +51,7 @@ def parse(text: str) -> object:
     fenced = _FENCE.fullmatch(text)
     try:
         value = json.loads(
-            fenced[1] if fenced else text,
+            fenced[2] if fenced else text,
             object_pairs_hook=_object,
             parse_int=Decimal,
             parse_float=Decimal,

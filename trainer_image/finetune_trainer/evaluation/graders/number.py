@@ -8,6 +8,7 @@ list, a range, a calculation and `5 hours and 30 minutes` state no number.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
@@ -27,6 +28,12 @@ _MARKUP = re.compile(
     r"|[{}`]|\*\*|__|[\u200b\u2060\ufeff]"
 )
 """Markup of Markdown and LaTeX, and invisible characters."""
+_THIN_SPACE = re.compile(r"(?<=[0-9])\{?\\,\}?(?=[0-9]{3}(?![0-9]))")
+"""The space of LaTeX between groups of three digits."""
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
+"""A digit of another script, such as Arabic."""
+_FORMS = {place: chr(place - 0xFEE0) for place in range(0xFF01, 0xFF5F)} | {0x066B: ".", 0x066C: ","}
+"""Full-width characters and Arabic separators, each with the ASCII character of the same meaning."""
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
 """Turns hyphens, the en dash and other signs that people type for a minus into one."""
 
@@ -38,15 +45,28 @@ _CURRENCY = (
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
 )
 _DIGITS = (
-    r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[\u0020\u00a0\u2009\u202f][0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+    r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[\u0020\u00a0\u2009\u202f][0-9]{3})+|(?:['\u2019][0-9]{3})+)(?![0-9])"
+    r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 )
 _SIGN = r"(?:[-+]|(?:minus|negative|Minus|Negative)(?![A-Za-z])|)"
-_NUMBER = re.compile(
+_START = (
     rf"(?P<sign>{_SIGN}){_SPACE}(?P<currency>{_CURRENCY})?{_SPACE}(?P<inner>{_SIGN}){_SPACE}(?P<number>(?>{_DIGITS}))"
-    rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷xX]?{_SPACE}[$]?{_SPACE}[0-9])"
 )
-"""A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand. Commas or
-spaces may separate groups of three digits. Digits are those of ASCII."""
+_NO_MORE = (
+    rf"(?![0-9]|[.,][0-9]|[eE][-+]?[0-9]|{_SPACE}[-+/*^:×÷xX]?{_SPACE}[$]?{_SPACE}[0-9]"
+    rf"|(?<![0-9.]0)(?<=0)(?:[xX][0-9A-Fa-f]|[oObB][0-7])|{_SPACE}(?:\\(?:pi|sqrt)(?![A-Za-z])|[π√]))"
+)
+_NUMBER = re.compile(_START + _NO_MORE)
+"""A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand, and which is
+no factor of a root or of π. Commas, spaces or apostrophes may separate groups of digits."""
+_POWERS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+_SCIENTIFIC = re.compile(
+    _START
+    + rf"(?:[eE](?P<exponent>[-+]?[0-9]{{1,3}})|{_SPACE}(?:[×xX*·⋅]|\\times|\\cdot){_SPACE}10"
+    + rf"(?:\^{_SPACE}(?P<power>[-+]?[0-9]{{1,3}})|(?P<raised>[⁺⁻]?[⁰¹²³⁴-⁹]{{1,3}})))"
+    + _NO_MORE
+)
+"""A number with a power of ten behind it, such as `1e-07`, `2.4 × 10^5` or `2.4 × 10⁵`."""
 _BEFORE = re.compile(r"[^\S\n]*+(?:[*_\"'“”‘’=:][^\S\n]*+)*+")
 """What may stand before the number of a statement: markup, quotes, `=` and `:`."""
 _LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?$")
@@ -77,21 +97,39 @@ _WORDS = re.compile(
 )
 """A further number in words, such as the `and a half` of `2 and a half`."""
 _ANY_DIGIT = re.compile("[0-9]")
+_OPERATOR = re.compile(
+    r"(?:[√∛∜±∓^/÷×]|(?:\\|\b)(?:sqrt|log|ln|lg|exp|sin|cos|tan)[({]?|\\(?:pm|mp|times|div|cdot|[dt]?frac|binom))\s*$"
+)
+"""What makes another number of the number behind it, such as the sign of a root."""
+_DASH = re.compile(rf"(?P<word>[^\W\d_]+)\s+-\s+(?P<behind>(?:{_CURRENCY}{_SPACE})?\.?)$")
+"""A word, a dash between white space, and what stands before the first digit behind the dash."""
+_BEFORE_MINUS = frozenset({"is", "are", "was", "be", "equals", "equal", "about", "of", "to"})
+"""Words behind which a dash is a minus: `it is - 5`."""
 
 
-def plain(text: str) -> str:
-    """Return ``text`` without markup, and with one sign for minus."""
-    return _MARKUP.sub(_GAP, text.translate(_MINUS).replace("{,}", ","))
+def plain(text: str, *, any_script: bool = False) -> str:
+    """Return ``text`` without markup, and with one sign for minus. With ``any_script`` digits of all scripts become
+    ASCII digits."""
+    if any_script:
+        text = _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.decimal(found[0])), text.translate(_FORMS))
+    text = text.translate(_MINUS).replace("{,}", ",")
+    return _MARKUP.sub(_GAP, _THIN_SPACE.sub("\u2009", text))
 
 
-def read_statement(text: str) -> Decimal | None:
+def read_statement(text: str, *, scientific: bool = False) -> Decimal | None:
     """Return the number with which the statement at the beginning of ``text`` begins, where it names no other number.
 
     ``text`` is what `plain` returned. None where the statement begins with something else, has two signs, or names
-    several numbers. What follows behind the statement is ignored.
+    several numbers. What follows behind the statement is ignored. With ``scientific`` a power of ten belongs to the
+    number: `1e5` and `2.4 × 10^5`.
     """
     before = _BEFORE.match(text)
-    found = _NUMBER.match(text, before.end() if before else 0)
+    start, power = before.end() if before else 0, ""
+    found = _SCIENTIFIC.match(text, start) if scientific else None
+    if found is not None:
+        power = found["exponent"] or found["power"] or found["raised"].translate(_POWERS)
+    else:
+        found = _NUMBER.match(text, start)
     if found is None or len(found["number"]) > LONGEST_NUMBER:
         return None
     if found["sign"] and found["inner"]:
@@ -114,41 +152,42 @@ def read_statement(text: str) -> Decimal | None:
     # The product is one of whole numbers, because decimals round a product to 28 digits.
     product = int("".join(map(str, digits))) * factor
     is_negative = (found["sign"] + found["inner"]) not in ("", "+")
-    return Decimal((int(is_negative), tuple(map(int, str(product))), places))
+    return Decimal((int(is_negative), tuple(map(int, str(product))), places + int(power or 0)))
 
 
 def read_only_number(text: str) -> Decimal | None:
     """Return the number of a text that states exactly one number anywhere, with words around it. None where the text
     has no number or several, or where letters stand directly before the number."""
-    text = plain(text)
+    text = plain(text, any_script=True)
     digit = _ANY_DIGIT.search(text)
     if digit is None:
         return None
     start = _start(text, digit.start())
     if start is None:
         return None
-    number = read_statement(text[start:])
+    number = read_statement(text[start:], scientific=True)
     ended = _END.search(text, digit.start())
     if number is None or (ended is not None and _number_follows(text[ended.start() :])):
         return None
     return number
 
 
-def read_number_behind(marker: str, text: str) -> Decimal | None:
+def read_number_behind(marker: str, text: str, *, any_notation: bool = False) -> Decimal | None:
     """Return the number that is stated behind ``marker``, on the same line or, where nothing else stands there, on the
     next one.
 
     Of several markers the first one counts behind which a number is stated. A marker behind which several numbers are
-    stated, or a number that can't be read, ends the search: None is returned then.
+    stated, or a number that can't be read, ends the search: None is returned then. With
+    ``any_notation`` digits of all scripts and powers of ten are read too, which GSM8K does not have.
     """
-    text, mark = plain(text), plain(marker)
+    text, mark = (plain(part, any_script=any_notation) for part in (text, marker))
     # The characters at the ends of the marker must not continue there, so that `#####` is not the marker `####`.
     pattern = re.compile(f"(?<!{re.escape(mark[0])}){re.escape(mark)}(?!{re.escape(mark[-1])})")
     places = [found.span() for found in pattern.finditer(text)]
     ends = [start for start, _ in places[1:]] + [len(text)]
     for (_, start), end in zip(places, ends, strict=False):
         statement = text[start:end].lstrip()
-        number = read_statement(statement)
+        number = read_statement(statement, scientific=any_notation)
         if number is not None:
             return number
         if _ANY_DIGIT.search(statement.partition("\n")[0]):
@@ -158,11 +197,18 @@ def read_number_behind(marker: str, text: str) -> Decimal | None:
 
 def _start(text: str, digit: int) -> int | None:
     """Return where the statement of the number begins whose first digit stands at ``digit``: before its sign and its
-    currency. None where a letter stands directly before the number."""
+    currency. None where a letter, the sign of a root or another operator stands directly before the number."""
     before = text[max(0, digit - 24) : digit]
     lead = _LEAD.search(before)
     start = digit - (len(before) - lead.start() if lead else 0)
-    return None if start and (text[start - 1].isalnum() or text[start - 1] in "-+.,") else start
+    before = text[max(0, start - 24) : start]
+    if (before and (before[-1].isalnum() or before[-1] in "-+.,")) or _OPERATOR.search(before):
+        return None
+    dash = _DASH.search(before + text[start:digit])
+    if dash is None or dash["word"].lower() in _BEFORE_MINUS:
+        return start
+    # Behind a word a dash is no sign. Behind a single letter it stands for a subtraction.
+    return digit - len(dash["behind"]) if len(dash["word"]) > 1 else None
 
 
 def _number_follows(text: str) -> bool:
@@ -176,7 +222,7 @@ def number_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade
     marker = spec.marker
 
     def read(text: str) -> Decimal | None:
-        return read_only_number(text) if marker is None else read_number_behind(marker, text)
+        return read_only_number(text) if marker is None else read_number_behind(marker, text, any_notation=True)
 
     def grade(answer: str, row: Mapping[str, object]) -> Grade:
         value = row.get("answer")
@@ -204,5 +250,7 @@ def is_near(number: Decimal, reference: Decimal, tolerance: Decimal, relative: D
 
 def _decimal(value: float | Decimal) -> Decimal | None:
     """Return a number of a data file as a decimal; None where it is not finite."""
+    if isinstance(value, int):
+        return Decimal(value)
     number = value if isinstance(value, Decimal) else Decimal(repr(value))
     return number if number.is_finite() else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -23,10 +24,13 @@ GROUP = "finetune_trainer.graders"
 GRADE_SECONDS = 30.0
 """Longest time in seconds that a call of an own grader may take."""
 
+_PASSED_ON = (MemoryError, KeyboardInterrupt)
+"""Exceptions that say nothing about the code that raised them."""
+
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
-names, None where a row lacks one), and `dataset.task.arguments`. It returns a `Grade`, or the values of scores by their
-names, or the value of the main score alone, or None where the row can't be used."""
+names, without those that a row lacks), and `dataset.task.arguments`. It returns a `Grade`, or the values of scores by
+their names, or the value of the main score alone, or None where the row can't be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,12 @@ def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     point can't be loaded or the grader refuses ``arguments``.
     """
     found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
+    if len(named := sorted({entry.value for entry in found})) > 1:
+        raise UserError(
+            "dataset.task.entryPoint",
+            f"the trainer image has {len(named)} entry points {name} of the group {GROUP}, where one can be meant:"
+            f" {', '.join(named)}",
+        )
     if not found:
         present = ", ".join(names_of_own_graders()) or "none"
         raise UserError(
@@ -61,21 +71,31 @@ def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
         )
     try:
         loaded = found[0].load()
-        problem = "" if isinstance(loaded, OwnGrader) else f"must be an OwnGrader, and is a {type(loaded).__name__}"
-    except MemoryError:
+        problem = _declaration_problem(loaded)
+    except _PASSED_ON:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (an import may raise anything)
+    except BaseException as error:  # noqa: BLE001  (an import may raise anything)
         problem = f"can't be loaded: {_sentence(error)}"
     if problem:
         raise UserError("dataset.task.entryPoint", f"{found[0].value} of the entry point {name} {problem}")
     assert isinstance(loaded, OwnGrader)
     try:
-        loaded.check(arguments)
-    except MemoryError:
+        loaded.check(dict(arguments))
+    except _PASSED_ON:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+    except BaseException as error:  # noqa: BLE001  (the function of a user may raise anything)
         raise UserError("dataset.task.arguments", f"the grader {name} refuses them: {_sentence(error)}") from None
     return loaded
+
+
+def _declaration_problem(loaded: object) -> str:
+    """Return why ``loaded``, which an entry point names, is no own grader; empty where it is one."""
+    if not isinstance(loaded, OwnGrader):
+        return f"must be an OwnGrader, and is a {type(loaded).__name__}"
+    if not isinstance(loaded.task, Task):
+        return f"must have a Task as its `task`, and has a {type(loaded.task).__name__}"
+    wrong = next((name for name in ("grade", "check") if not callable(getattr(loaded, name))), "")
+    return f"must have a function as its `{wrong}`" if wrong else ""
 
 
 def bounded(
@@ -110,15 +130,16 @@ def bounded(
 def _attempt(
     own: OwnGrader, answer: str, row: Mapping[str, object], arguments: Mapping[str, str]
 ) -> Grade | BaseException:
-    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are."""
+    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are.
+
+    The function gets copies, because the row and the arguments are used again for the next evaluation.
+    """
     try:
-        return as_grade(own.task, own.grade(answer, row, arguments))
-    except MemoryError as error:
+        return as_grade(own.task, own.grade(answer, deepcopy(dict(row)), dict(arguments)))
+    except _PASSED_ON as error:
         return error
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (the function of a user may raise anything)
+    except BaseException as error:  # noqa: BLE001  (the function of a user may raise anything)
         return Grade.left_out(f"the grader raised {_sentence(error)}"[:UNGRADED_REASON_LENGTH])
-    except BaseException as error:  # noqa: BLE001  (raised again by the caller, in its own thread)
-        return error
 
 
 def as_grade(task: Task, returned: object) -> Grade:
@@ -127,25 +148,36 @@ def as_grade(task: Task, returned: object) -> Grade:
         return Grade.left_out("the grader left the row out")
     if isinstance(returned, Grade):
         if not returned.is_graded:
-            problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+            problem = _line(returned.problem)[:UNGRADED_REASON_LENGTH]
             return Grade.left_out(problem or "the grader left the row out")
         values: Mapping[Any, object] = returned.scores
-        problem = valid_text(str(returned.problem))[:UNGRADED_REASON_LENGTH]
+        problem = _line(returned.problem)[:UNGRADED_REASON_LENGTH]
     else:
         values = returned if isinstance(returned, Mapping) else {task.main: returned}
         problem = ""
     scores: dict[str, bool | float] = {}
     for score in task.scores:
+        if score.unit is Unit.VALUE and score.name not in values:
+            return Grade.left_out(f"the grader returned no value of {score.name}")
         value = values.get(score.name, False if score.unit is Unit.RIGHT_OR_WRONG else 0.0)
         number = _number(value)
-        if number is None or (score.unit is not Unit.VALUE and not 0 <= number <= 1):
-            return Grade.left_out(f"the grader returned no value of the score {score.name}, a {score.unit}")
-        if score.unit is Unit.RIGHT_OR_WRONG and number not in (0, 1):
-            return Grade.left_out(f"the grader returned no value of the score {score.name}, which is right or wrong")
+        if number is None or not _is_allowed(number, score.unit):
+            return Grade.left_out(f"the grader returned no value of {score.name}, which must be {_ALLOWED[score.unit]}")
         scores[score.name] = bool(number) if score.unit is Unit.RIGHT_OR_WRONG else number
     if unknown := [str(name) for name in values if name not in task.score_names]:
-        return Grade.left_out(valid_text(f"the grader returned a score {unknown[0]}, which it does not declare")[:160])
+        return Grade.left_out(_line(f"the grader returned a score {unknown[0][:60]}, which it does not declare"))
     return Grade.of(task, scores, problem=problem)
+
+
+_ALLOWED = {
+    Unit.RIGHT_OR_WRONG: "True or False",
+    Unit.PARTIAL_CREDIT: "a number from 0 to 1",
+    Unit.VALUE: "a finite number",
+}
+
+
+def _is_allowed(number: float, unit: Unit) -> bool:
+    return unit is Unit.VALUE or (number in (0, 1) if unit is Unit.RIGHT_OR_WRONG else 0 <= number <= 1)
 
 
 def _number(value: object) -> float | None:
@@ -156,9 +188,15 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _line(value: object) -> str:
+    """Return the text of ``value`` as one line that a terminal can show: the status and the CLI show the line."""
+    text = " ".join(valid_text(str(value)).split())
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _sentence(error: BaseException) -> str:
     try:
-        text = " ".join(valid_text(str(error)).split())[:100]
+        text = _line(error)[:100]
     except Exception:  # noqa: BLE001  (an exception of a user may raise anything when it is shown)
         text = "it can't be shown"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import SQL
 from finetune_trainer.evaluation.graders.grades import Grade
 
@@ -45,7 +46,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
     reference query take too long or too much memory.
     """
     with _LOCK:
-        return _JUDGE.grade(answer, str(row.get("context", "")), str(row.get("answer", "")))
+        context, query = (text_or_none(row.get(column)) or "" for column in ("context", "answer"))
+        return _JUDGE.grade(answer, context, query)
 
 
 def close() -> None:

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_core.api.task import Ignorable, TaskSpec
-from finetune_core.errors import UserError
+from finetune_core.patterns import compile_pattern
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import CONTAINS, EXACT_MATCH, REGEX
 from finetune_trainer.evaluation.graders.grades import Grade
 
-PATTERN_BYTES = 1 << 20
-"""Largest memory in bytes of a compiled regular expression. RE2 refuses a pattern that needs more."""
 NO_TEXT = "the row has no text to compare with"
+
+
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+"""Characters without width, such as the byte order mark. With this table `str.translate` removes them."""
+_OF_NUMBERS = re.compile(r"(?<=[0-9])\.(?=[0-9])|(?<![\w)])-(?=\.?[0-9])")
+"""Punctuation that belongs to a number: a decimal point, and the sign before a number."""
 
 
 @dataclass(frozen=True)
@@ -26,38 +31,40 @@ class Normalisation:
 
     def of(self, text: str) -> str:
         """Return the form of ``text`` in which it is compared. The form of a form is the same form."""
+        form = self._once(text)
+        # What one step removes may be between two characters that another step joins, so the steps are repeated.
+        while form != (again := self._once(form)):
+            form = again
+        return form
+
+    def _once(self, text: str) -> str:
         if "UnicodeForm" in self.ignored:
-            text = unicodedata.normalize("NFKC", text)
+            text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE))
         if "Case" in self.ignored:
-            text = _without_case(text)
-            text = unicodedata.normalize("NFKC", text) if "UnicodeForm" in self.ignored else text
+            text = text.casefold()
         if "Punctuation" in self.ignored:
-            text = "".join(character for character in text if not unicodedata.category(character).startswith("P"))
+            text = _without_punctuation(text)
         if "WhiteSpace" in self.ignored:
             text = " ".join(text.split())
         return text.strip()
 
 
-def _without_case(text: str) -> str:
-    """Return ``text`` without case. Folding may bring forth letters that can be folded again, so it is repeated."""
-    folded = text.casefold()
-    while folded != (again := folded.casefold()):
-        folded = again
-    return folded
+def _without_punctuation(text: str) -> str:
+    """Return ``text`` without punctuation, except for the signs and the decimal points of numbers: 3.5 is not 35."""
+    kept = {found.start() for found in _OF_NUMBERS.finditer(text)}
+    return "".join(
+        character
+        for place, character in enumerate(text)
+        if place in kept or not unicodedata.category(character).startswith("P")
+    )
 
 
 def references(value: object) -> list[str] | None:
-    """Return the texts that a row's column holds: a text, a number, True or False, or a list of these. None where the
-    column holds something else, nothing, or an empty list."""
+    """Return the texts that a row's column holds: a value that a template can show, such as a text or a number, or a
+    list of such values. None where the column holds something else, nothing, or an empty list."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    texts = [_text(item) for item in values]
-    return [text for text in texts if text is not None] if texts and None not in texts else None
-
-
-def _text(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, (bool, int, float)) else None
+    texts = [text for text in map(text_or_none, values) if text is not None]
+    return texts if texts and len(texts) == len(values) else None
 
 
 def _normalised(value: object, normalisation: Normalisation) -> list[str]:
@@ -92,48 +99,50 @@ def contains_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Gra
         wanted = _normalised(row.get("answer"), normalisation)
         if not wanted:
             return Grade.left_out(NO_TEXT)
-        text = normalisation.of(answer)
-        found = sum(_stands_in(text, part) for part in wanted)
+        found = sum(_parts_in(normalisation.of(answer), wanted))
         return Grade.of(CONTAINS, {"contains": found == len(wanted), "found": found / len(wanted)})
 
     return grade
 
 
-def _stands_in(text: str, part: str) -> bool:
-    """Return whether ``part`` stands in ``text`` and is not a part of a longer word or number there."""
-    place = text.find(part)
-    while place >= 0:
-        end = place + len(part)
-        if not _joined(text[place - 1 : place], part[0]) and not _joined(part[-1], text[end : end + 1]):
-            return True
-        place = text.find(part, place + 1)
-    return False
+_IN_NUMBERS = re.compile(r"(?<=[0-9])(?:\.(?=[0-9])|,(?=[0-9]{3}(?![0-9])))")
+"""A decimal point or a comma that joins the digits of a number."""
+_SIGN = re.compile(r"(?<![\w.,)])[-\u2212](?=\.?[0-9])")
+"""The sign of a number."""
+
+
+def _parts_in(text: str, parts: Sequence[str]) -> list[bool]:
+    """Return for each of ``parts`` whether it stands in ``text`` and is no part of a longer word or number there."""
+    used = set(text).union(*parts)
+    mark = next(character for character in map(chr, range(0xE000, 0x110000)) if character not in used)
+    # A search for the text between two marks takes linear time. A search for the text alone, whose neighbours are
+    # looked at afterwards, would have to begin anew behind each place that does not count.
+    marked = _marked(text, mark)
+    return [_marked(part, mark) in marked for part in parts]
+
+
+def _marked(text: str, mark: str) -> str:
+    """Return ``text`` with ``mark`` at its ends and between all characters that do not belong to one word or number."""
+    joined = {place for found in _IN_NUMBERS.finditer(text) for place in (found.start(), found.end())}
+    joined |= {found.end() for found in _SIGN.finditer(text)}
+    return mark + "".join(
+        character if place in joined or _joined(character, text[place : place + 1]) else character + mark
+        for place, character in enumerate(text, start=1)
+    )
 
 
 def _joined(left: str, right: str) -> bool:
     """Return whether two characters that stand side by side belong to one word or number. Letters without upper and
     lower case do not join, because scripts with such letters may put no space between words."""
+    if right and unicodedata.category(right).startswith("M"):
+        return not left.isspace()
     return all(side and (side.isdigit() or side.upper() != side.lower()) for side in (left, right))
 
 
 def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]:
     """Return the grader of the task Regex with the arguments of ``spec``. Raises UserError where RE2 can't read the
     pattern."""
-    # RE2 searches in time proportional to the length of the text, whatever the pattern. It is imported here, because
-    # only this task needs it.
-    import re2
-
-    options = re2.Options()
-    options.max_mem = PATTERN_BYTES
-    options.log_errors = False
-    try:
-        pattern = re2.compile(spec.pattern or "", options)
-    except (re2.error, UnicodeEncodeError) as error:
-        detail = error.args[0] if error.args else ""
-        detail = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
-        raise UserError(
-            "dataset.task.pattern", f"must be a regular expression in the syntax of RE2: {detail}"
-        ) from None
+    pattern = compile_pattern(spec.pattern or "")
     normalisation = _normalisation(spec)
 
     def find(text: str) -> str | None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from finetune_core.row_templates import text_or_none
 from finetune_core.tasks import VIGGO
 from finetune_trainer.evaluation.graders.grades import Grade
 
@@ -108,7 +109,7 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
     If the answer is no representation, only its function can still be right. The row can't be used if its reference is
     no representation, or if the data set has no such function or attribute.
     """
-    reference = parse(str(row.get("mr", "")))
+    reference = parse(text_or_none(row.get("mr")) or "")
     if reference is None:
         return Grade.left_out("the gold row is not a functional representation")
     unknown = any(attribute.name not in ATTRIBUTES for attribute in reference.attributes)
