@@ -14,7 +14,7 @@ from typing import Literal
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.examples import ExampleSet, ExampleWriter
+from finetune_trainer.data.examples import Example, ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import NamedColumn, Row
 from finetune_trainer.data.formats import TokenizeFunctions, format_columns, renderer, required_columns
 from finetune_trainer.data.long_rows import LongTexts
@@ -119,23 +119,22 @@ def make_examples(
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue
         length = max(len(example.ids) for example in rendered)
+        kept: Iterable[Example] = rendered
         if length > limit.tokens and long_texts is not None:
-            used += 1
-            for example in rendered:
-                for piece in long_texts.pieces(example, row.place(source)):
-                    made.add(piece, row if keep_rows else None)
+            kept = [piece for example in rendered for piece in long_texts.pieces(example, row.place(source))]
         elif length > limit.tokens:
             problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
+            continue
         elif min(example.supervised_tokens for example in rendered) < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
-        else:
-            used += 1
-            controls = [token for example in rendered for token in example.read_as_text]
-            if controls:
-                read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
-            for example in rendered:
-                made.add(example, row if keep_rows else None)
+            continue
+        used += 1
+        controls = [token for example in rendered for token in example.read_as_text]
+        if controls:
+            read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
+        for example in kept:
+            made.add(example, row if keep_rows else None)
     notices = [found.notice(field, f"{option}: Skip", total=used) for option, found in sorted(skipped.items())]
     if long_texts is not None and long_texts.rows:
         notices.append(f"{field}: {long_texts.notice}")
