@@ -54,6 +54,48 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
     return [path for path in paths if _hidden_parts(path) == hidden and expression.match(path)]
 
 
+def may_match_below(folder: str, glob: str) -> bool:
+    """Return whether a file in ``folder`` or in its folders may match ``glob``. Whoever searches a tree of folders need
+    not look into the others."""
+    parts = [part for part in glob.split("/") if part]
+    if _hidden_parts(folder) > _hidden_parts(glob):
+        return False
+    for number, name in enumerate(folder.split("/")):
+        if number < len(parts) and parts[number] == "**":
+            return True
+        try:
+            if number >= len(parts) - 1 or not re.match(glob_translate(parts[number]), name):
+                return False
+        except (ValueError, re.error):
+            return True  # `matching` says what is wrong with the glob
+    return True
+
+
+def chosen(paths: Sequence[str], path: str, field: str, where: str) -> Selection:
+    """Return the data files that ``path`` names among ``paths``, where no file is called so: those below the folder
+    ``path`` if there is one, or else those that match the glob ``path``. An empty ``path`` is the root.
+
+    ``field`` is the path of the source's field in the spec, and ``where`` names the folder or glob in messages. Errors
+    are those of `select`, and where nothing is found the message says what lies near.
+    """
+    inside = [name for name in paths if not path or name.startswith(f"{path}/")]
+    found = below(paths, path) if inside or not is_glob(path) else matching(paths, path, field)
+    if found:
+        return select(found, field, where)
+    start = literal_prefix(path).rpartition("/")[0]
+    near = [name for name in inside or paths if name.startswith(start) and not name.endswith("/")]
+    seen = f"; near it lie {', '.join(map(shown, near[:3]))}" if near else ""
+    hidden = any(_hidden_parts(name) > _hidden_parts(path) for name in near)
+    why = " (names that begin with `.` or `_` are left out unless the glob names them so)" if hidden else ""
+    raise UserError(field, f"there is no data file at {where}{seen}{why}")
+
+
+def shown(path: str) -> str:
+    """Return ``path`` for a message: on one line and as valid text, because a name may hold line breaks, other control
+    characters, and on a volume also bytes that are no UTF-8."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in path)
+
+
 def below(paths: Sequence[str], folder: str) -> list[str]:
     """Return those of ``paths`` that lie in ``folder`` or in its folders, without those that are hidden there. An empty
     ``folder`` is the root."""
@@ -77,25 +119,27 @@ def select(paths: Sequence[str], field: str, where: str) -> Selection:
         else:
             found[path] = kind
     if not found:
-        seen = f"; it holds {', '.join(others[:3])}" if others else ""
+        seen = f"; it holds {', '.join(map(shown, others[:3]))}" if others else ""
         raise UserError(field, f"there is no data file at {where}{seen}: the suffix must be {KINDS_TEXT}")
     if len(found) > MOST_FILES:
         raise UserError(field, f"{where} has {len(found)} data files, more than {MOST_FILES}")
     examples = {kind.kind: path for path, kind in reversed(found.items())}
     if len(examples) > 1:
-        seen = ", ".join(sorted(examples.values()))
+        seen = ", ".join(map(shown, sorted(examples.values())))
         raise UserError(field, f"{where} must have data files of one kind, and has {seen}: a glob can name one kind")
     by_stem: dict[str, str] = {}
     for path, kind in found.items():
         other = by_stem.setdefault(kind.stem, path)
         if other != path:
-            raise UserError(field, f"{where} has {other} and {path}, which seem to be the same rows twice")
+            raise UserError(
+                field, f"{where} has {shown(other)} and {shown(path)}, which seem to be the same rows twice"
+            )
     return Selection(list(found), [_left_out(others, field, where)] if others else [])
 
 
 def _left_out(paths: Sequence[str], field: str, where: str) -> str:
     files = f"{len(paths)} files that are no data files are" if len(paths) > 1 else "a file that is no data file is"
-    return f"{field}: {files} left out of {where}: {', '.join(paths[:3])}"
+    return f"{field}: {files} left out of {where}: {', '.join(map(shown, paths[:3]))}"
 
 
 def _hidden_parts(path: str) -> int:

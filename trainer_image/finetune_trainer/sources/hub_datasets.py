@@ -18,7 +18,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select
+from finetune_trainer.sources.file_selection import METADATA, below, chosen, matching, select, shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
 from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
@@ -49,7 +49,7 @@ class HubDataFiles:
         self._commit, self._siblings, card = self._call(lambda: self._read_repository(folder.with_suffix(".card")))
         self.notices: list[str] = []
         self.files = [
-            SourceFile(path, f"{source.repo}/{path}", self._siblings[path].bytes) for path in self._choose(card)
+            SourceFile(path, f"{source.repo}/{shown(path)}", self._siblings[path].bytes) for path in self._choose(card)
         ]
 
     def tag(self, file: SourceFile) -> str:
@@ -98,10 +98,7 @@ class HubDataFiles:
         field, path = f"{self._field}.path", PurePosixPath(source.path).as_posix()
         if path in self._siblings:
             return [path]
-        chosen = matching(paths, path, field) if is_glob(path) else below(paths, "" if path == "." else path)
-        if not chosen:
-            raise UserError(field, f"there is no {source.path!r} in {source.repo}")
-        found, self.notices = select(chosen, field, f"{source.repo}/{source.path}")
+        found, self.notices = chosen(paths, "" if path == "." else path, field, f"{source.repo}/{source.path}")
         return found
 
     def _read_repository(self, cards: Path) -> tuple[str, Mapping[str, _Sibling], str]:
