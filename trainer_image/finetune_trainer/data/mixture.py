@@ -10,14 +10,15 @@ through again and again, each time in another order.
 from __future__ import annotations
 
 import functools
-import hashlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+import numpy.typing as npt
+
 from finetune_core.api.sources import MIX_LIMIT
-from finetune_trainer.data.order import cursor
+from finetune_trainer.data.order import cursor, digest_order
 
 
 @dataclass(frozen=True)
@@ -81,31 +82,24 @@ class Mixture:
         ):
             for number in range(begin, stop):
                 turn, place = divmod(number, size)
-                rows.append(first + source_order(size, seed=seed, source=source, turn=turn)[place])
+                rows.append(first + int(source_order(size, seed=seed, source=source, turn=turn)[place]))
             first += size
         return tuple(rows)
 
 
-def source_order(size: int, *, seed: int, source: int, turn: int) -> Sequence[int]:
+def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray[np.int64]:
     """Return the order of a source's examples the time ``turn`` (from 0 on) that the source is gone through, as numbers
-    within the source. As in `order.permutation` the order follows from digests alone."""
+    within the source in an array of shape (size,)."""
     known = _newest_orders(size, seed, source)
     if turn not in known:
         # A step needs two orders of a source at most, and an order may have millions of numbers.
         while len(known) > 1:
             known.pop(next(iter(known)))
-        known[turn] = _order(size, f"{seed}/{source}/{turn}")
+        known[turn] = digest_order(size, f"{seed}/{source}/{turn}")
     return known[turn]
 
 
-def _order(size: int, name: str) -> array[int]:
-    def key(row: int) -> bytes:
-        return hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest()
-
-    return array("q", sorted(range(size), key=key))
-
-
 @functools.lru_cache(maxsize=MIX_LIMIT)
-def _newest_orders(size: int, seed: int, source: int) -> dict[int, array[int]]:
+def _newest_orders(size: int, seed: int, source: int) -> dict[int, npt.NDArray[np.int64]]:
     """Return the orders of a source that were asked for last, by their turns. The dict is changed by `source_order`."""
     return {}
