@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
-from finetune_trainer.data.mixture import Mixture
+from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.order import batches_per_epoch, digest_order
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=5)
@@ -74,6 +74,15 @@ def test_without_weights_an_epoch_takes_every_example_once(sizes: list[int], siz
     steps = range(1, 1 + batches_per_epoch(mixture.examples, size))
     taken = [row for step in steps for row in mixture.global_batch(step, global_batch_size=size, seed=seed)]
     assert sorted(taken) == list(range(mixture.examples))
+
+
+def test_an_example_that_moves_to_another_source_changes_the_identity_of_the_data() -> None:
+    assert mix_digest("0", [3, 5]) == mix_digest("0", [3, 5])
+    assert len({mix_digest("0", [3, 5]), mix_digest("0", [4, 4]), mix_digest("0", [35]), mix_digest("1", [3, 5])}) == 4
+    by_first, by_second = (Mixture.of(sizes, ["1", "1"]) for sizes in ([3, 5], [4, 4]))
+    assert by_first.global_batch(1, global_batch_size=4, seed=1) != by_second.global_batch(
+        1, global_batch_size=4, seed=1
+    )
 
 
 def test_the_order_of_a_mix_is_fixed_for_ever() -> None:

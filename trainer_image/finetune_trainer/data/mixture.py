@@ -10,6 +10,7 @@ through again and again, each time in another order.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -85,6 +86,12 @@ class Mixture:
                 rows.append(first + int(source_order(size, seed=seed, source=source, turn=turn)[place]))
             first += size
         return tuple(rows)
+
+
+def mix_digest(digest: str, sizes: Sequence[int]) -> str:
+    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples,
+    which alone does not tell the steps: the same examples come in others where one has moved to another source."""
+    return hashlib.sha256(f"{digest} {' '.join(map(str, sizes))}".encode()).hexdigest()
 
 
 def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray[np.int64]:
