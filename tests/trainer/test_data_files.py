@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import gzip
+import io
 import json
 import os
 import re
@@ -24,8 +25,10 @@ from pyarrow import parquet
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.files.index import DataFile, read_index, write_index
+from finetune_trainer.data.files.json_files import json_rows
 from finetune_trainer.data.files.kinds import Compression, Kind, kind_of
 from finetune_trainer.data.files.row import Row, repeated
+from finetune_trainer.data.files.streams import FileProblem
 from finetune_trainer.data.reader import head_columns, read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 
@@ -365,6 +368,15 @@ def test_a_row_without_an_end_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_of_a_row_without_an_end_no_more_is_read_than_a_row_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.json_files.ROW_CHARACTERS", 100)
+    monkeypatch.setattr("finetune_trainer.data.files.json_files.CHUNK_CHARACTERS", 8)
+    file = io.StringIO('  [ {"a": 1}, {"a": "' + "x" * 1000)
+    with pytest.raises(FileProblem, match="has a row 2 of more than 100 characters"):
+        list(json_rows(file))
+    assert file.tell() <= len('  [ {"a": 1}, ') + 101
+
+
 def test_a_csv_row_of_endless_lines_costs_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.data.files.delimited.ROW_CHARACTERS", 100)
     # Each quote closes a field that the line before has opened, so that the row goes on, and no field is long.
@@ -426,6 +438,7 @@ process that started it."""
 MEASURED = """
 import json, sys
 from pathlib import Path
+from finetune_trainer.data.files.streams import FileProblem
 from finetune_trainer.data.reader import head_columns, read_rows
 path = Path(sys.argv[1])
 head_columns(path, "dataset.train", most_rows=100, most_bytes=8 << 20)
