@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import gzip
+import io
 import json
 import os
 import re
@@ -24,8 +25,10 @@ from pyarrow import parquet
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.files.index import DataFile, read_index, write_index
+from finetune_trainer.data.files.json_files import json_rows
 from finetune_trainer.data.files.kinds import Compression, Kind, kind_of
-from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.files.row import Row, repeated
+from finetune_trainer.data.files.streams import FileProblem
 from finetune_trainer.data.reader import head_columns, read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 
@@ -365,6 +368,41 @@ def test_a_row_without_an_end_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_of_a_row_without_an_end_no_more_is_read_than_a_row_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.json_files.ROW_CHARACTERS", 100)
+    monkeypatch.setattr("finetune_trainer.data.files.json_files.CHUNK_CHARACTERS", 8)
+    file = io.StringIO('  [ {"a": 1}, {"a": "' + "x" * 1000)
+    with pytest.raises(FileProblem, match="has a row 2 of more than 100 characters"):
+        list(json_rows(file))
+    assert file.tell() <= len('  [ {"a": 1}, ') + 101
+
+
+def test_a_csv_row_of_endless_lines_costs_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.delimited.ROW_CHARACTERS", 100)
+    # Each quote closes a field that the line before has opened, so that the row goes on, and no field is long.
+    found = read(tmp_path, "a.csv", b'a\n1\n"\n' + b'","\n' * 40 + b'"\n2\n')
+    assert next(dict(row.fields) for row in found if row.problem is None) == {"a": "1"}
+    assert problems(found)[3] == "is not csv (row larger than row limit (100), up to line 29)"
+    assert max(problems(found)) > 29
+
+
+def test_blank_lines_before_the_header_of_a_csv_file_are_skipped(tmp_path: Path) -> None:
+    (row,) = read(tmp_path, "a.csv", b"\n\r\na,b\n1,2\n")
+    assert (row.number, row.fields) == (4, {"a": "1", "b": "2"})
+    assert read(tmp_path, "a.csv", b"\n\n") == []
+
+
+@pytest.mark.parametrize("names", [[*map(str, range(200_000)), "199999"], ["7", *map(str, range(200_000))]])
+def test_a_million_names_are_searched_once_for_equal_ones(names: list[str], tmp_path: Path) -> None:
+    """Comparing each name with all others would take hours."""
+    twice = names[-1] if names[0] == "0" else "7"
+    assert repeated(names) == twice
+    row = "{" + ",".join(f'"{name}":0' for name in names) + "}"
+    assert problems(read(tmp_path, "a.jsonl", row.encode())) == {1: f"has the key '{twice}' twice in one object"}
+    with pytest.raises(UserError, match=f"^dataset.train: a.csv can't be read as csv: its header has '{twice}' twice$"):
+        read(tmp_path, "a.csv", ",".join(names).encode())
+
+
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
 def test_a_compressed_file_that_expands_without_measure_is_not_read_to_its_end(
     compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -376,12 +414,31 @@ def test_a_compressed_file_that_expands_without_measure_is_not_read_to_its_end(
         read(tmp_path, f"a.txt{compression}", bomb)
 
 
+def zstandard_frame(window_log: int, data: bytes) -> bytes:
+    """Return a frame of Zstandard (RFC 8878) with a window of 2 ** ``window_log`` bytes and one block of ``data``."""
+    header = b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
+    return header + (len(data) << 3 | 1).to_bytes(3, "little") + data
+
+
+def test_a_compressed_file_may_have_several_parts_and_a_window_of_128_mebibytes(tmp_path: Path) -> None:
+    skipped = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"any"
+    parts = {
+        "a.txt.gz": gzip.compress(b"one\n") + gzip.compress(b"") + gzip.compress(b"two\n") + bytes(100),
+        "a.txt.zst": skipped + zstandard(b"one\n") + skipped + zstandard_frame(27, b"two\n") + skipped,
+    }
+    for name, data in parts.items():
+        assert [row.fields["text"] for row in read(tmp_path, name, data)] == ["one", "two"]
+    with pytest.raises(UserError, match=r"a.txt.zst can't be read as zst after row 0: .*requires too much memory"):
+        read(tmp_path, "a.txt.zst", zstandard_frame(28, b"one\n"))
+
+
 PEAK = 'int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10'
 """An expression for the largest resident memory of a process in MiB. What `getrusage` returns may be the memory of the
 process that started it."""
 MEASURED = """
 import json, sys
 from pathlib import Path
+from finetune_trainer.data.files.streams import FileProblem
 from finetune_trainer.data.reader import head_columns, read_rows
 path = Path(sys.argv[1])
 head_columns(path, "dataset.train", most_rows=100, most_bytes=8 << 20)
@@ -416,6 +473,28 @@ def test_a_row_group_of_hundreds_of_megabytes_is_read_page_by_page(tmp_path: Pat
     parquet.write_table(table, path, row_group_size=100_000, compression=None, use_dictionary=False)
     del table
     assert peak_mebibytes(path, 100_000) <= 200
+
+
+def test_long_texts_that_lie_side_by_side_take_the_memory_of_a_few(tmp_path: Path) -> None:
+    """Neither texts that the file holds once for all rows nor the average length of a row tell how much is decoded."""
+    long = "abcdefgh" * 175_000
+    parquet.write_table(pyarrow.table({"text": [long] * 200}), tmp_path / "once.parquet")
+    assert peak_mebibytes(tmp_path / "once.parquet", 200) <= 200
+    table = pyarrow.table({"text": ["short"] * 20_000 + [f"{number}{long}" for number in range(64)]})
+    parquet.write_table(table, tmp_path / "end.parquet", use_dictionary=False, write_batch_size=1)
+    assert peak_mebibytes(tmp_path / "end.parquet", 20_064) <= 200
+
+
+def test_a_small_parquet_file_with_endless_rows_of_nothing_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.streams.EXPANDED_BYTES", MIB)
+    monkeypatch.setattr("finetune_trainer.data.files.streams.LARGEST_EXPANSION", 10)
+    parquet.write_table(pyarrow.table({"text": pyarrow.nulls(100_000, pyarrow.bool_())}), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"a.parquet has \d+ bytes and expands to more than \d+: it is not read further"
+    ):
+        list(read_rows(tmp_path / "a.parquet", "dataset.train"))
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import os
 import socket
 from collections import Counter
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -20,11 +20,12 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.api.sources import DataSource, HuggingFaceDataSource
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_trainer.data.files.index import read_index
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files
-from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
+from finetune_trainer.sources.file_selection import below, chosen, is_glob, literal_prefix, matching, select
 from finetune_trainer.sources.hub_datasets import HubDataFiles, card_configs, split_files
 from finetune_trainer.sources.hub_requests import call_hub, read_token
 from finetune_trainer.sources.identities import input_identities
@@ -240,6 +241,115 @@ def test_any_bytes_as_a_name_on_a_volume_are_read_or_a_sentence(
         found = []
     assert all(place.encode() for place in found)
     assert len(found) == (not name.startswith((b".", b"_")))
+
+
+PART = st.sampled_from(["a", "b", "_a", ".b", "[a]", "a*", "c d"])
+GLOB_PART = st.sampled_from(["a", "*", "**", "_*", ".*", "?", "[ab]", "_a", "[a]", "a*", "[[]a]", "*a", "b**"])
+
+
+@given(
+    st.lists(st.lists(PART, max_size=3), max_size=6),
+    st.lists(GLOB_PART, min_size=1, max_size=4),
+    st.sampled_from(["", "/*.txt", "/x.txt"]),
+)
+@example([["_a"], ["a", "_a", "b"]], ["*", "_*", "**"], "")
+@example([["[a]"], ["a"]], ["[a]"], "")
+@settings(deadline=None)
+def test_a_path_names_the_same_files_on_a_volume_and_in_a_bucket(
+    tmp_path_factory: pytest.TempPathFactory, folders: list[list[str]], parts: list[str], end: str
+) -> None:
+    base, glob = tmp_path_factory.mktemp("same"), "/".join(parts) + end
+    files = {"/".join((*folder, "x.txt")): b"one" for folder in folders}
+    for name in files:
+        file = base / "volumes" / "claim" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"one")
+    (base / "volumes" / "claim").mkdir(parents=True, exist_ok=True)
+    bucket: Any = Bucket(files)
+    if " " in glob or PurePosixPath(glob).as_posix() != glob:
+        return
+    sources = {
+        "claim/": {"volume": {"claimName": "claim", "path": glob}},
+        "s3://bucket/": {"s3": {"uri": f"s3://bucket/{glob}"}},
+    }
+    found: list[object] = []
+    for start, source in sources.items():
+        try:
+            chosen_files = find_data_files(
+                DataSource.model_validate(source), "dataset.train", Paths(volumes=base / "volumes"), bucket, base
+            )
+            found.append([file.path for file in chosen_files.files])
+        except UserError as error:
+            kind = "malformed" if "malformed" in error.problem else "there is no"
+            assert kind in error.problem, start  # noqa: PT017
+            found.append(kind)
+    assert found[0] == found[1]
+
+
+def test_what_a_glob_does_not_name_is_not_in_its_way(volume: Path, paths: Paths, tmp_path: Path) -> None:
+    (volume / "rows").mkdir()
+    (volume / "rows" / "a.txt").write_text("one\n")
+    (volume / "rows" / "gone.md").symlink_to("nowhere")
+    (volume / "models" / "gone").mkdir(parents=True)
+    (volume / "models" / "gone" / "link").symlink_to("nowhere")
+    (volume / "models" / "out").symlink_to(tmp_path)
+    for number, glob in enumerate(("r*/*.txt", "rows/*.txt", "*/a.txt", "**/a.[!m]*")):
+        if glob.startswith("**"):
+            # Files in all folders may match, so a link that leads nowhere or out of the volume may be meant.
+            for link in ("models/gone/link", "models/out", "rows/gone.md"):
+                (volume / link).unlink()
+        found = places(on_volume(glob), paths, tmp_path / f"rows-{number}")
+        assert found == ["claim/rows/a.txt line 1"]
+    (volume / "rows" / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"claim/rows/gone\.txt is a link to a file that does not exist"):
+        places(on_volume("rows/*.txt"), paths, tmp_path / "more")
+
+
+def test_a_folder_that_the_pod_may_not_read_is_not_in_the_way_of_a_glob(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, paths: Paths, tmp_path: Path
+) -> None:
+    (volume / "private").mkdir()
+    (volume / "a.txt").write_text("one\n")
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if folder.name == "private":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr("finetune_trainer.sources.volumes.os.scandir", refuse)
+    assert places(on_volume("*.txt"), paths, tmp_path / "rows") == ["claim/a.txt line 1"]
+    with pytest.raises(OutsideFailure, match="may not read 'private'"):
+        places(on_volume("."), paths, tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("rows/*.csv", "there is no data file at s3://b/p; near it lie rows/A.TXT, rows/_b.txt, rows/sub/c.txt"),
+        ("rows/*.csv", " (names that begin with `.` or `_` are left out unless the glob names them so)"),
+        ("_x", "there is no data file at s3://b/p"),
+        ("only", "there is no data file at s3://b/p; near it lie only/_a.txt (names that begin with"),
+        ("md", "there is no data file at s3://b/p; it holds md/a.md: the suffix must be .jsonl"),
+    ],
+)
+def test_where_nothing_is_found_the_sentence_says_what_lies_near(path: str, sentence: str) -> None:
+    listed = ["rows/A.TXT", "rows/_b.txt", "rows/sub/c.txt", "only/_a.txt", "md/a.md"]
+    with pytest.raises(UserError) as caught:
+        chosen(listed, path, FIELD, "s3://b/p")
+    assert sentence in str(caught.value)
+
+
+def test_odd_names_are_shown_on_one_line_and_as_valid_text(
+    volume: Path, paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (b"\xe4.txt", "ä ü.txt".encode(), b"a\nb.txt", b"\x1b[2J\xff.md"):
+        (volume / os.fsdecode(name)).write_text("one\n")
+    folder = data_file(on_volume("."), "dataset.train", paths, no_store(), tmp_path / "rows")
+    assert [file.name for file in read_index(folder)] == ["claim/a\\nb.txt", "claim/ä ü.txt", "claim/\\udce4.txt"]
+    assert len(list(read_rows(folder, "dataset.train"))) == 3
+    notice = "a file that is no data file is left out of claim/.: \\x1b[2J\\udcff.md"
+    assert capsys.readouterr().out == f"dataset.train.volume.path: {notice}\n"
 
 
 class Bucket:

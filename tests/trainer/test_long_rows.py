@@ -39,6 +39,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(tiny.write_model(tmp_path_factory.mktemp("tokenizer")))
 
 
+@pytest.mark.parametrize("policy", ["Split", "Truncate"])
+def test_the_control_tokens_of_a_long_text_are_counted_too(policy: str, tokenizer: Any) -> None:
+    source = {"s3": {"uri": "s3://finetune/train.jsonl"}}
+    dataset = DatasetSpec.model_validate({"train": source, "format": {"text": {}}, "maxLength": 8, "longRows": policy})
+    _, notices = make_examples(
+        [Row(1, {"text": f"w1 {tokenizer.eos_token} " * 9})],
+        "s3://finetune/train.jsonl",
+        "dataset.train",
+        dataset,
+        tokenize_functions(tokenizer),
+        limit=length_limit(dataset, None),
+    )
+    assert any(
+        notice.startswith("dataset.train: 1 row has control tokens of the model in the text") for notice in notices
+    )
+
+
 @pytest.mark.parametrize(
     ("policy", "lengths", "notice"),
     [

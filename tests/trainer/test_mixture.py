@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import itertools
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 
@@ -12,8 +16,8 @@ from hypothesis import strategies as st
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
-from finetune_trainer.data.mixture import Mixture
-from finetune_trainer.data.order import batches_per_epoch
+from finetune_trainer.data.mixture import Mixture, mix_digest
+from finetune_trainer.data.order import batches_per_epoch, digest_order
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 WEIGHTS = st.lists(st.sampled_from(["1", "2", "0.5", "10", "0.01", "3.75"]), min_size=5, max_size=5)
@@ -72,10 +76,39 @@ def test_without_weights_an_epoch_takes_every_example_once(sizes: list[int], siz
     assert sorted(taken) == list(range(mixture.examples))
 
 
+def test_an_example_that_moves_to_another_source_changes_the_identity_of_the_data() -> None:
+    assert mix_digest("0", [3, 5]) == mix_digest("0", [3, 5])
+    assert len({mix_digest("0", [3, 5]), mix_digest("0", [4, 4]), mix_digest("0", [35]), mix_digest("1", [3, 5])}) == 4
+    by_first, by_second = (Mixture.of(sizes, ["1", "1"]) for sizes in ([3, 5], [4, 4]))
+    assert by_first.global_batch(1, global_batch_size=4, seed=1) != by_second.global_batch(
+        1, global_batch_size=4, seed=1
+    )
+
+
 def test_the_order_of_a_mix_is_fixed_for_ever() -> None:
     mixture = Mixture.of([4, 4], ["3", "1"])
     batches = [mixture.global_batch(step, global_batch_size=4, seed=42) for step in (1, 2, 3)]
     assert batches == [(3, 1, 2, 6), (0, 0, 2, 4), (1, 3, 0, 7)]
+
+
+@given(st.integers(0, 300), st.text(st.characters(codec="ascii"), max_size=5))
+def test_an_order_is_that_of_the_digests(rows: int, name: str) -> None:
+    def key(row: int) -> bytes:
+        return hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest()
+
+    assert digest_order(rows, name).tolist() == sorted(range(rows), key=key)
+
+
+def test_the_order_of_a_million_rows_takes_few_bytes_a_row() -> None:
+    """Every rank has the order in memory, and a file of 20 GB may have a hundred million rows."""
+    tracemalloc.start()
+    try:
+        order = digest_order(1_000_000, "42/0")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert order.nbytes == 8_000_000
+    assert peak <= 60_000_000
 
 
 @pytest.mark.parametrize("capacity", [None, 64])
@@ -108,3 +141,39 @@ def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(ca
     assert consumed(range(1, 6), 2) + consumed(range(6, 9), 4) == single
     assert [len(batch) for batch in single] == [6, 6, 6, 5, 6, 6, 6, 5]
     assert [sum(row >= 20 for row in batch) for batch in single] == [3, 3, 3, 2, 3, 3, 3, 3]
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    st.lists(st.sampled_from(["1", "0.5", "7", "9999999999999999", "0.00000000000001"]), min_size=8, max_size=8),
+    st.integers(1, 20),
+    st.integers(0, 10**9),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_whatever_worlds_a_run_has_and_wherever_it_stops_it_takes_the_examples_of_a_run_without_a_break(
+    sizes: list[int], weights: list[str], size: int, seed: int, runs: list[tuple[int, int, int]], packed: bool
+) -> None:
+    """Each run of ``runs`` has a number of steps, of ranks, and of sequences in a micro-batch. Weights may differ by 30
+    orders of magnitude, and a source may have one row only."""
+    mixture = Mixture.of(sizes, weights[: len(sizes)])
+    rows = [Example(tuple(range(2 + row % 5)), ((1, 2 + row % 5),)) for row in range(mixture.examples)]
+    examples, capacity = example_set(rows), 9 if packed else None
+    done = 0
+    for steps, world, micro_batch_size in runs:
+        first, done = done + 1, done + steps
+        for step in range(first, done + 1):
+            batch = mixture.global_batch(step, global_batch_size=size, seed=seed)
+            plans = [
+                MicroBatcher(examples, rank=rank, world_size=world, pad=1, capacity=capacity).plan_rows(
+                    batch, micro_batch_size
+                )
+                for rank in range(world)
+            ]
+            computed = [row for plan in plans for micro in plan.micro_batches for rows in micro for row in rows]
+            assert Counter(computed) == Counter(batch)
+            sources = [bisect.bisect(list(itertools.accumulate(sizes)), row) for row in batch]
+            before = mixture.taken(step - 1, global_batch_size=size)
+            counted = tuple(before[source] + sources.count(source) for source in range(len(sizes)))
+            assert counted == mixture.taken(step, global_batch_size=size)

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from finetune_core.api.sources import MIX_LIMIT
+from finetune_core.api.status import METRIC_LIMIT
 from finetune_core.contract import (
     REPORT_LIMIT_BYTES,
     CheckpointRecord,
@@ -36,7 +38,7 @@ from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
-from tests.trainer.objectstore import ObjectStore
+from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 
 
@@ -160,6 +162,42 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     assert evaluation.base.perplexity > evaluation.tuned.perplexity
     assert attempt.pods[0].result.evaluation == evaluation.rounded()
     assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
+
+
+def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
+    store: ObjectStore, pods: StartPods, report_server: ReportServer, tmp_path: Path
+) -> None:
+    """27 rows make an epoch of 5 batches of 6 and one of 3. The second attempt has another number of ranks."""
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    arguments = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
+    mix = [
+        {"s3": {"uri": f"s3://{BUCKET}/data/train.jsonl"}, "weight": "0.25"},
+        {"s3": {"uri": f"s3://{BUCKET}/data/validation.jsonl"}, "weight": "0.75"},
+    ]
+    for attempt, (steps, nodes) in enumerate(((3, 1), (7, 2)), start=1):
+        config = run_config(
+            store,
+            "mixed",
+            world__nodes=nodes,
+            dataset__train={"mix": mix},
+            dataset__validation=None,
+            dataset__packing=True,
+            optimization__maxSteps=steps,
+        )
+        config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
+        started = pods(config, attempt=attempt, arguments=arguments)
+        assert started.wait() == [0] * nodes
+        last = report_server.reports[-1]
+        assert last.step == steps
+        if attempt == 1:
+            assert (last.metrics["mix0Examples"], last.metrics["mix1Examples"]) == (5, 13)
+            (notice,) = [text for text in last.notices if text.startswith("dataset.train: an epoch takes ")]
+            assert f"7 times one of 20 examples from s3://{BUCKET}/data/train.jsonl" in notice
+            assert f"20 times one of 7 examples from s3://{BUCKET}/data/validation.jsonl" in notice
+    assert last.epoch == pytest.approx(7 / 5)
+    assert (last.metrics["mix0Examples"], last.metrics["mix1Examples"]) == (10, 29)
+    assert len(last.metrics) <= METRIC_LIMIT - MIX_LIMIT + len(mix)
 
 
 def test_a_report_with_many_long_addresses_is_sent_within_the_servers_limit(

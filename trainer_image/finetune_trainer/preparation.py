@@ -20,7 +20,7 @@ from finetune_trainer.data.dataset import columns_read, length_limit, make_examp
 from finetune_trainer.data.examples import ExampleSet, joined
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
-from finetune_trainer.data.mixture import Mixture
+from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
@@ -50,7 +50,8 @@ class PreparationSummary(ContractModel):
     context: int
     """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
-    """sha256 over the training rows: over their token ids, and over the ranges of supervised tokens in each row."""
+    """sha256 over the training rows: over their token ids, and over the ranges of supervised tokens in each row. Of a
+    mix also over the number of examples of each source."""
     mix_sizes: list[int] = []
     """Number of examples of each source of `dataset.train.mix`. Empty without a mix."""
     model_context: int
@@ -158,6 +159,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         data_sha256 = data_sha256 or whole.digest
         if name == "train" and plan.inputs.mix:
             mix_sizes = [len(examples) for examples in made]
+            data_sha256 = mix_digest(data_sha256, mix_sizes)
             notices.append(_mix_notice(parts, _mixture(plan, mix_sizes)))
     rows = _added_rows(plan, structure, tokenizer)
     return PreparationSummary(

@@ -173,5 +173,5 @@ class TrainingSource(DataSource):
     """Several sources, from which the examples of each global batch are taken in fixed shares. An epoch is as many
     examples as all sources have together. Each source is gone through in an order of its own, and an example of a
     source comes again only after all others of this source. Which examples a step takes follows from the seed and the
-    number of the step alone. `status.metrics` has the number of examples that the training has taken from each source:
-    `mix0Examples` for the first one."""
+    number of the step alone. `status.metrics` has the number of examples that the training has gone through of each
+    source, with those of batches that a rollback skips: `mix0Examples` for the first one."""

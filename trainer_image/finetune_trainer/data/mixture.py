@@ -10,6 +10,7 @@ through again and again, each time in another order.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -87,9 +88,15 @@ class Mixture:
         return tuple(rows)
 
 
+def mix_digest(digest: str, sizes: Sequence[int]) -> str:
+    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples,
+    which alone does not tell the steps: the same examples come in others where one has moved to another source."""
+    return hashlib.sha256(f"{digest} {' '.join(map(str, sizes))}".encode()).hexdigest()
+
+
 def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray[np.intp]:
     """Return the order of a source's examples the time ``turn`` (from 0 on) that the source is gone through, as numbers
-    within the source. As in `order.permutation` the order follows from digests alone."""
+    within the source in an array of shape (size,)."""
     known = _newest_orders(size, seed, source)
     if turn not in known:
         # A step needs two orders of a source at most, and an order may have millions of numbers.

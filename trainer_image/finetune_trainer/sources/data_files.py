@@ -16,7 +16,7 @@ from finetune_core.layout import parse_uri
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import kind_of
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select, shown
+from finetune_trainer.sources.file_selection import chosen, is_glob, literal_prefix, shown
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, read_token
@@ -73,13 +73,11 @@ class StoreDataFiles:
         listed = self._store.list_objects(self._bucket, prefix, most=MOST_LISTED + 1)
         if len(listed) > MOST_LISTED:
             raise UserError(self._field, f"more than {MOST_LISTED} objects lie at {uri}: name a folder with fewer")
-        if not listed:
+        if not listed and not is_glob(path):
             raise UserError(self._field, f"there is no object {uri}")
         self._entries = {entry.key: entry for entry in listed}
-        keys = list(self._entries)
-        found = matching(keys, path, self._field) if is_glob(path) else below(keys, path)
-        chosen, self.notices = select(found, self._field, uri)
-        return [SourceFile(key, f"s3://{self._bucket}/{shown(key)}", self._entries[key].bytes) for key in chosen]
+        keys, self.notices = chosen(list(self._entries), path, self._field, uri)
+        return [SourceFile(key, f"s3://{self._bucket}/{shown(key)}", self._entries[key].bytes) for key in keys]
 
     def tag(self, file: SourceFile) -> str:
         """Return size and ETag of the object."""
@@ -126,18 +124,17 @@ class VolumeDataFiles:
         if self._volume.is_file(path):
             self.files = [SourceFile(path, shown(PurePosixPath(path).name), self._volume.bytes(path))]
             return
-        where = f"{source.claim_name}/{source.path}"
         if self._volume.is_folder(path):
-            folder = "" if path == "." else path
-            found = below(self._volume.list_files(path, most=MOST_LISTED), folder)
+            listed = self._volume.list_files(path, most=MOST_LISTED)
         elif is_glob(path):
             start = literal_prefix(path).rpartition("/")[0] or "."
-            listed = self._volume.list_files(start, most=MOST_LISTED) if self._volume.is_folder(start) else []
-            found = matching(listed, path, self._field)
+            exists = self._volume.is_folder(start)
+            listed = self._volume.list_files(start, most=MOST_LISTED, glob=path) if exists else []
         else:
             raise UserError(self._field, f"there is no {source.path!r} in volume {source.claim_name!r}")
-        chosen, self.notices = select(found, self._field, where)
-        self.files = [SourceFile(key, f"{source.claim_name}/{shown(key)}", self._volume.bytes(key)) for key in chosen]
+        where = f"{source.claim_name}/{source.path}"
+        keys, self.notices = chosen(listed, "" if path == "." else path, self._field, where)
+        self.files = [SourceFile(key, f"{source.claim_name}/{shown(key)}", self._volume.bytes(key)) for key in keys]
 
     def tag(self, file: SourceFile) -> str:
         """Return the tag of the file's content (see `file_tag`)."""

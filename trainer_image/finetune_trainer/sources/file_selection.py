@@ -18,7 +18,6 @@ from finetune_trainer.data.files.kinds import KINDS_TEXT, kind_of
 MOST_FILES = 10_000
 """Largest number of data files of one source."""
 _WILDCARD = re.compile(r"[*?\[]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json")
 """Names of files that describe a data set and hold no rows. The library `datasets` leaves them out too."""
 
@@ -53,6 +52,48 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
         raise UserError(field, f"has a malformed glob {glob!r}: {error}") from None
     hidden = _hidden_parts(glob)
     return [path for path in paths if _hidden_parts(path) == hidden and expression.match(path)]
+
+
+def may_match_below(folder: str, glob: str) -> bool:
+    """Return whether a file in ``folder`` or in its folders may match ``glob``. Whoever searches a tree of folders need
+    not look into the others."""
+    parts = [part for part in glob.split("/") if part]
+    if _hidden_parts(folder) > _hidden_parts(glob):
+        return False
+    for number, name in enumerate(folder.split("/")):
+        if number < len(parts) and parts[number] == "**":
+            return True
+        try:
+            if number >= len(parts) - 1 or not re.match(glob_translate(parts[number]), name):
+                return False
+        except (ValueError, re.error):
+            return True  # `matching` says what is wrong with the glob
+    return True
+
+
+def chosen(paths: Sequence[str], path: str, field: str, where: str) -> Selection:
+    """Return the data files that ``path`` names among ``paths``, where no file is called so: those below the folder
+    ``path`` if there is one, or else those that match the glob ``path``. An empty ``path`` is the root.
+
+    ``field`` is the path of the source's field in the spec, and ``where`` names the folder or glob in messages. Errors
+    are those of `select`, and where nothing is found the message says what lies near.
+    """
+    inside = [name for name in paths if not path or name.startswith(f"{path}/")]
+    found = below(paths, path) if inside or not is_glob(path) else matching(paths, path, field)
+    if found:
+        return select(found, field, where)
+    start = literal_prefix(path).rpartition("/")[0]
+    near = [name for name in inside or paths if name.startswith(start) and not name.endswith("/")]
+    seen = f"; near it lie {shown(*near[:3])}" if near else ""
+    hidden = any(_hidden_parts(name) > _hidden_parts(path) for name in near)
+    why = " (names that begin with `.` or `_` are left out unless the glob names them so)" if hidden else ""
+    raise UserError(field, f"there is no data file at {where}{seen}{why}")
+
+
+def shown(*paths: str) -> str:
+    """Return ``paths`` for a message: on one line and as valid text, because a name may hold line breaks, other control
+    characters, and on a volume also bytes that are no UTF-8."""
+    return ", ".join("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in path) for path in paths)
 
 
 def below(paths: Sequence[str], folder: str) -> list[str]:
@@ -94,12 +135,6 @@ def select(paths: Sequence[str], field: str, where: str) -> Selection:
                 field, f"{where} has {shown(other)} and {shown(path)}, which seem to be the same rows twice"
             )
     return Selection(list(found), [_left_out(others, field, where)] if others else [])
-
-
-def shown(*paths: str) -> str:
-    """Return paths for a message, with an escape in place of each character that would break the line or the
-    terminal."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), ", ".join(paths))
 
 
 def _left_out(paths: Sequence[str], field: str, where: str) -> str:

@@ -18,7 +18,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select, shown
+from finetune_trainer.sources.file_selection import METADATA, below, chosen, matching, select, shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
 from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
@@ -98,10 +98,7 @@ class HubDataFiles:
         field, path = f"{self._field}.path", PurePosixPath(source.path).as_posix()
         if path in self._siblings:
             return [path]
-        chosen = matching(paths, path, field) if is_glob(path) else below(paths, "" if path == "." else path)
-        if not chosen:
-            raise UserError(field, f"there is no {source.path!r} in {source.repo}")
-        found, self.notices = select(chosen, field, f"{source.repo}/{source.path}")
+        found, self.notices = chosen(paths, "" if path == "." else path, field, f"{source.repo}/{source.path}")
         return found
 
     def _read_repository(self, cards: Path) -> tuple[str, Mapping[str, _Sibling], str]:

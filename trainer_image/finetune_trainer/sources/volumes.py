@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.sources.file_selection import matching, may_match_below, shown
 
 T = TypeVar("T")
 
@@ -51,19 +52,20 @@ class VolumeFolder:
         local = self.path(path)
         return self._try(path, lambda: read(local))
 
-    def list_files(self, folder: str, *, most: int) -> list[str]:
-        """Return the paths of all files in ``folder`` and its folders, relative to the volume.
+    def list_files(self, folder: str, *, most: int, glob: str | None = None) -> list[str]:
+        """Return the paths of all files in ``folder`` and its folders, relative to the volume. With ``glob`` only those
+        folders are looked into in which files may match it, because nobody need be able to read the others.
 
-        Raises UserError if there are more than ``most``, or if a link leads nowhere.
+        Raises UserError if there are more than ``most``, or if a link that may be meant leads nowhere.
         """
         found: list[str] = []
-        for path in self._walk("" if folder == "." else folder):
+        for path in self._walk("" if folder == "." else folder, glob):
             found.append(path)
             if len(found) > most:
                 raise UserError(self._field, f"more than {most} files lie in {folder!r}: name a folder with fewer")
         return found
 
-    def _walk(self, folder: str) -> Iterator[str]:
+    def _walk(self, folder: str, glob: str | None) -> Iterator[str]:
         # Links to folders are followed, because a folder that is left out would silently cost rows. A folder is entered
         # once, so that links in a circle have an end.
         left, seen = [folder], set()
@@ -75,17 +77,24 @@ class VolumeFolder:
             seen.add((status.st_dev, status.st_ino))
             for name, is_plain_file in self.reading(folder, _entries):
                 path = f"{folder}/{name}" if folder else name
-                if name.startswith((".", "_")) or name == "lost+found":
-                    # Only a glob can choose such files. Hidden folders and links belong to programs, and nobody but
-                    # root may read what a repaired file system keeps in `lost+found`.
-                    if is_plain_file:
-                        yield path
+                if is_plain_file:
+                    yield path
+                elif self._is_left_out(path, name, glob):
+                    continue
                 elif self.is_folder(path):
-                    left.append(path)
+                    if glob is None or may_match_below(path, glob):
+                        left.append(path)
                 elif self.is_file(path):
                     yield path
                 elif self.reading(path, lambda local: local.is_symlink()):
-                    raise UserError(self._field, f"{self._claim}/{path} is a link to a file that does not exist")
+                    raise UserError(self._field, f"{self._claim}/{shown(path)} is a link to a file that does not exist")
+
+    def _is_left_out(self, path: str, name: str, glob: str | None) -> bool:
+        """Return whether a folder or a link is left out without a look. Hidden ones belong to programs unless the glob
+        names them, and nobody but root may read what a repaired file system keeps in `lost+found`."""
+        if glob is None:
+            return name.startswith((".", "_")) or name == "lost+found"
+        return name == "lost+found" or not (may_match_below(path, glob) or matching([path], glob, self._field))
 
     def _try(self, path: str, work: Callable[[], T]) -> T:
         try:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from finetune_trainer.data.files.json_values import not_utf8
 from finetune_trainer.data.files.lines import bounded_lines
-from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.files.row import Row, repeated
 from finetune_trainer.data.files.streams import ROW_CHARACTERS, FileProblem, bad_byte
 
 
@@ -24,14 +24,16 @@ def tsv_rows(file: TextIO) -> Iterator[Row]:
 
 def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(ROW_CHARACTERS)
-    reader = csv.reader(bounded_lines(file), strict=True, delimiter=delimiter)
+    lines = _RecordLines(file)
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
     try:
-        header = next(reader, None)
+        # Some programs begin a file with blank lines, which are no more a header than they are a row.
+        header = next(filter(None, reader), None)
     except csv.Error as error:
         raise FileProblem(f"has a header that can't be read: {error}") from None
     if header is None:
         return
-    twice = next((column for column in header if header.count(column) > 1), None)
+    twice = repeated(header)
     if twice is not None:
         raise FileProblem(f"can't be read as csv: its header has {twice!r} twice")
     if bad_byte("".join(header)) is not None:
@@ -39,6 +41,7 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
     while True:
         # A quoted field may contain line breaks, so the row begins on the line after the last line that was read.
         start = reader.line_num + 1
+        lines.begin_record()
         try:
             values = next(reader, None)
         except csv.Error as error:
@@ -57,3 +60,33 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
         wrong = bad_byte(delimiter.join(values))
         fields = dict(zip(header, values, strict=True))
         yield Row(start, fields) if wrong is None else Row(start, {}, not_utf8(wrong))
+
+
+class _RecordLines:
+    """The lines of a file for a csv reader, with a limit on the characters of a record.
+
+    A line break within quotes does not end a record. So fields that begin and end in the middle of lines could make a
+    record of a whole file, and all of them would be in memory until the record ends.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._lines = bounded_lines(file)
+        self.begin_record()
+
+    def begin_record(self) -> None:
+        """Count the characters from here on as those of a new record."""
+        self._characters = 0
+        self._is_long = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Return the next line. Raises csv.Error if the lines of the record but the last one have too many characters,
+        so that the csv reader itself can first say that a field is too long."""
+        if self._is_long:
+            raise csv.Error(f"row larger than row limit ({ROW_CHARACTERS})")
+        self._is_long = self._characters > ROW_CHARACTERS
+        line = next(self._lines)
+        self._characters += len(line)
+        return line

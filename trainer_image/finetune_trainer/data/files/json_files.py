@@ -69,10 +69,10 @@ class _Text:
         """Whether no text follows `buffer`."""
 
     def extend(self) -> None:
-        """Read on, at least as much as there is already, so that the time for a long row grows with its length only.
-        What lies before the position is dropped."""
+        """Read on, at least as much as there is already, so that the time for a long row grows with its length only,
+        but no more than a row may have. What lies before the position is dropped."""
         left = self.buffer[self.position :]
-        more = self._file.read(max(CHUNK_CHARACTERS, len(left)))
+        more = self._file.read(max(1, min(max(CHUNK_CHARACTERS, len(left)), ROW_CHARACTERS + 1 - len(left))))
         self.is_at_end = not more
         self.buffer, self.position = left + more, 0
 

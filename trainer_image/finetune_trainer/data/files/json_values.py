@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from finetune_trainer.data.files.row import repeated
 from finetune_trainer.data.files.streams import bad_byte
 
 _LONGEST_INTEGER = 4300
@@ -47,9 +48,8 @@ class RowDecoder:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+        twice = repeated(name for name, _ in pairs) if len(found) < len(pairs) else None
+        if twice is not None:
             self._problem = f"has the key {twice[:100]!r} twice in one object"
         return found
 

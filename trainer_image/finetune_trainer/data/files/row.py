@@ -3,7 +3,7 @@ yield rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,17 @@ class NamedColumn(NamedTuple):
     field: str
     """Path of the field in the spec that names the column, for example `dataset.format.text.textField`."""
     name: str
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Return the first of ``names`` that occurs a second time, or None. The time grows with the number of names only,
+    because a row of a user may have a million of them."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 @dataclass(frozen=True)
