@@ -46,6 +46,8 @@ class Zygote:
         errors to the file ``log``.
         """
         assert self._process.stdin is not None
+        # The caller may read the file before the forked process has opened it.
+        log.touch()
         forked = Forked(self, [module, *arguments])
         order = {
             "number": len(self._forked),

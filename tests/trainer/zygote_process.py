@@ -59,7 +59,7 @@ def main() -> None:
     logging.root.handlers.clear()
     logging.getLogger("finetune_trainer").setLevel(logging.NOTSET)
     # A launcher forks its workers too.
-    processes.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
+    processes.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[attr-defined, assignment]
     # The garbage collector then never looks at the objects of this process, so that the kernel copies fewer of their
     # pages for the forked programs.
     gc.collect()
@@ -165,8 +165,8 @@ def _text_stream(descriptor: int, *, unbuffered: bool) -> io.TextIOWrapper:
 
 def _run_order(module: str, arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
     """Run ``module`` in the working folder ``folder``, without input, and with the file ``log`` as its output."""
-    for path, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_CREAT, [1, 2])):
-        opened = os.open(path, flags | os.O_APPEND, 0o644)
+    for path, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_APPEND, [1, 2])):
+        opened = os.open(path, flags)
         for descriptor in descriptors:
             os.dup2(opened, descriptor)
         os.close(opened)
