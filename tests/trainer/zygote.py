@@ -29,7 +29,7 @@ OF_RANKS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "DS_ACCELERATOR": "cpu",
 }
-"""What the environments of the process and of the ranks of `Zygote.gang` have besides that of the tests."""
+"""What the environments of the process and of the ranks of `Zygote.start_ranks` have besides that of the tests."""
 
 
 class Zygote:
@@ -80,33 +80,21 @@ class Zygote:
             forked.pid = told.get("process", forked.pid)
             forked.returncode = told.get("status")
 
-    def gang(self, plans: Sequence[Path], logs: Path, *, seconds: float = END_SECONDS) -> list[int]:
-        """Run `many_runs` on one rank for each file in ``plans``, wait until all have ended, and return their exit
-        statuses.
+    def start_ranks(self, module: str, arguments: Sequence[Sequence[str]], logs: Path) -> list[Forked]:
+        """Start ``module`` on one rank for each entry of ``arguments``, which are the arguments of that rank.
 
-        The status of a rank that a signal killed is the negated number of the signal, for example -9. The output of a
-        rank goes to the file `rank-<rank>.log` in the folder ``logs``. After ``seconds`` all ranks that still run are
-        killed.
+        The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``.
         """
-        world = {"WORLD_SIZE": str(len(plans)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [
+        world = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [
             self.start(
-                "tests.trainer.many_runs",
-                [str(file)],
+                module,
+                own,
                 environment={**os.environ, **OF_RANKS, **world, "RANK": str(rank), "LOCAL_RANK": "0"},
                 log=logs / f"rank-{rank}.log",
             )
-            for rank, file in enumerate(plans)
+            for rank, own in enumerate(arguments)
         ]
-        deadline = time.monotonic() + seconds
-        try:
-            return [rank.wait(deadline - time.monotonic()) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            ends = {number: rank.poll() for number, rank in enumerate(ranks)}
-            raise AssertionError(f"ranks still run after {seconds} s; these have ended: {ends}") from None
-        finally:
-            for rank in ranks:
-                rank.kill()
 
     def kill(self) -> None:
         """Kill the process and all programs that it has forked."""
@@ -146,6 +134,23 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def ends_of(ranks: Sequence[Forked], seconds: float = END_SECONDS) -> list[int]:
+    """Wait until all ``ranks`` have ended, and return their exit statuses.
+
+    The status of a rank that a signal killed is the negated number of the signal, for example -9. After ``seconds`` all
+    ranks that still run are killed.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        return [rank.wait(deadline - time.monotonic()) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        ends = {number: rank.poll() for number, rank in enumerate(ranks)}
+        raise AssertionError(f"ranks still run after {seconds} s; these have ended: {ends}") from None
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @functools.cache

@@ -1,0 +1,63 @@
+"""Prints what a program finds at its start, as one JSON line: `python -m tests.trainer.process_state END`. Then the
+program ends in the way that END names. `test_zygote.py` compares a started and a forked program by this."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+ENDS = ("return", "status", "sentence", "error", "signal", "at once")
+
+
+def state() -> dict[str, object]:
+    """Return what the program finds."""
+    return {
+        "arguments": sys.argv[1:],
+        "name": __name__,
+        "environment": dict(os.environ),
+        "folder": str(Path.cwd()),
+        "temporary folder": tempfile.gettempdir(),
+        "input": sys.stdin.read(),
+        "open files": len(list(Path("/proc/self/fd").iterdir())),
+        "handlers": {
+            number: getattr(handler, "__name__", str(handler))
+            for number in sorted(signal.valid_signals())
+            if (handler := signal.getsignal(number)) is not signal.SIG_DFL
+        },
+        "wakeup": signal.set_wakeup_fd(-1),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "threads of Python": threading.active_count(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "main thread": threading.current_thread() is threading.main_thread(),
+        "log handlers": len(logging.root.handlers),
+        "log level": logging.getLogger("finetune_trainer").level,
+        "output": [sys.stdout.line_buffering, sys.stdout.write_through, sys.stdout.encoding],
+        "errors": [sys.stderr.line_buffering, sys.stderr.write_through, sys.stderr.encoding],
+    }
+
+
+def main() -> None:
+    """Print the state, and end as the first argument says."""
+    end = sys.argv[1]
+    print(json.dumps(state()))
+    if end == "status":
+        sys.exit(64)
+    if end == "sentence":
+        sys.exit("the last words")
+    if end == "error":
+        raise ValueError(end)
+    if end == "signal":
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGTERM)
+    if end == "at once":
+        os._exit(75)
+
+
+if __name__ == "__main__":
+    main()
