@@ -12,7 +12,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+
 ENDS = ("return", "status", "sentence", "error", "signal", "at once")
+WORKER = "worker"
 
 
 def state() -> dict[str, object]:
@@ -42,9 +44,33 @@ def state() -> dict[str, object]:
     }
 
 
+def start_worker() -> int:
+    """Start this program as a launcher starts a worker, with handlers of signals, a thread and an open file that the
+    worker must not have. Return the exit status of the worker."""
+    # Only here, because these imports take a third of a second in a started program.
+    from finetune_trainer import processes
+    from finetune_trainer.pod.signals import STOP_SIGNALS
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    command = [sys.executable, "-m", "tests.trainer.process_state", "status"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RANK": "0"}
+    worker = processes.subprocess.Popen(command, env=environment)  # type: ignore[attr-defined]
+    while worker.poll() is None:
+        os.read(reader, 64)
+    return int(worker.returncode)
+
+
 def main() -> None:
     """Print the state, and end as the first argument says."""
     end = sys.argv[1]
+    if end == WORKER:
+        sys.exit(start_worker())
     print(json.dumps(state()))
     if end == "status":
         sys.exit(64)

@@ -158,9 +158,8 @@ def _text_stream(descriptor: int, *, unbuffered: bool) -> io.TextIOWrapper:
     """Return a text stream that writes to ``descriptor``. Standard error is written line by line, as Python does."""
     raw = io.FileIO(descriptor, "w", closefd=False)
     binary = raw if unbuffered else io.BufferedWriter(raw)
-    return io.TextIOWrapper(
-        binary, "utf-8", "backslashreplace", line_buffering=descriptor == 2, write_through=unbuffered
-    )
+    by_line = descriptor == 2 and not unbuffered
+    return io.TextIOWrapper(binary, "utf-8", "backslashreplace", line_buffering=by_line, write_through=unbuffered)
 
 
 def _run_order(module: str, arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
