@@ -3,6 +3,7 @@ program ends in the way that END names. `test_zygote.py` compares a started and 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,9 +13,13 @@ import tempfile
 import threading
 from pathlib import Path
 
-
 ENDS = ("return", "status", "sentence", "error", "signal", "at once")
 WORKER = "worker"
+
+
+def properties(stream: object) -> list[object]:
+    assert isinstance(stream, io.TextIOWrapper)
+    return [stream.line_buffering, stream.write_through, stream.encoding]
 
 
 def state() -> dict[str, object]:
@@ -39,8 +44,8 @@ def state() -> dict[str, object]:
         "main thread": threading.current_thread() is threading.main_thread(),
         "log handlers": len(logging.root.handlers),
         "log level": logging.getLogger("finetune_trainer").level,
-        "output": [sys.stdout.line_buffering, sys.stdout.write_through, sys.stdout.encoding],
-        "errors": [sys.stderr.line_buffering, sys.stderr.write_through, sys.stderr.encoding],
+        "output": properties(sys.stdout),
+        "errors": properties(sys.stderr),
     }
 
 
