@@ -118,9 +118,9 @@ def _call_and_end(program: Callable[[], None]) -> NoReturn:
     try:
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
+            # A signal that is ignored stays ignored in a started process too.
             if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         gc.freeze()
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         tempfile.tempdir = None
