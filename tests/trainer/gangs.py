@@ -11,7 +11,7 @@ from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.step_log import StepRow
 from tests.trainer.objectstore import ObjectStore
-from tests.trainer.zygote import zygote
+from tests.trainer.zygote import END_SECONDS, ends_of, zygote
 
 RUN_SECONDS = 480
 
@@ -50,6 +50,13 @@ def write_plans(
     return files
 
 
+def run_plans(plans: list[Path], logs: Path, *, seconds: float = END_SECONDS) -> list[int]:
+    """Run `many_runs` on one rank for each file in ``plans``, and return the exit statuses of the ranks, see `ends_of`.
+    The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``."""
+    ranks = zygote().start_ranks("tests.trainer.many_runs", [[str(file)] for file in plans], logs)
+    return ends_of(ranks, seconds)
+
+
 def train_all(
     configs: list[dict[str, Any]],
     inputs: Inputs | list[Inputs],
@@ -66,7 +73,7 @@ def train_all(
     """
     world = configs[0]["world"]["nodes"]
     plans = write_plans(configs, inputs, folder, credentials=credentials, faults=faults)
-    codes = zygote().gang(plans, folder, seconds=seconds)
+    codes = run_plans(plans, folder, seconds=seconds)
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
     made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]

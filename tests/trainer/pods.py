@@ -16,6 +16,7 @@ from typing import Any
 from finetune_core.contract import Result, RunConfig
 from tests.trainer import tiny
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port
+from tests.trainer.zygote import Forked, zygote
 
 START_SECONDS = 90.0
 
@@ -96,7 +97,7 @@ def children(process: int) -> list[int]:
 class Pod:
     """One launcher process, which stands for a pod."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     scratch: Path
     log: Path
     termination_log: Path
@@ -165,11 +166,14 @@ def start_pods(
     arguments: tuple[str, ...] = (),
     variables: Mapping[str, str] | None = None,
     wrapper: tuple[str, ...] = (),
+    forked: bool = False,
 ) -> Attempt:
     """Start one launcher process for each node of ``config``.
 
     ``variables`` are added to the launcher's environment. ``wrapper`` is the beginning of a command line that runs the
-    launcher, such as `unshare` with its options.
+    launcher, such as `unshare` with its options. With ``forked`` the launchers and their workers are forks of a process
+    that has imported torch. This saves many seconds where a test is not about the start of a process or about what can
+    be seen of it from outside, such as its command line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
@@ -197,11 +201,15 @@ def start_pods(
             "PET_MASTER_PORT": str(port),
             **(variables or {}),
         }
-        command = [*wrapper, sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file)]
-        command += ["--nonce-file", str(nonce_file)]
-        command += ["--scratch", str(scratch)]
-        command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
-        with log.open("wb") as stream:
-            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        options = ["--run-file", str(run_file), "--nonce-file", str(nonce_file), "--scratch", str(scratch)]
+        options += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
+        process: subprocess.Popen[bytes] | Forked
+        if forked:
+            assert not wrapper
+            process = zygote().start("finetune_trainer", options, environment=environment, log=log)
+        else:
+            command = [*wrapper, sys.executable, "-m", "finetune_trainer", *options]
+            with log.open("wb") as stream:
+                process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         started.pods.append(Pod(process, scratch, log, termination_log))
     return started

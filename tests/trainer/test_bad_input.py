@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,28 @@ import pytest
 
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
-from tests.trainer.pods import run_config
+from tests.trainer.pods import Attempt, run_config, start_pods
 
 FIELD = "dataset__format__promptCompletion"
+
+
+@dataclass
+class Unreachable:
+    """An attempt whose store does not answer."""
+
+    attempt: Attempt
+    endpoint: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unreachable]:
+    """An attempt whose store does not answer. The pod waits for a quarter of a minute, so it starts before the first
+    test of this file, and waits beside the other tests."""
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    config = run_config(store, "unreachable", world__nodes=1, storage__endpoint=endpoint)
+    attempt = start_pods(config, tmp_path_factory.mktemp("unreachable"), credentials=store.credentials)
+    yield Unreachable(attempt, endpoint)
+    attempt.end()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +88,7 @@ FIELD = "dataset__format__promptCompletion"
 def test_the_cause_is_named(
     changes: dict[str, Any], code: int, sentence: str, store: ObjectStore, pods: StartPods
 ) -> None:
-    attempt = pods(run_config(store, "bad-input", world__nodes=1, **changes))
+    attempt = pods(run_config(store, "bad-input", world__nodes=1, **changes), forked=True)
     assert attempt.wait() == [code]
     pod = attempt.pods[0]
     assert sentence.format(endpoint=store.endpoint) in pod.result.message
@@ -83,13 +104,6 @@ def test_refused_credentials_are_named_at_once(store: ObjectStore, pods: StartPo
     assert message.startswith(f"storage.credentialsSecretRef: {store.endpoint} refused the credentials")
     assert "another-secret" not in attempt.output
     assert "Traceback" not in attempt.output
-
-
-def test_a_store_that_does_not_answer_is_named_within_its_budget(store: ObjectStore, pods: StartPods) -> None:
-    endpoint = f"http://127.0.0.1:{free_port()}"
-    attempt = pods(run_config(store, "unreachable", world__nodes=1, storage__endpoint=endpoint))
-    assert attempt.wait(60) == [75]
-    assert attempt.pods[0].result.message.startswith(f"storage.endpoint: {endpoint} can't be reached")
 
 
 def test_a_run_file_of_another_version_is_refused(store: ObjectStore, pods: StartPods) -> None:
@@ -127,8 +141,15 @@ def test_rows_are_skipped_where_the_job_says_so(store: ObjectStore, pods: StartP
     attempt = pods(
         run_config(store, "skipped", world__nodes=1, **changes),
         arguments=("--volumes", str(tmp_path / "volumes")),
+        forked=True,
     )
     assert attempt.wait() == [0]
     assert "2 rows, 2 steps" in attempt.output
     assert "badRows: Skip); the first: rows/train.jsonl line 3 has an empty 'reply'" in attempt.output
     assert "longRows: Skip); the first: rows/train.jsonl line 4 has 65 tokens" in attempt.output
+
+
+def test_a_store_that_does_not_answer_is_named_within_its_budget(unreachable: Unreachable) -> None:
+    assert unreachable.attempt.wait(60) == [75]
+    message = unreachable.attempt.pods[0].result.message
+    assert message.startswith(f"storage.endpoint: {unreachable.endpoint} can't be reached")

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +31,9 @@ from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.step_log import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
-from tests.trainer.objectstore import ObjectStore, free_port
+from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
+from tests.trainer.zygote import ends_of, zygote
 
 NEW_TOKENS = 12
 
@@ -70,7 +68,7 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
     """Run `score_many` on ``world`` ranks. Return for each stage and size the scores, on which all ranks must agree,
     and the answers of all ranks together."""
-    port, ranks = free_port(), []
+    files = []
     for rank in range(world):
         asked = {
             "model": str(model),
@@ -83,22 +81,11 @@ def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int],
             "suppressed": unused_tokens(model),
             "out": str(folder / f"found-{world}-{rank}.json"),
         }
-        file = folder / f"asked-{world}-{rank}.json"
-        file.write_text(json.dumps(asked))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "DS_ACCELERATOR": "cpu",
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-m", "tests.trainer.score_many", str(file)]
-        ranks.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(240) for process in ranks] == [0] * world
+        files.append(folder / f"asked-{world}-{rank}.json")
+        files[-1].write_text(json.dumps(asked))
+    (folder / str(world)).mkdir()
+    ranks = zygote().start_ranks("tests.trainer.score_many", [[str(file)] for file in files], folder / str(world))
+    assert ends_of(ranks, 240) == [0] * world, (folder / str(world) / "rank-0.log").read_text()
     found = [json.loads((folder / f"found-{world}-{rank}.json").read_text()) for rank in range(world)]
     for case, *others in zip(*found, strict=True):
         for other in others:

@@ -49,7 +49,10 @@ FORMER, NEW = "uid-1", "uid-2"
 def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of a job that the real trainer has trained: it has two checkpoints and an artifact."""
     attempt = start_pods(
-        run_config(store, TRAINED, world__nodes=1), tmp_path_factory.mktemp("trained"), credentials=store.credentials
+        run_config(store, TRAINED, world__nodes=1),
+        tmp_path_factory.mktemp("trained"),
+        credentials=store.credentials,
+        forked=True,
     )
     try:
         assert attempt.wait() == [0], attempt.output

@@ -21,23 +21,17 @@ from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
 from tests.trainer.faults import POINTS
-from tests.trainer.gangs import step_rows, write_plans
+from tests.trainer.gangs import run_plans, step_rows, write_plans
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import Attempt, children, run_config
 from tests.trainer.test_background import newest_step
 from tests.trainer.test_recovery import artifact_files, committed_steps
 from tests.trainer.test_store_faults import assert_every_commit_verifies
-from tests.trainer.zygote import Zygote, zygote
 
 STEPS, EVERY = 60, 3
 ONLY_FIRST = ("manifest", "commit", "committed", "retention")
 """Points of `faults.POINTS` that only rank 0 reaches."""
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Zygote:
-    return zygote()
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
@@ -60,7 +54,7 @@ def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: int, seed: int) -> None:
+def play(store: ObjectStore, model: Path, folder: Path, rounds: int, seed: int) -> None:
     """Kill a job ``rounds`` times, then let the last attempt finish.
 
     Losses and artifact must equal those of an undisturbed job. Each seed begins with another point.
@@ -79,7 +73,7 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
 
     def gang(config: dict[str, Any], where: Path, attempt: int, fault: dict[str, Any] | None) -> list[int]:
         plans = write_plans([config], inputs, where, credentials=store.credentials, faults=[fault], attempt=attempt)
-        return ranks.gang(plans, where)
+        return run_plans(plans, where)
 
     quiet = run_config(store, f"quiet-{seed}", **changes)
     assert gang(quiet, folder / "quiet", 1, None) == [0, 0], (folder / "quiet" / "rank-0.log").read_text()
@@ -105,19 +99,17 @@ def newest_parent(store: ObjectStore, prefix: str) -> int | None:
     return parent["step"] if parent else None
 
 
-def test_trap_15_five_kills_and_the_same_model(
-    ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path
-) -> None:
-    play(ranks, store, tiny_model, tmp_path, rounds=5, seed=1)
+def test_trap_15_five_kills_and_the_same_model(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
+    play(store, tiny_model, tmp_path, rounds=5, seed=1)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_trap_15_ten_kills_of_each_of_five_runs(
-    ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path, seed: int
+    store: ObjectStore, tiny_model: Path, tmp_path: Path, seed: int
 ) -> None:
-    play(ranks, store, tiny_model, tmp_path, rounds=10, seed=seed)
+    play(store, tiny_model, tmp_path, rounds=10, seed=seed)
 
 
 OWN_PROCESSES = ("--pid", "--fork", "--kill-child")
@@ -143,7 +135,7 @@ def has_reached(attempt: Attempt, step: int) -> bool:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
-    ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
+    store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The launcher of each pod is killed once as PID 1 of a container, and once as an ordinary process.
 
@@ -161,7 +153,7 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to
         tmp_path / "quiet",
         credentials=store.credentials,
     )
-    assert ranks.gang(plans, tmp_path / "quiet") == [0, 0], (tmp_path / "quiet" / "rank-0.log").read_text()
+    assert run_plans(plans, tmp_path / "quiet") == [0, 0], (tmp_path / "quiet" / "rank-0.log").read_text()
 
     config = run_config(store, name, **changes)
     for number, (victim, contained) in enumerate(itertools.product((0, 1), (True, False)), start=1):

@@ -7,8 +7,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,9 @@ from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.outcomes import WorkerExit, WorkerStatus, read_outcome, result_of_pod
 from finetune_trainer.ranks.memory import out_of_memory_message
 from tests.trainer.conftest import StartPods
-from tests.trainer.objectstore import ObjectStore, free_port
+from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import Attempt, run_config
+from tests.trainer.zygote import ends_of, zygote
 
 LEAVE_SECONDS = 25.0
 SLACK = 3.0
@@ -89,7 +88,8 @@ def test_trap_21_told_at_some_moment_one_process_makes_all_leave(
     moment: str, whom: str, pod: int, store: ObjectStore, pods: StartPods
 ) -> None:
     name = f"told-{moment.split()[0]}-{whom[0]}{pod}".lower().replace("/", "")
-    attempt = pods(long_run(store, name))
+    # A job that is told to stop before its first step is told while its workers start, and import torch.
+    attempt = pods(long_run(store, name), forked=moment.startswith("step"))
     attempt.wait_for(lambda: moment in attempt.pods[0].output, moment)
     if whom == "worker":
         attempt.wait_for(lambda: bool(attempt.pods[pod].workers()), "the worker")
@@ -139,54 +139,12 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
         print(f"{name}: told after {wanted:.1f} s and {steps} steps, {'worker' if workers else 'PID 1'}: {took:.1f} s")
 
 
-STALL = """
-import os, sys, threading
-from pathlib import Path
-import torch
-from finetune_trainer.pod.outcomes import WorkerStatus
-from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.ranks.watchdog import Watchdog
-status = WorkerStatus(step=12, phase="Training")
-watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, status)
-with watchdog.allow(60):
-    gang = Gang(device=torch.device("cpu"), watchdog=watchdog, stall_seconds=2.0)
-def a_call_that_hangs():
-    threading.Event().wait()
-try:
-    for step in range(1000):
-        gang.check_stop()
-        if gang.rank == 1 and step == 5:
-            a_call_that_hangs()
-finally:
-    # As a worker does: a rank that says why it stalls is not interrupted by its peers' leaving.
-    watchdog.claim_end()
-"""
-
-
 def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> None:
-    port, ranks = free_port(), []
-    for rank in range(3):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "3",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-        }
-        with (tmp_path / f"{rank}.log").open("wb") as log:
-            command = [sys.executable, "-c", STALL, str(tmp_path)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        assert [process.wait(120) for process in ranks] == [75, 75, 75]
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = zygote().start_ranks("tests.trainer.stalling", [[str(tmp_path)]] * 3, tmp_path)
+    assert ends_of(ranks) == [75, 75, 75]
     outcomes = [read_outcome(tmp_path, rank) for rank in range(3)]
     for rank, outcome in enumerate(outcomes):
-        text = (tmp_path / f"{rank}.log").read_text()
+        text = (tmp_path / f"rank-{rank}.log").read_text()
         assert f"the stacks of all threads of rank {rank}:" in text
         assert ("a_call_that_hangs" if rank == 1 else "check_stop") in text
         assert outcome is not None

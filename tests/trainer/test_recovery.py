@@ -77,7 +77,7 @@ def test_a_killed_worker_ends_both_pods_and_the_next_attempt_comes_to_the_same_m
     store: ObjectStore, pods: StartPods, undisturbed: dict[str, tuple[list[float], dict[str, bytes]]]
 ) -> None:
     config = run_config(store, "killed", **METHODS["full"])
-    first = pods(config)
+    first = pods(config, forked=True)
     first.wait_for(lambda: bool(committed_steps(store, "killed")), "the first checkpoint")
     os.kill(first.pods[1].workers()[0], signal.SIGKILL)
     killed_at = time.monotonic()
@@ -89,7 +89,7 @@ def test_a_killed_worker_ends_both_pods_and_the_next_attempt_comes_to_the_same_m
     newest = committed_steps(store, "killed")[-1]
     assert newest < STEPS
 
-    second = pods(config, attempt=2)
+    second = pods(config, attempt=2, forked=True)
     assert second.wait() == [0, 0], second.output
     assert f"resumed from step {newest} of run 1" in second.output
     losses, files = undisturbed["full"]
@@ -99,7 +99,7 @@ def test_a_killed_worker_ends_both_pods_and_the_next_attempt_comes_to_the_same_m
     assert artifact_files(store, "killed") == files
 
     started = time.monotonic()
-    third = pods(config, attempt=3)
+    third = pods(config, attempt=3, forked=True)
     assert third.wait() == [0, 0]
     assert time.monotonic() - started < 10
     assert third.pods[1].result.artifact == second.pods[0].result.artifact
@@ -110,7 +110,7 @@ def test_sigterm_to_one_pod_commits_and_damage_to_that_checkpoint_falls_back_to_
     store: ObjectStore, pods: StartPods, undisturbed: dict[str, tuple[list[float], dict[str, bytes]]]
 ) -> None:
     config = run_config(store, "stopped", **METHODS["lora"])
-    first = pods(config)
+    first = pods(config, forked=True)
     first.wait_for(lambda: "step 12/" in first.output, "step 12")
     before = committed_steps(store, "stopped")
     told_at = time.monotonic()
@@ -129,7 +129,7 @@ def test_sigterm_to_one_pod_commits_and_damage_to_that_checkpoint_falls_back_to_
 
     key = f"runs/default/stopped/uid-1/{checkpoint_folder(1, newest)}/state-00001-of-00002.safetensors"
     flip_a_byte(store, key)
-    second = pods(config, attempt=2)
+    second = pods(config, attempt=2, forked=True)
     assert second.wait() == [0, 0], second.output
     assert f"resumed from step {previous} of run 1" in second.output
     assert f"notice: checkpoint of step {newest} (run 1) was passed over" in second.output
@@ -149,7 +149,7 @@ def flip_a_byte(store: ObjectStore, key: str) -> None:
 
 def test_a_newer_run_fences_an_older_one_that_is_still_alive(store: ObjectStore, pods: StartPods) -> None:
     changes: dict[str, Any] = {**LONG, "optimization__maxSteps": 5000}
-    first = pods(run_config(store, "fenced", **changes))
+    first = pods(run_config(store, "fenced", **changes), forked=True)
     first.wait_for(lambda: bool(committed_steps(store, "fenced")), "the first checkpoint")
     assert claim_run_number(root_of(store, "fenced"), 2, RunRecord(attempt=2, pod_uid="other"))
     assert first.wait() == [75, 75]

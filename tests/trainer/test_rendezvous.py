@@ -7,13 +7,12 @@ import contextlib
 import hmac
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from finetune_core.contract import Identity
 from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.ranks import forwarding
+from finetune_trainer.ranks.gang import FOREIGN_KEYS_BEATS
 from finetune_trainer.ranks.gate import (
     CHALLENGE_BYTES,
     GREETING,
@@ -32,41 +32,28 @@ from finetune_trainer.ranks.gate import (
     open_rendezvous,
 )
 from tests.trainer.objectstore import free_port
+from tests.trainer.zygote import Forked, zygote
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
 """Keys that ranks use in the rendezvous store. A rank must not read such a key if a foreign client has set it."""
-PROGRAM = """
-import os, sys, time
-from pathlib import Path
-from finetune_trainer.ranks.gate import open_rendezvous
-rank, nodes, port = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-with open_rendezvous(
-    first=rank == 0, nodes=nodes, address="127.0.0.1", port=port, key=lambda: os.environ["KEY"].encode()
-) as rendezvous:
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous.address, str(rendezvous.port)
-    import torch
-    from finetune_trainer.ranks.gang import Gang
-    gang = Gang(device=torch.device("cpu"))
-    print("joined", flush=True)
-    folder = Path(os.environ["FOLDER"])
-    calls = 0
-    while not any(gang.gather(lambda: (folder / "enough").exists())):
-        calls += 1
-    (folder / f"calls-{rank}").write_text(str(calls))
-    gang.check_stop()
-    print("stop requested:", gang.stop_requested(), flush=True)
-    gang.final_barrier()
-    # A worker ends before its launcher, so its connection closes before the gate does.
-    del gang
-os._exit(0)
-"""
 
 
 class Ranks:
-    """Running ranks, each in a process that stands for a pod of its own."""
+    """Running ranks (`joining.py`), each in a process that stands for a pod of its own."""
 
-    def __init__(self, folder: Path, world: int, *, keys: tuple[str, ...] = ()) -> None:
-        self.folder, self.port, self.processes = folder, free_port(), list[subprocess.Popen[bytes]]()
+    def __init__(
+        self,
+        folder: Path,
+        world: int,
+        *,
+        keys: tuple[str, ...] = (),
+        join: bool = True,
+        foreign_keys_beats: int = FOREIGN_KEYS_BEATS,
+    ) -> None:
+        """Start ``world`` ranks. Without ``join`` they open the rendezvous, but do not join before `join` is called."""
+        self.folder, self.port, self.processes = folder, free_port(), list[Forked]()
+        if join:
+            self.join()
         for rank in range(world):
             environment = {
                 **os.environ,
@@ -78,11 +65,13 @@ class Ranks:
                 "GLOO_SOCKET_IFNAME": "lo",
                 "OMP_NUM_THREADS": "1",
                 "KEY": keys[rank] if keys else "the key",
-                "FOLDER": str(folder),
             }
-            with (folder / f"{rank}.log").open("wb") as log:
-                command = [sys.executable, "-c", PROGRAM]
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            arguments = [str(folder), str(foreign_keys_beats)]
+            log = folder / f"{rank}.log"
+            self.processes.append(zygote().start("tests.trainer.joining", arguments, environment=environment, log=log))
+
+    def join(self) -> None:
+        (self.folder / "join").touch()
 
     def log(self, rank: int) -> str:
         return (self.folder / f"{rank}.log").read_text()
@@ -103,7 +92,7 @@ class Ranks:
 def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
     started: list[Ranks] = []
 
-    def begin(world: int, **options: tuple[str, ...]) -> Ranks:
+    def begin(world: int, **options: Any) -> Ranks:
         started.append(Ranks(tmp_path, world, **options))
         return started[-1]
 
@@ -171,7 +160,7 @@ async def test_whatever_goes_wrong_in_a_handshake_lets_nobody_pass(error: Except
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])
 def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable[..., Ranks]) -> None:
     """The foreign connections are open before the ranks join, and stay open until the ranks have ended."""
-    ranks = start(2)
+    ranks = start(2, join=False)
     with contextlib.ExitStack() as stack:
 
         def connect() -> bool:
@@ -186,6 +175,7 @@ def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", ranks.port), timeout=5))
             with contextlib.suppress(OSError):
                 connection.sendall(sent)
+        ranks.join()
         ranks.wait_for(lambda: joined(ranks), "the ranks to join")
         assert_undisturbed(ranks)
 
@@ -298,7 +288,7 @@ def test_one_node_listens_on_the_loopback_interface_only(start: Callable[..., Ra
 
 
 def test_keys_of_a_program_in_the_same_pod_are_not_read_and_are_logged(start: Callable[..., Ranks]) -> None:
-    ranks = start(1)
+    ranks = start(1, foreign_keys_beats=1)
     ranks.wait_for(lambda: joined(ranks), "the rank to join")
     store = foreign_store(ranks.port)
     for key in KEYS:

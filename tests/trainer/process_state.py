@@ -1,0 +1,94 @@
+"""Prints what a program finds at its start, as one JSON line: `python -m tests.trainer.process_state END`. Then the
+program ends in the way that END names. `test_zygote.py` compares a started and a forked program by this."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+ENDS = ("return", "status", "sentence", "error", "signal", "at once")
+WORKER = "worker"
+
+
+def properties(stream: object) -> list[object]:
+    assert isinstance(stream, io.TextIOWrapper)
+    return [stream.line_buffering, stream.write_through, stream.encoding]
+
+
+def state() -> dict[str, object]:
+    """Return what the program finds."""
+    return {
+        "arguments": sys.argv[1:],
+        "name": __name__,
+        "environment": dict(os.environ),
+        "folder": str(Path.cwd()),
+        "temporary folder": tempfile.gettempdir(),
+        "input": sys.stdin.read(),
+        "open files": len(list(Path("/proc/self/fd").iterdir())),
+        "handlers": {
+            number: getattr(handler, "__name__", str(handler))
+            for number in sorted(signal.valid_signals())
+            if (handler := signal.getsignal(number)) is not signal.SIG_DFL
+        },
+        "wakeup": signal.set_wakeup_fd(-1),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "threads of Python": threading.active_count(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "main thread": threading.current_thread() is threading.main_thread(),
+        "log handlers": len(logging.root.handlers),
+        "log level": logging.getLogger("finetune_trainer").level,
+        "output": properties(sys.stdout),
+        "errors": properties(sys.stderr),
+    }
+
+
+def start_worker() -> int:
+    """Start this program as a launcher starts a worker, with handlers of signals, a thread and an open file that the
+    worker must not have. Return the exit status of the worker."""
+    # Only here, because these imports take a third of a second in a started program.
+    from finetune_trainer import processes
+    from finetune_trainer.pod.signals import STOP_SIGNALS
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    command = [sys.executable, "-m", "tests.trainer.process_state", "status"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RANK": "0"}
+    worker = processes.subprocess.Popen(command, env=environment)  # type: ignore[attr-defined]
+    while worker.poll() is None:
+        os.read(reader, 64)
+    return int(worker.returncode)
+
+
+def main() -> None:
+    """Print the state, and end as the first argument says."""
+    end = sys.argv[1]
+    if end == WORKER:
+        sys.exit(start_worker())
+    print(json.dumps(state()))
+    if end == "status":
+        sys.exit(64)
+    if end == "sentence":
+        sys.exit("the last words")
+    if end == "error":
+        raise ValueError(end)
+    if end == "signal":
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGTERM)
+    if end == "at once":
+        os._exit(75)
+
+
+if __name__ == "__main__":
+    main()
