@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RENDER_SECONDS = SECONDS
 """Largest processor time in seconds that a template may take to render one conversation."""
-LONGEST_TEXT = 16 * 1024 * 1024
+LONGEST_TEXT = 4 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
@@ -126,6 +126,8 @@ class ChatTemplate:
             | set(tokenizer.all_special_ids)
         )
         """Ids of control tokens, such as those that end a turn."""
+        self._blank: dict[int, bool] = {}
+        """What `is_blank` has found. A template may write millions of spaces."""
         known = tokenizer.added_tokens_decoder
         texts = {known[index].content for index in self.special if index in known}
         self.row_texts = RowTexts(texts - set(added_tokens))
@@ -161,9 +163,11 @@ class ChatTemplate:
     def is_blank(self, token: int) -> bool:
         """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't tell
         it."""
-        with library_boundary(lambda error: ValueError(first_line(error))):
-            text = str(self._tokenizer.decode([token]))
-        return not text.strip()
+        if token not in self._blank:
+            with library_boundary(lambda error: ValueError(first_line(error))):
+                text = str(self._tokenizer.decode([token]))
+            self._blank[token] = not text.strip()
+        return self._blank[token]
 
     def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Return the names of the variables that the template reads for a row with ``tools``."""
