@@ -254,8 +254,7 @@ def mutated(document: Any, data: st.DataObject) -> Any:
     elif way == "copy":
         other = document
         for step in data.draw(st.sampled_from(list(places(document)))):
-            if isinstance(other, dict | list) and (other is not parent or step != key):
-                other = other[step]
+            other = other[step]
         parent[key] = copy.deepcopy(other)
     elif way == "type" and isinstance(parent, dict) and "type" in parent:
         parent["type"] = data.draw(st.sampled_from(TYPES))
@@ -288,12 +287,12 @@ def test_any_content_of_a_models_small_files_is_a_model_or_a_sentence(models: Pa
     outcomes: Counter[bool] = Counter()
 
     @given(st.data())
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def check(data: st.DataObject) -> None:
         outcomes[bool(check_any_content(models, tmp_path / "model", data))] += 1
 
     check()
-    assert min(outcomes[True], outcomes[False]) > 3
+    assert min(outcomes[True], outcomes[False]) > 1
 
 
 @pytest.mark.long

@@ -83,6 +83,21 @@ def test_a_template_that_does_not_end_is_a_sentence_also_in_a_thread_and_where_n
     assert found == ["dataset.format.messages: the chat template takes more than 0 s for one row"]
 
 
+def test_many_blanks_behind_an_answer_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer("")
+    tokenizer.chat_template = APPENDING + "{% if not add_generation_prompt %}{{ '\\n ' * 100000 }}{% endif %}"
+    asked: list[list[int]] = []
+    decode = tokenizer.decode
+
+    def counted(ids: list[int]) -> str:
+        asked.append(ids)
+        return str(decode(ids))
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    rendered(tokenizer, {"messages": TALK})
+    assert 0 < len(asked) < 10
+
+
 def test_the_row_at_which_a_template_reaches_a_limit_is_named() -> None:
     spec = DatasetSpec.model_validate(
         {"train": {"volume": {"claimName": "c", "path": "a.jsonl"}}, "format": {"messages": {}}, "badRows": "Skip"}
@@ -238,7 +253,7 @@ def check_templates(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_template_is_an_example_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_templates(35, monkeypatch)
+    check_templates(25, monkeypatch)
 
 
 @pytest.mark.long

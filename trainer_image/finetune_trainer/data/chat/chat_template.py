@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RENDER_SECONDS = SECONDS
 """Largest processor time in seconds that a template may take to render one conversation."""
-LONGEST_TEXT = 16 * 1024 * 1024
+LONGEST_TEXT = 4 * 1024 * 1024
 """Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
@@ -165,6 +165,8 @@ class ChatTemplate:
         self.special = (frozenset(pieces.control_tokens) - words) | self.ends
         """Ids of control tokens, such as those that end a turn. The token for unknown words and those for single bytes
         are none, because ordinary text becomes such tokens."""
+        self._blank: dict[int, bool] = {}
+        """What `is_blank` has found. A template may write millions of spaces."""
         self.row_texts = RowTexts(pieces, added_tokens)
         self._taken = taken_names(tokenizer)
 
@@ -199,9 +201,11 @@ class ChatTemplate:
     def is_blank(self, token: int) -> bool:
         """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't tell
         it."""
-        with library_boundary(lambda error: ValueError(first_line(error))):
-            text = str(self._tokenizer.decode([token]))
-        return not text.strip()
+        if token not in self._blank:
+            with library_boundary(lambda error: ValueError(first_line(error))):
+                text = str(self._tokenizer.decode([token]))
+            self._blank[token] = not text.strip()
+        return self._blank[token]
 
     def argument_problem(self, name: str, tools: Sequence[Mapping[str, Any]]) -> str:
         """Return why the template can't get the argument ``name`` for a row with ``tools``; an empty text if it can."""
