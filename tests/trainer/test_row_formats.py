@@ -320,7 +320,7 @@ def test_a_resume_in_the_same_way_has_the_same_bits(case: Case, trained: dict[Ca
 
 @pytest.mark.long
 @pytest.mark.timeout(PRODUCT_SECONDS + 60)
-@pytest.mark.parametrize(("method", "stage", "packing"), itertools.product(METHODS, STAGES, (False, True)))
+@pytest.mark.parametrize(("method", "stage", "packing"), list(itertools.product(METHODS, STAGES, (False, True))))
 def test_every_format_in_every_combination(method: str, stage: int, packing: bool, bench: Bench) -> None:
     """Every format is trained and resumed on two ranks, trained on one rank, and goes on with one rank or with four."""
     job = f"{stage}{'p' * packing}"
