@@ -423,8 +423,10 @@ def test_only_rows_to_which_answers_are_generated_count_as_rows_that_can_be_grad
         "dataset__task": {"name": "GSM8K"},
     }
 
+    scored = {"bestBy": "TaskScore", "artifactFrom": "Best"}
+
     def checked(asked: int) -> list[tuple[FindingKind, str]]:
-        return check(**changes, evaluation={"bestBy": "TaskScore", "generation": {"maxExamples": asked}})
+        return check(**changes, evaluation=scored | {"generation": {"maxExamples": asked}})
 
     assert checked(2) == []
     ((kind, sentence),) = checked(1)
