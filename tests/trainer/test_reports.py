@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import signal
 import ssl
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from finetune_core.contract import (
 )
 from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.mixture import Mixture
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.reporting.curve import MAX_POINTS, downsample
 from finetune_trainer.reporting.progress import Progress
@@ -39,7 +41,7 @@ from finetune_trainer.reporting.throughput import Throughput, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import BUCKET, ObjectStore
-from tests.trainer.pods import run_config
+from tests.trainer.pods import Attempt, run_config
 
 
 @dataclass
@@ -168,15 +170,13 @@ def test_reports_tell_the_run_from_loading_to_its_result(
 def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
     store: ObjectStore, pods: StartPods, report_server: ReportServer, tmp_path: Path
 ) -> None:
-    """27 rows make an epoch of 5 batches of 6 and one of 3. The second attempt has another number of ranks."""
+    """27 rows make an epoch of 5 batches. The first attempt is stopped, and the second one has more ranks."""
     token = tmp_path / "token"
     token.write_text("the-token\n")
-    arguments = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
-    mix = [
-        {"s3": {"uri": f"s3://{BUCKET}/data/train.jsonl"}, "weight": "0.25"},
-        {"s3": {"uri": f"s3://{BUCKET}/data/validation.jsonl"}, "weight": "0.75"},
-    ]
-    for attempt, (steps, nodes) in enumerate(((3, 1), (7, 2)), start=1):
+    weights = {"train": "0.25", "validation": "0.75"}
+    mix = [{"s3": {"uri": f"s3://{BUCKET}/data/{name}.jsonl"}, "weight": weight} for name, weight in weights.items()]
+
+    def begin(attempt: int, nodes: int) -> Attempt:
         config = run_config(
             store,
             "mixed",
@@ -184,20 +184,29 @@ def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
             dataset__train={"mix": mix},
             dataset__validation=None,
             dataset__packing=True,
-            optimization__maxSteps=steps,
+            optimization__maxSteps=40,
         )
         config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
-        started = pods(config, attempt=attempt, arguments=arguments)
-        assert started.wait() == [0] * nodes
-        last = report_server.reports[-1]
-        assert last.step == steps
-        if attempt == 1:
-            assert (last.metrics["mix0Examples"], last.metrics["mix1Examples"]) == (5, 13)
-            (notice,) = [text for text in last.notices if text.startswith("dataset.train: an epoch takes ")]
-            assert f"7 times one of 20 examples from s3://{BUCKET}/data/train.jsonl" in notice
-            assert f"20 times one of 7 examples from s3://{BUCKET}/data/validation.jsonl" in notice
-    assert last.epoch == pytest.approx(7 / 5)
-    assert (last.metrics["mix0Examples"], last.metrics["mix1Examples"]) == (10, 29)
+        arguments = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
+        return pods(config, attempt=attempt, arguments=arguments)
+
+    first = begin(1, nodes=1)
+    first.wait_for(lambda: "step 3/" in first.output, "step 3")
+    first.pods[0].process.send_signal(signal.SIGTERM)
+    assert first.wait() == [143]
+    stopped = report_server.reports[-1]
+    assert 3 <= stopped.step < 40
+    assert begin(2, nodes=2).wait() == [0, 0]
+    last = report_server.reports[-1]
+    assert (last.step, last.resumed_from_step, last.epoch) == (40, stopped.step, 8.0)
+    mixture = Mixture.of([20, 7], list(weights.values()))
+    for report in (stopped, last):
+        counts = [report.metrics["mix0Examples"], report.metrics["mix1Examples"]]
+        assert counts == list(mixture.taken(report.step, global_batch_size=6))
+    assert counts == [54, 162]
+    (notice,) = [text for text in last.notices if text.startswith("dataset.train: an epoch takes ")]
+    assert f"7 times one of 20 examples from s3://{BUCKET}/data/train.jsonl" in notice
+    assert f"20 times one of 7 examples from s3://{BUCKET}/data/validation.jsonl" in notice
     assert len(last.metrics) <= METRIC_LIMIT - MIX_LIMIT + len(mix)
 
 
