@@ -142,7 +142,14 @@ async def test_a_503_pauses_the_client_but_is_not_sent_again() -> None:
         assert len(times) == 1
 
 
-async def test_an_answer_that_is_no_json_is_an_error_of_the_request() -> None:
-    async with client_of(lambda _: web.Response(text="<html>")) as (client, _times):
-        with pytest.raises(ApiError, match="NotJSON"):
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize(
+    "text",
+    ["", "<html>", "[]", "null", "1", "NaN", "9" * 5000, "[" * 100_000, '{"a":' * 100_000],
+    ids=["nothing", "HTML", "a list", "null", "a number", "NaN", "many digits", "deep lists", "deep objects"],
+)
+async def test_an_answer_that_is_no_json_object_is_an_error_of_the_request(text: str, status: int) -> None:
+    async with client_of(lambda _: web.Response(text=text, status=status)) as (client, _times):
+        with pytest.raises(ApiError) as failure:
             await client.get_job(Key("team", "a"))
+    assert (failure.value.status, failure.value.reason) == (status, "NotJSON" if status == 200 else "")
