@@ -25,7 +25,7 @@ class _BoundedResponse(aiohttp.ClientResponse):
     """
 
     @property
-    def headers(self) -> Any:  # type: ignore[override]  # aiohttp computes the attribute in a class of its own
+    def headers(self) -> Any:
         """The header fields of the answer, whose names have no upper or lower case."""
         headers = super().headers
         if self.status != HTTPStatus.TOO_MANY_REQUESTS:
