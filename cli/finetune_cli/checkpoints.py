@@ -8,6 +8,7 @@ entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspec
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -136,12 +137,13 @@ def _manifest(encoded: bytes) -> Manifest:
 
 def _perplexity(encoded: bytes) -> float | None:
     """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. Return None where
-    ``encoded`` contains no perplexity."""
+    ``encoded`` contains no finite number as the perplexity: anybody with a key for the bucket may have written it."""
     try:
         value = json.loads(encoded).get("perplexity")
-    except (ValueError, AttributeError):
+        perplexity = float(value) if isinstance(value, int | float) else math.nan
+    except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
-    return float(value) if isinstance(value, int | float) else None
+    return perplexity if math.isfinite(perplexity) else None
 
 
 def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFolder]:

@@ -276,6 +276,6 @@ def _status_message(error: client.ApiException) -> str:
 def _status(error: client.ApiException) -> dict[str, Any]:
     try:
         body = json.loads(error.body or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}

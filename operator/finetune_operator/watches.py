@@ -17,6 +17,7 @@ import kopf
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.kube.resources import PODS, PYTORCHJOBS
+from finetune_operator.kube.watch_session import watch_session
 from finetune_operator.objects.labels import OWNED_OBJECTS_SELECTOR, job_key
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.leader_election import end_process
@@ -97,15 +98,34 @@ def _connection(configuration: Any, scheme: str | None, token: str | None) -> ko
     )
 
 
+class _Login:
+    """Logs kopf in with a session that bounds `Retry-After`."""
+
+    def __init__(self) -> None:
+        self._known: tuple[kopf.ConnectionInfo, kopf.AiohttpSession] | None = None
+
+    def session(self, info: kopf.ConnectionInfo) -> kopf.AiohttpSession:
+        """Return the credentials ``info`` with a session; for the credentials of the last call, return the same object.
+
+        After a 401, kopf compares the new credentials with the refused ones, and ends where they are equal. With
+        another object each time it would log in again and again without a pause.
+        """
+        if self._known is None or self._known[0] != info:
+            session = watch_session(info.as_http_headers(), info.as_ssl_context())
+            self._known = info, kopf.AiohttpSession(server=info.server, aiohttp_session=session)
+        return self._known[1]
+
+
 def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
+    logins = _Login()
 
     @kopf.on.login(registry=registry)
-    async def login(**_: Any) -> kopf.ConnectionInfo:
+    async def login(**_: Any) -> kopf.AiohttpSession:
         # The token is read anew at each login: the kubelet rotates the token, and kopf logs in again after a 401.
         header = await configuration.get_api_key_with_prefix("BearerToken") or ""
         scheme, token = header.split(" ", 1) if " " in header else (None, header)
-        return _connection(configuration, scheme, token or None)
+        return logins.session(_connection(configuration, scheme, token or None))
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def job_event(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune_cli.checkpoints import COMMITTED, DAMAGED, UNFINISHED, as_json, as_table, inspect_checkpoints
+from finetune_cli.checkpoints import COMMITTED, DAMAGED, UNFINISHED, _perplexity, as_json, as_table, inspect_checkpoints
 from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
 from tests.cli.test_download import put, spec
@@ -112,6 +112,17 @@ def test_json_and_table_say_the_same(source: ObjectStoreReader, root: Location) 
     assert [line.split()[:2] for line in lines[2:6]] == [["1", "20"], ["1", "40"], ["2", "60"], ["2", "80"]]
     assert "damaged" in lines[4]
     assert lines[4].rstrip().endswith(f"{STATE} has another sha256 than {MANIFEST} says")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["null", "NaN", "Infinity", "1e999", '"2.5"', "[]", "9" * 400, "9" * 5000, "[" * 100_000],
+    ids=["null", "NaN", "infinity", "too large", "a text", "a list", "400 digits", "5000 digits", "deep lists"],
+)
+def test_a_perplexity_that_is_no_finite_number_is_left_out(value: str) -> None:
+    assert _perplexity(b'{"perplexity": ' + value.encode() + b"}") is None
+    assert _perplexity(value.encode()) is None
+    assert _perplexity(b'{"perplexity": 2.5}') == 2.5
 
 
 def test_help_has_examples() -> None:

@@ -98,6 +98,11 @@ def other_time(time: str, key: str, value: Json) -> Json:
     return time if is_time else value
 
 
+def with_each_time(time: str) -> Callable[[Json], Json]:
+    """Return a function that returns a status with ``time`` in place of its times."""
+    return partial(with_each_value, partial(other_time, time))
+
+
 def with_new_fields(value: Json) -> Json:
     """Return ``value`` with an unknown field in every object."""
     if isinstance(value, dict):
@@ -147,8 +152,10 @@ SKEWS: dict[str, Callable[[Json], Json]] = {
     "every required field is gone": without_required_fields,
     "every text is long": partial(with_each_value, long_text),
     "every number is large": partial(with_each_value, large_number),
-    "every time is the last one": partial(with_each_value, partial(other_time, "9999-12-31T23:59:59Z")),
-    "every time is the first one": partial(with_each_value, partial(other_time, "0001-01-01T00:00:00Z")),
+    "every time is the last one": with_each_time("9999-12-31T23:59:59Z"),
+    "every time is the first one": with_each_time("0001-01-01T00:00:00Z"),
+    "every time is the last one, in the west": with_each_time("9999-12-31T23:59:59-14:00"),
+    "every time is the first one, in the east": with_each_time("0001-01-01T00:00:00+14:00"),
     "all at once": lambda value: with_doubled_lists(with_each_value(new_word, with_new_fields(value))),
 }
 

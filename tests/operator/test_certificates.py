@@ -210,6 +210,25 @@ async def test_a_quota_that_refuses_the_secret_is_told() -> None:
         await store(cluster).ensure(NOW)
 
 
+@pytest.mark.parametrize("reason", ["AlreadyExists", "Conflict", ""])
+@pytest.mark.parametrize("stored", [None, {}], ids=["no Secret", "an empty Secret"])
+async def test_a_webhook_that_answers_409_for_ever_is_told_after_two_tries(
+    stored: dict[str, str] | None, reason: str
+) -> None:
+    class Refusing(OneSecret):
+        async def create_secret(self, _manifest: dict[str, Any]) -> dict[str, Any]:
+            self.updates += 1
+            raise ApiError(409, reason, "a webhook says no")
+
+        async def update_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
+            return await self.create_secret(manifest)
+
+    cluster = Refusing(stored)
+    with pytest.raises(ApiError, match="a webhook says no"):
+        await store(cluster).ensure(NOW)
+    assert cluster.updates == 2
+
+
 def external(data: dict[str, str] | None) -> ExternalCertificates:
     cluster = OneSecret(data)
     return ExternalCertificates(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""A pod with a valid token may report any value. No value keeps the status of its job from being written, and none
-keeps the metrics of other jobs from being served."""
+"""A pod may report any value, if it has a valid token, and may write any termination message. No value keeps the status
+of its job from being written, and none keeps the metrics of other jobs from being served."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ FULL: dict[str, Json] = {
     "incidents": [{"step": 1, "kind": "k", "value": "1", "threshold": "1", "action": "Record", "message": "m"}],
 }  # fmt: skip
 """A report with every field but `podUid` and `result`."""
+RESULT: dict[str, Json] = {
+    "version": 1, "outcome": "Completed", "message": "m", "step": 5, "checkpoint": "s3://a/b",
+    "artifact": {"uri": "s3://a/b", "step": 5, "bytes": 1, "manifestSha256": "ab"}, "evaluation": FULL["evaluation"],
+}  # fmt: skip
+"""A termination message of a training pod, with every field."""
+CHECKED: dict[str, Json] = {
+    "version": 1, "findings": [], "notices": ["n"],
+    "found": {
+        "runId": "99999999-8888", "uid": "99999999-8888", "time": "2026-11-24T12:00:00Z", "step": 5,
+        "artifact": {"run": 2, "bytes": 1, "manifestSha256": "a" * 64, "outcome": "Completed"},
+        "evaluation": FULL["evaluation"],
+    },
+}  # fmt: skip
+"""A termination message of a preflight check that has found a run, with every field."""
 NUMBERS = (0, 1, LARGEST_NUMBER, LARGEST_NUMBER + 1, 2**63, 10**400, 1e308, 5e-324)
 TIMES = (
     "1970-01-01T00:00:00Z",
@@ -49,16 +63,16 @@ TIMES = (
 TEXTS = ("", "\x00", "\x1b[2J", "a\nb", "\ufffd", "é" * 500)
 
 
-def hostile_reports() -> Iterator[tuple[str, Json]]:
-    """Yield reports with one hostile value each, and a description: for each place of `FULL`, each value for it."""
-    for path in leaves(FULL):
-        old = value_at(FULL, path)
+def hostile(full: Json) -> Iterator[tuple[str, Json]]:
+    """Yield messages with one hostile value each, and a description: for each place of ``full``, each value for it."""
+    for path in leaves(full):
+        old = value_at(full, path)
         is_number = isinstance(old, int | float) and not isinstance(old, bool)
         values = TIMES if path[-1] == "time" else NUMBERS if is_number else TEXTS if isinstance(old, str) else ()
         for value in values:
-            report = copy.deepcopy(FULL)
-            value_at(report, path[:-1])[path[-1]] = value
-            yield f"{path} = {str(value)[:30]}", report
+            message = copy.deepcopy(full)
+            value_at(message, path[:-1])[path[-1]] = value
+            yield f"{path} = {str(value)[:30]}", message
 
 
 def writable(status: Json) -> None:
@@ -79,7 +93,7 @@ async def test_no_value_of_a_report_keeps_the_status_from_being_written(field: s
         await operator.reconcile(KEY)
     uid = server.pods[0]["metadata"]["uid"]
     accepted = 0
-    for name, body in hostile_reports():
+    for name, body in hostile(FULL):
         if not name.startswith(f"('{field}',"):
             continue
         try:
@@ -93,6 +107,33 @@ async def test_no_value_of_a_report_keeps_the_status_from_being_written(field: s
             await operator.reconcile(KEY)
         writable(server.job["status"])
     assert accepted or field in ("version", "phase")
+
+
+async def test_no_value_of_a_termination_message_keeps_the_status_from_being_written() -> None:
+    for name, message in hostile(RESULT):
+        server = ModelServer(job_manifest(), NOW)
+        operator = reconciler(server)
+        for _ in range(2):
+            await operator.reconcile(KEY)
+        assert server.end_pods(0, json.dumps(message)), name
+        for _ in range(3):
+            server.pass_time(15)
+            await operator.reconcile(KEY)
+        writable(server.job["status"])
+        assert server.job["status"]["attempts"]["recent"][0]["number"] == 1, name
+
+
+async def test_no_value_of_the_answer_of_a_check_keeps_the_status_from_being_written() -> None:
+    for name, message in hostile(CHECKED):
+        server = ModelServer(job_manifest(runPolicy={"preflight": "Run"}), NOW)
+        operator = reconciler(server)
+        for _ in range(2):
+            await operator.reconcile(KEY)
+        assert server.end_check(0, json.dumps(message)), name
+        for _ in range(3):
+            await operator.reconcile(KEY)
+        writable(server.job["status"])
+        assert server.job["status"]["preflight"]["verdict"] == "Passed", name
 
 
 @pytest.mark.parametrize("steps", ["1e15", "1e16", "1e300", "1e308"])

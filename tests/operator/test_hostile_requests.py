@@ -399,6 +399,22 @@ async def test_what_is_no_http_fills_no_log(caplog: pytest.LogCaptureFixture) ->
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.parametrize("left_out", [b"Content-Length: 100", b"Transfer-Encoding: chunked"])
+async def test_a_client_that_leaves_before_its_report_has_arrived_fills_no_log(
+    left_out: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = request(report_path("team", "quickstart", 2), report_token(), "", "Expect: 100-continue")
+    async with running() as world:
+        _, writer = streams = await connect(world.port)
+        status, _, _ = await exchange(streams, head.replace(b"Content-Length: 0", left_out))
+        assert status == 100, "the server waits for the body"
+        writer.transport.abort()
+        while b'reports_refused_total{code="408"} 1.0' not in world.metrics.render():
+            await asyncio.sleep(0.01)
+        assert world.nothing_happened()
+    assert [record.name for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING] == []
+
+
 async def test_a_valid_token_sends_few_reports_a_second() -> None:
     async with running(ConnectionLimits(requests_per_second=1000.0)) as world:
         streams = await connect(world.port)

@@ -1,21 +1,26 @@
 """After an answer with `Retry-After`, the client of the API server delays all its requests, not only the refused
-one."""
+one. The watches, which kopf runs, wait as well, and no longer than the client does."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
+import kopf
 import pytest
 from aiohttp import web
 from kubernetes.aio import client as kubernetes_client
 
 from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
 from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
+from finetune_operator.kube.watch_session import watch_session
 from finetune_operator.queue.key import Key
+from finetune_operator.watches import _Login
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
@@ -74,6 +79,17 @@ Answer = Callable[[web.Request], web.Response]
 @asynccontextmanager
 async def client_of(answer: Answer) -> AsyncIterator[tuple[KubeClient, list[float]]]:
     """Run an API server on the loopback that answers with ``answer``; yield a client and the times of requests."""
+    async with server_of(answer) as (address, times):
+        client = KubeClient(kubernetes_client.Configuration(host=address), lambda: None)
+        try:
+            yield client, times
+        finally:
+            await client.close()
+
+
+@asynccontextmanager
+async def server_of(answer: Answer) -> AsyncIterator[tuple[str, list[float]]]:
+    """Run an API server on the loopback that answers with ``answer``; yield its address and the times of requests."""
     times: list[float] = []
 
     async def handle(request: web.Request) -> web.Response:
@@ -86,11 +102,9 @@ async def client_of(answer: Answer) -> AsyncIterator[tuple[KubeClient, list[floa
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    client = KubeClient(kubernetes_client.Configuration(host=_address(runner)), lambda: None)
     try:
-        yield client, times
+        yield _address(runner), times
     finally:
-        await client.close()
         await runner.cleanup()
 
 
@@ -142,7 +156,54 @@ async def test_a_503_pauses_the_client_but_is_not_sent_again() -> None:
         assert len(times) == 1
 
 
-async def test_an_answer_that_is_no_json_is_an_error_of_the_request() -> None:
-    async with client_of(lambda _: web.Response(text="<html>")) as (client, _times):
-        with pytest.raises(ApiError, match="NotJSON"):
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize(
+    "text",
+    ["", "<html>", "[]", "null", "1", "NaN", "9" * 5000, "[" * 100_000, '{"a":' * 100_000],
+    ids=["nothing", "HTML", "a list", "null", "a number", "NaN", "many digits", "deep lists", "deep objects"],
+)
+async def test_an_answer_that_is_no_json_object_is_an_error_of_the_request(text: str, status: int) -> None:
+    async with client_of(lambda _: web.Response(text=text, status=status)) as (client, _times):
+        with pytest.raises(ApiError) as failure:
             await client.get_job(Key("team", "a"))
+    assert (failure.value.status, failure.value.reason) == (status, "NotJSON" if status == 200 else "")
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, "1"),
+        ("5", "5"),
+        ("0", "1"),
+        ("0.5", "1"),
+        ("-3", "1"),
+        ("nan", "1"),
+        ("inf", "1"),
+        ("86400", "300"),
+        ("9" * 5000, "1"),
+        ("Tue, 24 Nov 2026 12:00:07 GMT", "1"),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", "300"),
+    ],
+)
+async def test_the_watches_are_given_a_retry_after_that_they_can_obey(header: str | None, seconds: str) -> None:
+    def answer(request: web.Request) -> web.Response:
+        headers = {"X-Other": "x"} | ({} if header is None else {"retry-after": header})
+        return web.Response(status=int(request.path.removeprefix("/")), headers=headers)
+
+    async with server_of(answer) as (address, _), watch_session({}, ssl.create_default_context()) as session:
+        refused = dict((await session.get(f"{address}/429")).headers)
+        assert (refused["Retry-After"], refused["X-Other"]) == (seconds, "x")
+        assert (await session.get(f"{address}/200")).headers.get("Retry-After") == header
+
+
+async def test_the_watches_log_in_with_the_same_object_until_the_credentials_change() -> None:
+    login = _Login()
+    info = kopf.ConnectionInfo(server="https://api", token="a")
+    first = login.session(info)
+    second = login.session(dataclasses.replace(info))
+    third = login.session(dataclasses.replace(info, token="b"))
+    assert first is second
+    assert first != third
+    assert third.aiohttp_session.headers["Authorization"] == "Bearer b"
+    await first.aiohttp_session.close()
+    await third.aiohttp_session.close()

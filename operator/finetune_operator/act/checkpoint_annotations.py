@@ -22,8 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
-    """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z"; empty where there is none."""
-    return checkpoints[-1].time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if checkpoints else ""
+    """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z".
+
+    The text is empty where there is no checkpoint. It is also empty where the stored time lies so close to an end of
+    the calendar that it does not exist in UTC. No trainer reports such a time, but another program may have stored one.
+    """
+    if not checkpoints:
+        return ""
+    try:
+        return checkpoints[-1].time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except OverflowError:
+        return ""
 
 
 def pods_to_annotate(pods: Sequence[PodObservation], attempt: int, value: str) -> list[PodObservation]:

@@ -124,7 +124,7 @@ def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
     """Return for how many more seconds to wait for a pod of an ended attempt; 0 once the pod counts as gone."""
     if pod.delete_deadline is None:
         return _ORPHAN_SECONDS  # the garbage collector has not yet begun to delete this pod
-    return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
+    return max(0.0, (pod.delete_deadline - now + TERMINATING_LIMIT).total_seconds())
 
 
 # ---- decisions while an attempt is current ----

@@ -128,13 +128,19 @@ async def load_configuration(kubeconfig: Path | None) -> Any:
 
 def _error(status: int, body: bytes) -> ApiError:
     """Return the ApiError for an answer. Its ``body`` is a Status object or, from a proxy or webhook, plain text."""
-    try:
-        content = json.loads(body)
-    except ValueError:
-        content = None
-    if isinstance(content, dict):
+    content = _json_object(body)
+    if content is not None:
         return ApiError(status, str(content.get("reason") or ""), str(content.get("message") or ""))
     return ApiError(status, "", body.decode(errors="replace").strip()[:512])
+
+
+def _json_object(body: bytes) -> Manifest | None:
+    """Return the JSON object in ``body``; None where it holds anything else, such as JSON that is nested too deep."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -396,8 +402,7 @@ class KubeClient:
                 break
         if not 200 <= response.status < 300:
             raise _error(response.status, answer)
-        try:
-            result: Manifest = json.loads(answer)
-        except ValueError as error:
-            raise ApiError(response.status, "NotJSON", "the answer is cut off, or comes from a proxy") from error
+        result = _json_object(answer)
+        if result is None:
+            raise ApiError(response.status, "NotJSON", "the answer is cut off, or comes from a proxy")
         return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -41,6 +41,9 @@ START_ERRORS = frozenset(
 `pkg/kubelet/container/sync_result.go` and `pkg/kubelet/kuberuntime/kuberuntime_container.go` of Kubernetes 1.34."""
 
 
+EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+"""The times between which every time of an object is taken to lie. At the ends of the calendar, the sum of a time and a
+duration, and the same time in another time zone, may not exist."""
 NUMBER_DIGITS = 19
 """Largest number of digits of a text that is read as a whole number. No number of the Kubernetes API has more."""
 LONGEST_GRACE_SECONDS = 10 * 365 * 24 * 3600
@@ -176,8 +179,17 @@ class ChildObservation:
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Return ``text``, for example ``"2026-01-31T12:00:00Z"`` (RFC 3339), as a datetime; None where it is empty."""
-    return datetime.fromisoformat(text) if text else None
+    """Return ``text``, for example ``"2026-01-31T12:00:00Z"`` (RFC 3339), as a datetime.
+
+    Returns None where ``text`` is empty or no such time, and `EARLIEST` or `LATEST` where the time lies beyond these.
+    Whoever may write the status of an object may write any time that the API server accepts, also one with the year 0
+    or with 99 hours between its zone and UTC.
+    """
+    try:
+        time = datetime.fromisoformat(text.upper()) if text else None
+    except ValueError:
+        return None
+    return None if time is None or time.tzinfo is None else min(max(time, EARLIEST), LATEST)
 
 
 def whole_number(text: str) -> int | None:
@@ -213,8 +225,6 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
     scheduled = conditions.get("PodScheduled", {})
     deadline = parse_time(metadata.get("deletionTimestamp"))
     grace = timedelta(seconds=min(metadata.get("deletionGracePeriodSeconds") or 0, LONGEST_GRACE_SECONDS))
-    created = parse_time(metadata["creationTimestamp"])
-    assert created is not None
     return PodObservation(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -225,7 +235,7 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
         message=status.get("message", ""),
         node=spec.get("nodeName", ""),
         version=whole_number(metadata.get("resourceVersion", "")) or 0,
-        created_at=created,
+        created_at=parse_time(metadata["creationTimestamp"]) or EARLIEST,
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         delete_requested_at=deadline - grace if deadline else None,
         delete_deadline=deadline,

@@ -152,21 +152,28 @@ class SelfSignedCertificates:
         return (await self.ensure(now)).serving
 
     async def ensure(self, now: datetime) -> CertificateSet:
-        """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates."""
+        """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates.
+
+        Where somebody else has written the Secret meanwhile, its certificates are used. Raises ApiError (409) where the
+        Secret can't be written at the second try either: a webhook may answer 409 for ever.
+        """
+        try:
+            return await self._ensure(now)
+        except ApiError as error:
+            if not (error.is_name_taken or error.is_conflict):
+                raise
+        return await self._ensure(now)
+
+    async def _ensure(self, now: datetime) -> CertificateSet:
+        """Do the same once. Raises ApiError (409) where somebody else has written the Secret meanwhile."""
         secret = await self._client.get_secret(self._namespace, self._name)
         stored = from_secret_data(secret.get("data") or {}) if secret is not None else None
         was_deleted = secret is None or secret["metadata"]["uid"] != self._last_uid
         new = renew_if_due(stored or (self._last if was_deleted else None), hostname=self._hostname, now=now)
-        try:
-            if secret is None:
-                secret = await self._client.create_secret(self._new_secret(new))
-            elif new != stored:
-                await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
-        except ApiError as error:
-            # At a creation only a taken name means that the Secret exists: another 409 may come from a quota.
-            if error.is_name_taken or (error.is_conflict and secret is not None):
-                return await self.ensure(now)  # somebody else has written the Secret, so its certificates are used
-            raise
+        if secret is None:
+            secret = await self._client.create_secret(self._new_secret(new))
+        elif new != stored:
+            await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
         self._last, self._last_uid = new, secret["metadata"]["uid"]
         return new
 

@@ -2,9 +2,9 @@
 
 The server authenticates the pod, parses the report strictly, stores the report in `queue/memory.py`, and queues the job
 for a reconcile. A rejected report is not stored. It is answered with 401 (no valid token), 403 (token of a pod that may
-not report), 404 (no possible job), 408 (body too slow), 409 (no attempt or another attempt is known, or a stock report
-after a full report), 413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503
-(the API server did not review the token, or the jobs are not known yet).
+not report), 404 (no possible job), 408 (body too slow or cut off), 409 (no attempt or another attempt is known, or a
+stock report after a full report), 413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503 (the
+API server did not review the token, or the jobs are not known yet).
 
 Every pod of the cluster can send requests. Until the API server has reviewed the token, a request changes nothing about
 a job: no key is queued, no state of a job is kept, and the answer is the same whether the job exists or not.
@@ -202,6 +202,9 @@ class ReportServer(HttpServer):
             return self._reject(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
         except web.RequestPayloadError:
             return self._reject(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is no body of HTTP")
+        except ConnectionError:
+            # aiohttp would log a traceback, so that a pod could fill the log. A pod that is killed ends like this too.
+            return self._reject(HTTPStatus.REQUEST_TIMEOUT, "the client left before its report had arrived")
         except TimeoutError:
             return self._reject(HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
         except ReviewUnavailableError as error:

@@ -61,8 +61,11 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
 
 
 def parse_pytorchjob(manifest: Mapping[str, Any]) -> ChildObservation:
-    """Return what the operator needs to know about the PyTorchJob ``manifest``."""
-    metadata, spec = manifest["metadata"], manifest["spec"]
+    """Return what the operator needs to know about the PyTorchJob ``manifest``, which anybody may have created.
+
+    The CRD of PyTorchJobs also allows one without a spec.
+    """
+    metadata, spec = manifest["metadata"], manifest.get("spec", {})
     conditions = {item["type"]: item for item in manifest.get("status", {}).get("conditions") or []}
 
     def condition_if(kind: str, status: str) -> Mapping[str, Any]:
