@@ -42,4 +42,6 @@ def _variables(template: str) -> frozenset[str] | None:
     """Return the names of the variables that ``template`` reads, or None if it raises to a power."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
     parsed = environment.parse(template)
-    return frozenset(meta.find_undeclared_variables(parsed)) if parsed.find(nodes.Pow) is None else None
+    # Jinja computes constants here, so that a power of constants is none any more.
+    variables = frozenset(meta.find_undeclared_variables(parsed))
+    return variables if parsed.find(nodes.Pow) is None else None
