@@ -135,6 +135,13 @@ def test_a_wrong_template_gets_one_clear_sentence(template: str, problem: str) -
         parse(template)
 
 
+def test_the_rule_about_columns_says_what_doubled_braces_mean() -> None:
+    rule, message = template_rules("template", "prompt")[1]
+    assert not holds(rule, {"template": "{{instruction}}"})
+    assert message.endswith("`{{prompt}}` is the text `{prompt}` and no column")
+    assert text("{{instruction}}\n{input}", {"input": "x"}) == "{instruction}\nx"
+
+
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["{", "}", "a", "#", "^", "/", "\n", "é", "{a}", "{#a}", "{/a}"]), max_size=9))
 def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(parts: list[str]) -> None:

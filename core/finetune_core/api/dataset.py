@@ -29,7 +29,8 @@ def template_rules(field: str, example: str, *, optional: bool = False) -> tuple
         ),
         (
             f"{absent}self.{field}.matches('{SHOWS_A_COLUMN_PATTERN}')",
-            f"`{field}` must hold a column of the row, such as `{{{example}}}`",
+            f"`{field}` must hold a column of the row, such as `{{{example}}}`; with doubled braces,"
+            f" `{{{{{example}}}}}` is the text `{{{example}}}` and no column",
         ),
     )
 
