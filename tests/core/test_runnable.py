@@ -115,6 +115,29 @@ def test_templates_that_can_be_meant_can_be_run(form: dict[str, Any]) -> None:
     assert unrunnable(job("dataset.format", {"promptCompletion": form}).spec) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"thinking": "False"},
+            ".thinking: must be false as JSON writes it: 'False' would be a text, which a template",
+        ),
+        ({"a": "low", "b": " None"}, ".b: must be null as JSON writes it"),
+        ({"a": "false", "b": '"False"', "c": "none of it", "d": ""}, None),
+        *(({name: "1"}, f".{name}: is set by the trainer") for name in ("messages", "tokenize", "strftime_now")),
+    ],
+    ids=str,
+)
+def test_an_argument_that_no_chat_template_can_get_is_refused(arguments: dict[str, str], sentence: str | None) -> None:
+    given = job("dataset.format", {"messages": {"templateArguments": arguments}})
+    found = [
+        str(problem).partition("spec.dataset.format.messages.templateArguments")[2]
+        for problem in unrunnable(given.spec)
+    ]
+    assert len(found) == (sentence is not None)
+    assert all(problem.startswith(sentence or "") for problem in found)
+
+
 @pytest.mark.parametrize("key", RESERVED_KEYS)
 def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
     text = "1"

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
+from finetune_core.template_arguments import RESERVED, template_arguments
 from finetune_trainer.data.chat import chat_template
-from finetune_trainer.data.chat.chat_template import template_arguments, use_chat_template
+from finetune_trainer.data.chat.chat_template import taken_names, use_chat_template
 from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
@@ -318,6 +319,10 @@ def test_a_name_that_transformers_keeps_is_no_argument_also_where_the_template_r
     tokenizer = byte_tokenizer("{{ max_length }}" + APPENDING)
     refused = rendered(tokenizer, {"messages": TALK, "chat_template_kwargs": {"max_length": 5}})
     assert refused == "has an argument 'max_length' for the chat template that is set by the trainer"
+
+
+def test_the_operator_knows_all_names_that_transformers_keeps() -> None:
+    assert taken_names(byte_tokenizer(APPENDING)) == RESERVED
 
 
 def test_of_several_templates_with_names_those_for_rows_with_and_without_tools_are_used() -> None:

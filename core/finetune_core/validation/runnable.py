@@ -17,7 +17,7 @@ from finetune_core.planning.training_plan import process_share
 from finetune_core.task_declaration import Unit
 from finetune_core.tasks import TASKS
 from finetune_core.validation.overrides import override_problems
-from finetune_core.validation.templates import template_problems
+from finetune_core.validation.templates import argument_problems, template_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
             UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
         )
     problems += _too_small_share(spec)
-    problems += template_problems(spec)
+    problems += template_problems(spec) + argument_problems(spec)
     problems += _scores_out_of_reach(spec)
     stored = spec.to_json()
     for field in NOT_YET:

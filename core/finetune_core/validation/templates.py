@@ -1,8 +1,8 @@
-"""Finds what is wrong with the templates of a job: `template`, `completion` and `evaluation.basePrompt`. `runnable.py`
-calls `template_problems`.
+"""Finds what is wrong with the templates of a job: `template`, `completion`, `evaluation.basePrompt`, and the arguments
+of a chat template. `runnable.py` calls `template_problems` and `argument_problems`.
 
 Most wrong templates are refused by the CEL rules of the schema already. Here is what CEL can't say: the nesting of
-optional parts, and what the templates mean together.
+optional parts, what the templates mean together, and which argument is wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from finetune_core.api.dataset import PromptCompletionFormat
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.row_templates import RowTemplate, TemplateError, parse
+from finetune_core.template_arguments import RESERVED, TAKEN, value_problem
 
 FORMAT = "spec.dataset.format.promptCompletion"
 BASE_PROMPT = "spec.evaluation.basePrompt"
+ARGUMENTS = "spec.dataset.format.messages.templateArguments"
 
 
 def template_problems(spec: FineTuneJobSpec) -> list[UserError]:
@@ -33,6 +35,15 @@ def template_problems(spec: FineTuneJobSpec) -> list[UserError]:
             except TemplateError as problem:
                 problems.append(UserError(path, str(problem)))
     return problems or [*_answers_in_prompts(parsed), *_unused_fields(form, parsed)]
+
+
+def argument_problems(spec: FineTuneJobSpec) -> list[UserError]:
+    """Return what is wrong with the arguments of the chat template, whatever the template reads, each with the path of
+    the argument."""
+    messages = spec.dataset.format.messages
+    given = {} if messages is None else messages.template_arguments
+    found = {name: value_problem(text) or (TAKEN if name in RESERVED else "") for name, text in given.items()}
+    return [UserError(f"{ARGUMENTS}.{name}", problem) for name, problem in found.items() if problem]
 
 
 def _answers_in_prompts(parsed: dict[str, RowTemplate]) -> list[UserError]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError, valid_text
+from finetune_core.template_arguments import FUNCTIONS, GIVEN, TAKEN, value_problem
 from finetune_trainer.data.chat.row_texts import RowTexts
 from finetune_trainer.data.chat.template_process import SECONDS, TemplateLimitError, TemplateProcess
 from finetune_trainer.data.piece_tokens import PieceTokenizer
@@ -34,12 +35,6 @@ TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token for one byte, as tokenizers of Llama 2 have them."""
-GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables that a template gets in any case, so that no argument may have their names."""
-FUNCTIONS = ("raise_exception", "strftime_now")
-"""Functions that a template may call, so that no argument may have their names."""
-ALMOST_JSON = {"true": "true", "false": "false", "null": "null", "none": "null"}
-"""Texts in small letters that people write for JSON values, and the values."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%` in the format of a date (man 3 strftime)."""
 DATE_FLAGS = "-_0^#"
@@ -75,13 +70,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
         )
     known, taken = _variables_of_all(tokenizer), taken_names(tokenizer)
     for name, text in form.messages.template_arguments.items():
-        meant = ALMOST_JSON.get(text.strip().lower())
-        if meant is not None and isinstance(template_arguments({name: text})[name], str):
-            raise UserError(
-                f"{ARGUMENTS_FIELD}.{name}",
-                f"must be {meant} as JSON writes it: {text!r} would be a text, which a template takes for true",
-            )
-        if problem := argument_problem(name, known, taken):
+        if problem := value_problem(text) or argument_problem(name, known, taken):
             raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
 
 
@@ -116,22 +105,11 @@ def argument_problem(name: str, variables: frozenset[str], taken: frozenset[str]
     """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can. The
     names ``taken`` can't be given."""
     if name in taken:
-        return "is set by the trainer"
+        return TAKEN
     if name not in variables:
         others = ", ".join(sorted(variables - taken)) or "none"
         return f"is not read by the chat template, which reads {others}"
     return ""
-
-
-def template_arguments(given: Mapping[str, str]) -> dict[str, Any]:
-    """Return `templateArguments` as the values that the template gets: JSON values, and text where it is no JSON."""
-    found: dict[str, Any] = {}
-    for name, text in given.items():
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 def _variables(template: str) -> frozenset[str]:

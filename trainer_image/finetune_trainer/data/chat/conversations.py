@@ -16,8 +16,9 @@ from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.row_templates import RowError
+from finetune_core.template_arguments import template_arguments
 from finetune_trainer.data.chat.answers import PROBE, Dialogue, ProblemError, turn_of
-from finetune_trainer.data.chat.chat_template import ChatTemplate, template_arguments
+from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.messages import CLOSED, THOUGHTS, Conversation, Message, content_text, read_conversation
 from finetune_trainer.data.examples import Example
 
