@@ -162,6 +162,8 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
         value["format"] = {"promptCompletion": {}} if force[:1] != ("format",) else value["format"]
         if force[:1] == ("format",):
             value.pop("task")
+    if path == ("dataset",) and "task" in value and "test" not in value:
+        value.setdefault("validation", _without_mix(value["train"]))
     if path == ("dataset",) and "text" not in value["format"] and value.get("longRows") in ("Split", "Truncate"):
         value["longRows"] = "Skip"
     if path == ("dataset", "task"):

@@ -76,6 +76,16 @@ def test_what_a_task_does_not_take_is_refused_by_name(task: dict[str, Any], sent
     assert any(sentence in problem for problem in problems(task)), problems(task)
 
 
+@pytest.mark.parametrize("rows", ["validation", "test"])
+def test_a_task_needs_rows_on_which_answers_are_graded(rows: str) -> None:
+    source = {"s3": {"uri": "s3://finetune/data/rows.jsonl"}}
+    for task in ({"name": "JSON"}, {"entryPoint": "overlap"}):
+        assert problems(task, **({"validation": None, "test": None} | {rows: source})) == []
+        (found,) = problems(task, validation=None, test=None)
+        assert found.startswith("spec.dataset: `task` must be absent unless `validation` or `test` is set, because")
+    assert problems(None, validation=None, test=None) == []
+
+
 @pytest.mark.parametrize(
     ("task", "require"),
     [

@@ -159,6 +159,10 @@ class DatasetSpec(ApiModel):
                 "`task` must be absent unless `format.promptCompletion` is set",
             ),
             (
+                "!has(self.task) || has(self.validation) || has(self.test)",
+                "`task` must be absent unless `validation` or `test` is set, because answers are graded on these rows",
+            ),
+            (
                 "!(self.longRows in ['Split', 'Truncate']) || has(self.format.text)",
                 "`longRows` must be Fail or Skip unless `format.text` is set, because only text has a meaning in part",
             ),
@@ -175,7 +179,8 @@ class DatasetSpec(ApiModel):
     format: DatasetFormat
     """How a row becomes a training example."""
     task: TaskSpec | None = None
-    """What grades generated answers, for example `{name: GSM8K}`. Absent: only perplexity is measured."""
+    """What grades generated answers, for example `{name: GSM8K}`, on the rows of `test`, or of `validation` where there
+    are no test rows. Absent: only perplexity is measured."""
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False
