@@ -209,7 +209,7 @@ class ProgressStatus(StatusModel):
     """Number of global batches of the whole training. Where the trainer reports only a percentage, `totalSteps` is 100
     and `step` is the percentage."""
     epoch: Decimal = "0"
-    """Passes over the training rows that are done, for example `"1.25"`."""
+    """Passes over the training examples that are done, for example `"1.25"`."""
     percentage: Annotated[int, Field(ge=0, le=100)] = 0
     """step / totalSteps in percent, rounded down."""
     eta_seconds: Count | None = None
@@ -468,7 +468,8 @@ class FineTuneJobStatus(StatusModel):
     listed."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
-    that could not be resumed from."""
+    that could not be resumed from. Where there are more than 8, only the newest 8 are listed; all of them are in the
+    log of the trainer."""
     plan: PlanStatus | None = None
     """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []

@@ -44,7 +44,8 @@ class TrainingSpec(ApiModel):
     """Peak learning rate. Absent: 1e-4 with LoRA and 5e-6 with Full, as in Anyscale's study of LoRA (September
     2023)."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Passes over the training rows."""
+    """Passes over the training examples. A row may be several examples. Of a mix (`dataset.train.mix`), one epoch is as
+    many examples as all sources have together."""
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Optimizer steps after which the training ends."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
