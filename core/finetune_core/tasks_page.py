@@ -24,7 +24,8 @@ _INTRODUCTION = """\
 
 With `dataset.task` the trainer generates an answer to the prompt of every row of the evaluation set, and a grader gives
 the answer scores. The evaluation set is `dataset.test`, else `dataset.validation`. Base model and tuned model answer
-the same rows, and `status.evaluation` shows both. Without `dataset.task` only perplexity is measured.
+the same rows, and `status.evaluation` shows both. Without `dataset.task` only perplexity is measured. A task without an
+evaluation set is refused.
 
 - A grader reads the answer and the columns of its row that are listed here. The column with the right answer is the
   completion of `format.promptCompletion`, any other column has the name that is listed here. `dataset.task.fields`
@@ -53,6 +54,8 @@ _RECIPE = f"""\
 A Python package in your trainer image can bring graders along, as entry points of the group `finetune_trainer.graders`.
 The job names one: `task: {{entryPoint: overlap, fields: {{reference: solution}}, arguments: {{enough: "0.6"}}}}`.
 
+The folder of the package, here my_graders, holds two files side by side: my_graders.py and pyproject.toml.
+
 ```python
 # the module my_graders
 from finetune_core.task_declaration import Column, Score, Task, Unit
@@ -79,15 +82,26 @@ overlap = OwnGrader(task=TASK, grade=grade)
 
 ```toml
 # pyproject.toml
+[project]
+name = "my-graders"
+version = "1.0"
+
 [project.entry-points."finetune_trainer.graders"]
 overlap = "my_graders:overlap"
 ```
 
 ```dockerfile
 FROM TRAINER_IMAGE
+USER root
 COPY my_graders /tmp/my_graders
-RUN pip install --no-deps /tmp/my_graders
+RUN python3 -m venv /tmp/pip \\
+ && /tmp/pip/bin/pip --python /opt/venv/bin/python install --no-deps --no-build-isolation /tmp/my_graders \\
+ && rm -r /tmp/pip /tmp/my_graders
+USER 65532:65532
 ```
+
+The trainer runs in `/opt/venv`. That environment has no pip of its own, but setuptools, so that the package is built
+without an index of packages. What else the grader imports must be installed there too.
 
 Set `podTemplate.image` to that image. The check before the first attempt loads the grader: a name that the image does
 not have is refused with the list of those that it has, and so are a name that two packages use, columns that the data

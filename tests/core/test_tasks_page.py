@@ -3,6 +3,8 @@ mistake, such as too many scores, is refused."""
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,13 @@ def test_the_committed_page_is_the_generated_one() -> None:
 def test_the_field_takes_every_declared_task_and_nothing_else() -> None:
     field = openapi_schema(FineTuneJobSpec)["properties"]["dataset"]["properties"]["task"]
     assert field["properties"]["name"]["enum"] == list(TASKS)
+
+
+def test_the_page_shows_a_whole_package_with_a_grader() -> None:
+    (shown,) = re.findall(r"^```toml\n(.*?)^```", tasks_page(), re.MULTILINE | re.DOTALL)
+    project = tomllib.loads(shown)["project"]
+    assert {"name", "version"} <= project.keys()
+    assert project["entry-points"] == {"finetune_trainer.graders": {"overlap": "my_graders:overlap"}}
 
 
 @pytest.mark.parametrize(

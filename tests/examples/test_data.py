@@ -22,6 +22,10 @@ RENDERED = {
 }
 CONVERSATIONS = {
     "sharegpt": [["<think>\n\n</think>\n\nNo.<|im_end|>"]],
+    "sharegpt-tools": [
+        ['<think>\n\n</think>\n\n<tool_call>\n{"name": "factors", "arguments": {"n": 91}}\n</tool_call><|im_end|>'],
+        ["<think>\n\n</think>\n\nNo, it is 7 * 13.<|im_end|>"],
+    ],
     "conversations": [
         ['<tool_call>\n{"name": "factors", "arguments": {"n": 91}}\n</tool_call><|im_end|>'],
         ["No, it is 7 * 13.<|im_end|>"],
