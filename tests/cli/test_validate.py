@@ -82,7 +82,7 @@ def test_a_missing_field_is_on_the_line_of_its_section(lines_of: LinesOf) -> Non
         ("  method: LoRA", "\tmethod: LoRA", "must be YAML"),
         ("kind: FineTuneJob", "kind: FinetuneJob", "kind: must be FineTuneJob"),
         ("finetune.dev/v1alpha1", "finetune.dev/v1", "apiVersion: must be finetune.dev/v1alpha1"),
-        ('"1e-3"', "1e-3", "spec.training.learningRate: must be a string"),
+        ('"1e-3"', "1e-3", "spec.training.learningRate: must be a decimal number from 0 on in quotes"),
         ("  method: LoRA", "  deepspeed: {overrides: '{'}\n  method: LoRA", "spec.deepspeed.overrides: must be"),
         ("  method: LoRA", "  deepspeed: {overrides: '{\"bf16\": 1}'}\n  method: LoRA", "must not hold bf16"),
         ("  method: LoRA", "  tracking: {tensorBoard: {}}\n  method: LoRA", "refused by the operator"),

@@ -1,9 +1,10 @@
 """No field of the spec that has a pattern accepts a control character, because a terminal that shows the value would
-obey the character."""
+obey the character. Every pattern has words, so that no message of `finetune validate` shows a regular expression."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.pattern_meanings import PATTERN_MEANINGS
 from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import quickstart
 
@@ -82,6 +84,17 @@ def test_a_pattern_accepts_no_control_character(path: str) -> None:
     assert accepted(parser.parse(ALL[path])) == set()
 
 
+def test_every_pattern_has_words_and_no_others_have() -> None:
+    assert set(ALL.values()) == set(PATTERN_MEANINGS)
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, words in PATTERN_MEANINGS.items() if "such as " in words])
+def test_the_words_of_a_pattern_name_values_that_match_it(pattern: str) -> None:
+    shown = PATTERN_MEANINGS[pattern].partition("such as ")[2].partition(",")[0]
+    for value in shown.split(" or "):
+        assert re.fullmatch(pattern, value.strip('"')), value
+
+
 @pytest.mark.parametrize("character", ["\x1b", "\x07", "\x7f", "\x85", "\x9b", "\x00", "\n", "\xa0", " "])
 @pytest.mark.parametrize(
     ("path", "text"),
@@ -119,17 +132,30 @@ def test_an_address_with_a_control_character_is_refused(path: str, text: str, ch
         ("storage.uri", "s3://bucket/a/../b", "the address must not have `.` or `..` as a part of its path, because"),
         ("model.s3.uri", "s3://bucket/.", "the address must not have `.` or `..` as a part of its path, because"),
         ("model.s3.uri", "s3://bucket/.a/..b/c..", None),
+        (
+            "dataset.train",
+            {"volume": {"claimName": "rows", "path": "/train.jsonl"}},
+            "must be a path inside the volume or the repository without a leading slash, such as rows/train.jsonl, of",
+        ),
+        (
+            "evaluation.require",
+            [{"score": "perplexity", "atMost": "60%"}],
+            'must be a decimal number in quotes, such as "0.8", of at most 32 characters',
+        ),
+        ("training.learningRate", "fast", 'must be a decimal number from 0 on in quotes, such as "0.05" or "1e-4"'),
+        ("resources.memory", "5 GB", "must be a whole number between 104857600 and "),
     ],
 )
-def test_a_malformed_address_is_refused_with_a_sentence_and_no_regular_expression(
-    path: str, text: str, sentence: str | None
+def test_a_malformed_text_is_refused_with_a_sentence_and_no_regular_expression(
+    path: str, text: Any, sentence: str | None
 ) -> None:
     found = [problem.message for problem in problems(path, text)]
+    assert not any("[" in message for message in found)
     assert len(found) == (sentence is not None)
     assert all(message.startswith(sentence or "") for message in found)
 
 
-def problems(path: str, text: str) -> list[Any]:
+def problems(path: str, text: Any) -> list[Any]:
     """Return the problems for which the API server or the operator would refuse the quickstart with ``text`` at
     ``path``."""
     document = quickstart(path, text)

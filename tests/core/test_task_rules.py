@@ -76,11 +76,32 @@ def test_what_a_task_does_not_take_is_refused_by_name(task: dict[str, Any], sent
     assert any(sentence in problem for problem in problems(task)), problems(task)
 
 
+def test_the_wrong_entry_and_the_right_ones_are_named() -> None:
+    required = [{"score": "exact", "atLeast": "0.5"}, {"score": "accuracy", "atLeast": "0.8"}]
+    assert problems({"name": "GSM8K"}, required) == [
+        "spec.evaluation.require[1].score: `evaluation.require` must only name scores that the job has, which are"
+        " perplexity, allTokenPerplexity, exact: accuracy is none of them"
+    ]
+    first, second = problems({"name": "SQL", "fields": {"anwser": "a", "answer": "b", "tables": "c"}})
+    for found, column in ((first, "anwser"), (second, "tables")):
+        assert found == (
+            f"spec.dataset.task.fields.{column}: `fields` must only have the keys context, answer where `name` is SQL:"
+            f" `{column}` is no such key"
+        )
+
+
+def test_the_wrong_key_is_also_named_where_another_section_is_malformed() -> None:
+    found = problems({"name": "JSON", "fields": {"anwser": "a"}}, maxLength=1)
+    assert len(found) == 2
+    assert found[1].startswith("spec.dataset.task.fields.anwser: `fields` must only")
+
+
 @pytest.mark.parametrize("rows", ["validation", "test"])
 def test_a_task_needs_rows_on_which_answers_are_graded(rows: str) -> None:
-    source = {"s3": {"uri": "s3://finetune/data/rows.jsonl"}}
+    given: dict[str, Any] = {"validation": None, "test": None}
+    given[rows] = {"s3": {"uri": "s3://finetune/data/rows.jsonl"}}
     for task in ({"name": "JSON"}, {"entryPoint": "overlap"}):
-        assert problems(task, **({"validation": None, "test": None} | {rows: source})) == []
+        assert problems(task, **given) == []
         (found,) = problems(task, validation=None, test=None)
         assert found.startswith("spec.dataset: `task` must be absent unless `validation` or `test` is set, because")
     assert problems(None, validation=None, test=None) == []

@@ -138,12 +138,8 @@ S3_URI_PATTERN = f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$"
 """Regular expression for an address in an object store, for example `s3://bucket/key`."""
 WEIGHT_PATTERN = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$"
 """Regular expression for a decimal number above 0, for example `0.5`."""
-PATTERN_MEANINGS = {
-    WEIGHT_PATTERN: 'a decimal number above 0 in quotes, such as "0.5"',
-    HTTP_ADDRESS_PATTERN: "an address such as http://minio.storage.svc:9000, without user, password, path or query",
-    S3_URI_PATTERN: "an address such as s3://bucket/folder/file.jsonl, without blanks",
-}
-"""For a regular expression of the schema, a phrase that follows "must be" in messages of `finetune validate`."""
+HTTP_URL_PATTERN = f"^https?://[^/{_CONTROL}]+(/[^{_CONTROL}]*)?$"
+"""Regular expression for an `http://` or `https://` address with an optional path."""
 
 S3Uri = Annotated[
     str,
@@ -161,7 +157,7 @@ S3Uri = Annotated[
 """Address of an object or of a folder in the job's object store, `s3://bucket/key`, or of a whole bucket,
 `s3://bucket`."""
 
-HttpUrl = Annotated[str, Field(max_length=512, pattern=f"^https?://[^/{_CONTROL}]+(/[^{_CONTROL}]*)?$")]
+HttpUrl = Annotated[str, Field(max_length=512, pattern=HTTP_URL_PATTERN)]
 """An `http://` or `https://` address with an optional path."""
 
 

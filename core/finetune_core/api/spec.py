@@ -25,6 +25,11 @@ _SCORE_EXISTS = (
     f" && (has(self.dataset.task.entryPoint) || has(self.dataset.task.name) && ({_SCORES}))"
 )
 """CEL expression: the evaluation gives the score `required.score`. The trainer checks the scores of own graders."""
+SCORE_RULE_MESSAGE = (
+    "`evaluation.require` must only name scores that the job has:"
+    f" {', '.join(LOWER_IS_BETTER)}, or a score of `dataset.task`"
+)
+"""Message of the rule that the evaluation gives every required score."""
 _PROCESSES = "self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode : 1)"
 _ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
@@ -86,8 +91,7 @@ _BETWEEN_SECTIONS = (
     ),
     (
         f"!has(self.evaluation.require) || self.evaluation.require.all(required, {_SCORE_EXISTS})",
-        "`evaluation.require` must only name scores that the job has:"
-        f" {', '.join(LOWER_IS_BETTER)}, or a score of `dataset.task`",
+        SCORE_RULE_MESSAGE,
     ),
 )
 

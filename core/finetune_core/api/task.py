@@ -23,6 +23,9 @@ ARGUMENT_LIMIT = 16
 ENTRY_POINT_PATTERN = "^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 """Regular expression for the name of an entry point."""
 
+FIELDS_RULE_BEGINNING = "`fields` must only have the keys"
+"""Beginning of the messages of the rules about the keys of `dataset.task.fields`."""
+
 _ARGUMENTS = ("ignore", "pattern", "tolerance", "relativeTolerance", "marker")
 """The fields of `dataset.task` that set something for some of the tasks only."""
 
@@ -57,7 +60,7 @@ def _task_rules() -> Iterator[tuple[str, str]]:
         yield (
             f"!has(self.fields) || !has(self.name) || !(self.name in [{_quoted(names)}])"
             f" || self.fields.all(column, column in [{_quoted(columns)}])",
-            f"`fields` must only have the keys {', '.join(columns)} where `name` is {_or(names)}",
+            f"{FIELDS_RULE_BEGINNING} {', '.join(columns)} where `name` is {_or(names)}",
         )
     yield (
         "!has(self.arguments) || has(self.entryPoint)",

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_core.api.base import PATTERN_MEANINGS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.pattern_meanings import PATTERN_MEANINGS
 from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
@@ -123,8 +123,7 @@ def expectation(node: Schema, value: Any = None) -> str:
     """Return what a value must be according to its schema, for example `must be between 1 and 512`."""
     kind = node.get("type")
     if node.get("x-kubernetes-int-or-string"):
-        word = node["pattern"].strip("^$")
-        text = word if word.isalpha() else f"a string that matches {node['pattern']}"
+        text = PATTERN_MEANINGS[node["pattern"]]
         return f"must be a whole number between {node['minimum']} and {node['maximum']}, or {text}"
     if kind == "integer":
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -146,8 +145,6 @@ def expectation(node: Schema, value: Any = None) -> str:
 def _text_expectation(node: Schema) -> str:
     least, most = node.get("minLength", 0), node.get("maxLength")
     length = f"{least} to {most} characters" if least else f"at most {most} characters"
-    meaning = PATTERN_MEANINGS.get(node.get("pattern", ""))
-    if meaning is not None:
-        return f"must be {meaning}, of {length}"
-    pattern = f" that matches {node['pattern']}" if "pattern" in node else ""
-    return f"must be a string of {length}{pattern}"
+    if "pattern" in node:
+        return f"must be {PATTERN_MEANINGS[node['pattern']]}, of {length}"
+    return f"must be a string of {length}"

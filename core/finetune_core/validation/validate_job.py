@@ -23,6 +23,7 @@ from finetune_core.errors import UserError
 from finetune_core.patterns import compile_pattern
 from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.defaults import defaulted
+from finetune_core.validation.precise import precise
 from finetune_core.validation.problems import FieldPath, Problem, Refusal
 from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
@@ -79,7 +80,9 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
     if model is None:
         if is_json(spec):
             broken = [problem.path for problem in problems]
-            problems += check_rules_beside(schema, defaulted(schema, spec), ("spec",), broken)
+            filled = defaulted(schema, spec)
+            for problem in check_rules_beside(schema, filled, ("spec",), broken):
+                problems += precise(problem, filled)
         return ValidationResult(problems)
     stored = model.to_json()
     if old_spec is None:
@@ -87,7 +90,7 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
     else:
         problems = list(check_rules(schema, stored, ("spec",), old_spec))
     if problems:
-        return ValidationResult(problems)
+        return ValidationResult([named for problem in problems for named in precise(problem, stored)])
     refused = [Problem(_split(error.subject), error.problem, Refusal.OPERATOR) for error in unrunnable(model)]
     return ValidationResult([*refused, *_pattern_problems(model)], stored)
 
