@@ -132,6 +132,7 @@ def test_any_answer_of_the_store_is_a_result_or_an_outside_failure(server: AnySt
     @example(Answer(body=b"<ListBucketResult><Contents><Key>a</Key><Size>many</Size></Contents></ListBucketResult>"))
     @example(Answer(headers=(("Last-Modified", "yesterday"), ("ETag", '"0"'))))
     @example(Answer(body=b"half", longer=4))
+    @example(Answer(301, body=b"\n"))
     @example(Answer(307, (("Location", "http://127.0.0.1:9/elsewhere"), ("Content-Type", "application/xml")), b"<E/>"))
     @example(Answer(headers=(("Content-Encoding", "gzip"),), body=b"no gzip"))
     @settings(max_examples=80, deadline=None)

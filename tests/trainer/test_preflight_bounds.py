@@ -145,5 +145,5 @@ def test_a_chat_template_that_makes_a_huge_text_is_a_finding(
     paths.run_file.write_text(json.dumps(run_config(store, "template", **changes)))
     ended = run_program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert "dataset.train: can't be checked with 512 MiB of memory" in ended.result.findings[0].message
+    assert "the chat template takes more than 256 MiB of memory for one row" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000

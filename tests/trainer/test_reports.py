@@ -179,7 +179,7 @@ def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
     def begin(attempt: int, nodes: int) -> Attempt:
         config = run_config(
             store,
-            "mixed",
+            "mixed-reports",
             world__nodes=nodes,
             dataset__train={"mix": mix},
             dataset__validation=None,

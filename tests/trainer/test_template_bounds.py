@@ -124,7 +124,13 @@ def test_a_template_that_is_nested_too_deeply_is_a_sentence() -> None:
 
 
 def ended_by(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    def end() -> None:
+        # Shells start programs in the background with SIGQUIT ignored, and a forked process inherits this.
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    return end
 
 
 def test_whatever_ends_the_process_of_a_template_is_told_apart() -> None:

@@ -82,3 +82,9 @@ def first_line(error: BaseException, *, limit: int = 300) -> str:
     """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
     part of a sentence for the user."""
     return valid_text((str(error).strip().splitlines() or [type(error).__name__])[0][:limit])
+
+
+def one_line(text: str, *, limit: int = 1000) -> str:
+    """Return a text that another program may have a part in, as one line of valid text for a message: each run of white
+    space and control characters becomes one space, and the line is cut off after ``limit`` characters."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in valid_text(text)).split())[:limit]

@@ -32,7 +32,7 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import Addressing, EncryptionSpec
-from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure, one_line
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
 from finetune_trainer.storage.answers import OddAnswerError, answers, read_answer, writing
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
@@ -371,6 +371,7 @@ class Store:
                     self._on_attempt("")
                 return done
             failed = True
+            cause = one_line(cause)  # a server may answer anything, also line breaks
             self._on_attempt(cause)
             if (final and not self._retry_refusals) or time.monotonic() + delay > deadline:
                 raise OutsideFailure(cause)
