@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster.fixtures import cluster
 
 __all__ = ["cluster"]
+
+# A property test draws the same values in each run, so that a test that fails points at the change. `make test-long`
+# draws new values in each run.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")

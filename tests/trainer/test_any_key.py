@@ -123,6 +123,7 @@ def test_any_bytes_as_the_keys_of_a_bucket_are_files_or_a_sentence(bucket: Bucke
 
     @given(KEYS, st.sampled_from([b".txt", b".json", b""]))
     @example(ODD_KEYS, b".txt")
+    @example([b"\n\x80"], b".txt")
     @example(ODD_KEYS, b".json")
     @settings(max_examples=30, deadline=None)
     def ask(keys: list[bytes], suffix: bytes) -> None:

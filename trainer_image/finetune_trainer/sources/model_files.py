@@ -16,6 +16,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range, read_token
 from finetune_trainer.sources.volumes import VolumeFolder
@@ -153,7 +154,7 @@ class StoreFiles:
 
     def _require(self, name: str, found: T | None) -> T:
         if found is None:
-            raise UserError(self.field, f"{name} vanished while it was read")
+            raise UserError(self.field, f"{shown(name)} vanished while it was read")
         return found
 
 
