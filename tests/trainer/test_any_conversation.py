@@ -121,7 +121,7 @@ def words(messages: Sequence[Message], *, thoughts: bool) -> set[str]:
     made=MESSAGES,
     tools=st.sampled_from([None, None, [TOOL]]),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_each_answer_stands_behind_the_tokens_of_inference_and_no_word_is_lost(
     template: str, made: Sequence[Message], tools: list[Any] | None
 ) -> None:

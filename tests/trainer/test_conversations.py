@@ -475,7 +475,7 @@ PIECES = (
 
 
 @given(template=st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_template_makes_examples_or_a_sentence(template: str) -> None:
     tokenizer = byte_tokenizer("")
     form = DatasetFormat.model_validate({"messages": {"chatTemplate": {"text": template or "x"}}})
