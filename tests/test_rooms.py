@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,13 @@ def test_a_room_whose_tests_all_need_the_cluster_says_how_to_run_them() -> None:
         RoomError, match=r"every test of 'faults' needs the cluster or is long; run: .* tests/faults/test_crashes.py"
     ):
         unit_test_files("faults")
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["core/finetune_core", "operator/finetune_operator", "trainer_image/finetune_trainer", "cli/finetune_cli"],
+)
+def test_no_two_modules_of_a_package_have_the_same_name(package: str) -> None:
+    """A name that is said without its folder must lead to one file."""
+    names = Counter(path.stem for path in Path(REPOSITORY, package).rglob("*.py") if not path.stem.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -25,7 +25,7 @@ def main() -> None:
         first=rank == 0, nodes=nodes, address="127.0.0.1", port=port, key=lambda: os.environ["KEY"].encode()
     ) as rendezvous:
         while not (folder / "join").exists():
-            # Pause between two checks.
+            # Pause between two checks. The test ends this process where its own time is over.
             time.sleep(0.05)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous.address, str(rendezvous.port)
         gang = gangs.Gang(device=torch.device("cpu"))

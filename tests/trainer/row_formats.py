@@ -232,14 +232,6 @@ def _share_gpt(rng: random.Random, number: int) -> Made:
     return Made({"system": "w7", "conversations": messages}, [[("note w7", False), *_shown(turns)]])
 
 
-PROMPT_COMPLETION = {
-    "promptCompletion": {
-        "promptField": "question",
-        "completionField": "reply",
-        "template": tiny.TEMPLATE,
-        "completionSuffix": " w59",
-    }
-}
 FORMATS = (
     RowFormat(
         "text-skipped",
@@ -262,7 +254,7 @@ FORMATS = (
         _cut_text,
         {"longRows": "Truncate", "maxLength": LONGEST},
     ),
-    RowFormat("prompt-completion", PROMPT_COMPLETION, ".tsv", _prompt_completion, {"badRows": "Skip"}),
+    RowFormat("prompt-completion", tiny.PROMPT_COMPLETION, ".tsv", _prompt_completion, {"badRows": "Skip"}),
     RowFormat(
         "template",
         {
@@ -316,7 +308,7 @@ FORMATS = (
     RowFormat("share-gpt", {"messages": {"messagesField": "conversations"}}, ".csv", _share_gpt),
     RowFormat(
         "mix-weighted",
-        PROMPT_COMPLETION,
+        tiny.PROMPT_COMPLETION,
         ".jsonl,.parquet",
         _prompt_completion,
         {"badRows": "Skip"},

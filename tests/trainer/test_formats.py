@@ -27,14 +27,6 @@ from tests.trainer import tiny
 from tests.trainer.data_hub import COMMIT, Hub, served
 
 SOURCE = {"s3": {"uri": "s3://finetune/train.jsonl"}}
-PROMPT_COMPLETION = {
-    "promptCompletion": {
-        "promptField": "question",
-        "completionField": "reply",
-        "template": tiny.TEMPLATE,
-        "completionSuffix": " w59",
-    }
-}
 CHAT = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' }}{{ ' ' + message['content'] + ' ' }}"
     "{% if message['role'] == 'assistant' %}{{ '<end>' + ' w58 ' }}{% endif %}{% endfor %}"
@@ -49,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def spec(form: dict[str, Any] = PROMPT_COMPLETION, **options: Any) -> DatasetSpec:
+def spec(form: dict[str, Any] = tiny.PROMPT_COMPLETION, **options: Any) -> DatasetSpec:
     return DatasetSpec.model_validate({"train": SOURCE, "format": form, "maxLength": 64} | options)
 
 
@@ -96,7 +88,7 @@ def test_trap_7_prompt_and_padding_are_not_learned(tmp_path: Path, tokenizer: An
 def test_trap_8_the_last_learned_token_is_the_end(tmp_path: Path, tokenizer: Any) -> None:
     end = tokenizer.eos_token_id
     for form, row in (
-        (PROMPT_COMPLETION, {"question": "w1", "reply": "w2"}),
+        (tiny.PROMPT_COMPLETION, {"question": "w1", "reply": "w2"}),
         ({"text": {}}, {"text": "w1 w2 w3"}),
     ):
         examples, _ = made(tmp_path, [row], tokenizer, spec(form))
@@ -337,7 +329,7 @@ def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
 
 def test_generation_ends_at_the_end_token_and_at_an_added_suffix(tokenizer: Any) -> None:
     assert stop_ids(tokenizer, spec().format) == [1]
-    suffix = {"promptCompletion": {**PROMPT_COMPLETION["promptCompletion"], "completionSuffix": "<user>"}}
+    suffix = {"promptCompletion": {**tiny.PROMPT_COMPLETION["promptCompletion"], "completionSuffix": "<user>"}}
     assert stop_ids(tokenizer, spec(suffix).format) == [1, tokenizer.convert_tokens_to_ids("<user>")]
     assert stop_ids(tokenizer, spec({"text": {}}).format) == [1]
 

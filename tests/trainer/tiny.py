@@ -13,6 +13,15 @@ from typing import Any
 
 WORDS = [f"w{number}" for number in range(60)]
 TEMPLATE = "ask {prompt} answer"
+PROMPT_COMPLETION = {
+    "promptCompletion": {
+        "promptField": "question",
+        "completionField": "reply",
+        "template": TEMPLATE,
+        "completionSuffix": " w59",
+    }
+}
+"""The format of the rows that `rows` makes."""
 
 
 def write_model(

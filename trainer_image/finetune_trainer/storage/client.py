@@ -34,8 +34,8 @@ from minio.sse import Sse, SseKMS, SseS3
 from finetune_core.api.storage import Addressing, EncryptionSpec
 from finetune_trainer.pod.errors import OutsideFailure, one_line
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
-from finetune_trainer.storage.answers import OddAnswerError, answers, read_answer, writing
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
+from finetune_trainer.storage.store_errors import OddAnswerError, answers, read_answer, writing
 
 T = TypeVar("T")
 
