@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_core.api.method import LoRASpec
-from finetune_trainer.model.load import add_adapters
+from finetune_trainer.model.adapters import add_adapters
 
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The layers of the tiny model that get an adapter."""

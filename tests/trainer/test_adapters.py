@@ -26,9 +26,10 @@ from finetune_core.layout import Manifest
 from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, ExportOptions, export_artifact
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
+from finetune_trainer.model.adapters import adapted_modules, add_adapters
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base, initial_row
-from finetune_trainer.model.load import adapted_modules, add_adapters, trained_parameters
+from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import Inputs, WorkerPlan

@@ -24,17 +24,10 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
+from finetune_trainer.model.adapters import adapted, adapted_modules, adapts_an_embedding, add_adapters
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import (
-    DTYPES,
-    adapted,
-    adapted_modules,
-    adapts_an_embedding,
-    add_adapters,
-    enable_gradient_checkpointing,
-    load_base,
-)
+from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import check_complete, check_shapes
 from finetune_trainer.pod.plan import WorkerPlan
