@@ -101,7 +101,7 @@ class TaskSpec(ApiModel):
     """What makes no difference between the answer and the right text. Absent: only white space around the answer."""
     pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
     """Regular expression in the syntax of RE2. What its first group finds in the answer is compared, or the whole match
-    where it has no group."""
+    where the expression has no group."""
     tolerance: DecimalString | None = None
     """Largest difference between the number of the answer and the right one. Absent: 0."""
     relative_tolerance: DecimalString | None = None

@@ -113,5 +113,5 @@ def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray
 
 @functools.lru_cache(maxsize=MIX_LIMIT)
 def _newest_orders(size: int, seed: int, source: int) -> dict[int, npt.NDArray[np.intp]]:
-    """Return the orders of a source that were asked for last, by their turns. The dict is changed by `source_order`."""
+    """Return the dict in which `source_order` keeps the newest orders of a source, by their turns."""
     return {}
