@@ -1,8 +1,8 @@
 """The parts of a task's declaration: the columns that its grader reads, its scores, and how the scores of single
 answers become one value.
 
-`tasks.py` declares the tasks of this project with these classes. The authors of own graders, which an entry point of
-the trainer image names, declare their tasks with the same classes.
+`tasks.py` declares the tasks of this project with these classes. An own grader, which an entry point of the trainer
+image names, declares its task with the same classes.
 """
 
 from __future__ import annotations

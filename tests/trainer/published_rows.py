@@ -1,6 +1,5 @@
 """The fields of the published formats of rows, and what happens to each: one table, from which docs/data.md and the
-tests are made. `python -m tests.trainer.test_published_rows` writes it into the page.
-"""
+tests are made. `python -m tests.trainer.test_published_rows` writes the table into docs/data.md."""
 
 from __future__ import annotations
 

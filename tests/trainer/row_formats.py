@@ -75,7 +75,7 @@ class RowFormat:
     """Suffix of the data files. For a mix, and for a folder of several files, the suffixes of all files with a comma in
     between."""
     make: Callable[[random.Random, int], Made]
-    """Makes the row with a number, counted from 0."""
+    """Makes a row, with a random generator and the number of the row, counted from 0."""
     dataset: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `dataset`."""
     mix: Sequence[str | None] = ()

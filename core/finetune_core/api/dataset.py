@@ -114,7 +114,8 @@ class MessagesFormat(ApiModel):
     not read is refused."""
     learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
     """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
-    one. Everything: all tokens of the conversation. Messages with `weight: 0` are never learned."""
+    one. Both leave out messages with `weight: 0`. Everything: all tokens of the conversation; a row with `weight: 0` is
+    then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
     """For names of roles in the rows, the role of the chat template that each stands for, for example `{bot:
     assistant}`. A name that is not listed is passed to the template as it is, except for those of ShareGPT: `human`

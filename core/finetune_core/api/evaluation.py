@@ -115,5 +115,5 @@ class EvaluationSpec(ApiModel):
         None
     )
     """Scores that the tuned model must reach on the test rows, or on the validation rows where there are no test rows.
-    Where one is not reached, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is committed
-    all the same."""
+    Where it does not reach one of them, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is
+    committed all the same."""

@@ -203,8 +203,8 @@ class _LiteralTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: dict[int, AddedToken]) -> None:
-        # Nobody can write a placeholder into a row, because it is drawn anew in each process. `encode` returns no id of
-        # one.
+        # Nobody can write a placeholder into a row, because it is drawn anew in each process. `encode` never returns
+        # its id.
         self._mark = secrets.token_hex(8)
         self._tokens = tokens
         self._numbers: dict[str, int] = {}

@@ -1,5 +1,5 @@
-"""Fetches of a large parquet file only what a check needs: the schema, and the wanted columns of the first row group.
-The store and the hub are asked for ranges of bytes.
+"""Fetches only those parts of a large parquet file that a check needs: the schema, and the wanted columns of the first
+row group. The store and the hub are asked for ranges of bytes.
 
 The result is a local file of the same length with holes, so that all offsets in the schema stay right.
 """

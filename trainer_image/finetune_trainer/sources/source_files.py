@@ -1,5 +1,5 @@
 """What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
-`hub_datasets.py` implement it."""
+`hub_datasets.py` implement `DataFiles`."""
 
 from __future__ import annotations
 

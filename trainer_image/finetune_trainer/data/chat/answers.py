@@ -25,7 +25,7 @@ from finetune_trainer.data.chat.messages import (
 CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")
 """Tags that close the thoughts of an answer, in templates of different models."""
 PARTS = ("'type': 'text'", '"type": "text"')
-"""What a list of text parts looks like where a template writes it as if it were a text."""
+"""Parts of a rendering in which the template has written a list of text parts as if it were a text."""
 PROBE = "probe-7d1f"
 """A text that no row has."""
 
@@ -57,8 +57,8 @@ class Dialogue:
         arguments: Mapping[str, Any],
         end: int,
     ) -> None:
-        """Take the conversation, whose ``messages`` may have another form than in the row, and the ``arguments`` of the
-        template. ``end`` is the id of the tokenizer's end token."""
+        """Keep the arguments. ``messages`` are those of ``conversation``, perhaps in another form than in the row.
+        ``arguments`` are those of the template, and ``end`` is the id of the tokenizer's end token."""
         self.template = template
         self.conversation = conversation
         self.messages = messages

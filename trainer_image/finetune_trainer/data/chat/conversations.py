@@ -278,7 +278,7 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
 
 
 def _other_beginning(text: str) -> str:
-    """Return ``text`` with another first character than its own, white space aside."""
+    """Return ``text``, in which the first character that is no white space is replaced by another one."""
     found = text.lstrip()
     return f"{text[: len(text) - len(found)]}{'Y' if found[:1] == 'X' else 'X'}{found[1:]}"
 

@@ -190,7 +190,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
 
 def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
     """Give ``message`` the role `tool` if it is an `observation`, and tool calls if it is a `function_call`, whose
-    content is JSON text. Names that the job lists in `roles` mean what the job says."""
+    content is JSON text. A name that the job lists in `roles` is left as it is."""
     if message["role"] in form.roles:
         return
     if message["role"] == "observation":
@@ -237,7 +237,7 @@ def content_text(message: Message) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """Return the tool calls of ``message``, whose arguments become JSON objects. Remove OpenAI's older field
+    """Return the tool calls of ``message``, with their arguments as JSON objects. Remove OpenAI's older field
     `function_call`, which holds one call, from ``message``."""
     calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

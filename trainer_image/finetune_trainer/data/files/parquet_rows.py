@@ -81,7 +81,7 @@ def _batch_rows(metadata: Any) -> int:
 
 
 class _Unreadable:
-    """Stands for a value that Python can't hold."""
+    """Takes the place of a value that Python can't hold."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
