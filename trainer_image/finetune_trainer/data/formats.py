@@ -60,8 +60,9 @@ def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
     """Return the column `toolsField` if the rows of ``field``, the path of a source in the spec, need it, and else
     nothing.
 
-    At least one row of `dataset.train` must have this column if the job names it, because a misspelled name would make
-    all tools vanish. A single row need not have tools. Nor need the sources of a mix, or the validation and test rows.
+    If the job names another column than the default, at least one row of `dataset.train` must have it, because a
+    misspelled name would make all tools vanish. A single row need not have tools. Nor need the sources of a mix, or the
+    validation and test rows.
     """
     if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
         return []

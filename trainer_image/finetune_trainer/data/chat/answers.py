@@ -41,8 +41,8 @@ class Turn(NamedTuple):
     answer: list[int]
     """The tokens that are learned, up to the one that ends the answer."""
     has_thoughts: bool
-    """Whether the thoughts of the message are part of ``answer`` even where the template leaves them out. This is so
-    where the prompt ends with an open tag of thoughts."""
+    """Whether the thoughts of the message are part of ``answer`` even where the template leaves them out. True only
+    where the prompt ends with an open tag of thoughts, and the rendered answer does not continue the prompt."""
 
 
 class Dialogue:
@@ -125,7 +125,7 @@ def _opens_thoughts(before: str, answered: str) -> bool:
 
 def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) -> str:
     """Return the text that the model must generate behind ``before`` for message ``index``. ``answered`` is the
-    rendered conversation up to this message, and does not begin with ``before``.
+    rendered conversation up to and including this message, and does not begin with ``before``.
 
     There are two cases, and ProblemError is raised in all others. In the first case, the generation prompt ends with
     thoughts that are closed already, and the rendered message has no thoughts (Gemma 4). In the second case, the
@@ -165,8 +165,8 @@ def _is_shortened(whole: str, text: str) -> bool:
 
 def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: str) -> str:
     """Return the text that the model must generate behind ``before`` for message ``index``. ``before`` ends with an
-    open tag of thoughts. ``answered`` is the rendered conversation up to this message, and does not begin with
-    ``before``.
+    open tag of thoughts. ``answered`` is the rendered conversation up to and including this message, and does not begin
+    with ``before``.
 
     At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
     earlier messages out. So the thoughts are taken from the row, and they are empty if the row has none.
