@@ -21,7 +21,7 @@ from finetune_trainer.data.piece_tokens import PieceTokenizer
 CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"
 """What control tokens look like in the text of a template."""
 WORDS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-"""Tokens of their own that are not special, in Qwen's tokenizers for example."""
+"""Texts that are tokens in some tokenizers, such as Qwen's, but no special tokens."""
 
 
 def template_folder() -> Path:
@@ -38,7 +38,7 @@ def published(name: str) -> str:
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are bytes, two line breaks, and the control tokens of ``template``."""
+    """Return a tokenizer whose tokens are bytes, two line breaks, the control tokens of ``template``, and WORDS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"ĊĊ": len(alphabet)}
     model = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
@@ -59,7 +59,8 @@ def rendered(
     today: date | None = None,
     **form: Any,
 ) -> Sequence[Example] | str:
-    """Return the examples of ``row``. ``ends`` are the tokens at which the model stops, besides `<eos>`."""
+    """Return the examples of ``row``, or what is wrong with it. ``ends`` are the tokens at which the model stops,
+    besides `<eos>`. ``form`` are fields of `dataset.format.messages`."""
     stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
     template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
     return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)

@@ -79,7 +79,7 @@ class Family:
     ends: tuple[str, ...]
     """Tokens at which the model stops, besides EOS."""
     refused: Mapping[str, str]
-    """For each conversation that the template can't show, what is said of it."""
+    """For each conversation that the template can't show, the beginning of the phrase with which it is refused."""
     examples: Mapping[str, int]
     """For each other conversation, the number of its examples."""
     differences: tuple[Difference, ...] = ()
@@ -97,9 +97,9 @@ PLAIN_ONLY = {"plain": 1}
 NO_THOUGHTS = {"plain": 1, "tools": 1}
 APPENDS = {"plain": 1, "thoughts": 1, "tools": 1}
 FORGETS = {"plain": 1, "thoughts": 2, "tools": 1}
-"""The template removes the thoughts of earlier messages."""
+"""The numbers of examples where the template removes the thoughts of earlier messages."""
 REWRITES = {"plain": 2, "thoughts": 2, "tools": 3}
-"""The template writes empty thoughts into the last message only."""
+"""The numbers of examples where the template writes empty thoughts into the last message only."""
 IM = ("<|im_end|>",)
 
 FAMILIES = {

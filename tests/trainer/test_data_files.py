@@ -1,6 +1,5 @@
-"""Data files of every kind become rows: a fault costs its row where it is one row's, and its file where nobody can tell
-how the file goes on. Whatever stands in a file, reading it ends with rows or with a sentence.
-"""
+"""Data files of every kind become rows. A fault in one row costs this row. A fault after which nobody can tell where
+the next row begins costs the file. Whatever a file contains, reading it ends with rows or with a sentence."""
 
 from __future__ import annotations
 
@@ -210,7 +209,7 @@ def test_any_bytes_as_a_file_of_any_kind_are_rows_or_a_sentence(
         honest = CONTENTS[kind]
     honest = COMPRESS[compression if compression in COMPRESS else ""](honest)
     at = data.draw(st.integers(0, len(honest)))
-    # Bytes alone seldom come past the first check of a format, so they are also put into an honest file.
+    # Random bytes alone seldom pass the first check of a format, so they are also put into an honest file.
     for content in (noise, honest[:at] + noise + honest[at + len(noise) :], honest[:at]):
         sentence, rows = "", []
         try:
@@ -476,7 +475,8 @@ def test_a_row_group_of_hundreds_of_megabytes_is_read_page_by_page(tmp_path: Pat
 
 
 def test_long_texts_that_lie_side_by_side_take_the_memory_of_a_few(tmp_path: Path) -> None:
-    """Neither texts that the file holds once for all rows nor the average length of a row tell how much is decoded."""
+    """The size of a file does not tell how much is decoded: a file may hold a text once for all its rows, and a few
+    rows may be far longer than the average."""
     long = "abcdefgh" * 175_000
     parquet.write_table(pyarrow.table({"text": [long] * 200}), tmp_path / "once.parquet")
     assert peak_mebibytes(tmp_path / "once.parquet", 200) <= 200
@@ -500,7 +500,7 @@ def test_a_small_parquet_file_with_endless_rows_of_nothing_is_not_read_to_its_en
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.zst", "a.jsonl.gz"])
 def test_the_memory_for_a_file_of_twenty_gigabytes_is_that_of_a_small_one(name: str, tmp_path: Path) -> None:
-    """The file is a named pipe, so that it needs no space. It is longer than most disks of test machines."""
+    """The file is a named pipe, because a test machine may not have twenty gigabytes of free space."""
     program = """
 import gzip, itertools, json, os, sys
 import pyarrow

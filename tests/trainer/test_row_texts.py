@@ -118,7 +118,7 @@ def test_no_texts_of_a_row_make_a_control_token_together(texts: list[str], name:
     assert not isinstance(found, str), found
     assert not isinstance(plain, str), plain
     control = [[number for number in examples[0].ids if number in special] for examples in (found, plain)]
-    assert control[0] == control[1]  # those that the template writes
+    assert control[0] == control[1]  # only the control tokens that the template writes
     asked = [user(parts, name=f"n{name}")]
     text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(list(found[0].ids[: found[0].prompt_tokens])) == text

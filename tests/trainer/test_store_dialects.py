@@ -69,7 +69,8 @@ base64."""
 
 @dataclass(frozen=True)
 class Issuer:
-    """A small OpenID Connect issuer of tokens. For its service accounts, a Kubernetes cluster is such an issuer."""
+    """A small OpenID Connect issuer of tokens. A Kubernetes cluster also is an issuer: it issues the tokens of its
+    service accounts."""
 
     url: str
     key: rsa.RSAPrivateKey

@@ -91,7 +91,8 @@ class JobMemory:
     undeletable_pods: set[str] = field(default_factory=set)
     """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
-    """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
+    """When the operator first saw that the container of a pod waits because of an error of the container runtime, by
+    the uid of the pod."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None

@@ -123,7 +123,8 @@ class StatusWriter:
         return memory.seconds_to_reported_write(now)
 
     async def _write(self, job: StoredJob, status: FineTuneJobStatus, *, waited: bool) -> Write | None:
-        """Write ``status`` and create the events; ``waited`` says whether the limit of all jobs was waited for."""
+        """Write ``status``, and then create the events. ``waited`` says whether the write has waited for its turn in
+        the limit of all jobs; a write that has not waited counts in this limit too."""
         if not waited:
             self._budget.spend(self._clock())
         write = await self._apply(job, status)

@@ -1,7 +1,7 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
 has a loss. `micro_batches.py` calls `collate`.
 
-No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
+No attention mask is built. Padding needs none, because with causal attention a token can't attend to a token on its
 right. Packed examples are separated by their position ids. With a mask of ones the model would ignore this separation.
 """
 
@@ -19,9 +19,8 @@ from finetune_trainer.data.examples import Example
 IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the
-dropout keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
-"""
+"""Factor by which the position of a token is multiplied, so that small positions spread over all 64 bits of the dropout
+keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio)."""
 
 
 class Batch(NamedTuple):

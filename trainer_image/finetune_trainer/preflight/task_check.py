@@ -1,6 +1,5 @@
 """Checks whether the answers of a job can be graded: the columns that its grader reads, and the first rows.
-`row_check.py` asks about each data file.
-"""
+`row_check.py` uses `TaskCheck` for each data file."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ class TaskCheck:
     """What the grader of a job needs of the data files. Nothing where the job has no task."""
 
     def __init__(self, config: RunConfig, grading: Grading | None) -> None:
-        """Check for the job of ``config``, whose answers ``grading`` grades."""
+        """Check for the job with the run file ``config``. ``grading`` grades the job's answers; it is None if the job
+        has no task."""
         self._evaluation = config.evaluation
         self._scored = "dataset.test" if config.dataset.test is not None else "dataset.validation"
         self._grading = grading
@@ -44,11 +44,12 @@ class TaskCheck:
         *,
         whole: bool,
     ) -> list[str]:
-        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows behind
+        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows beyond
         `evaluation.generation.maxExamples` are left out, because no answers to them are generated. ``read_completion``
-        is that of `Grading.reading`.
+        is the argument of `Grading.reading`.
 
-        Raises UserError instead where ``rows`` are the ``whole`` file and the job needs a score of its task.
+        Raises UserError instead where the job needs a score of its task and no other rows are graded: ``rows`` are the
+        ``whole`` file, or they reach `maxExamples`.
         """
         if self._grading is None or field not in GRADED_FIELDS:
             return []

@@ -44,8 +44,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it, or
-    `<claim>/<path>`."""
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it,
+    `<claim>/<path>`, or how many sources a mix has."""
     hub = source.hugging_face
     if hub is not None:
         path = getattr(hub, "path", None)

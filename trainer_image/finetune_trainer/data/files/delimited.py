@@ -65,8 +65,8 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
 class _RecordLines:
     """The lines of a file for a csv reader, with a limit on the characters of a record.
 
-    A line break within quotes does not end a record. So fields that begin and end in the middle of lines could make a
-    record of a whole file, and all of them would be in memory until the record ends.
+    A line break within quotes does not end a record. So a single opened quote could make the rest of a file one record,
+    and the csv reader would hold all its lines in memory until the record ends.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -82,8 +82,9 @@ class _RecordLines:
         return self
 
     def __next__(self) -> str:
-        """Return the next line. Raises csv.Error if the lines of the record but the last one have too many characters,
-        so that the csv reader itself can first say that a field is too long."""
+        """Return the next line. Raises csv.Error if the lines of the record have too many characters, even without the
+        last line that was returned. The error comes one line late, so that the csv reader itself can first say that a
+        field is too long."""
         if self._is_long:
             raise csv.Error(f"row larger than row limit ({ROW_CHARACTERS})")
         self._is_long = self._characters > ROW_CHARACTERS

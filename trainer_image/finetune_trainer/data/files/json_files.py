@@ -19,8 +19,9 @@ CHUNK_CHARACTERS = 64 * 1024
 """How many characters of the file are read at once, at least."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _NEAR_THE_END = 16
-"""How many characters before the end of the text the decoder may report an error because the text ends there. The
-longest token that is not a string, a number apart, is `-Infinity`, and an escape in a string has 12 characters."""
+"""An error that the decoder reports within this many characters before the end of the text may have a single cause: the
+text ends there. The longest token, apart from strings and numbers, is `-Infinity`, and an escape in a string has at
+most 12 characters."""
 
 
 def json_rows(file: TextIO) -> Iterator[Row]:
@@ -69,8 +70,8 @@ class _Text:
         """Whether no text follows `buffer`."""
 
     def extend(self) -> None:
-        """Read on, at least as much as there is already, so that the time for a long row grows with its length only,
-        but no more than a row may have. What lies before the position is dropped."""
+        """Read on, and drop the text before the position. At least as much is read as is still there, so that the time
+        for a long row grows only with its length. No more is read than a row may have."""
         left = self.buffer[self.position :]
         more = self._file.read(max(1, min(max(CHUNK_CHARACTERS, len(left)), ROW_CHARACTERS + 1 - len(left))))
         self.is_at_end = not more

@@ -11,7 +11,8 @@ from finetune_trainer.data.files.row import repeated
 from finetune_trainer.data.files.streams import bad_byte
 
 _LONGEST_INTEGER = 4300
-"""Largest number of digits of an integer, as in Python itself. Reading longer ones takes time with their square."""
+"""Largest number of digits of an integer, as in Python itself. The time to read an integer grows with the square of its
+length."""
 
 
 class Decoded(NamedTuple):
@@ -31,8 +32,8 @@ class RowDecoder:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
     def decode(self, text: str, start: int) -> Decoded:
-        """Return the row that begins at ``start`` in ``text``, where no blank may stand. A value that is no object is a
-        row with a problem.
+        """Return the row that begins at ``start`` in ``text``. There must be no blank at ``start``. A value that is no
+        object is a row with a problem.
 
         Raises JSONDecodeError if no JSON value begins there or if ``text`` ends within the value, and RecursionError if
         the value is nested too deeply.
