@@ -48,7 +48,7 @@ def resolve(
 
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
     uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
-    templates in all other jobs: the day (UTC) on which attempt 1 was opened.
+    templates in all other jobs: the day (UTC) on which attempt 1 started.
     """
     spec = job.spec
     problems = unrunnable(spec)

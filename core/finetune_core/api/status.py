@@ -351,7 +351,7 @@ class RequirementStatus(StatusModel):
     tuned: Decimal | None = None
     """Score of the tuned model. Absent where it was not measured."""
     difference: Decimal | None = None
-    """Score of the tuned model less that of the base model."""
+    """Score of the tuned model minus the score of the base model. Absent where one of the two was not measured."""
     passed: bool
     """Whether the score was reached."""
 
