@@ -33,7 +33,7 @@ does not exist."""
 
 
 class _Listed:
-    """For which namespaces the resync has listed the jobs, and whether that makes the operator ready."""
+    """Records for which namespaces the resync has listed the jobs, and marks the operator as ready after the last."""
 
     def __init__(self, namespaces: Collection[str | None], activity: WatchActivity, metrics: Metrics) -> None:
         self._waits = set(namespaces)
@@ -109,8 +109,8 @@ class Controller:
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
         """Queue every job of ``namespace`` (None: of all namespaces) now and again every ``seconds``.
 
-        Where the list has been refused for ``seconds``, nothing is known of the jobs any more, so their series are no
-        longer exported until a list succeeds.
+        Where the list has been refused for ``seconds``, nothing is known of the jobs any more. The metrics of these
+        jobs are then not exported until a list succeeds.
         """
         problem, refusals = "", 0
         while True:

@@ -87,7 +87,7 @@ class AttemptObjects:
         logger.info("attempt removed", extra=job.log_fields)
 
     async def remove_orphans(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Delete ``pods``, whose attempt has ended and whose child somebody deleted without them.
+        """Delete ``pods``, which still exist although their attempt has ended and somebody has deleted their child.
 
         A pod whose deletion is refused, for example by an admission policy, is remembered and no longer waited for.
         """

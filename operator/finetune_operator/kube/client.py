@@ -145,7 +145,7 @@ def _json_object(body: bytes) -> Manifest | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedJob:
-    """What a list of FineTuneJobs tells about each job: its key and its version, without spec and status."""
+    """What a list of FineTuneJobs contains about each job: its key and its version, without spec and status."""
 
     key: Key
     resource_version: str
@@ -358,8 +358,9 @@ class KubeClient:
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 409 is raised although it mostly means that the object is gone and a new one has its name, so that the
-            # uid precondition failed. A 409 can also have other causes, and the next reconcile reads what exists.
+            # A 409 mostly means that the object is gone and a new object has its name, so that the uid precondition
+            # failed. It is raised nevertheless, because a 409 can also have other causes, and the next reconcile reads
+            # what exists.
             if not error.is_not_found:
                 raise
             return False

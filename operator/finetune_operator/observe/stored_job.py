@@ -28,7 +28,7 @@ _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
 """Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
 for the status as a whole."""
 _ALWAYS = ("conditions", "observedGeneration")
-"""Fields of the status that are written whatever another version has written there."""
+"""Fields of the status that are always written, even where this version can't read all of their stored content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +153,10 @@ def _is_bookkeeping(path: str) -> bool:
 
 
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
-    """Return ``attempts`` with counts no smaller than its list of attempts shows, and without pod records without uid.
+    """Return ``attempts`` with counts that are at least as large as its list of attempts shows.
 
-    Another version may have left out counts and uids. Counts matter, because no second attempt may get a number that is
-    used already. A pod record without a uid would look like a pod that vanished.
+    Pod records without a uid are removed, because each would look like a pod that vanished. Another version may have
+    left out counts and uids. Counts matter, because no second attempt may get a number that is used already.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:

@@ -91,7 +91,7 @@ class _Line:
         self._inside = 0
 
     async def review(self, client: KubeClient, token: str, audience: str) -> TokenPod | None:
-        """Review a token when it is its turn; raise ReviewUnavailableError where that fails or too many wait."""
+        """Review a token once a slot is free; raise ReviewUnavailableError where that fails or too many wait."""
         if self._inside >= MOST_WAITING:
             raise ReviewUnavailableError(f"{self._inside} tokens wait for their review")
         self._inside += 1

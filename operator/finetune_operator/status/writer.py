@@ -58,7 +58,7 @@ class StatusWriter:
         self._budget = TokenBucket(per_second=WRITES_PER_SECOND, burst=BURST)
 
     async def write(self, job: StoredJob, given: StatusInput) -> float | None:
-        """Write the status that follows from ``given`` where it differs from the stored status, as soon as it may.
+        """Write the status that follows from ``given`` where it differs from the stored status and may be written now.
 
         Returns the seconds after which the status may be written; None where it was written or does not differ.
 
