@@ -1,4 +1,4 @@
-"""Runs the operator's report server over TLS on this machine, and sends it what no well-behaved client would send."""
+"""Runs the operator's report server over TLS on this machine, and sends it requests that no normal client sends."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from tests.operator.operators import KEY, reconciler
 from tests.operator.scenarios import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
-"""Reasons of the 409 that answers a creation in these tests. Nothing is created, whatever the reason. AlreadyExists
-without an object of that name is as if somebody had deleted the existing object right after the answer."""
+"""Reasons of the 409 that answers a creation in these tests. Nothing is created, whatever the reason. With the reason
+AlreadyExists it is as if somebody had deleted the existing object right after the answer."""
 CREATIONS = ("create_config_map", "create_network_policy", "create_child", "create_pod")
 LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost one, then succeeds")
 

@@ -1,4 +1,5 @@
-"""Which verdict an attempt gets whose pods or child somebody or the backend has deleted, and whom the verdict names."""
+"""The verdict of an attempt whose pods or child were deleted, by a person or by the backend. The tests also check which
+pods and which node the verdict names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests without a valid token make the operator do nothing, and the answers do not tell which jobs exist.
+"""Requests without a valid token make the operator do nothing, and the answers do not reveal which jobs exist.
 
 The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
 stand-in that records every request.

@@ -36,7 +36,8 @@ FAILURES = [
 
 
 class Lists:
-    """Stands for the client of the API server: answers a list of jobs by its namespace, with jobs or with an error."""
+    """Takes the place of the client of the API server. ``answers`` has, for each namespace, the jobs of its list, or
+    the error with which the list fails."""
 
     def __init__(self, answers: dict[str | None, list[ListedJob] | Exception]) -> None:
         self.answers = answers
