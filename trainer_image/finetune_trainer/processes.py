@@ -32,7 +32,7 @@ def worker_environments(
     """Return the environment variables of this pod's workers, in the order of their local ranks.
 
     ``rendezvous`` is where the workers find the rendezvous store, and ``threads`` is the number of compute threads of
-    each worker. Where there is one node, gloo and NCCL are told to listen on the loopback interface only.
+    each worker. Where there is one node, gloo and NCCL use the loopback interface only.
     """
     world = plan.config.world
     base = dict(environment)

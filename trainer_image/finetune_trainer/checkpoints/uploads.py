@@ -159,8 +159,8 @@ class WaitingSnapshots:
         """Return the numbers of the waiting snapshots that may be dropped in favour of a newer snapshot. Snapshots up
         to number ``begun`` are not among them, because some rank has begun to upload them.
 
-        The snapshots that are not required may be dropped. Where all are required, only the oldest may be dropped: each
-        was the best when it was taken, so the later snapshots are better.
+        The snapshots that are not required may be dropped. Where all are required, only the oldest may be dropped. Each
+        of them was the best when it was taken, so the oldest is worse than those that wait behind it.
         """
         open_ = [item for item in self._snapshots if item.number > begun]
         return [item.number for item in open_ if not item.required] or [item.number for item in open_[:1]]

@@ -179,8 +179,8 @@ def _hide_torch() -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. From now on SIGTERM ends
-    the process at once."""
+    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. SIGTERM and SIGINT end
+    the process at once, in the block and after it."""
 
     def on_alarm(*_: object) -> NoReturn:
         raise ChecksTimedOut

@@ -14,7 +14,8 @@ from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungr
 from finetune_trainer.evaluation.graders import Grading
 
 TRIED_SECONDS = 20.0
-"""Longest time in seconds for which the rows of a data file are tried. The whole check has two minutes."""
+"""Longest time in seconds for which the grader is tried on the rows of a data file. All checks together have
+PREFLIGHT_SECONDS (two minutes)."""
 
 
 class TaskCheck:
@@ -46,10 +47,10 @@ class TaskCheck:
     ) -> list[str]:
         """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows beyond
         `evaluation.generation.maxExamples` are left out, because no answers to them are generated. ``read_completion``
-        is the argument of `Grading.reading`.
+        is the argument of `Grading.reading`. ``whole`` says whether ``rows`` are all rows of ``field``.
 
-        Raises UserError instead where the job needs a score of its task and no other rows are graded: ``rows`` are the
-        ``whole`` file, or they reach `maxExamples`.
+        Raises UserError instead where the job needs a score of its task and no other rows are graded, because ``rows``
+        are all rows or reach `maxExamples`.
         """
         if self._grading is None or field not in GRADED_FIELDS:
             return []

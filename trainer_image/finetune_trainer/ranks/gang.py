@@ -3,8 +3,8 @@ all ranks of a SIGTERM, and runs functions on one rank or on all.
 
 The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
 same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
-a collective while another rank talks to the object store. A SIGTERM or a stall of one rank also reaches all ranks
-through the rendezvous store.
+a collective while another rank talks to the object store. Through the rendezvous store all ranks also learn that one
+rank received SIGTERM or stalls.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def listed_records(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listed run records of a folder by run number, in ascending order. The run numbers are those that the
-    folder's runs have taken so far."""
+    """Return the listing entry of each run record below ``root``, by run number in ascending order. These are the run
+    numbers that the job's runs have taken so far."""
     matches = ((re.fullmatch(r"runs/([0-9]{6,18})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
     found = {int(match[1]): entry for match, entry in matches if match}
     return {run: found[run] for run in sorted(found) if found[run].key == run_key(run)}
