@@ -19,7 +19,7 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"
-"""What control tokens look like in the text of a template."""
+"""Regular expression that matches the control tokens in the text of a template."""
 WORDS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 """Texts that are tokens in some tokenizers, such as Qwen's, but no special tokens."""
 

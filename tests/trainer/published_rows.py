@@ -40,7 +40,7 @@ NAMES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A template that shows names."""
+"""A chat template that shows the field `name` of a message."""
 
 
 def asked(*more: Mapping[str, Any], **changes: Any) -> list[Mapping[str, Any]]:

@@ -102,8 +102,8 @@ def _plain_text(rng: random.Random, number: int) -> str:
 
 
 def _skipped_text(rng: random.Random, number: int) -> Made:
-    """Make a row of text that is skipped if it is too long. A control token in the text is a control token, because of
-    `allowSpecialTokens`."""
+    """Make a row of text that is skipped if it is too long. `<end>` in the text becomes the control token, because the
+    format has `allowSpecialTokens`."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     return Made({"text": text}, [] if number % 3 == 2 else [[(f"{text} <end>", True)]])
 
@@ -119,8 +119,8 @@ def _split_text(rng: random.Random, number: int) -> Made:
 
 
 def _cut_text(rng: random.Random, number: int) -> Made:
-    """Make a row of text that is truncated if it is too long. A control token in the text is ordinary text, and the
-    tiny model knows none of its words."""
+    """Make a row of text that is truncated if it is too long. `<end>` in the text is read as ordinary text of three
+    words, none of which the tiny model knows."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     shown = f"{text.replace('<end>', '<unk> <unk> <unk>')} <end>"
     return Made({"body": text, "other": "unused"}, [[(" ".join(shown.split()[:LONGEST]), True)]])

@@ -249,7 +249,8 @@ def _split(folder: Path, *, lost_file: bool) -> None:
 
 
 def _write(path: Path, content: Any, *, split: bool = False) -> None:
-    """Write ``content`` as JSON. With ``split``, the weights lie in a file that only an index can name."""
+    """Write ``content`` as JSON. With ``split``, first rename the weight file, so that it can be found only through an
+    index."""
     if split:
         _split(path.parent, lost_file=False)
     path.write_text(json.dumps(content))
@@ -546,7 +547,7 @@ def test_the_chat_template_of_a_job_is_checked_with_the_rows(
 def test_the_columns_of_a_conversation_that_no_field_names_are_read_too(
     tiny_model: Path, paths: Paths, check: Check
 ) -> None:
-    """A file of parquet is read without the columns that nobody needs. The column `system` is not among them."""
+    """Of a parquet file only the columns that the job needs are read. The column `system` is one of them."""
     folder = paths.volumes / "models"
     shutil.copytree(tiny_model, folder)
     (folder / "a.jinja").write_text(SIMPLE.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"))
