@@ -1,4 +1,4 @@
-"""Runs the real launcher as processes on loopback. Each launcher process stands for one pod of an attempt."""
+"""Runs the real launcher as processes on loopback. Each launcher process takes the place of one pod of an attempt."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def children(process: int) -> list[int]:
 
 @dataclass
 class Pod:
-    """One launcher process, which stands for a pod."""
+    """One launcher process, which takes the place of a pod."""
 
     process: subprocess.Popen[bytes] | Forked
     scratch: Path

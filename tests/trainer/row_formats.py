@@ -82,7 +82,7 @@ class RowFormat:
     """The weights of a mix. Empty where the format is no mix."""
 
     def rows(self, count: int, seed: int) -> list[Made]:
-        """Return ``count`` rows."""
+        """Return ``count`` rows with their examples. The same ``seed`` gives the same rows."""
         rng = random.Random(f"{self.name}/{seed}")
         return [self.make(rng, number) for number in range(count)]
 

@@ -39,7 +39,7 @@ KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1"
 
 
 class Ranks:
-    """Running ranks (`joining.py`), each in a process that stands for a pod of its own."""
+    """Running ranks (`joining.py`), each in a process of its own, as if each had a pod of its own."""
 
     def __init__(
         self,

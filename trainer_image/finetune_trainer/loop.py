@@ -116,8 +116,8 @@ class TrainingLoop:
         """
         try:
             if self._evaluation_missing:
-                # Make up for the missing evaluation of the parent checkpoint: SIGTERM came during this evaluation.
-                # Without it, the choice of the best checkpoint would depend on when SIGTERM came.
+                # SIGTERM came during the evaluation of the parent checkpoint, so the evaluation is made now. Otherwise
+                # the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1

@@ -153,8 +153,8 @@ class WorkerProcesses:
 
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[_ReceivedSignals]:
-    """While the block runs, collect the stop signals and SIGCHLD, which tells that a worker has exited. Python writes
-    the number of each signal into a pipe, and this wakes the loop that supervises the workers.
+    """While the block runs, collect the stop signals and SIGCHLD, which the kernel sends when a worker has exited.
+    Python writes the number of each signal into a pipe, and this wakes the loop that supervises the workers.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

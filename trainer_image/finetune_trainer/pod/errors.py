@@ -1,6 +1,6 @@
 """The exceptions that end a run early. The message of an exception is the sentence that users see in the job's status.
 
-Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes (a value of
+Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes (values of
 `finetune_core.contract.Outcome`). Errors that a user can correct in the job or its data are raised as
 `finetune_core.errors.UserError` instead (exit code 64).
 """
@@ -55,7 +55,7 @@ class Damaged(OutsideFailure):
 @contextmanager
 def library_boundary(failure: Callable[[BaseException], Exception], *known: type[Exception]) -> Iterator[None]:
     """Turn whatever another library raises in the `with` block into the exception that ``failure`` makes of it. Put
-    only calls of the library into the block, because this function would also turn an error of the trainer itself.
+    only calls of the library into the block, because this function would also convert an error of the trainer itself.
 
     MemoryError, UserError, OutsideFailure and the exceptions ``known`` pass as they are. So do exceptions that end a
     thread or a process, such as KeyboardInterrupt. A panic of a library that is written in Rust, such as tokenizers, is

@@ -133,8 +133,8 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
-    object store are left out."""
+    """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
+    data in the object store are left out."""
     _hide_torch()
     from finetune_trainer.evaluation.graders import load_grading
     from finetune_trainer.preflight.model_check import ModelFacts, check_model

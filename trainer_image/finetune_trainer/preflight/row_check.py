@@ -1,5 +1,5 @@
-"""Checks the first rows of a data file: columns, values, chat template and length in tokens. `preflight/entrypoint.py`
-calls `check_rows` for each data file.
+"""Checks the first rows of a data source: columns, values, chat template and length in tokens.
+`preflight/entrypoint.py` calls `check_rows` for each data source.
 
 The rows pass through the functions that also make the examples of a training run.
 """
@@ -31,7 +31,7 @@ from finetune_trainer.sources.source_files import DataFiles, HeadLimits
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
-"""Largest number of rows of a data file that are turned into examples."""
+"""Largest number of rows of a data source that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
 """Largest number of bytes that are fetched of the text files of a data source. A text file that is longer is cut off
 after its last whole row."""
@@ -62,7 +62,7 @@ class SourceHead:
     bytes: int
     """Size of the local files."""
     has_schema: bool
-    """Whether the columns are known although no row is there."""
+    """Whether the columns are known although one of the local files has no rows."""
 
 
 def check_rows(

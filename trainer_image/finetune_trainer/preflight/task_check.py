@@ -1,5 +1,5 @@
 """Checks whether the answers of a job can be graded: the columns that its grader reads, and the first rows.
-`row_check.py` uses `TaskCheck` for each data file."""
+`row_check.py` uses `TaskCheck` for each data source."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungr
 from finetune_trainer.evaluation.graders import Grading
 
 TRIED_SECONDS = 20.0
-"""Longest time in seconds for which the grader is tried on the rows of a data file. All checks together have
+"""Longest time in seconds for which the grader is tried on the rows of a data source. All checks together have
 PREFLIGHT_SECONDS (two minutes)."""
 
 
 class TaskCheck:
-    """What the grader of a job needs of the data files. Nothing where the job has no task."""
+    """Checks whether the data sources have what the grader of a job needs. Without a task every source passes."""
 
     def __init__(self, config: RunConfig, grading: Grading | None) -> None:
         """Check for the job with the run file ``config``. ``grading`` grades the job's answers; it is None if the job
@@ -29,7 +29,8 @@ class TaskCheck:
         self._grading = grading
 
     def columns(self, field: str) -> Sequence[NamedColumn]:
-        """Return the columns that the file of ``field`` must have, with the fields of the spec that name them."""
+        """Return the columns that the rows of ``field`` must have, with the fields of the spec that name them.
+        ``field`` is the path of a data source in the spec, for example `dataset.validation`."""
         return self._grading.required_columns if self._grading is not None and field in GRADED_FIELDS else ()
 
     @property

@@ -378,8 +378,8 @@ class Gang:
             except (RuntimeError, dist.DistError):
                 # Rank 0 is gone, and with it the rendezvous store. No other rank reads heartbeats, so this thread ends.
                 return
-            # This sleep is the interval between two heartbeats. It delays no other thread, because none waits for this
-            # one.
+            # This sleep is the interval between two heartbeats. It delays no other thread, because no thread waits for
+            # this thread.
             time.sleep(HEARTBEAT_SECONDS)
 
     def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:

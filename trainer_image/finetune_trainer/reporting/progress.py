@@ -1,7 +1,7 @@
 """What rank 0 knows about the run: `Progress` writes a log line for each step, sends reports to the operator, and
 collects the rows of the step log.
 
-`loop.py`, `finish.py` and `evaluation/` note what happens, and only rank 0 has a `Progress`.
+`worker.py`, `train.py`, `loop.py`, `finish.py` and `evaluation/` call `Progress` on rank 0. Other ranks have none.
 """
 
 from __future__ import annotations
