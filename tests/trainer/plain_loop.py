@@ -82,7 +82,7 @@ def plain_perplexity(model: Callable[..., Any], examples: Sequence[PlainExample]
 
 
 def _mean_nll(model: Callable[..., Any], examples: Sequence[PlainExample]) -> torch.Tensor:
-    """Return the negative log-likelihood (nats) of a learned token, in the mean over all ``examples``."""
+    """Return the mean negative log-likelihood (nats) of the learned tokens of all ``examples``."""
     sums, count = [], 0
     for example in examples:
         ids = torch.tensor([example.ids])

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete and
-that their tensors have the right shapes, and writes the index, a file that lists the tensors."""
+"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete, and
+writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class WeightFiles:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UserError where a weights file of the model in ``folder`` is missing, is shorter than its header says or
-    malformed, or lacks a tensor that the index expects in it. Raise OutsideFailure where a file can't be read."""
+    """Raise UserError where a weights file of the model in ``folder`` is missing, can't be opened, for example because
+    it is shorter than its header says, or lacks a tensor that the index expects in it."""
     index = folder / INDEX_FILE
     expected: dict[str, set[str]] = {path.name: set() for path in folder.glob("*.safetensors")}
     try:

@@ -67,7 +67,7 @@ class FormerFolder:
     training."""
 
     training: TrainingRecord
-    """What all runs in the folder trained."""
+    """The training of all runs in the folder."""
     found: FoundRun
     newest: datetime
     """When the newest run in the folder was begun."""
