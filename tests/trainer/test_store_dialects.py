@@ -440,4 +440,4 @@ def test_the_launcher_workers_and_preflight_use_every_field_about_access_to_the_
     fields = ReadFields(config.storage)
     open_root(config.model_copy(update={"storage": fields}), Paths())
     expected = set(StorageConfig.model_fields) - SAVING
-    assert fields.names == expected, "open_root must give the new field to Store, or it belongs into SAVING"
+    assert fields.names == expected, "open_root must give the new field to Store, or it belongs to SAVING"
