@@ -38,8 +38,8 @@ MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
 """Limits for the snapshots (copies of the training state in memory) that wait while another snapshot is uploaded: how
 many may wait, and how many bytes they may take on one rank. Beyond either limit, a new snapshot replaces waiting
-snapshots, except the best one. So after an outage of the store, the run does not upload old checkpoints that the retention would delete at
-once."""
+snapshots, except the best one. So after an outage of the store, the run does not upload old checkpoints that the
+retention would delete at once."""
 POLL_SECONDS = 0.2
 """While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
 have failed, or received SIGTERM."""
