@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 from http import HTTPStatus
 from typing import Final
 
-from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, ApiError, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics

@@ -32,7 +32,8 @@ from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient
+from finetune_operator.kube.api_errors import REQUEST_ERRORS
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.observation import JobObservation

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
 from finetune_operator.queue.key import Key
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract.preflight_result import PreflightResult
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
 from finetune_operator.reconcile import Reconciler

@@ -13,7 +13,8 @@ from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract import Outcome
 from finetune_operator import controller as controller_module
 from finetune_operator.controller import Controller
-from finetune_operator.kube.client import ApiError, ListedJob
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import ListedJob
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.key import Key

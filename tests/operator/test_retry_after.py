@@ -16,7 +16,8 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client as kubernetes_client
 
-from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import TRIES_IF_OVERLOADED, KubeClient
 from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
 from finetune_operator.kube.watch_session import watch_session
 from finetune_operator.queue.key import Key

@@ -16,7 +16,8 @@ from finetune_core.names import attempt_name
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
 from finetune_operator.act.network_policies import NetworkPolicies
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
 from finetune_operator.objects.network_policy import build_network_policy

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC
 
 from finetune_core.api.status import CheckpointStatus
-from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, ApiError, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.stored_job import StoredJob

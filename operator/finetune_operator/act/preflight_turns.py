@@ -12,7 +12,8 @@ from datetime import datetime
 
 from finetune_core.api import KIND, FineTuneJobStatus
 from finetune_operator.decide.decision import Decision
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
 from finetune_operator.observe.observation import JobObservation

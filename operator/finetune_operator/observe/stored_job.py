@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_snake
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.evaluation import EvaluationSpec, RequirementSpec
+from finetune_core.api.older_specs import present_manifest
 from finetune_core.api.reading import Section, read_section
 from finetune_core.api.resources import ResourcesSpec
 from finetune_core.api.run_policy import RunPolicySpec
@@ -179,6 +180,6 @@ def parse_spec(stored: StoredJob) -> ParsedJob:
     """Return the stored job with its parsed spec; raises ValidationError where this version of the
     operator can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
-    resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
+    resource = FineTuneJob.model_validate(present_manifest({name: stored.manifest[name] for name in fields}))
     known = {each.name: getattr(stored, each.name) for each in dataclasses.fields(stored)}
     return ParsedJob(resource=resource, **known)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, describe_error
+from finetune_operator.kube.client import KubeClient
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
