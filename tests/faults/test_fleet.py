@@ -295,5 +295,5 @@ def _wait_for_reconciles(
     world.wait(f"two reconciles of each job by {who}", reconciled, 90)
     # A reconcile that fails also requests its job. The requests alone therefore do not show that the reconciles
     # succeeded.
-    assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names)
+    assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names), operator.evidence()
     assert operator.metric("finetune_reconciles_total", 'result="error"') == 0, operator.evidence()
