@@ -8,6 +8,7 @@ start first, so that both workers end at about the same time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,23 @@ TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they need the most CPU
 time and can run at the same time. The tests of most other folders spend most of their time waiting."""
+FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
+"""The same for `make unit`. The tests of `operator` are the largest group then, and one worker needs longer for them
+than the other one for all files that come after those of `trainer`."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests so that the folders of `FIRST` come first."""
-    items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0]))
+    """Sort the tests so that the folders of `FIRST` come first, or those of `FIRST_WITHOUT_CLUSTER` where no test uses
+    a cluster. The hook is called after the one in which pytest takes away the tests that are not asked for."""
+    first = FIRST if any(item.get_closest_marker("cluster") for item in items) else FIRST_WITHOUT_CLUSTER
+    items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0], first))
 
 
-def _rank(folder: str) -> int:
-    return FIRST.index(folder) if folder in FIRST else len(FIRST)
+def _rank(folder: str, first: Sequence[str]) -> int:
+    return first.index(folder) if folder in first else len(first)
 
 
 def group_of(nodeid: str) -> str:
