@@ -20,8 +20,8 @@ from tests.cluster.fixtures import cluster
 
 __all__ = ["cluster"]
 
-# torch computes in a single thread. The workers share the processors, and threads of torch that wait for each other keep
-# a processor busy. torch reads the variable when it is imported, which is later.
+# torch computes in a single thread. The workers share the processors, and threads of torch that wait for each other
+# keep a processor busy. torch reads the variable when it is imported, which is later.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A property test draws the same values in each run, so that a test that fails points at the change. `make test-long`

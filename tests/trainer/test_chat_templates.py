@@ -190,9 +190,7 @@ def test_every_published_template_of_a_text_model_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), cases(refused=False))
-def test_before_and_behind_each_answer_stand_the_tokens_of_inference(
-    name: str, kind: str, family_of: FamilyOf
-) -> None:
+def test_before_and_behind_each_answer_stand_the_tokens_of_inference(name: str, kind: str, family_of: FamilyOf) -> None:
     family, messages = FAMILIES[name], CONVERSATIONS[kind]
     tokenizer, render = family_of(name)
     examples = render(row_of(kind, messages))
@@ -226,9 +224,7 @@ def test_a_conversation_that_a_template_can_not_show_is_refused_by_name(
 @pytest.mark.parametrize(
     "name", [name for name in FAMILIES if (template_folder() / f"{name}_training.jinja").is_file()]
 )
-def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(
-    name: str, family_of: FamilyOf
-) -> None:
+def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(name: str, family_of: FamilyOf) -> None:
     """Each conversation is cut behind each of its answers, and the last answer is compared."""
     family, marked = FAMILIES[name], published(f"{name}_training")
     tokenizer, render = family_of(name)
