@@ -111,6 +111,7 @@ def _imports(file: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+@cache
 def _is_left_out(file: Path) -> bool:
     """Return whether all tests of ``file`` need the cluster or are long. They do if the variable ``pytestmark`` of the
     file contains the marker ``cluster`` or ``long``."""
