@@ -8,8 +8,9 @@ start first, so that both workers end at about the same time.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
 than the other one for all files that come after those of `trainer`."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import all test files without the garbage collector, which would look again and again at all that the imports
+    make: half of the time would be its. It does not look at these objects later either, because all of them stay until
+    the end. Children that tests fork share them with this process for longer."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
