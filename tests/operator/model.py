@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import ApiError
@@ -16,15 +16,20 @@ from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
 from finetune_operator.queue.key import Key
 
 Manifest = dict[str, Any]
+Json = TypeVar("Json")
 _OWN = set(ConditionType)
 
 
-def copied(value: Any) -> Any:
+def copied(value: Json) -> Json:
     """Return a copy of the JSON value ``value``. The server copies whatever it takes and gives, and `copy.deepcopy`
     would take most of the time of the tests with large statuses."""
+    return cast(Json, _copied(value))
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: copied(inner) for name, inner in value.items()}
-    return [copied(item) for item in value] if isinstance(value, list) else value
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 class CrashedError(Exception):
