@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,20 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def renderer(
+    tokenizer: PreTrainedTokenizerFast, ends: Sequence[str] = (), today: date | None = None, **form: Any
+) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
+    """Return a function that makes the examples of a row. ``ends`` are the tokens at which the model stops, besides
+    `<eos>`.
+
+    All rows are rendered in one process, as in a job. The process is a fork of the process of the tests, which is
+    large, so that a fork takes far longer than the rendering of a row. The process ends with the function.
+    """
+    stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
+    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
+    return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)
+
+
 def rendered(
     tokenizer: PreTrainedTokenizerFast,
     row: Mapping[str, Any],
@@ -59,11 +73,8 @@ def rendered(
     today: date | None = None,
     **form: Any,
 ) -> Sequence[Example] | str:
-    """Return the examples of ``row``, or what is wrong with it. ``ends`` are the tokens at which the model stops,
-    besides `<eos>`. ``form`` are fields of `dataset.format.messages`."""
-    stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
-    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
-    return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)
+    """Return the examples of the single row ``row``, see `renderer`."""
+    return renderer(tokenizer, ends, today, **form)(row)
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example] | str) -> list[list[str]]:

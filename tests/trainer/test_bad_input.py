@@ -114,7 +114,7 @@ def test_a_run_file_of_another_version_is_refused(store: ObjectStore, pods: Star
 
 
 def test_fewer_gpus_than_asked_for_never_falls_back_to_the_cpu(store: ObjectStore, pods: StartPods) -> None:
-    attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"))
+    attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"), forked=True)
     assert attempt.wait() == [75]
     assert "the NVIDIA driver shows 0" in attempt.pods[0].result.message
 

@@ -102,7 +102,9 @@ def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
         "optimization__globalBatchSize": 8,
     }
     attempt = pods(
-        run_config(store, "mixed", world__nodes=1, **changes), arguments=("--volumes", str(tmp_path / "volumes"))
+        run_config(store, "mixed", world__nodes=1, **changes),
+        arguments=("--volumes", str(tmp_path / "volumes")),
+        forked=True,
     )
     assert attempt.wait() == [0], attempt.output
     assert "32 rows, 4 steps of 8 examples" in attempt.output
