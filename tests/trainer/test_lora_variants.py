@@ -143,6 +143,7 @@ def train(
     folder: Path,
     faults: list[dict[str, Any] | None] | None = None,
 ) -> None:
+    folder.mkdir(exist_ok=True)
     rows = tiny.write_jsonl(folder / "train.jsonl", ROWS)
     configs = [config_of(store, name, stage, kind) for name, stage, kind in cases]
     inputs = [Inputs(model=models[VARIANTS[name].family], train=rows) for name, _, _ in cases]
