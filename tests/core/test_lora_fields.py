@@ -52,6 +52,24 @@ def test_what_can_not_be_meant_is_a_sentence_with_the_field(lora: dict[str, Any]
     assert any(sentence in problem for problem in problems(lora)), problems(lora)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "sentence"),
+    [
+        ("deepspeed", "zeroStage", 3, "`deepspeed.zeroStage` must be 1, 2 or Auto with `lora.quantization`"),
+        ("deepspeed", "zeroStage", 2, ""),
+        ("storage", "artifact", "Merged", "`storage.artifact` must be Adapter with `lora.quantization`"),
+        ("storage", "artifact", "Adapter", ""),
+    ],
+)
+def test_a_quantized_base_model_is_neither_sharded_nor_merged(
+    section: str, field: str, value: Any, sentence: str
+) -> None:
+    job = quickstart("lora", {"quantization": "NF4"})
+    job["spec"][section] = {**job["spec"].get(section, {}), field: value}
+    found = [str(problem) for problem in validate_job(job).problems]
+    assert [sentence in problem for problem in found] == ([True] if sentence else [])
+
+
 @pytest.mark.parametrize("name", ["q_proj", "model.layers.0.mlp.experts.gate_up_proj", "all-linear", "0.weight"])
 def test_a_name_is_no_pattern(name: str) -> None:
     assert not is_pattern(name)
@@ -66,6 +84,7 @@ def test_an_entry_with_a_character_that_no_name_has_is_a_pattern(pattern: str) -
 def test_every_variant_is_another_training_and_false_is_the_same_as_absent() -> None:
     plain = {"rank": 8, "alpha": 16}
     variants: list[dict[str, Any]] = [{}, {"rsLoRA": True}, {"doRA": True}, {"loraPlusRatio": "16"}]
+    variants += [{"quantization": "NF4"}, {"targetModules": ["all-linear"]}]
     digests = {digest(plain | variant) for variant in variants}
     assert len(digests) == len(variants)
     assert digest(plain | {"rsLoRA": False, "doRA": False}) == digest(plain)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.model.adapters import MAGNITUDE, initial_adapter
@@ -41,6 +41,7 @@ class Variant:
     ratio: float | None = None
     decay: float = 0.0
     family: str = LLAMA
+    quantized: bool = False
 
 
 EXPERTS = {
@@ -54,6 +55,8 @@ VARIANTS = {
     "three": Variant(
         {"rsLoRA": True, "doRA": True, "loraPlusRatio": "4"}, {"use_rslora": True, "use_dora": True}, ratio=4
     ),
+    "nf4": Variant({"quantization": "NF4"}, quantized=True),
+    "nf4-dora": Variant({"quantization": "NF4", "doRA": True}, {"use_dora": True}, quantized=True),
     "experts": Variant({}, EXPERTS, family="mixtral"),
     "shared": Variant(
         {"targetModules": ["all-linear"]},
@@ -70,15 +73,23 @@ VARIANTS = {
     ),
 }
 FEW = [("rs", 2), ("dora", 0), ("dora", 3), ("plus", 0), ("plus", 2), ("plus", 3), ("three", 1)]
-FEW += [("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
-RESUMED = [("three", 3), ("plus", 2), ("experts", 3)]
+FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
+RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
 ROWS = tiny.rows(20, seed=1)
 
 
 def plain_peft(variant: Variant, folder: Path) -> list[float]:
     """Return the losses of a training with plain peft, with the initial values of the trainer's adapters."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization if variant.quantized else None
+    )
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, **({"target_modules": DENSE} | dict(variant.peft))
     )
