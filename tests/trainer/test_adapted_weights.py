@@ -211,10 +211,19 @@ def test_a_quantized_base_model_holds_its_linear_layers_in_four_bits(tiny_model:
     for name in targets.names:
         weight, held = whole.get_submodule(name).weight, quantized.get_submodule(name).weight
         assert held.numel() * held.element_size() * 8 == weight.numel() * 4, name
-        near = dequantize_4bit(held.data, held.quant_state)
+        near, weight = dequantize_4bit(held.data, held.quant_state), weight.detach()
         assert 0 < float((near - weight).abs().max()) < 0.3 * float(weight.abs().max()), name
-    for name in (structure_of(whole).input_name, structure_of(whole).output_name):
-        assert torch.equal(quantized.get_submodule(name).weight, whole.get_submodule(name).weight)
+    for embedding in (structure_of(whole).input_name, structure_of(whole).output_name):
+        assert embedding is not None
+        assert torch.equal(quantized.get_submodule(embedding).weight, whole.get_submodule(embedding).weight)
+
+
+def test_an_evaluation_does_not_change_a_quantized_base_model(tiny_model: Path) -> None:
+    model = load_base(tiny_model, torch.float32, quantization="NF4").train()
+    before = logits_of(model)
+    after = logits_of(model.eval())
+    assert torch.equal(after, before)
+    assert torch.equal(logits_of(model.train()), before)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, "gemma-3-vision", "gpt-2"])

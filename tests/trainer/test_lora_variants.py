@@ -93,7 +93,8 @@ def plain_peft(variant: Variant, folder: Path) -> list[float]:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, **({"target_modules": DENSE} | dict(variant.peft))
     )
-    tuned = get_peft_model(model, config)
+    # In training mode bitsandbytes does not round the scales of a quantized model.
+    tuned = get_peft_model(model, config).train()
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad and MAGNITUDE not in name:

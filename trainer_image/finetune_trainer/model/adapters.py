@@ -73,6 +73,8 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
         chosen = [*linear, *(embeddings if added_tokens else ())]
     wanted = {weight.name for weight in chosen}
     weights = [weight for weight in path.weights if weight.name in wanted]
+    if not weights:
+        raise UserError("method", "must be Full: the model has no linear layer that peft can adapt")
     _check_supported(weights, lora)
     experts = next((weight for weight in path.weights if weight.part is Part.EXPERTS), None)
     if lora.quantization is not None and experts is not None:

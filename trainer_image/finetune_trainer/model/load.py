@@ -61,7 +61,20 @@ def load_base(
         # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
+    if quantization is not None:
+        _keep_exact_scales(model)
     return model
+
+
+def _keep_exact_scales(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from rounding the scales of 4-bit weights.
+
+    On processors that multiply in bf16, bitsandbytes rounds the scales to bf16 when a layer first computes in
+    evaluation mode. The model would then change with the first evaluation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
