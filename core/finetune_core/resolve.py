@@ -65,7 +65,7 @@ def resolve(
         model=spec.model,
         dataset=spec.dataset,
         method=spec.method,
-        lora=(spec.lora or LoRASpec()) if spec.method is Method.LORA else None,
+        lora=_lora(spec.lora) if spec.method is Method.LORA else None,
         optimization=OptimizationConfig(
             learning_rate=rate,
             epochs=training.epochs,
@@ -121,6 +121,12 @@ def resolve(
         report=report,
         template_date=_template_date(spec.dataset, preflight, today),
     )
+
+
+def _lora(lora: LoRASpec | None) -> LoRASpec:
+    """Return the adapters' settings. A variant that is switched off is absent, so that both are the same training."""
+    lora = lora or LoRASpec()
+    return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
 
 
 def _template_date(dataset: DatasetSpec, preflight: PreflightStatus | None, today: date | None) -> date | None:

@@ -24,7 +24,13 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.adapters import adapted, adapted_modules, adapts_an_embedding, add_adapters
+from finetune_trainer.model.adapters import (
+    AdapterTargets,
+    adapts_an_embedding,
+    add_adapters,
+    choose_targets,
+    reach_notice,
+)
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
@@ -53,6 +59,8 @@ class PreparationSummary(ContractModel):
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
     """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
+    adapted_share: float | None = None
+    """Share of the weights in the model's layers that LoRA adapters can change, from 0 to 1. None without adapters."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -119,12 +127,14 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
             seed=config.optimization.seed,
         )
     if config.storage.artifact != "Adapter":
-        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
+        check_mergeable(targets.weight_names, base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
-    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
+    if targets.names:
+        notices.append(reach_notice(targets))
+    if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
@@ -163,6 +173,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
+        adapted_share=targets.share if targets.names else None,
     )
 
 
@@ -197,7 +208,12 @@ def load_model(plan: WorkerPlan) -> Any:
     config, folder = plan.config, base_model_folder(plan)
     targets = _adapter_targets(plan, read_structure(plan.inputs.model))
     sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    model = load_base(
+        folder,
+        DTYPES[config.optimization.precision],
+        sharded=sharding is not None,
+        quantization=config.lora.quantization if config.lora is not None else None,
+    )
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding
@@ -206,7 +222,12 @@ def load_model(plan: WorkerPlan) -> Any:
     if config.lora is None:
         return model
     return add_adapters(
-        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+        model,
+        config.lora,
+        targets=targets.modules,
+        parameters=targets.parameters,
+        seed=config.optimization.seed,
+        base_name=source_name(config.model),
     )
 
 
@@ -239,9 +260,11 @@ def _tokens_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "tokens"
 
 
-def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
+def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> AdapterTargets:
     config = plan.config
-    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
+    if config.lora is None:
+        return AdapterTargets()
+    return choose_targets(structure, config.lora, added_tokens=bool(config.model.added_tokens))
 
 
 class _Part(NamedTuple):

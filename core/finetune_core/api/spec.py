@@ -56,6 +56,17 @@ _BETWEEN_SECTIONS = (
         "`storage.artifact` must be absent unless `method` is LoRA",
     ),
     (
+        "!has(self.lora) || !has(self.lora.quantization) || type(self.deepspeed.zeroStage) != int ||"
+        " self.deepspeed.zeroStage == 1 || self.deepspeed.zeroStage == 2",
+        "`deepspeed.zeroStage` must be 1, 2 or Auto with `lora.quantization`",
+    ),
+    (
+        "!has(self.lora) || !has(self.lora.quantization) || !has(self.storage.artifact) ||"
+        " self.storage.artifact == 'Adapter'",
+        "`storage.artifact` must be Adapter with `lora.quantization`, because the adapter belongs to the quantized base"
+        " model",
+    ),
+    (
         "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0 || self.training.precision == 'fp32'",
         "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
     ),

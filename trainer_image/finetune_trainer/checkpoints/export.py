@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
+from finetune_trainer.checkpoints.weight_deltas import WeightDelta, adapter_changes
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
@@ -35,8 +35,6 @@ NEW_ROWS_FILE = "new_embeddings.safetensors"
 those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model, a copy of
 the base model that has these rows."""
 MERGED_FOLDER = "merged"
-PEFT_PREFIX = "base_model.model."
-"""Prefix that peft puts before the names of all modules of the base model."""
 LARGEST_FILE = "5GB"
 """Largest size of one weights file of a full run's artifact. `save_torch_state_dict` splits a larger model into several
 files. A merged model is split like its base model."""
@@ -89,7 +87,7 @@ def export_artifact(
     if isinstance(model, PeftModel) and options.kind in ("Merged", "Both"):
         folder = target / MERGED_FOLDER if options.kind == "Both" else target
         folder.mkdir(exist_ok=True)
-        _save_merged(WeightFiles.of(options.base), adapter_deltas(model, weights), folder, dtype)
+        _save_merged(WeightFiles.of(options.base), adapter_changes(model, weights), folder, dtype)
         _save_configuration(model.get_base_model(), folder, dtype, options.stop_ids)
         tokenizer.save_pretrained(folder)
     return sorted(path for path in target.rglob("*") if path.is_file())
@@ -107,50 +105,6 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
     config.save_pretrained(str(target))
 
 
-@dataclass(frozen=True)
-class WeightDelta:
-    """What an adapter adds to one weight (O, I) of the base model: scale * B @ A, with A (r, I) and B (O, r).
-
-    The product is transposed for an embedding, and for a layer that stores its weight as (I, O), such as GPT-2's
-    Conv1D.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool
-
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``weight`` plus the delta, in fp32."""
-        delta = self.b.float() @ self.a.float() * self.scale
-        return weight.float() + (delta.T if self.transposed else delta)
-
-
-def adapter_deltas(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
-    """Return what the adapters add to each adapted weight, by the weight's tensor name in the base model. ``weights``
-    holds the adapters' values by parameter name of ``model``."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        embedding = "default" in module.lora_embedding_A
-        a, b = (
-            ("lora_embedding_A.default", "lora_embedding_B.default")
-            if embedding
-            else (
-                "lora_A.default.weight",
-                "lora_B.default.weight",
-            )
-        )
-        found[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = WeightDelta(
-            weights[f"{name}.{a}"],
-            weights[f"{name}.{b}"],
-            module.scaling["default"],
-            embedding or bool(getattr(module, "fan_in_fan_out", False)),
-        )
-    return found
-
-
 def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: Path, dtype: torch.dtype) -> None:
     """Write the merged model into the folder ``target``: the weights of ``base`` plus ``changes``, added in fp32 and
     then rounded to ``dtype``. Only one weights file is in memory at a time."""
@@ -160,7 +114,7 @@ def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: 
         with safe_open(base.folder / name, framework="pt") as file:
             for key in sorted(key for key, place in base.files.items() if place == name):
                 weight = file.get_tensor(key)
-                merged[key] = (changes[key].added_to(weight) if key in changes else weight).to(dtype).contiguous()
+                merged[key] = (changes[key].applied_to(weight) if key in changes else weight).to(dtype).contiguous()
         save_file(merged, target / name, {"format": "pt"})
     if (base.folder / INDEX_FILE).is_file() or len(set(base.files.values())) > 1:
         write_index(target, base.files)
