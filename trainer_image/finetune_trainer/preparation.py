@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune_core.api.sources import DataSource
-from finetune_core.contract import ContractModel
+from finetune_core.contract import ContractModel, RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
@@ -25,6 +25,7 @@ from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
+from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import (
     DTYPES,
@@ -34,6 +35,7 @@ from finetune_trainer.model.load import (
     add_adapters,
     enable_gradient_checkpointing,
     load_base,
+    own_dropout,
 )
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import check_complete, check_shapes
@@ -115,6 +117,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     check_complete(plan.inputs.model)
     structure, config = read_structure(plan.inputs.model), plan.config
     check_shapes(structure, plan.inputs.model)
+    check_training(structure, config)
     targets = _adapter_targets(plan, structure)
     untie = structure.tied and adapts_an_embedding(structure, targets)
     if config.model.added_tokens or untie:
@@ -131,6 +134,11 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
+    if rate := own_dropout(structure.model):
+        notices.append(
+            f"the dropout of the base model's configuration (up to {rate:g}) is switched off, so that a run can be"
+            " repeated; lora.dropout is the dropout of a training"
+        )
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
@@ -171,6 +179,16 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
     )
+
+
+def check_training(structure: ModelStructure, config: RunConfig) -> None:
+    """Raise UserError where the code of the model can't do what the job asks for: its attention kernel, packing, or
+    gradient checkpointing."""
+    abilities, optimization = ModelAbilities.of(structure.model), config.optimization
+    packing = config.dataset.packing
+    check_abilities(abilities, packing=packing, gradient_checkpointing=optimization.gradient_checkpointing)
+    # The device is known later, in the worker.
+    kernels(optimization.attention, abilities, None, optimization.precision, packing=packing)
 
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:

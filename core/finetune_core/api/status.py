@@ -290,6 +290,9 @@ class PlanStatus(StatusModel):
     """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Micro-batches per optimizer step."""
+    attention: Annotated[str, Field(max_length=32)] | None = None
+    """The kernel that computes attention, for example `SDPA`: what `training.attention` asks for, or what the trainer
+    chose. Absent: the trainer has not loaded the model yet."""
     gpu_memory_bytes: Count | None = None
     """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
     memory_bytes: Count | None = None

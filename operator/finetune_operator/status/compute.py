@@ -30,7 +30,7 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
         "attempts": given.attempts,
         "preflight": given.preflight,
         "image": fixed_image(stored.image or given.image, given.pods),
-        "plan": given.plan or stored.plan,
+        "plan": given.plan or status.plan,
         "usage": given.usage or stored.usage,
         "child": _child(stored, given, child_kind),
     }

@@ -77,6 +77,8 @@ def merge_report(
     if not loading:
         update["progress"] = progress_of(report, received, stored.progress, seconds_per_step)
         update["history"] = merge_history(stored.history, report.history, report.resumed_from_step)
+    if report.attention and stored.plan is not None:
+        update["plan"] = stored.plan.model_copy(update={"attention": report.attention})
     if report.metrics:
         update["metrics"] = [
             MetricValue(name=name, value=decimal(value), step=report.step)
