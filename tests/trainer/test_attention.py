@@ -130,7 +130,7 @@ def _assert_separate(name: str, folder: Path) -> None:
     model = load_base(write_family(name, folder), torch.float32)
     objective = Objective(model)
     abilities = ModelAbilities.of(read_structure(folder).model)
-    model.train()
+    model.eval()
     alone = torch.cat([_logits(objective, model, [[example]], packed=False) for example in EXAMPLES])
     packed = {}
     for kernel in kernels("Auto", abilities, None, "bf16", packing=True):
