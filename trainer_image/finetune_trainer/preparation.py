@@ -24,12 +24,12 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.adapters import adapted, adapted_modules, adapts_an_embedding, add_adapters
-from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
+from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters
+from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
 from finetune_trainer.model.structure import ModelStructure, read_structure
-from finetune_trainer.model.weight_files import check_complete, check_shapes
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
 from finetune_trainer.sources.inputs import source_name
@@ -105,24 +105,20 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
     """
-    check_complete(plan.inputs.model)
-    structure, config = read_structure(plan.inputs.model), plan.config
-    check_shapes(structure, plan.inputs.model)
-    targets = _adapter_targets(plan, structure)
-    untie = structure.tied and adapts_an_embedding(structure, targets)
-    if config.model.added_tokens or untie:
+    base, config = JobBase(plan.inputs.model, plan.config), plan.config
+    check_base(base)
+    structure, targets = base.structure, base.targets
+    if config.model.added_tokens or base.unties:
         extend_base(
             plan.inputs.model,
             _extended_folder(plan),
             tokens=config.model.added_tokens,
-            untie=untie,
+            untie=base.unties,
             seed=config.optimization.seed,
         )
-    if config.storage.artifact != "Adapter":
-        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
-    limit = length_limit(config.dataset, structure.context)
+    limit = length_limit(config.dataset, structure.context, base.rows)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(
@@ -195,7 +191,7 @@ def load_model(plan: WorkerPlan) -> Any:
     model. Each rank keeps only its shard of the weights.
     """
     config, folder = plan.config, base_model_folder(plan)
-    targets = _adapter_targets(plan, read_structure(plan.inputs.model))
+    targets = JobBase(plan.inputs.model, config).targets
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
@@ -237,11 +233,6 @@ def _extended_folder(plan: WorkerPlan) -> Path:
 
 def _tokens_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "tokens"
-
-
-def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
-    config = plan.config
-    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
 
 
 class _Part(NamedTuple):

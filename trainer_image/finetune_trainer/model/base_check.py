@@ -1,0 +1,128 @@
+"""Checks that the base model of a job can be loaded, extended, adapted and merged as the job asks for, before any
+weight is read. Everything happens on torch's meta device, from the configuration, the tokenizer and the headers of the
+weight files.
+
+`preparation.py` runs the checks before it writes anything, and the preflight check runs the same ones on files that
+hold only the headers. So the preflight check knows what the trainer knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune_core.contract import RunConfig
+from finetune_core.errors import UserError
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids
+from finetune_trainer.model.adapters import adapted, adapted_modules, adapts_an_embedding
+from finetune_trainer.model.added_rows import check_mergeable
+from finetune_trainer.model.load import DTYPES
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.weight_check import check_weights
+from finetune_trainer.model.weight_files import WeightFiles, check_complete
+
+
+@dataclass(frozen=True)
+class JobBase:
+    """The base model of a job, as its configuration, tokenizer and headers describe it. Each property raises UserError
+    where the files do not describe a model that the job can use."""
+
+    folder: Path
+    """Folder of the model's files. Of the weight files only the headers are read, so the rest of them may be holes."""
+    config: RunConfig
+    """The run file of the job."""
+
+    @cached_property
+    def structure(self) -> ModelStructure:
+        """The modules of the model on the meta device."""
+        return read_structure(self.folder)
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The modules that get an adapter (see `adapted_modules`). Empty where the job trains all weights."""
+        lora, added_tokens = self.config.lora, bool(self.config.model.added_tokens)
+        return adapted_modules(self.structure, lora, added_tokens=added_tokens) if lora is not None else []
+
+    @property
+    def unties(self) -> bool:
+        """Whether the output head must get weights of its own, because an adapter changes the input embedding or the
+        head, and the two share their weights."""
+        return self.structure.tied and adapts_an_embedding(self.structure, self.targets)
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows of the embedding that the job trains: with rows for the added tokens."""
+        tokenizer = load_tokenizer(self.folder)
+        ids = add_tokens(tokenizer, self.config.model.added_tokens)
+        return max(self.structure.rows, *(number + 1 for number in ids), 0)
+
+
+def check_base(base: JobBase) -> None:
+    """Run all checks. Raises UserError for the first one that fails."""
+    for check in CHECKS:
+        check(base)
+
+
+def _check_files(base: JobBase) -> None:
+    check_complete(base.folder)
+
+
+def _check_structure(base: JobBase) -> None:
+    assert base.structure.model is not None
+
+
+def _check_weights(base: JobBase) -> None:
+    check_weights(base.structure, base.folder, DTYPES[base.config.optimization.precision])
+
+
+def _check_tokens(base: JobBase) -> None:
+    """Raise UserError where the token that ends an answer has no row in the embedding. Tokens of the job get rows."""
+    rows = base.structure.rows
+    tokenizer = load_tokenizer(base.folder)
+    known = [number for number in model_stop_ids(base.folder) if 0 <= number < len(tokenizer)]
+    for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
+        if number >= rows:
+            raise UserError(
+                "model",
+                f"its tokenizer does not fit its weights: the {what} {tokenizer.convert_ids_to_tokens(number)!r} has"
+                f" the id {number}, and the embedding has only {rows} rows",
+            )
+    add_tokens(tokenizer, base.config.model.added_tokens)
+
+
+def _check_targets(base: JobBase) -> None:
+    assert base.targets or base.config.lora is None
+
+
+def _check_extension(base: JobBase) -> None:
+    """Raise UserError where `extend_base` would not find the embeddings that it has to extend."""
+    if not base.config.model.added_tokens and not base.unties:
+        return
+    input_key = f"{base.structure.input_name}.weight"
+    if input_key not in WeightFiles.of(base.folder).files or base.structure.output_name is None:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
+
+
+def _check_merge(base: JobBase) -> None:
+    if base.config.lora is None or base.config.storage.artifact == "Adapter":
+        return
+    # The extended copy of the base model has weights of the output head, if it needs them.
+    head = base.structure.output_name if base.unties else None
+    names = [name for name in adapted(base.structure, base.targets) if name != head]
+    check_mergeable([f"{name}.weight" for name in names], base.folder)
+
+
+CHECKS: tuple[Callable[[JobBase], Any], ...] = (
+    _check_files,
+    _check_structure,
+    _check_weights,
+    _check_tokens,
+    _check_targets,
+    _check_extension,
+    _check_merge,
+)
+"""The checks in the order in which they run. A check that fails leaves the later ones out, because most of them need
+what the earlier ones have found to be whole."""
