@@ -51,6 +51,7 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             attn_implementation=ATTENTION,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            local_files_only=True,
         )
     missing = missing_weights(model, report)
     if missing:
