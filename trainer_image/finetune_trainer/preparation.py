@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import ExportOptions
+from finetune_trainer.checkpoints.rehearsal import rehearse_export
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -24,7 +26,7 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
+from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import (
     DTYPES,
@@ -36,10 +38,11 @@ from finetune_trainer.model.load import (
     load_base,
 )
 from finetune_trainer.model.structure import ModelStructure, read_structure
-from finetune_trainer.model.weight_files import check_complete, check_shapes
+from finetune_trainer.model.tensor_names import TensorNames
+from finetune_trainer.model.weight_files import WeightFiles, check_complete, check_shapes
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
-from finetune_trainer.sources.inputs import source_name
+from finetune_trainer.sources.inputs import model_revision, source_name
 
 
 class PreparationSummary(ContractModel):
@@ -125,12 +128,10 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
             untie=untie,
             seed=config.optimization.seed,
         )
-    if config.storage.artifact != "Adapter":
-        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context)
-    notices: list[str] = []
+    notices = _rehearse_export(plan, tokenizer, targets)
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
@@ -170,6 +171,44 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
+    )
+
+
+def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: Collection[str]) -> list[str]:
+    """Try out the export of the artifact without its weights. ``targets`` are those of the adapters, and empty for a
+    full run. Return notices about it."""
+    config, folder = plan.config, base_model_folder(plan)
+    structure = read_structure(folder)
+    options = export_options(
+        plan, structure, stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
+    )
+    trained = [name for name, _ in structure.model.named_parameters()]
+    changed = [f"{name}.weight" for name in adapted(structure, targets)] if config.lora is not None else trained
+    try:
+        return rehearse_export(tokenizer, options, changed, plan.folder / "rehearsal")
+    except UserError as error:
+        if config.lora is None or options.names is None:
+            raise
+        raise UserError("storage.artifact", f"must be Adapter: {error.problem}") from error
+
+
+def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[int]) -> ExportOptions:
+    """Return how the artifact of the job is written, except for what is only known when the run begins.
+
+    ``structure`` is that of the base model in `base_model_folder`. ``stops`` are the ids at which the trained model
+    stops.
+    """
+    config, folder = plan.config, base_model_folder(plan)
+    only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
+    return ExportOptions(
+        kind=config.storage.artifact,
+        precision=config.optimization.precision,
+        base=folder,
+        base_name=source_name(config.model),
+        revision=model_revision(config.model, plan.inputs.model),
+        added_rows=None,
+        stop_ids=stops,
+        names=None if only_adapter else TensorNames(structure.model, WeightFiles.of(folder).shapes),
     )
 
 
@@ -221,6 +260,13 @@ def base_model_folder(plan: WorkerPlan) -> Path:
     """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
     extended = _extended_folder(plan)
     return extended if extended.is_dir() else plan.inputs.model
+
+
+def publishes_extended_base(plan: WorkerPlan) -> bool:
+    """Return whether the artifact is an adapter of an extended base model, which the job has to publish too."""
+    config = plan.config
+    extended = base_model_folder(plan) != plan.inputs.model
+    return extended and config.lora is not None and config.storage.artifact != "Merged"
 
 
 def _job_tokenizer(plan: WorkerPlan) -> Any:
@@ -322,8 +368,9 @@ def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> 
     # They are also enough where the head was untied for LoRA, because the head then begins as a copy of the input
     # embedding.
     stored_once = structure.tied or structure.output_name is None
-    output_key = None if stored_once else f"{structure.output_name}.weight"
-    return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)
+    extended = base_model_folder(plan)
+    names = TensorNames(read_structure(extended).model, WeightFiles.of(extended).shapes)
+    return find_added_rows(structure, names, ids, shared=stored_once)
 
 
 def _rows_sha256(plan: WorkerPlan, rows: AddedRows | None) -> str | None:

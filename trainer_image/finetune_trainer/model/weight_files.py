@@ -42,6 +42,16 @@ class WeightFiles:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor by its name, from the headers of the files."""
+        found: dict[str, list[int]] = {}
+        for file_name in sorted(set(self.files.values())):
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                inside = [name for name, place in self.files.items() if place == file_name]
+                found |= {name: file.get_slice(name).get_shape() for name in inside}
+        return found
+
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return the given ``rows`` of the matrix ``name``, as a tensor (rows, columns)."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:

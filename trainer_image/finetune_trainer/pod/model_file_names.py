@@ -8,5 +8,7 @@ transformers takes seconds, and the launcher does without it.
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 """File with all weights of a model, if the model has only one weight file."""
+GENERATION_CONFIG_FILE = "generation_config.json"
+"""File with the settings for generating texts, such as the tokens at which a text ends. A model may lack this file."""
 INDEX_FILE = "model.safetensors.index.json"
 """Index of a model with several weight files. It names for each tensor the file that holds it."""
