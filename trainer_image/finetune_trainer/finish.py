@@ -15,7 +15,8 @@ from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, 
 from finetune_core.layout import artifact_folder, checkpoint_folder
 from finetune_core.requirements import judged
 from finetune_core.tasks import main_score_text, main_value_text
-from finetune_trainer.checkpoints.export import export_artifact
+from finetune_trainer.checkpoints.export import ADAPTER_FILE, MERGED_FOLDER, export_artifact
+from finetune_trainer.checkpoints.model_card import CardFacts, model_card
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
@@ -25,7 +26,8 @@ from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, base_model_folder, export_options, publishes_extended_base
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
-from finetune_trainer.storage.artifact import publish
+from finetune_trainer.sources.inputs import model_revision
+from finetune_trainer.storage.artifact import CARD_FILE, publish
 from finetune_trainer.storage.checkpoint_folders import fetch_folder
 from finetune_trainer.storage.extended_bases import publish_base
 from finetune_trainer.storage.root import RunRoot
@@ -70,7 +72,9 @@ def finish(
     def publish_chosen() -> object:
         outcome = Outcome.EARLY_STOPPED if stopped_early else Outcome.COMPLETED
         target = plan.folder / "artifact"
-        files = export_files(plan, root, model, data, source, target, digests)
+        export_files(plan, root, model, data, source, target, digests)
+        write_cards(plan, data, target, digests, chosen.step, comparison.evaluation)
+        files = sorted(path for path in target.rglob("*") if path.is_file())
         result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
@@ -102,8 +106,8 @@ def told_of_run(
 
 def export_files(
     plan: WorkerPlan, root: RunRoot, model: Any, data: TrainingData, source: Path, target: Path, digests: BaseDigests
-) -> list[Path]:
-    """Write the artifact of the checkpoint in folder ``source`` into folder ``target``, and return the files.
+) -> None:
+    """Write the artifact of the checkpoint in folder ``source`` into folder ``target``.
 
     An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens,
     the extended copy is uploaded to the bucket first, and the configuration names the address of the copy.
@@ -114,7 +118,34 @@ def export_files(
     if publishes_extended_base(plan):
         address = publish_base(root, base_model_folder(plan))
         options = replace(options, base_name=address, revision=None, base_sha256=digests.rows_sha256)
-    return export_artifact(model, data.tokenizer, source, target, options)
+    export_artifact(model, data.tokenizer, source, target, options)
+
+
+def write_cards(
+    plan: WorkerPlan,
+    data: TrainingData,
+    target: Path,
+    digests: BaseDigests,
+    step: int,
+    evaluation: EvaluationRecord | None,
+) -> None:
+    """Write a model card into each folder of the artifact in ``target``, which is the model of optimizer step
+    ``step``."""
+    config = plan.config
+    facts = CardFacts(
+        identity=plan.identity,
+        base_revision=model_revision(config.model, plan.inputs.model),
+        base_sha256=digests.base_sha256,
+        data_sha256=data.summary.data_sha256,
+        examples=len(data.train),
+        step=step,
+        evaluation=evaluation,
+    )
+    merged = target / MERGED_FOLDER
+    only_adapter = (target / ADAPTER_FILE).is_file()
+    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if only_adapter else "model"))
+    if merged.is_dir():
+        (merged / CARD_FILE).write_text(model_card(config, facts, "model"))
 
 
 def result_message(
