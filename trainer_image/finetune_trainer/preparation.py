@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import ExportOptions
+from finetune_trainer.checkpoints.job_export import job_export_options, rehearse_job_export
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -25,11 +27,13 @@ from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters
-from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
 from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.tensor_names import TensorNames
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
 from finetune_trainer.sources.inputs import source_name
@@ -119,7 +123,9 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context, base.rows)
-    notices: list[str] = []
+    notices = rehearse_job_export(
+        config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
+    )
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
@@ -160,6 +166,11 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
     )
+
+
+def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[int]) -> ExportOptions:
+    """Return how the artifact of the job is written (see `job_export_options`)."""
+    return job_export_options(plan.config, plan.inputs.model, base_model_folder(plan), structure, stops)
 
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
@@ -210,6 +221,13 @@ def base_model_folder(plan: WorkerPlan) -> Path:
     """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
     extended = _extended_folder(plan)
     return extended if extended.is_dir() else plan.inputs.model
+
+
+def publishes_extended_base(plan: WorkerPlan) -> bool:
+    """Return whether the artifact is an adapter of an extended base model, which the job has to publish too."""
+    config = plan.config
+    extended = base_model_folder(plan) != plan.inputs.model
+    return extended and config.lora is not None and config.storage.artifact != "Merged"
 
 
 def _job_tokenizer(plan: WorkerPlan) -> Any:
@@ -306,8 +324,9 @@ def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> 
     # They are also enough where the head was untied for LoRA, because the head then begins as a copy of the input
     # embedding.
     stored_once = structure.tied or structure.output_name is None
-    output_key = None if stored_once else f"{structure.output_name}.weight"
-    return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)
+    extended = base_model_folder(plan)
+    names = TensorNames(read_structure(extended).model, WeightFiles.of(extended).shapes)
+    return find_added_rows(structure, names, ids, shared=stored_once)
 
 
 def _rows_sha256(plan: WorkerPlan, rows: AddedRows | None) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from finetune_core.contract import Phase, Result
 from finetune_core.errors import UserError
 from finetune_core.layout import checkpoint_folder
+from finetune_trainer.checkpoints.rehearsal import rehearse_adapter
 from finetune_trainer.checkpoints.resume import (
     RunStart,
     read_steps_before,
@@ -48,12 +49,15 @@ from finetune_trainer.preparation import (
     TrainingData,
     agreed_summary,
     base_model_folder,
+    export_options,
     load_data,
     load_model,
     prepare_node,
+    publishes_extended_base,
 )
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, log_line
+from finetune_trainer.storage.artifact import rehearse_publish
 from finetune_trainer.storage.checkpoint_folders import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
 from finetune_trainer.storage.root import RunRoot, open_root
@@ -88,6 +92,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                     engine=run.engine,
                     saver=run.saver,
                     comparison=run.comparison,
+                    digests=start.base_digests,
                     stopped_early=stopped_early,
                     progress=progress,
                 )
@@ -179,7 +184,8 @@ def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
         )
         if start.parent is not None:
             digests.check(read_trainer_state(target), seed=plan.config.optimization.seed)
-        return start
+        refused = rehearse_publish(root, start.run, extended_base=publishes_extended_base(plan))
+        return start.model_copy(update={"notices": [*start.notices, *refused]})
 
     return _begin_run(plan, gang, root, take_run_number)
 
@@ -243,7 +249,10 @@ class Run:
         """Load the model and the training state that ``start`` resumes from. All ranks must make their `Run`
         together."""
         config = plan.config
+        self._plan, self._data = plan, data
         self.model: Any = gang.run_on_all_ranks(lambda: load_model(plan), until_stop=True)
+        if config.lora is not None:
+            gang.run_on_rank_0(self._rehearse_adapter, until_stop=True)
         fetched = _resume_folder(plan, start)
         state: TrainerState | None = None
         if start.parent is not None:
@@ -309,6 +318,10 @@ class Run:
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))
         set_phase(Phase.TRAINING)
+
+    def _rehearse_adapter(self) -> None:
+        options = export_options(self._plan, self._data.structure, self._data.stop_ids)
+        rehearse_adapter(self.model, options, self._plan.folder / "rehearsal")
 
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""

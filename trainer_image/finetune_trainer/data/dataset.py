@@ -45,7 +45,7 @@ class NoRowsError(UserError):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The largest allowed length of an example in tokens, which field or model sets it, and how many tokens there are."""
+    """The largest allowed length of an example in tokens, which field or model sets it, and the number of tokens."""
 
     tokens: int
     origin: str

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
@@ -24,9 +24,15 @@ from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 
+TOKENIZER_FILE = "tokenizer.json"
+"""The file of the tokenizers library, which holds a tokenizer as a whole. A file of sentencepiece or tiktoken (suffix
+`.model`) does not: transformers makes up the rest, and reads the file in another format where the first one fails."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer or if the tokenizer has no
-    end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer, if it can only be guessed
+    from its files, or if the tokenizer has no end token."""
+    _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
     with library_boundary(lambda error: UserError("model", f"its tokenizer can't be loaded: {first_line(error)}")):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -36,9 +42,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer("")
         len(tokenizer)
         tokenizer.decode([end] if end is not None else [])
+    if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(
+            "model",
+            f"its tokenizer can't be used: there is no {TOKENIZER_FILE}, and its tokenizer_config.json names no"
+            " tokenizer_class that says how the other files are read",
+        )
     if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if TOKENIZER_FILE in names or "vocab.json" in names or "vocab.txt" in names:
+        return
+    found = sorted(name for name in names if name.endswith(".model"))
+    if found:
+        raise UserError(
+            "model",
+            f"its tokenizer can't be used: {found[0]} is read only where a {TOKENIZER_FILE} with the same tokenizer lies"
+            f" beside it; save_pretrained of transformers' AutoTokenizer writes one where sentencepiece is installed",
+        )
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checks that the base model of a job can be loaded, extended, adapted and merged as the job asks for, before any
+"""Checks that the base model of a job can be loaded, extended and adapted as the job asks for, before any
 weight is read. Everything happens on torch's meta device, from the configuration, the tokenizer and the headers of the
 weight files.
 
@@ -17,8 +17,8 @@ from typing import Any
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids
-from finetune_trainer.model.adapters import adapted, adapted_modules, adapts_an_embedding
-from finetune_trainer.model.added_rows import check_mergeable
+from finetune_trainer.model.adapters import adapted_modules, adapts_an_embedding
+from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_check import check_weights
@@ -79,7 +79,7 @@ def _check_weights(base: JobBase) -> None:
 
 
 def _check_tokens(base: JobBase) -> None:
-    """Raise UserError where the token that ends an answer has no row in the embedding. Tokens of the job get rows."""
+    """Raise UserError where a token that ends an answer has no row in the embedding. Added tokens get rows."""
     rows = base.structure.rows
     tokenizer = load_tokenizer(base.folder)
     known = [number for number in model_stop_ids(base.folder) if 0 <= number < len(tokenizer)]
@@ -98,21 +98,8 @@ def _check_targets(base: JobBase) -> None:
 
 
 def _check_extension(base: JobBase) -> None:
-    """Raise UserError where `extend_base` would not find the embeddings that it has to extend."""
-    if not base.config.model.added_tokens and not base.unties:
-        return
-    input_key = f"{base.structure.input_name}.weight"
-    if input_key not in WeightFiles.of(base.folder).files or base.structure.output_name is None:
-        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
-
-
-def _check_merge(base: JobBase) -> None:
-    if base.config.lora is None or base.config.storage.artifact == "Adapter":
-        return
-    # The extended copy of the base model has weights of the output head, if it needs them.
-    head = base.structure.output_name if base.unties else None
-    names = [name for name in adapted(base.structure, base.targets) if name != head]
-    check_mergeable([f"{name}.weight" for name in names], base.folder)
+    if base.config.model.added_tokens or base.unties:
+        check_extendable(base.structure, WeightFiles.of(base.folder), untie=base.unties)
 
 
 CHECKS: tuple[Callable[[JobBase], Any], ...] = (
@@ -122,7 +109,6 @@ CHECKS: tuple[Callable[[JobBase], Any], ...] = (
     _check_tokens,
     _check_targets,
     _check_extension,
-    _check_merge,
 )
 """The checks in the order in which they run. A check that fails leaves the later ones out, because most of them need
 what the earlier ones have found to be whole."""

@@ -64,6 +64,11 @@ class WeightFiles:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor by its name, from the headers of the files."""
+        return {name: list(header.shape) for name, header in self.headers().items()}
+
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return the given ``rows`` of the matrix ``name``, as a tensor (rows, columns)."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:

@@ -181,7 +181,7 @@ def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None
     _limit_threads()
     from finetune_trainer.preflight.model_check import check_for_job
 
-    findings.collect("the model", partial(check_for_job, headers, config))
+    findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))
 
 
 def _limit_threads() -> None:

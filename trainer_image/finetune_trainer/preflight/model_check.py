@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
+from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
@@ -84,15 +85,21 @@ def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Se
     )
 
 
-def check_for_job(headers: Path, config: RunConfig) -> None:
-    """Run the checks with which the trainer begins, on the folder ``headers`` that `check_model` has made. Raises
-    UserError where the job can't use the model.
+def check_for_job(headers: Path, config: RunConfig) -> list[str]:
+    """Run the checks with which the trainer begins, on the folder ``headers`` that `check_model` has made, and rehearse
+    the export of the artifact. Return notices. Raises UserError where the job can't use the model.
 
     torch is imported only here, because it takes seconds and hundreds of megabytes.
     """
+    from finetune_trainer.checkpoints.job_export import rehearse_job_export
     from finetune_trainer.model.base_check import JobBase, check_base
 
-    check_base(JobBase(headers, config))
+    base = JobBase(headers, config)
+    check_base(base)
+    tokenizer = load_tokenizer(headers)
+    add_tokens(tokenizer, config.model.added_tokens)
+    use_chat_template(tokenizer, config.dataset.format, headers)
+    return rehearse_job_export(config, headers, headers, tokenizer, base.targets, headers.with_suffix(".rehearsal"))
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:

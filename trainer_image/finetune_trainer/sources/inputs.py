@@ -14,6 +14,7 @@ from finetune_core.errors import UserError, valid_text
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import find_data_files
@@ -59,6 +60,17 @@ def source_name(source: ModelSpec | DataSource) -> str:
     if mix:
         return f"the mix of {len(mix)} sources"
     raise UserError("model", "must name a source")
+
+
+def model_revision(source: ModelSpec, folder: Path) -> str | None:
+    """Return the commit of the model on the Hugging Face Hub that was downloaded into ``folder``, or else the revision
+    that the job names. None where the model comes from another place."""
+    if source.hugging_face is None:
+        return None
+    from huggingface_hub._local_folder import read_download_metadata
+
+    metadata = read_download_metadata(folder, CONFIG_FILE)
+    return metadata.commit_hash if metadata is not None else source.hugging_face.revision
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
