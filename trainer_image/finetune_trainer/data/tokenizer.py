@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
@@ -23,7 +24,6 @@ from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
 
-
 TOKENIZER_FILE = "tokenizer.json"
 """The file of the tokenizers library, which holds a tokenizer as a whole. A file of sentencepiece or tiktoken (suffix
 `.model`) does not: transformers makes up the rest, and reads the file in another format where the first one fails."""
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from its files, or if the tokenizer has no end token."""
     _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
-    with library_boundary(lambda error: UserError("model", f"its tokenizer can't be loaded: {first_line(error)}")):
+    with library_boundary(partial(_not_loaded, folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
@@ -53,6 +53,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _not_loaded(folder: Path, error: BaseException) -> UserError:
+    reason = first_line(error).rstrip(" :\n")
+    if not (folder / TOKENIZER_FILE).is_file():
+        reason = f"there is no {TOKENIZER_FILE}, and transformers can't make a tokenizer of the other files ({reason})"
+    return UserError("model", f"its tokenizer can't be loaded: {reason}")
+
+
 def _check_tokenizer_files(folder: Path) -> None:
     """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -62,8 +69,8 @@ def _check_tokenizer_files(folder: Path) -> None:
     if found:
         raise UserError(
             "model",
-            f"its tokenizer can't be used: {found[0]} is read only where a {TOKENIZER_FILE} with the same tokenizer lies"
-            f" beside it; save_pretrained of transformers' AutoTokenizer writes one where sentencepiece is installed",
+            f"its tokenizer can't be used: beside {found[0]} there must be a {TOKENIZER_FILE} with the same tokenizer,"
+            " which save_pretrained of transformers' AutoTokenizer writes where sentencepiece is installed",
         )
 
 

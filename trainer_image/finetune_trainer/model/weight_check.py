@@ -94,7 +94,7 @@ def _odd_shape(headers: Mapping[str, TensorHeader]) -> str:
     where their names differ in numbers only. The sentence is empty where there is no such tensor."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in sorted(headers):
-        kinds[re.sub(r"\d+", "0", name)].append(name)
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "0", name)].append(name)
     for names in kinds.values():
         usual = Counter(headers[name].shape for name in names).most_common(1)[0][0]
         for name in names:
