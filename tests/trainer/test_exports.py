@@ -16,9 +16,9 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import BASE_DIGEST, MERGED_FOLDER
 from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.added_rows import find_added_rows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import adapted_modules, add_adapters
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
@@ -70,8 +70,10 @@ def test_a_full_model_has_the_tensors_of_the_base_models_files(family: str, tmp_
 def test_a_merged_model_has_the_tensors_of_the_base_models_files(family: str, tmp_path: Path) -> None:
     base = write_family(family, tmp_path / "base")
     structure = read_structure(base)
-    targets = adapted_modules(structure, LoRASpec(), added_tokens=False)
-    model = add_adapters(load_whole(base), LoRASpec(), targets=targets, seed=1, base_name="tiny").eval()
+    targets = choose_targets(structure, LoRASpec(), added_tokens=False)
+    model = add_adapters(
+        load_whole(base), LoRASpec(), targets=targets.modules, parameters=targets.parameters, seed=1, base_name="tiny"
+    ).eval()
     change_values(model)
     artifact = export(model, base, tmp_path, kind="Both")
     assert layout(artifact / MERGED_FOLDER) == layout(base)

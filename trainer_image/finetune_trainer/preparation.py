@@ -26,17 +26,16 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
-from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import (
-    DTYPES,
-    adapted,
-    adapted_modules,
+from finetune_trainer.model.adapters import (
+    AdapterTargets,
     adapts_an_embedding,
     add_adapters,
-    enable_gradient_checkpointing,
-    load_base,
+    choose_targets,
+    reach_notice,
 )
+from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
+from finetune_trainer.model.extended_base import extend_base
+from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, check_complete, check_shapes
@@ -63,6 +62,8 @@ class PreparationSummary(ContractModel):
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
     """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
+    adapted_share: float | None = None
+    """Share of the weights in the model's layers that LoRA adapters can change, from 0 to 1. None without adapters."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -132,7 +133,9 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context)
     notices = _rehearse_export(plan, tokenizer, targets)
-    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
+    if targets.names:
+        notices.append(reach_notice(targets))
+    if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
@@ -171,10 +174,11 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
+        adapted_share=targets.share if targets.names else None,
     )
 
 
-def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: Collection[str]) -> list[str]:
+def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: AdapterTargets) -> list[str]:
     """Try out the export of the artifact without its weights. ``targets`` are those of the adapters, and empty for a
     full run. Return notices about it."""
     config, folder = plan.config, base_model_folder(plan)
@@ -183,7 +187,7 @@ def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: Collection[str])
         plan, structure, stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
     )
     trained = [name for name, _ in structure.model.named_parameters()]
-    changed = [f"{name}.weight" for name in adapted(structure, targets)] if config.lora is not None else trained
+    changed = targets.weight_names if config.lora is not None else trained
     try:
         return rehearse_export(tokenizer, options, changed, plan.folder / "rehearsal")
     except UserError as error:
@@ -252,7 +256,12 @@ def load_model(plan: WorkerPlan) -> Any:
     if config.lora is None:
         return model
     return add_adapters(
-        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+        model,
+        config.lora,
+        targets=targets.modules,
+        parameters=targets.parameters,
+        seed=config.optimization.seed,
+        base_name=source_name(config.model),
     )
 
 
@@ -292,9 +301,11 @@ def _tokens_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "tokens"
 
 
-def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
+def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> AdapterTargets:
     config = plan.config
-    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
+    if config.lora is None:
+        return AdapterTargets()
+    return choose_targets(structure, config.lora, added_tokens=bool(config.model.added_tokens))
 
 
 class _Part(NamedTuple):
