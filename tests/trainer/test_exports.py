@@ -4,11 +4,12 @@ base model reads the artifact too."""
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,9 +17,9 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import BASE_DIGEST, MERGED_FOLDER
 from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.added_rows import find_added_rows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import adapted_modules, add_adapters
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
@@ -70,8 +71,10 @@ def test_a_full_model_has_the_tensors_of_the_base_models_files(family: str, tmp_
 def test_a_merged_model_has_the_tensors_of_the_base_models_files(family: str, tmp_path: Path) -> None:
     base = write_family(family, tmp_path / "base")
     structure = read_structure(base)
-    targets = adapted_modules(structure, LoRASpec(), added_tokens=False)
-    model = add_adapters(load_whole(base), LoRASpec(), targets=targets, seed=1, base_name="tiny").eval()
+    targets = choose_targets(structure, LoRASpec(), added_tokens=False)
+    model = add_adapters(
+        load_whole(base), LoRASpec(), targets=targets.modules, parameters=targets.parameters, seed=1, base_name="tiny"
+    ).eval()
     change_values(model)
     artifact = export(model, base, tmp_path, kind="Both")
     assert layout(artifact / MERGED_FOLDER) == layout(base)
@@ -131,7 +134,7 @@ def test_experts_that_lie_in_several_files_are_written_into_these_files(tmp_path
     for name, half in zip(names, halves, strict=True):
         save_file(half, base / name, {"format": "pt"})
     index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     model = load_whole(base)
     change_values(model)
     artifact = export(model, base, tmp_path)
@@ -157,7 +160,9 @@ def test_a_model_whose_conversion_can_not_be_reverted_is_refused_by_name(tmp_pat
     lost = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
     names = TensorNames(structure.model, {name: shape for name, shape in shapes.items() if name != lost})
     names.check_writable(["model.layers.1.mlp.experts.down_proj"])
-    with pytest.raises(UserError, match=r"^model: its files have the tensor model\.layers\.0\.block_sparse_moe"):
+    with pytest.raises(
+        UserError, match=r"^model: its files must have the tensor model\.layers\.0\.block_sparse_moe\.experts\.3"
+    ):
         names.check_writable(name for name, _ in structure.model.named_parameters())
     without = TensorNames(structure.model, {"lm_head.weight": shapes["lm_head.weight"]})
     with pytest.raises(UserError, match=r"^model: its files have no tensor for model\.norm\.weight"):
@@ -189,11 +194,10 @@ def test_an_adapter_names_revision_and_digest_of_its_base_model(tmp_path: Path) 
     assert config["auto_mapping"][BASE_DIGEST] == "d1" * 32
 
 
-@pytest.mark.filterwarnings("error")
 def test_peft_loads_the_configuration_of_an_adapter_without_a_warning(tmp_path: Path) -> None:
-    from peft import PeftConfig
-
     base = tiny.write_model(tmp_path / "base")
     model = add_adapters(load_whole(base), LoRASpec(), targets=["q_proj"], seed=1, base_name="tiny")
     artifact = export(model, base, tmp_path, base_sha256="d1" * 32)
-    assert PeftConfig.from_pretrained(str(artifact)).task_type == "CAUSAL_LM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PeftConfig.from_pretrained(str(artifact)).task_type == "CAUSAL_LM"

@@ -26,7 +26,7 @@ from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters
+from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
 from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
@@ -57,6 +57,8 @@ class PreparationSummary(ContractModel):
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
     """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
+    adapted_share: float | None = None
+    """Share of the weights in the model's layers that LoRA adapters can change, from 0 to 1. None without adapters."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -126,7 +128,9 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     notices = rehearse_job_export(
         config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
     )
-    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
+    if targets.names:
+        notices.append(reach_notice(targets))
+    if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
@@ -165,6 +169,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
+        adapted_share=targets.share if targets.names else None,
     )
 
 
@@ -213,7 +218,12 @@ def load_model(plan: WorkerPlan) -> Any:
     if config.lora is None:
         return model
     return add_adapters(
-        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+        model,
+        config.lora,
+        targets=targets.modules,
+        parameters=targets.parameters,
+        seed=config.optimization.seed,
+        base_name=source_name(config.model),
     )
 
 

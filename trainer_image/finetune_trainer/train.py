@@ -258,7 +258,8 @@ class Run:
         if start.parent is not None:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
-        self.engine = Engine(self.model, config.optimization, gang.device)
+        ratio = config.lora.lora_plus_ratio if config.lora is not None else None
+        self.engine = Engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
         check_model(self.engine, data.train, pad=data.pad, packing=data.capacity is not None)
         if state is not None:
             load_state(self.engine, fetched, updates=state.updates)
@@ -315,6 +316,7 @@ class Run:
                 taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
             progress.notice(*start.notices, *data.summary.notices)
+            progress.adapted(data.summary.adapted_share)
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))
         set_phase(Phase.TRAINING)

@@ -290,6 +290,10 @@ class PlanStatus(StatusModel):
     """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Micro-batches per optimizer step."""
+    adapted_share: Decimal | None = None
+    """Share of the weights in the model's layers (without embeddings and output head, unless these are adapted) that
+    the LoRA adapters can change, from 0 to 1. Absent: the method is Full, or the trainer has not read the model
+    yet."""
     gpu_memory_bytes: Count | None = None
     """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
     memory_bytes: Count | None = None

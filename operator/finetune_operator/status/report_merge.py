@@ -84,6 +84,8 @@ def merge_report(
         ]
     if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
         update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
+    if report.adapted_share is not None and stored.plan is not None:
+        update["plan"] = stored.plan.model_copy(update={"adapted_share": decimal(report.adapted_share)})
     if report.notices:
         update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
-from finetune_trainer.checkpoints.merge import WeightChange, adapter_changes, trained_values
+from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_values
+from finetune_trainer.checkpoints.weight_deltas import adapter_changes
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
@@ -118,7 +119,7 @@ def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOp
         }
     # The names are sorted so that the same run always writes the same bytes. peft keeps the names in a set, whose order
     # differs between processes.
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(target))
 
 

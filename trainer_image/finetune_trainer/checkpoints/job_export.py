@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import ExportOptions
 from finetune_trainer.checkpoints.rehearsal import rehearse_export
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids
-from finetune_trainer.model.adapters import adapted
+from finetune_trainer.model.adapters import AdapterTargets
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
@@ -44,7 +44,7 @@ def job_export_options(
 
 
 def rehearse_job_export(
-    config: RunConfig, model: Path, base: Path, tokenizer: Any, targets: Collection[str], scratch: Path
+    config: RunConfig, model: Path, base: Path, tokenizer: Any, targets: AdapterTargets, scratch: Path
 ) -> list[str]:
     """Try out the export of the artifact without its weights, in the new folder ``scratch``. ``targets`` are those of
     the adapters, and empty for a full run. ``model`` and ``base`` are those of `job_export_options`, and their weight
@@ -53,7 +53,7 @@ def rehearse_job_export(
     structure = read_structure(base)
     stops = stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))
     trained = [name for name, _ in structure.model.named_parameters()]
-    changed = [f"{name}.weight" for name in adapted(structure, targets)] if config.lora is not None else trained
+    changed = targets.weight_names if config.lora is not None else trained
     only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
     try:
         options = job_export_options(config, model, base, structure, stops)

@@ -17,7 +17,7 @@ from typing import Any
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids
-from finetune_trainer.model.adapters import adapted_modules, adapts_an_embedding
+from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets
 from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.structure import ModelStructure, read_structure
@@ -41,10 +41,10 @@ class JobBase:
         return read_structure(self.folder)
 
     @cached_property
-    def targets(self) -> list[str]:
-        """The modules that get an adapter (see `adapted_modules`). Empty where the job trains all weights."""
+    def targets(self) -> AdapterTargets:
+        """The weights that get an adapter. There are none where the job trains all weights."""
         lora, added_tokens = self.config.lora, bool(self.config.model.added_tokens)
-        return adapted_modules(self.structure, lora, added_tokens=added_tokens) if lora is not None else []
+        return choose_targets(self.structure, lora, added_tokens=added_tokens) if lora is not None else AdapterTargets()
 
     @property
     def unties(self) -> bool:
@@ -94,7 +94,7 @@ def _check_tokens(base: JobBase) -> None:
 
 
 def _check_targets(base: JobBase) -> None:
-    assert base.targets or base.config.lora is None
+    assert base.targets.names or base.config.lora is None
 
 
 def _check_extension(base: JobBase) -> None:

@@ -154,7 +154,12 @@ class TensorNames:
             return {next(iter(group.stored)): parameters[group.target]}
         with library_boundary(self._not_convertible):
             reverted = revert_weight_conversion(self._model, dict(parameters))
-        found = {name: tensor for made, tensor in reverted.items() for name in self._own_names(group, made)}
+        found: dict[str, torch.Tensor] = {}
+        for made, tensor in reverted.items():
+            name = self._own_name(group, made)
+            if name is None:
+                raise UserError(self._field, f"its files must have the tensor {made}, and lack it")
+            found[name] = tensor
         for name in group.stored:
             if name not in found or tuple(found[name].shape) != self._shapes[name]:
                 raise UserError(
@@ -163,11 +168,11 @@ class TensorNames:
                 )
         return found
 
-    def _own_names(self, group: TensorGroup, made: str) -> list[str]:
-        """Return the name in ``group`` that transformers calls ``made``. Published files may lack the prefix of the
-        model's inner part, or have it in addition."""
+    def _own_name(self, group: TensorGroup, made: str) -> str | None:
+        """Return the name in ``group`` of the tensor that transformers calls ``made``. Published files may lack the
+        prefix of the model's inner part, or have it in addition."""
         prefix = f"{self._model.base_model_prefix}."
-        return [name for name in (made, made.removeprefix(prefix), prefix + made) if name in group.stored][:1]
+        return next((name for name in (made, made.removeprefix(prefix), prefix + made) if name in group.stored), None)
 
     def check_writable(self, parameters: Iterable[str]) -> None:
         """Raise UserError where one of ``parameters`` of the model can't be written as tensors of the weight files. The
