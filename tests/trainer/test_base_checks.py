@@ -62,10 +62,10 @@ class Job:
             files = model_files(self.config.model, self.paths, store)
             headers = self.folder / "headers"
             facts = check_model(files, self.folder / "small", headers, self.config.model.added_tokens)
-            check_rows(dataset, dataset.train, "dataset.train", self.paths, store, self.folder / "rows", facts)
             holes = [path for path in headers.glob("*.safetensors") if not path.is_symlink()]
             assert holes
             check_for_job(headers, self.config)
+            check_rows(dataset, dataset.train, "dataset.train", self.paths, store, self.folder / "rows", facts)
         except UserError as error:
             return str(error)
         return ""

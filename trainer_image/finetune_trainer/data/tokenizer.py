@@ -91,6 +91,19 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
         return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
+def check_ends(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> None:
+    """Raise UserError where a token that ends an answer has no row in the embedding, which has ``rows`` rows.
+    ``tokenizer`` is that of the model in ``folder``, without added tokens."""
+    known = [number for number in model_stop_ids(folder) if 0 <= number < len(tokenizer)]
+    for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
+        if number >= rows:
+            raise UserError(
+                "model",
+                f"its tokenizer does not fit its weights: the {what} {tokenizer.convert_ids_to_tokens(number)!r} has"
+                f" the id {number}, and the embedding has only {rows} rows",
+            )
+
+
 def _unusable(error: BaseException) -> UserError:
     return UserError("model", f"its tokenizer can't be used: {first_line(error)}")
 

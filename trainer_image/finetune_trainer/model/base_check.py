@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import RunConfig
-from finetune_core.errors import UserError
-from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids
+from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets
 from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
@@ -79,17 +78,8 @@ def _check_weights(base: JobBase) -> None:
 
 
 def _check_tokens(base: JobBase) -> None:
-    """Raise UserError where a token that ends an answer has no row in the embedding. Added tokens get rows."""
-    rows = base.structure.rows
     tokenizer = load_tokenizer(base.folder)
-    known = [number for number in model_stop_ids(base.folder) if 0 <= number < len(tokenizer)]
-    for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
-        if number >= rows:
-            raise UserError(
-                "model",
-                f"its tokenizer does not fit its weights: the {what} {tokenizer.convert_ids_to_tokens(number)!r} has"
-                f" the id {number}, and the embedding has only {rows} rows",
-            )
+    check_ends(tokenizer, base.folder, base.structure.rows)
     add_tokens(tokenizer, base.config.model.added_tokens)
 
 

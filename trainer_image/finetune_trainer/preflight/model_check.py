@@ -16,7 +16,7 @@ from typing import Any
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import INDEX_FILE
@@ -70,8 +70,10 @@ def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Se
     files.fetch(selection.small, folder)
     config = load_configuration(folder, files.field)
     tokenizer = load_tokenizer(folder)
-    ids = add_tokens(tokenizer, added_tokens)
     rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        check_ends(tokenizer, folder, rows)
+    ids = add_tokens(tokenizer, added_tokens)
     for name in selection.small:
         (unfinished / name).symlink_to(folder / name)
     unfinished.rename(headers)
