@@ -17,8 +17,6 @@ from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
-ATTENTION = "sdpa"
-"""transformers' name of the attention kernel."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -36,7 +34,6 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
             model, report = AutoModelForCausalLM.from_pretrained(
                 alone,
                 dtype=dtype,
-                attn_implementation=ATTENTION,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

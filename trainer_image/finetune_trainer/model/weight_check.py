@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.load import ATTENTION, missing_weights
+from finetune_trainer.model.load import missing_weights
 from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
 from finetune_trainer.pod.errors import first_line, library_boundary
@@ -48,7 +48,6 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             state_dict=state,
             device_map={"": "meta"},
             dtype=dtype,
-            attn_implementation=ATTENTION,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
