@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_core.contract.preflight_result import PreflightResult
 from finetune_trainer.data.order import global_batch
-from finetune_trainer.model.load import initial_adapter
+from finetune_trainer.model.adapters import initial_adapter
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.families import FAMILIES, write_family

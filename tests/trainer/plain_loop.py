@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_core.api.method import LoRASpec
-from finetune_trainer.model.load import add_adapters
+from finetune_trainer.model.adapters import add_adapters
 
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The layers of the tiny model that get an adapter."""
@@ -64,6 +64,16 @@ def plain_loop(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
     base_perplexity = plain_perplexity(model, validation)
+    losses = plain_losses(model, optimizer, train, batches)
+    return Plain(losses, plain_perplexity(model, validation), base_perplexity, model)
+
+
+def plain_losses(
+    model: Any, optimizer: torch.optim.Optimizer, train: Sequence[PlainExample], batches: Sequence[Sequence[int]]
+) -> list[float]:
+    """Train the parameters of ``optimizer``, and return the loss of each step. ``batches`` has the numbers of the
+    examples of each step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = []
     for batch in batches:
         loss = _mean_nll(model, [train[row] for row in batch])
@@ -72,7 +82,7 @@ def plain_loop(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return Plain(losses, plain_perplexity(model, validation), base_perplexity, model)
+    return losses
 
 
 def plain_perplexity(model: Callable[..., Any], examples: Sequence[PlainExample]) -> float:

@@ -18,7 +18,8 @@ from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.loss.kernels import _AdaptedLinear, frozen_head_loss, fuse_adapters
 from finetune_trainer.loss.objective import Objective
-from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
+from finetune_trainer.model.adapters import add_adapters
+from finetune_trainer.model.load import enable_gradient_checkpointing, trained_parameters
 from tests.trainer.plain_loop import DENSE
 from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients, model_of
 

@@ -21,8 +21,9 @@ from finetune_trainer.engine.checks import check_model
 from finetune_trainer.loss.dropout import keep_mask
 from finetune_trainer.loss.head import LossHead
 from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.adapters import add_adapters
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
-from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
+from finetune_trainer.model.load import enable_gradient_checkpointing, trained_parameters
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
 FIRST = Example((4, 9, 17, 25, 33, 41, 1), [(3, 7)])

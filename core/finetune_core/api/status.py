@@ -293,6 +293,10 @@ class PlanStatus(StatusModel):
     attention: Annotated[str, Field(max_length=32)] | None = None
     """The kernel that computes attention, for example `SDPA`: what `training.attention` asks for, or what the trainer
     chose. Absent: the trainer has not loaded the model yet."""
+    adapted_share: Decimal | None = None
+    """Share of the weights in the model's layers (without embeddings and output head, unless these are adapted) that
+    the LoRA adapters can change, from 0 to 1. Absent: the method is Full, or the trainer has not read the model
+    yet."""
     gpu_memory_bytes: Count | None = None
     """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
     memory_bytes: Count | None = None

@@ -76,6 +76,9 @@ class Report(ContractModel):
     best: CheckpointName | None = None
     """The best checkpoint by `evaluation.bestBy`, among the checkpoints that led to the current weights. None where no
     checkpoint among them was scored."""
+    adapted_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the weights in the model's layers that the LoRA adapters can change. None without adapters, and before
+    the trainer has read the model."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences for people about things that are not failures, for example that rows were skipped."""
     evaluation: EvaluationRecord | None = None

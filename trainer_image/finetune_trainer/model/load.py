@@ -1,82 +1,24 @@
-"""Loads the base model from local files and adds LoRA adapters. Every rank calls these functions through
-`preparation.py`.
-
-The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. They are
-therefore the same at every ZeRO stage, on any number of ranks and on every device.
-"""
+"""Loads the base model from local files. Every rank calls these functions through `preparation.py`."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.model.mmap_memory import release_mapped_pages
 from finetune_trainer.model.packed_attention import install as install_packed_attention
-from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def adapted_modules(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
-    """Return the names of the modules that get an adapter, in peft's short form, for example `q_proj`.
-
-    Where the job names modules, these are returned. Otherwise the result is all dense layers of the decoder, and also
-    both embeddings where the job adds tokens. Raises UserError where a name in `lora.targetModules` fits no module.
-    """
-    embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
-    adaptable = {
-        name
-        for name, module in structure.model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
-    }
-    if lora.target_modules:
-        for target in lora.target_modules:
-            if not any(_fits(name, target) for name in adaptable):
-                endings = sorted({name.rpartition(".")[2] for name in adaptable})
-                raise UserError(
-                    "lora.targetModules",
-                    f"must name modules of the model, and {target!r} is none; it has {', '.join(endings[:20])}",
-                )
-        return sorted(lora.target_modules)
-    dense = {
-        name.rpartition(".")[2]
-        for name, module in structure.model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name not in embeddings
-    }
-    return sorted({*dense, *(name.rpartition(".")[2] for name in embeddings if added_tokens)})
-
-
-def _fits(name: str, target: str) -> bool:
-    """Return whether peft adds an adapter to the module ``name`` when its `target_modules` contain ``target``."""
-    return name == target or name.endswith(f".{target}")
-
-
-def adapted(structure: ModelStructure, targets: Collection[str]) -> list[str]:
-    """Return the full names of the modules that ``targets`` select, for example `model.layers.0.self_attn.q_proj`."""
-    return [
-        name
-        for name, module in structure.model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
-        and any(_fits(name, target) for target in targets)
-    ]
-
-
-def adapts_an_embedding(structure: ModelStructure, targets: Collection[str]) -> bool:
-    """Return whether ``targets`` select the input embedding or the output head."""
-    embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
-    return any(_fits(name, target) for name in embeddings for target in targets)
 
 
 def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
@@ -86,9 +28,12 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
     happens, the memory of the mapped files is freed again and again.
     """
     try:
-        with release_mapped_pages(folder) if sharded else contextlib.nullcontext():
+        with (
+            _model_alone(folder) as alone,
+            release_mapped_pages(folder) if sharded else contextlib.nullcontext(),
+        ):
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
+                alone,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -102,8 +47,7 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError("model", "its config.json does not fit its weights: they have other shapes") from error
-    shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
-    missing = sorted(key for key in report["missing_keys"] if key not in shared)
+    missing = missing_weights(model, report)
     if missing:
         # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
@@ -138,49 +82,24 @@ def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
     }
 
 
-def add_adapters(
-    model: PreTrainedModel, lora: LoRASpec, *, targets: Sequence[str], seed: int, base_name: str
-) -> PeftModel:
-    """Add LoRA adapters to the modules ``targets`` of ``model``.
-
-    ``base_name`` is the base model's name for `adapter_config.json`.
-    """
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=float(lora.dropout),
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError("lora.targetModules", f"must name modules of the model: {first_line(error)}") from error
-    # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
-    tuned.peft_config["default"].base_model_name_or_path = base_name
-    for name, parameter in tuned.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(model.dtype)
-            parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
-    return tuned
+@contextlib.contextmanager
+def _model_alone(folder: Path) -> Iterator[Path]:
+    """Yield a folder with links to those files in ``folder`` from which the model is loaded. Without it, transformers
+    would also load an adapter that lies in ``folder``."""
+    with TemporaryDirectory() as alone:
+        weights = WeightFiles.of(folder).names
+        index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
+        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, *weights, *index):
+            if (folder / name).is_file():
+                (Path(alone) / name).symlink_to((folder / name).resolve())
+        yield Path(alone)
 
 
-def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Return the initial value of an adapter's weight in fp32. The product B @ A of an adapter is zero at first.
-
-    For a dense layer B is zero, and A is uniform with bound 1 / sqrt(columns): Kaiming's rule with a = sqrt(5), as in
-    peft and in the code of the LoRA paper (Hu et al., 2021). For an embedding A is zero and B is normally distributed,
-    as in peft.
-    """
-    embedding = "lora_embedding_" in name
-    if ("lora_embedding_A" in name) if embedding else ("lora_B" in name):
-        return torch.zeros(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    if embedding:
-        return torch.empty(shape).normal_(generator=generator)
-    bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+def missing_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """Return the names of the weights that ``model`` did not find in its files, in alphabetical order. ``report`` is
+    what transformers tells about the loading. A weight that is tied to another one is not missing."""
+    shared = getattr(model, "all_tied_weights_keys", {})
+    return sorted(key for key in report["missing_keys"] if key not in shared)
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

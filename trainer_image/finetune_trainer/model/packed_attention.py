@@ -88,7 +88,8 @@ def _window_or_mask(*args: Any, config: Any = None, **options: Any) -> torch.Ten
     the attention.
     """
     if _Noted.borders is None:
-        return sdpa_mask(*args, config=config, **options)  # type: ignore[no-any-return]
+        mask: torch.Tensor | None = sdpa_mask(*args, config=config, **options)
+        return mask
     window = options.get("local_size")
     if options.get("use_vmap") or (window is not None and window != getattr(config, "sliding_window", None)):
         raise ValueError("FlashAttention knows causal masks and sliding windows only")
@@ -111,15 +112,18 @@ def varlen_attention(
     """
     borders = _Noted.borders
     if borders is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)  # type: ignore[no-any-return]
+        mixed: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )[0]
+        return mixed, None
     unknown = [name for name in OTHER_SOFTMAX if options.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ValueError(f"FlashAttention has no {', '.join(unknown) or 'attention but causal attention'}")
     batch, heads, length, _ = query.shape
-    flat = [tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], -1) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], -1) for tensor in (query, key, value))
     compute = _flash if query.device.type == "cuda" else _one_by_one
     window = attention_mask.shape[-1] if attention_mask is not None else None
-    mixed = compute(*flat, borders, scaling=scaling, window=window)
+    mixed = compute(q, k, v, borders, scaling=scaling, window=window)
     return mixed.reshape(batch, length, heads, -1), None
 
 

@@ -77,6 +77,7 @@ class Progress:
         self._checkpoints: list[CheckpointRecord] = []
         self._checkpoint_age: int | None = None
         self._checkpoint_problem = ""
+        self._adapted_share: float | None = None
         self._notices: list[str] = []
         self._pending: list[StepRow] = []
         self._newest: StepRow | None = None
@@ -123,6 +124,10 @@ class Progress:
         """Note the kernel that computes attention, for example `SDPA`."""
         log_line(f"attention: {kernel}")
         self._attention = kernel
+
+    def adapted(self, share: float | None) -> None:
+        """Note the share of the weights in the model's layers that LoRA adapters can change; None without adapters."""
+        self._adapted_share = share
 
     def phase(self, phase: Phase) -> None:
         """Note the run's current phase, and report it at once."""
@@ -255,6 +260,7 @@ class Progress:
             checkpoint_age_seconds=self._checkpoint_age,
             checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],
             best=self._best,
+            adapted_share=self._adapted_share,
             notices=self._notices,
             evaluation=self._evaluation,
             incidents=self._incidents,
