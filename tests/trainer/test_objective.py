@@ -49,7 +49,8 @@ class OneProcess:
         return self.objective.logits(self.forward, batch)
 
     def use_attention(self, kernel: Kernel) -> None:
-        self.model.get_base_model().set_attn_implementation(IMPLEMENTATIONS[kernel])
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner.set_attn_implementation(IMPLEMENTATIONS[kernel])
 
     def use_full_logits(self) -> None:
         self.objective.full_logits = True
