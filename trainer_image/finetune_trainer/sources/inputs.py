@@ -14,10 +14,12 @@ from finetune_core.errors import UserError, valid_text
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
+from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
 
 
@@ -60,6 +62,17 @@ def source_name(source: ModelSpec | DataSource) -> str:
     raise UserError("model", "must name a source")
 
 
+def model_revision(source: ModelSpec, folder: Path) -> str | None:
+    """Return the commit of the model on the Hugging Face Hub that was downloaded into ``folder``, or else the revision
+    that the job names. None where the model comes from another place."""
+    if source.hugging_face is None:
+        return None
+    from huggingface_hub._local_folder import read_download_metadata
+
+    metadata = read_download_metadata(folder, CONFIG_FILE)
+    return metadata.commit_hash if metadata is not None else source.hugging_face.revision
+
+
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
     """Return the local path of a data source for `read_rows`: ``folder`` with an index of the files. Files in the
     object store or on the Hugging Face Hub are downloaded into ``folder`` first.
@@ -75,11 +88,12 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
-    transformers reads are downloaded into ``folder``."""
+    """Return ``folder`` with the files of the base model, and without what lies beside the model. Files in the object
+    store or on the hub are downloaded. Files on a volume stay there, and ``folder`` has links to them."""
     files = model_files(source, paths, store)
-    if isinstance(files, LocalFiles):
-        return files.folder
+    selection = select_model_files(files)
+    for notice in selection.notices:
+        print(valid_text(notice), flush=True)
     folder.mkdir()
-    files.fetch([name for name in files.sizes if name.endswith(MODEL_SUFFIXES)], folder)
+    files.fetch(selection.names, folder)
     return folder
