@@ -24,7 +24,13 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
+)
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.adapters import (
     AdapterTargets,
@@ -184,7 +190,7 @@ def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: AdapterTargets) 
     config, folder = plan.config, base_model_folder(plan)
     structure = read_structure(folder)
     options = export_options(
-        plan, structure, stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
+        plan, structure, generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
     )
     trained = [name for name, _ in structure.model.named_parameters()]
     changed = targets.weight_names if config.lora is not None else trained
@@ -232,7 +238,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
+        stop_ids=generation_stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
         mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )
