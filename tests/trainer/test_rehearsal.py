@@ -97,9 +97,9 @@ def restricted(store: ObjectStore, folder: Path, actions: Sequence[str], *, belo
         )
     ]
     session = AssumeRoleProvider(
-        store.endpoint,
-        ACCESS_KEY,
-        SECRET_KEY,
+        sts_endpoint=store.endpoint,
+        access_key=ACCESS_KEY,
+        secret_key=SECRET_KEY,
         duration_seconds=3600,
         policy=json.dumps({"Version": "2012-10-17", "Statement": statements}),
     ).retrieve()
@@ -185,7 +185,8 @@ def test_an_adapter_that_can_not_be_merged_is_bad_input_before_a_model_is_loaded
     plan = plan_of(store, base, tmp_path, storage__artifact="Merged")
     with pytest.raises(UserError, match=r"^storage\.artifact: must be Adapter: .* no way back$"):
         prepare_node(plan, graded=())
-    prepare_node(plan_of(store, base, tmp_path / "again"), graded=())
+    (tmp_path / "again").mkdir()
+    assert prepare_node(plan_of(store, base, tmp_path / "again"), graded=()).context == 64
 
 
 def test_a_rehearsal_reads_no_weight_and_leaves_no_file(tmp_path: Path) -> None:
