@@ -79,7 +79,7 @@ VALUES = st.one_of(
 )
 FIELDS = [
     *SAMPLING, "do_sample", "num_beams", "early_stopping", "length_penalty", "pad_token_id", "eos_token_id",
-    "use_cache", "cache_implementation", "num_return_sequences", "max_new_tokens", "output_scores", "repetition_penalty", "other",
+    "use_cache", "cache_implementation", "num_return_sequences", "max_new_tokens", "output_scores", "other",
 ]  # fmt: skip
 
 
