@@ -26,11 +26,12 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.model.load import load_base
 from finetune_trainer.model.structure import read_structure
-from finetune_trainer.model.weight_files import check_complete, check_shapes
+from finetune_trainer.model.weight_check import check_weights
+from finetune_trainer.model.weight_files import check_complete
 from finetune_trainer.pod.model_file_names import INDEX_FILE
-from finetune_trainer.preflight.model_check import check_configuration
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer
 
@@ -89,7 +90,7 @@ def outcome(folder: Path) -> str:
     """Read the model in ``folder`` like the preflight check and the workers, and tokenise a row in every format.
     Return the sentence for the user, or an empty text."""
     try:
-        context = check_configuration(folder, "model")
+        context = model_context(load_configuration(folder, "model"))
         tokenizer = load_tokenizer(folder)
         add_tokens(tokenizer, ["<new>"])
         for form in FORMS:
@@ -173,13 +174,13 @@ def test_a_configuration_that_does_not_fit_the_weights_is_a_sentence(change: dic
     import torch
 
     tiny.write_model(tmp_path)
-    check_shapes(read_structure(tmp_path), tmp_path)
+    check_weights(read_structure(tmp_path), tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(
         UserError, match=r"^model: its config.json does not fit its weights: model\..* has the shape \["
     ):
-        check_shapes(read_structure(tmp_path), tmp_path)
+        check_weights(read_structure(tmp_path), tmp_path, torch.float32)
     with pytest.raises(UserError, match=r"^model: its config.json does not fit its weights: "):
         load_base(tmp_path, torch.float32)
 

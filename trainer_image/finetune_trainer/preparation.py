@@ -16,7 +16,7 @@ from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import ExportOptions
-from finetune_trainer.checkpoints.rehearsal import rehearse_export
+from finetune_trainer.checkpoints.job_export import job_export_options, rehearse_job_export
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -32,22 +32,17 @@ from finetune_trainer.data.tokenizer import (
     tokenize_functions,
 )
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.adapters import (
-    AdapterTargets,
-    adapts_an_embedding,
-    add_adapters,
-    choose_targets,
-    reach_notice,
-)
+from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
 from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
+from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
+from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base, own_dropout
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
-from finetune_trainer.model.weight_files import WeightFiles, check_complete, check_shapes
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
-from finetune_trainer.sources.inputs import model_revision, source_name
+from finetune_trainer.sources.inputs import source_name
 
 
 class PreparationSummary(ContractModel):
@@ -122,23 +117,28 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
     """
-    check_complete(plan.inputs.model)
-    structure, config = read_structure(plan.inputs.model), plan.config
-    check_shapes(structure, plan.inputs.model)
-    targets = _adapter_targets(plan, structure)
-    untie = structure.tied and adapts_an_embedding(structure, targets)
-    if config.model.added_tokens or untie:
+    base, config = JobBase(plan.inputs.model, plan.config), plan.config
+    check_base(base)
+    structure, targets = base.structure, base.targets
+    if config.model.added_tokens or base.unties:
         extend_base(
             plan.inputs.model,
             _extended_folder(plan),
             tokens=config.model.added_tokens,
-            untie=untie,
+            untie=base.unties,
             seed=config.optimization.seed,
         )
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
-    limit = length_limit(config.dataset, structure.context)
-    notices = _rehearse_export(plan, tokenizer, targets)
+    limit = length_limit(config.dataset, structure.context, base.rows)
+    notices = rehearse_job_export(
+        config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
+    )
+    if rate := own_dropout(structure.model):
+        notices.append(
+            f"the dropout of the base model's configuration (up to {rate:g}) is switched off, so that a run can be"
+            " repeated; lora.dropout is the dropout of a training"
+        )
     if targets.names:
         notices.append(reach_notice(targets))
     if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
@@ -184,42 +184,9 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     )
 
 
-def _rehearse_export(plan: WorkerPlan, tokenizer: Any, targets: AdapterTargets) -> list[str]:
-    """Try out the export of the artifact without its weights. ``targets`` are those of the adapters, and empty for a
-    full run. Return notices about it."""
-    config, folder = plan.config, base_model_folder(plan)
-    structure = read_structure(folder)
-    options = export_options(
-        plan, structure, generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
-    )
-    trained = [name for name, _ in structure.model.named_parameters()]
-    changed = targets.weight_names if config.lora is not None else trained
-    try:
-        return rehearse_export(tokenizer, options, changed, plan.folder / "rehearsal")
-    except UserError as error:
-        if config.lora is None or options.names is None:
-            raise
-        raise UserError("storage.artifact", f"must be Adapter: {error.problem}") from error
-
-
 def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[int]) -> ExportOptions:
-    """Return how the artifact of the job is written, except for what is only known when the run begins.
-
-    ``structure`` is that of the base model in `base_model_folder`. ``stops`` are the ids at which the trained model
-    stops.
-    """
-    config, folder = plan.config, base_model_folder(plan)
-    only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
-    return ExportOptions(
-        kind=config.storage.artifact,
-        precision=config.optimization.precision,
-        base=folder,
-        base_name=source_name(config.model),
-        revision=model_revision(config.model, plan.inputs.model),
-        added_rows=None,
-        stop_ids=stops,
-        names=None if only_adapter else TensorNames(structure.model, WeightFiles.of(folder).shapes),
-    )
+    """Return how the artifact of the job is written (see `job_export_options`)."""
+    return job_export_options(plan.config, plan.inputs.model, base_model_folder(plan), structure, stops)
 
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
@@ -251,7 +218,7 @@ def load_model(plan: WorkerPlan) -> Any:
     model. Each rank keeps only its shard of the weights.
     """
     config, folder = plan.config, base_model_folder(plan)
-    targets = _adapter_targets(plan, read_structure(plan.inputs.model))
+    targets = JobBase(plan.inputs.model, config).targets
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
@@ -305,13 +272,6 @@ def _extended_folder(plan: WorkerPlan) -> Path:
 
 def _tokens_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "tokens"
-
-
-def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> AdapterTargets:
-    config = plan.config
-    if config.lora is None:
-        return AdapterTargets()
-    return choose_targets(structure, config.lora, added_tokens=bool(config.model.added_tokens))
 
 
 class _Part(NamedTuple):

@@ -45,19 +45,23 @@ class NoRowsError(UserError):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The largest allowed length of an example in tokens, and which field or model sets it."""
+    """The largest allowed length of an example in tokens, which field or model sets it, and the number of tokens."""
 
     tokens: int
     origin: str
     """What sets the limit, as a phrase that follows "more than" in messages: `dataset.maxLength 512`."""
+    rows: int | None = None
+    """Number of rows of the model's embedding. A token with an id of this size or more can't be read. None where the
+    number is not known."""
 
 
-def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
+def length_limit(dataset: DatasetSpec, context: int | None, rows: int | None = None) -> LengthLimit:
     """Return the length limit of a job's examples: the smaller one of `dataset.maxLength` and the model's ``context``
-    (its longest input in tokens). ``context`` is None if the model has no limit."""
+    (its longest input in tokens). ``context`` is None if the model has no limit. ``rows`` is the number of rows of the
+    model's embedding, if it is known."""
     if context is not None and context < dataset.max_length:
-        return LengthLimit(context, f"the model's context of {context}")
-    return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
+        return LengthLimit(context, f"the model's context of {context}", rows)
+    return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}", rows)
 
 
 def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
@@ -172,6 +176,13 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
     rendered = row.problem or render(row.fields)
     if isinstance(rendered, str):
         return _Refusal("badRows", dataset.bad_rows, rendered)
+    highest = max((max(example.ids, default=0) for example in rendered), default=0)
+    if limit.rows is not None and highest >= limit.rows:
+        return _Refusal(
+            "badRows",
+            dataset.bad_rows,
+            f"has a token with the id {highest}, and the model's embedding has only {limit.rows} rows",
+        )
     length = max(len(example.ids) for example in rendered)
     if length > limit.tokens and dataset.long_rows in ("Fail", "Skip"):
         return _Refusal("longRows", dataset.long_rows, f"has {length} tokens, more than {limit.origin}")

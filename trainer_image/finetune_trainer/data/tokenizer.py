@@ -11,9 +11,10 @@ import contextlib
 import json
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
@@ -24,12 +25,17 @@ from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
 
+TOKENIZER_FILE = "tokenizer.json"
+"""The file of the tokenizers library, which holds a tokenizer as a whole. A file of sentencepiece or tiktoken (suffix
+`.model`) does not: transformers makes up the rest, and reads the file in another format where the first one fails."""
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer or if the tokenizer has no
-    end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer, if it can only be guessed
+    from its files, or if the tokenizer has no end token."""
+    _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
-    with library_boundary(lambda error: UserError("model", f"its tokenizer can't be loaded: {first_line(error)}")):
+    with library_boundary(partial(_not_loaded, folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
@@ -37,9 +43,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer("")
         len(tokenizer)
         tokenizer.decode([end] if end is not None else [])
+    if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(
+            "model",
+            f"its tokenizer can't be used: there is no {TOKENIZER_FILE}, and its tokenizer_config.json names no"
+            " tokenizer_class that says how the other files are read",
+        )
     if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
+
+
+def _not_loaded(folder: Path, error: BaseException) -> UserError:
+    reason = first_line(error).rstrip(" :\n")
+    if not (folder / TOKENIZER_FILE).is_file():
+        reason = f"there is no {TOKENIZER_FILE}, and transformers can't make a tokenizer of the other files ({reason})"
+    return UserError("model", f"its tokenizer can't be loaded: {reason}")
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if TOKENIZER_FILE in names or "vocab.json" in names or "vocab.txt" in names:
+        return
+    found = sorted(name for name in names if name.endswith(".model"))
+    if found:
+        raise UserError(
+            "model",
+            f"its tokenizer can't be used: beside {found[0]} there must be a {TOKENIZER_FILE} with the same tokenizer,"
+            " which save_pretrained of transformers' AutoTokenizer writes where sentencepiece is installed",
+        )
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
@@ -57,6 +90,19 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     with library_boundary(_unusable):
         tokenizer.add_tokens(added, special_tokens=True)
         return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+def check_ends(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> None:
+    """Raise UserError where a token that ends an answer has no row in the embedding, which has ``rows`` rows.
+    ``tokenizer`` is that of the model in ``folder``, without added tokens."""
+    known = [number for number in model_stop_ids(folder) if 0 <= number < len(tokenizer)]
+    for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
+        if number >= rows:
+            raise UserError(
+                "model",
+                f"its tokenizer does not fit its weights: the {what} {tokenizer.convert_ids_to_tokens(number)!r} has"
+                f" the id {number}, and the embedding has only {rows} rows",
+            )
 
 
 def _unusable(error: BaseException) -> UserError:

@@ -26,7 +26,7 @@ from finetune_trainer.data.tokenizer import (
     stop_ids,
     tokenize_functions,
 )
-from finetune_trainer.model.structure import read_structure
+from finetune_trainer.model.base_check import JobBase
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, job_tokenize_functions
 from finetune_trainer.sources.inputs import source_name
@@ -90,8 +90,9 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     path = plan.inputs.test if rows == "Test" else plan.inputs.validation
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
-    context = read_structure(plan.inputs.model).context
-    scored, trained_limit = f"dataset.{rows.lower()}", length_limit(config.dataset, context)
+    base = JobBase(plan.inputs.model, config)
+    context, base_rows = base.structure.context, base.structure.rows
+    scored, trained_limit = f"dataset.{rows.lower()}", length_limit(config.dataset, context, base.rows)
     field = scored if config.evaluation.base_prompt is None else "evaluation.basePrompt"
     form = base_format(config.dataset, config.evaluation.base_prompt)
     tokenizer = load_tokenizer(plan.inputs.model)
@@ -103,7 +104,9 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         # `dataset.maxLength` does not apply. `evaluation.basePrompt` may be long, for example because it holds solved
         # examples, and an added token is several tokens of the base model.
         limit = (
-            LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
+            LengthLimit(context, f"the model's context of {context}", base_rows)
+            if context
+            else LengthLimit(UNLIMITED, "anything", base_rows)
         )
         dataset = dataset.model_copy(update={"long_rows": "Skip"})
     columns = columns_read(config.dataset, scored, config.evaluation.base_prompt, graded)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
-from finetune_trainer.model.structure import read_structure
+from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
@@ -54,13 +54,9 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     tokenizer.save_pretrained(target)
     config = json.loads((source / CONFIG_FILE).read_text())
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    if structure.output_name is None:
-        raise UserError("model.addedTokens", "must be empty: the model has no output head")
-    names = TensorNames(structure.model, weights.shapes, "model.addedTokens")
+    names = check_extendable(structure, weights, untie=untie)
     input_name, output_name = f"{structure.input_name}.weight", f"{structure.output_name}.weight"
     copies = names.copies(input_name)
-    if not copies:
-        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {input_name}")
     spread = text.get("initializer_range") or DEFAULT_SPREAD
     if not isinstance(spread, int | float) or not 0 < spread < 100:
         raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
@@ -83,9 +79,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
         missing = [name for name in (input_name, output_name) if name not in copies]
         changed |= {names.new_stored_name(name): changed[first].clone() for name in missing}
     elif not structure.tied:
-        output_key = names.copies(output_name).get(output_name)
-        if output_key is None:
-            raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {output_name}")
+        output_key = names.copies(output_name)[output_name]
         changed[output_key] = extended(weights.tensor(output_key), "output")
     for bias in names.copies(f"{structure.output_name}.bias").values():
         old_bias = weights.tensor(bias)
@@ -100,6 +94,25 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     for path in source.iterdir():
         if _is_text_file_of_model(path) and not (target / path.name).exists():
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def check_extendable(structure: ModelStructure, weights: WeightFiles, *, untie: bool) -> TensorNames:
+    """Return the names of the tensors in ``weights``. Raises UserError where `extend_base` can't extend the model,
+    because its files lack an embedding. Only the headers of the files are read."""
+    if structure.output_name is None:
+        raise UserError("model.addedTokens", "must be empty: the model has no output head")
+    names = TensorNames(structure.model, weights.shapes, "model.addedTokens")
+    input_name, output_name = f"{structure.input_name}.weight", f"{structure.output_name}.weight"
+    copies = names.copies(input_name)
+    if not copies:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {input_name}")
+    if structure.tied and untie:
+        for name in (input_name, output_name):
+            if name not in copies:
+                names.new_stored_name(name)
+    elif not structure.tied and output_name not in names.copies(output_name):
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {output_name}")
+    return names
 
 
 def _is_text_file_of_model(path: Path) -> bool:

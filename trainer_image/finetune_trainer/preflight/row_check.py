@@ -113,7 +113,7 @@ def check_rows(
             field,
             dataset,
             tokenize_functions(model.tokenizer, model.added_tokens, ends=ends, today=today),
-            limit=length_limit(dataset, model.context),
+            limit=length_limit(dataset, model.context, model.rows),
             keep_rows=task is not None,
         )
     except NoRowsError as error:

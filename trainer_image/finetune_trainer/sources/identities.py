@@ -16,7 +16,8 @@ from pathlib import Path
 from finetune_core.contract import RunConfig
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
+from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
 
 
@@ -34,7 +35,7 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
         tags.setdefault(part, {}).update({f"{of_mix}{file.path}": files.tag(file) for file in files.files})
     found = {part: _digest(of_part) for part, of_part in tags.items()}
     model = model_files(config.model, paths, store)
-    found["model"] = _digest({name: model.tag(name) for name in model.sizes if name.endswith(MODEL_SUFFIXES)})
+    found["model"] = _digest({name: model.tag(name) for name in select_model_files(model).names})
     return found
 
 

@@ -18,7 +18,8 @@ from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
+from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
 
 
@@ -87,11 +88,12 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
-    transformers reads are downloaded into ``folder``."""
+    """Return ``folder`` with the files of the base model, and without what lies beside the model. Files in the object
+    store or on the hub are downloaded. Files on a volume stay there, and ``folder`` has links to them."""
     files = model_files(source, paths, store)
-    if isinstance(files, LocalFiles):
-        return files.folder
+    selection = select_model_files(files)
+    for notice in selection.notices:
+        print(valid_text(notice), flush=True)
     folder.mkdir()
-    files.fetch([name for name in files.sizes if name.endswith(MODEL_SUFFIXES)], folder)
+    files.fetch(selection.names, folder)
     return folder
