@@ -83,6 +83,7 @@ def resolve(
             gradient_clipping=float(training.gradient_clipping),
             precision=training.precision,
             gradient_checkpointing=training.gradient_checkpointing,
+            attention=training.attention,
             seed=training.seed,
             zero_stage=stage,
             offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",

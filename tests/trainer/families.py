@@ -117,7 +117,7 @@ FAMILIES: Mapping[str, Family] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
-    "deepseek-v2": Family("deepseek_v2"),
+    "deepseek-v2": Family("deepseek_v2", {"head_dim": 8, "num_key_value_heads": 2}),
     # The published files also have the layer behind the last one, which predicts the token after the next.
     "deepseek-v3": Family(
         "deepseek_v3", {"num_key_value_heads": 2}, unused={"model.layers.2.eh_proj.weight": (32, 64)}
@@ -395,8 +395,10 @@ def write_family(name: str, folder: Path, *, seed: int = 7) -> Path:
         else transformers.AutoModelForCausalLM.from_config(configuration)
     )
     with torch.no_grad():
-        for value in model.state_dict().values():
-            if not value.is_floating_point():
+        buffers = {name for name, _ in model.named_buffers()}
+        for parameter, value in model.state_dict().items():
+            # The biases of routers are buffers. All other buffers follow from the configuration.
+            if not value.is_floating_point() or (parameter in buffers and "bias" not in parameter):
                 continue
             if value.ndim >= 2:
                 value.normal_(0, value.shape[-1] ** -0.5)

@@ -28,8 +28,9 @@ from tests.trainer.exporting import change_values, export, load_whole, same_logi
 from tests.trainer.families import FAMILIES, write_family
 
 QUICK = ["deepseek-v3", "gemma-3-vision", "gpt-2", "gpt-neox", "llama-3-tied", "mixtral", "qwen3-moe"]
-FORCED_AT_LOADING = {"zaya"}
-"""Families of which transformers overwrites some values of the files when it loads them."""
+NOT_COMPARED = {"bailing-hybrid", "deepseek-v2", "zaya"}
+"""Families whose logits are not compared. transformers computes none for the first two tiny models, and overwrites some
+values of the third when it loads it."""
 
 
 def families(*, among: set[str] | None = None) -> list[object]:
@@ -63,7 +64,7 @@ def test_a_full_model_has_the_tensors_of_the_base_models_files(family: str, tmp_
     loaded = load_whole(artifact)
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
-    if family not in FORCED_AT_LOADING:
+    if family not in NOT_COMPARED:
         assert same_logits(loaded, model) == 0
 
 

@@ -24,13 +24,19 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
+)
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
 from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
+from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base, own_dropout
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
@@ -128,6 +134,11 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     notices = rehearse_job_export(
         config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
     )
+    if rate := own_dropout(structure.model):
+        notices.append(
+            f"the dropout of the base model's configuration (up to {rate:g}) is switched off, so that a run can be"
+            " repeated; lora.dropout is the dropout of a training"
+        )
     if targets.names:
         notices.append(reach_notice(targets))
     if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
@@ -194,7 +205,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
+        stop_ids=generation_stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
         mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )

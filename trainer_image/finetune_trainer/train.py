@@ -40,6 +40,7 @@ from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
 from finetune_trainer.loop import TrainingLoop
+from finetune_trainer.model.attention import DeviceAbilities, ModelAbilities, kernels
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.pod.errors import StopAgreed, Stopped
@@ -260,7 +261,19 @@ class Run:
             load_weights(trained_parameters(self.model), fetched)
         ratio = config.lora.lora_plus_ratio if config.lora is not None else None
         self.engine = Engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
-        check_model(self.engine, data.train, pad=data.pad, packing=data.capacity is not None)
+        attention = check_model(
+            self.engine,
+            data.train,
+            pad=data.pad,
+            packing=data.capacity is not None,
+            kernels=kernels(
+                config.optimization.attention,
+                ModelAbilities.of(data.structure.model),
+                DeviceAbilities.of(gang.device),
+                config.optimization.precision,
+                packing=data.capacity is not None,
+            ),
+        )
         if state is not None:
             load_state(self.engine, fetched, updates=state.updates)
         shutil.rmtree(fetched, ignore_errors=True)
@@ -315,8 +328,9 @@ class Run:
             if data.mixture is not None:
                 taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
-            progress.notice(*start.notices, *data.summary.notices)
+            progress.attention(attention.kernel)
             progress.adapted(data.summary.adapted_share)
+            progress.notice(*start.notices, *data.summary.notices, *attention.notices)
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))
         set_phase(Phase.TRAINING)

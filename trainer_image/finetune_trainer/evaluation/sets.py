@@ -19,7 +19,13 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import LengthLimit, columns_read, length_limit, make_examples, used_rows
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
+)
 from finetune_trainer.model.base_check import JobBase
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, job_tokenize_functions
@@ -161,7 +167,7 @@ def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> E
         tuned.rows,
         ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
         tokenizer,
-        stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
+        generation_stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
         _suffix(form),
         added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,

@@ -17,6 +17,7 @@ from typing import Any
 from finetune_core.contract import RunConfig
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets
+from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
 from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.structure import ModelStructure, read_structure
@@ -93,6 +94,14 @@ def _check_targets(base: JobBase) -> None:
     assert base.targets.names or base.config.lora is None
 
 
+def _check_training(base: JobBase) -> None:
+    abilities, optimization = ModelAbilities.of(base.structure.model), base.config.optimization
+    packing = base.config.dataset.packing
+    check_abilities(abilities, packing=packing, gradient_checkpointing=optimization.gradient_checkpointing)
+    # The device is known later, in the worker.
+    kernels(optimization.attention, abilities, None, optimization.precision, packing=packing)
+
+
 def _check_extension(base: JobBase) -> None:
     if base.config.model.added_tokens or base.unties:
         check_extendable(base.structure, WeightFiles.of(base.folder), untie=base.unties)
@@ -103,6 +112,7 @@ CHECKS: tuple[Callable[[JobBase], Any], ...] = (
     _check_structure,
     _check_weights,
     _check_tokens,
+    _check_training,
     _check_targets,
     _check_extension,
 )

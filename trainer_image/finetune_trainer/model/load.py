@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_core.errors import UserError
 from finetune_trainer.model.mmap_memory import release_mapped_pages
+from finetune_trainer.model.packed_attention import install as install_packed_attention
 from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
@@ -51,7 +52,34 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
         # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
+    switch_off_dropout(model)
+    install_packed_attention()
     return model
+
+
+def own_dropout(model: torch.nn.Module) -> float:
+    """Return the largest rate of dropout that ``model`` has by its own configuration, from 0 to 1."""
+    return max((rate for module in model.modules() for rate in _dropout_rates(module).values()), default=0.0)
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set all rates of dropout in ``model`` to zero. torch draws this dropout from a random stream. So no run could be
+    repeated, and packed and padded examples would have different losses. The configuration keeps its rates."""
+    for module in model.modules():
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
+    """Return the attributes of ``module`` that are rates of dropout above zero."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return {"p": module.p} if module.p > 0 else {}
+    # Many models keep the rate as a number, and call a function with it.
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+    }
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ class Progress:
         self._pending: list[StepRow] = []
         self._newest: StepRow | None = None
         self._mfu: float | None = None
+        self._attention = ""
         self._best: CheckpointName | None = None
         self._evaluation: EvaluationRecord | None = None
         self._incidents: list[Incident] = []
@@ -118,6 +119,11 @@ class Progress:
         for text in texts:
             log_line(f"notice: {text}")
         self._notices = [*self._notices, *(text[:NOTICE_LENGTH] for text in texts)][-MAX_NOTICES:]
+
+    def attention(self, kernel: str) -> None:
+        """Note the kernel that computes attention, for example `SDPA`."""
+        log_line(f"attention: {kernel}")
+        self._attention = kernel
 
     def adapted(self, share: float | None) -> None:
         """Note the share of the weights in the model's layers that LoRA adapters can change; None without adapters."""
@@ -246,6 +252,7 @@ class Progress:
             eta_seconds=self._speed.eta_seconds(self._total_steps - self._step),
             tokens_per_second=speed.real,
             mfu=self._mfu,
+            attention=self._attention,
             metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
             resumed_from_step=self._resumed_from,
             history=downsample(self._points),
