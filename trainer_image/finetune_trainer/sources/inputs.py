@@ -16,9 +16,11 @@ from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.store_errors import writing
 
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
@@ -76,10 +78,14 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
     """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
-    transformers reads are downloaded into ``folder``."""
+    transformers reads are downloaded into ``folder``, or into the volume of `storage.cache.ephemeral`."""
     files = model_files(source, paths, store)
     if isinstance(files, LocalFiles):
         return files.folder
-    folder.mkdir()
-    files.fetch([name for name in files.sizes if name.endswith(MODEL_SUFFIXES)], folder)
+    if paths.model_volume.is_dir():
+        folder = paths.model_volume / "model"
+    with writing(folder):
+        folder.mkdir()
+    names = [name for name in files.sizes if name.endswith(MODEL_SUFFIXES)]
+    fetch_model_files(files, names, folder, paths.model_cache)
     return folder

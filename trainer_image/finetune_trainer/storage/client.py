@@ -44,6 +44,8 @@ REFUSED_CODES = frozenset(
 )
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
 BEYOND_THE_END = "InvalidRange"
+PARTS_UNKNOWN_CODES = frozenset({"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented", "BadRequest"})
+"""What stores answer to a question about a part if they do not know the parts of objects."""
 MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
@@ -231,6 +233,22 @@ class Store:
         def ask() -> ListedObject:
             with answers():
                 return _listed(self._client.stat_object(bucket, key))
+
+        return self._retried(ask, bucket, missing=None)
+
+    def first_part_bytes(self, bucket: str, key: str) -> int | None:
+        """Return the size of the first part of an object that was uploaded in parts, or of the whole object if it was
+        not. Return None if the object does not exist, or if the store does not know the parts."""
+
+        def ask() -> int | None:
+            try:
+                with answers():
+                    size = self._client.stat_object(bucket, key, extra_query_params={"partNumber": "1"}).size
+                    return None if size is None else int(size)
+            except S3Error as error:
+                if error.code in PARTS_UNKNOWN_CODES:
+                    return None
+                raise
 
         return self._retried(ask, bucket, missing=None)
 

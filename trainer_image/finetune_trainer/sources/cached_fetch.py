@@ -1,0 +1,229 @@
+"""Fetches the files of a base model, from the cache on a volume where it has them (`storage.cache`), or else from their
+source. `inputs.py` calls `fetch_model_files`.
+
+The cache only saves time. Whatever is wrong with it, the files come from their source, with a sentence in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.sources.content_digest import ContentDigest
+from finetune_trainer.sources.file_selection import shown
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
+from finetune_trainer.sources.model_cache import ModelCache, Pace, Patience
+from finetune_trainer.sources.model_files import ModelFiles
+
+SMALL_BYTES = 16 << 20
+"""Files of at most this size, such as those of the tokenizer, are fetched with one call."""
+FIELD = "storage.cache"
+
+
+def fetch_model_files(
+    files: ModelFiles, names: Collection[str], folder: Path, cache: Path, pace: Pace | None = None
+) -> None:
+    """Put the files called ``names`` into the existing local folder ``folder``. ``cache`` is the folder at which the
+    volume of the cache is mounted. If that folder does not exist, the job has no cache.
+
+    Raises UserError and OutsideFailure as ``files.fetch`` does, and OutsideFailure also if files do not have the
+    contents that their source states.
+    """
+    if not cache.is_dir():
+        files.fetch(names, folder)
+        return
+    digests = {name: files.digest(name) for name in names}
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    if unknown := [name for name in names if name not in known]:
+        _say(f"the source states no digest of {shown(*unknown[:3])}: {len(unknown)} files are not kept in the cache")
+        files.fetch(unknown, folder)
+    try:
+        opened = ModelCache(cache, pace)
+    except OSError as error:
+        _say(f"the volume can't be used ({_reason(error)}): the model is fetched from its source")
+        files.fetch(list(known), folder)
+        return
+    with opened:
+        fetch = _CachedFetch(files, known, folder, opened)
+        fetch.run()
+    _say(f"{fetch.copied} of {len(names)} files came from the cache, and {fetch.kept} were fetched and are kept in it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """Files that are fetched with one call."""
+
+    name: str
+    names: Sequence[str]
+    bytes: int
+
+
+def _units(digests: Mapping[str, ContentDigest]) -> list[_Unit]:
+    """Return all small files as one unit, and each other file as a unit of its own."""
+    small = sorted(name for name, digest in digests.items() if digest.bytes <= SMALL_BYTES)
+    groups = [small] if small else []
+    groups += [[name] for name in sorted(digests) if digests[name].bytes > SMALL_BYTES]
+    return [
+        _Unit(
+            name=hashlib.sha256(" ".join(digests[name].name for name in group).encode()).hexdigest(),
+            names=group,
+            bytes=sum(digests[name].bytes for name in group),
+        )
+        for group in groups
+    ]
+
+
+class _CachedFetch:
+    """Fetches the files of one model into one folder."""
+
+    def __init__(
+        self, files: ModelFiles, digests: Mapping[str, ContentDigest], folder: Path, cache: ModelCache
+    ) -> None:
+        self._files, self._digests, self._folder, self._cache = files, digests, folder, cache
+        self._patience = Patience(cache.pace)
+        self._lock = threading.Lock()
+        self._done: set[str] = set()
+        self._said: set[str] = set()
+        self._can_read = self._can_write = True
+        self.copied = self.kept = 0
+        """Numbers of files that came from the cache, and that were fetched and are kept in the cache."""
+
+    def run(self) -> None:
+        """Take each unit from the cache, or fetch it. Units that another pod is fetching are left for later."""
+        left = _units(self._digests)
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            while left:
+                got = list(pool.map(self._obtain, left))
+                if not any(got):
+                    self._say_once("waits", f"waits for another pod that fetches {shown(left[0].names[0])}")
+                    # A file system has no way to wait for a file, so the cache is looked at again after a pause.
+                    time.sleep(self._cache.pace.look_seconds)
+                left = [unit for unit, is_done in zip(left, got, strict=True) if not is_done]
+
+    def _obtain(self, unit: _Unit) -> bool:
+        """Take the files of a unit from the cache, or fetch them if it is this pod's turn. Return whether all files are
+        there."""
+        missing = self._copy_out(unit.names)
+        if not missing:
+            return True
+        with self._turn(unit) as is_ours:
+            if not is_ours:
+                return False
+            # Another pod may have finished between the look into the cache and the turn.
+            if missing := self._copy_out(missing):
+                self._files.fetch(missing, self._folder)
+                for name in missing:
+                    self._copy_in(name)
+        return True
+
+    @contextmanager
+    def _turn(self, unit: _Unit) -> Iterator[bool]:
+        """Yield whether this pod may fetch a unit now. Where the volume can't be written to, every pod may."""
+        turn, may_fetch = None, not self._can_write
+        if self._can_write:
+            with self._trouble_with_writing():
+                turn = self._cache.take_turn(unit.name)
+                if turn is None:
+                    sign = self._cache.sign_of_life(unit.name)
+                    if self._patience.is_over(unit.name, sign, unit.bytes):
+                        self._cache.end_turn_of_others(unit.name)
+                        turn = self._cache.take_turn(unit.name)
+                        may_fetch = True
+            may_fetch = may_fetch or not self._can_write
+        if turn is None:
+            yield may_fetch
+        else:
+            with turn:
+                yield True
+
+    def _copy_out(self, names: Sequence[str]) -> list[str]:
+        """Copy files from the cache, and return the names of those that it does not have."""
+        missing = []
+        for name in names:
+            if name in self._done:
+                continue
+            try:
+                is_there = self._can_read and self._cache.copy_out(self._digests[name], self._folder / name)
+            except OSError as error:
+                is_there = self._can_read = False
+                self._say_once("read", f"the volume can't be read ({_reason(error)}): files come from their source")
+            if is_there:
+                with self._lock:
+                    self._done.add(name)
+                    self.copied += 1
+            else:
+                missing.append(name)
+        return missing
+
+    def _copy_in(self, name: str) -> None:
+        """Put a file that was just fetched into the cache. Raises OutsideFailure if it has not the content that its
+        source states."""
+        if not self._can_write:
+            return
+        digest, others = self._digests[name], [other.name for other in self._digests.values()]
+        is_right = None
+        with self._trouble_with_writing():
+            is_right = self._cache.copy_in(digest, self._folder / name, others)
+        if is_right is False and digest.is_certain:
+            raise OutsideFailure(
+                f"{self._files.field}: {shown(name)} was not received as it is: its {digest.algorithm} digest is not"
+                f" {digest.value}"
+            )
+        if is_right is False:
+            self._say_once("etag", f"the ETag of {shown(name)} is no digest of its content, so each pod fetches it")
+        with self._lock:
+            self.kept += is_right is True
+
+    @contextmanager
+    def _trouble_with_writing(self) -> Iterator[None]:
+        """Turn an error of the volume in the `with` block into a sentence, after which nothing more is written."""
+        try:
+            yield
+        except OSError as error:
+            self._can_write = False
+            self._say_once("write", f"the volume can't be written to ({_reason(error)}): what it lacks is not kept")
+
+    def _say_once(self, subject: str, sentence: str) -> None:
+        with self._lock:
+            is_new = subject not in self._said
+            self._said.add(subject)
+        if is_new:
+            _say(sentence)
+
+
+def cache_notices(bytes_of_model: int, cache: Path) -> list[str]:
+    """Return sentences about a volume that is no good for a model of this size, for the preflight check. ``cache`` is
+    the folder at which the volume is mounted. If that folder does not exist, the job has no cache."""
+    if not cache.is_dir():
+        return []
+    try:
+        with ModelCache(cache) as opened:
+            opened.check_writable()
+            largest = opened.largest_bytes
+    except OSError as error:
+        return [
+            f"{FIELD}: user {os.getuid()} of the pods can't write to the volume ({_reason(error)}), so pods fetch what"
+            " it lacks and do not keep it"
+        ]
+    if largest < bytes_of_model:
+        return [
+            f"{FIELD}: the volume has room for {largest >> 20} MiB of models, and the model has"
+            f" {bytes_of_model >> 20} MiB, so pods fetch the rest each time"
+        ]
+    return []
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or os.strerror(error.errno or 0)
+
+
+def _say(sentence: str) -> None:
+    print(f"{FIELD}: {sentence}", flush=True)
