@@ -237,6 +237,12 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"
+    if "cache" in spec["storage"] and "volume" in spec["model"]:
+        if force[:2] == ("model", "volume"):
+            del spec["storage"]["cache"]
+        else:
+            others = {name: value for name, value in spec["model"].items() if name != "volume"}
+            spec["model"] = others | {"s3": {"uri": "s3://bucket/model"}}
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":

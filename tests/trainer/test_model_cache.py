@@ -34,6 +34,7 @@ from tests.trainer.storeproxy import StoreProxy, proxy_before
 
 MIB = 1 << 20
 QUICK = Pace(beat_seconds=0.02, dead_seconds=0.4, look_seconds=0.02)
+"""A pace for a volume that knows of changes at once."""
 
 
 @pytest.fixture
@@ -207,7 +208,8 @@ def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
 def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
     """A process is killed before each of its calls to the file system in turn, with an empty cache. What it leaves is
     either no file or the right one, and the next pod gets all files."""
-    whole = pod.start()
+    (pod.source / "model.safetensors").write_bytes(b"weights")
+    whole = pod.start(pace=Pace(beat_seconds=60))
     whole.join(30)
     assert whole.exitcode == 0
     events = int(pod.folders[0].with_suffix(".events").read_text())
@@ -215,7 +217,7 @@ def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
     for die_at in range(events):
         for path in (pod.cache / FOLDER).iterdir():
             path.unlink()
-        killed = pod.start(die_at=die_at)
+        killed = pod.start(pace=Pace(beat_seconds=60), die_at=die_at)
         killed.join(30)
         assert killed.exitcode == -signal.SIGKILL, die_at
         right = {path.name: name for name, path in pod.cached().items()}
@@ -472,7 +474,8 @@ def test_the_digests_of_the_hub_are_verified(
     resolved: list[list[str]] = []
     with running_hub({"team/tiny": tiny_model}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         for number in range(3):
             files = model_files(
                 spec, Paths(hub_token_file=token), Store(store.endpoint, "us-east-1", store.credentials)

@@ -29,8 +29,9 @@ from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_c
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
 from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.cached_fetch import cache_notices
 from finetune_trainer.sources.identities import input_identities
-from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
 from finetune_trainer.storage.root import RunRoot, open_root
 
 
@@ -142,7 +143,11 @@ def _check_inputs(
     from finetune_trainer.preflight.task_check import TaskCheck
 
     def check_base_model() -> ModelFacts:
-        return check_model(model_files(config.model, paths, root.store), folder / "model", config.model.added_tokens)
+        files = model_files(config.model, paths, root.store)
+        model_bytes = sum(size for name, size in files.sizes.items() if name.endswith(MODEL_SUFFIXES))
+        findings.measured(model_bytes=model_bytes)
+        findings.notice(*cache_notices(model_bytes, paths.model_cache))
+        return check_model(files, folder / "model", config.model.added_tokens)
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
     dataset = config.dataset
@@ -162,6 +167,7 @@ def _check_inputs(
             task,
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,
+            measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
         )
         findings.notice(*(findings.collect(field, check) or []))
 
