@@ -19,10 +19,10 @@ from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
-from finetune_trainer.sources.model_cache import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
+from finetune_trainer.sources.model_cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
+from finetune_trainer.sources.model_cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.storage.client import Store
 from tests.trainer.conftest import StartPods
@@ -231,7 +231,7 @@ def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
 @contextmanager
 def in_turn(pod: Pods, names: list[str]) -> Iterator[ModelCache]:
     """Have the turn to fetch ``names`` as a living pod does, while the block runs."""
-    from finetune_trainer.sources.cached_fetch import _units
+    from finetune_trainer.sources.model_cache.cached_fetch import _units
 
     files = FolderSource(pod.source, pod.log)
     (unit,) = _units({name: digest_of(files, name) for name in names})

@@ -2,7 +2,7 @@
 Hugging Face Hub, and the ETag of an object store. By its digest a file is recognised that came from elsewhere, such as
 from a volume that other jobs write to too.
 
-`model_files.py` makes the digests, and `model_cache.py` compares them with the bytes of files.
+`model_files.py` makes the digests, and `model_cache/cache_folder.py` compares them with the bytes of files.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.sources.content_digest import ContentDigest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
-from finetune_trainer.sources.model_cache import ModelCache, Pace, Patience
+from finetune_trainer.sources.model_cache.cache_folder import ModelCache, Pace, Patience
 from finetune_trainer.sources.model_files import ModelFiles
 
 SMALL_BYTES = 16 << 20
