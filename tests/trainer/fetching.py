@@ -15,9 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.sources.cache.cache_folder import Pace
+from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest
-from finetune_trainer.sources.model_cache.cache_folder import Pace
-from finetune_trainer.sources.model_cache.cached_fetch import fetch_model_files
 
 WATCHED = ("open", "os.rename", "os.remove", "os.utime")
 """Names of the events at which a process can be killed. Python raises one for each call of the function."""

@@ -29,8 +29,8 @@ from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_c
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
 from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.cache.cached_fetch import cache_notices
 from finetune_trainer.sources.identities import input_identities
-from finetune_trainer.sources.model_cache.cached_fetch import cache_notices
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
 from finetune_trainer.storage.root import RunRoot, open_root
 

@@ -2,7 +2,7 @@
 Hugging Face Hub, and the ETag of an object store. By its digest a file is recognised that came from elsewhere, such as
 from a volume that other jobs write to too.
 
-`model_files.py` makes the digests, and `model_cache/cache_folder.py` compares them with the bytes of files.
+`model_files.py` makes the digests, and `cache/cache_folder.py` compares them with the bytes of files.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
+CHUNK_BYTES = 4 << 20
+"""How many bytes of a file are read and hashed at once."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"([0-9a-f]{32})(?:-([1-9][0-9]{0,4}))?")
@@ -52,6 +55,14 @@ class ContentDigest:
         """Whether the source promises that the content has this digest. An ETag is a digest of the content only where
         the object store does not encrypt with keys of a key management service."""
         return self.algorithm != "etag"
+
+    def is_of(self, path: Path) -> bool:
+        """Return whether a local file has this content."""
+        hasher = self.hasher()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                hasher.update(chunk)
+        return hasher.hexdigest() == self.value
 
     def hasher(self) -> Hasher:
         """Return an object that computes this kind of digest."""

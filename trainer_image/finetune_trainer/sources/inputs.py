@@ -16,8 +16,8 @@ from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.store_errors import writing

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.sources.cache.cache_folder import ModelCache, Pace, Patience
 from finetune_trainer.sources.content_digest import ContentDigest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
-from finetune_trainer.sources.model_cache.cache_folder import ModelCache, Pace, Patience
 from finetune_trainer.sources.model_files import ModelFiles
 
 SMALL_BYTES = 16 << 20
@@ -166,21 +166,22 @@ class _CachedFetch:
     def _copy_in(self, name: str) -> None:
         """Put a file that was just fetched into the cache. Raises OutsideFailure if it has not the content that its
         source states."""
-        if not self._can_write:
-            return
-        digest, others = self._digests[name], [other.name for other in self._digests.values()]
-        is_right = None
-        with self._trouble_with_writing():
-            is_right = self._cache.copy_in(digest, self._folder / name, others)
-        if is_right is False and digest.is_certain:
+        digest, path = self._digests[name], self._folder / name
+        is_right = is_kept = None
+        if self._can_write:
+            with self._trouble_with_writing():
+                is_right = is_kept = self._cache.copy_in(digest, path, [other.name for other in self._digests.values()])
+        if is_right is None:
+            is_right = digest.is_of(path)
+        if not is_right and digest.is_certain:
             raise OutsideFailure(
                 f"{self._files.field}: {shown(name)} was not received as it is: its {digest.algorithm} digest is not"
                 f" {digest.value}"
             )
-        if is_right is False:
+        if not is_right:
             self._say_once("etag", f"the ETag of {shown(name)} is no digest of its content, so each pod fetches it")
         with self._lock:
-            self.kept += is_right is True
+            self.kept += is_kept is True
 
     @contextmanager
     def _trouble_with_writing(self) -> Iterator[None]:

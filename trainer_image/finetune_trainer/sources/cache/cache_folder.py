@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune_trainer.sources.content_digest import NAME, ContentDigest
+from finetune_trainer.sources.content_digest import CHUNK_BYTES, NAME, ContentDigest
 from finetune_trainer.storage.store_errors import writing
 
 FOLDER = "finetune-models"
@@ -33,7 +33,6 @@ FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
 free."""
 LEFTOVER_SECONDS = 24 * 3600
 """Age at which the unfinished file or the turn of a pod that died is deleted."""
-CHUNK_BYTES = 4 << 20
 _TURN_SUFFIX = ".turn"
 _UNFINISHED = "unfinished-"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -140,12 +139,9 @@ class ModelCache:
         ``keep`` are the names of files that are not deleted to make room. Raises OSError with ENOSPC where there is no
         room.
         """
-        hasher = digest.hasher()
         if self._has(digest):
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    hasher.update(chunk)
-            return hasher.hexdigest() == digest.value
+            return digest.is_of(path)
+        hasher = digest.hasher()
         self._make_room(digest.bytes, keep)
         name = f"{_UNFINISHED}{secrets.token_hex(8)}"
         target = os.open(name, _CREATE, 0o644, dir_fd=self._folder)
