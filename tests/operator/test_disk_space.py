@@ -55,8 +55,8 @@ def test_without_any_size_little_is_requested_and_nothing_bounds_the_pod() -> No
 
 def test_the_sizes_of_model_and_data_make_request_and_limits() -> None:
     spec = pod(InputSizes(model_bytes=14 * GIB, data_bytes=GIB), method="LoRA", storage=STORAGE)
-    assert disk(spec) == ("19Gi", "188Gi")
-    assert volume(spec, "scratch") == {"emptyDir": {"sizeLimit": "188Gi"}}
+    assert disk(spec) == ("19Gi", "108Gi")
+    assert volume(spec, "scratch") == {"emptyDir": {"sizeLimit": "108Gi"}}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,10 @@ def test_the_claim_of_the_cache_is_mounted_where_the_trainer_looks_for_it() -> N
 
 def test_a_volume_for_the_model_is_made_for_training_pods_only() -> None:
     """The check has nothing to put there, and waits for no volume."""
-    spec = {"storage": STORAGE | {"cache": {"ephemeral": {"size": "500Gi"}}}, "resources": {"scratch": EPHEMERAL}}
+    spec: dict[str, Any] = {
+        "storage": STORAGE | {"cache": {"ephemeral": {"size": "500Gi"}}},
+        "resources": {"scratch": EPHEMERAL},
+    }
     training = pod(**spec)
     claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "500Gi"}}}
     assert volume(training, "model") == {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}

@@ -134,14 +134,12 @@ def test_a_scratch_folder_and_a_model_on_volumes_of_the_pod_are_writable(
     assert condition(ended, "Succeeded")["reason"] == "Completed", ended["status"]
 
 
-def test_a_storage_class_that_does_not_exist_is_named_while_the_pods_wait(
-    installed: Installed, namespace: str, stand_in: StandIn
-) -> None:
+def test_pods_that_wait_for_a_volume_say_so(installed: Installed, namespace: str, stand_in: StandIn) -> None:
     scratch = {"size": "1Gi", "storageClassName": "no-such-class"}
     job = small_job(stand_in(then("true")), resources=ONE_POD | {"scratch": scratch}, runPolicy=RUN)
     installed.apply(job, namespace)
 
     def told(job: Manifest) -> bool:
-        return "PersistentVolumeClaim" in condition(job, "Succeeded")["message"]
+        return "unbound immediate PersistentVolumeClaims" in condition(job, "Succeeded")["message"]
 
     installed.wait(namespace, "the sentence", told, 120)

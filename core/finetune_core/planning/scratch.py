@@ -24,8 +24,8 @@ moments are about a twentieth."""
 LIMIT_FACTOR = 3
 """The limit as a multiple of the request: a pod that resumes has a downloaded checkpoint, one that is being written and
 one that is being uploaded."""
-EXPANSION = 100
-"""Bytes of tokens for each byte of a data file in the limit. Compressed text may expand so far."""
+EXPANSION = 20
+"""Bytes of tokens for each byte of a data file in the limit. Compressed rows may expand so far."""
 SPARE_BYTES = 32 * GIBIBYTE
 """What the limit leaves in addition. The limit is to end a pod that fills the node's disk, and no training that is
 larger than expected."""
