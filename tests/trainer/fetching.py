@@ -18,6 +18,7 @@ from typing import Any
 from finetune_trainer.sources.cache.cache_folder import Pace
 from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest
+from finetune_trainer.storage.model_digests import ModelDigests
 
 WATCHED = ("open", "os.rename", "os.remove", "os.utime")
 """Names of the events at which a process can be killed. Python raises one for each call of the function."""
@@ -53,6 +54,13 @@ class FolderSource:
                 log.write(f"{name}\n")
 
 
+class NoDigests(ModelDigests):
+    """Own digests of a job whose source states all digests. Nobody may ask for them."""
+
+    def __init__(self) -> None:
+        """Have no folder in the bucket."""
+
+
 def fetch(source: Path, log: Path, folder: Path, cache: Path, pace: Pace, output: Path, die_at: int | None) -> None:
     """Fetch the model in ``source``. With ``die_at``, the process is killed before the watched event of this number,
     counted from 0. The number of events is written to the file ``output`` with the suffix `.events`."""
@@ -71,7 +79,7 @@ def fetch(source: Path, log: Path, folder: Path, cache: Path, pace: Pace, output
             events += 1
 
     sys.addaudithook(count)
-    fetch_model_files(files, list(files.sizes), folder, cache, pace)
+    fetch_model_files(files, list(files.sizes), folder, cache, NoDigests(), pace)
     seen = events
     output.with_suffix(".events").write_text(str(seen))
 

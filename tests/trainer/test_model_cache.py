@@ -3,11 +3,13 @@ another file than its source states."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pytest
 
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
+from finetune_core.layout import parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
@@ -25,11 +28,13 @@ from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notic
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.sources.model_files import model_files
-from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.client import EtagForm, ObjectDigest, Store
+from finetune_trainer.storage.model_digests import ModelDigests
+from finetune_trainer.storage.root import RunRoot
 from tests.trainer.conftest import StartPods
-from tests.trainer.fetching import FolderSource, start
+from tests.trainer.fetching import FolderSource, NoDigests, start
 from tests.trainer.hub import TOKEN, running_hub
-from tests.trainer.objectstore import BUCKET, ObjectStore
+from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 from tests.trainer.pods import run_config
 from tests.trainer.storeproxy import StoreProxy, proxy_before
 
@@ -75,7 +80,7 @@ class Pods:
         folder = self.new_folder()
         folder.mkdir()
         files = FolderSource(self.source, self.log)
-        fetch_model_files(files, list(files.sizes), folder, self.cache, QUICK)
+        fetch_model_files(files, list(files.sizes), folder, self.cache, NoDigests(), QUICK)
         self.check(folder)
         return sorted(self.fetched()[before:])
 
@@ -232,12 +237,10 @@ def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
 @contextmanager
 def in_turn(pod: Pods, names: list[str]) -> Iterator[ModelCache]:
     """Have the turn to fetch ``names`` as a living pod does, while the block runs."""
-    from finetune_trainer.sources.cache.cached_fetch import _units
-
     files = FolderSource(pod.source, pod.log)
-    (unit,) = _units({name: digest_of(files, name) for name in names})
+    turn_name = hashlib.sha256("\n".join(digest_of(files, name).name for name in names).encode()).hexdigest()
     with ModelCache(pod.cache, QUICK) as opened:
-        turn = opened.take_turn(unit.name)
+        turn = opened.take_turn(turn_name)
         assert turn is not None
         with turn:
             yield opened
@@ -374,7 +377,7 @@ def test_bytes_that_are_not_what_the_source_states_are_not_trained_on_and_not_ke
     folder.mkdir()
     sentence = r"^model\.s3\.uri: model\.safetensors was not received as it is: its sha256 digest is not [0-9a-f]{64}$"
     with pytest.raises(OutsideFailure, match=sentence):
-        fetch_model_files(files, list(files.sizes), folder, pod.cache, QUICK)
+        fetch_model_files(files, list(files.sizes), folder, pod.cache, NoDigests(), QUICK)
     assert not pod.cached()["model.safetensors"].exists()
     assert "model.safetensors" in pod.fetch()
 
@@ -388,7 +391,7 @@ def test_an_error_of_the_source_ends_the_turn_and_is_passed_on(pod: Pods) -> Non
     folder = pod.new_folder()
     folder.mkdir()
     with pytest.raises(UserError, match="vanished"):
-        fetch_model_files(files, list(files.sizes), folder, pod.cache, QUICK)
+        fetch_model_files(files, list(files.sizes), folder, pod.cache, NoDigests(), QUICK)
     assert list((pod.cache / FOLDER).iterdir()) == []
 
 
@@ -399,7 +402,7 @@ def test_a_full_scratch_folder_is_named(pod: Pods, small_volume: Path) -> None:
     (small_volume / "ballast").write_bytes(bytes(40 * MIB))
     files = FolderSource(pod.source, pod.log)
     with pytest.raises(OutsideFailure, match=r"^a downloaded file can't be written to .*: No space left on device$"):
-        fetch_model_files(files, list(files.sizes), scratch, small_volume, QUICK)
+        fetch_model_files(files, list(files.sizes), scratch, small_volume, NoDigests(), QUICK)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +414,7 @@ def test_what_the_hub_calls_a_digest_and_is_none_names_no_file(sha256: str | Non
 
 @pytest.mark.parametrize("etag", ["", "abc", "../x", "0" * 32 + "-0", "0" * 32 + "-x", "0" * 33])
 def test_an_etag_of_another_form_is_no_digest(etag: str) -> None:
-    assert object_digest(size=1, etag=etag, part_bytes=lambda: 1) is None
+    assert object_digest(size=1, etag=etag, form=lambda in_parts: EtagForm(1)) is None
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +445,7 @@ def test_the_etags_of_a_real_store_are_verified_also_after_an_upload_in_parts(
         files = model_files(spec, Paths(), client)
         folder = tmp_path / f"pod-{number}"
         folder.mkdir()
-        fetch_model_files(files, list(files.sizes), folder, cache, QUICK)
+        fetch_model_files(files, list(files.sizes), folder, cache, NoDigests(), QUICK)
         for path in source.iterdir():
             assert (folder / path.name).read_bytes() == path.read_bytes()
         if number == 1:
@@ -452,24 +455,114 @@ def test_the_etags_of_a_real_store_are_verified_also_after_an_upload_in_parts(
     assert counted == {"config.json": 1, "tokenizer.json": 1, "model.safetensors": 2}
 
 
-def test_of_objects_whose_etag_is_no_digest_each_pod_fetches_its_own(
-    pod: Pods, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def encrypting(minio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An object store that encrypts all objects with its key management service."""
+    variables = {"MINIO_KMS_SECRET_KEY": f"key:{b64encode(bytes(32)).decode()}", "MINIO_KMS_AUTO_ENCRYPTION": "on"}
+    with running_store(minio, tmp_path_factory.mktemp("encrypting"), variables=variables) as running:
+        yield running
+
+
+def fetched_by_pods(
+    store: ObjectStore, proxy: StoreProxy, cache: Path, folder: Path, prefix: str, jobs: list[str]
+) -> Counter[str]:
+    """Fetch the model below ``prefix`` by one pod for each name in ``jobs``, which is the name of the pod's job. Return
+    how often each object was downloaded."""
+    client = Store(proxy.endpoint, "us-east-1", store.credentials)
+    config = run_config(store, "any", model={"s3": {"uri": f"s3://{BUCKET}/{prefix}"}})
+    proxy.requests.clear()
+    for number, job in enumerate(jobs):
+        files = model_files(RunConfig.model_validate(config).model, Paths(), client)
+        pod = folder / f"{job}-{number}"
+        pod.mkdir()
+        own = ModelDigests(RunRoot(client, parse_uri(f"s3://{BUCKET}/runs/default/{job}/uid")))
+        fetch_model_files(files, list(files.sizes), pod, cache, own, QUICK)
+        for name in files.sizes:
+            assert (pod / name).read_bytes() == store.read(f"{prefix}/{name}")
+    return model_downloads(proxy, prefix)
+
+
+def test_of_objects_whose_etag_is_no_digest_each_job_fetches_its_own(
+    encrypting: ObjectStore, source: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """A store that encrypts with a key management service sends such ETags."""
+    """The first pod of a job computes the digests, and the other pods of this job find them in the bucket. A second job
+    does not trust the digests of the first one."""
+    encrypting.upload("model", source)
+    with proxy_before(encrypting.endpoint) as proxy:
+        counted = fetched_by_pods(encrypting, proxy, cache, tmp_path, "model", ["a", "a", "a", "b"])
+        assert counted == {"config.json": 2, "tokenizer.json": 2, "model.safetensors": 2}
+        for path in (cache / FOLDER).iterdir():
+            other_bytes(path)
+        assert fetched_by_pods(encrypting, proxy, cache, tmp_path, "model", ["a", "b"])["model.safetensors"] == 1
 
-    class Encrypted(FolderSource):
-        def digest(self, name: str) -> ContentDigest | None:
-            return object_digest(size=self.sizes[name], etag="0" * 32, part_bytes=lambda: None)
 
-    for _ in range(2):
-        files = Encrypted(pod.source, pod.log)
-        folder = pod.new_folder()
-        folder.mkdir()
-        fetch_model_files(files, list(files.sizes), folder, pod.cache, QUICK)
-        pod.check(folder)
-    assert len(pod.fetched()) == 6
-    assert list((pod.cache / FOLDER).iterdir()) == []
-    assert "is no digest of its content, so each pod fetches it" in capsys.readouterr().out
+def test_an_object_that_is_replaced_is_fetched_again(
+    encrypting: ObjectStore, source: Path, cache: Path, tmp_path: Path
+) -> None:
+    with proxy_before(encrypting.endpoint) as proxy:
+        for number in range(2):
+            (source / "model.safetensors").write_bytes(os.urandom(SMALL_BYTES + 1))
+            encrypting.upload("replaced", source)
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            counted = fetched_by_pods(encrypting, proxy, cache, folder, "replaced", ["c"])
+            assert counted["model.safetensors"] == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"bytes": -1, "sha256": "x"}', b'{"bytes": 1}', b"x" * 2000], ids=range(6)
+)
+def test_a_malformed_record_of_a_digest_counts_as_none(content: bytes, store: ObjectStore) -> None:
+    root = RunRoot(Store(store.endpoint, "us-east-1", store.credentials), parse_uri(f"s3://{BUCKET}/runs/records"))
+    own = ModelDigests(root)
+    own.note("a", "tag", ObjectDigest(5, "0" * 64))
+    assert own.find({"a": "tag", "b": "tag"}) == {"a": ObjectDigest(5, "0" * 64)}
+    (entry,) = root.list_objects("model-digests/")
+    root.write(entry.key, content)
+    assert own.find({"a": "tag"}) == {}
+    root.delete([entry.key])
+
+
+class OtherEtags(FolderSource):
+    """A store with ETags of its own kind. ``damaged`` lists the numbers of the downloads of the weights that arrive
+    with another content."""
+
+    damaged: tuple[int, ...] = ()
+    downloads = 0
+
+    def digest(self, name: str) -> ContentDigest | None:
+        return object_digest(size=self.sizes[name], etag="0" * 32, form=lambda in_parts: EtagForm(0))
+
+    def fetch(self, names: Any, folder: Path) -> None:
+        super().fetch(names, folder)
+        if "model.safetensors" in names:
+            if self.downloads in self.damaged:
+                other_bytes(folder / "model.safetensors")
+            self.downloads += 1
+
+
+@pytest.mark.parametrize("damaged", [(), (0,), (1,)], ids=["never", "first", "second"])
+def test_where_an_etag_is_no_digest_without_a_word_two_downloads_must_agree(
+    damaged: tuple[int, ...], pod: Pods, store: ObjectStore
+) -> None:
+    location = parse_uri(f"s3://{BUCKET}/runs/etags/{len(damaged)}{sum(damaged)}")
+    own = ModelDigests(RunRoot(Store(store.endpoint, "us-east-1", store.credentials), location))
+    files = OtherEtags(pod.source, pod.log)
+    files.damaged = damaged
+    folder = pod.new_folder()
+    folder.mkdir()
+    if damaged:
+        with pytest.raises(OutsideFailure, match=r"is: its content was another one the second time$"):
+            fetch_model_files(files, list(files.sizes), folder, pod.cache, own, QUICK)
+        return
+    fetch_model_files(files, list(files.sizes), folder, pod.cache, own, QUICK)
+    pod.check(folder)
+    before = len(pod.fetched())
+    folder = pod.new_folder()
+    folder.mkdir()
+    fetch_model_files(files, list(files.sizes), folder, pod.cache, own, QUICK)
+    pod.check(folder)
+    assert len(pod.fetched()) == before
 
 
 def test_the_digests_of_the_hub_are_verified(
@@ -491,7 +584,7 @@ def test_the_digests_of_the_hub_are_verified(
             folder = tmp_path / f"pod-{number}"
             folder.mkdir()
             hub.requests.clear()
-            fetch_model_files(files, list(files.sizes), folder, cache, QUICK)
+            fetch_model_files(files, list(files.sizes), folder, cache, NoDigests(), QUICK)
             resolved.append([request for request in hub.requests if request.startswith("GET /team/tiny/resolve/")])
             for path in tiny_model.iterdir():
                 assert (folder / path.name).read_bytes() == path.read_bytes()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from finetune_trainer.storage.client import EtagForm
+
 CHUNK_BYTES = 4 << 20
 """How many bytes of a file are read and hashed at once."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,8 +54,8 @@ class ContentDigest:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the source promises that the content has this digest. An ETag is a digest of the content only where
-        the object store does not encrypt with keys of a key management service."""
+        """Whether a file without this digest must be wrong. Some object stores have ETags of other kinds without
+        saying so."""
         return self.algorithm != "etag"
 
     def is_of(self, path: Path) -> bool:
@@ -84,16 +86,19 @@ def hub_digest(*, size: int, sha256: str | None, blob_id: str) -> ContentDigest 
     return ContentDigest(algorithm="git", value=blob_id, bytes=size) if is_valid else None
 
 
-def object_digest(*, size: int, etag: str, part_bytes: Callable[[], int | None]) -> ContentDigest | None:
-    """Return the digest of an object, or None if its ETag has not the form of one. ``part_bytes`` returns the size of
-    the first part of an object that was uploaded in parts, and is called only for such an object."""
+def own_digest(size: int, sha256: str) -> ContentDigest:
+    """Return the digest of a file that a pod of this job has computed itself."""
+    return ContentDigest(algorithm="sha256", value=sha256, bytes=size)
+
+
+def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | None]) -> ContentDigest | None:
+    """Return the digest of an object, or None if its ETag is no digest. ``form`` returns the form of the ETag, and is
+    called with whether the object was uploaded in parts."""
     match = _ETAG.fullmatch(etag)
-    if match is None:
+    found = form(match[2] is not None) if match is not None else None
+    if match is None or found is None or (match[2] and found.part_bytes <= 0):
         return None
-    first_part = part_bytes() if match[2] else 0
-    if first_part is None or (match[2] and first_part <= 0):
-        return None
-    return ContentDigest(algorithm="etag", value=etag, bytes=size, part_bytes=first_part)
+    return ContentDigest(algorithm="etag", value=etag, bytes=size, part_bytes=found.part_bytes)
 
 
 class _EtagHasher:

@@ -11,6 +11,7 @@ from pathlib import Path
 from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
+from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
@@ -20,6 +21,8 @@ from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.model_digests import ModelDigests
+from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.store_errors import writing
 
 
@@ -35,7 +38,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         asked = base_prompt_columns(config.dataset, field, config.evaluation.base_prompt)
         check_columns(found[field], field, config.dataset.format, asked)
     mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
-    model = _model_folder(config.model, paths, store, folder / "model")
+    own = ModelDigests(RunRoot(store, parse_uri(config.storage.uri)))
+    model = _model_folder(config.model, paths, store, folder / "model", own)
     return Inputs(
         model=model,
         train=found.get("dataset.train", folder),
@@ -76,9 +80,10 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
     return folder
 
 
-def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
+def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path:
     """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
-    transformers reads are downloaded into ``folder``, or into the volume of `storage.cache.ephemeral`."""
+    transformers reads are downloaded into ``folder``, or into the volume of `storage.cache.ephemeral`. ``own`` are the
+    digests of model files that pods of this job have computed."""
     files = model_files(source, paths, store)
     if isinstance(files, LocalFiles):
         return files.folder
@@ -87,5 +92,5 @@ def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -
     with writing(folder):
         folder.mkdir()
     names = [name for name in files.sizes if name.endswith(MODEL_SUFFIXES)]
-    fetch_model_files(files, names, folder, paths.model_cache)
+    fetch_model_files(files, names, folder, paths.model_cache, own)
     return folder

@@ -21,7 +21,7 @@ from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range, read_token
 from finetune_trainer.sources.volumes import VolumeFolder
-from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.client import EtagForm, Store
 
 T = TypeVar("T")
 
@@ -148,8 +148,11 @@ class StoreFiles:
     def digest(self, name: str) -> ContentDigest | None:
         """Return the digest that the ETag of an object is in most stores."""
         entry, key = self._entries[name], self._location.key(name)
-        part_bytes = partial(self._store.first_part_bytes, self._location.bucket, key)
-        return object_digest(size=entry.bytes, etag=entry.etag, part_bytes=part_bytes)
+
+        def form(in_parts: bool) -> EtagForm | None:
+            return self._store.etag_form(self._location.bucket, key, in_parts=in_parts)
+
+        return object_digest(size=entry.bytes, etag=entry.etag, form=form)
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before."""

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.sources.cache.cache_folder import ModelCache, Pace, Patience
-from finetune_trainer.sources.content_digest import ContentDigest
+from finetune_trainer.sources.content_digest import ContentDigest, own_digest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
 from finetune_trainer.sources.model_files import ModelFiles
+from finetune_trainer.storage.client import digest_of_file
+from finetune_trainer.storage.model_digests import ModelDigests
 
 SMALL_BYTES = 16 << 20
 """Files of at most this size, such as those of the tokenizer, are fetched with one call."""
@@ -29,10 +31,11 @@ FIELD = "storage.cache"
 
 
 def fetch_model_files(
-    files: ModelFiles, names: Collection[str], folder: Path, cache: Path, pace: Pace | None = None
+    files: ModelFiles, names: Collection[str], folder: Path, cache: Path, own: ModelDigests, pace: Pace | None = None
 ) -> None:
     """Put the files called ``names`` into the existing local folder ``folder``. ``cache`` is the folder at which the
-    volume of the cache is mounted. If that folder does not exist, the job has no cache.
+    volume of the cache is mounted. If that folder does not exist, the job has no cache. ``own`` are the digests that
+    pods of this job have computed themselves.
 
     Raises UserError and OutsideFailure as ``files.fetch`` does, and OutsideFailure also if files do not have the
     contents that their source states.
@@ -40,19 +43,14 @@ def fetch_model_files(
     if not cache.is_dir():
         files.fetch(names, folder)
         return
-    digests = {name: files.digest(name) for name in names}
-    known = {name: digest for name, digest in digests.items() if digest is not None}
-    if unknown := [name for name in names if name not in known]:
-        _say(f"the source states no digest of {shown(*unknown[:3])}: {len(unknown)} files are not kept in the cache")
-        files.fetch(unknown, folder)
     try:
         opened = ModelCache(cache, pace)
     except OSError as error:
         _say(f"the volume can't be used ({_reason(error)}): the model is fetched from its source")
-        files.fetch(list(known), folder)
+        files.fetch(names, folder)
         return
     with opened:
-        fetch = _CachedFetch(files, known, folder, opened)
+        fetch = _CachedFetch(files, names, folder, opened, own)
         fetch.run()
     _say(f"{fetch.copied} of {len(names)} files came from the cache, and {fetch.kept} were fetched and are kept in it")
 
@@ -66,28 +64,22 @@ class _Unit:
     bytes: int
 
 
-def _units(digests: Mapping[str, ContentDigest]) -> list[_Unit]:
-    """Return all small files as one unit, and each other file as a unit of its own."""
-    small = sorted(name for name, digest in digests.items() if digest.bytes <= SMALL_BYTES)
-    groups = [small] if small else []
-    groups += [[name] for name in sorted(digests) if digests[name].bytes > SMALL_BYTES]
-    return [
-        _Unit(
-            name=hashlib.sha256(" ".join(digests[name].name for name in group).encode()).hexdigest(),
-            names=group,
-            bytes=sum(digests[name].bytes for name in group),
-        )
-        for group in groups
-    ]
-
-
 class _CachedFetch:
     """Fetches the files of one model into one folder."""
 
     def __init__(
-        self, files: ModelFiles, digests: Mapping[str, ContentDigest], folder: Path, cache: ModelCache
+        self,
+        files: ModelFiles,
+        names: Collection[str],
+        folder: Path,
+        cache: ModelCache,
+        own: ModelDigests,
     ) -> None:
-        self._files, self._digests, self._folder, self._cache = files, digests, folder, cache
+        self._files, self._folder, self._cache, self._own = files, folder, cache, own
+        stated = {name: files.digest(name) for name in names}
+        self._units = self._grouped(stated)
+        self._digests = {name: digest for name, digest in stated.items() if digest is not None}
+        self._uncertain = [name for name, digest in stated.items() if digest is None or not digest.is_certain]
         self._patience = Patience(cache.pace)
         self._lock = threading.Lock()
         self._done: set[str] = set()
@@ -98,7 +90,8 @@ class _CachedFetch:
 
     def run(self) -> None:
         """Take each unit from the cache, or fetch it. Units that another pod is fetching are left for later."""
-        left = _units(self._digests)
+        left = self._units
+        self._look_up(list(self._files.sizes))
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             while left:
                 got = list(pool.map(self._obtain, left))
@@ -118,11 +111,36 @@ class _CachedFetch:
             if not is_ours:
                 return False
             # Another pod may have finished between the look into the cache and the turn.
+            self._look_up(missing)
             if missing := self._copy_out(missing):
                 self._files.fetch(missing, self._folder)
                 for name in missing:
                     self._copy_in(name)
         return True
+
+    def _grouped(self, stated: Mapping[str, ContentDigest | None]) -> list[_Unit]:
+        """Return all small files as one unit, and each other file as a unit of its own. The units of all pods have the
+        same names."""
+        sizes = self._files.sizes
+        small = sorted(name for name in stated if sizes[name] <= SMALL_BYTES)
+        groups = [small] if small else []
+        groups += [[name] for name in sorted(stated) if sizes[name] > SMALL_BYTES]
+        units = []
+        for group in groups:
+            contents = [
+                digest.name if (digest := stated[name]) else f"{name} {self._files.tag(name)}" for name in group
+            ]
+            text = "\n".join(contents).encode(errors="surrogatepass")
+            size = sum(sizes[name] for name in group)
+            units.append(_Unit(name=hashlib.sha256(text).hexdigest(), names=group, bytes=size))
+        return units
+
+    def _look_up(self, names: Collection[str]) -> None:
+        """Use the digests that other pods of this job have computed for files whose source may state none."""
+        tags = {name: self._files.tag(name) for name in self._uncertain if name in names and name not in self._done}
+        if tags:
+            for name, found in self._own.find(tags).items():
+                self._digests[name] = own_digest(found.bytes, found.sha256)
 
     @contextmanager
     def _turn(self, unit: _Unit) -> Iterator[bool]:
@@ -151,7 +169,8 @@ class _CachedFetch:
             if name in self._done:
                 continue
             try:
-                is_there = self._can_read and self._cache.copy_out(self._digests[name], self._folder / name)
+                digest = self._digests.get(name) if self._can_read else None
+                is_there = digest is not None and self._cache.copy_out(digest, self._folder / name)
             except OSError as error:
                 is_there = self._can_read = False
                 self._say_once("read", f"the volume can't be read ({_reason(error)}): files come from their source")
@@ -166,22 +185,33 @@ class _CachedFetch:
     def _copy_in(self, name: str) -> None:
         """Put a file that was just fetched into the cache. Raises OutsideFailure if it has not the content that its
         source states."""
-        digest, path = self._digests[name], self._folder / name
-        is_right = is_kept = None
+        digest, path = self._digests.get(name), self._folder / name
+        is_right, is_kept = self._compared_and_kept(digest, path) if digest is not None else (False, False)
+        if not is_right:
+            computed = digest_of_file(path)
+            if digest is not None and digest.is_certain:
+                raise self._received_wrong(name, f"its {digest.algorithm} digest is not {digest.value}")
+            if digest is not None:
+                # The ETag is of another kind, or the content was changed on its way. Then it is another one each time.
+                self._files.fetch([name], self._folder)
+                if digest_of_file(path) != computed:
+                    raise self._received_wrong(name, "its content was another one the second time")
+            self._own.note(name, self._files.tag(name), computed)
+            self._digests[name] = own_digest(computed.bytes, computed.sha256)
+            _, is_kept = self._compared_and_kept(self._digests[name], path)
+        with self._lock:
+            self.kept += is_kept
+
+    def _received_wrong(self, name: str, why: str) -> OutsideFailure:
+        return OutsideFailure(f"{self._files.field}: {shown(name)} was not received as it is: {why}")
+
+    def _compared_and_kept(self, digest: ContentDigest, path: Path) -> tuple[bool, bool]:
+        """Put a local file into the cache if it has the digest. Return whether it has, and whether it is kept."""
         if self._can_write:
             with self._trouble_with_writing():
-                is_right = is_kept = self._cache.copy_in(digest, path, [other.name for other in self._digests.values()])
-        if is_right is None:
-            is_right = digest.is_of(path)
-        if not is_right and digest.is_certain:
-            raise OutsideFailure(
-                f"{self._files.field}: {shown(name)} was not received as it is: its {digest.algorithm} digest is not"
-                f" {digest.value}"
-            )
-        if not is_right:
-            self._say_once("etag", f"the ETag of {shown(name)} is no digest of its content, so each pod fetches it")
-        with self._lock:
-            self.kept += is_kept is True
+                is_right = self._cache.copy_in(digest, path, [other.name for other in list(self._digests.values())])
+                return is_right, is_right
+        return digest.is_of(path), False
 
     @contextmanager
     def _trouble_with_writing(self) -> Iterator[None]:
