@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from base64 import b64encode
 from collections import Counter
@@ -430,39 +431,6 @@ def model_downloads(proxy: StoreProxy, prefix: str) -> Counter[str]:
     return Counter(path.removeprefix(start).partition("?")[0] for path in found)
 
 
-def test_the_etags_of_a_real_store_are_verified_also_after_an_upload_in_parts(
-    store: ObjectStore, proxy: StoreProxy, source: Path, cache: Path, tmp_path: Path
-) -> None:
-    weights = source / "model.safetensors"
-    weights.write_bytes(os.urandom(21 * MIB + 5))
-    store.upload("cached/parts", source)
-    store.client.fput_object(BUCKET, "cached/parts/model.safetensors", str(weights), part_size=5 * MIB)
-    spec = RunConfig.model_validate(
-        run_config(store, "parts", model={"s3": {"uri": f"s3://{BUCKET}/cached/parts"}})
-    ).model
-    client = Store(proxy.endpoint, "us-east-1", store.credentials)
-    for number in range(3):
-        files = model_files(spec, Paths(), client)
-        folder = tmp_path / f"pod-{number}"
-        folder.mkdir()
-        fetch_model_files(files, list(files.sizes), folder, cache, NoDigests(), QUICK)
-        for path in source.iterdir():
-            assert (folder / path.name).read_bytes() == path.read_bytes()
-        if number == 1:
-            (spoilt,) = [path for path in (cache / FOLDER).iterdir() if "-5-" in path.name]
-            other_bytes(spoilt)
-    counted = model_downloads(proxy, "cached/parts")
-    assert counted == {"config.json": 1, "tokenizer.json": 1, "model.safetensors": 2}
-
-
-@pytest.fixture(scope="module")
-def encrypting(minio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """An object store that encrypts all objects with its key management service."""
-    variables = {"MINIO_KMS_SECRET_KEY": f"key:{b64encode(bytes(32)).decode()}", "MINIO_KMS_AUTO_ENCRYPTION": "on"}
-    with running_store(minio, tmp_path_factory.mktemp("encrypting"), variables=variables) as running:
-        yield running
-
-
 def fetched_by_pods(
     store: ObjectStore, proxy: StoreProxy, cache: Path, folder: Path, prefix: str, jobs: list[str]
 ) -> Counter[str]:
@@ -471,15 +439,37 @@ def fetched_by_pods(
     client = Store(proxy.endpoint, "us-east-1", store.credentials)
     config = run_config(store, "any", model={"s3": {"uri": f"s3://{BUCKET}/{prefix}"}})
     proxy.requests.clear()
-    for number, job in enumerate(jobs):
+    for job in jobs:
         files = model_files(RunConfig.model_validate(config).model, Paths(), client)
-        pod = folder / f"{job}-{number}"
-        pod.mkdir()
+        pod = Path(tempfile.mkdtemp(dir=folder))
         own = ModelDigests(RunRoot(client, parse_uri(f"s3://{BUCKET}/runs/default/{job}/uid")))
         fetch_model_files(files, list(files.sizes), pod, cache, own, QUICK)
         for name in files.sizes:
             assert (pod / name).read_bytes() == store.read(f"{prefix}/{name}")
     return model_downloads(proxy, prefix)
+
+
+def test_the_etags_of_a_real_store_are_verified_also_after_an_upload_in_parts(
+    store: ObjectStore, proxy: StoreProxy, source: Path, cache: Path, tmp_path: Path
+) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes(os.urandom(21 * MIB + 5))
+    store.upload("cached/parts", source)
+    store.client.fput_object(BUCKET, "cached/parts/model.safetensors", str(weights), part_size=5 * MIB)
+    counted = fetched_by_pods(store, proxy, cache, tmp_path, "cached/parts", ["d", "e"])
+    assert counted == {"config.json": 1, "tokenizer.json": 1, "model.safetensors": 1}
+    (spoilt,) = [path for path in (cache / FOLDER).iterdir() if "-5-" in path.name]
+    other_bytes(spoilt)
+    assert fetched_by_pods(store, proxy, cache, tmp_path, "cached/parts", ["f"]) == {"model.safetensors": 1}
+    assert [key for key in store.keys("runs/") if "model-digests" in key] == []
+
+
+@pytest.fixture(scope="module")
+def encrypting(minio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An object store that encrypts all objects with its key management service."""
+    variables = {"MINIO_KMS_SECRET_KEY": f"key:{b64encode(bytes(32)).decode()}", "MINIO_KMS_AUTO_ENCRYPTION": "on"}
+    with running_store(minio, tmp_path_factory.mktemp("encrypting"), variables=variables) as running:
+        yield running
 
 
 def test_of_objects_whose_etag_is_no_digest_each_job_fetches_its_own(
