@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from finetune_core.contract.preflight_result import InputSizes
+from finetune_core.contract.preflight_result import InputSizes, PreflightResult
 from finetune_operator.objects.pod_template import AttemptSpec, pod_template
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_pod
+from finetune_operator.queue.key import Key
 from finetune_trainer.pod.settings import Paths
-from tests.operator.builders import job
+from tests.operator.builders import NOW, job, job_manifest
+from tests.operator.model import ModelServer
+from tests.operator.operators import reconciler
 
 GIB = 1 << 30
 STORAGE = {"uri": "s3://bucket/runs"}
@@ -116,6 +119,25 @@ def test_a_volume_for_the_model_is_made_for_training_pods_only() -> None:
     check = check_pod(**spec)
     assert all("ephemeral" not in volume for volume in check["volumes"])
     assert disk(check) == ("256Mi", "4Gi")
+
+
+async def test_every_attempt_requests_what_follows_from_the_sizes_that_the_check_found() -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Run", "maxRetries": 1}, storage=STORAGE), NOW)
+    operator = reconciler(server)
+    sizes = InputSizes(model_bytes=14 * GIB, data_bytes=GIB)
+    for end in (
+        lambda: server.end_check(0, PreflightResult(findings=[], sizes=sizes).to_termination_message()),
+        lambda: server.end_pods(1),
+        lambda: True,
+    ):
+        for _ in range(40):
+            await operator.reconcile(Key("team", "quickstart"))
+            server.pass_time(10)
+        assert end()
+    found = [child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"] for child in server.children.values()]
+    assert server.job["status"]["attempts"]["started"] == 2
+    assert [disk(spec) for spec in found] == [("19Gi", "108Gi")] * len(found)
+    assert found
 
 
 def test_without_a_cache_nothing_is_mounted_for_one() -> None:
