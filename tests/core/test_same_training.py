@@ -104,6 +104,16 @@ def test_machines_and_policies_do_not_define_the_training(change: dict[str, Any]
     assert (len(digests) == 1) == same
 
 
+def test_where_model_and_scratch_folder_lie_changes_nothing_that_a_pod_is_told() -> None:
+    """So a trainer image of an older version reads the run file of a job with a cache, and trains without a cache."""
+    storage, volume = quickstart()["spec"]["storage"], {"size": "9Gi", "storageClassName": "fast"}
+    plain = example()
+    assert example(storage=storage | {"cache": {"claimName": "models"}}) == plain
+    assert example(storage=storage | {"cache": {"ephemeral": volume}}) == plain
+    resources = quickstart()["spec"]["resources"] | {"scratch": volume}
+    assert example(resources=resources) == plain
+
+
 def test_the_scores_that_a_model_must_reach_do_not_define_the_training() -> None:
     required = {"require": [{"score": "perplexity", "atMost": "2"}]}
     assert settings_digest(example(evaluation={})) == settings_digest(example(evaluation=required))

@@ -67,6 +67,10 @@ _BETWEEN_SECTIONS = (
         " model",
     ),
     (
+        "!has(self.storage.cache) || !has(self.model.volume)",
+        "`storage.cache` must be absent with `model.volume`: such a model is used where it lies",
+    ),
+    (
         "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0 || self.training.precision == 'fp32'",
         "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
     ),
@@ -128,6 +132,7 @@ _UNCHANGEABLE = (
     _immutable("storage.runId", optional=True),
     _immutable("storage.checkpoint.everySteps", optional=True),
     _immutable("storage.checkpoint.everyMinutes", optional=True),
+    _immutable("storage.cache", optional=True),
     _immutable("storage.artifact", optional=True),
     _immutable("tracking", optional=True),
     _immutable("podTemplate"),

@@ -198,6 +198,10 @@ class PreflightStatus(StatusModel):
     template_date: Annotated[str, Field(max_length=10)] = ""
     """The day that chat templates got as today's date in the runs that this job continues, for example `2026-11-29`.
     Empty where the check found no runs, or runs that read no conversations."""
+    model_bytes: Count | None = None
+    """Size of the base model's files in bytes. Absent where the check did not find out."""
+    data_bytes: Count | None = None
+    """Size of all data files together in bytes, as they are stored. Absent where the check did not find out."""
 
 
 class ProgressStatus(StatusModel):

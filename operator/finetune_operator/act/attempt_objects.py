@@ -20,6 +20,7 @@ from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
+from finetune_operator.objects.disk_space import sizes_of_inputs
 from finetune_operator.objects.network_policy import build_network_policy
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec
@@ -125,6 +126,7 @@ class AttemptObjects:
             image=image,
             report_base_url=self._report_base_url,
             avoided_nodes=avoided_nodes,
+            sizes=sizes_of_inputs(job.status.preflight),
         )
         run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
         await create_config_map(self._cluster, run_file)

@@ -14,7 +14,13 @@ from datetime import datetime, timedelta
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, FoundRun, PreflightResult
+from finetune_core.contract.preflight_result import (
+    PREFLIGHT_COMMAND,
+    PREFLIGHT_SECONDS,
+    FoundRun,
+    InputSizes,
+    PreflightResult,
+)
 from finetune_operator import messages
 from finetune_operator.decide.deadlines import seconds_left, seconds_of_pause
 from finetune_operator.decide.decision import Action, Decision, JobEnd
@@ -84,6 +90,8 @@ def _during_try(
     outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
         recorded = _with_verdict(record, outcome, seen.now)
+        if outcome.sizes is not None:
+            recorded = recorded.model_copy(update=outcome.sizes.model_dump())
         if outcome.found is not None:
             former = taken_over(outcome.found, seen.preflight)
             day = outcome.found.template_date
@@ -193,6 +201,8 @@ class _Outcome:
     """Whether the check was carried out, so that `message` holds its findings or notices."""
     found: FoundRun | None = None
     """What the check found in the bucket: the job's own run, or that of a former job. None where it found neither."""
+    sizes: InputSizes | None = None
+    """Sizes of model and data. None where the check did not find them out."""
     aborted: bool = False
     """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""
@@ -208,8 +218,14 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
         result = PreflightResult.from_termination_message(container.message)
         if container.exit_code == ExitCode.DONE:
-            notices, found = ("; ".join(result.notices), result.found) if result else ("", None)
-            return _Outcome(verdict=PreflightVerdict.PASSED, message=notices, has_result=True, found=found)
+            passed = result or PreflightResult(findings=[])
+            return _Outcome(
+                verdict=PreflightVerdict.PASSED,
+                message="; ".join(passed.notices),
+                has_result=True,
+                found=passed.found,
+                sizes=passed.sizes,
+            )
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
             return _Outcome(verdict=verdict, message=result.sentence, has_result=True)

@@ -6,7 +6,7 @@ The rows pass through the functions that also make the examples of a training ru
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -77,16 +77,21 @@ def check_rows(
     *,
     today: date | None = None,
     base_prompt: str | None = None,
+    measured: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`, ``today`` is the date that a chat
     template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns are checked,
-    because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises UserError with file
-    and line for a row that would end the training, and OutsideFailure if the source can't be read.
+    because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. ``measured`` is called
+    with the size of all data files of the source in bytes.
+
+    Raises UserError with file and line for a row that would end the training, and OutsideFailure if the source can't be
+    read.
     """
     folder.mkdir()
     files = find_data_files(source, field, paths, store, folder)
+    measured(sum(file.bytes for file in files.files))
     asked = base_prompt_columns(dataset, field, base_prompt)
     named = [*asked, *(task.columns(field) if task is not None else ())]
     columns = columns_read(dataset, field, base_prompt, task.columns_read if task is not None else ())
