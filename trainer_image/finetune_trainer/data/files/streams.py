@@ -21,7 +21,7 @@ BLOCK_BYTES = 1024 * 1024
 """How many bytes of a file are read at once."""
 ROW_CHARACTERS = 64 * 1024 * 1024
 """Largest number of characters in one row of a text file, and in one field of a csv file. Python's own limit for a csv
-field, 131,072 characters, is shorter than some prompts."""
+field, 131,072 characters, is shorter than some prompts. `most_characters` tells where it is half as many."""
 ROW_BYTES = 256 * 1024 * 1024
 """Largest memory in bytes that the values of one row may take beside their text. Of `[],` and of short fields a text
 makes many times as many bytes of Python's objects."""
