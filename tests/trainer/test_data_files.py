@@ -604,6 +604,7 @@ print(rows, PEAK)
     )
     told, _ = writer.communicate()
     rows, peak = map(int, done.stdout.split())
+    print(f"{name}: {rows} rows, {peak} MiB at most")
     assert rows == int(told)
     assert peak <= 500
 
