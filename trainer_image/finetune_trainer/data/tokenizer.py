@@ -35,6 +35,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Some wrong values show only when they are used. Nothing here depends on the text of a row.
         tokenizer("")
         len(tokenizer)
+        # Looking up a token that is in no vocabulary needs the unknown token, which may be such a token itself.
+        list(tokenizer.all_special_ids)
+        dict(tokenizer.added_tokens_decoder)
         tokenizer.decode([end] if end is not None else [])
     if end is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
