@@ -485,6 +485,70 @@ def test_long_texts_that_lie_side_by_side_take_the_memory_of_a_few(tmp_path: Pat
     assert peak_mebibytes(tmp_path / "end.parquet", 20_064) <= 200
 
 
+MEASURED_SENTENCE = """
+import json, sys
+from pathlib import Path
+from finetune_core.errors import UserError
+from finetune_trainer.data.reader import read_rows
+found = []
+try:
+    for row in read_rows(Path(sys.argv[1]), "dataset.train", columns={"text"}):
+        found.append(row.problem or "read")
+except UserError as error:
+    found.append(str(error))
+print(json.dumps({"found": found, "peak": PEAK}))
+"""
+CHARACTERS = 64 * MIB
+"""Largest number of characters of a row."""
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "unit", "count", "end", "found"),
+    [
+        ("a.jsonl", '{"text": "', "\U0001f600", CHARACTERS, "", "a.jsonl has more than 33554432 characters in line 1"),
+        ("a.jsonl", '{"text": "', "\U0001f600", CHARACTERS // 2 - 20, '"}', "read"),
+        ("a.jsonl", '{"text": "\U0001f600', "x", CHARACTERS // 2, '"}', "more than 33554432 characters in line 1"),
+        ("a.jsonl", '{"text": "', "\u0416", CHARACTERS - 20, '"}', "read"),
+        ("a.jsonl", '{"text": [', "[],", CHARACTERS // 4, "0]}", "has more values than fit into 256 MiB of memory"),
+        ("a.json", '[{"text": "', "\U0001f600", CHARACTERS, "", "a.json has a row 1 of more than 33554432 characters"),
+        ("a.json", '[{"text": [', "[],", CHARACTERS // 4, "0]}]", "a row 1 with more values than fit into 256 MiB"),
+        ("a.txt", "", "\U0001f600", CHARACTERS, "", "a.txt has more than 33554432 characters in line 1"),
+        ("a.csv", "text\n", "\U0001f600", CHARACTERS // 2 - 20, "", "read"),
+        ("a.csv", "text\n", "\u0416", CHARACTERS - 20, "", "is not csv (row larger than row limit (33554432)"),
+        ("a.csv", "text\n", "ab,", CHARACTERS // 4, "", "is not csv (more fields than fit into 256 MiB of memory"),
+    ],
+)
+def test_the_longest_rows_of_any_characters_and_values_take_bounded_memory(
+    name: str, begin: str, unit: str, count: int, end: str, found: str, tmp_path: Path
+) -> None:
+    """A character takes up to four bytes of memory, and short values take many times as much as their text."""
+    path = tmp_path / name
+    with path.open("w", encoding="utf-8") as file:
+        file.write(begin)
+        for _ in range(count // MIB):
+            file.write(unit * MIB)
+        file.write(unit * (count % MIB) + end)
+    command = [sys.executable, "-c", MEASURED_SENTENCE.replace("PEAK", PEAK), str(path)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    path.unlink()
+    assert found in told["found"][0]
+    assert told["peak"] <= 500
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_lines_that_are_read_in_pieces_are_whole_and_have_their_numbers(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.lines.PIECE_CHARACTERS", size)
+    text = "a\nbc\r\n\ndef\rg\r\rhij\r\n\r\nklmno\np"
+    rows = read(tmp_path, "a.txt", text.encode())
+    # `splitlines` of bytes ends lines as Python's files do.
+    lines = [line.decode() for line in text.encode().splitlines()]
+    assert [(row.number, row.fields["text"]) for row in rows] == [
+        (number, line) for number, line in enumerate(lines, 1) if line
+    ]
+
+
 def test_a_small_parquet_file_with_endless_rows_of_nothing_is_not_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -540,6 +604,7 @@ print(rows, PEAK)
     )
     told, _ = writer.communicate()
     rows, peak = map(int, done.stdout.split())
+    print(f"{name}: {rows} rows, {peak} MiB at most")
     assert rows == int(told)
     assert peak <= 500
 

@@ -88,8 +88,8 @@ def collate(
         batch = Batch(one, None, none, torch.full((1,), IGNORED), torch.zeros_like(one), 0, 1)
         if not packed:
             return batch
-        starts = torch.tensor([0, 1], dtype=torch.int32)
-        return batch._replace(position_ids=torch.zeros_like(one), starts=starts, longest=1)
+        borders = torch.tensor([0, 1], dtype=torch.int32)
+        return batch._replace(position_ids=torch.zeros_like(one), starts=borders, longest=1)
     totals = [sum(len(example.ids) for example, _ in sequence) for sequence in sequences]
     longest = max(totals)
     input_ids = torch.full((len(sequences), longest), pad)

@@ -34,6 +34,8 @@ COLUMN_CHECK_BYTES = 8 * 1024 * 1024
 COLUMN_CHECK_ROWS = 100
 """How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
 none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
+LONGEST_PROBLEM = 800
+"""Largest number of characters of what is wrong with a row. The names of the keys of a row can be of any length."""
 GRADED_FIELDS = ("dataset.validation", "dataset.test")
 """The data sources whose rows are graded, where the job has a task."""
 
@@ -78,7 +80,7 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
         return
     for column in (*required_columns(form), *tools_column(form, field), *further):
         if column.name not in found.names:
-            seen = ", ".join(repr(name) for name in found.names[:12])
+            seen = _shortened(", ".join(repr(name[:100]) for name in found.names[:12]))
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
 
 
@@ -116,7 +118,7 @@ def make_examples(
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
     row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
     """
-    render = renderer(dataset.format, tokenize)
+    render = renderer(dataset.format, tokenize, limit.tokens)
     made = ExampleWriter()
     used = 0
     read_as_text = _Rows()
@@ -159,7 +161,7 @@ def used_rows(
     rows: Iterable[Row], dataset: DatasetSpec, tokenize: TokenizeFunctions, *, limit: LengthLimit
 ) -> Iterator[Row]:
     """Yield those of ``rows`` that `make_examples` makes examples of, and not those that it skips."""
-    render = renderer(dataset.format, tokenize)
+    render = renderer(dataset.format, tokenize, limit.tokens)
     return (row for row in rows if not isinstance(_rendered(row, dataset, render, limit), _Refusal))
 
 
@@ -179,7 +181,7 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
     because `make_examples` then makes shorter ones of them."""
     rendered = row.problem or render(row.fields)
     if isinstance(rendered, str):
-        return _Refusal("badRows", dataset.bad_rows, rendered)
+        return _Refusal("badRows", dataset.bad_rows, _shortened(rendered))
     highest = max((max(example.ids, default=0) for example in rendered), default=0)
     if limit.rows is not None and highest >= limit.rows:
         return _Refusal(
@@ -193,6 +195,11 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
     if min(example.supervised_tokens for example in rendered) < 1:
         return _Refusal("badRows", dataset.bad_rows, "has no token to learn")
     return rendered
+
+
+def _shortened(text: str) -> str:
+    """Return a text that names something of a row, such as a key, cut off if the row makes it very long."""
+    return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
 
 
 @dataclass

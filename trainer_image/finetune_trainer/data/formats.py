@@ -75,9 +75,10 @@ def format_columns(form: DatasetFormat) -> list[str]:
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
 
 
-def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
-    """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
-    the tokenizer has no chat template."""
+def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int | None = None) -> Render:
+    """Return the function that renders rows in the format ``form``. Of a row with an example of more than
+    ``most_tokens`` tokens, other examples may be left out. Raises UserError if the format is chat messages and the
+    tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
@@ -87,7 +88,7 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
                 "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or"
                 " use promptCompletion",
             )
-        return conversation_renderer(form.messages, tokenize.chat, tokenize.end)
+        return conversation_renderer(form.messages, tokenize.chat, tokenize.end, most_tokens)
     if form.text is not None:
         return _one_example(render_text(form.text, tokenize.pieces))
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")

@@ -42,6 +42,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Some wrong values in the tokenizer's files raise an error only when they are used, so they are used here.
         tokenizer("")
         len(tokenizer)
+        # Looking up a token that is in no vocabulary needs the unknown token, which may be such a token itself.
+        list(tokenizer.all_special_ids)
+        dict(tokenizer.added_tokens_decoder)
         tokenizer.decode([end] if end is not None else [])
     if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
         raise UserError(

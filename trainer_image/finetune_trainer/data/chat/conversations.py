@@ -27,6 +27,8 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 `tool_call_id`, because they add nothing to the text of the conversation. `content` has comparisons of its own."""
 
 
+MOST_CALLS = 3
+"""How many tool calls of a message are looked for in its rendering, and the arguments of how many."""
 CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
@@ -48,11 +50,12 @@ class _LeftOutError(ProblemError):
 
 
 def conversation_renderer(
-    form: MessagesFormat, template: ChatTemplate, end: int
+    form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None = None
 ) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
     """Return the function that turns the columns of a row into its examples, or into a phrase with what is wrong.
-    ``end`` is the id of the tokenizer's end token."""
-    return _Renderer(form, template, end).render
+    ``end`` is the id of the tokenizer's end token. A row with an example of more than ``most_tokens`` tokens is refused
+    by the caller, so of such a row only some of the examples are made, among them a too long one."""
+    return _Renderer(form, template, end, most_tokens).render
 
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
@@ -78,8 +81,9 @@ def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[
 class _Renderer:
     """Renders rows, and remembers what it has learned of the chat template."""
 
-    def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int) -> None:
+    def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None) -> None:
         self._form = form
+        self._most_tokens = most_tokens
         self._template = template
         self._end = end
         self._arguments = template_arguments(form.template_arguments)
@@ -167,7 +171,13 @@ class _Renderer:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         thoughts: set[int] = set()
+        turns: list[int] = []
         for index in learned:
+            # Each turn renders all messages before it, which would take hours for a row with thousands of turns. So in
+            # a row that is too long, only the last turn follows, which tells the length of the row.
+            if self._most_tokens is not None and len(ids) > self._most_tokens and index != learned[-1]:
+                continue
+            turns.append(index)
             turn = turn_of(row, index)
             thoughts.update([index] if turn.has_thoughts else [])
             if spans and turn.prompt[: len(ids)] != ids:
@@ -175,7 +185,7 @@ class _Renderer:
                 spans = []
             ids = turn.prompt + turn.answer
             spans.append((len(turn.prompt), len(ids)))
-        self._check_fields(row, learned, set(learned) - thoughts)
+        self._check_fields(row, turns, set(turns) - thoughts)
         return [*found, Example(ids, spans)]
 
     def _everything(self, row: Dialogue) -> Example:
@@ -266,11 +276,14 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
         if name not in NOT_TEXT and name not in left_out and message[name]:
             yield name, {key: value for key, value in message.items() if key != name}
     calls = message.get("tool_calls", ())
-    for number, call in enumerate(calls):
-        others, function = [*calls[:number], *calls[number + 1 :]], call["function"]
+    with_arguments = [number for number, call in enumerate(calls) if call["function"]["arguments"] not in ({}, "{}")]
+    # A template that renders three calls goes through all of them. A row may have thousands.
+    for number in sorted({*range(min(len(calls), MOST_CALLS)), *with_arguments[:MOST_CALLS]}):
+        call, others = calls[number], [*calls[:number], *calls[number + 1 :]]
+        function = call["function"]
         if others:
             yield f"tool_calls[{number}]", {**message, "tool_calls": others}
-        if function["arguments"] not in ({}, "{}"):
+        if number in with_arguments[:MOST_CALLS]:
             none = {} if isinstance(function["arguments"], dict) else "{}"
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]

@@ -15,6 +15,7 @@ from typing import Any
 from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
+from finetune_trainer.data.files.row import repeated
 
 Message = Mapping[str, Any]
 
@@ -116,9 +117,7 @@ def _parsed(value: Any, place: str) -> Any:
     def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for at, name in enumerate(names) if name in names[:at])
-            raise _ProblemError(f"has JSON text with the key {twice!r} twice in {place}")
+            raise _ProblemError(f"has JSON text with the key {repeated(name for name, _ in pairs)!r} twice in {place}")
         return found
 
     try:
