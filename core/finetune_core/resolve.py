@@ -48,7 +48,7 @@ def resolve(
 
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
     uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
-    templates in all other jobs: the day (UTC) on which attempt 1 was opened.
+    templates in all other jobs: the day (UTC) on which attempt 1 started.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -83,6 +83,7 @@ def resolve(
             gradient_clipping=float(training.gradient_clipping),
             precision=training.precision,
             gradient_checkpointing=training.gradient_checkpointing,
+            attention=training.attention,
             seed=training.seed,
             zero_stage=stage,
             offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",

@@ -245,6 +245,12 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
             spec["lora"].pop("quantization")
         if "artifact" in spec["storage"]:
             spec["storage"]["artifact"] = "Adapter"
+    if "cache" in spec["storage"] and "volume" in spec["model"]:
+        if force[:2] == ("model", "volume"):
+            del spec["storage"]["cache"]
+        else:
+            others = {name: value for name, value in spec["model"].items() if name != "volume"}
+            spec["model"] = others | {"s3": {"uri": "s3://bucket/model"}}
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":

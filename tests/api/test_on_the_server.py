@@ -140,6 +140,8 @@ REFUSED: list[tuple[str, Any, str]] = [
         {"huggingFace": {"repo": "a/b", "path": "x", "subset": "y"}},
         "`subset` must be absent unless `split` is set",
     ),
+    ("storage.cache", {"claimName": "a", "ephemeral": {"size": "9Gi"}}, "exactly one of `claimName`, `ephemeral` must"),
+    ("storage.cache", {"ephemeral": {"size": "9"}}, "spec.storage.cache.ephemeral.size"),
     ("dataset.longRows", "Split", "`longRows` must be Fail or Skip unless `format.text` is set"),
     ("training.epochs", 3, "exactly one of `epochs`, `maxSteps` must be set"),
     ("training.learningRate", "0.0", "`learningRate` must be greater than 0 and at most 1"),

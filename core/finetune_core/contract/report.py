@@ -54,6 +54,8 @@ class Report(ContractModel):
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
     """Model FLOPs utilisation of the newest step, from 0 to 1. None where the device's peak FLOP/s is not known."""
+    attention: Annotated[str, Field(max_length=32)] = ""
+    """The kernel that computes attention, for example `SDPA`. Empty until the model is loaded."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""

@@ -21,7 +21,9 @@ from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.config import engine_config, prevent_compilation
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.model.packed_attention import note_borders
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -188,6 +190,14 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         """Switch the model to training mode, or to evaluation mode without dropout."""
         self.module.train(mode)
+        # Text is generated without an `Objective`, and so without a micro-batch that notes its own borders.
+        note_borders(None)
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """From now on compute attention with ``kernel``. Raises ValueError or ImportError where the model's code does
+        not support the kernel."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner.set_attn_implementation(IMPLEMENTATIONS[kernel])
 
     # Functions that read and write the training state, for checkpoints
 

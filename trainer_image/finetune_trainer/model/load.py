@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from finetune_core.api.method import Quantization
 from finetune_core.errors import UserError
 from finetune_trainer.model.mmap_memory import release_mapped_pages
+from finetune_trainer.model.packed_attention import install as install_packed_attention
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,11 +42,13 @@ def load_base(
     in 4 bits.
     """
     try:
-        with release_mapped_pages(folder) if sharded else contextlib.nullcontext():
+        with (
+            _model_alone(folder) as alone,
+            release_mapped_pages(folder) if sharded else contextlib.nullcontext(),
+        ):
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
+                alone,
                 dtype=dtype,
-                attn_implementation="sdpa",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -55,15 +62,61 @@ def load_base(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError("model", "its config.json does not fit its weights: they have other shapes") from error
-    shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
-    missing = sorted(key for key in report["missing_keys"] if key not in shared)
+    missing = missing_weights(model, report)
     if missing:
         # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     if quantization is not None:
         _keep_exact_scales(model)
+    switch_off_dropout(model)
+    install_packed_attention()
     return model
+
+
+def own_dropout(model: torch.nn.Module) -> float:
+    """Return the largest rate of dropout that ``model`` has by its own configuration, from 0 to 1."""
+    return max((rate for module in model.modules() for rate in _dropout_rates(module).values()), default=0.0)
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set all rates of dropout in ``model`` to zero. torch draws this dropout from a random stream. So no run could be
+    repeated, and packed and padded examples would have different losses. The configuration keeps its rates."""
+    for module in model.modules():
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
+    """Return the attributes of ``module`` that are rates of dropout above zero."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return {"p": module.p} if module.p > 0 else {}
+    # Many models keep the rate as a number, and call a function with it.
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+    }
+
+
+@contextlib.contextmanager
+def _model_alone(folder: Path) -> Iterator[Path]:
+    """Yield a folder with links to those files in ``folder`` from which the model is loaded. Without it, transformers
+    would also load an adapter that lies in ``folder``."""
+    with TemporaryDirectory() as alone:
+        weights = WeightFiles.of(folder).names
+        index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
+        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, *weights, *index):
+            if (folder / name).is_file():
+                (Path(alone) / name).symlink_to((folder / name).resolve())
+        yield Path(alone)
+
+
+def missing_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """Return the names of the weights that ``model`` did not find in its files, in alphabetical order. ``report`` is
+    what transformers tells about the loading. A weight that is tied to another one is not missing."""
+    shared = getattr(model, "all_tied_weights_keys", {})
+    return sorted(key for key in report["missing_keys"] if key not in shared)
 
 
 def _keep_exact_scales(model: PreTrainedModel) -> None:
