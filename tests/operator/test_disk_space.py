@@ -3,6 +3,7 @@ of `storage.cache`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,11 +126,9 @@ async def test_every_attempt_requests_what_follows_from_the_sizes_that_the_check
     server = ModelServer(job_manifest(runPolicy={"preflight": "Run", "maxRetries": 1}, storage=STORAGE), NOW)
     operator = reconciler(server)
     sizes = InputSizes(model_bytes=14 * GIB, data_bytes=GIB)
-    for end in (
-        lambda: server.end_check(0, PreflightResult(findings=[], sizes=sizes).to_termination_message()),
-        lambda: server.end_pods(1),
-        lambda: True,
-    ):
+    message = PreflightResult(findings=[], sizes=sizes).to_termination_message()
+    ends: list[Callable[[], bool]] = [lambda: server.end_check(0, message), lambda: server.end_pods(1), lambda: True]
+    for end in ends:
         for _ in range(40):
             await operator.reconcile(Key("team", "quickstart"))
             server.pass_time(10)
