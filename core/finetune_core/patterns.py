@@ -1,7 +1,7 @@
-"""The regular expressions of users (`dataset.task.pattern`), in the syntax of RE2.
+"""The regular expressions of users (`dataset.task.pattern`, `lora.targetModules`), in the syntax of RE2.
 
-RE2 searches in time proportional to the length of a text, whatever the pattern. The trainer grades with these patterns,
-and `finetune validate` compiles them too. The operator does not: its image has no RE2.
+RE2 searches in time proportional to the length of a text, whatever the pattern. The trainer uses these patterns, and
+`finetune validate` compiles them too. The operator does not: its image has no RE2.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ PATTERN_BYTES = 1 << 20
 PATTERN_FIELD = "dataset.task.pattern"
 
 
-def compile_pattern(text: str) -> Any:
-    """Return the compiled pattern ``text``. Raises UserError where RE2 can't read it."""
+def compile_pattern(text: str, field: str = PATTERN_FIELD) -> Any:
+    """Return the compiled pattern ``text``. Raises UserError where RE2 can't read it. ``field`` is the path in the spec
+    that the error names."""
     # Only jobs with a pattern need RE2, so it is imported here.
     import re2
 
@@ -28,4 +29,4 @@ def compile_pattern(text: str) -> Any:
     except (re2.error, UnicodeEncodeError) as error:
         detail = error.args[0] if error.args else ""
         detail = detail.decode("utf-8", "replace") if isinstance(detail, bytes) else str(detail)
-        raise UserError(PATTERN_FIELD, f"must be a regular expression in the syntax of RE2: {detail}") from None
+        raise UserError(field, f"must be a regular expression in the syntax of RE2: {detail}") from None

@@ -119,6 +119,7 @@ def test_an_example_is_accepted(server: Server, path: Path) -> None:
 REFUSED: list[tuple[str, Any, str]] = [
     ("lora.rank", 0, "spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal to 1"),
     ("lora.dropout", "1", "`dropout` must be at least 0 and less than 1"),
+    ("lora.loraPlusRatio", "0.99", "`loraPlusRatio` must be at least 1"),
     ("method", "Full", "`lora` must be absent unless `method` is LoRA"),
     ("model.volume", {"claimName": "a", "path": "b"}, "exactly one of `huggingFace`, `s3`, `volume` must be set"),
     (

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
-from finetune_trainer.model.load import add_adapters
+from finetune_trainer.model.adapters import add_adapters
 from finetune_trainer.pod.plan import Inputs
 from tests.bench.peers.hugging_face import DENSE
 from tests.trainer import tiny

@@ -31,7 +31,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Return the paths of all fields of the model that are no models themselves."""
+    """Yield the path of each field of ``model`` that is not a model itself, for example `world.nodes`."""
     for name, field in model.model_fields.items():
         inner = models_in(field.annotation)
         if not inner:

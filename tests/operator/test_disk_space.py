@@ -126,8 +126,11 @@ async def test_every_attempt_requests_what_follows_from_the_sizes_that_the_check
     server = ModelServer(job_manifest(runPolicy={"preflight": "Run", "maxRetries": 1}, storage=STORAGE), NOW)
     operator = reconciler(server)
     sizes = InputSizes(model_bytes=14 * GIB, data_bytes=GIB)
-    message = PreflightResult(findings=[], sizes=sizes).to_termination_message()
-    ends: list[Callable[[], bool]] = [lambda: server.end_check(0, message), lambda: server.end_pods(1), lambda: True]
+    ends: tuple[Callable[[], object], ...] = (
+        lambda: server.end_check(0, PreflightResult(findings=[], sizes=sizes).to_termination_message()),
+        lambda: server.end_pods(1),
+        lambda: True,
+    )
     for end in ends:
         for _ in range(40):
             await operator.reconcile(Key("team", "quickstart"))

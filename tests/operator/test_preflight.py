@@ -1,7 +1,7 @@
 """Decisions about the preflight check before attempt 1.
 
-Final findings end the job. So do three tries that could not be carried out for a cause in the job, with no result
-between them. A crash or a loss of the pod does not end the job.
+Final findings end the job. Three tries that could not be carried out because of the job itself, with no result between
+them, end the job too. A crash or a loss of the pod does not end the job.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import Diverged, OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
@@ -39,6 +40,8 @@ def main() -> None:
                 results.append({"outcome": "Diverged", "message": str(error)})
             except Stopped as error:
                 results.append({"outcome": "Stopped", "message": str(error)})
+            except UserError as error:
+                results.append({"outcome": "BadInput", "message": str(error)})
             except OutsideFailure as error:
                 results.append({"outcome": "OutsideFailure", "message": str(error)})
     (plans[0].paths.scratch / "results.json").write_text(json.dumps(results))

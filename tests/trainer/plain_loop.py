@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_core.api.method import LoRASpec
-from finetune_trainer.model.load import add_adapters
+from finetune_trainer.model.adapters import add_adapters
 
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The layers of the tiny model that get an adapter."""
@@ -39,7 +39,7 @@ class Plain:
     perplexity: float
     """Perplexity of the trained model over the learned tokens of the validation examples."""
     base_perplexity: float
-    """The same before the first step."""
+    """Perplexity of the model before the first step, over the same tokens."""
     model: Any = field(repr=False)
 
 
@@ -64,6 +64,16 @@ def plain_loop(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
     base_perplexity = plain_perplexity(model, validation)
+    losses = plain_losses(model, optimizer, train, batches)
+    return Plain(losses, plain_perplexity(model, validation), base_perplexity, model)
+
+
+def plain_losses(
+    model: Any, optimizer: torch.optim.Optimizer, train: Sequence[PlainExample], batches: Sequence[Sequence[int]]
+) -> list[float]:
+    """Train the parameters of ``optimizer``, and return the loss of each step. ``batches`` has the numbers of the
+    examples of each step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = []
     for batch in batches:
         loss = _mean_nll(model, [train[row] for row in batch])
@@ -72,7 +82,7 @@ def plain_loop(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return Plain(losses, plain_perplexity(model, validation), base_perplexity, model)
+    return losses
 
 
 def plain_perplexity(model: Callable[..., Any], examples: Sequence[PlainExample]) -> float:
@@ -82,7 +92,7 @@ def plain_perplexity(model: Callable[..., Any], examples: Sequence[PlainExample]
 
 
 def _mean_nll(model: Callable[..., Any], examples: Sequence[PlainExample]) -> torch.Tensor:
-    """Return the negative log-likelihood (nats) of a learned token, in the mean over all ``examples``."""
+    """Return the mean negative log-likelihood (nats) of the learned tokens of all ``examples``."""
     sums, count = [], 0
     for example in examples:
         ids = torch.tensor([example.ids])
@@ -94,16 +104,16 @@ def _mean_nll(model: Callable[..., Any], examples: Sequence[PlainExample]) -> to
 
 
 def plain_order(rows: int, name: str) -> list[int]:
-    """Return the numbers of ``rows`` rows in the order of the digests of ``name`` and number."""
+    """Return the numbers from 0 to ``rows`` - 1, ordered by the digest of ``name`` and the number."""
     return sorted(range(rows), key=lambda row: hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest())
 
 
 def plain_batches(
     sizes: Sequence[int], weights: Sequence[str | None], *, steps: int, size: int, seed: int = 42
 ) -> list[list[int]]:
-    """Return the numbers of the examples of each step. Without ``weights`` the examples are of one source. With them,
-    ``sizes`` has the number of examples of each source of a mix, and the order of the mix is written down as the
-    documentation defines it."""
+    """Return the numbers of the examples of each step. If ``weights`` is empty, the examples come from one source. If
+    ``weights`` has the weights of a mix, ``sizes`` has the number of examples of each source, and the examples are in
+    the order that the documentation defines for a mix."""
     total, taken = sum(sizes), []
     epochs = range(-(-steps * size // total))
     if weights:

@@ -26,9 +26,10 @@ from finetune_core.layout import Manifest
 from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, ExportOptions, export_artifact
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
+from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base, initial_row
-from finetune_trainer.model.load import adapted_modules, add_adapters, trained_parameters
+from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
@@ -226,8 +227,8 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     )
     with torch.device("meta"):
         base = LlamaForCausalLM(config).to(torch.bfloat16)
-    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
-    targets = adapted_modules(structure, LoRASpec(), added_tokens=True)
+    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, rows=32004, context=4096)
+    targets = choose_targets(structure, LoRASpec(), added_tokens=True).modules
     model = add_adapters(base, LoRASpec(), targets=targets, seed=1, base_name="7b")
     shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}
     parameters = 20_566_080
@@ -368,8 +369,10 @@ def test_trap_23_tokenizer_with_added_tokens(tmp_path: Path) -> None:
 def test_targets_are_all_dense_layers_and_both_embeddings_where_tokens_are_added(tiny_model: Path) -> None:
     structure = read_structure(tiny_model)
     dense = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert adapted_modules(structure, LoRASpec(), added_tokens=False) == dense
-    assert adapted_modules(structure, LoRASpec(), added_tokens=True) == sorted([*dense, "embed_tokens", "lm_head"])
-    assert adapted_modules(structure, LoRASpec(target_modules=["v_proj"]), added_tokens=True) == ["v_proj"]
+    assert choose_targets(structure, LoRASpec(), added_tokens=False).modules == dense
+    with_embeddings = choose_targets(structure, LoRASpec(), added_tokens=True).modules
+    assert with_embeddings == sorted([*dense, "embed_tokens", "lm_head"])
+    named = LoRASpec(target_modules=["v_proj"])
+    assert choose_targets(structure, named, added_tokens=True).modules == ["v_proj"]
     with pytest.raises(UserError, match=r"^lora.targetModules: must name modules of the model, and 'q_prj' is none"):
-        adapted_modules(structure, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)
+        choose_targets(structure, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)

@@ -1,5 +1,5 @@
-"""Whatever stands in the small files of a base model, the model is read, or the user gets one sentence: never a crash,
-also where a library in Rust panics."""
+"""Whatever the small files of a base model contain, the model is read, or the user gets one sentence. Nothing crashes,
+even where a library that is written in Rust panics."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.model.load import load_base
 from finetune_trainer.model.structure import read_structure
-from finetune_trainer.model.weight_files import check_complete, check_shapes
+from finetune_trainer.model.weight_check import check_weights
+from finetune_trainer.model.weight_files import check_complete
 from finetune_trainer.pod.model_file_names import INDEX_FILE
-from finetune_trainer.preflight.model_check import check_configuration
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer
 
@@ -56,7 +57,7 @@ KINDS = ("bytes", "llama", "unigram")
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like that of T5 or Gemma, with a normalizer and BOS in front."""
+    """Return a tokenizer like that of T5 or Gemma. It has a normalizer, and puts the BOS token in front of a text."""
     inner = Tokenizer(Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -89,7 +90,7 @@ def outcome(folder: Path) -> str:
     """Read the model in ``folder`` like the preflight check and the workers, and tokenise a row in every format.
     Return the sentence for the user, or an empty text."""
     try:
-        context = check_configuration(folder, "model")
+        context = model_context(load_configuration(folder, "model"))
         tokenizer = load_tokenizer(folder)
         add_tokens(tokenizer, ["<new>"])
         for form in FORMS:
@@ -109,7 +110,7 @@ def outcome(folder: Path) -> str:
 
 
 def changed(models: Path, folder: Path, kind: str, name: str, content: bytes) -> Path:
-    """Return a copy of a model in which the file ``name`` has another content."""
+    """Copy the model of ``kind`` to ``folder``, replace the content of its file ``name``, and return ``folder``."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(models / kind, folder)
     (folder / name).write_bytes(content)
@@ -173,13 +174,13 @@ def test_a_configuration_that_does_not_fit_the_weights_is_a_sentence(change: dic
     import torch
 
     tiny.write_model(tmp_path)
-    check_shapes(read_structure(tmp_path), tmp_path)
+    check_weights(read_structure(tmp_path), tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(
         UserError, match=r"^model: its config.json does not fit its weights: model\..* has the shape \["
     ):
-        check_shapes(read_structure(tmp_path), tmp_path)
+        check_weights(read_structure(tmp_path), tmp_path, torch.float32)
     with pytest.raises(UserError, match=r"^model: its config.json does not fit its weights: "):
         load_base(tmp_path, torch.float32)
 
@@ -225,7 +226,8 @@ TYPES = [
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the place of each value within ``value``, of large mappings and lists only of the first ones."""
+    """Yield the place of each value within ``value``, as a tuple of keys and positions. Of each mapping and list only
+    the first 40 items are visited."""
     if at:
         yield at
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -235,7 +237,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(document: Any, data: st.DataObject) -> Any:
-    """Return ``document`` with another value at one place, another name or none."""
+    """Return a copy of ``document`` in which one value is replaced, renamed or removed. ``data`` draws the value and
+    the change."""
     document = copy.deepcopy(document)
     place = data.draw(st.sampled_from(list(places(document))))
     parent = document

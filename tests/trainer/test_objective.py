@@ -21,7 +21,9 @@ from finetune_trainer.engine.checks import check_model
 from finetune_trainer.loss.dropout import keep_mask
 from finetune_trainer.loss.head import LossHead
 from finetune_trainer.loss.objective import Objective
-from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
+from finetune_trainer.model.adapters import add_adapters
+from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
+from finetune_trainer.model.load import enable_gradient_checkpointing, trained_parameters
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
 FIRST = Example((4, 9, 17, 25, 33, 41, 1), [(3, 7)])
@@ -29,7 +31,8 @@ SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
 
 
 class OneProcess:
-    """Stands for the engine: has the methods that `check_model` calls, for a model in one process without sharding."""
+    """Takes the place of the engine: has the methods that `check_model` calls, for a model in one process without
+    sharding."""
 
     device = torch.device("cpu")
 
@@ -45,6 +48,10 @@ class OneProcess:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         return self.objective.logits(self.forward, batch)
+
+    def use_attention(self, kernel: Kernel) -> None:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner.set_attn_implementation(IMPLEMENTATIONS[kernel])
 
     def use_full_logits(self) -> None:
         self.objective.full_logits = True
@@ -72,6 +79,10 @@ def batch_of(*sequences: list[Example], packed: bool = False) -> Batch:
     return collate(keyed, pad=1, packed=packed)
 
 
+def checked(engine: OneProcess, *, packing: bool, kernel: Kernel = Kernel.SDPA) -> None:
+    check_model(engine, [FIRST, SECOND], pad=1, packing=packing, kernels=[kernel])  # type: ignore[arg-type]
+
+
 def gradients(engine: OneProcess, batch: Batch) -> dict[str, torch.Tensor]:
     engine.model.zero_grad()
     engine.loss(batch).backward()
@@ -90,23 +101,24 @@ def test_trap_9_packing_contamination(attention: str, training: bool, tiny_model
         contaminated = engine.logits(collate([[(joined, 1)]], pad=1, packed=False))
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
     assert float((contaminated - alone).abs().max()) > 0.05
-    check_model(engine, [FIRST, SECOND], pad=1, packing=True)  # type: ignore[arg-type]
+    checked(engine, packing=True, kernel=Kernel.SDPA if attention == "sdpa" else Kernel.EAGER)
     assert not engine.objective.full_logits
 
 
 def test_a_backend_that_leaks_is_refused(tiny_model: Path) -> None:
-    """The model's forward function adds an attention mask of ones.
-
-    With such a mask transformers no longer separates packed examples, so the examples attend to each other.
-    """
+    """The model's forward function adds to the logits of each token those of all tokens before it, as a layer that
+    carries a state from token to token does."""
     model = model_of(tiny_model)
 
     def leaking(**inputs: Any) -> Any:
-        return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+        outputs = model(**inputs)
+        if outputs.logits.ndim == 3:
+            outputs.logits = outputs.logits.cumsum(1)
+        return outputs
 
     with pytest.raises(UserError, match=r"^dataset.packing: must be false for this model: its attention lets packed"):
-        check_model(OneProcess(model, leaking), [FIRST, SECOND], pad=1, packing=True)  # type: ignore[arg-type]
-    check_model(OneProcess(model, leaking), [FIRST], pad=1, packing=False)  # type: ignore[arg-type]
+        checked(OneProcess(model, leaking), packing=True)
+    checked(OneProcess(model, leaking), packing=False)
 
 
 def test_a_model_that_changes_logits_after_its_head_gets_its_loss_from_whole_logits(tiny_model: Path) -> None:
@@ -118,7 +130,7 @@ def test_a_model_that_changes_logits_after_its_head_gets_its_loss_from_whole_log
         return outputs
 
     engine = OneProcess(model, capped)
-    check_model(engine, [FIRST, SECOND], pad=1, packing=False)  # type: ignore[arg-type]
+    checked(engine, packing=False)
     assert engine.objective.full_logits
     batch = batch_of([FIRST])
     logits = 3 * torch.tanh(model(input_ids=batch.input_ids).logits[0, 2:6] / 3)

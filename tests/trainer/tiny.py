@@ -38,18 +38,12 @@ def write_model(
     ``shape`` changes fields of the LlamaConfig. ``files`` is the largest size of a weight file, for example "60KB".
     """
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *words])}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+    size = write_word_tokenizer(folder, words)
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": size,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -60,6 +54,21 @@ def write_model(
     config = LlamaConfig(**(sizes | shape), tie_word_embeddings=tied, eos_token_id=1, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=files)
     return folder
+
+
+def write_word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
+    """Write a tokenizer with one token for each of ``words`` to ``folder``, and return how many tokens it has. Token 1
+    ends an answer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *words])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+    return len(vocabulary)
 
 
 def write_llama_tokenizer(folder: Path) -> Path:

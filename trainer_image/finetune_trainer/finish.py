@@ -7,6 +7,7 @@ the artifact.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, 
 from finetune_core.layout import artifact_folder, checkpoint_folder
 from finetune_core.requirements import judged
 from finetune_core.tasks import main_score_text, main_value_text
-from finetune_trainer.checkpoints.export import ExportOptions, export_artifact
+from finetune_trainer.checkpoints.export import ADAPTER_FILE, MERGED_FOLDER, export_artifact
+from finetune_trainer.checkpoints.model_card import CardFacts, model_card
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.comparison import ModelComparison
+from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.preparation import TrainingData, base_model_folder
+from finetune_trainer.preparation import TrainingData, base_model_folder, export_options, publishes_extended_base
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
-from finetune_trainer.sources.inputs import source_name
-from finetune_trainer.storage.artifact import publish
+from finetune_trainer.sources.inputs import model_revision
+from finetune_trainer.storage.artifact import CARD_FILE, publish
 from finetune_trainer.storage.checkpoint_folders import fetch_folder
 from finetune_trainer.storage.extended_bases import publish_base
 from finetune_trainer.storage.root import RunRoot
@@ -40,6 +43,7 @@ def finish(
     engine: Engine,
     saver: Saver,
     comparison: ModelComparison,
+    digests: BaseDigests,
     stopped_early: bool,
     progress: Progress | None,
 ) -> Result:
@@ -68,7 +72,9 @@ def finish(
     def publish_chosen() -> object:
         outcome = Outcome.EARLY_STOPPED if stopped_early else Outcome.COMPLETED
         target = plan.folder / "artifact"
-        files = export_files(plan, root, model, data, source, target)
+        export_files(plan, root, model, data, source, target, digests)
+        write_cards(plan, data, target, digests, chosen.step, comparison.evaluation)
+        files = sorted(path for path in target.rglob("*") if path.is_file())
         result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
@@ -85,8 +91,8 @@ def finish(
 def told_of_run(
     committed: Result, run: int, message: str, checkpoint: str, evaluation: EvaluationRecord | None
 ) -> Result:
-    """Return ``committed``, the result of the committed artifact, with what ``run`` tells: its message, the address of
-    its chosen checkpoint, and its scores.
+    """Return ``committed``, the result of the committed artifact, with the details of ``run``: the run's message, the
+    address of its chosen checkpoint, and its scores.
 
     Another run may have committed an artifact first. Then ``committed`` is returned as it is, because the scores of
     ``run`` are not those of that artifact.
@@ -99,26 +105,47 @@ def told_of_run(
 
 
 def export_files(
-    plan: WorkerPlan, root: RunRoot, model: Any, data: TrainingData, source: Path, target: Path
-) -> list[Path]:
-    """Write the artifact of the checkpoint in folder ``source`` into folder ``target``, and return the files.
+    plan: WorkerPlan, root: RunRoot, model: Any, data: TrainingData, source: Path, target: Path, digests: BaseDigests
+) -> None:
+    """Write the artifact of the checkpoint in folder ``source`` into folder ``target``.
 
     An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens,
     the extended copy is uploaded to the bucket first, and the configuration names the address of the copy.
+    ``digests`` are those of the base model.
     """
-    config, folder = plan.config, base_model_folder(plan)
-    base_name = source_name(config.model)
-    if folder != plan.inputs.model and config.lora is not None and config.storage.artifact != "Merged":
-        base_name = publish_base(root, folder)
-    options = ExportOptions(
-        kind=config.storage.artifact,
-        precision=config.optimization.precision,
-        base=folder,
-        base_name=base_name,
-        added_rows=data.summary.added_rows,
-        stop_ids=data.stop_ids,
+    options = export_options(plan, data.structure, data.stop_ids)
+    options = replace(options, added_rows=data.summary.added_rows, base_sha256=digests.base_sha256)
+    if publishes_extended_base(plan):
+        address = publish_base(root, base_model_folder(plan))
+        options = replace(options, base_name=address, revision=None, base_sha256=digests.rows_sha256)
+    export_artifact(model, data.tokenizer, source, target, options)
+
+
+def write_cards(
+    plan: WorkerPlan,
+    data: TrainingData,
+    target: Path,
+    digests: BaseDigests,
+    step: int,
+    evaluation: EvaluationRecord | None,
+) -> None:
+    """Write a model card into each folder of the artifact in ``target``, which is the model of optimizer step
+    ``step``."""
+    config = plan.config
+    facts = CardFacts(
+        identity=plan.identity,
+        base_revision=model_revision(config.model, plan.inputs.model),
+        base_sha256=digests.base_sha256,
+        data_sha256=data.summary.data_sha256,
+        examples=len(data.train),
+        step=step,
+        evaluation=evaluation,
     )
-    return export_artifact(model, data.tokenizer, source, target, options)
+    merged = target / MERGED_FOLDER
+    only_adapter = (target / ADAPTER_FILE).is_file()
+    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if only_adapter else "model"))
+    if merged.is_dir():
+        (merged / CARD_FILE).write_text(model_card(config, facts, "model"))
 
 
 def result_message(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import ExportOptions
+from finetune_trainer.checkpoints.job_export import job_export_options, rehearse_job_export
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -22,21 +24,22 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
-from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
-from finetune_trainer.model.extended_base import extend_base
-from finetune_trainer.model.load import (
-    DTYPES,
-    adapted,
-    adapted_modules,
-    adapts_an_embedding,
-    add_adapters,
-    enable_gradient_checkpointing,
-    load_base,
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
 )
+from finetune_trainer.engine.config import shard_new_models
+from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
+from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
+from finetune_trainer.model.base_check import JobBase, check_base
+from finetune_trainer.model.extended_base import extend_base
+from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base, own_dropout
 from finetune_trainer.model.structure import ModelStructure, read_structure
-from finetune_trainer.model.weight_files import check_complete, check_shapes
+from finetune_trainer.model.tensor_names import TensorNames
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
 from finetune_trainer.sources.inputs import source_name
@@ -60,6 +63,8 @@ class PreparationSummary(ContractModel):
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
     """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
+    adapted_share: float | None = None
+    """Share of the weights in the model's layers that LoRA adapters can change, from 0 to 1. None without adapters."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -112,26 +117,31 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
     """
-    check_complete(plan.inputs.model)
-    structure, config = read_structure(plan.inputs.model), plan.config
-    check_shapes(structure, plan.inputs.model)
-    targets = _adapter_targets(plan, structure)
-    untie = structure.tied and adapts_an_embedding(structure, targets)
-    if config.model.added_tokens or untie:
+    base, config = JobBase(plan.inputs.model, plan.config), plan.config
+    check_base(base)
+    structure, targets = base.structure, base.targets
+    if config.model.added_tokens or base.unties:
         extend_base(
             plan.inputs.model,
             _extended_folder(plan),
             tokens=config.model.added_tokens,
-            untie=untie,
+            untie=base.unties,
             seed=config.optimization.seed,
         )
-    if config.storage.artifact != "Adapter":
-        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
-    limit = length_limit(config.dataset, structure.context)
-    notices: list[str] = []
-    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
+    limit = length_limit(config.dataset, structure.context, base.rows)
+    notices = rehearse_job_export(
+        config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
+    )
+    if rate := own_dropout(structure.model):
+        notices.append(
+            f"the dropout of the base model's configuration (up to {rate:g}) is switched off, so that a run can be"
+            " repeated; lora.dropout is the dropout of a training"
+        )
+    if targets.names:
+        notices.append(reach_notice(targets))
+    if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
@@ -170,7 +180,13 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
+        adapted_share=targets.share if targets.names else None,
     )
+
+
+def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[int]) -> ExportOptions:
+    """Return how the artifact of the job is written (see `job_export_options`)."""
+    return job_export_options(plan.config, plan.inputs.model, base_model_folder(plan), structure, stops)
 
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
@@ -189,7 +205,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
+        stop_ids=generation_stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
         mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )
@@ -202,9 +218,14 @@ def load_model(plan: WorkerPlan) -> Any:
     model. Each rank keeps only its shard of the weights.
     """
     config, folder = plan.config, base_model_folder(plan)
-    targets = _adapter_targets(plan, read_structure(plan.inputs.model))
+    targets = JobBase(plan.inputs.model, config).targets
     sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    model = load_base(
+        folder,
+        DTYPES[config.optimization.precision],
+        sharded=sharding is not None,
+        quantization=config.lora.quantization if config.lora is not None else None,
+    )
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding
@@ -213,7 +234,12 @@ def load_model(plan: WorkerPlan) -> Any:
     if config.lora is None:
         return model
     return add_adapters(
-        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+        model,
+        config.lora,
+        targets=targets.modules,
+        parameters=targets.parameters,
+        seed=config.optimization.seed,
+        base_name=source_name(config.model),
     )
 
 
@@ -221,6 +247,13 @@ def base_model_folder(plan: WorkerPlan) -> Path:
     """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
     extended = _extended_folder(plan)
     return extended if extended.is_dir() else plan.inputs.model
+
+
+def publishes_extended_base(plan: WorkerPlan) -> bool:
+    """Return whether the artifact is an adapter of an extended base model, which the job has to publish too."""
+    config = plan.config
+    extended = base_model_folder(plan) != plan.inputs.model
+    return extended and config.lora is not None and config.storage.artifact != "Merged"
 
 
 def _job_tokenizer(plan: WorkerPlan) -> Any:
@@ -244,11 +277,6 @@ def _extended_folder(plan: WorkerPlan) -> Path:
 
 def _tokens_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "tokens"
-
-
-def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
-    config = plan.config
-    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
 
 
 class _Part(NamedTuple):
@@ -322,8 +350,9 @@ def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> 
     # They are also enough where the head was untied for LoRA, because the head then begins as a copy of the input
     # embedding.
     stored_once = structure.tied or structure.output_name is None
-    output_key = None if stored_once else f"{structure.output_name}.weight"
-    return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)
+    extended = base_model_folder(plan)
+    names = TensorNames(read_structure(extended).model, WeightFiles.of(extended).shapes)
+    return find_added_rows(structure, names, ids, shared=stored_once)
 
 
 def _rows_sha256(plan: WorkerPlan, rows: AddedRows | None) -> str | None:

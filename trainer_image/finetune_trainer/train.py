@@ -16,6 +16,7 @@ from typing import Any
 from finetune_core.contract import Phase, Result
 from finetune_core.errors import UserError
 from finetune_core.layout import checkpoint_folder
+from finetune_trainer.checkpoints.rehearsal import rehearse_adapter
 from finetune_trainer.checkpoints.resume import (
     RunStart,
     read_steps_before,
@@ -39,6 +40,7 @@ from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
 from finetune_trainer.loop import TrainingLoop
+from finetune_trainer.model.attention import DeviceAbilities, ModelAbilities, kernels
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.pod.errors import StopAgreed, Stopped
@@ -48,12 +50,15 @@ from finetune_trainer.preparation import (
     TrainingData,
     agreed_summary,
     base_model_folder,
+    export_options,
     load_data,
     load_model,
     prepare_node,
+    publishes_extended_base,
 )
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, log_line
+from finetune_trainer.storage.artifact import rehearse_publish
 from finetune_trainer.storage.checkpoint_folders import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
 from finetune_trainer.storage.root import RunRoot, open_root
@@ -88,6 +93,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                     engine=run.engine,
                     saver=run.saver,
                     comparison=run.comparison,
+                    digests=start.base_digests,
                     stopped_early=stopped_early,
                     progress=progress,
                 )
@@ -179,7 +185,8 @@ def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
         )
         if start.parent is not None:
             digests.check(read_trainer_state(target), seed=plan.config.optimization.seed)
-        return start
+        refused = rehearse_publish(root, start.run, extended_base=publishes_extended_base(plan))
+        return start.model_copy(update={"notices": [*start.notices, *refused]})
 
     return _begin_run(plan, gang, root, take_run_number)
 
@@ -226,8 +233,8 @@ def _resume_folder(plan: WorkerPlan, start: RunStart) -> Path:
 
 
 class Run:
-    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback the next run makes new
-    ones."""
+    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback new objects are made for
+    the next run."""
 
     def __init__(
         self,
@@ -243,14 +250,30 @@ class Run:
         """Load the model and the training state that ``start`` resumes from. All ranks must make their `Run`
         together."""
         config = plan.config
+        self._plan, self._data = plan, data
         self.model: Any = gang.run_on_all_ranks(lambda: load_model(plan), until_stop=True)
+        if config.lora is not None:
+            gang.run_on_rank_0(self._rehearse_adapter, until_stop=True)
         fetched = _resume_folder(plan, start)
         state: TrainerState | None = None
         if start.parent is not None:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
-        self.engine = Engine(self.model, config.optimization, gang.device)
-        check_model(self.engine, data.train, pad=data.pad, packing=data.capacity is not None)
+        ratio = config.lora.lora_plus_ratio if config.lora is not None else None
+        self.engine = Engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
+        attention = check_model(
+            self.engine,
+            data.train,
+            pad=data.pad,
+            packing=data.capacity is not None,
+            kernels=kernels(
+                config.optimization.attention,
+                ModelAbilities.of(data.structure.model),
+                DeviceAbilities.of(gang.device),
+                config.optimization.precision,
+                packing=data.capacity is not None,
+            ),
+        )
         if state is not None:
             load_state(self.engine, fetched, updates=state.updates)
         shutil.rmtree(fetched, ignore_errors=True)
@@ -305,10 +328,16 @@ class Run:
             if data.mixture is not None:
                 taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
-            progress.notice(*start.notices, *data.summary.notices)
+            progress.attention(attention.kernel)
+            progress.adapted(data.summary.adapted_share)
+            progress.notice(*start.notices, *data.summary.notices, *attention.notices)
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))
         set_phase(Phase.TRAINING)
+
+    def _rehearse_adapter(self) -> None:
+        options = export_options(self._plan, self._data.structure, self._data.stop_ids)
+        rehearse_adapter(self.model, options, self._plan.folder / "rehearsal")
 
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""

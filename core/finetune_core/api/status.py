@@ -294,6 +294,13 @@ class PlanStatus(StatusModel):
     """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Micro-batches per optimizer step."""
+    attention: Annotated[str, Field(max_length=32)] | None = None
+    """The kernel that computes attention, for example `SDPA`: what `training.attention` asks for, or what the trainer
+    chose. Absent: the trainer has not loaded the model yet."""
+    adapted_share: Decimal | None = None
+    """Share of the weights in the model's layers (without embeddings and output head, unless these are adapted) that
+    the LoRA adapters can change, from 0 to 1. Absent: the method is Full, or the trainer has not read the model
+    yet."""
     gpu_memory_bytes: Count | None = None
     """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
     memory_bytes: Count | None = None
@@ -355,7 +362,7 @@ class RequirementStatus(StatusModel):
     tuned: Decimal | None = None
     """Score of the tuned model. Absent where it was not measured."""
     difference: Decimal | None = None
-    """Score of the tuned model less that of the base model."""
+    """Score of the tuned model minus the score of the base model. Absent where one of the two was not measured."""
     passed: bool
     """Whether the score was reached."""
 

@@ -13,6 +13,8 @@ Schedule = Literal["Linear", "Cosine", "Constant"]
 """How the learning rate changes after the warm-up."""
 Precision = Literal["bf16", "fp32"]
 """Number format of the computation."""
+Attention = Literal["Auto", "SDPA", "Flash", "Flex", "Eager"]
+"""The kernel that computes attention."""
 StabilityAction = Literal["Record", "RollBack", "Fail"]
 """What the trainer does about an unstable step: record it, roll back to an earlier checkpoint, or fail."""
 
@@ -72,6 +74,13 @@ class TrainingSpec(ApiModel):
     """Number format of the computation. The trainer never changes the format by itself."""
     gradient_checkpointing: bool = False
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
+    attention: Attention = "Auto"
+    """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: FlashAttention for
+    sequences of several examples, as torch has it (the image does not have the package flash-attn); needs GPUs and
+    bf16. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager: plain matrix
+    products, for models that nothing else supports. Auto: the fastest kernel that keeps packed examples apart and that
+    model and device support; `status.plan.attention` names the kernel. All kernels compute the same function, so
+    losses differ by rounding only."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed from which the order of the rows, the initial values of new weights, and dropout follow."""
 

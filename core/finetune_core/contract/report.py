@@ -54,6 +54,8 @@ class Report(ContractModel):
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
     """Model FLOPs utilisation of the newest step, from 0 to 1. None where the device's peak FLOP/s is not known."""
+    attention: Annotated[str, Field(max_length=32)] = ""
+    """The kernel that computes attention, for example `SDPA`. Empty until the model is loaded."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""
@@ -74,6 +76,9 @@ class Report(ContractModel):
     best: CheckpointName | None = None
     """The best checkpoint by `evaluation.bestBy`, among the checkpoints that led to the current weights. None where no
     checkpoint among them was scored."""
+    adapted_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the weights in the model's layers that the LoRA adapters can change. None without adapters, and before
+    the trainer has read the model."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences for people about things that are not failures, for example that rows were skipped."""
     evaluation: EvaluationRecord | None = None

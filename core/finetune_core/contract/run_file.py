@@ -17,7 +17,7 @@ from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.resources import Device
 from finetune_core.api.sources import ModelSpec
 from finetune_core.api.storage import Addressing, EncryptionSpec, Export
-from finetune_core.api.training import Precision, Schedule, StabilityAction
+from finetune_core.api.training import Attention, Precision, Schedule, StabilityAction
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 
 
@@ -48,6 +48,7 @@ class OptimizationConfig(ContractModel):
     gradient_clipping: Annotated[float, Field(ge=0)]
     precision: Precision
     gradient_checkpointing: bool
+    attention: Attention = "Auto"
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool = False
@@ -139,6 +140,6 @@ class RunConfig(ContractModel):
     storage: StorageConfig
     report: ReportConfig | None = None
     template_date: date | None = None
-    """The day (UTC) that a chat template gets as today's date. It is the day on which attempt 1 was opened, or that of
-    the run that the job takes over, so that every attempt reads the same tokens. None where no conversations are
-    read."""
+    """The day (UTC) that a chat template gets as today's date. It is the day on which attempt 1 started or, where the
+    job continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same
+    tokens. None where no conversations are read."""

@@ -35,6 +35,7 @@ NOT_THE_TRAINING = (
     "dataset.test.hugging_face.token_secret_ref",
     "optimization.micro_batch_size",
     "optimization.gradient_checkpointing",
+    "optimization.attention",
     "optimization.zero_stage",
     "optimization.offload_optimizer",
     "optimization.offload_parameters",

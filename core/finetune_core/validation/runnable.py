@@ -48,6 +48,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
             UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
         )
     problems += _too_small_share(spec)
+    problems += _attention_problems(spec)
     problems += template_problems(spec) + argument_problems(spec)
     problems += _scores_out_of_reach(spec)
     stored = spec.to_json()
@@ -69,9 +70,22 @@ def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
     return [UserError("spec.training.microBatchSize", sentence)]
 
 
+def _attention_problems(spec: FineTuneJobSpec) -> list[UserError]:
+    """Return a problem where the kernel of `training.attention` can't compute on the device of the job, or in its
+    number format. The trainer knows which kernels a model supports."""
+    kernel, precision = spec.training.attention, spec.training.precision
+    if kernel in ("Flash", "Flex") and spec.resources.device == "CPU":
+        return [UserError("spec.training.attention", f"must not be {kernel} on CPUs: it trains on GPUs only")]
+    if kernel == "Flash" and precision != "bf16":
+        return [
+            UserError("spec.training.attention", f"must not be Flash with precision {precision}: it computes in bf16")
+        ]
+    return []
+
+
 def _scores_out_of_reach(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return a problem for each score of `evaluation.require` that no model can reach. The trainer knows the scores of
-    own graders."""
+    """Return a problem for each score of `evaluation.require` that no model can reach. The scores of a job's own grader
+    are not compared with the range from 0 to 1, because only the trainer knows which of them are shares."""
     task = TASKS.get(spec.dataset.task.name) if spec.dataset.task is not None and spec.dataset.task.name else None
     shares = {score.name for score in task.scores if score.unit is not Unit.VALUE} if task is not None else set()
     problems = []

@@ -1,6 +1,7 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-A regular expression, which only the check before the first attempt compiles, is compiled here too.
+The regular expression `dataset.task.pattern` is compiled here too. In a cluster neither the API server nor the operator
+compiles it, but the check before the first attempt does.
 
 The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
 paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.
@@ -21,6 +22,7 @@ from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.patterns import compile_pattern
+from finetune_core.target_modules import compile_entry, is_pattern
 from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.defaults import defaulted
 from finetune_core.validation.precise import precise
@@ -96,13 +98,19 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
 
 
 def _pattern_problems(spec: FineTuneJobSpec) -> Iterator[Problem]:
-    """Yield a problem where RE2 can't read `dataset.task.pattern`."""
+    """Yield a problem where RE2 can't read `dataset.task.pattern`, or a regular expression in `lora.targetModules`."""
     task = spec.dataset.task
     if task is not None and task.pattern is not None:
         try:
             compile_pattern(task.pattern)
         except UserError as error:
             yield Problem(_split(f"spec.{error.subject}"), error.problem, Refusal.CHECK)
+    for place, entry in enumerate(spec.lora.target_modules if spec.lora is not None else ()):
+        try:
+            if is_pattern(entry):
+                compile_entry(entry)
+        except UserError as error:
+            yield Problem(_split(f"spec.{error.subject}[{place}]"), f"{entry!r} {error.problem}", Refusal.CHECK)
 
 
 def _metadata_problems(metadata: Any) -> Iterator[Problem]:

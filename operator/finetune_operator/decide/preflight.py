@@ -39,7 +39,7 @@ PREFLIGHT_SECONDS. The other 120 s are for its start and for clocks that differ.
 TURN_SECONDS = 60.0
 """Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
 GIVE_UP_TRIES = 3
-"""Number of tries that could not be carried out for a cause in the job (`_Outcome.aborted`) after which the job ends. A
+"""The job ends after this many tries that could not be carried out because of the job itself (`_Outcome.aborted`). A
 try with a result sets the count back to 0."""
 
 
@@ -70,8 +70,8 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
 def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
     """Return ``decision``, which would start a check, changed so that nothing is done while the job waits for its turn.
 
-    ``limit`` is how many checks run at the same time. The stored record of the check is kept as it is; there is none
-    while the job waits for its first turn.
+    ``limit`` is how many checks may run at the same time. The stored record of the check is kept as it is; there is
+    none while the job waits for its first turn.
     """
     return replace(
         decision,
@@ -204,7 +204,7 @@ class _Outcome:
     sizes: InputSizes | None = None
     """Sizes of model and data. None where the check did not find them out."""
     aborted: bool = False
-    """Whether the check could not be carried out for a cause in the job: the check needs more memory than it may take,
+    """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""
 
 
@@ -268,7 +268,7 @@ def _aborted(message: str) -> _Outcome:
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
-    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or nothing tells why."""
+    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or no reason is known."""
     if pod.running or not _had_time_to_start(pod, seen.now):
         return ""
     detail = why_pod_waits(pod, seen.warning)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_core.api.status import ChildStatus, FineTuneJobStatus, UsageStatus
+from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus, UsageStatus
 from finetune_core.contract import Outcome
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.status.conditions import compute_conditions
@@ -30,7 +30,7 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
         "attempts": given.attempts,
         "preflight": given.preflight,
         "image": fixed_image(stored.image or given.image, given.pods),
-        "plan": given.plan or stored.plan,
+        "plan": _plan(status, given),
         "usage": given.usage or stored.usage,
         "child": _child(stored, given, child_kind),
     }
@@ -42,6 +42,14 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
         update |= _numbers_of_result(status, given)
     status = status.model_copy(update=update)
     return status.model_copy(update={"conditions": compute_conditions(stored, status, given)})
+
+
+def _plan(status: FineTuneJobStatus, given: StatusInput) -> PlanStatus | None:
+    """Return the plan of the newest attempt. What the trainer reported of an earlier attempt still holds, because
+    neither the model nor the adapters of a job change."""
+    if given.plan is None or status.plan is None:
+        return given.plan or status.plan
+    return given.plan.model_copy(update={"adapted_share": status.plan.adapted_share})
 
 
 def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None:

@@ -23,6 +23,7 @@ from finetune_core.api.status import (
     IncidentStatus,
     MetricValue,
     NamedScore,
+    PlanStatus,
     ProgressStatus,
     RequirementStatus,
     Scores,
@@ -84,6 +85,8 @@ def merge_report(
         ]
     if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
         update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
+    if stored.plan is not None:
+        update["plan"] = plan_with(stored.plan, report)
     if report.notices:
         update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:
@@ -93,6 +96,14 @@ def merge_report(
     if report.incidents:
         update["incidents"] = merge_incidents(stored.incidents, report.incidents)
     return stored.model_copy(update=update)
+
+
+def plan_with(plan: PlanStatus, report: Report) -> PlanStatus:
+    """Return ``plan`` with what ``report`` says of the model: its attention kernel, and the share in reach of LoRA."""
+    told: dict[str, object] = {"attention": report.attention} if report.attention else {}
+    if report.adapted_share is not None:
+        told["adapted_share"] = decimal(report.adapted_share)
+    return plan.model_copy(update=told)
 
 
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
@@ -139,8 +150,8 @@ def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int
     """Return the current step and the total number of steps of the training.
 
     Where the client has reported only percentages so far, the percentage is returned as a step out of 100. Where this
-    report has no step but an earlier one had, the stored step is returned: transformers reports 0 % at its start, even
-    after a resume, and no step at its end.
+    report has no step but an earlier report had a step, the stored step is returned: transformers reports 0 % at its
+    start, even after a resume, and no step at its end.
     """
     step, total = report.reported_step, report.reported_total
     if step is None and total is None and (old is None or old.total_steps == PERCENT):

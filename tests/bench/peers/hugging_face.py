@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from finetune_core.api.method import LoRASpec
-from finetune_trainer.model.load import add_adapters
+from finetune_trainer.model.adapters import add_adapters
 from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
 
 IGNORED = -100

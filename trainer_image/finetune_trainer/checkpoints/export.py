@@ -8,26 +8,28 @@ therefore those that the bucket holds, rounded to the precision of the run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
+from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_values
+from finetune_trainer.checkpoints.weight_deltas import adapter_changes
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
-from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
+from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.generation_config import artifact_generation_config
 from finetune_trainer.model.load import DTYPES
+from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import INDEX_FILE
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
@@ -35,11 +37,9 @@ NEW_ROWS_FILE = "new_embeddings.safetensors"
 those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model, a copy of
 the base model that has these rows."""
 MERGED_FOLDER = "merged"
-PEFT_PREFIX = "base_model.model."
-"""Prefix that peft puts before the names of all modules of the base model."""
-LARGEST_FILE = "5GB"
-"""Largest size of one weights file of a full run's artifact. `save_torch_state_dict` splits a larger model into several
-files. A merged model is split like its base model."""
+BASE_DIGEST = "base_model_sha256"
+"""Key in `auto_mapping` of `adapter_config.json` with the sha256 of the base model's weights. peft reads this mapping
+only if the configuration names no task, and warns of keys that it does not know elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class ExportOptions:
     """Where the embedding rows of added tokens lie in the files of `base`; None without added tokens."""
     stop_ids: Sequence[int]
     """Token ids that end a generated text."""
+    names: TensorNames | None = None
+    """The tensors in the files of `base`, and what transformers makes of them. None where only an adapter is
+    exported."""
+    revision: str | None = None
+    """Commit, tag or branch of `base_name` on the Hugging Face Hub. None where the base model lies elsewhere."""
+    base_sha256: str | None = None
+    """sha256 of the base model's weights, as `base_digest` computes it. None where it is not known."""
 
 
 def export_artifact(
@@ -74,103 +81,128 @@ def export_artifact(
     """
     target.mkdir(parents=True)
     dtype = DTYPES[options.precision]
-    weights = {name: tensors[MASTER].to(dtype) for name, tensors in stored_tensors(checkpoint, (MASTER,))}
     if not isinstance(model, PeftModel):
-        save_torch_state_dict(weights, str(target), max_shard_size=LARGEST_FILE)
-        _save_configuration(model, target, dtype, options.stop_ids)
-        tokenizer.save_pretrained(target)
-    if isinstance(model, PeftModel) and options.kind in ("Adapter", "Both"):
-        _save_adapter(model, weights, target, options.base_name)
-        if options.added_rows is not None:
-            save_file(
-                read_added_rows(options.base, options.added_rows, dtype), target / NEW_ROWS_FILE, {"format": "pt"}
-            )
-        tokenizer.save_pretrained(target)
-    if isinstance(model, PeftModel) and options.kind in ("Merged", "Both"):
-        folder = target / MERGED_FOLDER if options.kind == "Both" else target
-        folder.mkdir(exist_ok=True)
-        _save_merged(WeightFiles.of(options.base), adapter_deltas(model, weights), folder, dtype)
-        _save_configuration(model.get_base_model(), folder, dtype, options.stop_ids)
-        tokenizer.save_pretrained(folder)
+        _save_model(target, trained_values(checkpoint), tokenizer, options)
+    else:
+        weights = {name: tensors[MASTER].to(dtype) for name, tensors in stored_tensors(checkpoint, (MASTER,))}
+        if options.kind in ("Adapter", "Both"):
+            _save_adapter(model, weights, target, options)
+            if options.added_rows is not None:
+                rows = read_added_rows(options.base, options.added_rows, dtype)
+                save_file(rows, target / NEW_ROWS_FILE, {"format": "pt"})
+            save_text_files(target, tokenizer, options)
+        if options.kind in ("Merged", "Both"):
+            folder = target / MERGED_FOLDER if options.kind == "Both" else target
+            folder.mkdir(exist_ok=True)
+            _save_model(folder, adapter_changes(model, weights), tokenizer, options)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
-def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target: Path, base_name: str) -> None:
+def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target: Path, options: ExportOptions) -> None:
     adapter = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, target / ADAPTER_FILE, {"format": "pt"})
+    save_adapter_configuration(model, target, options)
+
+
+def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOptions) -> None:
+    """Write `adapter_config.json` of ``model`` into the folder ``target``."""
     config = model.peft_config["default"]
     config.inference_mode = True
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path = options.base_name
+    config.revision = options.revision
+    if options.base_sha256 is not None:
+        base = type(model.get_base_model())
+        config.auto_mapping = {
+            "base_model_class": base.__name__,
+            "parent_library": base.__module__,
+            BASE_DIGEST: options.base_sha256,
+        }
     # The names are sorted so that the same run always writes the same bytes. peft keeps the names in a set, whose order
     # differs between processes.
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(target))
 
 
-@dataclass(frozen=True)
-class WeightDelta:
-    """What an adapter adds to one weight (O, I) of the base model: scale * B @ A, with A (r, I) and B (O, r).
+def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: ExportOptions) -> Sequence[str]:
+    """Write the tokenizer and the generation configuration into the folder ``target``. Return a sentence for each field
+    in which the generation configuration differs from that of the base model."""
+    tokenizer.save_pretrained(target)
+    config, notices = artifact_generation_config(options.base, options.stop_ids)
+    config.save_pretrained(target)
+    return notices
 
-    The product is transposed for an embedding, and for a layer that stores its weight as (I, O), such as GPT-2's
-    Conv1D.
+
+def save_model_configuration(target: Path, options: ExportOptions) -> None:
+    """Write `config.json` of the base model into the folder ``target``, with the data type of the artifact. All else is
+    left as the base model's publisher wrote it, because older programs do not know all fields that transformers would
+    write."""
+    config = json.loads((options.base / CONFIG_FILE).read_text())
+    text = config.get("text_config")
+    for section in (config, *([text] if isinstance(text, dict) else [])):
+        known = [name for name in ("dtype", "torch_dtype") if name in section]
+        if section is config or known:
+            dtype = str(DTYPES[options.precision]).removeprefix("torch.")
+            section.update(dict.fromkeys(known or ["torch_dtype"], dtype))
+        if "use_cache" in section:
+            section["use_cache"] = True
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_model(
+    target: Path, changes: Mapping[str, WeightChange], tokenizer: PreTrainedTokenizerBase, options: ExportOptions
+) -> None:
+    """Write the base model with ``changes``, by parameter name, into the folder ``target``."""
+    assert options.names is not None, "the names of the tensors are needed for a whole model"
+    _save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
+    save_model_configuration(target, options)
+    save_text_files(target, tokenizer, options)
+
+
+def _save_weights(
+    base: WeightFiles, names: TensorNames, changes: Mapping[str, WeightChange], target: Path, dtype: torch.dtype
+) -> None:
+    """Write the weight files of the model into the folder ``target``: the same files with the same tensors as those of
+    ``base``. Only one weights file, and one group of tensors that belong together, is in memory at a time.
+
+    Changes are computed in fp32 and then rounded to ``dtype``. A tensor that the model has no parameter for is copied
+    as it is.
     """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool
-
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``weight`` plus the delta, in fp32."""
-        delta = self.b.float() @ self.a.float() * self.scale
-        return weight.float() + (delta.T if self.transposed else delta)
-
-
-def adapter_deltas(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
-    """Return what the adapters add to each adapted weight, by the weight's tensor name in the base model. ``weights``
-    holds the adapters' values by parameter name of ``model``."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        embedding = "default" in module.lora_embedding_A
-        a, b = (
-            ("lora_embedding_A.default", "lora_embedding_B.default")
-            if embedding
-            else (
-                "lora_A.default.weight",
-                "lora_B.default.weight",
-            )
-        )
-        found[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = WeightDelta(
-            weights[f"{name}.{a}"],
-            weights[f"{name}.{b}"],
-            module.scaling["default"],
-            embedding or bool(getattr(module, "fan_in_fan_out", False)),
-        )
-    return found
-
-
-def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: Path, dtype: torch.dtype) -> None:
-    """Write the merged model into the folder ``target``: the weights of ``base`` plus ``changes``, added in fp32 and
-    then rounded to ``dtype``. Only one weights file is in memory at a time."""
-    check_mergeable(list(changes), base.folder)
-    for name in sorted(set(base.files.values())):
-        merged = {}
-        with safe_open(base.folder / name, framework="pt") as file:
-            for key in sorted(key for key, place in base.files.items() if place == name):
-                weight = file.get_tensor(key)
-                merged[key] = (changes[key].added_to(weight) if key in changes else weight).to(dtype).contiguous()
-        save_file(merged, target / name, {"format": "pt"})
+    names.check_writable(changes)
+    for file_name in sorted(set(base.files.values())):
+        inside = sorted(name for name, place in base.files.items() if place == file_name)
+        written: dict[str, torch.Tensor] = {}
+        for name in inside:
+            group = names.group(name)
+            if name in written:
+                continue
+            if group is None:
+                written[name] = base.tensor(name)
+                continue
+            made = _changed_tensors(base, names, group, changes, dtype)
+            if made is None:
+                weight = base.tensor(name)
+                written[name] = weight.to(dtype).contiguous() if weight.is_floating_point() else weight
+                continue
+            # The copy lets go of the memory of the whole group.
+            written |= {key: tensor.clone().contiguous() for key, tensor in made.items() if key in inside}
+        save_file(written, target / file_name, {"format": "pt"})
     if (base.folder / INDEX_FILE).is_file() or len(set(base.files.values())) > 1:
         write_index(target, base.files)
 
 
-def _save_configuration(model: Any, target: Path, dtype: torch.dtype, stop_ids: Sequence[int]) -> None:
-    config = model.config
-    config.dtype = dtype
-    config.use_cache = True
-    config.save_pretrained(target)
-    if model.can_generate():
-        model.generation_config.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-        model.generation_config.save_pretrained(target)
+def _changed_tensors(
+    base: WeightFiles, names: TensorNames, group: TensorGroup, changes: Mapping[str, WeightChange], dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of ``group`` after ``changes``, in ``dtype``. None where none of them changes."""
+    found = {name: changes.get(name) or changes.get(names.canonical(name)) for name in group.parameters}
+    if not any(found.values()):
+        return None
+    weights: dict[str, torch.Tensor] = {}
+    if not all(change is not None and change.replaces for change in found.values()):
+        weights = names.parameters(group, {name: base.tensor(name) for name in group.stored})
+    empty = torch.empty(0)
+    values = {
+        name: (change.applied_to(weights.get(name, empty)) if change is not None else weights[name]).to(dtype)
+        for name, change in found.items()
+    }
+    return names.stored(group, values)

@@ -1,14 +1,16 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
 has a loss. `micro_batches.py` calls `collate`.
 
-No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
-right. Packed examples are separated by their position ids. With a mask of ones the model would ignore this separation.
+No attention mask is built. Padding needs none, because with causal attention a token can't attend to a token on its
+right. Packed examples are separated by their position ids, and by their borders (`model/packed_attention.py`). With a
+mask of ones the model would ignore the position ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +21,8 @@ from finetune_trainer.data.examples import Example
 IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the
-dropout keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
-"""
+"""Factor by which the position of a token is multiplied, so that small positions spread over all 64 bits of the dropout
+keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio)."""
 
 
 class Batch(NamedTuple):
@@ -44,6 +45,11 @@ class Batch(NamedTuple):
     """Number of supervised tokens. 0 for a dummy micro-batch, whose only target is IGNORED."""
     real_tokens: int
     """Number of tokens that are not padding. 1 for a dummy micro-batch, although its only token is padding."""
+    starts: torch.Tensor | None = None
+    """Shape (S + 1,), int32: the first token of each packed example in the flattened B * T positions, and B * T. The
+    padding behind the last example of a sequence counts as an example. None if each sequence is one example."""
+    longest: int = 0
+    """Number of tokens of the longest packed example. 0 if each sequence is one example."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with all tensors copied to ``device``."""
@@ -53,6 +59,7 @@ class Batch(NamedTuple):
             index=self.index.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             dropout_keys=self.dropout_keys.to(device, non_blocking=True),
+            starts=self.starts.to(device, non_blocking=True) if self.starts is not None else None,
         )
 
 
@@ -78,8 +85,11 @@ def collate(
     """
     if not sequences:
         one, none = torch.full((1, 1), pad), torch.zeros(1, dtype=torch.long)
-        positions = torch.zeros_like(one) if packed else None
-        return Batch(one, positions, none, torch.full((1,), IGNORED), torch.zeros_like(one), 0, 1)
+        batch = Batch(one, None, none, torch.full((1,), IGNORED), torch.zeros_like(one), 0, 1)
+        if not packed:
+            return batch
+        borders = torch.tensor([0, 1], dtype=torch.int32)
+        return batch._replace(position_ids=torch.zeros_like(one), starts=borders, longest=1)
     totals = [sum(len(example.ids) for example, _ in sequence) for sequence in sequences]
     longest = max(totals)
     input_ids = torch.full((len(sequences), longest), pad)
@@ -87,11 +97,13 @@ def collate(
     dropout_keys = torch.zeros_like(input_ids)
     index: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
+    starts: list[int] = []
     for line, sequence in enumerate(sequences):
         start = 0
         for example, seed in sequence:
             ids = torch.from_numpy(np.array(example.ids, dtype=np.int64))
             end = start + len(ids)
+            starts.append(line * longest + start)
             input_ids[line, start:end] = ids
             positions = torch.arange(len(ids))
             position_ids[line, start:end] = positions
@@ -103,6 +115,9 @@ def collate(
                 index.append(torch.arange(line * longest + start + first - 1, line * longest + start + last - 1))
                 targets.append(ids[first:last])
             start = end
+        if start < longest:
+            starts.append(line * longest + start)
+    starts.append(input_ids.numel())
     supervised = torch.cat(targets)
     return Batch(
         input_ids,
@@ -112,4 +127,6 @@ def collate(
         dropout_keys,
         len(supervised),
         sum(totals),
+        torch.tensor(starts, dtype=torch.int32) if packed else None,
+        max(end - start for start, end in pairwise(starts)) if packed else 0,
     )

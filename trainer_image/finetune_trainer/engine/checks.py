@@ -1,13 +1,14 @@
-"""Two checks of a loaded model before the first step: that packed examples do not attend to each other, and that the
-loss computed inside of the output head equals the loss of the model's logits.
+"""Checks of a loaded model before the first step: that no token is read by the tokens before it, that packed examples
+do not attend to each other, and that the loss computed inside of the output head equals the loss of the model's logits.
 
-`train.py` calls `check_model`. The model's code and the attention backend decide whether packed examples stay separate.
-Without the check, no figure of the training would show that they do not.
+`train.py` calls `check_model`. The model's code and the attention kernel decide whether examples stay separate. Without
+the checks, no figure of the training would show that they do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,38 +16,73 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.batches import Batch, collate
 from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.model.attention import Kernel
+from finetune_trainer.pod.errors import first_line
 
 PROBE_TOKENS = 24
 """The checks use at most this number of tokens of an example."""
 LEAK = 0.1
 """Packing may change an example's logits by at most this share of the change that appears when two examples are read as
-one text. Rounding stays far below this share, also in bf16. Without separation the whole change appears."""
+one text. Rounding stays far below this share, also in bf16. Without separation the whole change appears. The end of an
+example may change the logits before it by at most the same share."""
 HEAD_DIFFERENCE = 1e-2
 """Largest relative difference between the loss computed inside of the output head and the loss of the model's logits.
 Both are the same sum, so only rounding may make them differ."""
 
 
-def check_model(engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool) -> None:
-    """Check the model of ``engine`` with the first two of ``examples``. All ranks must call this function together.
+class ChosenAttention(NamedTuple):
+    """The kernel that computes attention from now on."""
 
-    Raises UserError where ``packing`` is wanted and packed examples see each other. The loss is computed inside of the
-    output head and from the full logits. Where the two losses differ, because the model changes the logits after its
-    output head, the engine computes every loss from the full logits from now on.
+    kernel: Kernel
+    notices: list[str]
+    """For each faster kernel that was tried in vain, a sentence that says why."""
+
+
+def check_model(
+    engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool, kernels: Sequence[Kernel]
+) -> ChosenAttention:
+    """Check the model of ``engine`` with the first two of ``examples``, with the first of ``kernels`` that passes the
+    checks. All ranks must call this function together.
+
+    Raises UserError where the model is not causal, or where ``packing`` is wanted and packed examples see each other
+    with all kernels. The loss is computed inside of the output head and from the full logits. Where the two losses
+    differ, because the model changes the logits after its output head, the engine computes every loss from the full
+    logits from now on.
     """
     # Every token becomes a target, so that very short examples have a target too.
     first, second = (_shortened(examples[index % len(examples)]) for index in (0, 1))
+    notices: list[str] = []
+    for kernel in kernels:
+        try:
+            engine.use_attention(kernel)
+            _check_separation(engine, first, second, pad, packing=packing)
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, RuntimeError, ValueError, ImportError) as error:
+            # Kernels raise these errors where they can't compute a model's shapes. A slower one may still do.
+            if kernel is kernels[-1]:
+                raise
+            notices.append(f"training.attention: {kernel} can't be used for this model: {first_line(error)}")
+            continue
+        break
     with torch.no_grad():
-        for training in (False, True):
-            engine.train(training)
-            if packing:
-                _check_isolation(engine, first, second, pad)
         _choose_loss(engine, collate([[(second, 2)]], pad=pad, packed=False))
     engine.train()
+    return ChosenAttention(kernel, notices)
 
 
 def _shortened(example: Example) -> Example:
     ids = example.ids[:PROBE_TOKENS]
     return Example(ids, [(0, len(ids))])
+
+
+def _check_separation(engine: Engine, first: Example, second: Example, pad: int, *, packing: bool) -> None:
+    with torch.no_grad():
+        for training in (False, True):
+            engine.train(training)
+            if packing:
+                _check_isolation(engine, first, second, pad)
+        _check_causality(engine, first, second, pad)
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
@@ -55,10 +91,13 @@ def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) 
     tokens = len(second.ids) - 1
     alone = collate([[(second, 2)]], pad=pad, packed=True)
     packed = collate([[(first, 1), (second, 2)]], pad=pad, packed=True)
-    joined = packed._replace(position_ids=torch.arange(packed.input_ids.shape[1]).unsqueeze(0))
-    wanted, found, leaked = (
-        engine.logits(batch.to(engine.device))[-tokens:].float() for batch in (alone, packed, joined)
+    length = packed.input_ids.shape[1]
+    joined = packed._replace(
+        position_ids=torch.arange(length).unsqueeze(0),
+        starts=torch.tensor([0, length], dtype=torch.int32),
+        longest=length,
     )
+    wanted, found, leaked = (_logits(engine, batch)[-tokens:] for batch in (alone, packed, joined))
     difference, contaminated = (float((other - wanted).abs().max()) for other in (found, leaked))
     if not difference <= LEAK * contaminated:
         raise UserError(
@@ -66,6 +105,28 @@ def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) 
             "must be false for this model: its attention lets packed examples see each other (the logits differ by"
             f" {difference:.2g} from those of an example alone; {contaminated:.2g} is what no isolation at all gives)",
         )
+
+
+def _check_causality(engine: Engine, first: Example, second: Example, pad: int) -> None:
+    """Raise UserError where the logits of ``first`` change by more than the share LEAK of their spread when ``second``
+    follows. Such a model reads a text in both directions, and would be trained to copy. Means are compared, because in
+    bf16 a mixture of experts may send a single token to another expert."""
+    tokens = len(first.ids) - 1
+    longer = Example((*first.ids, *second.ids), [(0, len(first.ids) + len(second.ids))])
+    wanted, found = (
+        _logits(engine, collate([[(example, 1)]], pad=pad, packed=False))[:tokens] for example in (first, longer)
+    )
+    difference, spread = float((found - wanted).abs().mean()), float((wanted - wanted.mean()).abs().mean())
+    if not difference <= LEAK * spread:
+        raise UserError(
+            "model",
+            "must be a causal language model: what follows a token changes what this model says before it (its logits"
+            f" differ by {difference:.2g}, and spread over {spread:.2g})",
+        )
+
+
+def _logits(engine: Engine, batch: Batch) -> torch.Tensor:
+    return engine.logits(batch.to(engine.device)).float()
 
 
 def _choose_loss(engine: Engine, batch: Batch) -> None:

@@ -13,17 +13,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.config import engine_config, prevent_compilation
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.model.packed_attention import note_borders
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 """AdamW's betas and epsilon: the defaults of torch and of the transformers Trainer."""
+RATE_FACTOR = "rate_factor"
+"""Key of a parameter group of the optimizer: what the learning rate of the group is multiplied by. Absent: 1."""
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 """Names of the three tensors that each trained parameter has: its fp32 value, and AdamW's two moments under torch's
 names."""
@@ -32,9 +38,18 @@ names."""
 class Engine:
     """A model with its optimizer, sharded over the ranks by DeepSpeed."""
 
-    def __init__(self, model: torch.nn.Module, optimization: OptimizationConfig, device: torch.device) -> None:
-        """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine
-        together."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimization: OptimizationConfig,
+        device: torch.device,
+        *,
+        lora_plus_ratio: float = 1.0,
+    ) -> None:
+        """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine together.
+
+        ``lora_plus_ratio`` is the learning rate of the matrices B of adapters as a multiple of the job's learning rate.
+        """
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
@@ -49,12 +64,15 @@ class Engine:
             # the loss in chunks. A gather for each chunk would hang, because ranks may compute different numbers of
             # chunks.
             set_z3_leaf_module(self._objective.head, True)
+        if optimization.zero_stage == 3:
+            for module in modules_that_read_inner_weights(model):
+                set_z3_leaf_module(module, True)
         self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
         self.device = device
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, optimization.weight_decay),
+            parameter_groups(model, optimization.weight_decay, lora_plus_ratio=lora_plus_ratio),
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
@@ -141,7 +159,7 @@ class Engine:
         """Clip the accumulated gradient and update the weights with the learning rate ``rate``. All ranks must call
         this function together."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
         self.module.step()
         self._link_moments()
 
@@ -172,6 +190,14 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         """Switch the model to training mode, or to evaluation mode without dropout."""
         self.module.train(mode)
+        # Text is generated without an `Objective`, and so without a micro-batch that notes its own borders.
+        note_borders(None)
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """From now on compute attention with ``kernel``. Raises ValueError or ImportError where the model's code does
+        not support the kernel."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner.set_attn_implementation(IMPLEMENTATIONS[kernel])
 
     # Functions that read and write the training state, for checkpoints
 
@@ -275,18 +301,55 @@ def assign_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None
             parameter.copy_(value)
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, *, lora_plus_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups: weight decay applies to matrices, and not to vectors such as norms and
     biases, as in GPT-3 and Llama.
+
+    With ``lora_plus_ratio`` (LoRA+) the matrices B of adapters and all vectors are in groups of their own, whose
+    learning rate `Engine.step` multiplies by the ratio. These are the parameters that peft's
+    `create_loraplus_optimizer` trains at the higher rate.
 
     The shape before sharding tells whether a parameter is a matrix. The tensor itself does not tell, because in a model
     that was built under ZeRO-3 each tensor is an empty vector.
     """
-    parameters = list(trained_parameters(model).values())
-    if weight_decay == 0:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    groups = [
-        {"params": [p for p in parameters if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if len(full_shape(p)) < 2], "weight_decay": 0.0},
-    ]
+    parameters = trained_parameters(model)
+    if weight_decay == 0 and lora_plus_ratio == 1:
+        return [{"params": list(parameters.values()), "weight_decay": 0.0}]
+    matrices = {name: value for name, value in parameters.items() if len(full_shape(value)) >= 2}
+    vectors = [value for value in parameters.values() if len(full_shape(value)) < 2]
+    if lora_plus_ratio == 1:
+        groups = [
+            {"params": list(matrices.values()), "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    else:
+        fast = [value for name, value in matrices.items() if "lora_B" in name]
+        slow = [value for name, value in matrices.items() if "lora_B" not in name]
+        groups = [
+            {"params": slow, "weight_decay": weight_decay},
+            {"params": fast, "weight_decay": weight_decay, RATE_FACTOR: lora_plus_ratio},
+            {"params": vectors, "weight_decay": 0.0, RATE_FACTOR: lora_plus_ratio},
+        ]
     return [group for group in groups if group["params"]]
+
+
+def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the outermost modules of peft that read weights of the modules in them without calling these modules.
+
+    ZeRO-3 gathers the weights of a module when the module is called. The weights of these modules must be gathered
+    together with all weights in them. Such modules are the wrappers of expert weights, and layers with DoRA, which
+    compute the norms of the base model's weight.
+    """
+    found: list[torch.nn.Module] = []
+    inner: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if (
+            module not in inner
+            and isinstance(module, LoraLayer)
+            and (isinstance(module, ParamWrapper) or module.lora_variant)
+        ):
+            found.append(module)
+            inner.update(module.modules())
+    return found

@@ -14,6 +14,7 @@ from torch import nn
 from finetune_trainer.data.batches import IGNORED, Batch
 from finetune_trainer.loss.dropout import DropoutKeys, ExampleDropout
 from finetune_trainer.loss.head import LossHead, exclude_from_logits
+from finetune_trainer.model.packed_attention import note_borders
 
 
 class Objective:
@@ -73,6 +74,8 @@ class Objective:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         self._body_keys.value = batch.dropout_keys
+        batch_size, length = batch.input_ids.shape
+        note_borders(batch.starts, batch.longest, shape=(batch_size, length))
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
             # transformers finds the borders of packed examples in `position_ids`, but only where neither an attention

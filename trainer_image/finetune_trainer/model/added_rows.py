@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
+from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
 
 INPUT_ROWS, OUTPUT_ROWS = "input_embeddings", "output_embeddings"
@@ -30,6 +31,21 @@ class AddedRows(ContractModel):
     as the input embedding, because then the rows of the input embedding are enough."""
 
 
+def find_added_rows(structure: ModelStructure, names: TensorNames, ids: list[int], *, shared: bool) -> AddedRows:
+    """Return where the rows ``ids`` lie in the weight files of an extended base model, whose tensors are ``names``.
+    ``shared`` says that both embeddings begin with the same rows. Raises UserError where the files lack an
+    embedding."""
+    keys = []
+    for module in (structure.input_name, structure.output_name):
+        parameter = f"{module}.weight"
+        copies = names.copies(parameter) if module is not None else {}
+        keys.append(copies.get(parameter) or next(iter(copies.values()), None))
+    input_key, output_key = keys
+    if input_key is None:
+        raise UserError("model.addedTokens", "must be empty: the model's files have no tensor for the input embedding")
+    return AddedRows(ids=ids, input_key=input_key, output_key=None if shared else output_key)
+
+
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The input
     embedding's rows have the name INPUT_ROWS, and the output head's rows, where ``rows`` names their tensor,
@@ -39,12 +55,3 @@ def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str
     if rows.output_key is not None:
         found[OUTPUT_ROWS] = weights.rows(rows.output_key, rows.ids).to(dtype)
     return found
-
-
-def check_mergeable(names: Sequence[str], base: Path) -> None:
-    """Raise UserError where the files of the base model lack one of the weights ``names``. The adapter of such a weight
-    can't be merged. This happens with model families that name their weights differently in files and in modules."""
-    files = WeightFiles.of(base).files
-    absent = next((name for name in names if name not in files), None)
-    if absent is not None:
-        raise UserError("storage.artifact", f"must be Adapter: the model's files have no tensor {absent} to merge into")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.storage.checkpoint_folders import TrainerState
 
 CHUNK_BYTES = 4 << 20
@@ -20,13 +21,13 @@ PARALLEL_FILES = 4
 
 
 def base_digest(folder: Path) -> str:
-    """Return the sha256 over the names and contents of the safetensors files in a model folder, in the order of their
-    names.
+    """Return the sha256 over the names and contents of the weight files of the model in ``folder``, in the order of
+    their names.
 
     Every byte is read. Files that were just downloaded are mostly in the page cache. For other files, the reads fill
     the page cache before the model is loaded.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in WeightFiles.of(folder).names]
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         digests = list(pool.map(_file_digest, files))
     return hashlib.sha256(

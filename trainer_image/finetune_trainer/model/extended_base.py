@@ -20,10 +20,13 @@ from safetensors.torch import save_file
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
-from finetune_trainer.model.structure import read_structure
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
 
+TEXT_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+"""Suffixes of the files with configuration and tokenizer in a model's folder."""
 DEFAULT_SPREAD = 0.02
 """Standard deviation of new embedding rows where the model's configuration has no `initializer_range`: the value of
 GPT-2."""
@@ -51,14 +54,14 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     tokenizer.save_pretrained(target)
     config = json.loads((source / CONFIG_FILE).read_text())
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    input_key = f"{structure.input_name}.weight"
-    if input_key not in weights.files or structure.output_name is None:
-        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
-    output_key = f"{structure.output_name}.weight"
+    names = check_extendable(structure, weights, untie=untie)
+    input_name, output_name = f"{structure.input_name}.weight", f"{structure.output_name}.weight"
+    copies = names.copies(input_name)
     spread = text.get("initializer_range") or DEFAULT_SPREAD
     if not isinstance(spread, int | float) or not 0 < spread < 100:
         raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
-    old = weights.tensor(input_key)
+    first = next(iter(copies.values()))
+    old = weights.tensor(first)
     rows = max(old.shape[0], max(ids, default=-1) + 1)
 
     def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
@@ -70,24 +73,57 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
             )
         return grown
 
-    changed = {input_key: extended(old, "input")}
+    changed = {stored: extended(old, "input") for stored in copies.values()}
     if structure.tied and untie:
         # The untied head begins as a copy of the input embedding. Each added token's row is drawn once, for both.
-        changed[output_key] = changed[input_key].clone()
+        missing = [name for name in (input_name, output_name) if name not in copies]
+        changed |= {names.new_stored_name(name): changed[first].clone() for name in missing}
     elif not structure.tied:
+        output_key = names.copies(output_name)[output_name]
         changed[output_key] = extended(weights.tensor(output_key), "output")
-    bias = f"{structure.output_name}.bias"
-    if bias in weights.files:
+    for bias in names.copies(f"{structure.output_name}.bias").values():
         old_bias = weights.tensor(bias)
         changed[bias] = torch.cat([old_bias, old_bias.new_zeros(rows - old_bias.shape[0])])
-    text["vocab_size"] = config["vocab_size"] = rows
+    text["vocab_size"] = rows
+    if "vocab_size" in config:
+        config["vocab_size"] = rows
     if untie:
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_weights(weights, target, changed, beside=weights.files[input_key])
+    _write_weights(weights, target, changed, beside=weights.files[first])
     for path in source.iterdir():
-        if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
+        if _is_text_file_of_model(path) and not (target / path.name).exists():
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def check_extendable(structure: ModelStructure, weights: WeightFiles, *, untie: bool) -> TensorNames:
+    """Return the names of the tensors in ``weights``. Raises UserError where `extend_base` can't extend the model,
+    because its files lack an embedding. Only the headers of the files are read."""
+    if structure.output_name is None:
+        raise UserError("model.addedTokens", "must be empty: the model has no output head")
+    names = TensorNames(structure.model, weights.shapes, "model.addedTokens")
+    input_name, output_name = f"{structure.input_name}.weight", f"{structure.output_name}.weight"
+    copies = names.copies(input_name)
+    if not copies:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {input_name}")
+    if structure.tied and untie:
+        for name in (input_name, output_name):
+            if name not in copies:
+                names.new_stored_name(name)
+    elif not structure.tied and output_name not in names.copies(output_name):
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {output_name}")
+    return names
+
+
+def _is_text_file_of_model(path: Path) -> bool:
+    """Return whether ``path`` is a file that transformers reads beside the weights. A folder on a volume may hold
+    anything else too, such as weights in other formats, or an adapter that transformers would add to the model."""
+    return (
+        path.is_file()
+        and path.suffix in TEXT_SUFFIXES
+        and not path.name.startswith("adapter_")
+        and not path.name.endswith(".index.json")
+    )
 
 
 def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, torch.Tensor], *, beside: str) -> None:

@@ -1,6 +1,7 @@
 """The modules of a base model without its weights: a model on torch's meta device, built from `config.json`.
 
-`preparation.py` uses the structure to choose LoRA's target modules, and `reporting/meter.py` to count FLOPs.
+`base_check.py` uses the structure to choose LoRA's target modules and to check the weight files, and
+`reporting/meter.py` to count FLOPs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class ModelStructure:
     """Module name of the output head, for example `lm_head`; None where the model has no head."""
     tied: bool
     """Whether input embedding and output head share one weight."""
+    rows: int
+    """Number of rows of the input embedding. Every token id of a text must be smaller."""
     context: int | None
     """Length in tokens of the longest text that the model can read; None where the configuration has no limit."""
 
@@ -58,5 +61,6 @@ def read_structure(folder: Path) -> ModelStructure:
         input_name=names[id(inner)],
         output_name=names[id(head)] if head is not None else None,
         tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
+        rows=int(inner.weight.shape[0]),
         context=model_context(config),
     )

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete, and
-writes the index, a file that lists the tensors."""
+"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete,
+reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
-from finetune_trainer.pod.model_file_names import INDEX_FILE
+from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
+
+
+class TensorHeader(NamedTuple):
+    """What the header of a weight file says of a tensor."""
+
+    dtype: str
+    """Data type in the words of safetensors, for example `BF16`."""
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,19 +36,38 @@ class WeightFiles:
 
     @classmethod
     def of(cls, folder: Path) -> WeightFiles:
-        """Read from the index, or else from the files' headers, which file holds which tensor."""
-        if (folder / INDEX_FILE).is_file():
+        """Read from the index, or else from the header of the single weight file, which file holds which tensor. A
+        single weight file comes before an index, as in transformers."""
+        if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
             return cls(folder, json.loads((folder / INDEX_FILE).read_text())["weight_map"])
-        files: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path.name)
-        return cls(folder, files)
+        with _open_header(folder / SINGLE_FILE) as file:
+            return cls(folder, dict.fromkeys(file.keys(), SINGLE_FILE))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weight files, in alphabetical order."""
+        return sorted(set(self.files.values()))
+
+    def headers(self) -> dict[str, TensorHeader]:
+        """Return the header of each tensor by its name. The tensors themselves are not read."""
+        found = {}
+        for name in self.names:
+            with _open_header(self.folder / name) as file:
+                for tensor in file.keys():  # noqa: SIM118  (the file is no mapping)
+                    if self.files.get(tensor) == name:
+                        part = file.get_slice(tensor)
+                        found[tensor] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor ``name``. Its bytes are read from the file when they are used."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor by its name, from the headers of the files."""
+        return {name: list(header.shape) for name, header in self.headers().items()}
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return the given ``rows`` of the matrix ``name``, as a tensor (rows, columns)."""
@@ -49,20 +76,34 @@ class WeightFiles:
             return torch.cat([part[row : row + 1] for row in rows])
 
 
+def _open_header(path: Path) -> Any:
+    """Open a weight file of which only the header will be read. torch would map the file for writing, so that the whole
+    file would count as memory that the process may need."""
+    return safe_open(path, framework="numpy")
+
+
 def check_complete(folder: Path) -> None:
-    """Raise UserError where a weights file of the model in ``folder`` is missing, can't be opened, for example because
-    it is shorter than its header says, or lacks a tensor that the index expects in it."""
+    """Raise UserError where a weight file of the model in ``folder`` is missing, can't be opened, for example because
+    it is shorter than its header says, or lacks a tensor that the index expects in it. An index beside a single weight
+    file must name files that are there too, because it may be that of another model."""
     index = folder / INDEX_FILE
-    expected: dict[str, set[str]] = {path.name: set() for path in folder.glob("*.safetensors")}
+    expected: dict[str, set[str]] = {}
     try:
         for tensor, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
             expected.setdefault(f"{name}", set()).add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights") from None
-    for name, tensors in sorted(expected.items()):
+    if index.is_file() and not expected:
+        raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights")
+    for name in sorted(expected):
         if not (folder / name).is_file():
             raise UserError("model", f"its files are incomplete: {INDEX_FILE} names {name}, which is not there")
-        with library_boundary(partial(_unreadable, name)), safe_open(folder / name, framework="pt") as file:
+    if not expected and not (folder / SINGLE_FILE).is_file():
+        raise UserError("model", f"its files are incomplete: there is no {SINGLE_FILE} and no {INDEX_FILE}")
+    if (folder / SINGLE_FILE).is_file() and set(expected) != {SINGLE_FILE}:
+        expected = {SINGLE_FILE: set()}
+    for name, tensors in sorted(expected.items()):
+        with library_boundary(partial(_unreadable, name)), _open_header(folder / name) as file:
             missing = sorted(tensors - set(file.keys()))
         if missing:
             raise UserError("model", f"its files are incomplete: {name} lacks {missing[0]}, which {INDEX_FILE} names")
@@ -72,23 +113,6 @@ def _unreadable(name: str, error: BaseException) -> Exception:
     if isinstance(error, OSError):
         return OutsideFailure(f"model: {name} can't be read: {error.strerror or first_line(error)}")
     return UserError("model", f"its files are incomplete: {name} ({first_line(error)})")
-
-
-def check_shapes(structure: ModelStructure, folder: Path) -> None:
-    """Raise UserError where a tensor in the weights files of ``folder`` has another shape than ``structure``, which was
-    built from the configuration of the same model. Weights that are no floating-point numbers are left out, because
-    quantisations change shapes."""
-    expected = {name: list(tensor.shape) for name, tensor in structure.model.state_dict().items()}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(set(file.keys()) & expected.keys()):
-                part = file.get_slice(name)
-                if "F" in part.get_dtype() and part.get_shape() != expected[name]:
-                    raise UserError(
-                        "model",
-                        f"its config.json does not fit its weights: {name} has the shape {part.get_shape()} in"
-                        f" {path.name}, and must have {expected[name]}",
-                    )
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
 `__main__.py` calls `run`.
 
-torch is not imported, because the pod has no GPU, and the import would take much time and much of the pod's little
-memory.
+The pod has little memory, so each part of the checks that needs much runs in a child process of its own, one after the
+other: model and data without torch, and then the trainer's own checks of the model with torch on its meta device.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ from finetune_trainer.preflight.former_run import former_folders, judged_run, ow
 from finetune_trainer.preflight.store_check import check_store
 from finetune_trainer.sources.cache.cached_fetch import cache_notices
 from finetune_trainer.sources.identities import input_identities
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
+from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.root import RunRoot, open_root
+
+HEADERS_FOLDER = "headers"
+"""Folder in the preflight folder with the base model whose weight files hold only headers."""
+TORCH_MEMORY_BYTES = 1100 << 20
+"""Largest memory in bytes that the child which imports torch may add. About 300 MiB of it are the mapped files of
+torch, which the kernel can free at any time, so the pod stays below its 1 GiB."""
 
 
 class ChecksTimedOut(BaseException):
@@ -95,14 +102,16 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         _check_inputs(child, config, paths, root, folder, store_answers=store_answers)
 
     _run_confined(findings, check_inputs)
+    if (folder / HEADERS_FOLDER).is_dir():  # otherwise something is wrong with the model, and stands in the findings
+        _run_confined(findings, partial(_check_for_job, config, folder / HEADERS_FOLDER), TORCH_MEMORY_BYTES)
 
 
-def _run_confined(findings: Findings, checks: Callable[[Findings], None]) -> None:
+def _run_confined(findings: Findings, checks: Callable[[Findings], None], memory_bytes: int = MEMORY_BYTES) -> None:
     """Run ``checks`` in a child process whose memory is limited, and add what they find to ``findings``.
 
     Raises RuntimeError if the checks end with an unexpected error.
     """
-    end = run_confined(lambda send: checks(Findings(send)), findings.receive)
+    end = run_confined(lambda send: checks(Findings(send)), findings.receive, memory_bytes=memory_bytes)
     if end is ChildEnd.TOO_LARGE:
         findings.add(
             FindingKind.FINAL,
@@ -134,8 +143,8 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
-    object store are left out."""
+    """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
+    data in the object store are left out."""
     _hide_torch()
     from finetune_trainer.evaluation.graders import load_grading
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
@@ -144,12 +153,13 @@ def _check_inputs(
 
     def check_base_model() -> ModelFacts:
         files = model_files(config.model, paths, root.store)
-        model_bytes = sum(size for name, size in files.sizes.items() if name.endswith(MODEL_SUFFIXES))
+        model_bytes = sum(files.sizes[name] for name in select_model_files(files).names)
         findings.measured(model_bytes=model_bytes)
         findings.notice(*cache_notices(model_bytes, paths.model_cache))
-        return check_model(files, folder / "model", config.model.added_tokens)
+        return check_model(files, folder / "model", folder / HEADERS_FOLDER, config.model.added_tokens)
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
+    findings.notice(*(model.notices if model is not None else ()))
     dataset = config.dataset
     task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
     for number, (field, source) in enumerate(dataset.sources.items()):
@@ -172,21 +182,34 @@ def _check_inputs(
         findings.notice(*(findings.collect(field, check) or []))
 
 
+def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None:
+    """Run the trainer's checks of the base model, whose folder ``headers`` holds no weights."""
+    _limit_threads()
+    from finetune_trainer.preflight.model_check import check_for_job
+
+    findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))
+
+
+def _limit_threads() -> None:
+    """Keep libraries from starting one thread per core of the node, because the pod has a CPU limit of one core and
+    little memory. Also keep transformers from writing reports to the log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+
 def _hide_torch() -> None:
     """Make transformers believe that torch is not installed. transformers can load tokenizers and configurations
-    without it. Also keep libraries from starting one thread per core of the node, because the pod has a CPU limit of
-    one core and little memory."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
+    without it."""
+    _limit_threads()
     # `import torch` raises ModuleNotFoundError while sys.modules holds None for it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. From now on SIGTERM ends
-    the process at once."""
+    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. SIGTERM and SIGINT end
+    the process at once, in the block and after it."""
 
     def on_alarm(*_: object) -> NoReturn:
         raise ChecksTimedOut

@@ -52,8 +52,11 @@ class Findings:
         return None
 
     def add(self, kind: FindingKind, sentence: str) -> None:
-        """Add a finding. Its sentence is cut off after `FINDING_LIMIT` characters."""
+        """Add a finding, unless another check has found the same. Its sentence is cut off after `FINDING_LIMIT`
+        characters."""
         sentence = valid_text(sentence)[:FINDING_LIMIT]
+        if any(found.message == sentence for found in self._found):
+            return
         self._found.append(Finding(kind=kind, message=sentence))
         self._send({"kind": kind.value, "message": sentence})
 

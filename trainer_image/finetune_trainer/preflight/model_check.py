@@ -1,5 +1,6 @@
 """Checks a base model without downloading its weights: all weight files are present and complete, `config.json`
-describes a known language model, and the tokenizer loads. `preflight/entrypoint.py` calls `check_model`.
+describes a known language model, and the tokenizer loads. Then the trainer's own checks run on the headers of the
+weight files. `preflight/entrypoint.py` calls `check_model` and `check_for_job`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
-from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.data.chat.chat_template import use_chat_template
+from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
-from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
+from finetune_trainer.pod.model_file_names import INDEX_FILE
+from finetune_trainer.sources.model_files import ModelFiles
+from finetune_trainer.sources.model_selection import ModelSelection, select_model_files
 
 HEADER_PIECE_BYTES = 128 * 1024
 """How many bytes of a weight file are read first. Nearly every safetensors header is shorter, so one request is
@@ -28,8 +30,9 @@ enough.
 LARGEST_HEADER_BYTES = 10_000_000
 """Longest header in bytes that is accepted. Such a header has room for 80,000 tensors, and a file of a large model has
 a few thousand. As Python objects, a header takes twenty times its length in memory."""
-LARGEST_INDEX_BYTES = 32 * 1024 * 1024
-"""Longest index of weight files in bytes that is accepted."""
+LARGEST_HEADERS_BYTES = 64_000_000
+"""Largest size in bytes of the headers of all weight files together. The headers of a model with a trillion parameters
+have about 20 MB."""
 PARALLEL_READS = 4
 LFS_POINTER = b"version https://git-lfs"
 
@@ -43,72 +46,89 @@ class ModelFacts:
     """Longest sequence in tokens that the model can read. None if `config.json` names no limit."""
     folder: Path
     """Local folder with the small files of the model, among them its chat templates."""
+    rows: int | None = None
+    """Number of rows of the embedding that the job trains, with those of the added tokens. None if `config.json` names
+    no number."""
     added_tokens: Sequence[str] = ()
     """The tokens of `model.addedTokens`, which the tokenizer has."""
+    notices: Sequence[str] = ()
+    """What users should know of the model's files although the job can run."""
 
 
-def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
+def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Sequence[str]) -> ModelFacts:
     """Check the headers of the weight files. Then copy the small files into ``folder``, and load configuration and
-    tokenizer from there.
+    tokenizer from there. Last, create the folder ``headers`` for `check_for_job`: a model with links to the small
+    files, whose weight files have their whole length but hold only the headers.
 
     Raises a UserError that names the file at fault.
     """
-    check_weights(files)
+    selection = select_model_files(files)
+    unfinished = headers.with_suffix(".unfinished")
+    unfinished.mkdir()
+    check_weights(files, selection, unfinished)
     folder.mkdir()
-    small = [name for name in files.sizes if name.endswith(MODEL_SUFFIXES) and not name.endswith(WEIGHTS_SUFFIX)]
-    files.fetch(small, folder)
-    context = check_configuration(folder, files.field)
+    files.fetch(selection.small, folder)
+    config = load_configuration(folder, files.field)
     tokenizer = load_tokenizer(folder)
-    add_tokens(tokenizer, added_tokens)
-    return ModelFacts(tokenizer, context, folder, added_tokens)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        check_ends(tokenizer, folder, rows)
+    ids = add_tokens(tokenizer, added_tokens)
+    for name in selection.small:
+        (unfinished / name).symlink_to(folder / name)
+    unfinished.rename(headers)
+    return ModelFacts(
+        tokenizer,
+        model_context(config),
+        folder,
+        max(rows, *(number + 1 for number in ids), 0) if isinstance(rows, int) else None,
+        added_tokens,
+        selection.notices,
+    )
 
 
-def check_weights(files: ModelFiles) -> None:
-    """Raise UserError if a weight file is missing or truncated, or lacks a tensor that the index expects in it."""
-    tensors = _tensors_by_file(files)
-    missing = sorted(name for name in tensors if name not in files.sizes)
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(files.field, f"there is no {missing[0]}{others}, which {INDEX_FILE} names")
+def check_for_job(headers: Path, config: RunConfig) -> list[str]:
+    """Run the checks with which the trainer begins, on the folder ``headers`` that `check_model` has made, and rehearse
+    the export of the artifact. Return notices. Raises UserError where the job can't use the model.
 
+    torch is imported only here, because it takes seconds and hundreds of megabytes.
+    """
+    from finetune_trainer.checkpoints.job_export import rehearse_job_export
+    from finetune_trainer.model.base_check import JobBase, check_base
+
+    base = JobBase(headers, config)
+    check_base(base)
+    use_chat_template(base.tokenizer, config.dataset.format, headers)
+    scratch = headers.with_suffix(".rehearsal")
+    return rehearse_job_export(config, headers, headers, base.tokenizer, base.targets, scratch)
+
+
+def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:
+    """Raise UserError if a weight file is truncated, or lacks a tensor that the index expects in it. Write each weight
+    file into ``folder`` with its header and its whole length. The tensors are holes that take no space on the disk."""
+    left = LARGEST_HEADERS_BYTES
     one_header_in_memory = Lock()
 
-    def check(item: tuple[str, list[str]]) -> None:
+    def check(item: tuple[str, Sequence[str]]) -> None:
         name, expected = item
         text = _header_text(files, name)
         with one_header_in_memory:
+            nonlocal left
+            left -= len(text)
+            if left < 0:
+                problem = f"the headers of its weight files have more than {LARGEST_HEADERS_BYTES} bytes together"
+                raise UserError(files.field, problem)
             header = _parse_header(files, name, text)
+            with (folder / name).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(files.sizes[name])
             lost = next((tensor for tensor in expected if tensor not in header), None)
             del header
         if lost is not None:
             raise UserError(files.field, f"{name} has no tensor {lost!r}, which {INDEX_FILE} puts there")
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        list(pool.map(check, tensors.items()))
-
-
-def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
-    """Return the names of the weight files, each with the names of the tensors that must be in it. For a model with a
-    single weight file the list of tensors is empty, because there is no index."""
-    if SINGLE_FILE in files.sizes:
-        return {SINGLE_FILE: []}
-    if INDEX_FILE not in files.sizes:
-        raise UserError(files.field, f"there must be a {SINGLE_FILE} or a {INDEX_FILE}")
-    if files.sizes[INDEX_FILE] > LARGEST_INDEX_BYTES:
-        size = files.sizes[INDEX_FILE]
-        raise UserError(
-            files.field, f"{INDEX_FILE} has {size} bytes, more than the {LARGEST_INDEX_BYTES} that are read"
-        )
-    try:
-        weights = json.loads(files.read(INDEX_FILE, 0, files.sizes[INDEX_FILE]))["weight_map"]
-        found: dict[str, list[str]] = {}
-        for tensor, name in weights.items():
-            if not isinstance(name, str):
-                raise TypeError(f"{tensor!r} is in no file")
-            found.setdefault(name, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(files.field, f"{INDEX_FILE} must be JSON with a weight_map ({first_line(error)})") from error
-    return found
+        list(pool.map(check, selection.weights.items()))
 
 
 def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
@@ -151,14 +171,3 @@ def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any
         raise UserError(files.field, f"{name} has {size} bytes and must have {end}: it is not complete")
     checked: Mapping[str, Any] = header
     return checked
-
-
-def check_configuration(folder: Path, field: str) -> int | None:
-    """Return the longest sequence in tokens that the model can read, or None if `config.json` names no limit. Raises
-    UserError if `config.json` does not describe a causal language model that transformers knows."""
-    config = load_configuration(folder, field)
-    text = config.get_text_config()
-    known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if not known:
-        raise UserError(field, f"config.json names model_type {config.model_type!r}, which is no causal language model")
-    return model_context(config)

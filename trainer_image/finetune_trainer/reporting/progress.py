@@ -1,7 +1,7 @@
 """What rank 0 knows about the run: `Progress` writes a log line for each step, sends reports to the operator, and
 collects the rows of the step log.
 
-`loop.py`, `finish.py` and `evaluation/` note what happens, and only rank 0 has a `Progress`.
+`worker.py`, `train.py`, `loop.py`, `finish.py` and `evaluation/` call `Progress` on rank 0. Other ranks have none.
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ class Progress:
         self._checkpoints: list[CheckpointRecord] = []
         self._checkpoint_age: int | None = None
         self._checkpoint_problem = ""
+        self._adapted_share: float | None = None
         self._notices: list[str] = []
         self._pending: list[StepRow] = []
         self._newest: StepRow | None = None
         self._mfu: float | None = None
+        self._attention = ""
         self._best: CheckpointName | None = None
         self._evaluation: EvaluationRecord | None = None
         self._incidents: list[Incident] = []
@@ -118,6 +120,15 @@ class Progress:
             log_line(f"notice: {text}")
         self._notices = [*self._notices, *(text[:NOTICE_LENGTH] for text in texts)][-MAX_NOTICES:]
 
+    def attention(self, kernel: str) -> None:
+        """Note the kernel that computes attention, for example `SDPA`."""
+        log_line(f"attention: {kernel}")
+        self._attention = kernel
+
+    def adapted(self, share: float | None) -> None:
+        """Note the share of the weights in the model's layers that LoRA adapters can change; None without adapters."""
+        self._adapted_share = share
+
     def phase(self, phase: Phase) -> None:
         """Note the run's current phase, and report it at once."""
         self._phase = phase
@@ -141,8 +152,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # The row is added to the pending rows even if an earlier run has written it already. SIGTERM stopped that
-            # run during this evaluation, so its row has no scores.
+            # The row becomes pending again even if an earlier run has written it to the step log. The row in the step
+            # log then has no scores, because SIGTERM stopped the earlier run during the evaluation.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
@@ -241,6 +252,7 @@ class Progress:
             eta_seconds=self._speed.eta_seconds(self._total_steps - self._step),
             tokens_per_second=speed.real,
             mfu=self._mfu,
+            attention=self._attention,
             metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
             resumed_from_step=self._resumed_from,
             history=downsample(self._points),
@@ -248,6 +260,7 @@ class Progress:
             checkpoint_age_seconds=self._checkpoint_age,
             checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],
             best=self._best,
+            adapted_share=self._adapted_share,
             notices=self._notices,
             evaluation=self._evaluation,
             incidents=self._incidents,

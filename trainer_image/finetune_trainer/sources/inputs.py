@@ -15,11 +15,13 @@ from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
+from finetune_trainer.sources.model_files import LocalFiles, model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.model_digests import ModelDigests
 from finetune_trainer.storage.root import RunRoot
@@ -50,8 +52,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it, or
-    `<claim>/<path>`."""
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it,
+    `<claim>/<path>`, or how many sources a mix has."""
     hub = source.hugging_face
     if hub is not None:
         path = getattr(hub, "path", None)
@@ -64,6 +66,17 @@ def source_name(source: ModelSpec | DataSource) -> str:
     if mix:
         return f"the mix of {len(mix)} sources"
     raise UserError("model", "must name a source")
+
+
+def model_revision(source: ModelSpec, folder: Path) -> str | None:
+    """Return the commit of the model on the Hugging Face Hub that was downloaded into ``folder``, or else the revision
+    that the job names. None where the model comes from another place."""
+    if source.hugging_face is None:
+        return None
+    from huggingface_hub._local_folder import read_download_metadata
+
+    metadata = read_download_metadata(folder, CONFIG_FILE)
+    return metadata.commit_hash if metadata is not None else source.hugging_face.revision
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
@@ -81,16 +94,20 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path:
-    """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
-    transformers reads are downloaded into ``folder``, or into the volume of `storage.cache.ephemeral`. ``own`` are the
-    digests of model files that pods of this job have computed."""
+    """Return the local folder with the files of the base model, and without what lies beside the model. Files on a
+    volume stay there, and ``folder`` has links to them. Other files are downloaded into ``folder``, or into the volume
+    of `storage.cache.ephemeral`. ``own`` are the digests of model files that pods of this job have computed."""
     files = model_files(source, paths, store)
+    selection = select_model_files(files)
+    for notice in selection.notices:
+        print(valid_text(notice), flush=True)
     if isinstance(files, LocalFiles):
-        return files.folder
+        folder.mkdir()
+        files.fetch(selection.names, folder)
+        return folder
     if paths.model_volume.is_dir():
         folder = paths.model_volume / "model"
     with writing(folder):
         folder.mkdir()
-    names = [name for name in files.sizes if name.endswith(MODEL_SUFFIXES)]
-    fetch_model_files(files, names, folder, paths.model_cache, own)
+    fetch_model_files(files, selection.names, folder, paths.model_cache, own)
     return folder

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.pod.model_file_names import CONFIG_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.file_selection import shown
@@ -70,6 +70,8 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
     else:
         raise UserError("model", "must be one of huggingFace, s3, volume")
     if CONFIG_FILE not in files.sizes:
+        if ADAPTER_CONFIG_FILE in files.sizes:
+            raise UserError(files.field, f"there is an adapter ({ADAPTER_CONFIG_FILE}), and it must be a base model")
         raise UserError(
             files.field, f"there is no {CONFIG_FILE}: it must be a folder with a model in transformers' layout"
         )

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
-from finetune_trainer.pod.errors import Damaged
+from finetune_trainer.pod.errors import Damaged, OutsideFailure
 from finetune_trainer.storage.commit import commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.evaluation_file import read_evaluation
+from finetune_trainer.storage.extended_bases import EXTENDED_BASE_PROBE, extended_bases_root
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
+
+CARD_FILE = "README.md"
+"""File of an artifact that describes the model: its model card."""
 
 
 def committed_result(root: RunRoot) -> Result | None:
@@ -44,6 +48,26 @@ def committed_result(root: RunRoot) -> Result | None:
         ),
         evaluation=scored.evaluation.rounded() if scored is not None else None,
     )
+
+
+def rehearse_publish(root: RunRoot, run: int, *, extended_base: bool) -> list[str]:
+    """Write an empty object where the artifact of ``run`` will lie, and delete it again. With ``extended_base`` do the
+    same in the folder of the extended base models. Return a sentence for each object that can't be deleted.
+
+    Raises OutsideFailure where the store refuses to write, so that this is known before the training and not after it.
+    The permission to delete is not required, because the artifact overwrites the empty object.
+    """
+    places = [(root, f"{artifact_folder(run)}/{CARD_FILE}")]
+    if extended_base:
+        places.append((extended_bases_root(root), EXTENDED_BASE_PROBE))
+    notices = []
+    for folder, key in places:
+        folder.write(key, b"")
+        try:
+            folder.delete([key])
+        except OutsideFailure as failure:
+            notices.append(f"the empty object {folder.uri(key)}, which tested the store, can't be deleted: {failure}")
+    return notices
 
 
 def publish(

@@ -194,7 +194,7 @@ class Store:
                 with self._open(bucket, key, offset=start, length=length) as response:
                     if start and response.status != HTTPStatus.PARTIAL_CONTENT:
                         raise OddAnswerError("the answer is not the range of bytes that was asked for")
-                    # A store that knows no ranges sends the whole object, which may not fit into memory.
+                    # A store that does not support ranges sends the whole object, which may not fit into memory.
                     return read_answer(response, length)
             except S3Error as error:
                 if error.code == BEYOND_THE_END:

@@ -16,6 +16,10 @@ from finetune_trainer.storage.client import digest_of_file
 from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, upload_files
 from finetune_trainer.storage.root import RunRoot
 
+EXTENDED_BASE_PROBE = "rehearsal"
+"""Name of an empty object beside the extended base models, which a run writes and deletes to test the store. No folder
+of a model has this name, because folders are named after digests."""
+
 
 def extended_bases_root(root: RunRoot) -> RunRoot:
     """Return the folder of all extended base models in the bucket, `<uri>/_bases`. ``root`` is the folder of a job's

@@ -1,0 +1,194 @@
+"""The choice of the kernel that computes attention, and packed examples with each kernel in models of many families.
+
+Packed examples must have the logits that they have alone, whatever kernel computes them and whatever the code of a
+model does with position ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_core.api.training import Attention
+from finetune_core.errors import UserError
+from finetune_trainer.data.batches import collate
+from finetune_trainer.data.examples import Example
+from finetune_trainer.engine.checks import check_model
+from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.attention import (
+    IMPLEMENTATIONS,
+    DeviceAbilities,
+    Kernel,
+    ModelAbilities,
+    check_abilities,
+    kernels,
+)
+from finetune_trainer.model.load import load_base, own_dropout
+from finetune_trainer.model.packed_attention import note_borders
+from finetune_trainer.model.structure import read_structure
+from tests.trainer.families import FAMILIES, write_family
+from tests.trainer.test_objective import OneProcess
+
+CPU = DeviceAbilities(gpu=False)
+OLD_GPU = DeviceAbilities(gpu=True)
+GPU = DeviceAbilities(gpu=True, flash=True)
+GPU_WITH_COMPILER = DeviceAbilities(gpu=True, flash=True, compiler=True)
+LLAMA = ModelAbilities("LlamaForCausalLM")
+GEMMA_2 = ModelAbilities("Gemma2ForCausalLM", sdpa=False)
+BLOOM = ModelAbilities("BloomForCausalLM", sdpa=False, flash=False, flex=False)
+EXAMPLES = [
+    Example((4, 9, 17, 25, 33, 41, 50, 8, 29, 11, 60, 42, 1), [(0, 13)]),
+    Example((5, 12, 19, 26, 7, 7, 31, 55, 20, 1), [(0, 10)]),
+    Example((30, 6, 1), [(0, 3)]),
+]
+CONTRASTING = ("llama-3", "gemma-3", "gpt-2", "gpt-oss", "bloom", "phi-moe")
+"""Families whose attention differs: plain, with layers of sliding windows, with learned positions, with sinks, with a
+bias by distance, and with a window that only the masks know."""
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "packing", "wanted"),
+    [
+        (LLAMA, CPU, True, Kernel.SDPA),
+        (LLAMA, GPU, False, Kernel.SDPA),
+        (LLAMA, GPU, True, Kernel.FLASH),
+        (LLAMA, OLD_GPU, True, Kernel.SDPA),
+        (GEMMA_2, CPU, True, Kernel.EAGER),
+        (GEMMA_2, GPU, True, Kernel.EAGER),
+        (GEMMA_2, GPU_WITH_COMPILER, True, Kernel.FLEX),
+        (BLOOM, GPU_WITH_COMPILER, False, Kernel.EAGER),
+    ],
+)
+def test_auto_takes_the_fastest_kernel_that_model_and_device_support(
+    model: ModelAbilities, device: DeviceAbilities, packing: bool, wanted: Kernel
+) -> None:
+    order = kernels("Auto", model, device, "bf16", packing=packing)
+    assert order[0] is wanted
+    assert order[-1] is Kernel.EAGER
+
+
+def test_auto_computes_in_fp32_without_flash() -> None:
+    assert kernels("Auto", LLAMA, GPU, "fp32", packing=True)[0] is Kernel.SDPA
+
+
+@pytest.mark.parametrize(
+    ("requested", "model", "device", "sentence"),
+    [
+        ("SDPA", GEMMA_2, None, "transformers' Gemma2ForCausalLM does not support it"),
+        ("Flash", GEMMA_2, None, "transformers' Gemma2ForCausalLM does not support it"),
+        ("Flash", LLAMA, OLD_GPU, "this GPU is older than Ampere"),
+        ("Flash", LLAMA, CPU, "it trains on GPUs only"),
+        ("Flex", LLAMA, GPU, "it is compiled when the training begins, and the trainer's image has no C compiler"),
+        ("Flex", BLOOM, None, "transformers' BloomForCausalLM does not support it"),
+    ],
+)
+def test_a_named_kernel_that_can_not_compute_is_refused(
+    requested: Attention, model: ModelAbilities, device: DeviceAbilities | None, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=f"^training.attention: must not be {requested} for this job, because") as error:
+        kernels(requested, model, device, "bf16", packing=False)
+    assert str(error.value).endswith(sentence)
+
+
+def test_a_named_kernel_is_the_only_one() -> None:
+    assert kernels("Eager", LLAMA, GPU, "bf16", packing=True) == [Kernel.EAGER]
+
+
+def test_packing_is_refused_for_layers_that_carry_a_state() -> None:
+    model = ModelAbilities("Lfm2ForCausalLM", state="conv layers")
+    check_abilities(model, packing=False, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"^dataset.packing: must be false for this model: its conv layers carry"):
+        check_abilities(model, packing=True, gradient_checkpointing=False)
+
+
+def test_a_model_that_can_not_recompute_refuses_gradient_checkpointing() -> None:
+    model = ModelAbilities("JetMoeForCausalLM", recomputes=False)
+    with pytest.raises(UserError, match=r"^training.gradientCheckpointing: must be false: transformers' JetMoe"):
+        check_abilities(model, packing=False, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("name", CONTRASTING)
+def test_packed_examples_have_the_logits_of_examples_alone_with_every_kernel(name: str, tmp_path: Path) -> None:
+    _assert_separate(name, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*CONTRASTING, "bert")])
+def test_packed_examples_of_every_family_have_the_logits_of_examples_alone(name: str, tmp_path: Path) -> None:
+    _assert_separate(name, tmp_path)
+
+
+WITHOUT_SEPARATION = {"openai-gpt"}
+"""Families without a state whose examples still can't be packed, because they have a mask of their own. The checks of
+`engine/checks.py` refuse them."""
+
+
+def _assert_separate(name: str, folder: Path) -> None:
+    """Assert that packed examples of the family are separate with every kernel, or that the model is known to carry a
+    state over the borders."""
+    model = load_base(write_family(name, folder), torch.float32)
+    objective = Objective(model)
+    abilities = ModelAbilities.of(read_structure(folder).model)
+    model.eval()
+    alone = torch.cat([_logits(objective, model, [[example]], packed=False) for example in EXAMPLES])
+    packed = {}
+    for kernel in kernels("Auto", abilities, None, "bf16", packing=True):
+        if kernel is Kernel.FLEX:
+            continue  # FlexAttention must be compiled first, and has no backward pass on CPUs.
+        model.set_attn_implementation(IMPLEMENTATIONS[kernel])
+        packed[kernel] = max(
+            float((_logits(objective, model, rows, packed=True) - alone).abs().max())
+            for rows in ([EXAMPLES], [EXAMPLES[:2], EXAMPLES[2:]])
+        )
+    note_borders(None)
+    if abilities.state or name in WITHOUT_SEPARATION:
+        assert min(packed.values()) > 0.1
+    else:
+        assert max(packed.values()) < 1e-5
+
+
+def _logits(objective: Objective, model: Any, rows: list[list[Example]], *, packed: bool) -> torch.Tensor:
+    batch = collate([[(example, 0) for example in row] for row in rows], pad=1, packed=packed)
+    with torch.no_grad():
+        return objective.logits(model, batch)
+
+
+def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> None:
+    model = load_base(write_family("bert", tmp_path), torch.float32)
+    with pytest.raises(UserError, match=r"^model: must be a causal language model: what follows a token changes"):
+        check_model(OneProcess(model), EXAMPLES, pad=1, packing=False, kernels=[Kernel.SDPA])  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None:
+    """FlashAttention has no sinks, whatever the class of the model says."""
+    engine = OneProcess(load_base(write_family("gpt-oss", tmp_path), torch.float32))
+    chosen = check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[Kernel.FLASH, Kernel.EAGER])  # type: ignore[arg-type]
+    assert chosen.kernel is Kernel.EAGER
+    assert chosen.notices == ["training.attention: Flash can't be used for this model: FlashAttention has no s_aux"]
+
+
+def test_generated_text_after_a_packed_batch_is_that_of_the_model(tmp_path: Path) -> None:
+    """The borders of a packed batch must not reach the masks of a text that is generated later."""
+    model = load_base(write_family("mistral", tmp_path), torch.float32).eval()
+    model.set_attn_implementation(IMPLEMENTATIONS[Kernel.FLASH])
+    prompt = torch.tensor([EXAMPLES[0].ids])
+    wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    _logits(Objective(model), model, [EXAMPLES], packed=True)
+    note_borders(None)
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "opt"])
+def test_the_own_dropout_of_a_base_model_is_off(name: str, tmp_path: Path) -> None:
+    model = load_base(write_family(name, tmp_path), torch.float32)
+    objective = Objective(model)
+    assert own_dropout(read_structure(tmp_path).model) == 0.1
+    assert own_dropout(model) == 0
+    model.eval()
+    wanted = _logits(objective, model, [EXAMPLES[:1]], packed=False)
+    model.train()
+    torch.testing.assert_close(_logits(objective, model, [EXAMPLES[:1]], packed=False), wanted, rtol=0, atol=0)

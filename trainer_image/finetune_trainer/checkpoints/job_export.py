@@ -1,0 +1,64 @@
+"""How the artifact of a job is written, and the rehearsal of that for a job whose model is not loaded.
+
+`preparation.py` and the preflight check call `rehearse_job_export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_core.contract import RunConfig
+from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import ExportOptions
+from finetune_trainer.checkpoints.rehearsal import rehearse_export
+from finetune_trainer.data.tokenizer import generation_stop_ids, model_stop_ids
+from finetune_trainer.model.adapters import AdapterTargets
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.tensor_names import TensorNames
+from finetune_trainer.model.weight_files import WeightFiles
+from finetune_trainer.sources.inputs import model_revision, source_name
+
+
+def job_export_options(
+    config: RunConfig, model: Path, base: Path, structure: ModelStructure, stops: Sequence[int]
+) -> ExportOptions:
+    """Return how the artifact of the job is written, except for what is only known when the run begins.
+
+    ``model`` is the folder of the base model. ``base`` is that of the extended copy if the run trains one, and the same
+    folder otherwise. ``structure`` is that of the model in ``base``. ``stops`` are the ids at which the trained model
+    stops.
+    """
+    only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
+    return ExportOptions(
+        kind=config.storage.artifact,
+        precision=config.optimization.precision,
+        base=base,
+        base_name=source_name(config.model),
+        revision=model_revision(config.model, model),
+        added_rows=None,
+        stop_ids=stops,
+        names=None if only_adapter else TensorNames(structure.model, WeightFiles.of(base).shapes),
+    )
+
+
+def rehearse_job_export(
+    config: RunConfig, model: Path, base: Path, tokenizer: Any, targets: AdapterTargets, scratch: Path
+) -> list[str]:
+    """Try out the export of the artifact without its weights, in the new folder ``scratch``. ``targets`` are those of
+    the adapters, and empty for a full run. ``model`` and ``base`` are those of `job_export_options`, and their weight
+    files need only headers. Return notices about it. Raises UserError where the artifact could not be written.
+    """
+    structure = read_structure(base)
+    stops = generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))
+    trained = [name for name, _ in structure.model.named_parameters()]
+    changed = targets.weight_names if config.lora is not None else trained
+    only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
+    try:
+        options = job_export_options(config, model, base, structure, stops)
+        return rehearse_export(tokenizer, options, changed, scratch)
+    except UserError as error:
+        if config.lora is None or only_adapter:
+            raise
+        raise UserError("storage.artifact", f"must be Adapter: {error.problem}") from error

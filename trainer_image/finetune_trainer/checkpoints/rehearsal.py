@@ -1,0 +1,91 @@
+"""Tries out before the first step what a run needs only at its end: writing the configuration, the tokenizer and the
+weights of the artifact, so that no training is lost because the artifact can't be written.
+
+`preparation.py` calls `rehearse_export` before a model is loaded. The function reads no weight, so that the preflight
+check can call it too. `train.py` calls `rehearse_adapter` with the model that will be trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import (
+    ExportOptions,
+    save_adapter_configuration,
+    save_model_configuration,
+    save_text_files,
+)
+from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.model.configuration import load_configuration
+from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.pod.errors import first_line, library_boundary
+
+PROBE = "The model's artifact: 1 + 1 = 2\n"
+"""A text that the saved tokenizer must read as the job's tokenizer does."""
+
+
+def rehearse_export(
+    tokenizer: PreTrainedTokenizerBase, options: ExportOptions, changed: Iterable[str], scratch: Path
+) -> list[str]:
+    """Write all of an artifact but its weights into the new folder ``scratch``, load it again, and remove the folder.
+    Return a sentence for each field in which the artifact's generation configuration differs from the base model's.
+
+    ``options.base`` needs only the text files of the model. No weight is read: ``options.names`` is made of the model
+    on the meta device and of the headers of the weight files. It is None where the artifact is only an adapter.
+    ``changed`` are the parameters of the base model that the artifact has new values for: all trained parameters of a
+    full run, and those that get an adapter where the artifact is a merged model.
+
+    Raises UserError where the artifact could not be written, or could not be loaded.
+    """
+    scratch.mkdir(parents=True)
+    try:
+        # Libraries raise whatever a wrong file makes their code raise.
+        with library_boundary(lambda error: UserError("model", f"it can't be exported: {first_line(error)}")):
+            if options.names is not None:
+                options.names.check_writable(changed)
+                save_model_configuration(scratch, options)
+                load_configuration(scratch, "model")
+            notices = list(save_text_files(scratch, tokenizer, options))
+            GenerationConfig.from_pretrained(scratch)
+            _check_same(tokenizer, load_tokenizer(scratch))
+    finally:
+        shutil.rmtree(scratch)
+    return notices
+
+
+def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where the tokenizer ``saved`` differs from the job's."""
+    text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
+    for what, mine, its in (
+        ("end token", tokenizer.eos_token_id, saved.eos_token_id),
+        ("number of tokens", len(tokenizer), len(saved)),
+        ("token ids of a text", tokenizer(text)["input_ids"], saved(text)["input_ids"]),
+        ("chat template", tokenizer.chat_template, saved.chat_template),
+    ):
+        if mine != its:
+            raise UserError("model", f"its tokenizer can't be exported: it has another {what} after it was saved")
+
+
+def rehearse_adapter(model: PeftModel, options: ExportOptions, scratch: Path) -> None:
+    """Write the configuration of the adapters of ``model`` into the new folder ``scratch``, load it again, and remove
+    the folder. Raises UserError where peft would leave out a trained tensor or can't load the configuration."""
+    scratch.mkdir(parents=True)
+    trained = {name: torch.empty(0) for name in trained_parameters(model)}
+    try:
+        with library_boundary(lambda error: UserError("lora", f"its adapter can't be exported: {first_line(error)}")):
+            written = get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
+            save_adapter_configuration(model, scratch, options)
+            PeftConfig.from_pretrained(str(scratch))
+    finally:
+        shutil.rmtree(scratch)
+    if len(written) != len(trained):
+        raise UserError(
+            "lora", f"its adapter can't be exported: {len(trained) - len(written)} tensors have no place in it"
+        )

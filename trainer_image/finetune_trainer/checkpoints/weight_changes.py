@@ -1,0 +1,54 @@
+"""What a run changes in the weights of its base model: a full run replaces them, and an adapter changes them as
+`weight_deltas.py` says. `export.py` applies the changes when it writes a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+from finetune_trainer.engine.engine import MASTER
+from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
+
+
+class WeightChange(Protocol):
+    """What a run changes in one parameter of the base model."""
+
+    @property
+    def replaces(self) -> bool:
+        """Return whether the new value does not depend on the value in the base model."""
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the new value in fp32. ``weight`` is the value in the base model, or an empty tensor of any shape
+        where the change replaces it."""
+
+
+@dataclass(frozen=True)
+class TrainedValue:
+    """The value of a parameter in a checkpoint, which replaces the value in the base model. It is read when it is
+    used."""
+
+    file: Path
+    name: str
+    replaces: bool = True
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the trained value in fp32."""
+        with safe_open(self.file, framework="pt") as file:
+            value: torch.Tensor = file.get_tensor(f"{self.name}/{MASTER}")
+        return value
+
+
+def trained_values(checkpoint: Path) -> dict[str, TrainedValue]:
+    """Return the values of all trained parameters of the checkpoint in folder ``checkpoint`` by name."""
+    found = {}
+    for path in sorted(checkpoint.glob(STATE_GLOB)):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                name, _, kind = key.rpartition("/")
+                if kind == MASTER:
+                    found[name] = TrainedValue(path, name)
+    return found

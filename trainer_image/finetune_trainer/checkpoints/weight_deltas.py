@@ -1,0 +1,80 @@
+"""What adapters change in the weights of their base model. `export.py` applies the changes when it merges an
+adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+
+PEFT_PREFIX = "base_model.model."
+"""Prefix that peft puts before the names of all modules of the base model."""
+WRAPPED = ".base_layer"
+"""What peft appends to a module's name for each wrapper around the module, where it adapts several of its weights."""
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """What an adapter changes in one weight (O, I) of the base model: it adds scale * B @ A, with A (r, I) and B
+    (O, r).
+
+    The product is transposed for an embedding, and for a layer that stores its weight as (I, O), such as GPT-2's
+    Conv1D.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    transposed: bool = False
+    magnitude: torch.Tensor | None = None
+    """With DoRA: the norms (O,) that the rows of the changed weight get."""
+    experts: int | None = None
+    """Number of experts E where the weight is (E, O, I), or (E, I, O) if it is transposed. A is then (E * r, I), with
+    the r rows of each expert together, and B is (O, r * E), with the E columns of each rank together."""
+    replaces: bool = False
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the changed ``weight`` in fp32."""
+        changed = weight.float() + (self._product().mT if self.transposed else self._product())
+        if self.magnitude is None:
+            return changed
+        rows = changed.T if self.transposed else changed
+        scaled = rows * (self.magnitude.float() / torch.linalg.norm(rows, dim=1)).unsqueeze(1)
+        return scaled.T if self.transposed else scaled
+
+    def _product(self) -> torch.Tensor:
+        a, b = self.a.float(), self.b.float()
+        if self.experts is None:
+            return b @ a * self.scale
+        of_experts = a.reshape(self.experts, -1, a.shape[1])
+        return torch.einsum("ore,eri->eoi", b.reshape(b.shape[0], -1, self.experts), of_experts) * self.scale
+
+
+def adapter_changes(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
+    """Return what the adapters of ``model`` change in each adapted weight, by the weight's parameter name in the base
+    model. ``weights`` holds the adapters' values by parameter name of ``model``."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        inner = name.removeprefix(PEFT_PREFIX)
+        embedding = "default" in module.lora_embedding_A
+        is_parameter = isinstance(module, ParamWrapper)
+        key = f"{inner.replace(WRAPPED, '')}.{module.parameter_name if is_parameter else 'weight'}"
+        matrix = "lora_embedding_{}.default" if embedding else "lora_{}.default.weight"
+        stacked = is_parameter and module._param_ndim == 3
+        found[key] = WeightDelta(
+            a=weights[f"{name}.{matrix.format('A')}"],
+            b=weights[f"{name}.{matrix.format('B')}"],
+            scale=module.scaling["default"],
+            transposed=not module._did_swap_in_out_features
+            if stacked
+            else embedding or bool(getattr(module, "fan_in_fan_out", False)),
+            magnitude=weights.get(f"{name}.lora_magnitude_vector.default.weight"),
+            experts=module.num_experts if stacked else None,
+        )
+    return found

@@ -1,0 +1,262 @@
+"""Finds the weights of a model that a LoRA adapter can adapt: its layers, its experts, its routers and its embeddings,
+and which of them the text goes through.
+
+`adapters.py` chooses among these weights. Everything is read from the modules of the model without its weights, so the
+choice is the same before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finetune_trainer.model.structure import ModelStructure
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+"""Parts of module names that mean a router in a model with experts: what chooses the experts of a token, or weighs what
+the shared expert says."""
+INDEXERS = frozenset({"indexer"})
+"""Parts of module names that mean the choice of the earlier tokens that a token attends to. No gradient of the loss
+reaches it."""
+CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention", "cross_attn"})
+"""Parts of module names that mean attention to an encoder. The decoders that have it were half of a translation model,
+and a language model made of one has no encoder."""
+READ_PAST = "whose weight the model reads without calling the layer"
+"""Why some linear layers can't have an adapter, as the end of a sentence."""
+OTHER_SENSES = re.compile("Vision|Image|Audio|Video|Speech")
+"""What the name of a class contains that works on something else than text."""
+
+
+class Part(Enum):
+    """What a weight is in its model."""
+
+    LAYER = auto()
+    """A linear layer."""
+    EXPERTS = auto()
+    """The same layer of all experts, as one tensor of three dimensions."""
+    ROUTER = auto()
+    """What chooses experts or tokens."""
+    EMBEDDING = auto()
+    """An embedding or the output head."""
+
+
+@dataclass(frozen=True)
+class AdaptableWeight:
+    """A weight that an adapter can be added to."""
+
+    name: str
+    """Full name of the module, for example `model.layers.0.self_attn.q_proj`, or of the weight, where its module has
+    several such weights, for example `model.layers.0.mlp.experts.down_proj`."""
+    part: Part
+    elements: int
+    parameter: str | None = None
+    """Full name of the parameter, where peft must adapt the parameter instead of its module: peft knows linear layers
+    and embeddings only, and calls every other module with a changed parameter. None where peft adapts the module."""
+    problem: str = ""
+    """Why peft can't adapt the weight, as the end of a sentence. Empty where it can."""
+
+    def has_name(self, name: str) -> bool:
+        """Return whether ``name`` is the full name of this weight or the end of the full name, as peft compares."""
+        return any(
+            full == name or full.endswith(f".{name}") for full in (self.name, self.parameter) if full is not None
+        )
+
+
+class TextPath:
+    """The modules of a model that a text goes through, and their adaptable weights."""
+
+    def __init__(self, structure: ModelStructure) -> None:
+        """Look at the modules of ``structure``."""
+        self._structure = structure
+        self._model = structure.model
+        self._modules: dict[str, nn.Module] = dict(self._model.named_modules())
+        self._embeddings = {name for name in (structure.input_name, structure.output_name) if name is not None}
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules that a text goes through, by full name, in the model's order."""
+        beside = self._beside_the_text()
+        return {
+            name: module for name, module in self._modules.items() if not any(_is_below(name, part) for part in beside)
+        }
+
+    @cached_property
+    def weights(self) -> list[AdaptableWeight]:
+        """The adaptable weights that a text goes through, in the model's order."""
+        return [weight for name, module in self.modules.items() for weight in self._weights_of(name, module)]
+
+    @cached_property
+    def elements(self) -> int:
+        """Number of all elements of the parameters that a text goes through, without embeddings and output head."""
+        left_out = {id(value) for name in self._embeddings for value in self._modules[name].parameters()}
+        found = {
+            id(value): value.numel()
+            for module in self.modules.values()
+            if not isinstance(module, nn.Embedding)
+            for value in module.parameters(recurse=False)
+            if id(value) not in left_out
+        }
+        return sum(found.values())
+
+    def is_beside(self, name: str) -> bool:
+        """Return whether ``name`` is a module of the model that no text goes through, such as one of a vision tower, or
+        the end of the names of such modules only."""
+        fitting = [full for full in self._modules if full == name or full.endswith(f".{name}")]
+        return bool(fitting) and not any(full in self.modules for full in fitting)
+
+    def _beside_the_text(self) -> list[str]:
+        """Return the names of the largest modules that no text goes through."""
+        config = self._model.config
+        named = {id(module): name for name, module in self._modules.items()}
+        decoder = named[id(self._model.get_decoder())]
+        found = [
+            name
+            for name, module in self._modules.items()
+            if name.rpartition(".")[2] in CROSS_ATTENTION
+            or (OTHER_SENSES.search(type(module).__name__) and not OTHER_SENSES.search(type(self._model).__name__))
+        ]
+        if config.get_text_config() is config or not decoder:
+            return found
+        # The configuration describes several parts, and the text is one of them. A text goes through the decoder of the
+        # text, and through the output head with what lies around it.
+        above = [*_parents(decoder), decoder]
+        head = self._structure.output_name or ""
+        for parent in above[:-1]:
+            for child, _ in self._modules[parent].named_children():
+                name = f"{parent}.{child}" if parent else child
+                if name not in above and not _is_below(head, name):
+                    found.append(name)
+        return found
+
+    def _weights_of(self, name: str, module: nn.Module) -> Iterator[AdaptableWeight]:
+        if name in self._embeddings or isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+                yield AdaptableWeight(name, Part.EMBEDDING, module.weight.numel())
+            return
+        if isinstance(module, nn.Linear | Conv1D):
+            is_router = self._is_router(name)
+            # A router that is a linear layer of its own kind returns several tensors. peft can't add a product to them.
+            own = is_router and type(module) is not nn.Linear
+            yield AdaptableWeight(
+                name,
+                Part.ROUTER if is_router else Part.LAYER,
+                module.weight.numel(),
+                f"{name}.weight" if own or self._moves(name) else None,
+                self._problem(name),
+            )
+            return
+        if type(module).__module__.startswith("torch."):
+            return
+        for key, value in module.named_parameters(recurse=False):
+            yield from self._raw_weight(name, key, value, module)
+
+    def _raw_weight(self, name: str, key: str, value: torch.Tensor, module: nn.Module) -> Iterator[AdaptableWeight]:
+        """Yield the weight ``value`` of a module that is no linear layer, where it is one of experts or of a router."""
+        full = f"{name}.{key}"
+        short = name if key == "weight" else full
+        if value.ndim == 3 and min(value.shape) > 1 and self._has_experts:
+            yield AdaptableWeight(short, Part.EXPERTS, value.numel(), full)
+        elif value.ndim == 2 and key == "weight" and self._is_router(name):
+            others = [other for other, _ in [*module.named_parameters(), *module.named_buffers()] if other != key]
+            # The block around the router reads such values of the router, which peft's wrapper does not have.
+            problem = f"which also has {others[0]}" if others else ""
+            yield AdaptableWeight(short, Part.ROUTER, value.numel(), full, problem)
+
+    @cached_property
+    def _has_experts(self) -> bool:
+        return any(name.rpartition(".")[2] in ("experts", "router") for name in self.modules)
+
+    def _is_router(self, name: str) -> bool:
+        parts = name.split(".")
+        return not INDEXERS.isdisjoint(parts) or (self._has_experts and not ROUTERS.isdisjoint(parts))
+
+    def _moves(self, name: str) -> bool:
+        """Return whether peft would take the module ``name`` in `target_modules` for one of a mixture of experts.
+
+        In some families the experts were linear layers before version 5 of transformers. There peft turns names such as
+        `down_proj` into names of expert weights, whenever it reads a configuration. A dense layer of the same name, for
+        example of a shared expert, is then adapted only where the configuration names its parameter.
+        """
+        leaf = name.rpartition(".")[2]
+        if leaf not in self._moved:
+            self._moved[leaf] = _peft_moves(leaf, self._model)
+        return self._moved[leaf]
+
+    @cached_property
+    def _moved(self) -> dict[str, bool]:
+        return {}
+
+    def _problem(self, name: str) -> str:
+        """Return why peft can't adapt the linear layer ``name``, as the end of a sentence.
+
+        peft replaces the forward function of a layer. Some models multiply with the weight of a layer without calling
+        the layer, always or in a kernel for GPUs, and an adapter of such a layer would not be seen. peft refuses some
+        of these layers, and the code of the model names them all.
+        """
+        parent, _, leaf = name.rpartition(".")
+        around = type(self._modules[parent])
+        if (around, leaf) not in self._read_past:
+            try:
+                LoraModel._check_target_module_compatiblity(None, LoraConfig(), self._model, leaf)
+                uses = rf"self\.{leaf}\.weight\b(?!\.(dtype|device|shape|size)\b)"
+                self._read_past[around, leaf] = re.search(uses, _source(around)) is not None
+            except ValueError:
+                self._read_past[around, leaf] = True
+        return READ_PAST if self._read_past[around, leaf] else ""
+
+    @cached_property
+    def _read_past(self) -> dict[tuple[type, str], bool]:
+        return {}
+
+
+def _source(kind: type) -> str:
+    """Return the code of the class ``kind`` and of the classes of transformers that it is made from."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")]
+    return "\n".join(inspect.getsource(base) for base in own)
+
+
+def _peft_moves(leaf: str, model: Any) -> bool:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # peft moves this name together with another one only
+        return True
+    return set(config.target_modules or ()) != {leaf}
+
+
+def _is_below(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def _parents(name: str) -> list[str]:
+    """Return the names of all modules around the module ``name``, the outermost (the empty name) first."""
+    pieces = name.split(".")
+    return [".".join(pieces[:count]) for count in range(len(pieces))]
+
+
+def shortest_names(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
+    """Return what peft's `target_modules` must contain to select exactly the modules ``wanted`` out of ``all_names``.
+
+    A last part of the names, such as `q_proj`, stands for all modules whose names end so, where all of these are
+    wanted. Otherwise the full names are returned.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in all_names:
+        ends.setdefault(name.rpartition(".")[2], []).append(name)
+    wanted = set(wanted)
+    whole = {end for end, names in ends.items() if wanted.issuperset(names)}
+    kept = (name.rpartition(".")[2] if name.rpartition(".")[2] in whole else name for name in wanted)
+    return sorted(set(kept))

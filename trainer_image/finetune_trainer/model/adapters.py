@@ -1,0 +1,224 @@
+"""Chooses the modules that get a LoRA adapter, and adds the adapters. Every rank calls these functions through
+`preparation.py`.
+
+The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. They are
+therefore the same at every ZeRO stage, on any number of ranks and on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import model as lora_model
+from transformers import PreTrainedModel
+
+from finetune_core.api.method import LoRASpec
+from finetune_core.errors import UserError
+from finetune_core.target_modules import ALL_LINEAR, compile_entry, is_pattern
+from finetune_core.target_modules import FIELD as TARGETS
+from finetune_trainer.model.adaptable import AdaptableWeight, Part, TextPath, shortest_names
+from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.pod.errors import first_line
+
+MAGNITUDE = "lora_magnitude_vector"
+"""Part of the names of DoRA's trained norms, one vector for each adapted weight."""
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """The weights that get an adapter, and how peft must be told so."""
+
+    names: list[str] = field(default_factory=list)
+    """Full names of the adapted modules and expert weights, in the model's order, for example
+    `model.layers.0.self_attn.q_proj` and `model.layers.0.mlp.experts.down_proj`."""
+    modules: list[str] = field(default_factory=list)
+    """`target_modules` of peft. Short names such as `q_proj` stand where they mean exactly the modules in `names`."""
+    parameters: list[str] = field(default_factory=list)
+    """`target_parameters` of peft, as full names."""
+    weight_names: list[str] = field(default_factory=list)
+    """Full names of the adapted weights, for example `model.layers.0.self_attn.q_proj.weight`."""
+    adapted_elements: int = 0
+    """Number of elements of the adapted weights."""
+    elements: int = 0
+    """Number of elements of all weights in the layers that a text goes through. Embeddings and output head count only
+    where they are adapted."""
+
+    @property
+    def share(self) -> float:
+        """Share of the weights in the model's layers that the adapters can change, from 0 to 1."""
+        return self.adapted_elements / self.elements if self.elements else 0.0
+
+
+def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> AdapterTargets:
+    """Return the weights that get an adapter.
+
+    Only weights that a text goes through are chosen. Where the job names none, the result is all linear layers and
+    experts, and also both embeddings where the job adds tokens. A router gets an adapter only where an entry of
+    `lora.targetModules` names it.
+
+    Raises UserError where an entry fits nothing, and where peft can't add the adapters that the job asks for.
+    """
+    path = TextPath(structure)
+    linear = [weight for weight in path.weights if weight.part in (Part.LAYER, Part.EXPERTS) and not weight.problem]
+    embeddings = [weight for weight in path.weights if weight.name in (structure.input_name, structure.output_name)]
+    if lora.target_modules:
+        chosen = [weight for entry in lora.target_modules for weight in _fitting(entry, path, linear)]
+    else:
+        chosen = [*linear, *(embeddings if added_tokens else ())]
+    wanted = {weight.name for weight in chosen}
+    weights = [weight for weight in path.weights if weight.name in wanted]
+    if not weights:
+        raise UserError("method", "must be Full: the model has no linear layer that peft can adapt")
+    _check_supported(weights, lora)
+    experts = next((weight for weight in path.weights if weight.part is Part.EXPERTS), None)
+    if lora.quantization is not None and experts is not None:
+        raise UserError(
+            "lora.quantization",
+            f"must be absent for a model with experts: bitsandbytes quantizes linear layers only, and {experts.name}"
+            " would stay as it is",
+        )
+    return AdapterTargets(
+        names=[weight.name for weight in weights],
+        modules=shortest_names(
+            [weight.name for weight in weights if weight.parameter is None],
+            [name for name, _ in structure.model.named_modules()],
+        ),
+        parameters=[weight.parameter for weight in weights if weight.parameter is not None],
+        weight_names=[weight.parameter or f"{weight.name}.weight" for weight in weights],
+        adapted_elements=sum(weight.elements for weight in weights),
+        elements=path.elements + sum(weight.elements for weight in weights if weight.part is Part.EMBEDDING),
+    )
+
+
+def _fitting(entry: str, path: TextPath, linear: Sequence[AdaptableWeight]) -> list[AdaptableWeight]:
+    """Return the weights that ``entry`` of `lora.targetModules` selects. ``linear`` is what `all-linear` means."""
+    if entry == ALL_LINEAR:
+        return list(linear)
+    if is_pattern(entry):
+        pattern = compile_entry(entry)
+        # A regular expression that fits whole layers, such as `.*layers.0.*`, does not name the routers in them.
+        named = [weight for weight in path.weights if pattern.fullmatch(weight.name)]
+        found = [weight for weight in named if weight.part is not Part.ROUTER and not weight.problem] or named
+        kind = "a regular expression for names of modules"
+    else:
+        found = [weight for weight in path.weights if weight.has_name(entry)]
+        kind = "a name of modules"
+    if not found:
+        ends = sorted({weight.name.rpartition(".")[2] for weight in path.weights})
+        beside = ", but only of parts that no text goes through" if path.is_beside(entry) else ""
+        raise UserError(
+            TARGETS, f"must name modules of the model, and {entry!r} is none{beside}; it has {', '.join(ends[:20])}"
+        )
+    for weight in found:
+        if weight.problem:
+            raise UserError(TARGETS, f"{entry!r} must not be {kind} such as {weight.name}, {weight.problem}")
+    return found
+
+
+def _check_supported(weights: Sequence[AdaptableWeight], lora: LoRASpec) -> None:
+    """Raise UserError where ``lora`` asks for what peft can't do with a parameter of a module."""
+    parameter = next((weight for weight in weights if weight.parameter is not None), None)
+    if parameter is None:
+        return
+    for name, wrong, must in (("dropout", float(lora.dropout) > 0, "0"), ("doRA", lora.do_ra, "false")):
+        if wrong:
+            raise UserError(
+                f"lora.{name}",
+                f"must be {must} while {parameter.name} gets an adapter, because peft supports nothing else for the"
+                " layers of a mixture of experts; or lora.targetModules must name modules without it",
+            )
+
+
+def reach_notice(targets: AdapterTargets) -> str:
+    """Return the notice about which weights the adapters can change, for example `lora: the adapters reach 98% of the
+    weights in the model's layers (down_proj, q_proj)`."""
+    ends = sorted({name.rpartition(".")[2] for name in targets.names})
+    kinds = ", ".join(ends[:12]) + (", …" if len(ends) > 12 else "")
+    return f"lora: the adapters reach {targets.share:.1%} of the weights in the model's layers ({kinds})"
+
+
+def adapts_an_embedding(structure: ModelStructure, targets: AdapterTargets) -> bool:
+    """Return whether ``targets`` contain the input embedding or the output head."""
+    return not {structure.input_name, structure.output_name}.isdisjoint(targets.names)
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    lora: LoRASpec,
+    *,
+    targets: Sequence[str],
+    parameters: Sequence[str] = (),
+    seed: int,
+    base_name: str,
+) -> PeftModel:
+    """Add LoRA adapters to the modules ``targets`` and the ``parameters`` of ``model``. Both are as peft's
+    `target_modules` and `target_parameters`.
+
+    ``base_name`` is the base model's name for `adapter_config.json`.
+    """
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=float(lora.dropout),
+        use_rslora=bool(lora.rs_lora),
+        use_dora=bool(lora.do_ra),
+        target_modules=list(targets),
+        target_parameters=list(parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with contextlib.nullcontext() if lora.quantization is not None else _without_bitsandbytes():
+            tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(TARGETS, f"must name modules of the model: {first_line(error)}") from error
+    # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
+    tuned.peft_config["default"].base_model_name_or_path = base_name
+    # peft keeps these names in a set, whose order differs between processes.
+    if parameters:
+        tuned.peft_config["default"].target_parameters = sorted(parameters)
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+            # DoRA's magnitudes begin as the norms of the base model's rows, which peft has computed.
+            if MAGNITUDE not in name:
+                parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
+    return tuned
+
+
+@contextlib.contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Keep peft from importing bitsandbytes inside of the `with` block.
+
+    peft imports bitsandbytes to ask whether a layer is quantized. The import takes seconds and 190 MB in each process,
+    and no layer is quantized here.
+    """
+    known = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
+    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = lambda: False
+    try:
+        yield
+    finally:
+        lora_model.is_bnb_available, lora_model.is_bnb_4bit_available = known
+
+
+def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Return the initial value of an adapter's weight in fp32. The product B @ A of an adapter is zero at first.
+
+    For a dense layer B is zero, and A is uniform with bound 1 / sqrt(columns): Kaiming's rule with a = sqrt(5), as in
+    peft and in the code of the LoRA paper (Hu et al., 2021). For an embedding A is zero and B is normally distributed,
+    as in peft.
+    """
+    embedding = "lora_embedding_" in name
+    if ("lora_embedding_A" in name) if embedding else ("lora_B" in name):
+        return torch.zeros(shape)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    if embedding:
+        return torch.empty(shape).normal_(generator=generator)
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

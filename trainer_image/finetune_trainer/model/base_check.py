@@ -1,0 +1,120 @@
+"""Checks that the base model of a job can be loaded, extended and adapted as the job asks for, before any
+weight is read. Everything happens on torch's meta device, from the configuration, the tokenizer and the headers of the
+weight files.
+
+`preparation.py` runs the checks before it writes anything, and the preflight check runs the same ones on files that
+hold only the headers. So the preflight check knows what the trainer knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune_core.contract import RunConfig
+from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
+from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets
+from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
+from finetune_trainer.model.extended_base import check_extendable
+from finetune_trainer.model.load import DTYPES
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.weight_check import check_weights
+from finetune_trainer.model.weight_files import WeightFiles, check_complete
+
+
+@dataclass(frozen=True)
+class JobBase:
+    """The base model of a job, as its configuration, tokenizer and headers describe it. Each property raises UserError
+    where the files do not describe a model that the job can use."""
+
+    folder: Path
+    """Folder of the model's files. Of the weight files only the headers are read, so the rest of them may be holes."""
+    config: RunConfig
+    """The run file of the job."""
+
+    @cached_property
+    def structure(self) -> ModelStructure:
+        """The modules of the model on the meta device."""
+        return read_structure(self.folder)
+
+    @cached_property
+    def targets(self) -> AdapterTargets:
+        """The weights that get an adapter. There are none where the job trains all weights."""
+        lora, added_tokens = self.config.lora, bool(self.config.model.added_tokens)
+        return choose_targets(self.structure, lora, added_tokens=added_tokens) if lora is not None else AdapterTargets()
+
+    @property
+    def unties(self) -> bool:
+        """Whether the output head must get weights of its own, because an adapter changes the input embedding or the
+        head, and the two share their weights."""
+        return self.structure.tied and adapts_an_embedding(self.structure, self.targets)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with the added tokens of the job. The tokens that end an answer have rows in the
+        embedding."""
+        tokenizer = load_tokenizer(self.folder)
+        check_ends(tokenizer, self.folder, self.structure.rows)
+        add_tokens(tokenizer, self.config.model.added_tokens)
+        return tokenizer
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the embedding that the job trains: with rows for the added tokens."""
+        added = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.config.model.added_tokens]
+        return max([self.structure.rows, *(number + 1 for number in added)])
+
+
+def check_base(base: JobBase) -> None:
+    """Run all checks. Raises UserError for the first one that fails."""
+    for check in CHECKS:
+        check(base)
+
+
+def _check_files(base: JobBase) -> None:
+    check_complete(base.folder)
+
+
+def _check_structure(base: JobBase) -> None:
+    assert base.structure.model is not None
+
+
+def _check_weights(base: JobBase) -> None:
+    check_weights(base.structure, base.folder, DTYPES[base.config.optimization.precision])
+
+
+def _check_tokens(base: JobBase) -> None:
+    assert base.tokenizer is not None
+
+
+def _check_targets(base: JobBase) -> None:
+    assert base.targets.names or base.config.lora is None
+
+
+def _check_training(base: JobBase) -> None:
+    abilities, optimization = ModelAbilities.of(base.structure.model), base.config.optimization
+    packing = base.config.dataset.packing
+    check_abilities(abilities, packing=packing, gradient_checkpointing=optimization.gradient_checkpointing)
+    # The device is known later, in the worker.
+    kernels(optimization.attention, abilities, None, optimization.precision, packing=packing)
+
+
+def _check_extension(base: JobBase) -> None:
+    if base.config.model.added_tokens or base.unties:
+        check_extendable(base.structure, WeightFiles.of(base.folder), untie=base.unties)
+
+
+CHECKS: tuple[Callable[[JobBase], Any], ...] = (
+    _check_files,
+    _check_structure,
+    _check_weights,
+    _check_tokens,
+    _check_training,
+    _check_targets,
+    _check_extension,
+)
+"""The checks in the order in which they run. A check that fails leaves the later ones out, because most of them need
+what the earlier ones have found to be whole."""

@@ -1,0 +1,133 @@
+"""The generation configuration of an artifact: that of the base model, in a form that transformers saves and loads,
+with the tokens at which the trained model stops.
+
+transformers reads many published configurations that it refuses to save after a change. `checkpoints/` calls
+`artifact_generation_config` before the first step, so that no run finds this out at its end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import first_line, library_boundary, one_line
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE
+
+SAMPLING: Mapping[str, Callable[[float], bool]] = {
+    "temperature": lambda value: value > 0,
+    "top_k": lambda value: value > 0 and value == int(value),
+    "top_p": lambda value: 0 < value <= 1,
+    "min_p": lambda value: 0 <= value <= 1,
+    "top_h": lambda value: 0 < value <= 1,
+    "typical_p": lambda value: 0 < value < 1,
+    "epsilon_cutoff": lambda value: 0 < value < 1,
+    "eta_cutoff": lambda value: 0 < value < 1,
+}
+"""Fields that only have an effect when a text is drawn at random (`do_sample: true`), and the values with which
+transformers can draw."""
+DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+"""Fields that decide which other fields transformers takes."""
+
+
+class ArtifactGeneration(NamedTuple):
+    """The generation configuration of an artifact."""
+
+    config: GenerationConfig
+    notices: Sequence[str]
+    """A sentence for each field that differs from the base model's configuration, except the stop tokens."""
+
+
+def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactGeneration:
+    """Return the generation configuration for the artifact of a model that was trained from that in folder ``base``.
+    Texts end at ``stop_ids``.
+
+    A temperature or another field of sampling without `do_sample` switches sampling on, as the publishers of such
+    models did later. Other fields that transformers refuses are left out. Raises UserError where the base model's
+    configuration can't be read.
+    """
+    values = _base_values(base)
+    notices: list[str] = []
+    if values.get("do_sample") is not True:
+        _repair_sampling(values, notices)
+    values["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    dropped = _refused_fields(values)
+    for name in dropped:
+        del values[name]
+    if dropped:
+        notices.append(
+            f"model: its {GENERATION_CONFIG_FILE} has {', '.join(sorted(dropped))} with values that transformers does"
+            " not save; the artifact has the default values"
+        )
+    return ArtifactGeneration(GenerationConfig(**values), notices)
+
+
+def _base_values(base: Path) -> dict[str, Any]:
+    """Return the fields of the base model's generation configuration that differ from the defaults."""
+    file = GENERATION_CONFIG_FILE
+    if not (base / file).is_file():
+        file = CONFIG_FILE  # transformers makes a generation configuration of the model's configuration then
+    if not (base / file).is_file():
+        return {}
+    # transformers raises whatever a wrong file makes its code raise.
+    with library_boundary(lambda error: UserError("model", f"its {file} can't be used: {first_line(error)}")):
+        config = GenerationConfig.from_pretrained(
+            base, config_file_name=file, local_files_only=True, _from_model_config=file == CONFIG_FILE
+        )
+        values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")}
+
+
+def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
+    """Change ``values``, in which `do_sample` is not true, so that no field of sampling lacks `do_sample`."""
+    present = sorted(name for name in SAMPLING if values.get(name) is not None)
+    refused = [name for name in present if _refuses({name: values[name]})]
+    if not refused:
+        return
+    drawable = all(isinstance(values[name], int | float) and SAMPLING[name](values[name]) for name in present)
+    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in refused)
+    if "do_sample" not in values and drawable:
+        values["do_sample"] = True
+        notices.append(
+            f"model: its {GENERATION_CONFIG_FILE} has {named} without do_sample; the artifact has do_sample true"
+        )
+        return
+    for name in present:
+        del values[name]
+    notices.append(
+        f"model: its {GENERATION_CONFIG_FILE} has {named}, which can't be used without do_sample; the artifact leaves"
+        " this out"
+    )
+
+
+def _refused_fields(values: Mapping[str, Any]) -> list[str]:
+    """Return the fields that have to be left out of ``values``, so that transformers saves the configuration."""
+    if not _refuses(values):
+        return []
+    others = [name for name in values if name != "eos_token_id"]
+    alone = next((name for name in others if not _refuses({k: v for k, v in values.items() if k != name})), None)
+    if alone is not None:
+        return [alone]
+    # Each field is taken in turn if it fits those before it. Fields without which others are refused come first.
+    kept: dict[str, Any] = {"eos_token_id": values["eos_token_id"]}
+    for name in sorted(others, key=lambda name: name not in DECIDING):
+        if not _refuses({**kept, name: values[name]}):
+            kept[name] = values[name]
+    return [name for name in values if name not in kept]
+
+
+def _refuses(values: Mapping[str, Any]) -> bool:
+    """Return whether transformers refuses to save a configuration with ``values``, or to load it again."""
+    try:
+        # Each check of transformers refuses in its own way.
+        with library_boundary(lambda error: ValueError(first_line(error))):
+            config = GenerationConfig(**values)
+            config.validate(strict=True)
+            loaded = GenerationConfig.from_dict(json.loads(config.to_json_string(use_diff=True)))
+    except ValueError:
+        return True
+    return bool(loaded != config)

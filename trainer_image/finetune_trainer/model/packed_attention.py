@@ -1,0 +1,178 @@
+"""Keeps packed examples apart in the attention of every model, and computes FlashAttention over them.
+
+`loss/objective.py` notes the borders of the examples of each micro-batch. transformers itself finds the borders in
+`position_ids`, but the code of some models does not pass `position_ids` on to the masks. So the masks of this module
+separate the examples again, by the noted borders. Where no borders are noted, for example while text is generated,
+masks and attention are those of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    and_masks,
+    eager_mask,
+    flex_attention_mask,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
+
+OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
+"""Arguments with which models ask for another softmax than that of FlashAttention: soft caps, sinks, biases."""
+
+
+@dataclass
+class Borders:
+    """The borders of the packed examples of a micro-batch with B sequences of T tokens."""
+
+    starts: torch.Tensor
+    """Shape (S + 1,), int32: the first token of each example in the flattened B * T tokens, in order, and B * T."""
+    longest: int
+    """Number of tokens of the longest example."""
+    numbers: torch.Tensor
+    """Shape (B, T), int32: for each token the number of its example."""
+
+
+class _Noted:
+    """Holds the borders of the micro-batch that the model computes; None where no examples are packed."""
+
+    borders: Borders | None = None
+
+
+def note_borders(starts: torch.Tensor | None, longest: int = 0, *, shape: tuple[int, int] = (0, 0)) -> None:
+    """Note the borders of the examples that the model computes from now on. ``shape`` is (B, T), and the other
+    arguments are as in `Borders`. None: each sequence is one example."""
+    if starts is None:
+        _Noted.borders = None
+        return
+    tokens = torch.arange(shape[0] * shape[1], dtype=torch.int32, device=starts.device)
+    _Noted.borders = Borders(starts, longest, torch.bucketize(tokens, starts, right=True, out_int32=True).view(shape))
+
+
+def install() -> None:
+    """Let transformers use the masks and the attention of this module, in all models of this process."""
+    for kernel, mask in ((Kernel.SDPA, sdpa_mask), (Kernel.EAGER, eager_mask), (Kernel.FLEX, flex_attention_mask)):
+        AttentionMaskInterface.register(IMPLEMENTATIONS[kernel], _separated(mask))
+    AttentionMaskInterface.register(IMPLEMENTATIONS[Kernel.FLASH], _window_or_mask)
+    AttentionInterface.register(IMPLEMENTATIONS[Kernel.FLASH], varlen_attention)
+
+
+def _separated(mask: Any) -> Any:
+    """Return the mask function ``mask`` of transformers, with another argument `mask_function` where borders are
+    noted."""
+
+    def separated(*args: Any, mask_function: Any, **options: Any) -> Any:
+        if _Noted.borders is not None:
+            # The two masks together separate the examples once, also where transformers has separated them already.
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(_Noted.borders.numbers))
+            options["allow_is_causal_skip"] = False
+        return mask(*args, mask_function=mask_function, **options)
+
+    return separated
+
+
+def _window_or_mask(*args: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
+    """Return the mask of SDPA where no borders are noted. Otherwise return what `varlen_attention` needs to know: None
+    for causal attention, and for a sliding window of W tokens any tensor whose last dimension is W.
+
+    Raises ValueError where the model asks for another mask. Some models pass the window to the masks only, and not to
+    the attention.
+    """
+    if _Noted.borders is None:
+        mask: torch.Tensor | None = sdpa_mask(*args, config=config, **options)
+        return mask
+    window = options.get("local_size")
+    if options.get("use_vmap") or (window is not None and window != getattr(config, "sliding_window", None)):
+        raise ValueError("FlashAttention knows causal masks and sliding windows only")
+    return None if window is None else torch.empty(1, 1, 1, window, device=options.get("device"))
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return causal attention inside of each example, (B, T, heads, features), for ``query`` (B, heads, T, features)
+    and for ``key`` and ``value``, which may have fewer heads. ``attention_mask`` is what `_window_or_mask` returned.
+
+    Raises ValueError where the model asks for something else.
+    """
+    borders = _Noted.borders
+    if borders is None:
+        mixed: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )[0]
+        return mixed, None
+    unknown = [name for name in OTHER_SOFTMAX if options.get(name) is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise ValueError(f"FlashAttention has no {', '.join(unknown) or 'attention but causal attention'}")
+    batch, heads, length, _ = query.shape
+    q, k, v = (tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], -1) for tensor in (query, key, value))
+    compute = _flash if query.device.type == "cuda" else _one_by_one
+    window = attention_mask.shape[-1] if attention_mask is not None else None
+    mixed = compute(q, k, v, borders, scaling=scaling, window=window)
+    return mixed.reshape(batch, length, heads, -1), None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: Borders,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    mixed: torch.Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        borders.starts,
+        borders.starts,
+        borders.longest,
+        borders.longest,
+        scale=scaling,
+        # torch counts the tokens before the reading one, transformers counts the reading one too.
+        window_size=(-1, 0) if window is None else (window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return mixed
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: Borders,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Compute what `_flash` computes, one example after the other, on devices without FlashAttention."""
+    starts = borders.starts.tolist()
+    mixed = []
+    for first, end in pairwise(starts):
+        q, k, v = (tensor[first:end].transpose(0, 1) for tensor in (query, key, value))
+        distance = torch.arange(end - first).unsqueeze(1) - torch.arange(end - first)
+        seen = (distance >= 0) & (distance < (window or end - first))
+        mixed.append(
+            nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=scaling, enable_gqa=q.shape[0] != k.shape[0]
+            ).transpose(0, 1)
+        )
+    return torch.cat(mixed)

@@ -1,0 +1,136 @@
+"""Checks that the weight files of a model hold every weight of the model, with the shape and the kind of numbers that
+its configuration asks for. Only the headers of the files are read.
+
+The headers pass through transformers' own loading code on torch's meta device. So a tensor that transformers renames,
+joins or leaves out when it loads a model is judged as it will be loaded. `base_check.py` calls `check_weights`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from finetune_core.errors import UserError
+from finetune_trainer.model.load import missing_weights
+from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
+from finetune_trainer.pod.errors import first_line, library_boundary
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The data types that weights may have in the files, in the words of safetensors. All others have fewer bits, or are no
+floating-point numbers, as in quantised models."""
+
+
+def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -> None:
+    """Raise UserError where the weight files in ``folder`` lack a weight of ``structure``, or where a weight has
+    another shape or is quantised. ``dtype`` is the data type in which the model will be loaded."""
+    headers = WeightFiles.of(folder).headers()
+    expected = structure.model.state_dict()
+    quantised = {
+        name
+        for name, header in headers.items()
+        if header.dtype not in DTYPES and (name not in expected or expected[name].is_floating_point())
+    }
+    with library_boundary(_conversion_problem(headers)), _no_progress_bar():
+        state = {
+            name: torch.empty(header.shape, dtype=DTYPES.get(header.dtype, torch.uint8), device="meta")
+            for name, header in headers.items()
+            if name not in quantised
+        }
+        model, report = type(structure.model).from_pretrained(
+            None,
+            config=copy.deepcopy(structure.model.config),
+            state_dict=state,
+            device_map={"": "meta"},
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+        )
+    missing = missing_weights(model, report)
+    if missing:
+        raise UserError("model", _missing_problem(missing, headers, quantised))
+    for name, found, wanted in sorted(report["mismatched_keys"], key=lambda entry: str(entry[0])):
+        raise UserError(
+            "model",
+            f"its config.json does not fit its weights: {name} has the shape {list(found)} in its files, and must have"
+            f" {list(wanted)}",
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing how it loads the headers as if they were weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _missing_problem(missing: list[str], headers: Mapping[str, TensorHeader], quantised: Collection[str]) -> str:
+    """Return what is wrong where the files lack the weights ``missing``, apart from the tensors ``quantised``."""
+    if quantised:
+        stems = {name.rpartition(".")[0] for name in missing}
+        name = next((name for name in sorted(quantised) if name.rpartition(".")[0] in stems), min(quantised))
+        return (
+            f"its weights are quantised: {name} is stored as {headers[name].dtype}, and must be stored as F32, F16 or"
+            " BF16; name the model from which it was made"
+        )
+    return f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}"
+
+
+def _conversion_problem(headers: Mapping[str, TensorHeader]) -> Callable[[BaseException], Exception]:
+    """Return a function that says what is wrong where transformers can't convert the tensors of a model."""
+
+    def problem(error: BaseException) -> Exception:
+        if isinstance(error, RuntimeError) and "conversion" in str(error):
+            told = _odd_shape(headers) or _missing_part(headers)
+            if told:
+                return UserError("model", told)
+        return UserError("model", f"its files can't be loaded: {first_line(error)}")
+
+    return problem
+
+
+def _odd_shape(headers: Mapping[str, TensorHeader]) -> str:
+    """Return a sentence about a tensor that has another shape than most tensors of its kind. Tensors are of one kind
+    where their names differ in numbers only. The sentence is empty where there is no such tensor."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(headers):
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "0", name)].append(name)
+    for names in kinds.values():
+        usual = Counter(headers[name].shape for name in names).most_common(1)[0][0]
+        for name in names:
+            if headers[name].shape != usual:
+                return (
+                    f"its weights do not fit together: {name} has the shape {list(headers[name].shape)}, and others of"
+                    f" its kind have {list(usual)}"
+                )
+    return ""
+
+
+def _missing_part(headers: Mapping[str, TensorHeader]) -> str:
+    """Return a sentence about an expert that lacks a tensor which other experts of its layer have. The sentence is
+    empty where there is no such expert."""
+    numbers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in headers:
+        parts = re.fullmatch(r"(.*\.\d+\..*)\.(\d+)\.(.*?)", name)
+        if parts:
+            numbers[parts[1]][parts[3]].add(parts[2])
+    for place, kinds in sorted(numbers.items()):
+        every = set().union(*kinds.values())
+        for kind, found in sorted(kinds.items()):
+            if found != every:
+                lost = min(every - found, key=int)
+                return f"its files are incomplete: they lack {place}.{lost}.{kind}"
+    return ""
