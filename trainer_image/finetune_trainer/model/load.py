@@ -40,7 +40,7 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         # torch raises RuntimeError for lack of memory and for lost ranks too, which are not the model's fault.
