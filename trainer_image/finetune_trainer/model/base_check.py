@@ -65,7 +65,8 @@ class JobBase:
     def rows(self) -> int:
         """Number of rows of the embedding that the job trains: with rows for the added tokens."""
         added = self.config.model.added_tokens
-        return max([self.structure.rows, *(self.tokenizer.convert_tokens_to_ids(token) + 1 for token in added)])
+        ids = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in added]
+        return max([self.structure.rows, *(number + 1 for number in ids)])
 
 
 def check_base(base: JobBase) -> None:
