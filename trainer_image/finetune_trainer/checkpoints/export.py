@@ -8,6 +8,7 @@ therefore those that the bucket holds, rounded to the precision of the run.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
 
 def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOptions) -> None:
     """Write `adapter_config.json` of ``model`` into the folder ``target``."""
-    config = model.peft_config["default"]
+    config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = options.base_name
     config.revision = options.revision
