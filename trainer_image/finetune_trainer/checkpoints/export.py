@@ -30,7 +30,7 @@ from finetune_trainer.model.generation_config import artifact_generation_config
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
@@ -187,7 +187,7 @@ def _save_weights(
             # The copy lets go of the memory of the whole group.
             written |= {key: tensor.clone().contiguous() for key, tensor in made.items() if key in inside}
         save_file(written, target / file_name, {"format": "pt"})
-    if (base.folder / INDEX_FILE).is_file() or len(set(base.files.values())) > 1:
+    if set(base.files.values()) != {SINGLE_FILE}:
         write_index(target, base.files)
 
 
