@@ -98,12 +98,7 @@ class VolumeSource(ApiModel):
 
 
 class ModelSpec(ApiModel):
-    """The base model: a folder with `config.json`, tokenizer files and safetensors. Exactly one source must be set.
-
-    The weights are those in `model.safetensors`, or else in the files that `model.safetensors.index.json` names, as
-    floating-point numbers of at least 16 bits. Adapters and other checkpoints in the folder are left out with a notice.
-    A tokenizer of sentencepiece or tiktoken must be there as `tokenizer.json` too.
-    """
+    """The base model: a folder with `config.json`, tokenizer files and safetensors. Exactly one source must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 
