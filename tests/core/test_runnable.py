@@ -45,6 +45,11 @@ def test_the_quickstart_can_be_run() -> None:
     [
         ("resources.sharedMemory", "6Gi", "spec.resources.sharedMemory: must be less than `memory`, which is 6Gi"),
         ("training.microBatchSize", 9, "spec.training.microBatchSize: must be at most 8"),
+        (
+            "training",
+            {"maxSteps": 1, "globalBatchSize": 8, "precision": "fp32", "attention": "Flash"},
+            "spec.training.attention: must not be Flash with precision fp32: it computes in bf16",
+        ),
         ("deepspeed.overrides", "{x", "spec.deepspeed.overrides: must be JSON"),
     ],
 )
@@ -52,6 +57,14 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     with pytest.raises(UserError) as caught:
         resolve(job(path, value), report=None)
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("kernel", ["Flash", "Flex"])
+def test_a_kernel_of_gpus_is_refused_on_cpus(kernel: str) -> None:
+    spec = quickstart("resources.device", "CPU")
+    spec["spec"]["training"]["attention"] = kernel
+    with pytest.raises(UserError, match=f"^spec.training.attention: must not be {kernel} on CPUs: it trains on GPUs"):
+        resolve(FineTuneJob.model_validate(spec), report=None)
 
 
 FORM = "dataset.format.promptCompletion"

@@ -67,7 +67,9 @@ def structure_of(model: Any) -> ModelStructure:
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     head = model.get_output_embeddings()
     output = names[id(head)] if head is not None else None
-    return ModelStructure(model, names[id(model.get_input_embeddings())], output, tied=False, context=None)
+    embedding = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    return ModelStructure(model, names[id(embedding)], output, tied=False, context=None, rows=rows)
 
 
 def adapted_model(name: str, lora: LoRASpec, *, added_tokens: bool = False) -> tuple[PreTrainedModel, PeftModel]:
