@@ -25,6 +25,7 @@ def paths_in(tmp_path: Path, store: ObjectStore) -> Paths:
         termination_log=tmp_path / "termination-log",
         scratch=tmp_path / "scratch",
         volumes=tmp_path / "volumes",
+        model_cache=tmp_path / "model-cache",
     )
 
 

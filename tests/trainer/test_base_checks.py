@@ -142,8 +142,8 @@ def _with_source(changes: dict[str, Any]) -> dict[str, Any]:
     return {"model": source} | changes
 
 
-def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+def edit(path: Path, **fields: Any) -> int:
+    return path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -152,15 +152,15 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     save_file(tensors, folder / SINGLE, {"format": "pt"})
 
 
-def replace_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], None]:
+def replace_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], object]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
 
 
-def lose_tensor(name: str) -> Callable[[Path], None]:
+def lose_tensor(name: str) -> Callable[[Path], object]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.pop(name))
 
 
-def configure(**fields: Any) -> Callable[[Path], None]:
+def configure(**fields: Any) -> Callable[[Path], object]:
     return lambda folder: edit(folder / "config.json", **fields)
 
 

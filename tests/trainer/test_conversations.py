@@ -238,7 +238,8 @@ def test_values_that_are_nested_too_deeply_are_named(place: str) -> None:
 
 
 def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:
-    """Qwen's template writes an object, and DeepSeek's joins a text."""
+    """Qwen's template writes the arguments as an object. DeepSeek's template joins them with text, so they must be
+    text."""
     for name, text in (("qwen2_5", '"arguments": {"side": 3}'), ("deepseekv3", '```json\n{"side": 3}\n```')):
         tokenizer = byte_tokenizer(published(name))
         for arguments in ('{"side": 3}', {"side": 3}):
@@ -388,7 +389,7 @@ def test_arguments_change_what_the_model_gets() -> None:
     assert learned(tokenizer, rendered(tokenizer, row, templateArguments={"enable_thinking": "false"})) == [
         ["Yo<|im_end|>"]
     ]
-    # The row is nearer than the job.
+    # Arguments in the row replace those of the job.
     own = row | {"chat_template_kwargs": {"enable_thinking": True}}
     examples = rendered(tokenizer, own, templateArguments={"enable_thinking": "false"})
     assert learned(tokenizer, examples) == [["<think>\n\n</think>\n\nYo<|im_end|>"]]

@@ -56,6 +56,25 @@ def test_nothing_is_found_where_nothing_is_wrong_and_nothing_is_left_behind(chec
     assert [key for key in store.keys("runs/") if "preflight" in key] == []
 
 
+def test_the_sizes_of_model_and_data_are_told(paths: Paths, store: ObjectStore, tiny_model: Path) -> None:
+    paths.run_file.write_text(json.dumps(run_config(store, "sizes", world__nodes=1)))
+    ended = run_program(paths)
+    assert ended.result.sizes is not None
+    assert ended.result.sizes.model_bytes == sum(path.stat().st_size for path in tiny_model.iterdir())
+    data = [store.read(f"data/{name}.jsonl") for name in ("train", "validation")]
+    assert ended.result.sizes.data_bytes == sum(map(len, data))
+
+
+def test_a_cache_that_nobody_can_write_to_is_a_notice_and_no_finding(paths: Paths, store: ObjectStore) -> None:
+    paths.model_cache.mkdir()
+    (paths.model_cache / "finetune-models").write_text("a file in the place of the folder")
+    paths.run_file.write_text(json.dumps(run_config(store, "cache", world__nodes=1)))
+    findings = Findings()
+    entrypoint.run_checks(findings, paths)
+    assert findings.result.findings == []
+    assert any(notice.startswith("storage.cache: user ") for notice in findings.result.notices)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "sentence"),
     [
@@ -249,7 +268,8 @@ def _split(folder: Path, *, lost_file: bool) -> None:
 
 
 def _write(path: Path, content: Any, *, split: bool = False) -> None:
-    """Write ``content`` as JSON. With ``split``, the weights lie in a file that only an index can name."""
+    """Write ``content`` as JSON. With ``split``, first rename the weight file, so that it can be found only through an
+    index."""
     if split:
         _split(path.parent, lost_file=False)
     path.write_text(json.dumps(content))
@@ -560,7 +580,7 @@ def test_the_chat_template_of_a_job_is_checked_with_the_rows(
 def test_the_columns_of_a_conversation_that_no_field_names_are_read_too(
     tiny_model: Path, paths: Paths, check: Check
 ) -> None:
-    """A file of parquet is read without the columns that nobody needs. The column `system` is not among them."""
+    """Of a parquet file only the columns that the job needs are read. The column `system` is one of them."""
     folder = paths.volumes / "models"
     shutil.copytree(tiny_model, folder)
     (folder / "a.jinja").write_text(SIMPLE.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"))

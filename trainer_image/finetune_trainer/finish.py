@@ -91,8 +91,8 @@ def finish(
 def told_of_run(
     committed: Result, run: int, message: str, checkpoint: str, evaluation: EvaluationRecord | None
 ) -> Result:
-    """Return ``committed``, the result of the committed artifact, with what ``run`` tells: its message, the address of
-    its chosen checkpoint, and its scores.
+    """Return ``committed``, the result of the committed artifact, with the details of ``run``: the run's message, the
+    address of its chosen checkpoint, and its scores.
 
     Another run may have committed an artifact first. Then ``committed`` is returned as it is, because the scores of
     ``run`` are not those of that artifact.

@@ -220,7 +220,12 @@ def load_model(plan: WorkerPlan) -> Any:
     config, folder = plan.config, base_model_folder(plan)
     targets = JobBase(plan.inputs.model, config).targets
     sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    model = load_base(
+        folder,
+        DTYPES[config.optimization.precision],
+        sharded=sharding is not None,
+        quantization=config.lora.quantization if config.lora is not None else None,
+    )
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding

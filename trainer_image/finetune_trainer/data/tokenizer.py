@@ -39,9 +39,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
-        # Some wrong values show only when they are used. Nothing here depends on the text of a row.
+        # Some wrong values in the tokenizer's files raise an error only when they are used, so they are used here.
         tokenizer("")
         len(tokenizer)
+        # Looking up a token that is in no vocabulary needs the unknown token, which may be such a token itself.
+        list(tokenizer.all_special_ids)
+        dict(tokenizer.added_tokens_decoder)
         tokenizer.decode([end] if end is not None else [])
     if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
         raise UserError(
@@ -117,8 +120,8 @@ def tokenize_functions(
     today: date | None = None,
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
-    `model.addedTokens` that the tokenizer has. ``ends`` are the ids of `stop_ids`, and only the end token if empty.
-    ``today`` is the date that a chat template gets; None means the real one."""
+    `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
+    token ends an answer. ``today`` is the date that a chat template gets; None means the real one."""
     end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)

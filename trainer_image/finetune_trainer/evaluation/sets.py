@@ -82,8 +82,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
     form. ``graded`` are all columns that the job's grader reads.
 
-    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return a
-    notice for each kind of row that was left out nevertheless (bad rows and long rows).
+    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return the
+    notices about them, for example about rows that are too long for the base model and were left out.
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -122,7 +122,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    # The same rows have notices of their own where the tuned model reads them.
+    # The rows have notices of their own in the form that the tuned model reads, so these notices say which form they
+    # mean.
     return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 

@@ -64,9 +64,8 @@ class JobBase:
     @property
     def rows(self) -> int:
         """Number of rows of the embedding that the job trains: with rows for the added tokens."""
-        added = self.config.model.added_tokens
-        ids = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in added]
-        return max([self.structure.rows, *(number + 1 for number in ids)])
+        added = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.config.model.added_tokens]
+        return max([self.structure.rows, *(number + 1 for number in added)])
 
 
 def check_base(base: JobBase) -> None:
