@@ -12,6 +12,9 @@ PYTHON := .venv/bin/python
 HOST_PYTHON := $(or $(shell command -v python3.11),python3)
 UV := $(FINETUNE_CACHE)/uv/bin/uv
 PYTEST := $(PYTHON) -m pytest
+# Python keeps what it has compiled, also where the shell says otherwise. Each process of the tests would compile the packages
+# again, and each worker would rewrite the assertions of all tests.
+unexport PYTHONDONTWRITEBYTECODE
 # Two groups of tests (tests/conftest.py) run at the same time, because most tests with a cluster wait more than they compute.
 TEST_WORKERS ?= 2
 PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder

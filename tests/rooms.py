@@ -67,6 +67,13 @@ def unit_test_files(room: str) -> list[Path]:
 def _uses(file: Path, folder: str) -> bool:
     """Return whether ``file`` imports the package ``folder`` or a module of it, either itself or through a module for
     which `_is_followed` returns True."""
+    return any(module == folder or module.startswith(f"{folder}.") for module in _reached(file))
+
+
+@cache
+def _reached(file: Path) -> frozenset[str]:
+    """Return the dotted names that ``file`` imports, either itself or through a module for which `_is_followed` returns
+    True."""
     reached = set(_imports(file))
     for module in _imports(file):
         if _is_followed(module):
@@ -74,9 +81,10 @@ def _uses(file: Path, folder: str) -> bool:
     for module in reached - _imports(file):
         if _is_followed(module) and module.split(".")[0] in PACKAGES:
             reached |= _imports(_path_of(module))
-    return any(module == folder or module.startswith(f"{folder}.") for module in reached)
+    return frozenset(reached)
 
 
+@cache
 def _is_followed(module: str) -> bool:
     """Return whether a test file that imports ``module`` also counts as importing what ``module`` imports. This holds
     for modules of `tests/` and for modules directly in the folder of a package."""
@@ -103,6 +111,7 @@ def _imports(file: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+@cache
 def _is_left_out(file: Path) -> bool:
     """Return whether all tests of ``file`` need the cluster or are long. They do if the variable ``pytestmark`` of the
     file contains the marker ``cluster`` or ``long``."""

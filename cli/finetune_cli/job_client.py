@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from finetune_cli.formatting import duration
 from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
+from finetune_core.api.older_specs import present_manifest
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
@@ -247,7 +248,7 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
     """Return a stored object as a FineTuneJob. Raises UserError where the object does not fit this version of the
     program, for example because the cluster runs a newer version."""
     try:
-        return FineTuneJob.model_validate(stored)
+        return FineTuneJob.model_validate(present_manifest(stored))
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         message = f"`{where}` is unknown to this version of finetune; install the version that the cluster runs"

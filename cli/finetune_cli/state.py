@@ -90,7 +90,8 @@ def metric(job: FineTuneJob, name: str) -> MetricValue | None:
 
 
 def task_of(job: FineTuneJob) -> str | None:
-    """Return the name of the job's task, or of the entry point of its own grader; None where it has no task."""
+    """Return the name of the job's task, or of the entry point of the job's own grader. Return None where the job has
+    no task."""
     return job.spec.dataset.task.label if job.spec.dataset.task is not None else None
 
 
@@ -103,7 +104,8 @@ def required_text(requirement: RequirementStatus) -> str:
 
 
 def ungraded_text(scores: Scores | None) -> str:
-    """Return how many answers of a model were graded, how many not, and why. Empty where all were graded."""
+    """Return how many of a model's answers were not graded, for example `2 of 40 answers not graded`, and the reasons.
+    The result is empty where all answers were graded."""
     if scores is None or not scores.not_graded:
         return ""
     reasons = "; ".join(f"{group.answers} because {group.reason}" for group in scores.ungraded)

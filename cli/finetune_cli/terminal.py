@@ -46,8 +46,8 @@ def complain(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write ``value`` as indented JSON to the standard output. Control characters are not removed, but written as
-    escape sequences. The library escapes all control characters except DEL, which is escaped here."""
+    """Write ``value`` as indented JSON to the standard output. Control characters in texts are not removed, but written
+    as escape sequences. `json.dumps` escapes all control characters except DEL, which is escaped here."""
     print(json.dumps(value, indent=2, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
 
 

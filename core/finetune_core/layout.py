@@ -10,6 +10,7 @@ All keys of a job lie in one folder, the folder of all runs of the job:
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
   evaluation/<run>.json           scores
+  model-digests/<digest>.json     sha256 of a model file whose ETag is no digest, only with a cache for models
   preflight/<token>               written, read back and deleted by a preflight check
   ARTIFACT                        names the job's artifact; created with If-None-Match, so that the first writer wins
 """
@@ -31,6 +32,8 @@ ARTIFACT_POINTER = "ARTIFACT"
 TRAINER_FILE = "trainer.json"
 """Name of the file in a checkpoint that contains everything except tensors: the step, the position in the data, the
 perplexity and other numbers."""
+MODEL_DIGESTS = "model-digests"
+"""Name of the folder, below the folder of all runs of a job, with the sha256 of model files."""
 BASES = "_bases"
 """Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each of these models
 is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. The folder can't

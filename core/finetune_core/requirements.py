@@ -1,6 +1,7 @@
 """Judges whether the tuned model reached the scores of `evaluation.require`.
 
-Pure functions. The trainer derives the job's outcome from the judgements, and the operator shows them in the status. A
+The functions are pure. The trainer derives the job's outcome from the judgements, and the operator shows them in the
+status. A
 judgement follows from the requirements and the scores alone, so a later job with other requirements judges the scores
 of a finished run anew.
 """
@@ -36,7 +37,7 @@ class Judgement:
 
     @property
     def difference(self) -> float | None:
-        """Score of the tuned model less that of the base model; None where one of them was not measured."""
+        """Score of the tuned model minus the score of the base model. None where one of the two was not measured."""
         return None if self.base is None or self.tuned is None else self.tuned - self.base
 
 

@@ -48,7 +48,7 @@ def resolve(
 
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
     uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
-    templates in all other jobs: the day (UTC) on which attempt 1 was opened.
+    templates in all other jobs: the day (UTC) on which attempt 1 started.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -65,7 +65,7 @@ def resolve(
         model=spec.model,
         dataset=spec.dataset,
         method=spec.method,
-        lora=(spec.lora or LoRASpec()) if spec.method is Method.LORA else None,
+        lora=_lora(spec.lora) if spec.method is Method.LORA else None,
         optimization=OptimizationConfig(
             learning_rate=rate,
             epochs=training.epochs,
@@ -122,6 +122,12 @@ def resolve(
         report=report,
         template_date=_template_date(spec.dataset, preflight, today),
     )
+
+
+def _lora(lora: LoRASpec | None) -> LoRASpec:
+    """Return the adapters' settings. A variant that is switched off is absent, so that both are the same training."""
+    lora = lora or LoRASpec()
+    return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
 
 
 def _template_date(dataset: DatasetSpec, preflight: PreflightStatus | None, today: date | None) -> date | None:

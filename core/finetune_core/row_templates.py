@@ -1,8 +1,8 @@
 """The small template language of `template`, `completion` and `evaluation.basePrompt`: text in which `{name}` stands
 for a column of the row.
 
-`{{` and `}}` are braces, as in Python's format strings. `{#name}...{/name}` is a part that stands only where the column
-has a value, and `{^name}...{/name}` one that stands only where it has none, as in Mustache. Nothing else has a meaning,
+`{{` and `}}` are braces, as in Python's format strings. `{#name}...{/name}` is a part that is shown only where the
+column has a value, and `{^name}...{/name}` is shown only where it has none, as in Mustache. Nothing else has a meaning,
 and no line break is removed. The operator, the trainer and `finetune validate` parse templates with this module.
 """
 
@@ -27,7 +27,7 @@ WELL_FORMED_PATTERN = "^([^{}]|[{][{]|[}][}]|[{][#^/]?[^{}#^/\\n\\r][^{}\\n\\r]*
 """Regular expression of RE2 that a template matches if each of its braces is doubled or encloses a name. Whether the
 optional parts are nested well is not regular, and only `parse` checks it."""
 SHOWS_A_COLUMN_PATTERN = "(^|[^{])([{][{])*[{][^{}#^/]"
-"""Regular expression of RE2 that a well-formed template matches if a column stands in it."""
+"""Regular expression of RE2 that a well-formed template matches if it shows a column."""
 
 _TOKENS = re.compile(r"\{\{|\}\}|\{(?P<mark>[#^/]?)(?P<name>[^{}]*)\}|[{}]")
 
@@ -64,7 +64,8 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True)
 class RowTemplate:
-    """A parsed template. Names are those of the columns, after aliases were replaced."""
+    """A parsed template. The aliases in it are replaced: its tokens name the columns of the row, for example `question`
+    where the template has `{prompt}`."""
 
     tokens: Sequence[_Token]
     names: Mapping[str, str]
@@ -77,7 +78,7 @@ class RowTemplate:
 
     @property
     def shown(self) -> Set[str]:
-        """The names of the columns whose values stand in the text, perhaps in an optional part."""
+        """The names of the columns whose values are shown in the text, perhaps in an optional part."""
         return {token.value for token in self.tokens if token.kind is _Kind.COLUMN}
 
     @property
@@ -96,7 +97,7 @@ class RowTemplate:
         that must be shown, or where the column holds something that is no text (`text_of`)."""
         found: list[Piece] = []
         open_parts: list[bool] = []
-        """For each optional part that encloses the current token, whether the part stands in this row."""
+        """For each optional part that encloses the current token, whether the part is shown for this row."""
         for token in self.tokens:
             if token.kind is _Kind.END:
                 open_parts.pop()
@@ -111,10 +112,11 @@ class RowTemplate:
 
 
 def parse(text: str, aliases: Mapping[str, str] | None = None) -> RowTemplate:
-    """Return the template that ``text`` holds. ``aliases`` gives the column for names that stand for another column.
+    """Return the template that ``text`` holds. ``aliases`` maps names in the template to the columns that they stand
+    for, for example `prompt` to `question`.
 
-    Raises TemplateError for a brace that is not doubled and encloses no name, for optional parts that do not close
-    in the reverse order of their beginnings, and for a template that shows no column.
+    Raises TemplateError for a brace that is not doubled and encloses no name, for optional parts that do not close in
+    the reverse order of their beginnings, and for a template that shows no column.
     """
     tokens: list[_Token] = []
     names: dict[str, str] = {}

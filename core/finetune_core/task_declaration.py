@@ -1,8 +1,8 @@
 """The parts of a task's declaration: the columns that its grader reads, its scores, and how the scores of single
 answers become one value.
 
-`tasks.py` declares the tasks of this project with these classes. The authors of own graders, which an entry point of
-the trainer image names, declare their tasks with the same classes.
+`tasks.py` declares the tasks of this project with these classes. An own grader, which an entry point of the trainer
+image names, declares its task with the same classes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ COLUMN_LIMIT = 8
 UNGRADED_LIMIT = 4
 """Largest number of reasons that an evaluation reports for answers that could not be graded."""
 UNGRADED_REASON_LENGTH = 160
-"""Largest number of characters of such a reason."""
+"""Largest number of characters of a reason why an answer could not be graded."""
 
 PERPLEXITY = "perplexity"
 """Label of a model's perplexity in tables of scores, and its name in `evaluation.require`."""
 ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
 """Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
 MEASURED = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
-"""What is measured without a task. No score of a task may have one of these names."""
+"""Names of the values that are measured for every model, even without a task. No score of a task may have one of these
+names."""
 
 _SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -63,8 +64,8 @@ class Aggregation(StrEnum):
     MAXIMUM = "Maximum"
 
     def of(self, values: Sequence[float]) -> float:
-        """Return the reported value of at least one finite value, which is finite too. The order of ``values`` makes no
-        difference."""
+        """Return the reported value for ``values``, which must be finite and at least one. The result is finite too.
+        The order of ``values`` makes no difference."""
         match self:
             case Aggregation.MEAN:
                 return _mean(values)
@@ -99,7 +100,7 @@ class Score:
     """How the values of the graded answers become the reported value."""
 
     def __post_init__(self) -> None:
-        # The class is frozen, so a text is replaced by its member in this way only.
+        # The class is frozen, so only `object.__setattr__` can replace a text by the member of the enum.
         object.__setattr__(self, "unit", Unit(self.unit))
         object.__setattr__(self, "aggregation", Aggregation(self.aggregation))
 
@@ -124,7 +125,8 @@ class Column:
     is_completion: bool = False
     """Whether the column holds the right answer. `dataset.task.fields` may name any column of the rows for it. Where
     that field names none, the right answer is the completion of `dataset.format`: the value of `completionField`, or
-    the text of the template `completion`. A column that does not hold the right answer is that of the name ``name``."""
+    the text of the template `completion`. A column that does not hold the right answer is then the column of the rows
+    that is called ``name``."""
     optional: bool = False
     """Whether rows may lack the column."""
 
@@ -132,8 +134,8 @@ class Column:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
-    score is no name, too long, forbidden or used twice, where `main` names no score, or where two columns have one
-    name."""
+    score has other characters than allowed, is too long, forbidden or used twice, where `main` is not the name of a
+    score, or where there are too many columns or two of one name."""
 
     name: str
     """Value of `dataset.task.name`, for example ``GSM8K``; for an own grader the name of its entry point."""
@@ -189,12 +191,11 @@ class Task:
         return next(score for score in self.scores if score.name == self.main)
 
     def columns_of_rows(self, fields: Mapping[str, str], completion: str | None) -> dict[str, str]:
-        """Return for each column that the grader reads the column of the rows that holds it.
+        """Return for each column that the grader reads, by the grader's own name, the column of the rows that holds it.
 
         ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. Where the
         completion is a text of several columns, ``completion`` is None, and the columns that get this text are not in
-        the result. An optional column is in the result only where ``fields`` names it or the grader's own name may be
-        found.
+        the result. An optional column is in the result even where the rows lack it.
         """
         found = {
             column.name: fields.get(column.name, completion if column.is_completion else column.name)

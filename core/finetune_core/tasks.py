@@ -291,7 +291,7 @@ def main_score_text(task: str | None, value: float, *, answers: int | None = Non
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
     ``task`` is the name of a task, or of the entry point of an own grader. ``value`` is the value over the graded
-    answers. ``answers`` is the number of graded answers. Where ``answers`` is None, the text names no number.
+    answers. ``answers`` is the number of graded answers. Where it is None, the text does not say how many there are.
     """
     declared = TASKS.get(task) if task is not None else None
     graded = f"{answers} answers" if answers is not None else "the answers"

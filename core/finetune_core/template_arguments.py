@@ -1,5 +1,5 @@
-"""`dataset.format.messages.templateArguments`: the values that a chat template gets, and what is wrong with arguments
-whatever the template reads. The operator, the trainer and `finetune validate` use this module."""
+"""`dataset.format.messages.templateArguments`: the values that a chat template gets, and those checks of the arguments
+that need no template. The operator, the trainer and `finetune validate` use this module."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ PARAMETERS = (
     "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
     "tokenize", "tokenizer_kwargs", "tools", "truncation",
 )  # fmt: skip
-"""Parameters of the functions of transformers that render a template. They would take such an argument for themselves.
-The trainer also knows those of a tokenizer that has functions of its own."""
+"""Parameters of the functions of transformers that render a template. An argument with such a name would not reach the
+template. The trainer also refuses the parameters of a tokenizer's own functions."""
 RESERVED = frozenset({*GIVEN, *FUNCTIONS, *PARAMETERS})
 """Names that no argument may have, whatever the model."""
 ALMOST_JSON = {"true": "true", "false": "false", "null": "null", "none": "null"}
-"""Texts in small letters that people write for JSON values, and the values."""
+"""Texts that people write for JSON values, in lower case, each with the JSON value that is meant."""
 TAKEN = "is set by the trainer"
 """What is wrong with an argument of a name that is reserved."""
 
 
 def template_arguments(given: Mapping[str, str]) -> dict[str, Any]:
-    """Return `templateArguments` as the values that the template gets: JSON values, and text where it is no JSON."""
+    """Return `templateArguments` as the values that the template gets. A text that is JSON becomes its value, and any
+    other text stays a text."""
     found: dict[str, Any] = {}
     for name, text in given.items():
         try:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 from http import HTTPStatus
 from typing import Final
 
-from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, ApiError, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
@@ -33,7 +34,7 @@ does not exist."""
 
 
 class _Listed:
-    """For which namespaces the resync has listed the jobs, and whether that makes the operator ready."""
+    """Records for which namespaces the resync has listed the jobs, and marks the operator as ready after the last."""
 
     def __init__(self, namespaces: Collection[str | None], activity: WatchActivity, metrics: Metrics) -> None:
         self._waits = set(namespaces)
@@ -109,8 +110,8 @@ class Controller:
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
         """Queue every job of ``namespace`` (None: of all namespaces) now and again every ``seconds``.
 
-        Where the list has been refused for ``seconds``, nothing is known of the jobs any more, so their series are no
-        longer exported until a list succeeds.
+        Where the list has been refused for ``seconds``, nothing is known of the jobs any more. The metrics of these
+        jobs are then not exported until a list succeeds.
         """
         problem, refusals = "", 0
         while True:

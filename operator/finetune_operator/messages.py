@@ -1,7 +1,7 @@
 """The operator's sentences in the conditions and events of a job, all in one place so that words and tone agree.
 
-Values, and messages of others such as the kubelet, come in as arguments. Some sentences do not come from here,
-such as results of the trainer and errors about a spec.
+Callers pass values, and the messages of other programs such as the kubelet, as arguments. Two kinds of sentences are
+not made here: results of the trainer, and errors about a spec.
 """
 
 from __future__ import annotations
@@ -304,8 +304,8 @@ def checkpoint_available(step: int, count: int) -> str:
 def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
     """Return the sentence about a job whose newest checkpoint is older than the job asks for.
 
-    ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer one was committed. The
-    age is given in whole minutes, so that the message does not change with every report.
+    ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer checkpoint was
+    committed. The age is given in whole minutes, so that the message does not change with every report.
     """
     return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
 

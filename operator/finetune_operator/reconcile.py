@@ -32,7 +32,8 @@ from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient
+from finetune_operator.kube.api_errors import REQUEST_ERRORS
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.observation import JobObservation
@@ -268,7 +269,8 @@ class Reconciler:
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the job again for its current attempt, even without a watch event.
 
-        None where no attempt is current, and where its objects could not be created: the back-off says when to retry.
+        None where no attempt is current. Also None where the objects of the attempt could not be created, because the
+        back-off then says when to try again.
         """
         if acted.problem is not None:
             return None
@@ -314,8 +316,8 @@ class Reconciler:
             self._preflight_turns.forget(job.key)
             return _Acted(missing=problem.message, retry_seconds=self._backoff.seconds_left(job.memory))
         except REQUEST_ERRORS:
-            # A webhook may answer 409 for ever. If the pod exists nevertheless, the next reconcile sees it and keeps
-            # the slot.
+            # The slot is given to other jobs, because a webhook may answer 409 for ever. If the pod exists
+            # nevertheless, the next reconcile sees the pod and occupies a slot again.
             self._preflight_turns.forget(job.key)
             raise
         return _Acted()

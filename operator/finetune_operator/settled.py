@@ -103,7 +103,7 @@ class SettledJobs:
         return min(waits, default=None), False
 
     async def _orphans(self, job: StoredJob) -> list[PodObservation]:
-        """Return the pods of the last attempt whose child somebody deleted without them (`--cascade=orphan`)."""
+        """Return the pods of the last attempt that somebody kept when deleting their child (`--cascade=orphan`)."""
         pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         return orphans_of_ended(pods, job, self._backend)
 

@@ -42,6 +42,7 @@ _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=T
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
     ("training", "learningRate"): _RATES,
     ("lora", "dropout"): st.sampled_from(["0", "0.05", "5e-2", "0.999"]),
+    ("lora", "loraPlusRatio"): st.sampled_from(["1", "16", "2.5", "1e1"]),
     ("dataset", "format", "promptCompletion", "template"): _TEMPLATES,
     ("dataset", "format", "promptCompletion", "completion"): _TEMPLATES,
     ("evaluation", "basePrompt"): _TEMPLATES,
@@ -237,6 +238,19 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"
+    if "quantization" in spec.get("lora", {}):
+        if force[:1] != ("deepspeed",):
+            spec.pop("deepspeed", None)
+        elif spec["deepspeed"].get("zeroStage") in (0, 3):
+            spec["lora"].pop("quantization")
+        if "artifact" in spec["storage"]:
+            spec["storage"]["artifact"] = "Adapter"
+    if "cache" in spec["storage"] and "volume" in spec["model"]:
+        if force[:2] == ("model", "volume"):
+            del spec["storage"]["cache"]
+        else:
+            others = {name: value for name, value in spec["model"].items() if name != "volume"}
+            spec["model"] = others | {"s3": {"uri": "s3://bucket/model"}}
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":

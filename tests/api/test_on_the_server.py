@@ -119,6 +119,7 @@ def test_an_example_is_accepted(server: Server, path: Path) -> None:
 REFUSED: list[tuple[str, Any, str]] = [
     ("lora.rank", 0, "spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal to 1"),
     ("lora.dropout", "1", "`dropout` must be at least 0 and less than 1"),
+    ("lora.loraPlusRatio", "0.99", "`loraPlusRatio` must be at least 1"),
     ("method", "Full", "`lora` must be absent unless `method` is LoRA"),
     ("model.volume", {"claimName": "a", "path": "b"}, "exactly one of `huggingFace`, `s3`, `volume` must be set"),
     (
@@ -139,6 +140,8 @@ REFUSED: list[tuple[str, Any, str]] = [
         {"huggingFace": {"repo": "a/b", "path": "x", "subset": "y"}},
         "`subset` must be absent unless `split` is set",
     ),
+    ("storage.cache", {"claimName": "a", "ephemeral": {"size": "9Gi"}}, "exactly one of `claimName`, `ephemeral` must"),
+    ("storage.cache", {"ephemeral": {"size": "9"}}, "spec.storage.cache.ephemeral.size"),
     ("dataset.longRows", "Split", "`longRows` must be Fail or Skip unless `format.text` is set"),
     ("training.epochs", 3, "exactly one of `epochs`, `maxSteps` must be set"),
     ("training.learningRate", "0.0", "`learningRate` must be greater than 0 and at most 1"),

@@ -176,7 +176,7 @@ def run() -> None:
 
 def pause(seconds: float) -> None:
     """Wait for ``seconds`` while the measured programs run."""
-    # The time is a part of what is measured. It does not wait for a state of another program.
+    # The length of the pause is a part of the measurement. The pause does not wait for a state of another program.
     time.sleep(seconds)
 
 

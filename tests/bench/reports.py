@@ -42,7 +42,7 @@ UNLIMITED = ConnectionLimits(
 )
 """Limits that close no connection, so that the memory of one connection can be measured."""
 HEADER = b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 8000 + b"\r\n" + b"c: " + b"d" * 7000
-"""An HTTP header of 15 KB without its end. It has about the largest size that the server stores of a request without a
+"""An HTTP header of 15 KB without its end. The server stores at most about this much of a request before it has seen a
 token."""
 AT_ONCE = 50
 JOBS = 1000

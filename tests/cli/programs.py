@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kubernetes import config
@@ -24,9 +25,18 @@ CONTEXT.set_forkserver_preload(
 SECONDS = 60.0
 
 
-def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> str:
-    """Run `finetune` with ``arguments`` in the folder ``folder``. The program has only the environment variables in
-    ``environment``. Return its standard output, followed by its standard error.
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status and what it wrote. The names are those of `subprocess.CompletedProcess`."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> Ended:
+    """Run `finetune` with ``arguments`` in the folder ``folder``, which gets two files with what it wrote. The program
+    has only the environment variables in ``environment``.
 
     Raises AssertionError if the command still runs after `SECONDS`.
     """
@@ -38,8 +48,9 @@ def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folde
         process.kill()
         process.join()
         raise AssertionError(f"finetune {' '.join(arguments)} still runs after {SECONDS} s")
+    status = process.exitcode
     process.close()
-    return "".join(output.read_text(encoding="utf-8") for output in outputs)
+    return Ended(status, *(output.read_text(encoding="utf-8") for output in outputs))
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: Path, stdout: Path, stderr: Path) -> None:

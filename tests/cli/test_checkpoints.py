@@ -125,7 +125,7 @@ def test_a_perplexity_that_is_no_finite_number_is_left_out(value: str) -> None:
     assert _perplexity(b'{"perplexity": 2.5}') == 2.5
 
 
-def test_help_has_examples() -> None:
-    done = finetune("checkpoints", "--help")
+def test_help_has_examples(tmp_path: Path) -> None:
+    done = finetune(tmp_path, "checkpoints", "--help")
     assert done.returncode == 0
     assert "finetune checkpoints quickstart --verify" in done.stdout

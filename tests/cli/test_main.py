@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.programs import Ended, run_finetune
 from tests.trainer.objectstore import free_port
 
 KUBECONFIG = """\
@@ -22,16 +23,30 @@ current-context: x
 """
 
 
-def finetune(*arguments: str, kubeconfig: Path | str = "/nonexistent") -> subprocess.CompletedProcess[str]:
-    """Run the program `finetune` in a process of its own."""
-    environment = {"PATH": os.environ["PATH"], "KUBECONFIG": str(kubeconfig), "HOME": "/nonexistent"}
-    command = [sys.executable, "-m", "finetune_cli", *arguments]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
+def environment(kubeconfig: Path | str = "/nonexistent") -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "KUBECONFIG": str(kubeconfig), "HOME": "/nonexistent"}
+
+
+def finetune(folder: Path, *arguments: str, kubeconfig: Path | str = "/nonexistent") -> Ended:
+    """Run the program `finetune` in a process of its own, which is forked from one that has imported the program."""
+    return run_finetune(arguments, environment(kubeconfig), folder)
+
+
+def test_the_program_is_started_by_an_interpreter() -> None:
+    """All other tests fork the program, because its imports take far longer than a command."""
+    command = [sys.executable, "-m", "finetune_cli"]
+    for arguments, status in (("--help",), 0), (("watch", "quickstart"), 2):
+        done = subprocess.run(
+            [*command, *arguments], env=environment(), text=True, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == status
+        assert ("usage: finetune" in done.stdout) == (status == 0)
+        assert len(done.stderr.splitlines()) == (status != 0)
 
 
 @pytest.mark.parametrize("arguments", [[], ["watch"], ["download"]])
-def test_help_has_examples(arguments: list[str]) -> None:
-    done = finetune(*arguments, "--help")
+def test_help_has_examples(arguments: list[str], tmp_path: Path) -> None:
+    done = finetune(tmp_path, *arguments, "--help")
     assert done.returncode == 0
     assert "finetune download quickstart" in done.stdout or "finetune watch quickstart" in done.stdout
 
@@ -39,16 +54,16 @@ def test_help_has_examples(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments", [[], ["watch"], ["fly", "quickstart"], ["watch", "quickstart", "--timeout", "soon"]]
 )
-def test_a_wrong_command_line_is_explained(arguments: list[str]) -> None:
-    done = finetune(*arguments)
+def test_a_wrong_command_line_is_explained(arguments: list[str], tmp_path: Path) -> None:
+    done = finetune(tmp_path, *arguments)
     assert done.returncode == 2
     assert "usage: finetune" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", ["watch", "download"])
-def test_no_kubeconfig_is_one_sentence(command: str) -> None:
-    done = finetune(command, "quickstart")
+def test_no_kubeconfig_is_one_sentence(command: str, tmp_path: Path) -> None:
+    done = finetune(tmp_path, command, "quickstart")
     assert done.returncode == 2
     assert done.stderr.startswith("finetune: kubeconfig: cannot be loaded")
     assert len(done.stderr.splitlines()) == 1
@@ -57,7 +72,7 @@ def test_no_kubeconfig_is_one_sentence(command: str) -> None:
 @pytest.mark.parametrize("content", ["]", "apiVersion: v1\nkind: Config\n", "just words"])
 def test_a_broken_kubeconfig_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "config").write_text(content)
-    done = finetune("watch", "quickstart", kubeconfig=tmp_path / "config")
+    done = finetune(tmp_path, "watch", "quickstart", kubeconfig=tmp_path / "config")
     assert done.returncode == 2
     assert done.stderr.startswith("finetune: kubeconfig: cannot be loaded")
     assert "Traceback" not in done.stderr
@@ -66,7 +81,7 @@ def test_a_broken_kubeconfig_is_one_sentence(tmp_path: Path, content: str) -> No
 @pytest.mark.parametrize("command", ["watch", "download"])
 def test_an_api_server_that_is_away_is_one_sentence(tmp_path: Path, command: str) -> None:
     (tmp_path / "config").write_text(KUBECONFIG.format(port=free_port()))
-    done = finetune(command, "quickstart", kubeconfig=tmp_path / "config")
+    done = finetune(tmp_path, command, "quickstart", kubeconfig=tmp_path / "config")
     assert done.returncode == 2
     assert done.stderr.startswith("finetune: API server: cannot be reached")
     assert "Traceback" not in done.stderr

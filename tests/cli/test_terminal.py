@@ -136,7 +136,8 @@ def finetune(folder: Path, port: int, arguments: list[str], *, terminal: bool) -
         "AWS_SECRET_ACCESS_KEY": "b",
         **({"FORCE_COLOR": "1", "COLUMNS": "150", "TERM": "xterm-256color"} if terminal else {}),
     }
-    text = run_finetune(arguments, environment, folder)
+    done = run_finetune(arguments, environment, folder)
+    text = done.stdout + done.stderr
     assert "Traceback" not in text, text
     return text
 

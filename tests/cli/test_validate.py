@@ -90,12 +90,24 @@ def test_a_missing_field_is_on_the_line_of_its_section(lines_of: LinesOf) -> Non
         ("rank: 8", "rank: .nan", "must be a finite number"),
         ("rank: 8", "? [a] \n    : 8", "must have a string as key"),
         ("  method: LoRA", "  ? {a: b}\n  : 8\n  method: LoRA", "must have a string as key"),
+        ("memory: 6Gi", "memory: 6Gi, scratch: {size: 9}", "spec.resources.scratch.size: must be "),
+        ("memory: 6Gi", "memory: 6Gi, scratch: {storageClassName: a}", "spec.resources.scratch.size: must be set"),
+        ("  storage:", "  storage:\n    cache: {}", "spec.storage.cache: exactly one of `claimName`, `ephemeral` must"),
+        ("  storage:", "  storage:\n    cache: {path: /x}", "spec.storage.cache.path: unknown field"),
+        (
+            "s3: {uri: s3://finetune/models/smollm2-135m}",
+            "volume: {claimName: a, path: b}",
+            "spec: `storage.cache` must be absent with `model.volume`: such a model is used where it lies",
+        ),
         ("rank: 8", "rank: *nowhere", "must not refer to the anchor nowhere"),
     ],
 )
 def test_what_is_wrong_is_said(lines_of: LinesOf, old: str, new: str, message: str) -> None:
     assert old in GOOD
-    code, lines = lines_of(GOOD.replace(old, new))
+    text = GOOD.replace(old, new)
+    if "model.volume" in message:
+        text = text.replace("  storage:", "  storage:\n    cache: {claimName: models}")
+    code, lines = lines_of(text)
     assert code == 1
     assert sum(message in line for line in lines) == 1, lines
 

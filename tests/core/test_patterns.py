@@ -1,5 +1,6 @@
 """No field of the spec that has a pattern accepts a control character, because a terminal that shows the value would
-obey the character. Every pattern has words, so that no message of `finetune validate` shows a regular expression."""
+obey the character. Every pattern is described by a phrase, so that no message of `finetune validate` shows a regular
+expression."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from finetune_core.contract.preflight_result import (
     Finding,
     FindingKind,
     FoundRun,
+    InputSizes,
     PreflightResult,
     ordered,
 )
@@ -56,7 +57,8 @@ runs = st.fixed_dictionaries(
 def test_a_run_that_was_found_always_fits_whatever_else_is_told(
     run: FoundRun, found: list[Finding], notices: list[str]
 ) -> None:
-    text = PreflightResult(findings=ordered(found), notices=notices, found=run).to_termination_message()
+    sizes = InputSizes(model_bytes=LARGEST_NUMBER, data_bytes=LARGEST_NUMBER)
+    text = PreflightResult(findings=ordered(found), notices=notices, found=run, sizes=sizes).to_termination_message()
     assert len(text.encode()) <= RESULT_LIMIT_BYTES
     read = PreflightResult.from_termination_message(text)
     assert read is not None

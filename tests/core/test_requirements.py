@@ -68,7 +68,8 @@ def test_a_required_score_is_reached_or_a_sentence_says_why_not(
 
 @given(st.floats(1e-9, 1), st.floats(1e-9, 1))
 def test_the_status_and_the_trainer_come_to_the_same_judgement(base: float, tuned: float) -> None:
-    """The trainer judges exact values, and the operator the rounded ones of the termination message."""
+    """The trainer judges scores with all digits, and the operator judges the rounded scores of a termination message.
+    `judge` itself rounds the scores, so both judgements are the same."""
     record = evaluation({"scores": {"exact": base}}, {"scores": {"exact": tuned}})
     for bound in (f"{tuned:.6g}", "0.8"):
         required = [RequirementSpec(score="exact", at_least=bound, better_than_base=True)]

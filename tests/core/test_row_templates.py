@@ -1,4 +1,5 @@
-"""The template language: columns, optional parts and braces become text, and wrong templates get one clear sentence."""
+"""The template language: columns, optional parts and braces become text, and a wrong template leads to an error whose
+message is one sentence."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_the_rule_about_columns_says_what_doubled_braces_mean() -> None:
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["{", "}", "a", "#", "^", "/", "\n", "é", "{a}", "{#a}", "{/a}"]), max_size=9))
 def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(parts: list[str]) -> None:
-    """All but those whose optional parts are nested wrongly, which no regular expression can tell."""
+    """The rules refuse every template that can't be parsed, except a template whose optional parts are nested wrongly.
+    No regular expression can find such a mistake."""
     template = "".join(parts)
     matches = all(holds(rule, {"template": template}) for rule, _ in template_rules("template", "prompt"))
     problem = ""

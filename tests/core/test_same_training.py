@@ -31,7 +31,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Return the paths of all fields of the model that are no models themselves."""
+    """Yield the path of each field of ``model`` that is not a model itself, for example `world.nodes`."""
     for name, field in model.model_fields.items():
         inner = models_in(field.annotation)
         if not inner:
@@ -102,6 +102,16 @@ def test_machines_and_policies_do_not_define_the_training(change: dict[str, Any]
     base = {"training": {"maxSteps": 4, "globalBatchSize": 16}}
     digests = {settings_digest(example(**spec)) for spec in (base, base | change)}
     assert (len(digests) == 1) == same
+
+
+def test_where_model_and_scratch_folder_lie_changes_nothing_that_a_pod_is_told() -> None:
+    """So a trainer image of an older version reads the run file of a job with a cache, and trains without a cache."""
+    storage, volume = quickstart()["spec"]["storage"], {"size": "9Gi", "storageClassName": "fast"}
+    plain = example()
+    assert example(storage=storage | {"cache": {"claimName": "models"}}) == plain
+    assert example(storage=storage | {"cache": {"ephemeral": volume}}) == plain
+    resources = quickstart()["spec"]["resources"] | {"scratch": volume}
+    assert example(resources=resources) == plain
 
 
 def test_the_scores_that_a_model_must_reach_do_not_define_the_training() -> None:

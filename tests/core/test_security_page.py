@@ -39,7 +39,8 @@ class Line(NamedTuple):
 
 
 def lines() -> list[Line]:
-    """Return all lines of the tables. A line that has not three cells gets empty ones, so that its test fails."""
+    """Return all lines of the tables. A line that does not have exactly three cells gets empty cells, so that its test
+    fails."""
     found = []
     for section in text_of(PAGE).split("\n## ")[1:]:
         title = section.partition("\n")[0]

@@ -14,8 +14,8 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 
 
 def problems(task: dict[str, Any] | None, require: list[dict[str, Any]] | None = None, **dataset: Any) -> list[str]:
-    """Return the problems of the quickstart job with a task and required scores. The value None of a field of the data
-    set removes the field."""
+    """Return the problems of the quickstart job with a task and required scores. ``dataset`` sets further fields of the
+    section `dataset`. A field whose value is None counts as absent."""
     job = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     spec = job["spec"]
     spec["dataset"] |= {"task": task, **dataset}

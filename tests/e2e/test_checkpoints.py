@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""The pods are deleted `DELETIONS` times. This is the number of the deletion after which the newest checkpoint is
+"""The pods are deleted `DELETIONS` times. After deletion number `SPOILED`, counted from 1, the newest checkpoint is
 damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}

@@ -55,9 +55,9 @@ ENDLESS = {
     "spec__podTemplate": PREFERS_THE_SECOND_NODE,
 }
 RACE = timedelta(seconds=2)
-"""Time after the start of the new run in which the old trainer may still commit. It is needed for two reasons: the old
-trainer looks for a newer run shortly before each commit, and not at the same moment, and the object store's times are
-whole seconds."""
+"""Time after the start of the new run in which the old trainer may still commit. The old trainer looks for a newer run
+shortly before each commit, so the new run may start between this look and the commit. Besides, the object store's times
+are whole seconds."""
 
 
 @pytest.fixture

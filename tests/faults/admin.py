@@ -71,8 +71,8 @@ class Admin:
     async def watch(self, path: str) -> AsyncIterator[Manifest]:
         """Yield watch events of the collection at ``path``, without end.
 
-        Existing objects come first as ``ADDED`` events. After a lost connection or an ``ERROR`` event the existing
-        objects come again in the same way.
+        Existing objects come first as ``ADDED`` events. When the stream ends or breaks off, and after an ``ERROR``
+        event, the existing objects come again in the same way.
         """
         while True:
             try:

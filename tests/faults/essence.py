@@ -16,10 +16,10 @@ _TIMES = re.compile(r"[tT]ime$")
 HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
 _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
-"""Reasons of free attempts that lost a pod.
+"""Reasons of attempts that lost a pod and have the verdict Free.
 
-In the essence one word replaces all of these reasons. It depends on chance which reason the operator records, because
-the operator may be down while the pod is deleted.
+In the essence the word "gone" replaces each of these reasons. It depends on chance which reason the operator records,
+because the operator may be down while the pod is deleted.
 """
 
 

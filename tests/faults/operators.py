@@ -120,7 +120,7 @@ class OperatorProcess:
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
         assert self._nursery.stdout is not None
-        # This line waits for the fork, because until then `pid` is None, as it is after the operator has ended.
+        # This line waits for the fork. Before the fork `pid` is None, which would look as if the operator had ended.
         assert self._nursery.stdout.readline() == "started\n", self.evidence()
         self._waiting = True
 

@@ -168,7 +168,7 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
             found = world.call("GET", path)
             # The test writes the status as a newer version of the operator would: by server-side apply, as the same
             # field manager. An object that has lost all of its fields is left out, because server-side apply would
-            # make null of the object.
+            # turn the object into null.
             newer = {key: found[key] for key in ("apiVersion", "kind")} | {
                 "metadata": {"name": name, "namespace": namespace},
                 "status": without_empty_objects(SKEWS[skew](found["status"])),
@@ -295,5 +295,5 @@ def _wait_for_reconciles(
     world.wait(f"two reconciles of each job by {who}", reconciled, 90)
     # A reconcile that fails also requests its job. The requests alone therefore do not show that the reconciles
     # succeeded.
-    assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names)
+    assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names), operator.evidence()
     assert operator.metric("finetune_reconciles_total", 'result="error"') == 0, operator.evidence()

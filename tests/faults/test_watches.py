@@ -97,8 +97,8 @@ def _pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
-    # A watch that gets the status 410 makes the operator's process end up to 15 s later. If the process has ended, it
-    # is started again here.
+    # After a watch has got the status 410, the operator's process may end within 15 s. If the process has ended, it is
+    # started again here.
     world.keep_operator_alive()
     found = world.job(namespace)
     return found if is_observed(found) and len(_pods(found)) == 2 else None

@@ -79,8 +79,8 @@ def former_run(
     template_date: date | None = None,
 ) -> str:
     """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
-    artifact is committed, with ``outcome``; else the run has checkpoints only. ``template_date`` is the day that its
-    chat template got."""
+    artifact is committed, with ``outcome``; else the run has checkpoints only. ``template_date`` is the day that the
+    run's chat template got as today's date."""
     committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=outcome)
     found = FoundRun(
         run_id=run_id,

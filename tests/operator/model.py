@@ -6,18 +6,30 @@ with the real servers are in test_on_cluster.py.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
 from finetune_operator.queue.key import Key
 
 Manifest = dict[str, Any]
+Json = TypeVar("Json")
 _OWN = set(ConditionType)
+
+
+def copied(value: Json) -> Json:
+    """Return a copy of the JSON value ``value``. The server copies whatever it takes and gives, and `copy.deepcopy`
+    would take most of the time of the tests with large statuses."""
+    return cast(Json, _copied(value))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 class CrashedError(Exception):
@@ -68,7 +80,7 @@ class ModelServer:
     # ---- requests of the operator ----
 
     async def get_job(self, _key: Key) -> Manifest:
-        return copy.deepcopy(self.job)
+        return copied(self.job)
 
     async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> str:
         if resource_version != self.job["metadata"]["resourceVersion"]:
@@ -89,7 +101,7 @@ class ModelServer:
         return str(self._version)
 
     async def get_child(self, _namespace: str, name: str) -> Manifest | None:
-        return copy.deepcopy(self.children.get(name))
+        return copied(self.children.get(name))
 
     async def create_child(self, manifest: Manifest) -> Manifest:
         name = manifest["metadata"]["name"]
@@ -97,12 +109,12 @@ class ModelServer:
             raise ApiError(403, "Forbidden", self.refuses)
         if name in self.children:
             raise ApiError(409, "AlreadyExists", name)
-        self.children[name] = copy.deepcopy(manifest)
+        self.children[name] = copied(manifest)
         self.children[name]["metadata"]["uid"] = f"uid-{len(self.created)}"
         self.created.append(name)
         self._make_pods(self.children[name])
         self._wrote(f"create {name}")
-        return copy.deepcopy(self.children[name])
+        return copied(self.children[name])
 
     async def delete_child(self, _namespace: str, name: str, uid: str) -> None:
         if name in self.children and self.children[name]["metadata"]["uid"] == uid:
@@ -117,7 +129,7 @@ class ModelServer:
         name = manifest["metadata"]["name"]
         if name in self.config_maps:
             raise ApiError(409, "AlreadyExists", name)
-        self.config_maps[name] = copy.deepcopy(manifest)
+        self.config_maps[name] = copied(manifest)
         self.config_maps[name]["metadata"]["uid"] = f"uid-{len(self.writes)}"
         self._wrote(f"create configmap {name}")
         return manifest
@@ -134,7 +146,7 @@ class ModelServer:
         name = manifest["metadata"]["name"]
         if name in self.network_policies:
             raise ApiError(409, "AlreadyExists", name)
-        self.network_policies[name] = copy.deepcopy(manifest)
+        self.network_policies[name] = copied(manifest)
         self.network_policies[name]["metadata"]["uid"] = f"uid-of-policy-{name}"
         self._wrote(f"create networkpolicy {name}")
         return manifest
@@ -150,14 +162,14 @@ class ModelServer:
             raise ApiError(403, "Forbidden", self.refuses_pods)
         if any(check["metadata"]["name"] == name for check in self.checks):
             raise ApiError(409, "AlreadyExists", name)
-        check = copy.deepcopy(manifest)
+        check = copied(manifest)
         check["metadata"] |= {"uid": f"uid-{name}", "creationTimestamp": self.now.isoformat()}
         container = {"name": TRAINING_CONTAINER, "state": {"running": {"startedAt": self.now.isoformat()}}}
         check["status"] = {"phase": "Running", "containerStatuses": [container]}
         self.checks.append(check)
         self.tried.append(name)
         self._wrote(f"create pod {name}")
-        return copy.deepcopy(check)
+        return copied(check)
 
     async def delete_pod(self, _namespace: str, name: str, uid: str) -> bool:
         gone = [check for check in self.checks if (check["metadata"]["name"], check["metadata"]["uid"]) == (name, uid)]
@@ -172,7 +184,7 @@ class ModelServer:
         return bool(gone or orphans)
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
-        return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
+        return copied(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
 
     async def annotate_pod(self, _namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
         for pod in self.pods:

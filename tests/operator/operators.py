@@ -1,4 +1,4 @@
-"""Reconcilers for tests that need no cluster: the operator's own, with a fake API server and a fake clock."""
+"""The operator's reconciler with a fake API server and a fake clock, for tests that need no cluster."""
 
 from __future__ import annotations
 

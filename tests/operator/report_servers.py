@@ -1,4 +1,4 @@
-"""Runs the operator's report server over TLS on this machine, and sends it what no well-behaved client would send."""
+"""Runs the operator's report server over TLS on this machine, and sends it requests that no normal client sends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import cache
+
+from kubernetes.aio import client as kubernetes_client
 
 from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.reports.certificates import CertificateSet, load_certificate, renew_if_due, server_context
@@ -20,6 +22,17 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 def certificates() -> CertificateSet:
     """Return certificates for 127.0.0.1, which all tests of a process share."""
     return renew_if_due(None, hostname="127.0.0.1", now=datetime.now(UTC))
+
+
+def api_configuration(host: str) -> kubernetes_client.Configuration:
+    """Return what `KubeClient` needs for an API server at the address ``host``, such as `http://127.0.0.1:8001`.
+
+    As in a pod, the client trusts one certificate authority. It would otherwise read those of the machine, which takes
+    longer than most tests, although no server here speaks TLS.
+    """
+    configuration = kubernetes_client.Configuration(host=host)
+    configuration.ca_cert_data = certificates().ca_certificate
+    return configuration
 
 
 @cache

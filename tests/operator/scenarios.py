@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report
 from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from tests.operator.builders import NOW, former_run, job_manifest, result
 from tests.operator.model import CrashedError, ModelServer, Script
 from tests.operator.operators import KEY, reconciler

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.queue.memory import Memory
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import ClientSession, ClientSSLError, web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.reports.certificates import (
     LEAF_LIFETIME,
     CertificateError,

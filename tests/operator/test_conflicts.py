@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from tests.operator.builders import NOW, REPOSITORY, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
 from tests.operator.scenarios import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
-"""Reasons of the 409 that answers a creation in these tests. Nothing is created, whatever the reason. AlreadyExists
-without an object of that name is as if somebody had deleted the existing object right after the answer."""
+"""Reasons of the 409 that answers a creation in these tests. Nothing is created, whatever the reason. With the reason
+AlreadyExists it is as if somebody had deleted the existing object right after the answer."""
 CREATIONS = ("create_config_map", "create_network_policy", "create_child", "create_pod")
 LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost one, then succeeds")
 
@@ -78,11 +79,11 @@ def test_only_the_reason_already_exists_says_that_a_name_is_taken() -> None:
     assert not ApiError(422, "AlreadyExists", "").is_name_taken
 
 
-def test_no_module_but_the_client_compares_an_answer_with_409() -> None:
+def test_only_one_module_compares_an_answer_with_409() -> None:
     """Every other module must choose between `is_name_taken` and `is_conflict`."""
     package = REPOSITORY / "operator/finetune_operator"
     found = {str(path.relative_to(package)) for path in package.rglob("*.py") if _compares_with_409(path)}
-    assert found == {"kube/client.py"}
+    assert found == {"kube/api_errors.py"}
 
 
 def _compares_with_409(path: Path) -> bool:

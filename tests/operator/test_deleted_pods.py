@@ -1,4 +1,5 @@
-"""Which verdict an attempt gets whose pods or child somebody or the backend has deleted, and whom the verdict names."""
+"""The verdict of an attempt whose pods or child were deleted, by a person or by the backend. The tests also check which
+pods and which node the verdict names."""
 
 from __future__ import annotations
 
@@ -146,6 +147,20 @@ def test_a_pod_in_the_place_of_another_is_named_once() -> None:
     assert ruling is not None
     assert ruling.reason == "PodReplaced"
     assert ruling.message == "pod job-1-worker-1 was deleted and another one took its place"
+
+
+@pytest.mark.parametrize("code", [137, 143])
+@pytest.mark.parametrize("ended", [5, 6, 36])
+def test_the_end_of_the_container_is_not_the_time_of_its_eviction(code: int, ended: int) -> None:
+    """training-operator deletes the other pod as soon as the kubelet reports the eviction. The kubelet gives the
+    evicted container time to end."""
+    evicted = pod(1, exit_code=code, finished=ended, phase="Failed", reason_="Evicted", message_="disk")
+    assert ruled([pod(0, deleted=5), evicted], child=child(failed=True)) == ("Charged", "Evicted")
+
+
+def test_an_eviction_before_the_deletion_by_a_person_is_the_cause() -> None:
+    evicted = pod(1, exit_code=137, finished=4, phase="Failed", reason_="Evicted", message_="disk")
+    assert ruled([pod(0, deleted=5), evicted], child=child(failed=False)) == ("Charged", "Evicted")
 
 
 def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> None:

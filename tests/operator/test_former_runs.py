@@ -98,7 +98,8 @@ def days(server: ModelServer) -> list[date | None]:
     ("former", "day"), [(None, NOW.date()), (date(2026, 11, 3), date(2026, 11, 3))], ids=["new", "former"]
 )
 async def test_every_attempt_reads_conversations_with_the_date_of_the_first_one(former: date | None, day: date) -> None:
-    """The second attempt starts on the day after, and the run of a former job keeps its own day."""
+    """The second attempt starts on the day after the first attempt, and gets the date of the first attempt. A job that
+    takes over a former run gets the date of that run."""
     answer = PreflightResult(findings=[]).to_termination_message()
     message = former_run(done=False, template_date=former) if former is not None else answer
     dataset = job_manifest()["spec"]["dataset"] | {"format": {"messages": {}}}

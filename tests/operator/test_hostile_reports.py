@@ -64,7 +64,8 @@ TEXTS = ("", "\x00", "\x1b[2J", "a\nb", "\ufffd", "é" * 500)
 
 
 def hostile(full: Json) -> Iterator[tuple[str, Json]]:
-    """Yield messages with one hostile value each, and a description: for each place of ``full``, each value for it."""
+    """Yield a description and a message for each hostile value of each place in ``full``. The message is ``full`` with
+    the hostile value at that place."""
     for path in leaves(full):
         old = value_at(full, path)
         is_number = isinstance(old, int | float) and not isinstance(old, bool)

@@ -1,4 +1,4 @@
-"""Requests without a valid token make the operator do nothing, and the answers do not tell which jobs exist.
+"""Requests without a valid token make the operator do nothing, and the answers do not reveal which jobs exist.
 
 The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
 stand-in that records every request.
@@ -19,7 +19,6 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from kubernetes.aio import client as kubernetes_client
 
 from finetune_core.contract import report_audience, report_path
 from finetune_operator.kube.client import KubeClient
@@ -33,7 +32,7 @@ from finetune_operator.reports.token_claims import read_claims
 from finetune_operator.reports.token_review import TokenReviewer
 from tests.operator.builders import UID
 from tests.operator.operators import KEY
-from tests.operator.report_servers import answer_to, connect, exchange, request, serving
+from tests.operator.report_servers import answer_to, api_configuration, connect, exchange, request, serving
 from tests.operator.report_tokens import Reviews, encoded, report_token
 from tests.operator.test_report_server import body
 
@@ -97,9 +96,7 @@ async def running(limits: ConnectionLimits | None = None) -> AsyncIterator[World
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    configuration = kubernetes_client.Configuration()
-    configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    client = KubeClient(configuration, lambda: None)
+    client = KubeClient(api_configuration(f"http://127.0.0.1:{runner.addresses[0][1]}"), lambda: None)
     server = ReportServer(
         memory=world.memory,
         queue=world.queue,

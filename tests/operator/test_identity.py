@@ -12,7 +12,7 @@ import pytest
 
 from finetune_core.api.conditions import Reason
 from finetune_core.contract import CheckpointRecord, CurvePoint, Phase, Report
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.queue.memory import Memory, ReportingAttempt
 from finetune_operator.queue.retryable import RetryableError
 from tests.operator.builders import NOW, UID, job_manifest

@@ -1,6 +1,7 @@
-"""Tests on a real cluster of what belongs to a job: pods with copied labels, orphaned pods, conditions of others.
+"""Tests on a real cluster that the operator recognises what belongs to a job and what does not.
 
-API server, garbage collector, training-operator and kubelet are real. The training container is a stand-in image.
+The tests use pods with copied labels, orphaned pods, and conditions that other programs have written. API server,
+garbage collector, training-operator and kubelet are real. The training container is a stand-in image.
 """
 
 from __future__ import annotations

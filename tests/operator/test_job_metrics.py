@@ -22,7 +22,7 @@ from finetune_core.api.status import (
     UsageStatus,
 )
 from finetune_operator import __version__
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.logs import JsonFormatter, set_log_fields
 from finetune_operator.process.metrics import Metrics

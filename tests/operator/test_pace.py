@@ -16,7 +16,7 @@ from finetune_core.api import FineTuneJobStatus
 from finetune_operator import reconcile
 from finetune_operator.decide.decision import Decision
 from finetune_operator.decide.state_machine import decide
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.observe.observation import JobObservation
 from finetune_operator.queue.requeue import LEAST_PAUSE_SECONDS, Requeue, Write
 from tests.operator.builders import NOW, job_manifest

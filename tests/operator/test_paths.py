@@ -19,7 +19,6 @@ import pytest
 from aiohttp import web
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kubernetes.aio import client as kubernetes_client
 
 import finetune_operator
 from finetune_core.api.job import NAME_MAX_LENGTH, NAME_PATTERN, NAMESPACE_PATTERN
@@ -28,6 +27,7 @@ from finetune_core.contract.stock_reports import SERVER_URL_VARIABLE, client_env
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import JOB_NAME, job_key
 from finetune_operator.queue.key import Key
+from tests.operator.report_servers import api_configuration
 
 HOSTILE = (
     "..",
@@ -105,9 +105,7 @@ async def recording_server(paths: list[str]) -> AsyncIterator[KubeClient]:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    configuration = kubernetes_client.Configuration()
-    configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    client = KubeClient(configuration, lambda: None)
+    client = KubeClient(api_configuration(f"http://127.0.0.1:{runner.addresses[0][1]}"), lambda: None)
     try:
         yield client
     finally:

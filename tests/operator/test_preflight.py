@@ -1,7 +1,7 @@
 """Decisions about the preflight check before attempt 1.
 
-Final findings end the job. So do three tries that could not be carried out for a cause in the job, with no result
-between them. A crash or a loss of the pod does not end the job.
+Final findings end the job. Three tries that could not be carried out because of the job itself, with no result between
+them, end the job too. A crash or a loss of the pod does not end the job.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import pytest
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus, UsageStatus
-from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import Finding, FindingKind, InputSizes, PreflightResult
 from finetune_core.resolve import resolve
 from finetune_operator.decide.decision import Action, Decision
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.decide.states import JobState
+from finetune_operator.objects.disk_space import sizes_of_inputs
 from finetune_operator.objects.observations import (
     ContainerObservation,
     ContainerState,
@@ -104,6 +105,19 @@ def test_a_try_is_judged_by_its_findings_alone(ended: PodObservation, verdict: s
     assert sentence in step.preflight.message
     assert (step.preflight.next_try_time == at(10)) == (verdict == "Waiting")
     assert step.missing == (step.preflight.message if verdict == "Waiting" else "")
+
+
+def test_the_sizes_of_model_and_data_are_recorded() -> None:
+    message = PreflightResult(findings=[], sizes=InputSizes(model_bytes=7, data_bytes=5)).to_termination_message()
+    step = check(record(), seen(pod(1, exit_code=0, message=message)))
+    assert step.preflight is not None
+    assert (step.preflight.model_bytes, step.preflight.data_bytes) == (7, 5)
+    assert sizes_of_inputs(step.preflight) == InputSizes(model_bytes=7, data_bytes=5)
+
+
+def test_a_trainer_image_that_tells_no_sizes_is_understood() -> None:
+    step = check(record(), seen(pod(1, exit_code=0, message=NONE)))
+    assert sizes_of_inputs(step.preflight) is None
 
 
 def running_for(seconds: float, number: int = 1, **changes: Any) -> PodObservation:
@@ -268,7 +282,11 @@ def test_the_pod_asks_for_no_gpu_and_mounts_what_the_attempt_will() -> None:
     (container,) = manifest["spec"]["containers"]
     assert container["args"] == ["preflight"]
     assert container["image"] == "trainer:1"
-    assert {*container["resources"]["limits"], *container["resources"]["requests"]} == {"cpu", "memory"}
+    assert {*container["resources"]["limits"], *container["resources"]["requests"]} == {
+        "cpu",
+        "memory",
+        "ephemeral-storage",
+    }
     assert manifest["spec"]["nodeSelector"] == {"zone": "a"}
     assert {variable["name"] for variable in container["env"]} == {"HOME", "FTJ_UID", "HF_ENDPOINT"}
     assert {volume["name"] for volume in manifest["spec"]["volumes"]} == {
@@ -314,6 +332,7 @@ GPU_NODES: dict[str, dict[str, Any]] = {
         }
     },
 }
+GPU_NODES["a claim with the cache"] = {"storage": {"uri": "s3://bucket/x", "cache": {"claimName": "models"}}}
 GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 
 

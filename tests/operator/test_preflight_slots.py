@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract.preflight_result import PreflightResult
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
 from finetune_operator.reconcile import Reconciler
@@ -90,7 +90,7 @@ def test_no_order_of_events_gives_out_more_slots_than_there_are_or_forgets_a_job
 
 
 class Fleet:
-    """Stands for the API server of several namespaces, each with one job and its objects."""
+    """Takes the place of the API server. It has several namespaces, each with one job and its objects."""
 
     def __init__(self, names: str) -> None:
         self.servers = {name: ModelServer(self._job(name), NOW) for name in names}
@@ -213,7 +213,10 @@ async def test_a_foreign_pod_that_ends_in_millennia_holds_back_no_check() -> Non
 
 
 async def assert_held_back_by_no_pod(owner: dict[str, str], metadata: dict[str, Any]) -> None:
-    """Assert that a new operator starts a check, although it finds a check of another owner with ``metadata``."""
+    """Assert that a new operator starts a check, although the API server lists a foreign preflight pod.
+
+    ``owner`` replaces fields of that pod's owner reference, and ``metadata`` replaces fields of its metadata.
+    """
     fleet = Fleet("ab")
     await fleet.reconcile_all(fleet.operator(1), times=3)
     foreign = copy.deepcopy(fleet.servers["a"].checks[0])

@@ -153,9 +153,14 @@ IDENTITY = {"uri": "s3://finetune/runs", "identity": {"audience": "minio"}}
 
 
 def pods() -> list[dict[str, Any]]:
-    """Return the specs of a training pod and of a preflight pod, each without and with `storage.identity`."""
+    """Return the specs of a training pod and of a preflight pod, each for a plain job, with `storage.identity`, and
+    with both kinds of `storage.cache` and of `resources.scratch`."""
     check = PreflightSpec(number=1, name="check", image="trainer:1")
-    specs = [{}, {"storage": IDENTITY}]
+    storage = {"uri": "s3://finetune/runs"}
+    shared = {"storage": storage | {"cache": {"claimName": "models"}}, "resources": {"scratch": {"size": "9Gi"}}}
+    volume = {"size": "9Gi", "storageClassName": "fast"}
+    own = {"storage": storage | {"cache": {"ephemeral": volume}}, "resources": {"scratch": volume}}
+    specs: list[dict[str, Any]] = [{}, {"storage": IDENTITY}, shared, own]
     training: list[dict[str, Any]] = [template(**spec)["spec"] for spec in specs]
     return training + [build_preflight_pod(job(**spec), check)["spec"] for spec in specs]
 
@@ -182,7 +187,7 @@ def test_the_pods_ask_for_nothing_that_restricted_forbids() -> None:
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert all("hostPort" not in port for port in container.get("ports", []))
         kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
-        assert kinds <= {"configMap", "secret", "projected", "emptyDir", "persistentVolumeClaim", "csi"}
+        assert kinds <= {"configMap", "secret", "projected", "emptyDir", "persistentVolumeClaim", "csi", "ephemeral"}
 
 
 if __name__ == "__main__":

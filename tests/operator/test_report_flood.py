@@ -100,7 +100,7 @@ FLOODS: dict[str, Values] = {
 """By field of a report: a function that returns the field's value in report number n. The value differs from that in
 the report before."""
 FIXED = {"version", "pod_uid"}
-"""Fields of a report that a flood can not change: the token decides the pod."""
+"""Fields of a report that a flood can't change, because the report server rejects a report with another value."""
 
 
 def test_the_floods_change_every_field_of_a_report() -> None:

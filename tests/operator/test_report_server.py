@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_audience, report_path
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.api_errors import ApiError
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory, ReportingAttempt
 from finetune_operator.queue.work_queue import WorkQueue

@@ -13,7 +13,8 @@ from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract import Outcome
 from finetune_operator import controller as controller_module
 from finetune_operator.controller import Controller
-from finetune_operator.kube.client import ApiError, ListedJob
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import ListedJob
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.key import Key
@@ -36,7 +37,8 @@ FAILURES = [
 
 
 class Lists:
-    """Stands for the client of the API server: answers a list of jobs by its namespace, with jobs or with an error."""
+    """Takes the place of the client of the API server. ``answers`` has, for each namespace, the jobs of its list, or
+    the error with which the list fails."""
 
     def __init__(self, answers: dict[str | None, list[ListedJob] | Exception]) -> None:
         self.answers = answers

@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 import kopf
 import pytest
 from aiohttp import web
-from kubernetes.aio import client as kubernetes_client
 
-from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import TRIES_IF_OVERLOADED, KubeClient
 from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
 from finetune_operator.kube.watch_session import watch_session
 from finetune_operator.queue.key import Key
 from finetune_operator.watches import _Login
+from tests.operator.report_servers import api_configuration
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
@@ -80,7 +81,7 @@ Answer = Callable[[web.Request], web.Response]
 async def client_of(answer: Answer) -> AsyncIterator[tuple[KubeClient, list[float]]]:
     """Run an API server on the loopback that answers with ``answer``; yield a client and the times of requests."""
     async with server_of(answer) as (address, times):
-        client = KubeClient(kubernetes_client.Configuration(host=address), lambda: None)
+        client = KubeClient(api_configuration(address), lambda: None)
         try:
             yield client, times
         finally:

@@ -32,7 +32,7 @@ DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
 class Servers:
-    """Stands for the API server of all namespaces: passes each call to the model server of the call's namespace."""
+    """Takes the place of the API server. Each call is passed to the `ModelServer` of the call's namespace."""
 
     def __init__(self) -> None:
         self.by_namespace: dict[str, ModelServer] = {}

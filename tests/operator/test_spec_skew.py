@@ -117,3 +117,16 @@ async def test_a_spec_that_is_corrected_waits_for_no_pause_and_keeps_no_old_sent
         server.pass_time(1)
     assert server.checks or server.pods
     assert not any("novel" in item["message"] for item in server.job["status"]["conditions"])
+
+
+@pytest.mark.parametrize("task", ["None", "ViGGO"])
+async def test_a_job_of_an_older_version_runs_to_its_end(task: str) -> None:
+    """In the CRD of older versions `dataset.task` was a string, with the default `None`."""
+    server, memory = ModelServer(job_manifest(), NOW), Memory()
+    await while_it_runs(server, memory)
+    server.job["spec"]["dataset"]["task"] = task
+    before = states(server)
+    await pass_minutes(server, 2, memory)
+    assert states(server) == before
+    assert states(server)["Accepted"][0] == "True"
+    assert len(server.pods) == 2

@@ -277,6 +277,16 @@ def test_the_plan_is_what_the_newest_attempt_was_resolved_to() -> None:
     assert status(found).plan == found.plan
 
 
+def test_the_share_of_the_weights_in_reach_of_the_adapters_is_that_of_the_last_report() -> None:
+    plan = PlanStatus(zero_stage=2, processes=4, micro_batch_size=1, gradient_accumulation_steps=3)
+    stored = status(plan=plan)
+    assert stored.plan == plan
+    found = report(adapted_share=0.9876543)
+    told = status(stored, report=found, reported_at=at(1))
+    assert told.plan == plan.model_copy(update={"adapted_share": "0.987654"})
+    assert status(told, plan=plan).plan == told.plan, "the next attempt has the same adapters"
+
+
 def test_time_that_passes_is_written_with_other_news_only() -> None:
     usage = UsageStatus(gpu_seconds=8, active_seconds=2, last_update_time=at(0), holders=["pod-0"])
     stored = status(usage=usage)

@@ -41,7 +41,7 @@ class ApiServer:
     def __init__(self, retry_after: str) -> None:
         self.retry_after = retry_after
         self.lists = 0
-        """How often FineTuneJobs were listed, or tried to be listed."""
+        """Number of requests to list FineTuneJobs, including those that were answered with 429."""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path.strip("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"
-"""What control tokens look like in the text of a template."""
+"""Regular expression that matches the control tokens in the text of a template."""
 WORDS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-"""Tokens of their own that are not special, in Qwen's tokenizers for example."""
+"""Texts that are tokens in some tokenizers, such as Qwen's, but no special tokens."""
 
 
 def template_folder() -> Path:
@@ -38,7 +38,7 @@ def published(name: str) -> str:
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are bytes, two line breaks, and the control tokens of ``template``."""
+    """Return a tokenizer whose tokens are bytes, two line breaks, the control tokens of ``template``, and WORDS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"ĊĊ": len(alphabet)}
     model = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
@@ -52,6 +52,20 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def renderer(
+    tokenizer: PreTrainedTokenizerFast, ends: Sequence[str] = (), today: date | None = None, **form: Any
+) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
+    """Return a function that makes the examples of a row. ``ends`` are the tokens at which the model stops, besides
+    `<eos>`.
+
+    All rows are rendered in one process, as in a job. The process is a fork of the process of the tests, which is
+    large, so that a fork takes far longer than the rendering of a row. The process ends with the function.
+    """
+    stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
+    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
+    return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)
+
+
 def rendered(
     tokenizer: PreTrainedTokenizerFast,
     row: Mapping[str, Any],
@@ -59,10 +73,8 @@ def rendered(
     today: date | None = None,
     **form: Any,
 ) -> Sequence[Example] | str:
-    """Return the examples of ``row``. ``ends`` are the tokens at which the model stops, besides `<eos>`."""
-    stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
-    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
-    return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)
+    """Return the examples of the single row ``row``, see `renderer`."""
+    return renderer(tokenizer, ends, today, **form)(row)
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example] | str) -> list[list[str]]:

@@ -1,5 +1,5 @@
-"""A stand-in for data set repositories on the Hugging Face Hub: an HTTP server on loopback with the few endpoints that
-huggingface_hub requests.
+"""A stand-in for the Hugging Face Hub with one repository, of a data set or of a model: an HTTP server on loopback with
+the few endpoints that huggingface_hub requests.
 
 The tests have no access to the real hub. The server has one repository at one commit, asks for a token if the test sets
 one, and records the requests.
@@ -107,7 +107,7 @@ def served(hub: Hub) -> Iterator[Hub]:
 
 
 def ask_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the client of this process ask ``hub`` for everything, and not wait before it repeats a request."""
+    """Let the client library in this process send all requests to ``hub``, and not wait before it repeats a request."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -34,10 +34,10 @@ def change_values(model: torch.nn.Module, seed: int = 5) -> None:
 
 def options_of(base: Path, *, kind: Export = "Adapter", **changes: Any) -> ExportOptions:
     """Return the options of an export of a model that was trained from the one in ``base``."""
-    names = TensorNames(read_structure(base).model, WeightFiles.of(base).shapes)
+    if "names" not in changes:
+        changes["names"] = TensorNames(read_structure(base).model, WeightFiles.of(base).shapes)
     given: dict[str, Any] = {
         "kind": kind, "precision": "fp32", "base": base, "base_name": "tiny", "added_rows": None, "stop_ids": [1],
-        "names": names,
     }  # fmt: skip
     return ExportOptions(**(given | changes))
 

@@ -1,8 +1,8 @@
 """Tiny, randomly initialized models of the families that transformers can train, made from transformers' own
 configurations, with the tokenizer of `tiny.py`.
 
-`FAMILIES` is the table. `write_family` writes the files of a family as its maker publishes them: with the names of
-tensors that checkpoints of the family have, which differ from the names in memory for many families.
+`FAMILIES` describes each family. `write_family` writes the files of a family with the names of tensors that the
+family's maker publishes. For many families these names differ from the names in memory.
 """
 
 from __future__ import annotations
@@ -79,15 +79,17 @@ class Family:
     shape: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration, in addition to SHAPE or instead of it."""
     text: str = ""
-    """For a model with parts beside the text: the model type of its text. `shape` is then the shape of the text."""
+    """Model type of the text part of a model that also reads images. `shape` then describes the text part. Empty for a
+    model that only reads text."""
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The other parts by their field in the configuration, for example `vision_config`."""
+    """The configurations of the other parts, by their field in the configuration, for example `vision_config`."""
     whole: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the configuration that stand outside of its parts."""
+    """Fields of the configuration that belong to no part."""
     architecture: str = ""
     """Class of the model that is published. Empty where this is the class that `AutoModelForCausalLM` makes."""
     prefixes: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of tensor names that transformers writes, with the beginnings that published files have instead."""
+    """Beginnings of the tensor names that transformers writes, each with the beginning that published files have
+    instead."""
     bytes: bool = False
     """Whether the tokenizer is byte-level. transformers reads the tokenizers of some families as such, whatever their
     files say."""
@@ -121,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "deepseek-v2": Family("deepseek_v2", {"head_dim": 8, "num_key_value_heads": 2}),
-    # The published files also have the layer behind the last one, which predicts the token after the next.
+    # The published files have one more layer than the configuration says. It predicts the token after the next.
     "deepseek-v3": Family(
         "deepseek_v3", {"num_key_value_heads": 2}, unused={"model.layers.2.eh_proj.weight": (32, 64)}
     ),
@@ -364,7 +366,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_configuration(name: str, *, vocabulary: int) -> Any:
-    """Return the configuration of transformers of the tiny model ``name``, with ``vocabulary`` tokens."""
+    """Return transformers' configuration of the tiny model ``name``, with ``vocabulary`` tokens."""
     from transformers import CONFIG_MAPPING
 
     family = FAMILIES[name]

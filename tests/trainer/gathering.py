@@ -1,5 +1,5 @@
-"""One rank of `test_gang.py`: `python -m tests.trainer.gathering EVENT`. EVENT happens to rank 1 while the other ranks
-wait for its answer.
+"""One rank of `test_gang.py`: `python -m tests.trainer.gathering EVENT`. EVENT, for example "killed", is what happens
+to rank 1 while the other ranks wait for the answer of rank 1.
 """
 
 from __future__ import annotations

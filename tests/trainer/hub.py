@@ -51,9 +51,21 @@ def running_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
         thread.join()
 
 
-def _blob_id(path: Path) -> str:
-    """Return the id of a file's content. The hub takes Git's id; here any digest of the content will do."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:40]
+def _git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the file tree. As on the hub, weights lie in Git LFS: their Git id is that of a
+    pointer file, which names the sha256 of the content."""
+    content = path.read_bytes()
+    entry: dict[str, Any] = {"type": "file", "path": path.name, "size": len(content), "oid": _git_id(content)}
+    if path.suffix == ".safetensors":
+        sha256 = hashlib.sha256(content).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
+        entry["oid"] = _git_id(pointer)
+        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
+    return entry
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,11 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.folders[repository]
         files = sorted(item for item in folder.iterdir() if item.is_file())
         if action == "tree":
-            tree = [
-                {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": _blob_id(item)}
-                for item in files
-            ]
-            return self._send(json.dumps(tree).encode(), "application/json", with_body)
+            return self._send(json.dumps([_listed(item) for item in files]).encode(), "application/json", with_body)
         if action == "revision":
             siblings = [{"rfilename": item.name} for item in files]
             model = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": True, "tags": [], "downloads": 0}

@@ -1,4 +1,5 @@
-"""One rank that loads a model as the trainer does, and prints memory figures: `python -m tests.trainer.loading`.
+"""One rank that loads a model as the trainer does, and prints memory figures:
+`python -m tests.trainer.loading MODEL_FOLDER ZERO_STAGE SCRATCH_FOLDER`.
 
 The output is JSON with figures in bytes. `peak` is how far resident memory rose above its level before loading.
 `anonymous` is the same without pages of mapped files, which the kernel can drop at any time. `held` is the size of the

@@ -39,7 +39,7 @@ class Plain:
     perplexity: float
     """Perplexity of the trained model over the learned tokens of the validation examples."""
     base_perplexity: float
-    """The same before the first step."""
+    """Perplexity of the model before the first step, over the same tokens."""
     model: Any = field(repr=False)
 
 
@@ -92,7 +92,7 @@ def plain_perplexity(model: Callable[..., Any], examples: Sequence[PlainExample]
 
 
 def _mean_nll(model: Callable[..., Any], examples: Sequence[PlainExample]) -> torch.Tensor:
-    """Return the negative log-likelihood (nats) of a learned token, in the mean over all ``examples``."""
+    """Return the mean negative log-likelihood (nats) of the learned tokens of all ``examples``."""
     sums, count = [], 0
     for example in examples:
         ids = torch.tensor([example.ids])
@@ -104,16 +104,16 @@ def _mean_nll(model: Callable[..., Any], examples: Sequence[PlainExample]) -> to
 
 
 def plain_order(rows: int, name: str) -> list[int]:
-    """Return the numbers of ``rows`` rows in the order of the digests of ``name`` and number."""
+    """Return the numbers from 0 to ``rows`` - 1, ordered by the digest of ``name`` and the number."""
     return sorted(range(rows), key=lambda row: hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest())
 
 
 def plain_batches(
     sizes: Sequence[int], weights: Sequence[str | None], *, steps: int, size: int, seed: int = 42
 ) -> list[list[int]]:
-    """Return the numbers of the examples of each step. Without ``weights`` the examples are of one source. With them,
-    ``sizes`` has the number of examples of each source of a mix, and the order of the mix is written down as the
-    documentation defines it."""
+    """Return the numbers of the examples of each step. If ``weights`` is empty, the examples come from one source. If
+    ``weights`` has the weights of a mix, ``sizes`` has the number of examples of each source, and the examples are in
+    the order that the documentation defines for a mix."""
     total, taken = sum(sizes), []
     epochs = range(-(-steps * size // total))
     if weights:

@@ -1,4 +1,4 @@
-"""Runs the real launcher as processes on loopback. Each launcher process stands for one pod of an attempt."""
+"""Runs the real launcher as processes on loopback. Each launcher process takes the place of one pod of an attempt."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def children(process: int) -> list[int]:
 
 @dataclass
 class Pod:
-    """One launcher process, which stands for a pod."""
+    """One launcher process, which takes the place of a pod."""
 
     process: subprocess.Popen[bytes] | Forked
     scratch: Path
@@ -172,8 +172,8 @@ def start_pods(
 
     ``variables`` are added to the launcher's environment. ``wrapper`` is the beginning of a command line that runs the
     launcher, such as `unshare` with its options. With ``forked`` the launchers and their workers are forks of a process
-    that has imported torch. This saves many seconds where a test is not about the start of a process or about what can
-    be seen of it from outside, such as its command line.
+    that has imported torch, which saves many seconds. A test must not use ``forked`` if it is about the start of a
+    process, or about properties that other programs see, such as the command line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"

@@ -25,6 +25,7 @@ def paths_in(tmp_path: Path, store: ObjectStore) -> Paths:
         termination_log=tmp_path / "termination-log",
         scratch=tmp_path / "scratch",
         volumes=tmp_path / "volumes",
+        model_cache=tmp_path / "model-cache",
     )
 
 
@@ -40,6 +41,12 @@ class Ended:
     def memory_mebibytes(self) -> int:
         """The peak resident memory in MiB that the process printed."""
         (found,) = re.findall(r"with (\d+) MiB at most", self.log)
+        return int(found)
+
+    @property
+    def data_memory_mebibytes(self) -> int:
+        """The peak resident memory in MiB before the checks with torch began."""
+        (found,) = re.findall(r"were checked within (\d+) MiB", self.log)
         return int(found)
 
 

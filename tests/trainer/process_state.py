@@ -1,5 +1,5 @@
 """Prints what a program finds at its start, as one JSON line: `python -m tests.trainer.process_state END`. Then the
-program ends in the way that END names. `test_zygote.py` compares a started and a forked program by this."""
+program ends as END says. `test_zygote.py` compares the output and the end of a started and of a forked program."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The fields of the published formats of rows, and what happens to each: one table, from which docs/data.md and the
-tests are made. `python -m tests.trainer.test_published_rows` writes it into the page.
-"""
+tests are made. `python -m tests.trainer.test_published_rows` writes the table into docs/data.md."""
 
 from __future__ import annotations
 
@@ -41,22 +40,23 @@ NAMES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A template that shows names."""
+"""A chat template that shows the field `name` of a message."""
 
 
 def asked(*more: Mapping[str, Any], **changes: Any) -> list[Mapping[str, Any]]:
-    """Return a conversation of a question and an answer with ``changes``, and ``more`` messages."""
+    """Return a question, its answer with the fields ``changes``, and the messages ``more`` behind it."""
     return [USER, {"role": "assistant", "content": "Yo", **changes}, *more]
 
 
 def called(**changes: Any) -> list[Mapping[str, Any]]:
-    """Return a conversation with a tool call, whose answer has ``changes``."""
+    """Return a question, a tool call, and the result of the tool with the fields ``changes``."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "9", **changes}
     return [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result]
 
 
 def human(*, more: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str, Any]:
-    """Return a row of ShareGPT with the columns ``changes``."""
+    """Return a row of ShareGPT with the further columns ``changes``. The messages ``more`` are between question and
+    answer."""
     talk = [{"from": "human", "value": "Hi"}, *more, {"from": "gpt", "value": "Yo"}]
     return {"conversations": talk, **changes}
 

@@ -17,8 +17,8 @@ from tests.trainer.row_formats import Made, Row, RowFormat
 
 
 def write_files(form: RowFormat, folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write rows in the form of data sources, and return these: the sources of a mix, or the one source. Several files
-    get about equally many rows each."""
+    """Write rows into data files, and return the paths of the data sources: the sources of a mix, or the one source.
+    Several files get about equally many rows each."""
     folder.mkdir(parents=True)
     suffixes = form.file.split(",")
     paths = []
@@ -50,7 +50,7 @@ def file_content(suffixes: Sequence[str], rows: Sequence[Row]) -> bytes:
 
 
 def _delimited(rows: Sequence[Row], delimiter: str) -> bytes:
-    """Return a csv file, in which lists are JSON."""
+    """Return a csv or tsv file, in which lists and objects are JSON."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
     writer.writeheader()

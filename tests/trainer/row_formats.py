@@ -48,7 +48,8 @@ TOOLS = (
 
 
 def write_model(folder: Path) -> Path:
-    """Write a tiny model to ``folder`` that has the chat templates above."""
+    """Write a tiny model to ``folder``. Its tokenizer has the chat template APPENDING, and its file REWRITING_FILE is
+    REWRITING."""
     tiny.write_model(folder, WORDS)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": APPENDING}))
@@ -57,7 +58,7 @@ def write_model(folder: Path) -> Path:
 
 
 class Made(NamedTuple):
-    """A row, and the examples that it must become. None of them where the row is skipped."""
+    """A row, and the examples that it must become. There are no examples where the row is skipped."""
 
     row: Row
     examples: Sequence[Text]
@@ -74,14 +75,14 @@ class RowFormat:
     """Suffix of the data files. For a mix, and for a folder of several files, the suffixes of all files with a comma in
     between."""
     make: Callable[[random.Random, int], Made]
-    """Makes the row with a number, counted from 0."""
+    """Makes a row, with a random generator and the number of the row, counted from 0."""
     dataset: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `dataset`."""
     mix: Sequence[str | None] = ()
     """The weights of a mix. Empty where the format is no mix."""
 
     def rows(self, count: int, seed: int) -> list[Made]:
-        """Return ``count`` rows."""
+        """Return ``count`` rows with their examples. The same ``seed`` gives the same rows."""
         rng = random.Random(f"{self.name}/{seed}")
         return [self.make(rng, number) for number in range(count)]
 
@@ -96,12 +97,13 @@ def _reversed(words: str) -> str:
 
 
 def _plain_text(rng: random.Random, number: int) -> str:
-    """Return a text, of which every third one is too long."""
+    """Return a text. Every third text is too long."""
     return _words(rng, 28, 20) if number % 3 == 2 else _words(rng, 8)
 
 
 def _skipped_text(rng: random.Random, number: int) -> Made:
-    """Control tokens in a text are meant as such (`allowSpecialTokens`)."""
+    """Make a row of text that is skipped if it is too long. `<end>` in the text becomes the control token, because the
+    format has `allowSpecialTokens`."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     return Made({"text": text}, [] if number % 3 == 2 else [[(f"{text} <end>", True)]])
 
@@ -117,14 +119,15 @@ def _split_text(rng: random.Random, number: int) -> Made:
 
 
 def _cut_text(rng: random.Random, number: int) -> Made:
-    """A control token in a text is ordinary text, of which the tiny model knows no word."""
+    """Make a row of text that is truncated if it is too long. `<end>` in the text is read as ordinary text of three
+    words, none of which the tiny model knows."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     shown = f"{text.replace('<end>', '<unk> <unk> <unk>')} <end>"
     return Made({"body": text, "other": "unused"}, [[(" ".join(shown.split()[:LONGEST]), True)]])
 
 
 def _prompt_completion(rng: random.Random, number: int) -> Made:
-    """Every fifth row is bad, because it has an empty completion."""
+    """Make a row with a prompt and a completion. Every fifth row is bad, because its completion is empty."""
     question, bad = _words(rng), number % 5 == 3
     reply = "" if bad else _reversed(question)
     examples = [[(f"ask {question} answer", False), (f"{reply} w59 <end>", True)]]
@@ -132,7 +135,8 @@ def _prompt_completion(rng: random.Random, number: int) -> Made:
 
 
 def _template(rng: random.Random, number: int) -> Made:
-    """Every second row has no value in the optional column, and one has a control token."""
+    """Make a row with four columns. In every second row the optional column has no value, and row 2 has a control
+    token."""
     task, rest = _words(rng), _words(rng, 3) if number % 2 else ""
     reason, answer = "w5 <end>" if number == 2 else _words(rng), _reversed(task)
     row = {"task": task, "input": rest, "reason": reason, "answer": answer}
@@ -151,7 +155,8 @@ def _messages(turns: Sequence[tuple[str, str]], names: Sequence[str] = ("user", 
 
 
 def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = None) -> Text:
-    """Return a conversation as one example, up to the last answer that is learned; without ``learned`` all are."""
+    """Return a conversation as one example, up to the last answer that is learned. ``learned`` says for each answer
+    whether it is learned. Without it all answers are learned."""
     learned = learned or [True] * len(turns)
     parts = []
     for (question, answer), flag in zip(turns, learned, strict=True):
@@ -162,7 +167,8 @@ def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = No
 
 
 def _appended(rng: random.Random, number: int) -> Made:
-    """The conversation has a message of the system, may end with a question, and one has a control token."""
+    """Make a conversation with a system message. Every second one ends with a question, and row 1 has a control
+    token."""
     turns = _turns(rng, number)
     if number == 1:
         turns[0] = (turns[0][0], "w1 <end> w2")
@@ -172,7 +178,7 @@ def _appended(rng: random.Random, number: int) -> Made:
 
 
 def _rewritten(rng: random.Random, number: int) -> Made:
-    """A row becomes an example for each answer."""
+    """Make a conversation that becomes one example for each answer."""
     turns = _turns(rng, number)
     return Made({"messages": _messages(turns)}, [_shown([turn]) for turn in turns])
 
@@ -183,7 +189,7 @@ def _last(rng: random.Random, number: int) -> Made:
 
 
 def _everything(rng: random.Random, number: int) -> Made:
-    """All tokens are learned, also those of a question at the end."""
+    """Make a conversation of which all tokens are learned, even those of a question at the end."""
     turns = _turns(rng, number)
     messages = _messages(turns)
     text = " ".join(part for part, _ in _shown(turns))
@@ -194,7 +200,8 @@ def _everything(rng: random.Random, number: int) -> Made:
 
 
 def _tools(rng: random.Random, number: int) -> Made:
-    """The assistant calls a tool, and answers with its result. Every third row has no tools."""
+    """Make a conversation in which the assistant calls a tool, and answers with its result. Every third row has no
+    tools."""
     ((question, answer),) = _turns(rng, 0)
     if number % 3 == 2:
         return Made({"dialogue": _messages([(question, answer)])}, [_shown([(question, answer)])])
@@ -217,7 +224,8 @@ def _tools(rng: random.Random, number: int) -> Made:
 
 
 def _weighted(rng: random.Random, number: int) -> Made:
-    """Of two answers only one is learned, and names of roles are those of `roles`."""
+    """Make a conversation with two answers, of which only one is learned. The names of its roles are keys of
+    `roles`."""
     turns = [*_turns(rng, 0), *_turns(rng, 0)]
     learned = [number % 2 == 0, number % 2 == 1]
     messages = _messages(turns, ("teacher", "pupil"))
@@ -332,7 +340,7 @@ def texts(rows: Sequence[Made]) -> list[Text]:
 
 
 def plain_example(tokenizer: Any, text: Text) -> PlainExample:
-    """Return an example that is given as text."""
+    """Return the token ids of ``text``, each with whether it is learned."""
     parts = [(tokenizer(part)["input_ids"], learned) for part, learned in text]
     return PlainExample(
         [number for ids, _ in parts for number in ids], [learned for ids, learned in parts for _ in ids]
@@ -340,7 +348,7 @@ def plain_example(tokenizer: Any, text: Text) -> PlainExample:
 
 
 def found_examples(examples: ExampleSet) -> list[PlainExample]:
-    """Return examples that the trainer has made."""
+    """Return ``examples``, which the trainer has made, in the form of `plain_example`."""
     return [
         PlainExample(
             [int(number) for number in example.ids],

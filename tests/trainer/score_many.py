@@ -25,7 +25,8 @@ from finetune_trainer.ranks import process
 
 
 class StopSoon:
-    """Says that SIGTERM has come, once it was armed and has been asked three times after that."""
+    """A callable that says whether this process received SIGTERM. It says yes from the fourth call on after `armed` was
+    set."""
 
     def __init__(self) -> None:
         self.armed, self.asked = False, 0

@@ -32,7 +32,8 @@ def main() -> None:
             if gang.rank == 1 and step == 5:
                 a_call_that_hangs()
     finally:
-        # A rank that says why it stalls is not interrupted by the leaving of its peers. A worker does the same.
+        # If the watchdog of this rank is reporting a stall, `claim_end` does not return. So an error because the other
+        # ranks left does not interrupt the report. `worker.py` does the same.
         watchdog.claim_end()
 
 

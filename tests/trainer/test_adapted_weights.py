@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -21,7 +22,7 @@ from finetune_trainer.checkpoints.export import ADAPTER_FILE
 from finetune_trainer.checkpoints.weight_deltas import adapter_changes
 from finetune_trainer.model.adaptable import Part, TextPath
 from finetune_trainer.model.adapters import add_adapters, choose_targets, reach_notice
-from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.model.load import load_base, trained_parameters
 from finetune_trainer.model.structure import ModelStructure
 from tests.trainer.families import FAMILIES, family_configuration
 
@@ -67,7 +68,9 @@ def structure_of(model: Any) -> ModelStructure:
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     head = model.get_output_embeddings()
     output = names[id(head)] if head is not None else None
-    return ModelStructure(model, names[id(model.get_input_embeddings())], output, tied=False, context=None)
+    embedding = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    return ModelStructure(model, names[id(embedding)], output, tied=False, rows=rows, context=None)
 
 
 def adapted_model(name: str, lora: LoRASpec, *, added_tokens: bool = False) -> tuple[PreTrainedModel, PeftModel]:
@@ -188,6 +191,11 @@ def test_a_pattern_can_select_single_layers() -> None:
         ("deepseek-v3", {"targetModules": ["mlp.gate"]}, "which also has e_score_correction_bias"),
         ("mamba", {"targetModules": ["out_proj"]}, "whose weight the model reads without calling the layer"),
         ("mixtral", {"dropout": "0.1"}, "lora.dropout: must be 0 while model.layers.0.mlp.experts.gate_up_proj gets"),
+        (
+            "mixtral",
+            {"quantization": "NF4"},
+            "lora.quantization: must be absent for a model with experts: bitsandbytes",
+        ),
         ("mixtral", {"doRA": True}, "lora.doRA: must be false while model.layers.0.mlp.experts.gate_up_proj gets"),
     ],
 )
@@ -196,6 +204,28 @@ def test_what_fits_nothing_or_what_peft_can_not_do_is_a_sentence(name: str, lora
     with pytest.raises(UserError) as found:
         choose_targets(structure, LoRASpec.model_validate(lora), added_tokens=False)
     assert problem in str(found.value)
+
+
+def test_a_quantized_base_model_holds_its_linear_layers_in_four_bits(tiny_model: Path) -> None:
+    whole = load_base(tiny_model, torch.float32)
+    quantized = load_base(tiny_model, torch.float32, quantization="NF4")
+    targets = choose_targets(structure_of(whole), LoRASpec(), added_tokens=False)
+    for name in targets.names:
+        weight, held = whole.get_submodule(name).weight, quantized.get_submodule(name).weight
+        assert held.numel() * held.element_size() * 8 == weight.numel() * 4, name
+        near, weight = dequantize_4bit(held.data, held.quant_state), weight.detach()
+        assert 0 < float((near - weight).abs().max()) < 0.3 * float(weight.abs().max()), name
+    for embedding in (structure_of(whole).input_name, structure_of(whole).output_name):
+        assert embedding is not None
+        assert torch.equal(quantized.get_submodule(embedding).weight, whole.get_submodule(embedding).weight)
+
+
+def test_an_evaluation_does_not_change_a_quantized_base_model(tiny_model: Path) -> None:
+    model = load_base(tiny_model, torch.float32, quantization="NF4").train()
+    before = logits_of(model)
+    after = logits_of(model.eval())
+    assert torch.equal(after, before)
+    assert torch.equal(logits_of(model.train()), before)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, "gemma-3-vision", "gpt-2"])

@@ -227,7 +227,7 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     )
     with torch.device("meta"):
         base = LlamaForCausalLM(config).to(torch.bfloat16)
-    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
+    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, rows=32004, context=4096)
     targets = choose_targets(structure, LoRASpec(), added_tokens=True).modules
     model = add_adapters(base, LoRASpec(), targets=targets, seed=1, base_name="7b")
     shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}

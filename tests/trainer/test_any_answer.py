@@ -218,7 +218,7 @@ def test_what_has_a_meaning_of_its_own_passes_a_boundary_as_it_is(error: BaseExc
 
 
 def no_store() -> Any:
-    """Return no store, because nothing asks it."""
+    """Return None where the signature asks for a store, because a model on the hub needs none."""
     return None
 
 
@@ -262,7 +262,7 @@ HUB_ANSWERS = st.tuples(
 
 
 class MovingHub(Hub):
-    """A hub that answers honestly at first, and then with `odd`."""
+    """A hub that answers the next `honest` requests as a hub does, and all later ones with `odd`."""
 
     honest = 0
     odd: tuple[int, dict[str, str], bytes] = (200, {}, b"")

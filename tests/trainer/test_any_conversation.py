@@ -1,5 +1,5 @@
-"""Any conversation and a template of any usual kind: the row is refused, or each answer stands behind the tokens of
-inference and no word of the row is lost."""
+"""Any conversation and a template of any usual kind: either the row is refused, or each answer follows exactly the
+tokens that the model gets at inference, and no word of the row is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADERS = (
     ("<|{{ m.role }}|>", ""),
     ("{{ m.role }}: ", "assistant: "),
 )
-"""What stands before a message, and the generation prompt."""
+"""What the template writes before a message, and its generation prompt."""
 CONTENTS = (
     "{{ m.content }}",
     "{{ m.content or '' }}",
@@ -84,7 +84,7 @@ TOOL = {"type": "function", "function": {"name": "W#", "description": "W#"}}
 
 
 def numbered(value: Any, numbers: Iterator[int]) -> Any:
-    """Return a JSON value in whose texts each word has its own number."""
+    """Return a JSON value with a number of its own for each `#` in its texts, so that each word occurs once."""
     return json.loads(re.sub(r"#", lambda _: f"{next(numbers)}x", json.dumps(value)))
 
 

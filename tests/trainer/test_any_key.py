@@ -87,7 +87,7 @@ ODD_KEYS = [b"\xff", b"a\x00b", b"../../../etc/x", b".", b"x" * 300, b"a//b", b"
 
 
 def read_data(source: DataSource, paths: Paths, store: Any, folder: Path) -> str:
-    """Fetch the data of ``source``, and read all rows. Nothing may be written beside ``folder``."""
+    """Fetch the data of ``source`` into ``folder``, and read all rows."""
     local = data_file(source, "dataset.train", paths, store, folder / "data")
     for row in read_rows(local, "dataset.train"):
         assert row.place(source_name(source)).encode()
@@ -143,7 +143,7 @@ FILE_NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name
 
 
 class OpenHub(Hub):
-    """A hub that has every file, and whose lists are the given ones."""
+    """A hub that has every file, and lists only the files `names`."""
 
     names: tuple[str, ...] = ()
 

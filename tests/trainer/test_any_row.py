@@ -1,5 +1,5 @@
-"""Any value in a row of any kind of file becomes examples, or a sentence with file and row that `badRows` can skip, in
-every format; and a row that is kept for graders is written and read again."""
+"""In every format and in every kind of file, a row with any values becomes examples, or a sentence with file and row
+that `badRows` can skip. A row that is kept for graders can be written and read again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tokenize() -> TokenizeFunctions:
 
 
 def check(path: Path, options: dict[str, Any], tokenize: TokenizeFunctions) -> str:
-    """Make examples of the rows of ``path``, and return the sentence for the user, or an empty text."""
+    """Make examples of the rows of ``path``. Return the sentence for the user if this fails, else an empty text."""
     if "text" not in options["format"] and options["longRows"] in ("Split", "Truncate"):
         options = options | {"longRows": "Skip"}
     spec = DatasetSpec.model_validate({"train": {"volume": {"claimName": "c", "path": path.name}}} | options)
@@ -136,7 +136,7 @@ def test_any_json_value_is_an_example_or_a_sentence_in_every_format(
         sentence = check_json(tmp_path, [*rows, GOOD], options, tokenize)
         outcomes[sentence.partition(":")[0]] += 1
         if sentence.startswith(FIELD) and options["badRows"] == options["longRows"] == "Skip":
-            # Only the argument that the row gives to the template may spoil the good row.
+            # With some options even the good row can't be used, for example where `messagesField` is `text`.
             assert "no row left to use" in sentence
 
     ask()

@@ -27,8 +27,8 @@ class Unreachable:
 
 @pytest.fixture(scope="module", autouse=True)
 def unreachable(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unreachable]:
-    """An attempt whose store does not answer. The pod waits for a quarter of a minute, so it starts before the first
-    test of this file, and waits beside the other tests."""
+    """An attempt whose store does not answer. The pod repeats its first request for up to 20 s, so it starts before the
+    first test of this file and waits beside the other tests."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     config = run_config(store, "unreachable", world__nodes=1, storage__endpoint=endpoint)
     attempt = start_pods(config, tmp_path_factory.mktemp("unreachable"), credentials=store.credentials)
@@ -114,7 +114,7 @@ def test_a_run_file_of_another_version_is_refused(store: ObjectStore, pods: Star
 
 
 def test_fewer_gpus_than_asked_for_never_falls_back_to_the_cpu(store: ObjectStore, pods: StartPods) -> None:
-    attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"))
+    attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"), forked=True)
     assert attempt.wait() == [75]
     assert "the NVIDIA driver shows 0" in attempt.pods[0].result.message
 

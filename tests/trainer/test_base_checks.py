@@ -142,8 +142,8 @@ def _with_source(changes: dict[str, Any]) -> dict[str, Any]:
     return {"model": source} | changes
 
 
-def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+def edit(path: Path, **fields: Any) -> int:
+    return path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -152,15 +152,15 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     save_file(tensors, folder / SINGLE, {"format": "pt"})
 
 
-def replace_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], None]:
+def replace_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], object]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
 
 
-def lose_tensor(name: str) -> Callable[[Path], None]:
+def lose_tensor(name: str) -> Callable[[Path], object]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.pop(name))
 
 
-def configure(**fields: Any) -> Callable[[Path], None]:
+def configure(**fields: Any) -> Callable[[Path], object]:
     return lambda folder: edit(folder / "config.json", **fields)
 
 
@@ -199,6 +199,11 @@ def newer_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def stop_at_a_new_token(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", additional_special_tokens=["<turn>"])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 64]}')
+
+
 @dataclass(frozen=True)
 class Broken:
     """A model that no job can train, and what is said of it."""
@@ -217,10 +222,7 @@ BROKEN: dict[str, Broken] = {
         "model: its tokenizer does not fit its weights: the end token '</s>' has the id 64, and the embedding has only",
     ),
     "a stop token beyond the rows": Broken(
-        lambda folder: (
-            edit(folder / "tokenizer_config.json", additional_special_tokens=["<turn>"]),
-            (folder / "generation_config.json").write_text('{"eos_token_id": [1, 64]}'),
-        ),
+        stop_at_a_new_token,
         "model: its tokenizer does not fit its weights: the stop token '<turn>' has the id 64",
     ),
     "rows beyond the configuration": Broken(

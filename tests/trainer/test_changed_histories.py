@@ -1,5 +1,5 @@
-"""Chat templates that leave out a part of a row, or that write the messages before an answer in another way once the
-answer stands behind them."""
+"""Chat templates that leave out a part of a row, or that render the messages before an answer differently once the
+answer follows them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_the_second_of_two_calls_is_not_lost_in_the_template_of_gpt_oss() -> Non
 
 
 def test_what_a_template_shows_in_one_conversation_may_be_left_out_in_another() -> None:
-    """A renderer remembers which fields the template has shown. It asks again where the roles are other ones."""
+    """A renderer remembers which fields the template has shown. It checks a field again where the roles of the messages
+    differ."""
     template = "{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + APPENDING.replace(
         "{{ m.content }}", "{{ m.content if loop.first or loop.previtem.role != 'user' or m.role != 'user' }}"
     )
@@ -82,7 +83,7 @@ MISTRAL = (
     "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-"""Puts the system message into the last message, if a person wrote that message."""
+"""A template like that of Mistral: it puts the system message into the last message, if a person wrote that message."""
 
 
 def test_a_system_message_that_a_template_moves_stands_before_each_answer_as_at_inference() -> None:
@@ -119,7 +120,7 @@ def test_thoughts_that_the_generation_prompt_has_closed_are_part_of_the_prompt()
     assert learned(tokenizer, examples) == [["Yo<|im_end|>"], ["Yo<|im_end|>"]]
     assert not isinstance(examples, str)
     assert tokenizer.decode(list(examples[0].ids[: examples[0].prompt_tokens])).endswith(closed)
-    # A row with thoughts does not fit to a prompt that has closed them.
+    # An answer with thoughts can't follow a prompt that has closed the thoughts already.
     thinking = template.replace(
         "{{ m.content }}", "{{ '<think>' + m.thinking + '</think>' if m.thinking }}{{ m.content }}"
     )
@@ -235,7 +236,8 @@ def test_a_list_of_parts_is_text_also_for_a_template_that_writes_it_as_json() ->
 
 
 def test_a_template_that_can_not_show_calls_is_refused_with_its_own_reason() -> None:
-    """The first form that is tried has no content beside the calls, which says nothing of the template."""
+    """The first form that is tried has no content beside the calls. Its error is about the missing content, and not the
+    reason that the template gives."""
     tokenizer = byte_tokenizer(
         "{% for m in messages %}{{ m.content + raise_exception('No tools, please') }}{% endfor %}"
     )

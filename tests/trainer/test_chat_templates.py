@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from tests.trainer.chat import byte_tokenizer, learned, published, rendered, template_folder
+from finetune_trainer.data.examples import Example
+from tests.trainer.chat import byte_tokenizer, learned, published, rendered, renderer, template_folder
 
 Message = Mapping[str, Any]
+Render = Callable[[Mapping[str, Any]], Sequence[Example] | str]
+FamilyOf = Callable[[str], tuple[PreTrainedTokenizerFast, Render]]
 
 CALL = {"type": "function", "function": {"name": "area", "arguments": {"side": 3}}}
 TOOL = {
@@ -79,7 +84,7 @@ class Family:
     ends: tuple[str, ...]
     """Tokens at which the model stops, besides EOS."""
     refused: Mapping[str, str]
-    """For each conversation that the template can't show, what is said of it."""
+    """For each conversation that the template can't show, the beginning of the phrase with which it is refused."""
     examples: Mapping[str, int]
     """For each other conversation, the number of its examples."""
     differences: tuple[Difference, ...] = ()
@@ -97,9 +102,9 @@ PLAIN_ONLY = {"plain": 1}
 NO_THOUGHTS = {"plain": 1, "tools": 1}
 APPENDS = {"plain": 1, "thoughts": 1, "tools": 1}
 FORGETS = {"plain": 1, "thoughts": 2, "tools": 1}
-"""The template removes the thoughts of earlier messages."""
+"""The numbers of examples where the template removes the thoughts of earlier messages."""
 REWRITES = {"plain": 2, "thoughts": 2, "tools": 3}
-"""The template writes empty thoughts into the last message only."""
+"""The numbers of examples where the template writes empty thoughts into the last message only."""
 IM = ("<|im_end|>",)
 
 FAMILIES = {
@@ -166,16 +171,29 @@ def cases(*, refused: bool) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def family_of() -> FamilyOf:
+    """A function that returns tokenizer and renderer of the family with a name. The tests of a family follow each
+    other, so that one process renders for all of them."""
+
+    @functools.lru_cache(maxsize=1)
+    def find(name: str) -> tuple[PreTrainedTokenizerFast, Render]:
+        tokenizer = byte_tokenizer(published(name))
+        return tokenizer, renderer(tokenizer, FAMILIES[name].ends)
+
+    return find
+
+
 def test_every_published_template_of_a_text_model_is_in_the_table() -> None:
     names = {path.stem for path in template_folder().glob("*.jinja")}
     assert {name for name in names if not name.endswith("_training")} - NO_TEXT_FAMILIES == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("name", "kind"), cases(refused=False))
-def test_before_and_behind_each_answer_stand_the_tokens_of_inference(name: str, kind: str) -> None:
+def test_before_and_behind_each_answer_stand_the_tokens_of_inference(name: str, kind: str, family_of: FamilyOf) -> None:
     family, messages = FAMILIES[name], CONVERSATIONS[kind]
-    tokenizer = byte_tokenizer(published(name))
-    examples = rendered(tokenizer, row_of(kind, messages), family.ends)
+    tokenizer, render = family_of(name)
+    examples = render(row_of(kind, messages))
     assert not isinstance(examples, str), examples
     assert len(examples) == family.examples[kind]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -194,20 +212,22 @@ def test_before_and_behind_each_answer_stand_the_tokens_of_inference(name: str, 
 
 
 @pytest.mark.parametrize(("name", "kind"), cases(refused=True))
-def test_a_conversation_that_a_template_can_not_show_is_refused_by_name(name: str, kind: str) -> None:
-    family = FAMILIES[name]
-    refused = rendered(byte_tokenizer(published(name)), row_of(kind, CONVERSATIONS[kind]), family.ends)
+def test_a_conversation_that_a_template_can_not_show_is_refused_by_name(
+    name: str, kind: str, family_of: FamilyOf
+) -> None:
+    _, render = family_of(name)
+    refused = render(row_of(kind, CONVERSATIONS[kind]))
     assert isinstance(refused, str)
-    assert refused.startswith(family.refused[kind])
+    assert refused.startswith(FAMILIES[name].refused[kind])
 
 
 @pytest.mark.parametrize(
     "name", [name for name in FAMILIES if (template_folder() / f"{name}_training.jinja").is_file()]
 )
-def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(name: str) -> None:
+def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(name: str, family_of: FamilyOf) -> None:
     """Each conversation is cut behind each of its answers, and the last answer is compared."""
     family, marked = FAMILIES[name], published(f"{name}_training")
-    tokenizer = byte_tokenizer(published(name))
+    tokenizer, render = family_of(name)
     needed = set()
     for kind in family.examples.keys() - family.unmarked:
         messages = CONVERSATIONS[kind]
@@ -223,7 +243,7 @@ def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(name
             for difference in family.differences:
                 text, count = re.subn(difference.marked, difference.learned, text)
                 needed.update([difference] if count else [])
-            assert learned(tokenizer, rendered(tokenizer, row, family.ends))[-1][-1] == text
+            assert learned(tokenizer, render(row))[-1][-1] == text
     assert needed == set(family.differences)
 
 

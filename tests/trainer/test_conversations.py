@@ -18,7 +18,7 @@ from finetune_trainer.data.chat import chat_template
 from finetune_trainer.data.chat.chat_template import taken_names, use_chat_template
 from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
 from finetune_trainer.data.files.row import Row
-from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import generation_stop_ids, stop_ids, tokenize_functions
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer, learned, published, rendered
 
@@ -238,7 +238,8 @@ def test_values_that_are_nested_too_deeply_are_named(place: str) -> None:
 
 
 def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:
-    """Qwen's template writes an object, and DeepSeek's joins a text."""
+    """Qwen's template writes the arguments as an object. DeepSeek's template joins them with text, so they must be
+    text."""
     for name, text in (("qwen2_5", '"arguments": {"side": 3}'), ("deepseekv3", '```json\n{"side": 3}\n```')):
         tokenizer = byte_tokenizer(published(name))
         for arguments in ('{"side": 3}', {"side": 3}):
@@ -258,6 +259,23 @@ def test_generation_also_stops_at_the_tokens_of_the_model_and_at_the_end_of_an_a
     end, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
     assert stop_ids(tokenizer, spec().format) == sorted([tokenizer.eos_token_id, end])
     assert stop_ids(tokenizer, spec().format, [start, 10**6, -1]) == sorted([tokenizer.eos_token_id, end, start])
+
+
+def test_a_model_with_a_chat_template_stops_at_the_end_of_a_turn_whatever_its_rows_are() -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    form = DatasetFormat.model_validate({"text": {}})
+    assert stop_ids(tokenizer, form, [7]) == sorted([7, tokenizer.eos_token_id])
+    assert generation_stop_ids(tokenizer, form, [7]) == sorted([7, tokenizer.eos_token_id, end])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% for m in messages %}{{ m.content }}!{% endfor %}", "{{", ""]
+)
+def test_a_chat_template_that_ends_no_turn_with_a_control_token_adds_no_stop_token(template: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    form = DatasetFormat.model_validate({"text": {}})
+    assert generation_stop_ids(tokenizer, form) == [tokenizer.eos_token_id]
 
 
 def test_the_template_of_the_job_is_rendered_and_kept_for_the_artifact(tmp_path: Path) -> None:
@@ -371,7 +389,7 @@ def test_arguments_change_what_the_model_gets() -> None:
     assert learned(tokenizer, rendered(tokenizer, row, templateArguments={"enable_thinking": "false"})) == [
         ["Yo<|im_end|>"]
     ]
-    # The row is nearer than the job.
+    # Arguments in the row replace those of the job.
     own = row | {"chat_template_kwargs": {"enable_thinking": True}}
     examples = rendered(tokenizer, own, templateArguments={"enable_thinking": "false"})
     assert learned(tokenizer, examples) == [["<think>\n\n</think>\n\nYo<|im_end|>"]]

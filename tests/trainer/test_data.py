@@ -96,7 +96,7 @@ def test_the_order_is_fixed_for_ever() -> None:
 @pytest.mark.parametrize("equal_bytes", [0, 8])
 @given(rows=st.integers(0, 60), name=st.text(st.characters(codec="utf-8"), max_size=10))
 def test_rows_are_in_the_order_of_their_digests(equal_bytes: int, rows: int, name: str) -> None:
-    """Also where the first halves of digests are equal, which a random digest never has."""
+    """The order holds even where the first halves of digests are equal, which does not happen with real digests."""
 
     def blake2b(text: bytes, *, digest_size: int) -> Any:
         digest = hashlib.blake2b(text, digest_size=digest_size).digest()

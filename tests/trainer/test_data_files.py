@@ -1,6 +1,5 @@
-"""Data files of every kind become rows: a fault costs its row where it is one row's, and its file where nobody can tell
-how the file goes on. Whatever stands in a file, reading it ends with rows or with a sentence.
-"""
+"""Data files of every kind become rows. A fault in one row costs this row. A fault after which nobody can tell where
+the next row begins costs the file. Whatever a file contains, reading it ends with rows or with a sentence."""
 
 from __future__ import annotations
 
@@ -210,7 +209,7 @@ def test_any_bytes_as_a_file_of_any_kind_are_rows_or_a_sentence(
         honest = CONTENTS[kind]
     honest = COMPRESS[compression if compression in COMPRESS else ""](honest)
     at = data.draw(st.integers(0, len(honest)))
-    # Bytes alone seldom come past the first check of a format, so they are also put into an honest file.
+    # Random bytes alone seldom pass the first check of a format, so they are also put into an honest file.
     for content in (noise, honest[:at] + noise + honest[at + len(noise) :], honest[:at]):
         sentence, rows = "", []
         try:
@@ -476,13 +475,78 @@ def test_a_row_group_of_hundreds_of_megabytes_is_read_page_by_page(tmp_path: Pat
 
 
 def test_long_texts_that_lie_side_by_side_take_the_memory_of_a_few(tmp_path: Path) -> None:
-    """Neither texts that the file holds once for all rows nor the average length of a row tell how much is decoded."""
+    """The size of a file does not tell how much is decoded: a file may hold a text once for all its rows, and a few
+    rows may be far longer than the average."""
     long = "abcdefgh" * 175_000
     parquet.write_table(pyarrow.table({"text": [long] * 200}), tmp_path / "once.parquet")
     assert peak_mebibytes(tmp_path / "once.parquet", 200) <= 200
     table = pyarrow.table({"text": ["short"] * 20_000 + [f"{number}{long}" for number in range(64)]})
     parquet.write_table(table, tmp_path / "end.parquet", use_dictionary=False, write_batch_size=1)
     assert peak_mebibytes(tmp_path / "end.parquet", 20_064) <= 200
+
+
+MEASURED_SENTENCE = """
+import json, sys
+from pathlib import Path
+from finetune_core.errors import UserError
+from finetune_trainer.data.reader import read_rows
+found = []
+try:
+    for row in read_rows(Path(sys.argv[1]), "dataset.train", columns={"text"}):
+        found.append(row.problem or "read")
+except UserError as error:
+    found.append(str(error))
+print(json.dumps({"found": found, "peak": PEAK}))
+"""
+CHARACTERS = 64 * MIB
+"""Largest number of characters of a row."""
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "unit", "count", "end", "found"),
+    [
+        ("a.jsonl", '{"text": "', "\U0001f600", CHARACTERS, "", "a.jsonl has more than 33554432 characters in line 1"),
+        ("a.jsonl", '{"text": "', "\U0001f600", CHARACTERS // 2 - 20, '"}', "read"),
+        ("a.jsonl", '{"text": "\U0001f600', "x", CHARACTERS // 2, '"}', "more than 33554432 characters in line 1"),
+        ("a.jsonl", '{"text": "', "\u0416", CHARACTERS - 20, '"}', "read"),
+        ("a.jsonl", '{"text": [', "[],", CHARACTERS // 4, "0]}", "has more values than fit into 256 MiB of memory"),
+        ("a.json", '[{"text": "', "\U0001f600", CHARACTERS, "", "a.json has a row 1 of more than 33554432 characters"),
+        ("a.json", '[{"text": [', "[],", CHARACTERS // 4, "0]}]", "a row 1 with more values than fit into 256 MiB"),
+        ("a.txt", "", "\U0001f600", CHARACTERS, "", "a.txt has more than 33554432 characters in line 1"),
+        ("a.csv", "text\n", "\U0001f600", CHARACTERS // 2 - 20, "", "read"),
+        ("a.csv", "text\n", "\u0416", CHARACTERS - 20, "", "is not csv (row larger than row limit (33554432)"),
+        ("a.csv", "text\n", "ab,", CHARACTERS // 4, "", "is not csv (more fields than fit into 256 MiB of memory"),
+    ],
+)
+def test_the_longest_rows_of_any_characters_and_values_take_bounded_memory(
+    name: str, begin: str, unit: str, count: int, end: str, found: str, tmp_path: Path
+) -> None:
+    """A character takes up to four bytes of memory, and short values take many times as much as their text."""
+    path = tmp_path / name
+    with path.open("w", encoding="utf-8") as file:
+        file.write(begin)
+        for _ in range(count // MIB):
+            file.write(unit * MIB)
+        file.write(unit * (count % MIB) + end)
+    command = [sys.executable, "-c", MEASURED_SENTENCE.replace("PEAK", PEAK), str(path)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    path.unlink()
+    assert found in told["found"][0]
+    assert told["peak"] <= 500
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_lines_that_are_read_in_pieces_are_whole_and_have_their_numbers(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.data.files.lines.PIECE_CHARACTERS", size)
+    text = "a\nbc\r\n\ndef\rg\r\rhij\r\n\r\nklmno\np"
+    rows = read(tmp_path, "a.txt", text.encode())
+    # `splitlines` of bytes ends lines as Python's files do.
+    lines = [line.decode() for line in text.encode().splitlines()]
+    assert [(row.number, row.fields["text"]) for row in rows] == [
+        (number, line) for number, line in enumerate(lines, 1) if line
+    ]
 
 
 def test_a_small_parquet_file_with_endless_rows_of_nothing_is_not_read_to_its_end(
@@ -500,7 +564,7 @@ def test_a_small_parquet_file_with_endless_rows_of_nothing_is_not_read_to_its_en
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.zst", "a.jsonl.gz"])
 def test_the_memory_for_a_file_of_twenty_gigabytes_is_that_of_a_small_one(name: str, tmp_path: Path) -> None:
-    """The file is a named pipe, so that it needs no space. It is longer than most disks of test machines."""
+    """The file is a named pipe, because a test machine may not have twenty gigabytes of free space."""
     program = """
 import gzip, itertools, json, os, sys
 import pyarrow
@@ -540,6 +604,7 @@ print(rows, PEAK)
     )
     told, _ = writer.communicate()
     rows, peak = map(int, done.stdout.split())
+    print(f"{name}: {rows} rows, {peak} MiB at most")
     assert rows == int(told)
     assert peak <= 500
 

@@ -1,5 +1,5 @@
-"""A file, a folder and a glob mean the same in a bucket, on a volume and on the hub, and whatever these answer becomes
-rows or a sentence."""
+"""A file, a folder and a glob mean the same in a bucket, on a volume and on the hub. Whatever a bucket, a volume or the
+hub answers becomes rows or a sentence."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def on_volume(path: str) -> DataSource:
 
 
 def places(source: DataSource, paths: Paths, folder: Path) -> list[str]:
-    """Return where each row of ``source`` stands."""
+    """Return the place of each row of ``source``."""
     local = data_file(source, "dataset.train", paths, no_store(), folder)
     return [row.place(source_name(source)) for row in read_rows(local, "dataset.train")]
 
@@ -372,7 +372,7 @@ class Bucket:
 
 
 def in_bucket(uri: str, objects: dict[str, bytes], folder: Path) -> list[str]:
-    """Return where each row of the source ``uri`` stands in a bucket with ``objects``."""
+    """Return the place of each row of the source ``uri``, where the bucket has ``objects``."""
     source: Any = DataSource.model_validate({"s3": {"uri": uri}})
     bucket: Any = Bucket(objects)
     local = data_file(source, "dataset.train", Paths(), bucket, folder)

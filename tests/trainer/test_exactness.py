@@ -210,7 +210,8 @@ FORGETFUL = (
 
 
 def as_conversations(rows: Rows) -> list[dict[str, Any]]:
-    """Return ``rows`` as conversations of two questions each."""
+    """Return ``rows`` as conversations of two questions each. If the number of rows is odd, the last conversation has
+    one question."""
     turns = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["reply"]}] for row in rows
     ]

@@ -233,7 +233,7 @@ def test_a_finished_run_comes_before_newer_ones_and_the_newest_before_older_ones
 
 
 def _let_a_second_pass(bucket: Bucket) -> None:
-    """Write an object again and again until a listing gives a later second as the time of its last change."""
+    """Write an object again and again until the store gives its last change the time of a later second."""
     root, first = bucket.root("clock"), None
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -250,7 +250,7 @@ def test_a_chosen_folder_is_not_searched_beside_and_is_found_as_it_is(bucket: Bu
     assert check(run_id="chosen").found is None
     bucket.add("chosen", artifact=False)
     assert found(check(run_id="chosen")).run_id == "chosen"
-    # A person who names a folder takes what is there, whatever it was trained with.
+    # Where a person names a folder, the job takes over the run in it, whatever the run was trained with.
     bucket.add("other")
     assert found(check(run_id="other", optimization__seed=7)).run_id == "other"
 

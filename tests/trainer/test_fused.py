@@ -24,13 +24,15 @@ from tests.trainer.plain_loop import DENSE
 from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients, model_of
 
 
-def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32) -> Any:
+def adapted_model(
+    folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32, **variant: Any
+) -> Any:
     """Return the tiny model with a frozen head, and with non-zero adapters on its dense layers."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     base.config.use_cache = False
     if recompute:
         enable_gradient_checkpointing(base)
-    lora = LoRASpec(rank=4, alpha=8, dropout=dropout)
+    lora = LoRASpec.model_validate({"rank": 4, "alpha": 8, "dropout": dropout, **variant})
     model = add_adapters(base, lora, targets=DENSE, seed=1, base_name="tiny")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -67,6 +69,18 @@ def test_loss_and_gradients_of_adapted_layers_are_those_of_peft(
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
     assert len(counted) >= 4 * len(DENSE)
+
+
+@pytest.mark.parametrize(("variant", "fused"), [({"rsLoRA": True}, 2 * len(DENSE)), ({"doRA": True}, 0)])
+def test_a_layer_is_fused_only_where_the_kernel_computes_all_that_peft_computes(
+    variant: dict[str, Any], fused: int, tiny_model: Path
+) -> None:
+    batch = batch_of([FIRST], [SECOND])
+    wanted = gradients(OneProcess(adapted_model(tiny_model, **variant)), batch)
+    model = adapted_model(tiny_model, **variant)
+    assert fuse_adapters(model) == fused
+    for name, gradient in gradients(OneProcess(model), batch).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_an_adapted_head_still_turns_logits_into_the_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.trainer.zygote import ends_of, zygote
 def run_ranks(event: str, folder: Path, world: int = 3) -> list[str]:
     """Run `gathering.py` on ``world`` ranks, and return what each rank printed.
 
-    Rank 1 has ``event`` while the other ranks wait for it.
+    ``event`` happens to rank 1 while the other ranks wait for rank 1.
     """
     ends_of(zygote().start_ranks("tests.trainer.gathering", [[event]] * world, folder))
     return [(folder / f"rank-{rank}.log").read_text().strip() for rank in range(world)]

@@ -37,7 +37,8 @@ KILLED = -9
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     """Return the fault that kills a rank in round ``round_``.
 
-    Each round takes the next of the `POINTS`. The count is random, and so is the rank where all ranks reach the point.
+    Each round uses the next point of `POINTS`. The count is random. The rank is random too, unless only rank 0 reaches
+    the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)

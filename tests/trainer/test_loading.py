@@ -1,6 +1,6 @@
-"""Loading a model: incomplete files are named in the error, and under ZeRO-3 a node never holds the whole model.
+"""Loading a model: incomplete files are named in the error, and under ZeRO-3 no rank ever holds the whole model.
 
-A node holds only its shards, and one weight file per rank.
+A rank holds only its shard, and the pages of one weight file.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.model.adapters import MAGNITUDE, initial_adapter
@@ -41,6 +41,7 @@ class Variant:
     ratio: float | None = None
     decay: float = 0.0
     family: str = LLAMA
+    quantized: bool = False
 
 
 EXPERTS = {
@@ -54,6 +55,8 @@ VARIANTS = {
     "three": Variant(
         {"rsLoRA": True, "doRA": True, "loraPlusRatio": "4"}, {"use_rslora": True, "use_dora": True}, ratio=4
     ),
+    "nf4": Variant({"quantization": "NF4"}, quantized=True),
+    "nf4-dora": Variant({"quantization": "NF4", "doRA": True}, {"use_dora": True}, quantized=True),
     "experts": Variant({}, EXPERTS, family="mixtral"),
     "shared": Variant(
         {"targetModules": ["all-linear"]},
@@ -70,19 +73,29 @@ VARIANTS = {
     ),
 }
 FEW = [("rs", 2), ("dora", 0), ("dora", 3), ("plus", 0), ("plus", 2), ("plus", 3), ("three", 1)]
-FEW += [("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
-RESUMED = [("three", 3), ("plus", 2), ("experts", 3)]
+FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
+ROUNDED = [("three", 3), ("plus", 1), ("nf4", 2), ("experts", 2), ("experts", 3)]
+RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
 ROWS = tiny.rows(20, seed=1)
 
 
 def plain_peft(variant: Variant, folder: Path) -> list[float]:
     """Return the losses of a training with plain peft, with the initial values of the trainer's adapters."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization if variant.quantized else None
+    )
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, **({"target_modules": DENSE} | dict(variant.peft))
     )
-    tuned = get_peft_model(model, config)
+    # In training mode bitsandbytes does not round the scales of a quantized model.
+    tuned = get_peft_model(model, config).train()
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad and MAGNITUDE not in name:
@@ -117,7 +130,7 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {LLAMA: tiny_model} | {name: write_family(name, folder / name) for name in sorted(families)}
 
 
-def config_of(store: ObjectStore, name: str, stage: int, kind: str) -> dict[str, Any]:
+def config_of(store: ObjectStore, name: str, stage: int, kind: str, **changes: Any) -> dict[str, Any]:
     variant = VARIANTS[name]
     return run_config(
         store,
@@ -133,6 +146,7 @@ def config_of(store: ObjectStore, name: str, stage: int, kind: str) -> dict[str,
         optimization__gradientCheckpointing=stage == 3,
         storage__checkpointEverySteps=100,
         dataset__validation=None,
+        **changes,
     )
 
 
@@ -142,9 +156,11 @@ def train(
     models: dict[str, Path],
     folder: Path,
     faults: list[dict[str, Any] | None] | None = None,
+    **changes: Any,
 ) -> None:
+    folder.mkdir(exist_ok=True)
     rows = tiny.write_jsonl(folder / "train.jsonl", ROWS)
-    configs = [config_of(store, name, stage, kind) for name, stage, kind in cases]
+    configs = [config_of(store, name, stage, kind, **changes) for name, stage, kind in cases]
     inputs = [Inputs(model=models[VARIANTS[name].family], train=rows) for name, _, _ in cases]
     train_all(configs, inputs, folder / "gang", credentials=store.credentials, faults=faults)
 
@@ -159,6 +175,16 @@ def test_variants_and_experts_train_as_with_plain_peft(
         found = losses_of(store, f"exact-{name}-{stage}")
         assert found == pytest.approx(plain[name], rel=1e-5), (name, stage)
     assert len({round(losses[-1], 4) for losses in plain.values()}) == len(plain), "each variant trains differently"
+
+
+def test_variants_and_experts_train_in_bf16_and_with_packing_too(
+    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+) -> None:
+    cases = [(name, stage, "bf16") for name, stage in ROUNDED]
+    train(cases, store, models, tmp_path, optimization__precision="bf16", dataset__packing=True)
+    for name, stage in ROUNDED:
+        plain = plain_peft(VARIANTS[name], models[VARIANTS[name].family])
+        assert losses_of(store, f"bf16-{name}-{stage}") == pytest.approx(plain, rel=1e-2), (name, stage)
 
 
 def test_a_resumed_training_with_variants_is_the_same_bits(

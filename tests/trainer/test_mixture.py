@@ -113,8 +113,8 @@ def test_the_order_of_a_million_rows_takes_few_bytes_a_row() -> None:
 
 @pytest.mark.parametrize("capacity", [None, 64])
 def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(capacity: int | None) -> None:
-    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as one without a break,
-    and with those of a small source also the repetitions."""
+    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as a run without a break.
+    This includes the examples of a small source that come again."""
     examples = example_set([Example(tuple(range(2 + row % 7)), ((1, 2 + row % 7),)) for row in range(23)])
     mixture = Mixture.of([20, 3], ["1", "1"])
     optimization = OptimizationConfig(
@@ -155,8 +155,8 @@ def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(ca
 def test_whatever_worlds_a_run_has_and_wherever_it_stops_it_takes_the_examples_of_a_run_without_a_break(
     sizes: list[int], weights: list[str], size: int, seed: int, runs: list[tuple[int, int, int]], packed: bool
 ) -> None:
-    """Each run of ``runs`` has a number of steps, of ranks, and of sequences in a micro-batch. Weights may differ by 30
-    orders of magnitude, and a source may have one row only."""
+    """Each item of ``runs`` is a number of steps, a number of ranks, and a number of sequences in a micro-batch.
+    Weights may differ by 30 orders of magnitude, and a source may have a single row."""
     mixture = Mixture.of(sizes, weights[: len(sizes)])
     rows = [Example(tuple(range(2 + row % 5)), ((1, 2 + row % 5),)) for row in range(mixture.examples)]
     examples, capacity = example_set(rows), 9 if packed else None

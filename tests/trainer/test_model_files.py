@@ -1,5 +1,5 @@
-"""Whatever stands in the small files of a base model, the model is read, or the user gets one sentence: never a crash,
-also where a library in Rust panics."""
+"""Whatever the small files of a base model contain, the model is read, or the user gets one sentence. Nothing crashes,
+even where a library that is written in Rust panics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ KINDS = ("bytes", "llama", "unigram")
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like that of T5 or Gemma, with a normalizer and BOS in front."""
+    """Return a tokenizer like that of T5 or Gemma. It has a normalizer, and puts the BOS token in front of a text."""
     inner = Tokenizer(Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -110,7 +110,7 @@ def outcome(folder: Path) -> str:
 
 
 def changed(models: Path, folder: Path, kind: str, name: str, content: bytes) -> Path:
-    """Return a copy of a model in which the file ``name`` has another content."""
+    """Copy the model of ``kind`` to ``folder``, replace the content of its file ``name``, and return ``folder``."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(models / kind, folder)
     (folder / name).write_bytes(content)
@@ -226,7 +226,8 @@ TYPES = [
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the place of each value within ``value``, of large mappings and lists only of the first ones."""
+    """Yield the place of each value within ``value``, as a tuple of keys and positions. Of each mapping and list only
+    the first 40 items are visited."""
     if at:
         yield at
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -236,7 +237,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(document: Any, data: st.DataObject) -> Any:
-    """Return ``document`` with another value at one place, another name or none."""
+    """Return a copy of ``document`` in which one value is replaced, renamed or removed. ``data`` draws the value and
+    the change."""
     document = copy.deepcopy(document)
     place = data.draw(st.sampled_from(list(places(document))))
     parent = document

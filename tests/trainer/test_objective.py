@@ -31,7 +31,8 @@ SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
 
 
 class OneProcess:
-    """Stands for the engine: has the methods that `check_model` calls, for a model in one process without sharding."""
+    """Takes the place of the engine: has the methods that `check_model` calls, for a model in one process without
+    sharding."""
 
     device = torch.device("cpu")
 

@@ -95,8 +95,8 @@ def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: igno
 
 
 def test_lack_of_memory_is_never_taken_for_a_fault_of_what_is_read() -> None:
-    """A `try` that turns any exception of a library into a sentence about a file or a row must handle MemoryError
-    before, in an `except` above."""
+    """A `try` that turns any exception of a library into a sentence about a file or a row must handle MemoryError in an
+    earlier `except`."""
     wide = re.compile(r"\b(Exception|ArrowException)\b")
     checked = 0
     for room in ("data", "model", "preflight", "sources"):

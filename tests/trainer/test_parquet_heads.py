@@ -77,7 +77,7 @@ def test_a_small_file_is_read_as_a_whole(data: bytes, tmp_path: Path) -> None:
 def test_damaged_statistics_of_a_column_do_not_end_the_process(data: bytes, tmp_path: Path) -> None:
     """pyarrow ends its process when it is asked for a column whose histogram of definition levels has a wrong size.
 
-    The footer is changed byte by byte until the places of the columns are unknown although the schema is readable.
+    To make such a file, the test changes each byte of the footer in turn, until pyarrow ends a process that reads it.
     """
     length = int.from_bytes(data[-8:-4], "little")
     for offset in range(len(data) - 8 - length, len(data) - 8):

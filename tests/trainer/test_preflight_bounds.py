@@ -19,6 +19,9 @@ from tests.trainer.pods import run_config
 from tests.trainer.preflights import on_a_volume, paths_in, run_program
 
 FINAL = FindingKind.FINAL
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""With these variables a program gets its memory in pages of 2 MiB. The kernel needs seconds for gigabytes in pages of
+4 KiB. What the program writes is the same."""
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def paths(tmp_path: Path, store: ObjectStore) -> Paths:
 
 def in_another_process(program: str, path: Path) -> None:
     """Run ``program`` with ``path`` as its argument, so that the memory that it takes is not counted here."""
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, **LARGE_PAGES}, check=True)
 
 
 REPEATED = """
@@ -84,7 +87,7 @@ def test_a_column_that_expands_to_gigabytes_is_no_finding_where_nobody_reads_it(
     paths.run_file.write_text(json.dumps(run_config(store, "unread", **source)))
     ended = run_program(paths)
     assert (ended.code, ended.result.findings) == (0, []), ended.log
-    assert ended.memory_mebibytes < 400
+    assert ended.data_memory_mebibytes < 400
 
 
 def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) -> None:

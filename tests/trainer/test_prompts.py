@@ -37,8 +37,8 @@ ALPACA = "### Instruction:\n{instruction}{#input}\n\n### Input:\n{input}{/input}
 
 @cache
 def byte_level(*, bos: bool = True, eos: bool = False, lstrip: bool = False) -> PreTrainedTokenizerBase:
-    """Return a byte-level tokenizer like that of Llama 3 or Qwen, which puts BOS before every text with ``bos``, and
-    EOS behind it with ``eos``. The token `<sep>` takes the white space before it along with ``lstrip``."""
+    """Return a byte-level tokenizer like that of Llama 3 or Qwen. With ``bos`` it puts BOS before every text, and with
+    ``eos`` it puts EOS behind it. With ``lstrip`` the token `<sep>` includes the white space before it."""
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -166,8 +166,9 @@ def test_control_tokens_are_tokens_in_templates_and_text_in_rows(
 
 @cache
 def bpe(kind: str, *, knows_end: bool) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with the control tokens `<b>`, which takes white space along, and `<end>` with ``knows_end``.
-    ``kind`` says how words begin: by a mark before every piece of text, before the first one only, or as bytes."""
+    """Return a tokenizer with the control token `<b>`, which includes the white space around it. With ``knows_end``,
+    `<end>` is a control token too. ``kind`` says how words begin: with a mark before every piece of text, with a mark
+    before the first piece only, or as bytes."""
     inner = Tokenizer(BPE(unk_token="<unk>"))
     if kind == "every":
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -414,7 +415,8 @@ def test_a_row_of_any_values_becomes_an_example_or_a_reason(row: dict[str, Any])
 
 
 def test_a_tokenizer_that_fails_is_a_fault_of_the_row() -> None:
-    """Real tokenizers fail where a file makes them: here a WordLevel model whose unknown token is not in its words."""
+    """A real tokenizer fails if its file is wrong: here a WordLevel model whose unknown token is not in its
+    vocabulary."""
     inner = Tokenizer(WordLevel({"it": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     with pytest.raises(RowError, match=r"^can't be tokenised: WordLevel error: Missing"):

@@ -39,7 +39,7 @@ KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1"
 
 
 class Ranks:
-    """Running ranks (`joining.py`), each in a process that stands for a pod of its own."""
+    """Running ranks (`joining.py`), each in a process of its own, as if each had a pod of its own."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ def test_a_flood_of_connections_ends_no_handshake_of_another_address() -> None:
 def test_open_handshakes_of_others_delay_no_end_and_print_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Were the handshakes waited for, the thread of the gate would still run after the block."""
+    """If the gate waited for open handshakes at its end, its thread would still run after the block."""
     monkeypatch.setattr(forwarding, "LAST_BYTES_SECONDS", 3600)
     monkeypatch.setattr(forwarding, "JOIN_SECONDS", 60)
     port = free_port()

@@ -188,7 +188,7 @@ def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
         )
         config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
         arguments = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
-        return pods(config, attempt=attempt, arguments=arguments)
+        return pods(config, attempt=attempt, arguments=arguments, forked=True)
 
     first = begin(1, nodes=1)
     first.wait_for(lambda: "step 3/" in first.output, "step 3")

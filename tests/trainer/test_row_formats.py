@@ -49,7 +49,7 @@ NAMES = [form.name for form in FORMATS]
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train with a format."""
+    """One training of a format, with its settings."""
 
     form: RowFormat
     method: str
@@ -71,18 +71,19 @@ class Case:
 
     run: Run
     moved: Run
-    """How the job goes on where it goes on in another way."""
+    """How the job is resumed with other settings."""
     repeated: bool = True
-    """Whether the job is also trained without a stop, and resumed in the same way."""
+    """Whether the job is also trained without a stop, and resumed with the same settings."""
 
     @property
     def cut(self) -> Run:
-        """The run that is stopped, and the one that goes on in the same way."""
+        """The run that is stopped. The run that resumes it with the same settings is equal to it."""
         return replace(self.run, job=f"{self.run.job}-cut")
 
 
 def few_cases() -> Iterator[Case]:
-    """Yield a case for each format. It goes on with one rank instead of two, another stage and other packing."""
+    """Yield a case for each format. The job is resumed with one rank instead of two, another stage and other
+    packing."""
     for number, form in enumerate(FORMATS):
         method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
         run = Run(form, method, stage, packing, 2, "few")
@@ -102,7 +103,7 @@ class Bench:
     folder: Path
 
     def inputs(self, form: RowFormat) -> Inputs:
-        """Write the data of a format where that was not done yet."""
+        """Return the inputs for a format. The first call for the format writes its data."""
         paths, validation = self._files(form)
         return Inputs(
             model=self.model,
@@ -145,7 +146,7 @@ class Bench:
     def train(
         self, runs: Sequence[Run], folder: str, *, stopped: Iterable[Run] = ()
     ) -> dict[Run, dict[int, list[int]]]:
-        """Train ``runs``, which all have the same number of ranks; those of ``stopped`` only up to step INTERRUPTED.
+        """Train ``runs``, which all have the same number of ranks. The runs in ``stopped`` end at step INTERRUPTED.
         Return the rows that the ranks of each run consumed, by step."""
         cut = set(stopped)
         train_all(
@@ -171,7 +172,7 @@ class Bench:
         return AutoTokenizer.from_pretrained(self.model)
 
     def example(self, text: Text) -> PlainExample:
-        """Return an example that is given as text."""
+        """Return the example ``text`` as token ids."""
         return plain_example(self.tokenizer(), text)
 
     def examples(self, form: RowFormat) -> list[PlainExample]:
@@ -180,7 +181,7 @@ class Bench:
         return [self.example(text) for part in parts for text in texts(part)]
 
     def batches(self, form: RowFormat) -> list[list[int]]:
-        """Return the examples that each step of a run consumes, as sorted numbers."""
+        """Return, for each step of a run, the numbers of the examples that it consumes, sorted."""
         sizes = [len(texts(part)) for part in shares(form, form.rows(TRAIN_ROWS, 1))]
         batches = plain_batches(sizes, form.mix, steps=STEPS, size=GLOBAL_BATCH)
         return [sorted(batch) for batch in batches]
@@ -247,19 +248,19 @@ def test_rows_become_the_examples_that_they_must_become(form: RowFormat, bench: 
 
 @dataclass(frozen=True)
 class Trained:
-    """What the runs of a format consumed: by step, the numbers of the examples."""
+    """What the runs of a case consumed: the numbers of the examples, by step."""
 
     whole: dict[int, list[int]]
     before: dict[int, list[int]]
-    """In a run that was stopped."""
+    """The same for the run that was stopped."""
     after: dict[int, list[int]]
-    """In the run that went on in the same way."""
+    """The same for the run that resumed with the same settings."""
     moved: dict[int, list[int]]
-    """In the run that went on with other ranks, another ZeRO stage and other packing."""
+    """The same for the run that resumed with other ranks, another ZeRO stage and other packing."""
 
 
 def train_cases(cases: Sequence[Case], bench: Bench, folder: str) -> dict[Case, Trained]:
-    """Train each case: without a stop, with a stop, resumed in the same way, and resumed in another way."""
+    """Train each case: without a stop, with a stop, resumed with the same settings, and resumed with other settings."""
     whole = [case.run for case in cases if case.repeated]
     cut = [case.cut for case in cases]
     found = [bench.train([*whole, *cut], f"{folder}-first", stopped=cut)]
@@ -279,8 +280,8 @@ def train_cases(cases: Sequence[Case], bench: Bench, folder: str) -> dict[Case, 
 
 
 def assert_the_same_bits(case: Case, rows: Trained, bench: Bench) -> None:
-    """Assert that a run that went on in the same way equals the one that was not stopped, which has the rows, losses
-    and perplexities of the plain loop."""
+    """Assert that a run that was stopped and resumed with the same settings has the same bits as the run without a
+    stop, and that the latter has the rows, losses and perplexities of the plain loop."""
     assert rows.whole == dict(enumerate(bench.batches(case.run.form), start=1))
     bench.assert_like_plain(case.run)
     assert (max(rows.before), min(rows.after)) == (INTERRUPTED, INTERRUPTED + 1)
@@ -291,8 +292,8 @@ def assert_the_same_bits(case: Case, rows: Trained, bench: Bench) -> None:
 
 
 def assert_goes_on_in_another_way(case: Case, rows: Trained, bench: Bench) -> None:
-    """Assert that a run that went on in another way has lost and repeated no row, and has the losses and perplexities
-    of the plain loop."""
+    """Assert that a run that resumed with other settings has lost and repeated no row, and has the losses and
+    perplexities of the plain loop."""
     assert (max(rows.before), min(rows.moved)) == (INTERRUPTED, INTERRUPTED + 1)
     assert {**rows.before, **rows.moved} == dict(enumerate(bench.batches(case.run.form), start=1))
     bench.assert_like_plain(case.moved)
@@ -322,7 +323,8 @@ def test_a_resume_in_the_same_way_has_the_same_bits(case: Case, trained: dict[Ca
 @pytest.mark.timeout(PRODUCT_SECONDS + 60)
 @pytest.mark.parametrize(("method", "stage", "packing"), list(itertools.product(METHODS, STAGES, (False, True))))
 def test_every_format_in_every_combination(method: str, stage: int, packing: bool, bench: Bench) -> None:
-    """Every format is trained and resumed on two ranks, trained on one rank, and goes on with one rank or with four."""
+    """Every format is trained on one rank and on two. The run on two ranks is resumed on two ranks, and on one rank or
+    four."""
     job = f"{stage}{'p' * packing}"
     cases = [
         Case(
@@ -358,8 +360,8 @@ def test_every_pair_of_method_stage_and_packing_occurs_among_the_few_runs() -> N
 
 
 def missing_of(models: Sequence[ApiModel], path: str) -> list[str]:
-    """Return the fields that none of ``models`` sets, which are of one class, and the values of Literals that none of
-    them has. A field that is not set has its default value."""
+    """Return the fields that none of ``models`` sets, and the values of Literals that none of them has. All ``models``
+    are of one class. A field that is not set has its default value."""
     found: list[str] = []
     for name, info in type(models[0]).model_fields.items():
         at = f"{path}.{info.alias or name}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_core.row_templates import Piece
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.piece_tokens import PieceTokenizer
-from tests.trainer.chat import byte_tokenizer, learned, published, rendered
+from tests.trainer.chat import byte_tokenizer, learned, published, rendered, renderer
 
 APPENDING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -111,14 +111,15 @@ def test_no_texts_of_a_row_make_a_control_token_together(texts: list[str], name:
     tokenizer = byte_tokenizer("</s>" + PARTS.replace("m.role", "m.role + m.name | default('')"))
     special = set(tokenizer.all_special_ids) | set(range(257, len(tokenizer)))
     parts = [{"type": "text", "text": text} for text in ["x", *texts, "x"]]
+    render = renderer(tokenizer)
     found, plain = (
-        rendered(tokenizer, {"messages": [user(content, name=given), ANSWER]})
+        render({"messages": [user(content, name=given), ANSWER]})
         for content, given in ((parts, f"n{name}"), ("x", "n"))
     )
     assert not isinstance(found, str), found
     assert not isinstance(plain, str), plain
     control = [[number for number in examples[0].ids if number in special] for examples in (found, plain)]
-    assert control[0] == control[1]  # those that the template writes
+    assert control[0] == control[1]  # only the control tokens that the template writes
     asked = [user(parts, name=f"n{name}")]
     text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(list(found[0].ids[: found[0].prompt_tokens])) == text

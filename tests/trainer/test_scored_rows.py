@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(
     config: dict[str, Any], model: Path, train: Path, validation: Path, folder: Path
 ) -> tuple[ExampleSet, ExampleSet, list[str]]:
-    """Return the examples that the tuned model and the base model are scored on, and what is said of the base model's
+    """Return the examples that the tuned model and the base model are scored on, and the notices about the base model's
     examples."""
     plan = WorkerPlan(
         paths=Paths(scratch=folder),

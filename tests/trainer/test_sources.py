@@ -73,7 +73,8 @@ def test_rows_of_hub_bucket_and_volume_are_packed_and_learned(
 def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
     store: ObjectStore, pods: StartPods, tmp_path: Path
 ) -> None:
-    """Every step takes half of its examples from each source, although one has three times as many rows."""
+    """Every step takes half of its examples from each source, although one source has three times as many rows as the
+    other."""
     folder, volume = tmp_path / "folder", tmp_path / "volumes" / "claim"
     (folder / "deep").mkdir(parents=True)
     volume.mkdir(parents=True)
@@ -101,7 +102,9 @@ def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
         "optimization__globalBatchSize": 8,
     }
     attempt = pods(
-        run_config(store, "mixed", world__nodes=1, **changes), arguments=("--volumes", str(tmp_path / "volumes"))
+        run_config(store, "mixed", world__nodes=1, **changes),
+        arguments=("--volumes", str(tmp_path / "volumes")),
+        forked=True,
     )
     assert attempt.wait() == [0], attempt.output
     assert "32 rows, 4 steps of 8 examples" in attempt.output

@@ -248,7 +248,7 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
     real, calls = root.store.delete, []
 
     class KilledError(Exception):
-        """Stands for the end of the killed process."""
+        """Is raised in place of the end of the killed process."""
 
     def delete(bucket: str, keys: list[str]) -> None:
         calls.append(keys)

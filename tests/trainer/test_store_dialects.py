@@ -69,7 +69,8 @@ base64."""
 
 @dataclass(frozen=True)
 class Issuer:
-    """A small OpenID Connect issuer of tokens. For its service accounts, a Kubernetes cluster is such an issuer."""
+    """A small OpenID Connect issuer of tokens. A Kubernetes cluster also is an issuer: it issues the tokens of its
+    service accounts."""
 
     url: str
     key: rsa.RSAPrivateKey
@@ -439,4 +440,4 @@ def test_the_launcher_workers_and_preflight_use_every_field_about_access_to_the_
     fields = ReadFields(config.storage)
     open_root(config.model_copy(update={"storage": fields}), Paths())
     expected = set(StorageConfig.model_fields) - SAVING
-    assert fields.names == expected, "open_root must give the new field to Store, or it belongs into SAVING"
+    assert fields.names == expected, "open_root must give the new field to Store, or it belongs to SAVING"

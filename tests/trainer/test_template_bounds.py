@@ -1,5 +1,5 @@
-"""Chat templates are programs of strangers: whatever one does is an example, a sentence about the row, or a sentence
-about the job, within bounds of time and memory."""
+"""Chat templates are programs of strangers. Whatever a template does, the result is an example, a sentence about the
+row, or a sentence about the job, within bounds of time and memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_template_that_takes_much_memory_is_a_sentence_and_takes_it_from_nobod
 def test_a_template_that_does_not_end_is_a_sentence_also_in_a_thread_and_where_no_signal_interrupts_it(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workers prepare the rows in a thread."""
+    """The workers prepare the rows in a thread, in which Python runs no signal handlers."""
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(outcome(APPENDING + template)))

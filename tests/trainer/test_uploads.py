@@ -21,12 +21,12 @@ from finetune_trainer.storage.step_log import StepRow
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
 
-def snapshot(number: int, *, required: bool = False) -> Snapshot:
+def snapshot(number: int, *, best: bool = False) -> Snapshot:
     state = TrainerState(
         step=number, epoch=0, batch_in_epoch=0, seed=1, updates=number, tokens=1, world_size=1, zero_stage=0, rows=1
     )
     row = StepRow(step=number, epoch=0, loss=1.0, learning_rate=1.0, gradient_norm=1.0, tokens=1, seconds=1.0)
-    return Snapshot(number, state, {"weight/master": torch.zeros(256)}, [row], required)
+    return Snapshot(number, state, {"weight/master": torch.zeros(256)}, [row], best)
 
 
 class Store:
@@ -59,13 +59,13 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
     uploads = UploadQueue(store)
     uploads.put(snapshot(1))
     assert store.begun.acquire(timeout=20)
-    for taken in (snapshot(2), snapshot(3, required=True), snapshot(4)):
+    for taken in (snapshot(2), snapshot(3, best=True), snapshot(4)):
         uploads.put(taken)
     with uploads.hold() as waiting:
         assert (waiting.count, waiting.first, waiting.bytes) == (3, 2, 3 * 1024)
         # Another rank has begun to upload snapshot 2, so this rank must upload snapshot 2 too and may not replace it.
-        assert waiting.replaceable(2) == [4]
-        assert waiting.replaceable(1) == [2, 4]
+        assert waiting.replaceable(2, best=False) == [4]
+        assert waiting.replaceable(1, best=False) == [2, 4]
         rows = waiting.drop([2, 4])
     assert [row.step for row in rows] == [4]
     store.let.release(2)
@@ -80,11 +80,24 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
 def test_of_best_ones_the_oldest_goes_because_the_later_ones_beat_it(store: Store) -> None:
     uploads = UploadQueue(store)
     for number in (1, 2, 3):
-        uploads.put(snapshot(number, required=True))
+        uploads.put(snapshot(number, best=True))
     assert store.begun.acquire(timeout=20)
     with uploads.hold() as waiting:
-        assert waiting.replaceable(1) == [2]
-        assert waiting.replaceable(3) == []
+        assert waiting.replaceable(1, best=True) == [2]
+        assert waiting.replaceable(3, best=True) == []
+    store.let.release(3)
+    uploads.wait(20)
+
+
+def test_the_best_one_waits_on_when_one_that_is_not_better_comes(store: Store) -> None:
+    uploads = UploadQueue(store)
+    for number in (1, 2, 3):
+        uploads.put(snapshot(number, best=True))
+    assert store.begun.acquire(timeout=20)
+    with uploads.hold() as waiting:
+        assert waiting.replaceable(1, best=False) == [2], "snapshot 3 is better"
+        assert waiting.replaceable(2, best=False) == [], "the artifact may have to be made of snapshot 3"
+        assert waiting.replaceable(2, best=True) == [3]
     store.let.release(3)
     uploads.wait(20)
 

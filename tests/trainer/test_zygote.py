@@ -1,5 +1,5 @@
-"""A program that is forked from a process with torch finds the same at its start, and ends in the same way, as one that
-an interpreter starts."""
+"""A program that is forked from a process with torch finds the same state at its start, and ends in the same way, as a
+program that is started as a new Python process."""
 
 from __future__ import annotations
 

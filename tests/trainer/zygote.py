@@ -29,7 +29,8 @@ OF_RANKS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "DS_ACCELERATOR": "cpu",
 }
-"""What the environments of the process and of the ranks of `Zygote.start_ranks` have besides that of the tests."""
+"""Environment variables that the forking process and the ranks of `Zygote.start_ranks` have in addition to those of the
+tests."""
 
 
 class Zygote:

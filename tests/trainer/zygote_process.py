@@ -5,9 +5,9 @@ The process reads one JSON line from standard input for each program to start. I
 id when a program has been forked, and one with the exit status when a program has ended.
 
 A forked program finds what a started Python interpreter finds: the environment, arguments, working folder and files
-that it was given, the signal handlers and the signal mask of a new process, and a single thread. Only the modules that
-it needs have been imported already. A value that a module makes of an environment variable at its import, such as those
-of `huggingface_hub.constants`, is that of this process.
+that it was given, the signal handlers and the signal mask of a new process, and a single thread. There is one
+difference: the modules in `PRELOADED` have been imported already. A value that such a module makes of an environment
+variable at its import, for example in `huggingface_hub.constants`, is that of this process.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _tell(**values: int) -> None:
 def fork(program: Callable[[], None]) -> int:
     """Fork a process that calls ``program`` and then ends. Return its process id.
 
-    The process has the standard streams and the signal mask of this process, as a started process has, and neither its
-    other files nor its signal handlers. The caller's stack is never returned to.
+    The forked process has the standard streams and the signal mask of this process, as a started process has. It has
+    neither the other open files nor the signal handlers of this process. It never returns to the caller.
     """
     child = os.fork()
     if not child:

@@ -91,8 +91,8 @@ def finish(
 def told_of_run(
     committed: Result, run: int, message: str, checkpoint: str, evaluation: EvaluationRecord | None
 ) -> Result:
-    """Return ``committed``, the result of the committed artifact, with what ``run`` tells: its message, the address of
-    its chosen checkpoint, and its scores.
+    """Return ``committed``, the result of the committed artifact, with the details of ``run``: the run's message, the
+    address of its chosen checkpoint, and its scores.
 
     Another run may have committed an artifact first. Then ``committed`` is returned as it is, because the scores of
     ``run`` are not those of that artifact.
@@ -142,8 +142,8 @@ def write_cards(
         evaluation=evaluation,
     )
     merged = target / MERGED_FOLDER
-    only_adapter = (target / ADAPTER_FILE).is_file()
-    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if only_adapter else "model"))
+    is_adapter = (target / ADAPTER_FILE).is_file()
+    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if is_adapter else "model"))
     if merged.is_dir():
         (merged / CARD_FILE).write_text(model_card(config, facts, "model"))
 

@@ -154,7 +154,7 @@ def wait_for_dns(address: str, *, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise OutsideFailure(f"the first worker's name {address} did not resolve in {seconds:.0f} s") from error
-            # DNS has no way to wait for a record, so the launcher asks again after a pause.
+            # DNS has no request that waits for a record, so the launcher asks again after a pause.
             time.sleep(DNS_RETRY_SECONDS)
         else:
             return

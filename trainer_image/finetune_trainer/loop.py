@@ -116,8 +116,8 @@ class TrainingLoop:
         """
         try:
             if self._evaluation_missing:
-                # Make up for the missing evaluation of the parent checkpoint: SIGTERM came during this evaluation.
-                # Without it, the choice of the best checkpoint would depend on when SIGTERM came.
+                # SIGTERM came during the evaluation of the parent checkpoint, so the evaluation is made now. Otherwise
+                # the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
@@ -275,9 +275,8 @@ class TrainingLoop:
             self._progress.log_step()
         improved = perplexity is not None and self._selection.best_step == self.step
         periodic = self._saver.due(self.step) and not catching_up
-        required = improved or self.step == self.total_steps or self._selection.exhausted
-        if periodic or required:
-            self._save(perplexity, task_score, required=required)
+        if periodic or improved or self.step == self.total_steps or self._selection.exhausted:
+            self._save(perplexity, task_score, best=improved)
         self._report_checkpoints()
 
     def _evaluate(self, validation: EvaluationSet) -> tuple[float, float | None]:
@@ -288,7 +287,7 @@ class TrainingLoop:
         self._set_phase(Phase.TRAINING)
         return perplexity, task_score
 
-    def _save(self, perplexity: float | None, task_score: float | None, *, required: bool) -> None:
+    def _save(self, perplexity: float | None, task_score: float | None, *, best: bool = False) -> None:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
         Where too many copies wait for their upload, those that are not ``required`` are dropped first.
@@ -313,7 +312,7 @@ class TrainingLoop:
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,
         )
         rows = self._progress.pending_rows() if self._progress is not None else []
-        self._saver.save(self._engine, state, rows, required=required)
+        self._saver.save(self._engine, state, rows, best=best)
         self._saved_step = self.step
         self._saving_seconds += time.monotonic() - began
         self._set_phase(Phase.TRAINING)
@@ -342,7 +341,7 @@ class TrainingLoop:
         """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None, None, required=True)
+            self._save(None, None)
         self._wait_for_commits()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")

@@ -24,7 +24,13 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture, mix_digest
 from finetune_trainer.data.reader import data_files, read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
+)
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
 from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
@@ -199,7 +205,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
+        stop_ids=generation_stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
         mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )
@@ -214,7 +220,12 @@ def load_model(plan: WorkerPlan) -> Any:
     config, folder = plan.config, base_model_folder(plan)
     targets = JobBase(plan.inputs.model, config).targets
     sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    model = load_base(
+        folder,
+        DTYPES[config.optimization.precision],
+        sharded=sharding is not None,
+        quantization=config.lora.quantization if config.lora is not None else None,
+    )
     # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding

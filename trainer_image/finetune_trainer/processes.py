@@ -32,7 +32,7 @@ def worker_environments(
     """Return the environment variables of this pod's workers, in the order of their local ranks.
 
     ``rendezvous`` is where the workers find the rendezvous store, and ``threads`` is the number of compute threads of
-    each worker. Where there is one node, gloo and NCCL are told to listen on the loopback interface only.
+    each worker. Where there is one node, gloo and NCCL use the loopback interface only.
     """
     world = plan.config.world
     base = dict(environment)
@@ -153,8 +153,8 @@ class WorkerProcesses:
 
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[_ReceivedSignals]:
-    """While the block runs, collect the stop signals and SIGCHLD, which tells that a worker has exited. Python writes
-    the number of each signal into a pipe, and this wakes the loop that supervises the workers.
+    """While the block runs, collect the stop signals and SIGCHLD, which the kernel sends when a worker has exited.
+    Python writes the number of each signal into a pipe, and this wakes the loop that supervises the workers.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -233,8 +233,8 @@ def _resume_folder(plan: WorkerPlan, start: RunStart) -> Path:
 
 
 class Run:
-    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback the next run makes new
-    ones."""
+    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback new objects are made for
+    the next run."""
 
     def __init__(
         self,

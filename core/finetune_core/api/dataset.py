@@ -52,9 +52,9 @@ class PromptCompletionFormat(ApiModel):
     """Column that `{completion}` stands for."""
     template: TemplateText = "{prompt}"
     """Text before the completion, in which `{name}` stands for the column `name` of the row: `"Question: {prompt}
-    Answer: "` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that stands only where the column has a
-    value, `{^name}...{/name}` one that stands only where it has none, and `{{` and `}}` are braces. The completion
-    follows without a space in between. docs/prompts.md has the rules."""
+    Answer: "` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that is shown only where the column has
+    a value, `{^name}...{/name}` is shown only where it has none, and `{{` and `}}` are braces. The completion follows
+    without a space in between. docs/prompts.md has the rules."""
     completion: TemplateText | None = None
     """The completion, as a template like `template`, for example `"{reasoning}\\n#### {answer}"`. Absent: the column
     `completionField`."""
@@ -114,11 +114,13 @@ class MessagesFormat(ApiModel):
     not read is refused."""
     learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
     """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
-    one. Everything: all tokens of the conversation. Messages with `weight: 0` are never learned."""
+    one. Both leave out messages with `weight: 0`. Everything: all tokens of the conversation; a row with `weight: 0` is
+    then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
-    """For names of roles in the rows, the role of the chat template that they stand for. A name that is not listed is
-    passed to the template as it is, except for those of ShareGPT: `human` stands for `user`, `gpt` for `assistant`, and
-    beside `from` and `value` also `observation` for `tool`, and `function_call` for an answer that calls tools."""
+    """For names of roles in the rows, the role of the chat template that each stands for, for example `{bot:
+    assistant}`. A name that is not listed is passed to the template as it is, except for those of ShareGPT: `human`
+    stands for `user`, and `gpt` for `assistant`. In messages with `from` and `value`, `observation` stands for `tool`,
+    and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
     """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
     text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are
@@ -179,8 +181,9 @@ class DatasetSpec(ApiModel):
     format: DatasetFormat
     """How a row becomes a training example."""
     task: TaskSpec | None = None
-    """What grades generated answers, for example `{name: GSM8K}`, on the rows of `test`, or of `validation` where there
-    are no test rows. Absent: only perplexity is measured."""
+    """What grades generated answers, for example `{name: GSM8K}`. Base model and tuned model answer the rows of `test`,
+    or of `validation` where there are no test rows. With `evaluation.bestBy: TaskScore` the checkpoints answer the rows
+    of `validation` too. Absent: only perplexity is measured."""
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False
@@ -190,11 +193,11 @@ class DatasetSpec(ApiModel):
     long_rows: Literal["Fail", "Skip", "Split", "Truncate"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
     before training. Skip: the rows are left out. Split: a row becomes several examples, and each of its tokens is
-    learned exactly once: an example begins with the last token of the example before it, which is its context and is
-    not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and Truncate
-    are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
+    learned exactly once. Each further example begins with the last token of the example before it, which is its context
+    and is not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and
+    Truncate are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows that can't be read, lack a field, hold something else than the format asks for, or have
+    """What happens to rows that can't be read, lack a field, hold something other than the format asks for, or have
     nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and
     `status.notices` has their number."""
 

@@ -21,7 +21,8 @@ ScoredRows = Literal["Validation", "Test"]
 `dataset.test`."""
 
 LOWER_IS_BETTER = MEASURED
-"""Scores that every evaluation gives, of which a lower value is better. Of all scores of tasks a higher one is."""
+"""Scores that every evaluation gives. A lower value of such a score is better. Of a task's score, a higher value is
+better."""
 REQUIREMENT_LIMIT = 8
 """Largest number of requirements of `evaluation.require`."""
 SignedDecimalString = Annotated[str, Field(max_length=32, pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
@@ -114,5 +115,5 @@ class EvaluationSpec(ApiModel):
         None
     )
     """Scores that the tuned model must reach on the test rows, or on the validation rows where there are no test rows.
-    Where one is not reached, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is committed
-    all the same."""
+    Where it does not reach one of them, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is
+    committed all the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +15,10 @@ class Method(StrEnum):
 
     LORA = "LoRA"
     FULL = "Full"
+
+
+Quantization = Literal["NF4"]
+"""How the frozen weights of the base model are held: NF4 is the 4-bit NormalFloat of QLoRA."""
 
 
 class LoRASpec(ApiModel):
@@ -48,6 +52,11 @@ class LoRASpec(ApiModel):
     """Learning rate of an adapter's matrix B, and of the norms of DoRA, as a multiple of `training.learningRate`, for
     example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Adapters of embeddings train at the plain rate.
     Absent: all train at the same rate."""
+    quantization: Quantization | None = None
+    """NF4: the linear layers of the base model are held in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314),
+    quantized twice by bitsandbytes, and computed in `training.precision`. Their weights take about a quarter of the
+    memory in bf16, and a step takes longer. Embeddings and output head stay as they are. Only with `zeroStage` 1, 2 or
+    Auto, with `storage.artifact` Adapter, and with models without experts. Absent: the base model is not quantized."""
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema
 
-from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, LabelValue, cel, int_or_string
+from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, LabelValue, ObjectName, cel, int_or_string
 
 MEBIBYTE = 1 << 20
 """Number of bytes in one MiB."""
@@ -45,6 +45,18 @@ NODES_LIMIT = 99
 """Largest number of nodes of a job, because the name of a pod has room for an index of two digits."""
 
 
+class ScratchSpec(ApiModel):
+    """The scratch folder of each pod. It holds the downloaded model and data, the tokenised rows, and the files of
+    checkpoints and of the artifact until they are uploaded."""
+
+    size: VolatileMemory
+    """Size of the folder, for example `200Gi`. On the node's own disk the kubelet evicts a pod that uses more."""
+    storage_class_name: ObjectName | None = None
+    """StorageClass of a volume that is made for each pod and deleted with it (a generic ephemeral volume). Absent: the
+    folder is on the disk that the node gives to its pods (an emptyDir), and `size` is part of the pod's request and
+    limit of `ephemeral-storage`."""
+
+
 class ResourcesSpec(ApiModel):
     """The machines of an attempt: `nodes` pods with `gpusPerNode` GPUs each. Each GPU gets one training process, and a
     pod without GPUs has one training process."""
@@ -75,6 +87,10 @@ class ResourcesSpec(ApiModel):
     shared_memory: VolatileMemory = "16Gi"
     """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
     than `memory`."""
+    scratch: ScratchSpec | None = None
+    """Size and place of the scratch folder of each pod. Absent: the disk that the node gives to its pods, with a
+    request and a limit of `ephemeral-storage` that follow from the sizes of model and data, which the preflight check
+    finds. Without a check 1 GiB is requested, and there is no limit."""
 
     @property
     def processes_per_node(self) -> int:

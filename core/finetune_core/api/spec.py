@@ -24,12 +24,13 @@ _SCORE_EXISTS = (
     f"required.score in {list(LOWER_IS_BETTER)} || has(self.dataset.task)"
     f" && (has(self.dataset.task.entryPoint) || has(self.dataset.task.name) && ({_SCORES}))"
 )
-"""CEL expression: the evaluation gives the score `required.score`. The trainer checks the scores of own graders."""
+"""CEL expression: the evaluation measures the score `required.score`. For a job with a grader of its own the expression
+accepts any name, and the trainer checks the name."""
 SCORE_RULE_MESSAGE = (
     "`evaluation.require` must only name scores that the job has:"
     f" {', '.join(LOWER_IS_BETTER)}, or a score of `dataset.task`"
 )
-"""Message of the rule that the evaluation gives every required score."""
+"""Message of the rule that the evaluation must measure every score of `evaluation.require`."""
 _PROCESSES = "self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode : 1)"
 _ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
@@ -53,6 +54,21 @@ _BETWEEN_SECTIONS = (
     (
         "self.method == 'LoRA' || !has(self.storage.artifact)",
         "`storage.artifact` must be absent unless `method` is LoRA",
+    ),
+    (
+        "!has(self.lora) || !has(self.lora.quantization) || type(self.deepspeed.zeroStage) != int ||"
+        " self.deepspeed.zeroStage == 1 || self.deepspeed.zeroStage == 2",
+        "`deepspeed.zeroStage` must be 1, 2 or Auto with `lora.quantization`",
+    ),
+    (
+        "!has(self.lora) || !has(self.lora.quantization) || !has(self.storage.artifact) ||"
+        " self.storage.artifact == 'Adapter'",
+        "`storage.artifact` must be Adapter with `lora.quantization`, because the adapter belongs to the quantized base"
+        " model",
+    ),
+    (
+        "!has(self.storage.cache) || !has(self.model.volume)",
+        "`storage.cache` must be absent with `model.volume`: such a model is used where it lies",
     ),
     (
         "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0 || self.training.precision == 'fp32'",
@@ -116,6 +132,7 @@ _UNCHANGEABLE = (
     _immutable("storage.runId", optional=True),
     _immutable("storage.checkpoint.everySteps", optional=True),
     _immutable("storage.checkpoint.everyMinutes", optional=True),
+    _immutable("storage.cache", optional=True),
     _immutable("storage.artifact", optional=True),
     _immutable("tracking", optional=True),
     _immutable("podTemplate"),
@@ -128,7 +145,9 @@ class FineTuneJobSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=cel(*_BETWEEN_SECTIONS, *_UNCHANGEABLE))
 
     model: ModelSpec
-    """The base model."""
+    """The base model: a folder with `config.json`, `tokenizer.json` and safetensors. Used are `model.safetensors`, or
+    else the weight files that `model.safetensors.index.json` names; adapters and other checkpoints beside them are left
+    out. Quantised weights are refused."""
     dataset: DatasetSpec
     """The training, validation and test rows, and how a row becomes an example."""
     method: Method

@@ -198,6 +198,10 @@ class PreflightStatus(StatusModel):
     template_date: Annotated[str, Field(max_length=10)] = ""
     """The day that chat templates got as today's date in the runs that this job continues, for example `2026-11-29`.
     Empty where the check found no runs, or runs that read no conversations."""
+    model_bytes: Count | None = None
+    """Size of the base model's files in bytes. Absent where the check did not find out."""
+    data_bytes: Count | None = None
+    """Size of all data files together in bytes, as they are stored. Absent where the check did not find out."""
 
 
 class ProgressStatus(StatusModel):
@@ -358,7 +362,7 @@ class RequirementStatus(StatusModel):
     tuned: Decimal | None = None
     """Score of the tuned model. Absent where it was not measured."""
     difference: Decimal | None = None
-    """Score of the tuned model less that of the base model."""
+    """Score of the tuned model minus the score of the base model. Absent where one of the two was not measured."""
     passed: bool
     """Whether the score was reached."""
 

@@ -17,6 +17,7 @@ from finetune_core.api.base import (
     cel,
     exactly_one_of,
 )
+from finetune_core.api.resources import VolatileMemory
 
 Addressing = Literal["Path", "VirtualHosted"]
 """Place of the bucket's name in a request to the object store: Path (`https://host/bucket/key`) or VirtualHosted
@@ -111,6 +112,30 @@ class EncryptionSpec(ApiModel):
     """SSE-KMS: the object store encrypts with a key of its key management service."""
 
 
+class EphemeralVolumeSpec(ApiModel):
+    """A volume that is made for each pod and deleted with it (a generic ephemeral volume)."""
+
+    size: VolatileMemory
+    """Size of the volume, for example `500Gi`."""
+    storage_class_name: ObjectName | None = None
+    """StorageClass of the volume, for example one with the nodes' own disks. Absent: the cluster's default class."""
+
+
+class CacheSpec(ApiModel):
+    """Where the files of the base model are kept. Exactly one of the fields must be set."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one_of("claimName", "ephemeral"))
+
+    claim_name: ObjectName | None = None
+    """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which the pods of all jobs that name it
+    keep the files of models. A file that is there already is not fetched again, by whatever pod, attempt or job. With
+    several nodes the claim must have the access mode ReadWriteMany. Every pod copies the files into its scratch folder,
+    and compares them with the digests that the model's source states."""
+    ephemeral: EphemeralVolumeSpec | None = None
+    """A volume of each pod that holds the files of the model instead of the scratch folder. It saves space in the
+    scratch folder and no downloads: every pod of every attempt has a new volume."""
+
+
 class StorageSpec(ApiModel):
     """The object store for checkpoints, metrics and the artifact."""
 
@@ -144,6 +169,10 @@ class StorageSpec(ApiModel):
     train anew, set a name that no job has used."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
+    cache: CacheSpec | None = None
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept, so that not every pod of
+    every attempt fetches them. Must be absent with `model.volume`, because such a model is used where it lies. Absent:
+    each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

@@ -95,13 +95,13 @@ class TaskSpec(ApiModel):
     (the text of `completion` without `completionSuffix`, where the format has that template), else the column of the
     grader's own name."""
     one_line: bool | None = None
-    """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: true
-    for ViGGO and SQL, what an own grader declares, else false."""
+    """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: for an
+    own grader what it declares, true for ViGGO and SQL, and false for all other tasks."""
     ignore: Annotated[list[Ignorable], Field(max_length=4, json_schema_extra=SET), UNIQUE] | None = None
     """What makes no difference between the answer and the right text. Absent: only white space around the answer."""
     pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
     """Regular expression in the syntax of RE2. What its first group finds in the answer is compared, or the whole match
-    where it has no group."""
+    where the expression has no group."""
     tolerance: DecimalString | None = None
     """Largest difference between the number of the answer and the right one. Absent: 0."""
     relative_tolerance: DecimalString | None = None

@@ -51,11 +51,17 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable emptyDir is mounted. This folder is the pod's HOME. It contains downloaded files, and the
-files of checkpoints until they are uploaded."""
+"""Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. It contains downloaded
+files, and the files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
 """Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
 of the claim>`."""
+MODEL_CACHE_FOLDER = "/var/run/finetune/model-cache"
+"""Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job has no
+cache."""
+MODEL_VOLUME_FOLDER = "/var/run/finetune/model"
+"""Path at which the volume of `storage.cache.ephemeral` is mounted. Where the folder does not exist, the files of the
+model are put into the scratch folder."""
 
 
 class Identity(ContractModel):

@@ -76,6 +76,15 @@ class FoundRun(ContractModel):
     """The day that chat templates got as today's date in the runs of the folder."""
 
 
+class InputSizes(ContractModel):
+    """How large the inputs of a job are, in bytes."""
+
+    model_bytes: Count
+    """Size of the files of the base model that a pod reads."""
+    data_bytes: Count
+    """Size of all data files together, as they are stored."""
+
+
 class PreflightResult(TerminationMessage):
     """The result of all checks. Without a finding the job can start."""
 
@@ -86,6 +95,8 @@ class PreflightResult(TerminationMessage):
     """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
     """The former run that the job takes over instead of training anew. None where the check found no such run."""
+    sizes: InputSizes | None = None
+    """The sizes of model and data. None where one of them was not found, and in results of older trainer images."""
 
     @property
     def exit_code(self) -> int:

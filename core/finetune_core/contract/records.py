@@ -77,10 +77,12 @@ class ScoreRecord(ContractModel):
     ungraded: Annotated[
         dict[Annotated[str, Field(max_length=UNGRADED_REASON_LENGTH)], Count], Field(max_length=UNGRADED_LIMIT)
     ] = {}
-    """Number of answers that could not be graded by the reason, the most frequent reasons first."""
+    """For each reason why answers could not be graded, the number of these answers. The most frequent reasons come
+    first."""
 
     def value_of(self, score: str) -> float | None:
-        """Return the value of ``score``, a name that `evaluation.require` takes; None where it was not measured."""
+        """Return the value of ``score``, the name of a score as `evaluation.require` has it. Return None where the
+        score was not measured."""
         measured = {PERPLEXITY: self.perplexity, ALL_TOKEN_PERPLEXITY: self.all_token_perplexity}
         return measured[score] if score in measured else self.scores.get(score)
 

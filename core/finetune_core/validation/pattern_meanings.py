@@ -1,7 +1,8 @@
 """Says in words what the regular expressions of the schema ask for, because few people read a regular expression in a
 message.
 
-`tests/core/test_patterns.py` fails where a pattern of the schema has no words here, or where words have no pattern.
+`tests/core/test_patterns.py` fails where a pattern of the schema has no phrase here, and where a pattern here is not in
+the schema.
 """
 
 from __future__ import annotations

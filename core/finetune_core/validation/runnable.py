@@ -84,8 +84,8 @@ def _attention_problems(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _scores_out_of_reach(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return a problem for each score of `evaluation.require` that no model can reach. The trainer knows the scores of
-    own graders."""
+    """Return a problem for each score of `evaluation.require` that no model can reach. The scores of a job's own grader
+    are not compared with the range from 0 to 1, because only the trainer knows which of them are shares."""
     task = TASKS.get(spec.dataset.task.name) if spec.dataset.task is not None and spec.dataset.task.name else None
     shares = {score.name for score in task.scores if score.unit is not Unit.VALUE} if task is not None else set()
     problems = []

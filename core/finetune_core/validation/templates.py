@@ -1,8 +1,8 @@
 """Finds what is wrong with the templates of a job: `template`, `completion`, `evaluation.basePrompt`, and the arguments
 of a chat template. `runnable.py` calls `template_problems` and `argument_problems`.
 
-Most wrong templates are refused by the CEL rules of the schema already. Here is what CEL can't say: the nesting of
-optional parts, what the templates mean together, and which argument is wrong.
+The CEL rules of the schema refuse most wrong templates already. This module checks what CEL can't check: the nesting of
+optional parts, and the templates of a job in relation to each other. It also names the argument that is wrong.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def template_problems(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def argument_problems(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return what is wrong with the arguments of the chat template, whatever the template reads, each with the path of
-    the argument."""
+    """Return what is wrong with the arguments of the chat template, each with the path of the argument. Whether the
+    template reads an argument is not checked, because the template is not known here."""
     messages = spec.dataset.format.messages
     given = {} if messages is None else messages.template_arguments
     found = {name: value_problem(text) or (TAKEN if name in RESERVED else "") for name, text in given.items()}
@@ -47,7 +47,8 @@ def argument_problems(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _answers_in_prompts(parsed: dict[str, RowTemplate]) -> list[UserError]:
-    """Return a problem for each prompt that shows everything that the completion is made of."""
+    """Return a problem for each prompt template that shows all columns of the completion, because a prompt made from it
+    contains the answer."""
     answer = parsed[f"{FORMAT}.completion"]
     return [
         UserError(path, "must not show every column of the completion: the prompt would give the answer away")

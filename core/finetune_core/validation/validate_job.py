@@ -1,6 +1,7 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-A regular expression, which only the check before the first attempt compiles, is compiled here too.
+The regular expression `dataset.task.pattern` is compiled here too. In a cluster neither the API server nor the operator
+compiles it, but the check before the first attempt does.
 
 The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
 paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.

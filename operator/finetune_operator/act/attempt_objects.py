@@ -16,9 +16,11 @@ from finetune_core.names import attempt_name
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
 from finetune_operator.act.network_policies import NetworkPolicies
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
+from finetune_operator.objects.disk_space import sizes_of_inputs
 from finetune_operator.objects.network_policy import build_network_policy
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec
@@ -87,7 +89,7 @@ class AttemptObjects:
         logger.info("attempt removed", extra=job.log_fields)
 
     async def remove_orphans(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Delete ``pods``, whose attempt has ended and whose child somebody deleted without them.
+        """Delete ``pods``, which still exist although their attempt has ended and somebody has deleted their child.
 
         A pod whose deletion is refused, for example by an admission policy, is remembered and no longer waited for.
         """
@@ -124,6 +126,7 @@ class AttemptObjects:
             image=image,
             report_base_url=self._report_base_url,
             avoided_nodes=avoided_nodes,
+            sizes=sizes_of_inputs(job.status.preflight),
         )
         run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
         await create_config_map(self._cluster, run_file)

@@ -31,7 +31,7 @@ class CreationBackoff:
         memory.problem, memory.failures = None, 0
 
     def forget_refusal(self, memory: JobMemory) -> None:
-        """Forget a problem that lay in the job itself, because the job can be read and run now.
+        """Forget the problem if it was in the job itself (BadInput), because the job can be read and run now.
 
         A person may have corrected the job, and must not wait for the back-off of the corrected problem.
         """

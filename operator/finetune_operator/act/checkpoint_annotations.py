@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC
 
 from finetune_core.api.status import CheckpointStatus
-from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, ApiError, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.stored_job import StoredJob
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
     """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z".
 
-    The text is empty where there is no checkpoint. It is also empty where the stored time lies so close to an end of
-    the calendar that it does not exist in UTC. No trainer reports such a time, but another program may have stored one.
+    The text is empty where there is no checkpoint. It is also empty where the stored time is so close to the first or
+    the last possible datetime that it can't be converted to UTC. No trainer reports such a time, but another program
+    may have stored it.
     """
     if not checkpoints:
         return ""
@@ -36,7 +38,7 @@ def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
 
 
 def pods_to_annotate(pods: Sequence[PodObservation], attempt: int, value: str) -> list[PodObservation]:
-    """Return the running pods of ``attempt`` whose annotation differs from ``value``; none for an empty value."""
+    """Return the running pods of ``attempt`` whose annotation differs from ``value``; no pods for an empty value."""
     return [pod for pod in pods if value and pod.attempt == attempt and pod.running and pod.checkpoint_time != value]
 
 
@@ -44,7 +46,7 @@ class CheckpointAnnotations:
     """Keeps the annotation `volcano.sh/last-checkpoint-time` of running pods up to date."""
 
     def __init__(self, cluster: KubeClient, *, enabled: bool, clock: Callable[[], float]) -> None:
-        """Annotate pods with ``cluster``. Where not ``enabled``, do nothing: the chart then grants no permission.
+        """Annotate pods with ``cluster``. Where ``enabled`` is False, do nothing: the chart then grants no permission.
 
         ``clock`` returns monotonic seconds.
         """

@@ -1,7 +1,8 @@
 """Creates and deletes the NetworkPolicies of attempts. An installation can switch them off.
 
 `attempt_objects.py` creates the policy of an attempt before the child object, so that no pod of the attempt ever runs
-without it, and deletes it with the attempt's ConfigMap. `settled.py` deletes the policy of the last attempt.
+without the policy. It deletes the policy together with the attempt's ConfigMap. `settled.py` deletes the policy of the
+last attempt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ class NetworkPolicies:
     """The NetworkPolicies of attempts, or nothing where the setting `--network-policies` is off."""
 
     def __init__(self, client: KubeClient, *, enabled: bool) -> None:
-        """Send requests with ``client``. Where not ``enabled``, send none: the chart then grants no permission."""
+        """Send requests with ``client``. Where ``enabled`` is False no request is sent, because the chart then grants
+        no permission."""
         self._client = client
         self._enabled = enabled
 

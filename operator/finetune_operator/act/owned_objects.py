@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
-from finetune_operator.kube.client import ApiError, going_away
+from finetune_operator.kube.api_errors import ApiError, going_away
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.observations import controller_uid
 from finetune_operator.queue.retryable import RetryableError

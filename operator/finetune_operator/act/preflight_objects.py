@@ -15,7 +15,8 @@ from finetune_core.names import preflight_name
 from finetune_operator import messages
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_uid

@@ -12,7 +12,8 @@ from datetime import datetime
 
 from finetune_core.api import KIND, FineTuneJobStatus
 from finetune_operator.decide.decision import Decision
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.labels import PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
 from finetune_operator.observe.observation import JobObservation
@@ -46,7 +47,8 @@ class PreflightTurns:
         return self._slots.limit
 
     def observe(self, key: Key, stored: FineTuneJobStatus, seen: JobObservation, decision: Decision) -> None:
-        """Keep the slot of a job whose preflight pod uses one; take it back where the job is about to create no pod.
+        """Keep the slot of a job whose preflight pod uses one. Release the slot where the job has no such pod and is
+        not about to create one.
 
         ``decision`` follows from the status ``stored`` and from ``seen``.
         """
@@ -82,7 +84,8 @@ class PreflightTurns:
             logger.warning("the preflight pods in %s could not be counted: %s", namespace, error)
             return
         for manifest in pods:
-            # Anybody may create a pod with these labels, and with an owner whose name no job can have.
+            # The name of the owner is checked, because anybody may create a pod with these labels and with an owner
+            # whose name no job can have.
             key = Key.parse(manifest["metadata"]["namespace"], controller_name(manifest, KIND))
             pod = parse_preflight_pod(manifest)
             if pod is not None and key is not None and uses_slot(pod, now):

@@ -26,7 +26,7 @@ FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
 """Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob, or because a queue
-resumed the PyTorchJob too early. Such attempts are never charged and never make the back-off longer, however many they
+resumed the PyTorchJob too early. Such attempts are never charged and never make the back-off longer, however many there
 are."""
 
 
@@ -48,11 +48,12 @@ def close(
     checkpoints: Sequence[CheckpointStatus],
     now: datetime,
 ) -> AttemptsStatus:
-    """Return ``attempts`` after the end of ``current``: moved to `recent`, and counted if charged or free.
+    """Return ``attempts`` with ``current`` moved to `recent`, and counted where it is charged or free.
 
-    A free attempt is charged where FREE_IN_A_ROW says so. If such an attempt ended with NodeRefused, the attempts right
-    after it that end with NodeRefused are charged too, until a checkpoint is committed. The cause may be an image that
-    no node can start. No attempt is counted twice, because `attempts.current` is None afterwards.
+    A free attempt without a new checkpoint is charged where FREE_IN_A_ROW free attempts without a new checkpoint came
+    right before it. If it ended with NodeRefused, the attempts right after it that end with NodeRefused are charged
+    too, until a checkpoint is committed. The cause may be an image that no node can start. No attempt is counted twice,
+    because `attempts.current` is None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
@@ -81,7 +82,8 @@ def close(
 
 
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
-    """Return the pause before the next attempt: 10 s, doubled for each further attempt in a row without a checkpoint.
+    """Return the pause before the next attempt: 10 s, doubled for each further attempt in a row without a new
+    checkpoint.
 
     The pause is 300 s at most. Attempts that ended by a suspension are left out of the row.
     """

@@ -28,9 +28,9 @@ observes why the other pods of the attempt end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
-A trainer that still runs in such a pod does not damage the next attempt. Before each commit it looks in the bucket for
-a higher run number. Where it finds that the next attempt has taken one, it stops writing. What it commits before is a
-normal checkpoint of the job.
+A trainer that still runs in such a pod does not damage the next attempt. Before each commit the trainer looks in the
+bucket for a higher run number, and stops writing once the next attempt has taken one. What the trainer commits before
+that is a normal checkpoint of the job.
 """
 ORPHAN_LIMIT = timedelta(seconds=60)
 """Time after the end of an attempt at which the operator itself deletes pods that have no child object any more.
@@ -243,7 +243,8 @@ def _ending(
     because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    # The pause is subtracted from the time of this reconcile, because a recorded time may be the last that exists.
+    # The pause is subtracted from the time of this reconcile and not added to the recorded time, because the sum could
+    # exceed the largest time that a datetime can hold.
     left = seconds_of_pause(cause.time, seen.now - LEAVE_TOGETHER, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)

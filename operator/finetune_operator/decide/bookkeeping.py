@@ -1,8 +1,9 @@
 """What the operator must not lose in a crash: how many attempts were started and counted, number and cause of the
 current attempt, and the record of the preflight check.
 
-`decision.py` asks here whether the status must be written before an object is changed. All values come from fields of
-which `status/urgency.py` says that they are written at once. So a decision that must be written first never waits.
+`decision.py` calls `bookkeeping` to find out whether the status must be written before an object is changed. All values
+come from fields that `status/urgency.py` lists among those that are written at once. So a decision that must be written
+first never waits.
 """
 
 from __future__ import annotations

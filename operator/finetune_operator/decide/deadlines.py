@@ -45,8 +45,8 @@ def seconds_left(policy: RunPolicySpec, *, since: datetime, now: datetime) -> fl
 def seconds_of_pause(until: datetime | None, now: datetime, longest: float) -> float:
     """Return for how many more seconds a recorded pause lasts, which ends at ``until``; 0 where it is over or absent.
 
-    No leader records a pause of more than ``longest`` seconds. So the answer is also 0 where much more than that would
-    be left: the leader that recorded the pause had a wrong clock.
+    No leader records a pause of more than ``longest`` seconds. If more than that and CLOCK_DIFFERENCE_SECONDS are left,
+    the leader that recorded the pause had a wrong clock, and the result is 0 too.
     """
     left = 0.0 if until is None else (until - now).total_seconds()
     return left if 0 < left <= longest + CLOCK_DIFFERENCE_SECONDS else 0.0

@@ -83,7 +83,7 @@ class Decision:
 
     @property
     def needs_run_file(self) -> bool:
-        """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
+        """Whether a pod may be about to start. Then the run file, which pods read, must be made from the spec."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
 
     @property
@@ -99,8 +99,8 @@ class Decision:
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
         """Return whether the status must be written before any object is created or deleted.
 
-        This is so where one of the values of `bookkeeping` has changed, or where the job ends. An operator that crashes
-        right after that write finds its decision in the status and does not decide anew.
+        The result is True where one of the values of `bookkeeping` has changed, or where the job ends. An operator that
+        crashes right after that write finds its decision in the status and does not decide anew.
         """
         changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)
         return changed or self.end is not None

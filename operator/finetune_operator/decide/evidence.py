@@ -143,16 +143,17 @@ class Evidence:
         """Return whether a disruption or deletion at ``time`` came before every failure of the attempt."""
         if not self.failures:
             return True
-        all_stopped = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in self.failures)
+        all_stopped = all(_stopped(pod) for pod in self.failures)
         # Where deletion and failure fall into the same second, the deletion came first in two cases: all failed pods
         # exited with 143, which a trainer does only after SIGTERM, or the child has not failed, so that the backend
         # itself has deleted no pod because of a failure.
         deletion_came_first = all_stopped or (self.child is not None and not self.child.failed)
         times = [finished_at(pod) for pod in self.failures]
         first_failure = min((time for time in times if time is not None), default=None)
-        if first_failure is None or None in times:
-            # The time of a failure may still be missing, because the kubelet reports the eviction of a pod before it
-            # reports when the pod's container ended.
+        # The kubelet reports the eviction of a pod before the pod's container has ended. So the time of the eviction is
+        # not known, and a deletion before the end of the container may still have come after the eviction.
+        evicted = any(pod.reason == Cause.EVICTED for pod in self.failures)
+        if first_failure is None or None in times or (evicted and time is not None and time < first_failure):
             return deletion_came_first
         return time is not None and (time < first_failure or (time == first_failure and deletion_came_first))
 
@@ -196,6 +197,13 @@ class Evidence:
 def finished_at(pod: PodObservation) -> datetime | None:
     """Return when the pod's training container ended; None while it runs or where the kubelet does not say."""
     return pod.container.finished_at if pod.container else None
+
+
+def _stopped(pod: PodObservation) -> bool:
+    """Return whether the trainer in ``pod`` ended with the code that it has only after SIGTERM, and the SIGTERM did not
+    come from an eviction."""
+    code = pod.container.exit_code if pod.container else None
+    return code == ExitCode.STOPPED and pod.reason != Cause.EVICTED
 
 
 def is_refused(pod: PodObservation) -> bool:

@@ -14,7 +14,13 @@ from datetime import datetime, timedelta
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, FoundRun, PreflightResult
+from finetune_core.contract.preflight_result import (
+    PREFLIGHT_COMMAND,
+    PREFLIGHT_SECONDS,
+    FoundRun,
+    InputSizes,
+    PreflightResult,
+)
 from finetune_operator import messages
 from finetune_operator.decide.deadlines import seconds_left, seconds_of_pause
 from finetune_operator.decide.decision import Action, Decision, JobEnd
@@ -33,7 +39,7 @@ PREFLIGHT_SECONDS. The other 120 s are for its start and for clocks that differ.
 TURN_SECONDS = 60.0
 """Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
 GIVE_UP_TRIES = 3
-"""Number of tries that could not be carried out for a cause in the job (`_Outcome.aborted`) after which the job ends. A
+"""The job ends after this many tries that could not be carried out because of the job itself (`_Outcome.aborted`). A
 try with a result sets the count back to 0."""
 
 
@@ -64,8 +70,8 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
 def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
     """Return ``decision``, which would start a check, changed so that nothing is done while the job waits for its turn.
 
-    ``limit`` is how many checks run at the same time. The stored record of the check is kept as it is; there is none
-    while the job waits for its first turn.
+    ``limit`` is how many checks may run at the same time. The stored record of the check is kept as it is; there is
+    none while the job waits for its first turn.
     """
     return replace(
         decision,
@@ -84,6 +90,8 @@ def _during_try(
     outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
         recorded = _with_verdict(record, outcome, seen.now)
+        if outcome.sizes is not None:
+            recorded = recorded.model_copy(update=outcome.sizes.model_dump())
         if outcome.found is not None:
             former = taken_over(outcome.found, seen.preflight)
             day = outcome.found.template_date
@@ -193,8 +201,10 @@ class _Outcome:
     """Whether the check was carried out, so that `message` holds its findings or notices."""
     found: FoundRun | None = None
     """What the check found in the bucket: the job's own run, or that of a former job. None where it found neither."""
+    sizes: InputSizes | None = None
+    """Sizes of model and data. None where the check did not find them out."""
     aborted: bool = False
-    """Whether the check could not be carried out for a cause in the job: the check needs more memory than it may take,
+    """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""
 
 
@@ -208,8 +218,14 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
         result = PreflightResult.from_termination_message(container.message)
         if container.exit_code == ExitCode.DONE:
-            notices, found = ("; ".join(result.notices), result.found) if result else ("", None)
-            return _Outcome(verdict=PreflightVerdict.PASSED, message=notices, has_result=True, found=found)
+            passed = result or PreflightResult(findings=[])
+            return _Outcome(
+                verdict=PreflightVerdict.PASSED,
+                message="; ".join(passed.notices),
+                has_result=True,
+                found=passed.found,
+                sizes=passed.sizes,
+            )
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
             return _Outcome(verdict=verdict, message=result.sentence, has_result=True)
@@ -252,7 +268,7 @@ def _aborted(message: str) -> _Outcome:
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
-    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or nothing tells why."""
+    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or no reason is known."""
     if pod.running or not _had_time_to_start(pod, seen.now):
         return ""
     detail = why_pod_waits(pod, seen.warning)

@@ -8,7 +8,6 @@ a success, unless its docstring says otherwise.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
 from finetune_core.api import API_VERSION, KIND
+from finetune_operator.kube.api_errors import ApiError, error_of, json_object
 from finetune_operator.kube.fencing import fenced_client
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.rbac import Permission
@@ -43,76 +42,6 @@ METHODS: Final = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT"
 """HTTP method of each RBAC verb that the client uses."""
 
 
-class ApiError(Exception):
-    """The API server answered with an HTTP status that is not 2xx."""
-
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        """Keep the HTTP ``status`` and the answer's ``reason`` (for example ``"AlreadyExists"``) and ``message``."""
-        super().__init__(f"the API server answered {status} {reason}: {message}")
-        self.status = status
-        self.reason = reason
-        self.message = message
-
-    @property
-    def is_not_found(self) -> bool:
-        """Whether the answer is 404: the object, the namespace or the kind does not exist."""
-        return self.status == HTTPStatus.NOT_FOUND
-
-    @property
-    def is_name_taken(self) -> bool:
-        """Whether an object was not created because one of the same name exists: 409 with the reason AlreadyExists.
-
-        No other 409 means that an object exists. A ResourceQuota that was changed meanwhile answers a creation with 409
-        and the reason Conflict, and a webhook may answer 409 with any reason.
-        """
-        return self.status == HTTPStatus.CONFLICT and self.reason == "AlreadyExists"
-
-    @property
-    def is_conflict(self) -> bool:
-        """Whether the answer is a 409 that does not mean that the name is taken.
-
-        The request changed nothing. Mostly somebody else has changed an object meanwhile: a precondition (uid,
-        resourceVersion) does not hold, or another request changed a quota. The caller reads anew and tries again.
-        """
-        return self.status == HTTPStatus.CONFLICT and not self.is_name_taken
-
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the object itself was refused, for example by a quota, a policy or a webhook.
-
-        Such a request would fail again if it were repeated at once.
-        """
-        webhook_down = self.status == HTTPStatus.INTERNAL_SERVER_ERROR and "webhook" in self.message
-        return webhook_down or (400 <= self.status < 500 and self.status not in _NOT_ABOUT_THE_OBJECT)
-
-
-_NOT_ABOUT_THE_OBJECT: Final = frozenset(
-    {
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.CONFLICT,
-        HTTPStatus.TOO_MANY_REQUESTS,
-    }
-)
-"""HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
-REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, OSError)
-"""The exceptions with which a request can fail. OSError includes the TimeoutError of a time-out. A caller that tries
-again later catches all of them."""
-
-
-def going_away(error: ApiError, kind: str, name: str) -> ApiError:
-    """Return the conflict to raise where an object was not created because one that is being deleted has its name.
-
-    ``error`` is the answer to the creation. The caller raises the conflict, so that the job is reconciled again soon.
-    """
-    return ApiError(error.status, "Conflict", f"{kind} {name} was deleted while it was created")
-
-
-def describe_error(error: Exception) -> str:
-    """Return the text of ``error`` for a log line; the name of its type where the text is empty (TimeoutError)."""
-    return str(error) or type(error).__name__
-
-
 async def load_configuration(kubeconfig: Path | None) -> Any:
     """Return the client configuration from the file ``kubeconfig``; where None, from the pod's service account."""
     configuration = kubernetes_client.Configuration()
@@ -126,26 +55,9 @@ async def load_configuration(kubeconfig: Path | None) -> Any:
     return configuration
 
 
-def _error(status: int, body: bytes) -> ApiError:
-    """Return the ApiError for an answer. Its ``body`` is a Status object or, from a proxy or webhook, plain text."""
-    content = _json_object(body)
-    if content is not None:
-        return ApiError(status, str(content.get("reason") or ""), str(content.get("message") or ""))
-    return ApiError(status, "", body.decode(errors="replace").strip()[:512])
-
-
-def _json_object(body: bytes) -> Manifest | None:
-    """Return the JSON object in ``body``; None where it holds anything else, such as JSON that is nested too deep."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedJob:
-    """What a list of FineTuneJobs tells about each job: its key and its version, without spec and status."""
+    """What a list of FineTuneJobs contains about each job: its key and its version, without spec and status."""
 
     key: Key
     resource_version: str
@@ -190,7 +102,31 @@ class KubeClient:
 
         The resourceVersion stays the same where the status does not differ from the stored one. Raises ApiError (409)
         where the job's resourceVersion is no longer ``resource_version``.
+
+        The API server can't apply anything to an object of which a stored field has another type than in the CRD. An
+        older version of the CRD may have accepted the field. The status is then replaced by a patch, which does not
+        keep the conditions of other field managers.
         """
+        try:
+            return await self._apply_status(key, resource_version, status)
+        except ApiError as error:
+            if not error.is_of_another_schema:
+                raise
+        operations: list[Manifest] = [
+            {"op": "replace", "path": "/metadata/resourceVersion", "value": resource_version},
+            {"op": "add", "path": "/status", "value": status},
+        ]
+        job = await self._request(
+            Permission.APPLY_STATUS,
+            key.namespace,
+            key.name,
+            body=operations,
+            query={"fieldManager": FIELD_MANAGER},
+            content_type="application/json-patch+json",
+        )
+        return str(job["metadata"]["resourceVersion"])
+
+    async def _apply_status(self, key: Key, resource_version: str, status: Manifest) -> str:
         body = {
             "apiVersion": API_VERSION,
             "kind": KIND,
@@ -358,8 +294,9 @@ class KubeClient:
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 409 is raised although it mostly means that the object is gone and a new one has its name, so that the
-            # uid precondition failed. A 409 can also have other causes, and the next reconcile reads what exists.
+            # A 409 mostly means that the object is gone and a new object has its name, so that the uid precondition
+            # failed. It is raised nevertheless, because a 409 can also have other causes, and the next reconcile reads
+            # what exists.
             if not error.is_not_found:
                 raise
             return False
@@ -371,7 +308,7 @@ class KubeClient:
         namespace: str | None,
         name: str | None = None,
         *,
-        body: Manifest | None = None,
+        body: Manifest | list[Manifest] | None = None,
         query: dict[str, str] | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
@@ -401,8 +338,8 @@ class KubeClient:
             if response.status != HTTPStatus.TOO_MANY_REQUESTS or not tries_left:
                 break
         if not 200 <= response.status < 300:
-            raise _error(response.status, answer)
-        result = _json_object(answer)
+            raise error_of(response.status, answer)
+        result = json_object(answer)
         if result is None:
             raise ApiError(response.status, "NotJSON", "the answer is cut off, or comes from a proxy")
         return result

@@ -17,7 +17,7 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 DEFAULT_SECONDS: Final = 1.0
-"""Pause after a 429 without a `Retry-After` that can be read."""
+"""Pause in seconds after a 429 that has no readable `Retry-After`."""
 MOST_SECONDS: Final = 300.0
 """Longest pause that is obeyed, so that a proxy with a wrong answer does not stop the operator for hours."""
 

@@ -42,13 +42,13 @@ START_ERRORS = frozenset(
 
 
 EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
-"""The times between which every time of an object is taken to lie. At the ends of the calendar, the sum of a time and a
-duration, and the same time in another time zone, may not exist."""
+"""Limits of the times that are read from objects. An earlier or later time is replaced by the nearest limit, so that
+sums with a duration and conversions to another time zone stay within the range of datetime."""
 NUMBER_DIGITS = 19
 """Largest number of digits of a text that is read as a whole number. No number of the Kubernetes API has more."""
 LONGEST_GRACE_SECONDS = 10 * 365 * 24 * 3600
-"""Longest grace period in seconds that is believed. Anybody may delete their own pod with a grace period of a trillion
-seconds, and no time lies so long before the end of that period."""
+"""Longest grace period in seconds that is taken as true. Anybody may delete their own pod with a grace period of a
+trillion seconds, and a datetime that lies so long before the end of that period does not exist."""
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
 process when containerd starts. The kubelet writes ContainerStatusUnknown (137) for a container that its runtime no
@@ -181,9 +181,9 @@ class ChildObservation:
 def parse_time(text: str | None) -> datetime | None:
     """Return ``text``, for example ``"2026-01-31T12:00:00Z"`` (RFC 3339), as a datetime.
 
-    Returns None where ``text`` is empty or no such time, and `EARLIEST` or `LATEST` where the time lies beyond these.
-    Whoever may write the status of an object may write any time that the API server accepts, also one with the year 0
-    or with 99 hours between its zone and UTC.
+    Returns None where ``text`` is empty or is not such a time. A time before `EARLIEST` or after `LATEST` is replaced
+    by that limit. Whoever may write the status of an object may write any time that the API server accepts, for example
+    a time in the year 0, or a time in a zone that differs from UTC by 99 hours.
     """
     try:
         time = datetime.fromisoformat(text.upper()) if text else None
@@ -193,10 +193,10 @@ def parse_time(text: str | None) -> datetime | None:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the whole number that ``text`` consists of; None where ``text`` is something else than 1 to 19 digits.
+    """Return the whole number that ``text`` consists of; None where ``text`` is anything but 1 to 19 ASCII digits.
 
-    Others write the texts that the operator reads as numbers: labels, names and stored values. `int` takes digits of
-    all scripts, and raises an error for a text of thousands of digits.
+    The texts that the operator reads as numbers are labels, names and stored values, which other people can write.
+    `int` accepts digits of all scripts, and raises an error for a text of thousands of digits.
     """
     return int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else None
 

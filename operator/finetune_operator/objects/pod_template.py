@@ -1,8 +1,8 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
 The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
-for reports and, with `storage.identity`, one for the object store. Apart from volumes in `podTemplate`, every writable
-folder is an emptyDir.
+for reports and, with `storage.identity`, one for the object store. The writable folders are emptyDirs, what
+`disk_space.py` makes of `resources.scratch` and `storage.cache`, and volumes in `podTemplate`.
 Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
 `pod_template`.
 """
@@ -37,9 +37,11 @@ from finetune_core.contract.pod import (
     WEB_IDENTITY_FILE,
     WEB_IDENTITY_FILE_VARIABLE,
 )
+from finetune_core.contract.preflight_result import InputSizes
 from finetune_core.contract.stock_reports import client_environment
 from finetune_core.names import worker_name
 from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.disk_space import SCRATCH_VOLUME, cache_mounts, disk_amounts, disk_volumes
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
@@ -67,7 +69,6 @@ IDENTITY_VOLUME: Final = "storage-identity"
 STORAGE_CA_VOLUME: Final = "storage-ca"
 HUB_TOKEN_VOLUME: Final = "hub-token"  # noqa: S105  (the name of a volume)
 HUB_DATA_TOKENS_VOLUME: Final = "hub-data-tokens"
-SCRATCH_VOLUME: Final = "scratch"
 TMP_VOLUME: Final = "tmp"
 SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
@@ -86,6 +87,8 @@ class AttemptSpec:
     """Address of the report server, for example ``"https://finetune-operator.finetune-system.svc:8443"``."""
     avoided_nodes: tuple[str, ...] = ()
     """Names of nodes on which the scheduler is to place the pods only where no other node can take them."""
+    sizes: InputSizes | None = None
+    """Sizes of model and data, by which scratch space is requested. None where the preflight check did not tell."""
 
 
 def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -135,7 +138,7 @@ def _container(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         "image": attempt.image,
         "env": _environment(job, attempt),
         "ports": [{"name": MASTER_PORT_NAME, "containerPort": MASTER_PORT, "protocol": "TCP"}],
-        "resources": _resources(job),
+        "resources": _resources(job, attempt),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -192,12 +195,13 @@ def _from_field(path: str) -> Manifest:
     return {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
 
 
-def _resources(job: FineTuneJob) -> Manifest:
+def _resources(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     resources = job.spec.resources
+    disk_request, disk_limit = disk_amounts(job, attempt.sizes)
     amounts = {"cpu": str(resources.cpu), "memory": str(resources.memory)}
     if resources.gpus_per_node:
         amounts[GPU_RESOURCE] = str(resources.gpus_per_node)
-    return {"requests": dict(amounts), "limits": dict(amounts)}
+    return {"requests": amounts | disk_request, "limits": amounts | disk_limit}
 
 
 def _node_selector(job: FineTuneJob) -> dict[str, str]:
@@ -260,6 +264,7 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
         mounts.append({"name": HUB_TOKEN_VOLUME, "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
     if _data_tokens(job):
         mounts.append({"name": HUB_DATA_TOKENS_VOLUME, "mountPath": HUB_DATA_TOKENS_FOLDER, "readOnly": True})
+    mounts += cache_mounts(job)
     mounts += [
         {"name": _claim_volume(number), "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
         for number, claim in enumerate(claims(job))
@@ -275,7 +280,7 @@ def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
     volumes: list[Manifest] = [
         {"name": RUN_VOLUME, "configMap": {"name": attempt.name, "defaultMode": SHARED_READ_ONLY}},
         _token_volume(REPORT_TOKEN_VOLUME, report_audience(job.metadata.uid), TOKEN_FILE),
-        {"name": SCRATCH_VOLUME, "emptyDir": {}},
+        *disk_volumes(job, attempt.sizes),
         {"name": TMP_VOLUME, "emptyDir": {}},
         {
             "name": SHARED_MEMORY_VOLUME,

@@ -13,6 +13,7 @@ from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
+from finetune_operator.objects.disk_space import EPHEMERAL_STORAGE
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
 from finetune_operator.objects.pod_template import (
     GPU_RESOURCE,
@@ -25,11 +26,12 @@ from finetune_operator.objects.pod_template import (
 )
 
 RESOURCES = {
-    "requests": {"cpu": "100m", "memory": "256Mi"},
-    "limits": {"cpu": "1", "memory": "1Gi"},
+    "requests": {"cpu": "100m", "memory": "256Mi", EPHEMERAL_STORAGE: "256Mi"},
+    "limits": {"cpu": "1", "memory": "1Gi", EPHEMERAL_STORAGE: "4Gi"},
 }
-"""Requests and limits of the preflight container. The checks take about 150 MiB of memory; the limit leaves room for a
-large tokenizer."""
+"""Requests and limits of the preflight container. The checks of the data take about 150 MiB of memory. The checks of
+the model take 750 MiB, and 300 MiB of that are mapped files of torch. The limit leaves room for a large tokenizer. On
+disk the pod has the small files of the model, the headers of its weight files and the first rows of the data files."""
 PREFLIGHT_GRACE_SECONDS = 2
 """terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
 PREFLIGHT_POD_SECONDS = 1800
@@ -57,10 +59,16 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     """Return the pod of one try of the preflight check.
 
     The pod may run wherever `podTemplate` allows, also on nodes without GPUs. Neither GPUs nor `gpuProduct` are asked
-    for, because no GPU is to be held while the job is checked.
+    for, because no GPU is to be held while the job is checked. Volumes that would be made for the pod are left out too,
+    because the check has little to write.
     """
+    resources, storage = job.spec.resources, job.spec.storage
+    is_for_each_pod = storage.cache is not None and storage.cache.ephemeral is not None
     without_gpus = job.spec.model_copy(
-        update={"resources": job.spec.resources.model_copy(update={"gpus_per_node": 0, "gpu_product": None})}
+        update={
+            "resources": resources.model_copy(update={"gpus_per_node": 0, "gpu_product": None, "scratch": None}),
+            "storage": storage.model_copy(update={"cache": None}) if is_for_each_pod else storage,
+        }
     )
     attempt = AttemptSpec(number=1, name=preflight.name, image=preflight.image, report_base_url="")
     template = pod_template(job.model_copy(update={"spec": without_gpus}), attempt)
@@ -108,7 +116,9 @@ def _is_bound_to_gpu_nodes(job: FineTuneJob) -> bool:
     template = job.spec.pod_template
     nodes = template.affinity.node_affinity if template.affinity is not None else None
     required = nodes is not None and nodes.required_during_scheduling_ignored_during_execution is not None
-    volumes = bool(claims(job)) or any(volume.persistent_volume_claim for volume in template.volumes)
+    cache = job.spec.storage.cache
+    is_cached = cache is not None and cache.claim_name is not None
+    volumes = is_cached or bool(claims(job)) or any(volume.persistent_volume_claim for volume in template.volumes)
     return bool(job.spec.resources.gpus_per_node) and (bool(template.node_selector) or required or volumes)
 
 

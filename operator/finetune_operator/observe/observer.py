@@ -165,9 +165,10 @@ class Observer:
 
 
 def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:
-    """Return what the attempt waits for, as a sentence: as its pods show it, or else as a stored condition says it.
+    """Return, as a sentence, what the attempt waits for.
 
-    Empty where neither says it.
+    The sentence is made from the attempt's pods. Where there are none, or where the job is not accepted, it is the
+    message of a stored condition. Empty where no condition has a message.
     """
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]

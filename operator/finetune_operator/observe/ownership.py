@@ -71,8 +71,8 @@ def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Bac
 def newest_attempt(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> int:
     """Return the highest number of an attempt of ``job`` whose child has left a trace; 0 where there is none.
 
-    A trace is the child's name in `status.child`, or as the controller of a pod in ``manifests``. The name of a child
-    contains the number of its attempt and a digest of the job's uid.
+    A trace is the child's name, in `status.child` or in the owner reference of a pod in ``manifests``. The name of a
+    child contains the number of its attempt and a digest of the job's uid.
     """
     named = set() if job.status.child is None else {job.status.child.name}
     numbers = {0, *(whole_number(name.rpartition("-")[2]) or 0 for name in named)}

@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_snake
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.evaluation import EvaluationSpec, RequirementSpec
+from finetune_core.api.older_specs import present_manifest
 from finetune_core.api.reading import Section, read_section
 from finetune_core.api.resources import ResourcesSpec
 from finetune_core.api.run_policy import RunPolicySpec
@@ -28,7 +29,7 @@ _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
 """Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
 for the status as a whole."""
 _ALWAYS = ("conditions", "observedGeneration")
-"""Fields of the status that are written whatever another version has written there."""
+"""Fields of the status that are always written, even where this version can't read all of their stored content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +154,10 @@ def _is_bookkeeping(path: str) -> bool:
 
 
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
-    """Return ``attempts`` with counts no smaller than its list of attempts shows, and without pod records without uid.
+    """Return ``attempts`` with counts that are at least as large as its list of attempts shows.
 
-    Another version may have left out counts and uids. Counts matter, because no second attempt may get a number that is
-    used already. A pod record without a uid would look like a pod that vanished.
+    Pod records without a uid are removed, because each would look like a pod that vanished. Another version may have
+    left out counts and uids. Counts matter, because no second attempt may get a number that is used already.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:
@@ -179,6 +180,6 @@ def parse_spec(stored: StoredJob) -> ParsedJob:
     """Return the stored job with its parsed spec; raises ValidationError where this version of the
     operator can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
-    resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
+    resource = FineTuneJob.model_validate(present_manifest({name: stored.manifest[name] for name in fields}))
     known = {each.name: getattr(stored, each.name) for each in dataclasses.fields(stored)}
     return ParsedJob(resource=resource, **known)

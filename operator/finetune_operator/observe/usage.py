@@ -20,7 +20,7 @@ def usage_until(
 ) -> UsageStatus:
     """Return the usage until ``now``: ``counted`` (from the status) plus what the pods have used since then.
 
-    Where ``counted`` reaches beyond ``now``, the usage until that time is returned, so that no figure goes back.
+    Where ``counted`` reaches beyond ``now``, the usage until that later time is returned, so that no number decreases.
     ``pods`` are the pods of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
     until its training container has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held
     its GPUs until ``now``.

@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS

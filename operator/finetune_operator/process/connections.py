@@ -1,7 +1,8 @@
 """Accepts the connections of an HTTP server and bounds what clients may take: connections, time and bytes.
 
-The servers of the operator can be reached by every pod of the cluster, without a credential. So a connection costs
-little memory, is closed when its client does nothing, and gives way to a newer one where there are too many.
+Every pod of the cluster can connect to the operator's servers without a credential. So a connection costs little
+memory and is closed when its client does nothing. Where there are too many connections, an idle connection is closed in
+favour of a new one.
 `http_server.py` runs a `Listener`; aiohttp speaks HTTP on the connections.
 """
 
@@ -31,7 +32,7 @@ SEND_BUFFER_BYTES: Final = 64 * 1024
 Without a fixed size the buffer would grow to several megabytes for a client that does not read, and would count as
 memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
-"""Seconds that a client has to answer the end of a TLS connection."""
+"""Time in seconds within which a client must answer the end of a TLS connection. Then the connection is closed."""
 FILES_LEFT: Final = 512
 """Number of files that are left to the process besides the connections of one server: half of them for the connections
 of the other server, and half for the process itself, for example for its connections to the API server."""
@@ -45,7 +46,7 @@ _END_OF_HEADER: Final = b"\r\n\r\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionLimits:
-    """What the clients of a server may take.
+    """Limits on the connections, the requests, the bytes and the time of a server's clients.
 
     One address may make ``per_address / 2`` new connections per second on average, and ``2 * per_address`` in a burst.
     """
@@ -150,7 +151,7 @@ class Connection(asyncio.Protocol):
         return len(data) - (len(window) - end - len(_END_OF_HEADER))
 
     def request_started(self) -> None:
-        """Note that a request is being answered, so that the connection is not idle, and limit the time for that."""
+        """Note that a request is being answered, so that the connection is not idle. Limit the time for the answer."""
         self._in_header = False
         self._listener.is_busy(self)
         self._end_after(self._limits.request_seconds)

@@ -32,7 +32,7 @@ LINGER_SECONDS: Final = 2.0
 """Seconds for which the body of a refused request is read and dropped, so that its client can read the answer."""
 
 STOP_SECONDS: Final = 5.0
-"""Seconds that requests have to end when the server stops."""
+"""Longest time in seconds that the server waits for running requests when it stops."""
 _logger = logging.getLogger("aiohttp.server")
 _logger.addFilter(lambda record: not _is_about_a_bad_request(record))
 

@@ -31,7 +31,7 @@ class Precedence(IntEnum):
 
 
 class _Lane:
-    """Waiting keys, of which one of each namespace is taken in turn."""
+    """Waiting keys. `take` removes one key of each namespace in turn."""
 
     def __init__(self) -> None:
         self._namespaces: OrderedDict[str, OrderedDict[Key, float]] = OrderedDict()

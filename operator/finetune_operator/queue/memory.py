@@ -2,7 +2,7 @@
 reports, and the time of the last status write.
 
 The state belongs to the uid of a job, because a job that was deleted and created again under the same name is another
-job: it must not show the progress of the first one, nor wait for the back-off of the first one.
+job. The new job must not show the progress of the deleted job, and must not wait for the back-off of the deleted job.
 
 `observe/observer.py` stores which attempt may report, and `reports/server.py` stores the reports of that attempt. A
 restart of the operator loses this state without harm.
@@ -72,11 +72,11 @@ class JobMemory:
     reported_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the reconciles and status writes that reports of the job cause."""
     reported_write_at: float | None = None
-    """Earliest time of the next reconcile and status write for the sake of a report. For this turn, a token is already
-    taken from `reported_writes`. None where no turn is reserved."""
+    """Earliest time of the next reconcile and status write for the sake of a report. This reserved time is called a
+    turn. Its token is already taken from `reported_writes`. None where no turn is reserved."""
     has_reported_turn: bool = False
-    """Whether the reconcile that runs now has taken the turn that was reserved in `reported_write_at`, and so may write
-    what a report brought."""
+    """Whether the reconcile that runs now has taken the turn that was reserved in `reported_write_at`. If so, it may
+    write changes that come from a report."""
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the annotations of the job's pods."""
     settled_version: str = ""
@@ -91,7 +91,8 @@ class JobMemory:
     undeletable_pods: set[str] = field(default_factory=set)
     """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
-    """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
+    """When the operator first saw that the container of a pod waits because of an error of the container runtime, by
+    the uid of the pod."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None
@@ -119,7 +120,7 @@ class JobMemory:
             self.reported_write_at = None
 
     def seconds_to_reported_write(self, now: float) -> float:
-        """Return for how many seconds this reconcile must not write what a report brought; 0.0 where it may now."""
+        """Return for how many seconds this reconcile must not write changes from a report; 0.0 where it may now."""
         if self.has_reported_turn:
             return 0.0
         left = self.reserve_reported_turn(now)
@@ -192,9 +193,10 @@ class Memory:
     def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
         """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
 
-        Returns after how many seconds the job's status may be written, so that the job is to be reconciled then. An
-        earlier reconcile would cost requests and write nothing. Returns None, and stores nothing, where the memory no
-        longer has the state of this job: it may have been deleted, and created again, while its report was checked.
+        Returns the seconds after which the job's status may be written. The caller queues the job for that time,
+        because an earlier reconcile would cost requests and write nothing. Returns None, and stores nothing, where the
+        memory no longer has the state of this job. The job may have been deleted, and created again, while its report
+        was checked.
         """
         job = self._jobs.get(key)
         if job is None or job.uid != uid:

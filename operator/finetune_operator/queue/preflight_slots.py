@@ -49,7 +49,7 @@ class PreflightSlots:
         self._held[key] = self._clock() + RUN_SECONDS
 
     def acquire(self, key: Key) -> bool:
-        """Return whether the job may create its preflight pod now. A job that may not is woken when its turn comes."""
+        """Return whether the job may create its preflight pod now. If not, the job is woken when its turn comes."""
         self._drop_expired()
         if key not in self._held:
             self._waiting.setdefault(key)
@@ -75,7 +75,7 @@ class PreflightSlots:
     def _next(self) -> Key:
         """Return the waiting job whose namespace holds the fewest slots; of several, the one that has waited longest.
 
-        So a namespace with many jobs does not keep the jobs of the others waiting.
+        So a namespace with many jobs does not keep the jobs of other namespaces waiting.
         """
         held = Counter(key.namespace for key in self._held)
         return min(self._waiting, key=lambda key: held[key.namespace])

@@ -12,7 +12,7 @@ import ssl
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-from finetune_operator.kube.client import REQUEST_ERRORS
+from finetune_operator.kube.api_errors import REQUEST_ERRORS
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.reports.certificates import CertificateError, ServingCertificate, load_certificate
 

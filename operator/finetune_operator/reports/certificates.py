@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.api_errors import ApiError
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.resources import SECRETS
 
@@ -116,7 +117,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
     Raises:
         CertificateError: key and certificate don't belong together, or are not PEM. ``context`` is then unchanged.
     """
-    # The key is written into a file, because the ssl module loads keys from files only. The pod's /tmp lies in memory.
+    # The key is written into a file, because the ssl module loads keys from files only. The pod's /tmp is in memory.
     with tempfile.TemporaryDirectory() as folder:
         certificate, key = Path(folder, CERTIFICATE), Path(folder, KEY)
         certificate.write_text(serving.certificate, encoding="ascii")
@@ -165,7 +166,8 @@ class SelfSignedCertificates:
         return await self._ensure(now)
 
     async def _ensure(self, now: datetime) -> CertificateSet:
-        """Do the same once. Raises ApiError (409) where somebody else has written the Secret meanwhile."""
+        """Try once to do what `ensure` does. Raises ApiError (409) where somebody else has written the Secret
+        meanwhile."""
         secret = await self._client.get_secret(self._namespace, self._name)
         stored = from_secret_data(secret.get("data") or {}) if secret is not None else None
         was_deleted = secret is None or secret["metadata"]["uid"] != self._last_uid

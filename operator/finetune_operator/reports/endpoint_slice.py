@@ -13,7 +13,8 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.resources import ENDPOINT_SLICES
 from finetune_operator.objects.labels import MANAGER

@@ -154,7 +154,7 @@ class ReportServer(HttpServer):
         """Store accepted reports in ``memory`` and add the keys of their jobs to ``queue``.
 
         ``jobs_are_listed`` says whether the first list of all jobs is done, ``clock`` returns monotonic seconds.
-        ``limits`` say what clients may take; by default those of `ConnectionLimits`.
+        ``limits`` are the limits on clients; None means the defaults of `ConnectionLimits`.
         """
         self.limits = limits or self.limits
         self._memory = memory
@@ -242,7 +242,7 @@ class ReportServer(HttpServer):
         """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
 
         A token that was not reviewed in the last minute passes the same checks in the same order whether the job is
-        known or not. So the answers do not tell which jobs exist. Raises RejectedError (401, 429) and
+        known or not. So the answers do not reveal which jobs exist. Raises RejectedError (401, 429) and
         ReviewUnavailableError.
         """
         token, claims = _token_and_claims(request.headers.get("Authorization"))

@@ -21,11 +21,11 @@ longer header field anyway."""
 AUDIENCE_LENGTH: Final = 128
 """Largest number of characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
-"""The only characters of a token (RFC 7519, 3). A header field may hold any bytes, and those that are no UTF-8 could be
-neither hashed nor sent to the API server."""
+"""Matches a text with the form of a token (RFC 7519, 3): three parts of base64 characters, separated by dots. A header
+field may hold any bytes, and bytes that are not UTF-8 could be neither hashed nor sent to the API server."""
 _AUDIENCE: Final = re.compile(r"[!-~]+")
-"""ASCII without blanks and control characters, as in every audience of the operator. JSON could also hold half a
-surrogate pair, which is no text."""
+"""Matches ASCII without blanks and control characters. Every audience of the operator is of this kind. In JSON an
+audience could also contain half a surrogate pair, which can't be encoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

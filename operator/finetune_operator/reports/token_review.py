@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, describe_error
+from finetune_operator.kube.client import KubeClient
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
@@ -91,7 +92,7 @@ class _Line:
         self._inside = 0
 
     async def review(self, client: KubeClient, token: str, audience: str) -> TokenPod | None:
-        """Review a token when it is its turn; raise ReviewUnavailableError where that fails or too many wait."""
+        """Review a token once a slot is free; raise ReviewUnavailableError where that fails or too many wait."""
         if self._inside >= MOST_WAITING:
             raise ReviewUnavailableError(f"{self._inside} tokens wait for their review")
         self._inside += 1

@@ -1,5 +1,6 @@
-"""Computes the status of a job (conditions, progress, usage), writes it where it differs, and creates events about it.
+"""Computes the status of a job (conditions, progress, usage), writes it where it differs from the stored status, and
+creates events about the change.
 
-All modules hold pure functions, except `writer.py` and `event_recorder.py`. `decide/`, not this room,
-decides what happens next to a job.
+All modules hold pure functions, except `writer.py` and `event_recorder.py`. What happens next to a job is decided in
+`decide/`, and not here.
 """

@@ -28,7 +28,7 @@ class _State:
 
 
 def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, given: StatusInput) -> list[Condition]:
-    """Return all conditions that the operator knows, in the order of the API, and then those of others as stored.
+    """Return all conditions that the operator knows, in the order of the API, and then all other stored conditions.
 
     ``stored`` is the status in the API server. ``status`` is the new status, in which everything but the conditions is
     computed already. A condition whose status did not change keeps its `lastTransitionTime`.
@@ -52,7 +52,10 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, giv
 
 
 def _state_of(condition: Condition | None) -> _State | None:
-    """Return what the stored ``condition`` says; None if it is absent or its status is not True, False or Unknown."""
+    """Return status, reason and message of the stored ``condition``.
+
+    Returns None where the condition is absent, or where its status is not True, False or Unknown.
+    """
     if condition is None or condition.status not in ("True", "False", "Unknown"):
         return None
     return _State(condition.status, condition.reason, condition.message)

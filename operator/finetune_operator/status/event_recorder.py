@@ -7,7 +7,8 @@ from collections.abc import Callable
 from datetime import datetime
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
+from finetune_operator.kube.api_errors import REQUEST_ERRORS, describe_error
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.status.events import event_manifest, events_between

@@ -43,7 +43,8 @@ class StatusInput:
     invalid: str = ""
     """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
     observed: bool = True
-    """Whether this reconcile has read the job's objects. If not, `Scheduled` and `Running` keep what they said."""
+    """Whether this reconcile has read the job's objects. If not, the conditions `Scheduled` and `Running` keep their
+    stored values."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None

@@ -150,8 +150,8 @@ def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int
     """Return the current step and the total number of steps of the training.
 
     Where the client has reported only percentages so far, the percentage is returned as a step out of 100. Where this
-    report has no step but an earlier one had, the stored step is returned: transformers reports 0 % at its start, even
-    after a resume, and no step at its end.
+    report has no step but an earlier report had a step, the stored step is returned: transformers reports 0 % at its
+    start, even after a resume, and no step at its end.
     """
     step, total = report.reported_step, report.reported_total
     if step is None and total is None and (old is None or old.total_steps == PERCENT):

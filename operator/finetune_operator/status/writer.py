@@ -58,7 +58,7 @@ class StatusWriter:
         self._budget = TokenBucket(per_second=WRITES_PER_SECOND, burst=BURST)
 
     async def write(self, job: StoredJob, given: StatusInput) -> float | None:
-        """Write the status that follows from ``given`` where it differs from the stored status, as soon as it may.
+        """Write the status that follows from ``given`` where it differs from the stored status and may be written now.
 
         Returns the seconds after which the status may be written; None where it was written or does not differ.
 
@@ -123,7 +123,8 @@ class StatusWriter:
         return memory.seconds_to_reported_write(now)
 
     async def _write(self, job: StoredJob, status: FineTuneJobStatus, *, waited: bool) -> Write | None:
-        """Write ``status`` and create the events; ``waited`` says whether the limit of all jobs was waited for."""
+        """Write ``status``, and then create the events. ``waited`` says whether the write has waited for its turn in
+        the limit of all jobs; a write that has not waited counts in this limit too."""
         if not waited:
             self._budget.spend(self._clock())
         write = await self._apply(job, status)

@@ -62,8 +62,8 @@ class Row:
     """Verdict and reason of each ended attempt, oldest first. A reason may list alternatives, such as
     ``"PodDeleted|PodVanished"``."""
     words: tuple[str, ...] = ()
-    """Words that the message of the first ended attempt must contain. ``{worker_1}`` stands for the name of worker 1's
-    pod."""
+    """Words that the message of the first ended attempt must contain. ``{worker_1}`` is replaced by the name of worker
+    1's pod, and ``{worker_0}`` by that of worker 0's pod."""
     final: tuple[str, str] | None = ("True", "Completed")
     """Status and reason that the condition Succeeded must have at the end. None means that the job must still be
     unfinished at the end of the test case."""

@@ -13,7 +13,7 @@ from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import ExportOptions
 from finetune_trainer.checkpoints.rehearsal import rehearse_export
-from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids
+from finetune_trainer.data.tokenizer import generation_stop_ids, model_stop_ids
 from finetune_trainer.model.adapters import AdapterTargets
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
@@ -51,7 +51,7 @@ def rehearse_job_export(
     files need only headers. Return notices about it. Raises UserError where the artifact could not be written.
     """
     structure = read_structure(base)
-    stops = stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))
+    stops = generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))
     trained = [name for name, _ in structure.model.named_parameters()]
     changed = targets.weight_names if config.lora is not None else trained
     only_adapter = config.lora is not None and config.storage.artifact == "Adapter"

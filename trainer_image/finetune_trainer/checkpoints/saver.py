@@ -38,8 +38,8 @@ MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
 """Limits for the snapshots (copies of the training state in memory) that wait while another snapshot is uploaded: how
 many may wait, and how many bytes they may take on one rank. Beyond either limit, a new snapshot replaces waiting
-snapshots. So after an outage of the store, the run does not upload old checkpoints that the retention would delete at
-once."""
+snapshots, except the best one. So after an outage of the store, the run does not upload old checkpoints that the
+retention would delete at once."""
 POLL_SECONDS = 0.2
 """While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
 have failed, or received SIGTERM."""
@@ -166,16 +166,17 @@ class Saver:
             return due
         return self._gang.any_rank(self._gang.is_first and due)
 
-    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, required: bool = False) -> None:
+    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, best: bool = False) -> None:
         """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
-        ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. Where too many
-        snapshots wait for their upload, those that are not ``required`` are dropped first.
+        ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. ``best`` tells
+        whether the evaluation after this step is the best so far. Where too many snapshots wait for their upload, some
+        of them are dropped, but never the best one.
         """
         gang = self._gang
         tensors = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)
         self._snapshots_taken += 1
-        taken = Snapshot(self._snapshots_taken, state.model_copy(update=self._base_digests), tensors, rows, required)
+        taken = Snapshot(self._snapshots_taken, state.model_copy(update=self._base_digests), tensors, rows, best)
         with self._uploads.hold() as waiting:
             # Waiting snapshots are dropped where too many wait. They are dropped after SIGTERM too, because then there
             # is little time to upload the last checkpoint.
@@ -184,7 +185,7 @@ class Saver:
                 # All ranks must finish an upload that one rank has begun. So a snapshot is dropped only if no rank has
                 # begun to upload it.
                 begun = gang.max_over_ranks((waiting.first or self._snapshots_taken) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
+                taken.rows = [*waiting.drop(waiting.replaceable(begun, best=best)), *rows]
             self._uploads.put(taken)
         self._snapshot_at = self._clock()
 

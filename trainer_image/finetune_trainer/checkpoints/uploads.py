@@ -32,9 +32,9 @@ class Snapshot:
     `model.norm.weight/exp_avg`."""
     rows: Sequence[StepRow]
     """Rows of the step log since the last snapshot. Empty on all ranks but rank 0."""
-    required: bool
-    """Whether the snapshot is the best so far or the last of the run. Where too many snapshots wait, the other
-    snapshots are dropped first."""
+    best: bool
+    """Whether the evaluation after this step is the best so far. Where too many snapshots wait, the other snapshots are
+    dropped first."""
     bytes: int = field(init=False)
     """Size of `tensors` in bytes."""
 
@@ -155,12 +155,16 @@ class WaitingSnapshots:
         self._snapshots[:] = kept
         return rows
 
-    def replaceable(self, begun: int) -> list[int]:
-        """Return the numbers of the waiting snapshots that may be dropped in favour of a newer snapshot. Snapshots up
-        to number ``begun`` are not among them, because some rank has begun to upload them.
+    def replaceable(self, begun: int, *, best: bool) -> list[int]:
+        """Return the numbers of the waiting snapshots that may be dropped in favour of a newer snapshot. ``best`` tells
+        whether the newer snapshot is the best so far. Snapshots up to number ``begun`` are not among them, because some
+        rank has begun to upload them.
 
-        The snapshots that are not required may be dropped. Where all are required, only the oldest may be dropped: each
-        was the best when it was taken, so the later snapshots are better.
+        The snapshots that were not the best when they were taken may be dropped. Where there are none, only the oldest
+        snapshot may be dropped, which is worse than those behind it. The best snapshot of all is never dropped, because
+        the artifact may have to be made of it.
         """
         open_ = [item for item in self._snapshots if item.number > begun]
-        return [item.number for item in open_ if not item.required] or [item.number for item in open_[:1]]
+        others = [item.number for item in open_ if not item.best]
+        worse = open_ if best else open_[:-1]
+        return others or [item.number for item in worse[:1]]

@@ -1,7 +1,7 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
 has a loss. `micro_batches.py` calls `collate`.
 
-No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
+No attention mask is built. Padding needs none, because with causal attention a token can't attend to a token on its
 right. Packed examples are separated by their position ids, and by their borders (`model/packed_attention.py`). With a
 mask of ones the model would ignore the position ids.
 """
@@ -21,9 +21,8 @@ from finetune_trainer.data.examples import Example
 IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the
-dropout keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
-"""
+"""Factor by which the position of a token is multiplied, so that small positions spread over all 64 bits of the dropout
+keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio)."""
 
 
 class Batch(NamedTuple):
@@ -89,8 +88,8 @@ def collate(
         batch = Batch(one, None, none, torch.full((1,), IGNORED), torch.zeros_like(one), 0, 1)
         if not packed:
             return batch
-        starts = torch.tensor([0, 1], dtype=torch.int32)
-        return batch._replace(position_ids=torch.zeros_like(one), starts=starts, longest=1)
+        borders = torch.tensor([0, 1], dtype=torch.int32)
+        return batch._replace(position_ids=torch.zeros_like(one), starts=borders, longest=1)
     totals = [sum(len(example.ids) for example, _ in sequence) for sequence in sequences]
     longest = max(totals)
     input_ids = torch.full((len(sequences), longest), pad)

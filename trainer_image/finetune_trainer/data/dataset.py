@@ -1,9 +1,9 @@
-"""Makes the examples of a data file. A row that can't become examples (a bad row), or that has an example that is too
-long, is either skipped or raises an error with file and line. `dataset.badRows` and `dataset.longRows` choose between
-the two.
+"""Makes the examples of a data file. `dataset.badRows` says what happens to a row that can't become examples (a bad
+row): it is skipped, or it raises an error with file and line. `dataset.longRows` says what happens to a row with an
+example that is too long. Such a row may also be split or truncated.
 
-The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher calls
-`check_columns`.
+The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher and the
+preflight checks call `check_columns`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ COLUMN_CHECK_BYTES = 8 * 1024 * 1024
 COLUMN_CHECK_ROWS = 100
 """How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
 none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
+LONGEST_PROBLEM = 800
+"""Largest number of characters of what is wrong with a row. The names of the keys of a row can be of any length."""
 GRADED_FIELDS = ("dataset.validation", "dataset.test")
 """The data sources whose rows are graded, where the job has a task."""
 
@@ -65,8 +67,8 @@ def length_limit(dataset: DatasetSpec, context: int | None, rows: int | None = N
 
 
 def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
-    """Raise UserError if the file has no rows, or if no row has one of the columns that the format ``form`` reads, or
-    one of the columns ``further``. Only the first COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
+    """Raise UserError if the file has no rows, or if a column that the format ``form`` needs, or a column in
+    ``further``, is in none of the first rows. At most COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
     ``field`` is the path of the file's source in the spec, for example `dataset.train`, and messages begin with it."""
     found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
     files = data_files(path)
@@ -78,15 +80,18 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
         return
     for column in (*required_columns(form), *tools_column(form, field), *further):
         if column.name not in found.names:
-            seen = ", ".join(repr(name) for name in found.names[:12])
+            seen = _shortened(", ".join(repr(name[:100]) for name in found.names[:12]))
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
 
 
 def columns_read(dataset: DatasetSpec, field: str, base_prompt: str | None, graded: Collection[str]) -> set[str]:
     """Return the names of all columns that a job reads of the data source at the path ``field`` of the spec, for
-    example `dataset.test`. These are the columns of the format, in the rows that the base model is scored on also those
-    of ``base_prompt`` (`evaluation.basePrompt`), and in validation and test rows also ``graded``, which are all columns
-    that the job's grader reads."""
+    example `dataset.test`.
+
+    These are the columns of the format. Rows that the base model is scored on also need the columns of ``base_prompt``
+    (`evaluation.basePrompt`). Validation and test rows also need ``graded``, which are all columns that the job's
+    grader reads.
+    """
     asked = base_prompt_columns(dataset, field, base_prompt)
     found = {*format_columns(dataset.format), *(column.name for column in asked)}
     return {*found, *graded} if field in GRADED_FIELDS else found
@@ -113,7 +118,7 @@ def make_examples(
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
     row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
     """
-    render = renderer(dataset.format, tokenize)
+    render = renderer(dataset.format, tokenize, limit.tokens)
     made = ExampleWriter()
     used = 0
     read_as_text = _Rows()
@@ -156,7 +161,7 @@ def used_rows(
     rows: Iterable[Row], dataset: DatasetSpec, tokenize: TokenizeFunctions, *, limit: LengthLimit
 ) -> Iterator[Row]:
     """Yield those of ``rows`` that `make_examples` makes examples of, and not those that it skips."""
-    render = renderer(dataset.format, tokenize)
+    render = renderer(dataset.format, tokenize, limit.tokens)
     return (row for row in rows if not isinstance(_rendered(row, dataset, render, limit), _Refusal))
 
 
@@ -172,10 +177,11 @@ class _Refusal(NamedTuple):
 
 
 def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit) -> Sequence[Example] | _Refusal:
-    """Return the examples of a row. They exceed ``limit`` only where `dataset.longRows` makes shorter ones of them."""
+    """Return the examples of a row. They may exceed ``limit`` only where `dataset.longRows` is Split or Truncate,
+    because `make_examples` then makes shorter ones of them."""
     rendered = row.problem or render(row.fields)
     if isinstance(rendered, str):
-        return _Refusal("badRows", dataset.bad_rows, rendered)
+        return _Refusal("badRows", dataset.bad_rows, _shortened(rendered))
     highest = max((max(example.ids, default=0) for example in rendered), default=0)
     if limit.rows is not None and highest >= limit.rows:
         return _Refusal(
@@ -191,16 +197,21 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
     return rendered
 
 
+def _shortened(text: str) -> str:
+    """Return a text that names something of a row, such as a key, cut off if the row makes it very long."""
+    return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
+
+
 @dataclass
 class _Rows:
-    """Rows that have one thing in common: how many there are, and what is said of the first of them."""
+    """Rows that have one thing in common: how many there are, and a text about the first of them."""
 
     first: str = ""
-    """The place of the first of the rows, and what is to be said of it."""
+    """The text about the first row, which begins with the row's place."""
     rows: int = 0
 
     def add(self, told: str) -> None:
-        """Count a row of which ``told`` is said."""
+        """Count a row. ``told`` is the text about the row."""
         self.first = self.first or told
         self.rows += 1
 

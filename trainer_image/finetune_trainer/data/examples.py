@@ -115,8 +115,9 @@ class ExampleSet(Sequence[Example]):
 
 
 def graded_fields(row: Row) -> dict[str, Any]:
-    """Return the columns of ``row`` as graders get them: as JSON holds them. A value that JSON can't hold, such as a
-    date or bytes of a parquet file, is a text, and a date or a decimal number is the text that templates show."""
+    """Return the columns of ``row`` as graders get them, which is as values of JSON. A value that JSON can't hold
+    becomes a text: a date or a decimal number becomes the text that templates show, and any other value, such as bytes
+    of a parquet file, what `str` returns."""
     found: dict[str, Any] = json.loads(json.dumps(row.fields, default=_as_text))
     return found
 

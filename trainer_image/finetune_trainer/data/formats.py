@@ -32,7 +32,8 @@ class TokenizeFunctions(NamedTuple):
     pieces: PieceTokenizer
     """Tokenizes the pieces of rendered templates."""
     end: int
-    """Id of the end token (EOS), with which every example ends."""
+    """Id of the end token (EOS). It ends every example, except for a conversation whose answers end with another
+    token."""
     chat: ChatTemplate | None = None
     """Renders conversations. None if the tokenizer has no chat template."""
 
@@ -44,8 +45,8 @@ says what is wrong.
 
 
 def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
-    """Return the columns that a format reads. Raises
-    UserError if a template of the format is none."""
+    """Return the columns that a data file of the format must have. Raises UserError if a template of the format is
+    malformed."""
     if form.prompt_completion is not None:
         return prompt_columns(form.prompt_completion)
     if form.messages is not None:
@@ -56,9 +57,13 @@ def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
 
 
 def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
-    """Return the column of tools that a job names, where at least one row must have it: rows need not have tools, but a
-    misspelled name would make all tools vanish. Rows of ``field``, the path of a source in the spec, may have no tools
-    unless they are the only ones that are trained on."""
+    """Return the column `toolsField` if the rows of ``field``, the path of a source in the spec, need it, and else
+    nothing.
+
+    If the job names another column than the default, at least one row of `dataset.train` must have it, because a
+    misspelled name would make all tools vanish. A single row need not have tools. Nor need the sources of a mix, or the
+    validation and test rows.
+    """
     if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
         return []
     return [NamedColumn("dataset.format.messages.toolsField", form.messages.tools_field)]
@@ -70,9 +75,10 @@ def format_columns(form: DatasetFormat) -> list[str]:
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
 
 
-def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
-    """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
-    the tokenizer has no chat template."""
+def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int | None = None) -> Render:
+    """Return the function that renders rows in the format ``form``. Of a row with an example of more than
+    ``most_tokens`` tokens, other examples may be left out. Raises UserError if the format is chat messages and the
+    tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
@@ -82,7 +88,7 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
                 "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or"
                 " use promptCompletion",
             )
-        return conversation_renderer(form.messages, tokenize.chat, tokenize.end)
+        return conversation_renderer(form.messages, tokenize.chat, tokenize.end, most_tokens)
     if form.text is not None:
         return _one_example(render_text(form.text, tokenize.pieces))
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")

@@ -1,6 +1,5 @@
-"""Makes examples that fit of a text that is too long: several examples (`longRows: Split`), or its beginning
-(`longRows: Truncate`). `dataset.py` calls the functions for rows of `format.text`, whose tokens are all learned.
-"""
+"""Shortens texts that are too long: into several examples (`longRows: Split`), or to their beginning (`longRows:
+Truncate`). `dataset.py` calls the functions for rows of `format.text`, whose tokens are all learned."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ class LongTexts:
 
 
 def split(example: Example, most_tokens: int) -> list[Example]:
-    """Return examples of at most ``most_tokens`` tokens (at least 2) that together learn each token of ``example``
-    exactly once, in its order, but for its first token, which no example learns.
+    """Split ``example`` into examples of at most ``most_tokens`` tokens. Together they learn each token of ``example``
+    exactly once, in its order, except for the first token, which no example learns. ``most_tokens`` must be at least 2.
 
     Each example but the first begins with the last token of the example before it. This token is only context: without
     it nothing would predict the first token that is new.

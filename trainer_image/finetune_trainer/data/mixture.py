@@ -1,10 +1,11 @@
 """Determines which examples each optimizer step takes from several sources (`dataset.train.mix`). All functions are
-pure functions of seed, step, sizes and weights, as in `order.py`, so that a resumed run repeats and loses nothing.
+pure functions of seed, step, sizes and weights, as in `order.py`, so a resumed run neither repeats nor loses an
+example.
 
-The examples of a mix have one endless order. An example of source i that is the k-th of this source comes at the time
-(k + 1/2) / weight(i), counted from k = 0, so that every part of the order holds the sources in their shares as exactly
-as whole numbers can (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone
-through again and again, each time in another order.
+The examples of a mix have one endless order, by their times. The k-th example of source i, counted from k = 0, has the
+time (k + 1/2) / weight(i). So every part of the order holds the sources in their shares as exactly as whole numbers can
+(the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone through again and
+again, each time in another order.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Mixture:
     """The sources of a mix: how many examples each of them has, and its weight."""
 
     sizes: tuple[int, ...]
-    """Number of examples of each source, in the order in which the examples are stored. None is 0."""
+    """Number of examples of each source, in the order in which the examples are stored. Each number is at least 1."""
     weights: tuple[Fraction, ...]
     """Weights above 0. Only their ratios count."""
 
     @classmethod
     def of(cls, sizes: Sequence[int], weights: Sequence[str | None]) -> Mixture:
-        """Return the mixture of sources with ``sizes`` examples. Without weights, which are decimal numbers, each
-        example of each source comes once in an epoch."""
+        """Return the mixture of sources with ``sizes`` examples. A weight is a decimal number; where it is None, the
+        source's number of examples is its weight. If all weights are None, each example comes once in an epoch."""
         return cls(
             tuple(sizes),
             tuple(Fraction(size if weight is None else weight) for size, weight in zip(sizes, weights, strict=True)),
@@ -49,7 +50,8 @@ class Mixture:
         """Return how many of the first ``position`` examples of the order come from each source."""
         total = sum(self.weights)
         counts = [int(position * weight / total + Fraction(1, 2)) for weight in self.weights]
-        # Rounding gives too many or too few by less than the number of sources, so few repetitions follow.
+        # The sum of the rounded numbers differs from ``position`` by less than the number of sources, so few
+        # repetitions follow.
         while sum(counts) > position:
             counts[self._extreme([count - 1 if count else None for count in counts], last=True)] -= 1
         while sum(counts) < position:
@@ -57,8 +59,9 @@ class Mixture:
         return tuple(counts)
 
     def _extreme(self, examples: Sequence[int | None], *, last: bool) -> int:
-        """Return the source of the first (or last) one among the given example of each source, by the time of the
-        examples, and by the source where the times are equal."""
+        """Return the source whose example comes first in the order, or last with ``last``. ``examples`` has the number
+        of one example of each source, or None for a source that does not count. Of examples with equal times, that of
+        the earlier source comes first."""
         times = [
             (Fraction(2 * example + 1) / weight, source)
             for source, (example, weight) in enumerate(zip(examples, self.weights, strict=True))
@@ -67,7 +70,8 @@ class Mixture:
         return (max(times) if last else min(times))[1]
 
     def taken(self, step: int, *, global_batch_size: int) -> tuple[int, ...]:
-        """Return how many examples the steps up to ``step`` have taken from each source, with those that came again."""
+        """Return how many examples the steps up to ``step`` have taken from each source. An example that was taken
+        twice counts twice."""
         after = cursor(step + 1, rows=self.examples, global_batch_size=global_batch_size)
         return self.counts(after.epoch * self.examples + after.batch * global_batch_size)
 
@@ -89,17 +93,18 @@ class Mixture:
 
 
 def mix_digest(digest: str, sizes: Sequence[int]) -> str:
-    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples,
-    which alone does not tell the steps: the same examples come in others where one has moved to another source."""
+    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples.
+    It alone does not determine the steps: if an example moves from one source to another, the steps take other
+    examples."""
     return hashlib.sha256(f"{digest} {' '.join(map(str, sizes))}".encode()).hexdigest()
 
 
 def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray[np.intp]:
-    """Return the order of a source's examples the time ``turn`` (from 0 on) that the source is gone through, as numbers
-    within the source in an array of shape (size,)."""
+    """Return the order in which a source's examples are taken when the source is gone through for the time ``turn``,
+    counted from 0. The order is an array of shape (size,) of numbers of examples within the source."""
     known = _newest_orders(size, seed, source)
     if turn not in known:
-        # A step needs two orders of a source at most, and an order may have millions of numbers.
+        # At most two orders are kept. A step needs no more, and an order may have millions of numbers.
         while len(known) > 1:
             known.pop(next(iter(known)))
         known[turn] = digest_order(size, f"{seed}/{source}/{turn}")
@@ -108,5 +113,5 @@ def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray
 
 @functools.lru_cache(maxsize=MIX_LIMIT)
 def _newest_orders(size: int, seed: int, source: int) -> dict[int, npt.NDArray[np.intp]]:
-    """Return the orders of a source that were asked for last, by their turns. The dict is changed by `source_order`."""
+    """Return the dict in which `source_order` keeps the newest orders of a source, by their turns."""
     return {}

@@ -34,7 +34,8 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
-    """Return ``rows`` packed into sequences of at most ``capacity`` tokens, with lengths as even as possible.
+    """Return ``rows`` packed into sequences of at most ``capacity`` tokens. The longest sequence is as short as
+    possible.
 
     The number of sequences that `best_fit_decreasing` needs is rounded up to a multiple of ``ranks``. This costs no
     time, because otherwise some ranks would have one sequence less and wait for the others. The sequences are then as

@@ -62,7 +62,7 @@ class PieceTokenizer:
         self._everywhere = {number for number, token in self._tokens.items() if token.content in added_tokens}
         self._literal: _LiteralTokenizer | None = None
         self.end: int = tokenizer.eos_token_id
-        """Id of the end token (EOS), with which every example ends."""
+        """Id of the end token (EOS)."""
 
     @property
     def control_tokens(self) -> Mapping[int, str]:
@@ -70,9 +70,9 @@ class PieceTokenizer:
         return {number: token.content for number, token in self._tokens.items()}
 
     def other_forms(self, text: str) -> list[tuple[int, int]]:
-        """Return where ``text`` holds control tokens in another form than their own, as the first character of each and
-        the one behind it. A normalizer can make the token `</s>` of `</S>` or `＜/s＞`. Raises RowError as `begin`
-        does."""
+        """Return the places of the control tokens in ``text`` if one of them may be in another form than its own. A
+        normalizer can make the token `</s>` of `</S>` or `＜/s＞`. A place has the index of the first character and of
+        the one behind the token. Raises RowError as `begin` does."""
         try:
             normal = self._normal(text) if self._normal_forms else ""
             if not any(form in normal for form in self._normal_forms):
@@ -144,7 +144,7 @@ class PieceTokenizer:
             return ids, encoding.special_tokens_mask, ()
         encoding, ids, text = self._as_text(text, kept, specials=specials)
         for match in self._matches(encoding, text):
-            # Some tokenizers find special tokens among their ordinary words.
+            # Some tokenizers find special tokens even then, because their ordinary words contain them.
             if match.id != self._tokenizer.unk_token_id:
                 raise RowError(_unreadable(self._tokens[match.id].content))
         names = sorted({self._tokens[match.id].content for match in refused})
@@ -161,7 +161,7 @@ class PieceTokenizer:
         return self._literal.encode(text, kept, specials=specials)
 
     def _matches(self, encoding: Encoding, text: str) -> Iterator[_Match]:
-        """Yield the special tokens that stand in ``text`` as such.
+        """Yield the control tokens that are written in ``text``.
 
         An id alone does not tell: tokenizers also give the id of the unknown token, or of a byte, to ordinary text.
         """
@@ -171,7 +171,7 @@ class PieceTokenizer:
             token = self._tokens.get(number)
             if token is None or around:
                 continue
-            # Some special tokens take the white space beside them along.
+            # Some special tokens include the white space beside them.
             found = text[first:last]
             first += len(found) - len(found.lstrip())
             found, content = found.strip(), token.content.strip()
@@ -181,8 +181,8 @@ class PieceTokenizer:
     def _encode_slowly(
         self, text: str, pieces: Sequence[Piece], *, specials: bool
     ) -> tuple[list[int], list[int], Sequence[str]]:
-        """Tokenise with a tokenizer that is written in Python, which can't read a control token as ordinary text in one
-        place and as a token in another."""
+        """Tokenise with a tokenizer that is written in Python. It can't read a control token as ordinary text in one
+        place and as a token in another. Raises RowError for a control token in a column."""
         own = _own_ranges(pieces)
         for number, token in self._tokens.items():
             place = text.find(token.content)
@@ -196,14 +196,15 @@ class PieceTokenizer:
 
 
 class _LiteralTokenizer:
-    """A copy of a tokenizer that reads special tokens as ordinary text, except where they are asked for.
+    """A copy of a tokenizer that reads special tokens as ordinary text, except for those that `encode` is called with.
 
     Before a text is tokenised, the special tokens that stay are replaced by placeholders, which the copy knows as added
     tokens with the same properties. So the text around them is split as it would be beside the token itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: dict[int, AddedToken]) -> None:
-        # Nobody can write a placeholder into a row, because it is drawn anew in each process. It never reaches an id.
+        # Nobody can write a placeholder into a row, because it is drawn anew in each process. `encode` never returns
+        # its id.
         self._mark = secrets.token_hex(8)
         self._tokens = tokens
         self._numbers: dict[str, int] = {}

@@ -22,7 +22,7 @@ BASE_PROMPT = "evaluation.basePrompt"
 
 
 def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
-    """Return the columns that the templates of the format read. Raises UserError if a template is none."""
+    """Return the columns that the templates of the format read. Raises UserError if a template is malformed."""
     template, completion = _parsed(form)
     return [
         *_named(template, f"{PROMPT_COMPLETION}.template", form),
@@ -32,8 +32,8 @@ def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
 
 def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> list[NamedColumn]:
     """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads in the data file of ``field``
-    (`dataset.train`). There are none but in the rows that the base model is scored on. Raises UserError if
-    ``base_prompt`` is no template."""
+    (`dataset.test`). Empty if the base model is not scored on the rows of this file. Raises UserError if
+    ``base_prompt`` is malformed."""
     form = dataset.format.prompt_completion
     scored = "dataset.validation" if dataset.test is None else "dataset.test"
     if base_prompt is None or form is None or field != scored:
@@ -42,8 +42,8 @@ def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | Non
 
 
 def completion_ending(form: PromptCompletionFormat) -> str:
-    """Return the text with which every completion ends: what stands in `completion` behind its last column, and
-    `completionSuffix`. Raises UserError if `completion` is no template."""
+    """Return the text with which every completion ends: the text in `completion` behind its last column, and
+    `completionSuffix`. Raises UserError if `completion` is malformed."""
     return _parsed(form)[1].ending + form.completion_suffix
 
 
@@ -53,7 +53,7 @@ def render_prompt_completion(
     """Return the function that renders rows with a prompt and a completion. The function raises RowError for a bad row.
 
     Prompt and completion are tokenised separately, because at inference the model receives the tokens of the prompt
-    alone. Only the completion is supervised, and the end token behind it. Raises UserError if a template is none.
+    alone. Only the completion and the end token behind it are supervised. Raises UserError if a template is malformed.
     """
     template, completion = _parsed(form)
     suffix = [Piece(form.completion_suffix, from_row=False)]
@@ -77,8 +77,9 @@ def render_prompt_completion(
 def answer_reader(
     form: PromptCompletionFormat, tokenizer: Any, added_tokens: Sequence[str], stop_ids: Sequence[int]
 ) -> Callable[[Iterable[Piece]], str]:
-    """Return the function that gives for a rendered `completion` the text of a generated answer with the same tokens.
-    An answer ends at the first token of ``stop_ids`` and at `completionSuffix`, and its text has no control tokens.
+    """Return a function. It takes the pieces of a rendered `completion`, and returns the text that a generated answer
+    with the same tokens would have. An answer ends at the first token of ``stop_ids`` and at `completionSuffix`, and
+    its text has no control tokens.
 
     ``added_tokens`` are those of `model.addedTokens`, which ``tokenizer``, a tokenizer of transformers, has.
     """
@@ -111,7 +112,8 @@ def _before(text: str, suffix: str) -> str:
 
 
 def _meant(form: PromptCompletionFormat, made: Iterable[Piece]) -> list[Piece]:
-    """Return ``made``, in which the row's text counts as the template's own if control tokens are allowed there."""
+    """Return the pieces ``made``. If the job allows control tokens in rows, text of the row counts as text of the
+    template."""
     return [Piece(piece.text, piece.from_row and not form.allow_special_tokens) for piece in made]
 
 

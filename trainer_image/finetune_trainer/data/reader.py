@@ -47,9 +47,9 @@ def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None)
     """Yield the rows of a data source: of the file ``path``, or of the files that the index in the folder ``path``
     names, one after the other. ``field`` names the source's field in the spec in error messages: `dataset.train`.
 
-    Rows have only those of ``columns`` that their file has, or all of its columns without ``columns``. Of a parquet
-    file without any of ``columns`` all columns are returned. Of a file of which only the beginning is there, the rows
-    that are complete are yielded.
+    A row has those columns of its file that are in ``columns``, or all columns if ``columns`` is None. If a parquet
+    file has none of ``columns``, its rows have all its columns. If only the beginning of a file is there, its complete
+    rows are yielded.
 
     Raises UserError if a file can't be read as what its suffix says or has no suffix of a data file, and OutsideFailure
     if the file system refuses to read it.

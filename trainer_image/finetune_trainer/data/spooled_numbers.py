@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 SPOOL_BYTES = 16 * 1024 * 1024
-"""How many bytes of a list are held in memory until they are written to the file."""
+"""Largest number of bytes of a list that are held in memory. More are written to the file."""
 
 
 class SpooledNumbers:
@@ -36,8 +36,8 @@ class SpooledNumbers:
             self._write()
 
     def finish(self) -> npt.NDArray[np.integer]:
-        """Return all numbers as an array: in memory where they are few, else memory-mapped from the file, whose space
-        becomes free with the array."""
+        """Return all numbers as an array. Few numbers are in memory. Many are memory-mapped from the file, whose space
+        is freed with the array."""
         if self._file is None:
             return np.array(self._tail, dtype=self._dtype)
         self._write()
@@ -46,7 +46,7 @@ class SpooledNumbers:
 
     def _write(self) -> None:
         if self._file is None:
-            # The file is open as long as the list, and the array that comes of it.
+            # The file stays open as long as the list, or the array that `finish` made of it, exists.
             self._file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
         self._file.write(self._tail.tobytes())
         self._written += len(self._tail)

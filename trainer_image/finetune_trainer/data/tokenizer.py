@@ -7,6 +7,7 @@ as the workers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
-from finetune_core.api.dataset import DatasetFormat
+from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import answer_ends
@@ -38,9 +39,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
-        # Some wrong values show only when they are used. Nothing here depends on the text of a row.
+        # Some wrong values in the tokenizer's files raise an error only when they are used, so they are used here.
         tokenizer("")
         len(tokenizer)
+        # Looking up a token that is in no vocabulary needs the unknown token, which may be such a token itself.
+        list(tokenizer.all_special_ids)
+        dict(tokenizer.added_tokens_decoder)
         tokenizer.decode([end] if end is not None else [])
     if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
         raise UserError(
@@ -116,8 +120,8 @@ def tokenize_functions(
     today: date | None = None,
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
-    `model.addedTokens` that the tokenizer has. ``ends`` are the ids of `stop_ids`, and only the end token if empty.
-    ``today`` is the date that a chat template gets; None means the real one."""
+    `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
+    token ends an answer. ``today`` is the date that a chat template gets; None means the real one."""
     end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)
@@ -143,16 +147,37 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop
     return sorted(ends)
 
 
+def generation_stop_ids(
+    tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()
+) -> list[int]:
+    """Return the ids of the tokens at which the trained model stops, in evaluations and where the artifact is used.
+
+    These are the ids of `stop_ids` and, also where the job's rows are no conversations, the control token that ends an
+    answer of the tokenizer's chat template, because a model with a chat template is asked through it.
+    """
+    ends = set(stop_ids(tokenizer, form, model_stop_ids))
+    if form.messages is not None or not tokenizer.chat_template:
+        return sorted(ends)
+    # The template is not part of the job, so a template that takes too long, or is none, ends no turn.
+    with contextlib.suppress(UserError):
+        template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=sorted(ends)), ends=sorted(ends))
+        turn_ends = answer_ends(MessagesFormat(), template, tokenizer.eos_token_id)
+        ends.update(number for number in turn_ends if number in tokenizer.added_tokens_decoder)
+    return sorted(ends)
+
+
 def model_stop_ids(folder: Path) -> list[int]:
     """Return the ids at which the model in ``folder`` stops, as its generation_config.json says, or else its
     config.json. Empty if neither says so in a form that can be read."""
     for name in ("generation_config.json", "config.json"):
         try:
-            declared = json.loads((folder / name).read_bytes()).get("eos_token_id")
+            values = json.loads((folder / name).read_bytes())
+            # A model that reads pictures too has the tokens of its text in a part of its configuration.
+            declared = [values.get("eos_token_id"), (values.get("text_config") or {}).get("eos_token_id")]
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # `load.py` and the preflight check say what is wrong with the files of a model
-        found = declared if isinstance(declared, list) else [declared]
-        ids = [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
-        if ids:
-            return ids
+        for found in (value if isinstance(value, list) else [value] for value in declared):
+            ids = [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
+            if ids:
+                return ids
     return []

@@ -88,8 +88,8 @@ def _last_good(alarm: Alarm) -> int:
     """Return the last step whose checkpoint can be trusted.
 
     The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
-    therefore be the cause, and is not trusted. After an alarm about finite values, none of the newest RECENT steps is
-    trusted either, because the loss or the gradient norm may have begun to rise before the rise stood out.
+    therefore be the cause, and is not trusted. After an alarm about a finite loss or gradient, none of the newest
+    RECENT steps is trusted either, because the value may have begun to rise before the monitor noticed it.
     """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))

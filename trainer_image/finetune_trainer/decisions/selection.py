@@ -32,7 +32,7 @@ class Selection(ContractModel):
 
     @property
     def exhausted(self) -> bool:
-        """Return whether `patience` evaluations in a row brought no improvement."""
+        """Return whether `patience` evaluations in a row were no improvement."""
         return self.patience is not None and self.evaluations_without_improvement >= self.patience
 
     def improves(self, value: float) -> bool:

@@ -47,9 +47,9 @@ GRADIENT_LOSS_DEVIATIONS = 1.5
 than this number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at
 first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""A drift raises an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than
-DRIFT_DEVIATIONS standard deviations of a mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST describes a second limit. A
-mean above it is a drift too."""
+"""The steps are a drift, which raises an alarm, if the mean log-loss of the recent steps lies above the median of the
+baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST
+describes a second limit. A mean above the second limit is a drift too."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies more than this number of standard
 deviations above the median of the baseline."""

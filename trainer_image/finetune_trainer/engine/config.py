@@ -23,8 +23,8 @@ default is 500 million."""
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration. The job's `deepspeed.overrides` are merged in last, so that they win.
 
-    DeepSpeed is told that an update has one micro-batch. The training loop accumulates gradients itself, because the
-    last global batch of an epoch may have fewer micro-batches than the others.
+    For DeepSpeed an update has one micro-batch. The training loop accumulates gradients itself, because the last global
+    batch of an epoch may have fewer micro-batches than the others.
     """
     zero: dict[str, Any] = {
         "stage": optimization.zero_stage,
@@ -43,9 +43,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
         # Gradients accumulate in fp32, because a bf16 sum over many micro-batches loses what the last of them add.
-        # Stage 1 is the exception: None stands for the dtype of the model, which is DeepSpeed's default. With bf16
-        # parameters and fp32 accumulation DeepSpeed would take its `BF16_Optimizer` at stage 1, which lacks the
-        # gradient norm and the gradient buffers that `engine.py` uses.
+        # Stage 1 is the exception. There, None selects the dtype of the model, which is DeepSpeed's default. With bf16
+        # parameters and fp32 accumulation DeepSpeed would use its `BF16_Optimizer` at stage 1, which lacks the gradient
+        # norm and the gradient buffers that `engine.py` uses.
         "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW is used even where the optimizer state lies in CPU memory. DeepSpeed's own CPU optimizer would

@@ -20,8 +20,8 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""Number of tokens that are searched for the suffix at the end of an answer, in addition to as many as the suffix has,
-because the suffix may be split into more tokens behind other text."""
+"""The suffix is searched in the last tokens of an answer: in as many tokens as the suffix has, and in this many more.
+Behind other text, the suffix may be split into more tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Whether answers to the rows of an evaluation set can be graded at all. The check before the first attempt asks this
-about the first rows, and the trainer about all rows before its first step.
+"""Whether answers to the rows of an evaluation set can be graded at all. The preflight check finds this out for the
+first rows. The trainer does it before its first step, for the rows to which answers are generated.
 
-Without torch, because the preflight pod has none.
+The module does not import torch, because the preflight pod has none.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finetune_trainer.evaluation.graders import Grading
 T = TypeVar("T")
 
 TRIED_SECONDS = 60.0
-"""Longest time in seconds for which rows are tried. Where none of the rows that were tried can be graded, the others
-are taken for such rows too."""
+"""Longest time in seconds for which rows are tried. If none of the rows that were tried can be graded, the others count
+as rows that can't be graded either."""
 
 
 def needed_by(config: EvaluationConfig, field: str, scored: str) -> str:
     """Return the field of the spec that needs graded answers to the rows of ``field``; empty where none does.
 
-    ``field`` is the path of the rows in the spec, such as `dataset.validation`, and ``scored`` that of the rows on
+    ``field`` is the path of the rows in the spec, such as `dataset.validation`. ``scored`` is the path of the rows on
     which base model and tuned model are scored.
     """
     if config.best_by == "TaskScore" and field == "dataset.validation":

@@ -1,8 +1,8 @@
 """Scores a model on an evaluation set: perplexity of the answers, perplexity of all tokens, and the scores of the task.
 
-The task's scores are values over generated answers, which the task's grader has graded: mostly their mean. The values
-of all ranks are joined before one is computed, so that no figure depends on batch size or number of ranks. `loop.py`
-scores checkpoints with `Scorer`, and `comparison.py` scores base model and tuned model.
+The task's grader grades the generated answers, and a score of the task is computed from their grades, mostly as a mean.
+The grades of all ranks are joined before a score is computed, so no score depends on batch size or number of ranks.
+`loop.py` scores checkpoints with `Scorer`, and `comparison.py` scores base model and tuned model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TaskScores:
     not_graded: int
     """Number of answers that could not be graded."""
     ungraded: Mapping[str, int]
-    """Number of answers that could not be graded by the reason, the most frequent reasons first."""
+    """For each reason, the number of answers that could not be graded. The most frequent reasons come first."""
     answers: Sequence[AnswerRecord]
     """The first answers that this rank generated, with their grades. At most `MOST_STORED_ANSWERS`."""
 

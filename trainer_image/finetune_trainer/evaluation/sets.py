@@ -19,7 +19,13 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import LengthLimit, columns_read, length_limit, make_examples, used_rows
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import (
+    generation_stop_ids,
+    load_tokenizer,
+    model_stop_ids,
+    stop_ids,
+    tokenize_functions,
+)
 from finetune_trainer.model.base_check import JobBase
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, job_tokenize_functions
@@ -76,8 +82,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
     form. ``graded`` are all columns that the job's grader reads.
 
-    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return a
-    notice for each kind of row that was left out nevertheless (bad rows and long rows).
+    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return the
+    notices about them, for example about rows that are too long for the base model and were left out.
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -116,7 +122,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    # The same rows have notices of their own where the tuned model reads them.
+    # The rows have notices of their own in the form that the tuned model reads, so these notices say which form they
+    # mean.
     return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 
@@ -161,7 +168,7 @@ def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> E
         tuned.rows,
         ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
         tokenizer,
-        stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
+        generation_stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
         _suffix(form),
         added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,

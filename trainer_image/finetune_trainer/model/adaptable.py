@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ reaches it."""
 CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention", "cross_attn"})
 """Parts of module names that mean attention to an encoder. The decoders that have it were half of a translation model,
 and a language model made of one has no encoder."""
+READ_PAST = "whose weight the model reads without calling the layer"
+"""Why some linear layers can't have an adapter, as the end of a sentence."""
 OTHER_SENSES = re.compile("Vision|Image|Audio|Video|Speech")
 """What the name of a class contains that works on something else than text."""
 
@@ -207,10 +209,10 @@ class TextPath:
         if (around, leaf) not in self._read_past:
             try:
                 LoraModel._check_target_module_compatiblity(None, LoraConfig(), self._model, leaf)
-                past = re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device|shape|size)\b)", _source(around))
+                uses = rf"self\.{leaf}\.weight\b(?!\.(dtype|device|shape|size)\b)"
+                self._read_past[around, leaf] = re.search(uses, _source(around)) is not None
             except ValueError:
-                past = True
-            self._read_past[around, leaf] = bool(past)
+                self._read_past[around, leaf] = True
         return READ_PAST if self._read_past[around, leaf] else ""
 
     @cached_property
@@ -218,10 +220,6 @@ class TextPath:
         return {}
 
 
-READ_PAST = "whose weight the model reads without calling the layer"
-
-
-@cache
 def _source(kind: type) -> str:
     """Return the code of the class ``kind`` and of the classes of transformers that it is made from."""
     own = [base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")]

@@ -7,13 +7,15 @@ therefore the same at every ZeRO stage, on any number of ranks and on every devi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import model as lora_model
 from transformers import PreTrainedModel
 
 from finetune_core.api.method import LoRASpec
@@ -71,7 +73,16 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
         chosen = [*linear, *(embeddings if added_tokens else ())]
     wanted = {weight.name for weight in chosen}
     weights = [weight for weight in path.weights if weight.name in wanted]
+    if not weights:
+        raise UserError("method", "must be Full: the model has no linear layer that peft can adapt")
     _check_supported(weights, lora)
+    experts = next((weight for weight in path.weights if weight.part is Part.EXPERTS), None)
+    if lora.quantization is not None and experts is not None:
+        raise UserError(
+            "lora.quantization",
+            f"must be absent for a model with experts: bitsandbytes quantizes linear layers only, and {experts.name}"
+            " would stay as it is",
+        )
     return AdapterTargets(
         names=[weight.name for weight in weights],
         modules=shortest_names(
@@ -162,7 +173,8 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with contextlib.nullcontext() if lora.quantization is not None else _without_bitsandbytes():
+            tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(TARGETS, f"must name modules of the model: {first_line(error)}") from error
     # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
@@ -177,6 +189,21 @@ def add_adapters(
             if MAGNITUDE not in name:
                 parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
     return tuned
+
+
+@contextlib.contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Keep peft from importing bitsandbytes inside of the `with` block.
+
+    peft imports bitsandbytes to ask whether a layer is quantized. The import takes seconds and 190 MB in each process,
+    and no layer is quantized here.
+    """
+    known = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
+    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = lambda: False
+    try:
+        yield
+    finally:
+        lora_model.is_bnb_available, lora_model.is_bnb_4bit_available = known
 
 
 def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:

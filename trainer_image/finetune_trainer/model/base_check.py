@@ -53,11 +53,19 @@ class JobBase:
         return self.structure.tied and adapts_an_embedding(self.structure, self.targets)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with the added tokens of the job. The tokens that end an answer have rows in the
+        embedding."""
+        tokenizer = load_tokenizer(self.folder)
+        check_ends(tokenizer, self.folder, self.structure.rows)
+        add_tokens(tokenizer, self.config.model.added_tokens)
+        return tokenizer
+
+    @property
     def rows(self) -> int:
         """Number of rows of the embedding that the job trains: with rows for the added tokens."""
-        tokenizer = load_tokenizer(self.folder)
-        ids = add_tokens(tokenizer, self.config.model.added_tokens)
-        return max(self.structure.rows, *(number + 1 for number in ids), 0)
+        added = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.config.model.added_tokens]
+        return max([self.structure.rows, *(number + 1 for number in added)])
 
 
 def check_base(base: JobBase) -> None:
@@ -79,9 +87,7 @@ def _check_weights(base: JobBase) -> None:
 
 
 def _check_tokens(base: JobBase) -> None:
-    tokenizer = load_tokenizer(base.folder)
-    check_ends(tokenizer, base.folder, base.structure.rows)
-    add_tokens(tokenizer, base.config.model.added_tokens)
+    assert base.tokenizer is not None
 
 
 def _check_targets(base: JobBase) -> None:

@@ -30,7 +30,8 @@ SAMPLING: Mapping[str, Callable[[float], bool]] = {
 }
 """Fields that only have an effect when a text is drawn at random (`do_sample: true`), and the values with which
 transformers can draw."""
-TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
+DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+"""Fields that decide which other fields transformers takes."""
 
 
 class ArtifactGeneration(NamedTuple):
@@ -107,14 +108,15 @@ def _refused_fields(values: Mapping[str, Any]) -> list[str]:
     """Return the fields that have to be left out of ``values``, so that transformers saves the configuration."""
     if not _refuses(values):
         return []
-    others = [name for name in values if name not in TOKEN_FIELDS]
+    others = [name for name in values if name != "eos_token_id"]
     alone = next((name for name in others if not _refuses({k: v for k, v in values.items() if k != name})), None)
     if alone is not None:
         return [alone]
+    # Each field is taken in turn if it fits those before it. Fields without which others are refused come first.
     kept: dict[str, Any] = {"eos_token_id": values["eos_token_id"]}
-    for name, value in values.items():
-        if not _refuses({**kept, name: value}):
-            kept[name] = value
+    for name in sorted(others, key=lambda name: name not in DECIDING):
+        if not _refuses({**kept, name: values[name]}):
+            kept[name] = values[name]
     return [name for name in values if name not in kept]
 
 

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from finetune_core.api.method import Quantization
 from finetune_core.errors import UserError
 from finetune_trainer.model.mmap_memory import release_mapped_pages
 from finetune_trainer.model.packed_attention import install as install_packed_attention
@@ -21,11 +22,24 @@ from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
+def nf4_configuration(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return how QLoRA holds linear layers: as 4-bit NormalFloat, with quantized scales, and computed in ``dtype``."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_base(
+    folder: Path, dtype: torch.dtype, *, sharded: bool = False, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """Load the base model. Raises UserError where its files are not those of a complete causal language model.
 
     With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks. While this
-    happens, the memory of the mapped files is freed again and again.
+    happens, the memory of the mapped files is freed again and again. With ``quantization`` the linear layers are held
+    in 4 bits.
     """
     try:
         with (
@@ -39,6 +53,7 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({"quantization_config": nf4_configuration(dtype)} if quantization is not None else {}),
             )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
@@ -52,6 +67,8 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
         # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
+    if quantization is not None:
+        _keep_exact_scales(model)
     switch_off_dropout(model)
     install_packed_attention()
     return model
@@ -100,6 +117,17 @@ def missing_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> list[s
     what transformers tells about the loading. A weight that is tied to another one is not missing."""
     shared = getattr(model, "all_tied_weights_keys", {})
     return sorted(key for key in report["missing_keys"] if key not in shared)
+
+
+def _keep_exact_scales(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from rounding the scales of 4-bit weights.
+
+    On processors that multiply in bf16, bitsandbytes rounds the scales to bf16 when a layer first computes in
+    evaluation mode. The model would then change with the first evaluation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from finetune_core.errors import UserError
 from finetune_trainer.model.load import missing_weights
@@ -36,7 +38,7 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
         for name, header in headers.items()
         if header.dtype not in DTYPES and (name not in expected or expected[name].is_floating_point())
     }
-    with library_boundary(_conversion_problem(headers)):
+    with library_boundary(_conversion_problem(headers)), _no_progress_bar():
         state = {
             name: torch.empty(header.shape, dtype=DTYPES.get(header.dtype, torch.uint8), device="meta")
             for name, header in headers.items()
@@ -61,6 +63,18 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             f"its config.json does not fit its weights: {name} has the shape {list(found)} in its files, and must have"
             f" {list(wanted)}",
         )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing how it loads the headers as if they were weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _missing_problem(missing: list[str], headers: Mapping[str, TensorHeader], quantised: Collection[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -40,7 +40,7 @@ class WeightFiles:
         single weight file comes before an index, as in transformers."""
         if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
             return cls(folder, json.loads((folder / INDEX_FILE).read_text())["weight_map"])
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+        with _open_header(folder / SINGLE_FILE) as file:
             return cls(folder, dict.fromkeys(file.keys(), SINGLE_FILE))
 
     @property
@@ -52,7 +52,7 @@ class WeightFiles:
         """Return the header of each tensor by its name. The tensors themselves are not read."""
         found = {}
         for name in self.names:
-            with safe_open(self.folder / name, framework="pt") as file:
+            with _open_header(self.folder / name) as file:
                 for tensor in file.keys():  # noqa: SIM118  (the file is no mapping)
                     if self.files.get(tensor) == name:
                         part = file.get_slice(tensor)
@@ -76,6 +76,12 @@ class WeightFiles:
             return torch.cat([part[row : row + 1] for row in rows])
 
 
+def _open_header(path: Path) -> Any:
+    """Open a weight file of which only the header will be read. torch would map the file for writing, so that the whole
+    file would count as memory that the process may need."""
+    return safe_open(path, framework="numpy")
+
+
 def check_complete(folder: Path) -> None:
     """Raise UserError where a weight file of the model in ``folder`` is missing, can't be opened, for example because
     it is shorter than its header says, or lacks a tensor that the index expects in it. An index beside a single weight
@@ -97,7 +103,7 @@ def check_complete(folder: Path) -> None:
     if (folder / SINGLE_FILE).is_file() and set(expected) != {SINGLE_FILE}:
         expected = {SINGLE_FILE: set()}
     for name, tensors in sorted(expected.items()):
-        with library_boundary(partial(_unreadable, name)), safe_open(folder / name, framework="pt") as file:
+        with library_boundary(partial(_unreadable, name)), _open_header(folder / name) as file:
             missing = sorted(tensors - set(file.keys()))
         if missing:
             raise UserError("model", f"its files are incomplete: {name} lacks {missing[0]}, which {INDEX_FILE} names")

@@ -65,8 +65,9 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 
 def threads_per_process(processes: int, *, limit: float | None, cores: int) -> int:
-    """Return how many compute threads each of ``processes`` should use, at least 1. ``limit`` is the container's CPU
-    limit, and ``cores`` is the number of CPU cores that the process may run on.
+    """Return how many compute threads each worker process of the pod should use, at least 1. ``processes`` is the
+    number of worker processes, ``limit`` is the container's CPU limit, and ``cores`` is the number of CPU cores that
+    the container may use.
 
     Threads beyond the CPU limit would be throttled by the kernel. The results of CPU computations also depend on the
     number of threads. So under a CPU limit, a larger node must not mean more threads.

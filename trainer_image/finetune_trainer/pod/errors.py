@@ -1,8 +1,8 @@
-"""The exceptions that end a run early. Each stands for an outcome of `finetune_core.contract.Outcome`. The message of
-an exception is the sentence that users see in the job's status.
+"""The exceptions that end a run early. The message of an exception is the sentence that users see in the job's status.
 
-Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a
-user can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
+Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes (values of
+`finetune_core.contract.Outcome`). Errors that a user can correct in the job or its data are raised as
+`finetune_core.errors.UserError` instead (exit code 64).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Damaged(OutsideFailure):
 
 @contextmanager
 def library_boundary(failure: Callable[[BaseException], Exception], *known: type[Exception]) -> Iterator[None]:
-    """Turn whatever another library raises in the `with` block into the exception that ``failure`` makes of it. The
-    block holds only calls of the library, because it would also hide an error of this package.
+    """Turn whatever another library raises in the `with` block into the exception that ``failure`` makes of it. Put
+    only calls of the library into the block, because this function would also convert an error of the trainer itself.
 
     MemoryError, UserError, OutsideFailure and the exceptions ``known`` pass as they are. So do exceptions that end a
     thread or a process, such as KeyboardInterrupt. A panic of a library that is written in Rust, such as tokenizers, is
@@ -85,6 +85,6 @@ def first_line(error: BaseException, *, limit: int = 300) -> str:
 
 
 def one_line(text: str, *, limit: int = 1000) -> str:
-    """Return a text that another program may have a part in, as one line of valid text for a message: each run of white
-    space and control characters becomes one space, and the line is cut off after ``limit`` characters."""
+    """Return ``text``, parts of which another program may have written, as one line of valid text for a message. Each
+    run of white space and control characters becomes one space, and the line is cut off after ``limit`` characters."""
     return " ".join("".join(sign if sign.isprintable() else " " for sign in valid_text(text)).split())[:limit]

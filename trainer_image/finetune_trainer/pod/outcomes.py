@@ -62,8 +62,7 @@ class WorkerExit:
 
     rank: int
     status: int
-    """Exit status of the process. A negative value names the signal that killed the process: -9 stands for signal 9
-    (SIGKILL)."""
+    """Exit status of the process. A negative value means that a signal killed the process: -9 is signal 9 (SIGKILL)."""
     outcome: WorkerOutcome | None
     killed_by_launcher: bool = False
     """Whether the launcher killed the worker because it still ran too long after another worker had exited."""

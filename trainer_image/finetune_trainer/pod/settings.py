@@ -25,6 +25,8 @@ class Paths(ContractModel):
     termination_log: Path = Path(contract.TERMINATION_LOG)
     scratch: Path = Path(contract.SCRATCH_FOLDER)
     volumes: Path = Path(contract.VOLUMES_FOLDER)
+    model_cache: Path = Path(contract.MODEL_CACHE_FOLDER)
+    model_volume: Path = Path(contract.MODEL_VOLUME_FOLDER)
 
 
 STORE_CHECK_SECONDS = 20.0

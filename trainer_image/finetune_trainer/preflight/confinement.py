@@ -131,7 +131,7 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memor
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        # The stream stays open until the process ends, because its end tells the parent that the child has ended.
+        # The stream stays open until the process ends. The end of the stream shows the parent that the child has ended.
         os._exit(code)
 
 

@@ -29,15 +29,17 @@ from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_c
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
 from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.cache.cached_fetch import cache_notices
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.root import RunRoot, open_root
 
 HEADERS_FOLDER = "headers"
 """Folder in the preflight folder with the base model whose weight files hold only headers."""
-TORCH_MEMORY_BYTES = 800 << 20
-"""Largest memory in bytes that the child which imports torch may add. torch and transformers take 650 MiB. 300 MiB of
-that are mapped files, which the kernel can free at any time, so the pod's 1 GiB is not exceeded."""
+TORCH_MEMORY_BYTES = 1100 << 20
+"""Largest memory in bytes that the child which imports torch may add. About 300 MiB of it are the mapped files of
+torch, which the kernel can free at any time, so the pod stays below its 1 GiB."""
 
 
 class ChecksTimedOut(BaseException):
@@ -100,6 +102,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         _check_inputs(child, config, paths, root, folder, store_answers=store_answers)
 
     _run_confined(findings, check_inputs)
+    print(f"model files and data were checked within {_peak_memory()}", flush=True)
     if (folder / HEADERS_FOLDER).is_dir():  # otherwise something is wrong with the model, and stands in the findings
         _run_confined(findings, partial(_check_for_job, config, folder / HEADERS_FOLDER), TORCH_MEMORY_BYTES)
 
@@ -113,7 +116,7 @@ def _run_confined(findings: Findings, checks: Callable[[Findings], None], memory
     if end is ChildEnd.TOO_LARGE:
         findings.add(
             FindingKind.FINAL,
-            f"{findings.subject}: can't be checked with {memory_bytes >> 20} MiB of memory: what is read there is too"
+            f"{findings.subject}: can't be checked with {MEMORY_BYTES >> 20} MiB of memory: what is read there is too"
             " large, or expands to too much (runPolicy.preflight: Skip leaves all checks out)",
         )
     elif end is ChildEnd.KILLED:
@@ -141,8 +144,8 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
-    object store are left out."""
+    """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
+    data in the object store are left out."""
     _hide_torch()
     from finetune_trainer.evaluation.graders import load_grading
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
@@ -151,6 +154,9 @@ def _check_inputs(
 
     def check_base_model() -> ModelFacts:
         files = model_files(config.model, paths, root.store)
+        model_bytes = sum(files.sizes[name] for name in select_model_files(files).names)
+        findings.measured(model_bytes=model_bytes)
+        findings.notice(*cache_notices(model_bytes, paths.model_cache))
         return check_model(files, folder / "model", folder / HEADERS_FOLDER, config.model.added_tokens)
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
@@ -172,6 +178,7 @@ def _check_inputs(
             task,
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,
+            measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
         )
         findings.notice(*(findings.collect(field, check) or []))
 
@@ -202,8 +209,8 @@ def _hide_torch() -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. From now on SIGTERM ends
-    the process at once."""
+    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. SIGTERM and SIGINT end
+    the process at once, in the block and after it."""
 
     def on_alarm(*_: object) -> NoReturn:
         raise ChecksTimedOut

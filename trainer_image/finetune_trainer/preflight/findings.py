@@ -12,6 +12,7 @@ from finetune_core.contract.preflight_result import (
     Finding,
     FindingKind,
     FoundRun,
+    InputSizes,
     PreflightResult,
     ordered,
 )
@@ -32,6 +33,8 @@ class Findings:
         self._notices: list[str] = []
         self.found: FoundRun | None = None
         """A run that the job takes over instead of training anew."""
+        self._model_bytes: int | None = None
+        self._data_bytes = 0
         self.subject = "the run file"
         """What the running check examines, for the message after a time-out: `dataset.train`."""
 
@@ -63,14 +66,24 @@ class Findings:
         self._notices += valid
         self._send({"notices": valid})
 
+    def measured(self, *, model_bytes: int | None = None, data_bytes: int = 0) -> None:
+        """Note the size of the base model, or that of the data files of one source, which is added to the others."""
+        self._model_bytes = self._model_bytes if model_bytes is None else model_bytes
+        self._data_bytes += data_bytes
+        self._send({"model_bytes": model_bytes, "data_bytes": data_bytes})
+
     def receive(self, sent: Mapping[str, Any]) -> None:
         """Add what the `Findings` of another process passed to its ``send`` function."""
         self.subject = sent.get("subject", self.subject)
         self.notice(*sent.get("notices", ()))
+        self.measured(model_bytes=sent.get("model_bytes"), data_bytes=sent.get("data_bytes", 0))
         if "kind" in sent:
             self.add(FindingKind(sent["kind"]), sent["message"])
 
     @property
     def result(self) -> PreflightResult:
         """The findings and notices so far, in the form of the termination message."""
-        return PreflightResult(findings=ordered(self._found), notices=self._notices, found=self.found)
+        sizes = None
+        if self._model_bytes is not None and not self._found:
+            sizes = InputSizes(model_bytes=self._model_bytes, data_bytes=self._data_bytes)
+        return PreflightResult(findings=ordered(self._found), notices=self._notices, found=self.found, sizes=sizes)

@@ -67,7 +67,7 @@ class FormerFolder:
     training."""
 
     training: TrainingRecord
-    """What all runs in the folder trained."""
+    """The training of all runs in the folder."""
     found: FoundRun
     newest: datetime
     """When the newest run in the folder was begun."""
@@ -208,6 +208,6 @@ def _artifact_or_checkpoint(
 
 
 def _template_date(records: Mapping[int, RunRecord]) -> date | None:
-    """Return the date that chat templates got in the newest of ``records``; None where it is not recorded."""
+    """Return the date that chat templates got in the newest run of ``records``; None where the date is not recorded."""
     training = records[max(records)].training if records else None
     return training.template_date if training is not None else None

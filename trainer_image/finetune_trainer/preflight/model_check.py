@@ -98,10 +98,9 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
 
     base = JobBase(headers, config)
     check_base(base)
-    tokenizer = load_tokenizer(headers)
-    add_tokens(tokenizer, config.model.added_tokens)
-    use_chat_template(tokenizer, config.dataset.format, headers)
-    return rehearse_job_export(config, headers, headers, tokenizer, base.targets, headers.with_suffix(".rehearsal"))
+    use_chat_template(base.tokenizer, config.dataset.format, headers)
+    scratch = headers.with_suffix(".rehearsal")
+    return rehearse_job_export(config, headers, headers, base.tokenizer, base.targets, scratch)
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:

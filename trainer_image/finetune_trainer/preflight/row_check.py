@@ -1,12 +1,12 @@
-"""Checks the first rows of a data file: columns, values, chat template and length in tokens. `preflight/entrypoint.py`
-calls `check_rows` for each data file.
+"""Checks the first rows of a data source: columns, values, chat template and length in tokens.
+`preflight/entrypoint.py` calls `check_rows` for each data source.
 
 The rows pass through the functions that also make the examples of a training run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,9 +31,9 @@ from finetune_trainer.sources.source_files import DataFiles, HeadLimits
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
-"""Largest number of rows of a data file that are turned into examples."""
+"""Largest number of rows of a data source that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Largest number of bytes that are read of a text file in the object store. What was read of a longer file is cut off
+"""Largest number of bytes that are fetched of the text files of a data source. A text file that is longer is cut off
 after its last whole row."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
 """Largest number of bytes of content in the rows that are turned into examples. The content is limited too, because a
@@ -43,8 +43,8 @@ LARGEST_HEAD_EXPANSION = 100
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
 same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
-"""Largest parquet file in bytes that is downloaded as a whole. Of a larger one only the schema is downloaded, and the
-columns that are read of the first row group, if they have no more bytes than this."""
+"""Largest size in bytes of a parquet file that is downloaded as a whole. Of a larger one, the schema is downloaded, and
+of the first row group the columns that the job reads. Each of the two is left out if it has more bytes than this."""
 
 
 MOST_HEADS = 8
@@ -62,7 +62,7 @@ class SourceHead:
     bytes: int
     """Size of the local files."""
     has_schema: bool
-    """Whether the columns are known although no row is there."""
+    """Whether the columns are known although one of the local files has no rows."""
 
 
 def check_rows(
@@ -77,16 +77,21 @@ def check_rows(
     *,
     today: date | None = None,
     base_prompt: str | None = None,
+    measured: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`, ``today`` is the date that a chat
     template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns are checked,
-    because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. Raises UserError with file
-    and line for a row that would end the training, and OutsideFailure if the source can't be read.
+    because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. ``measured`` is called
+    with the size of all data files of the source in bytes.
+
+    Raises UserError with file and line for a row that would end the training, and OutsideFailure if the source can't be
+    read.
     """
     folder.mkdir()
     files = find_data_files(source, field, paths, store, folder)
+    measured(sum(file.bytes for file in files.files))
     asked = base_prompt_columns(dataset, field, base_prompt)
     named = [*asked, *(task.columns(field) if task is not None else ())]
     columns = columns_read(dataset, field, base_prompt, task.columns_read if task is not None else ())
@@ -146,8 +151,8 @@ def _content(rows: Sequence[Row]) -> int:
 
 
 def _fetch_head(files: DataFiles, folder: Path, columns: Collection[str]) -> SourceHead | None:
-    """Fetch the beginning of a data source: its first files, as long as they are small. Return None if not even the
-    first file can be looked into without downloading too much."""
+    """Fetch the beginning of a data source: its first files, up to MOST_HEADS files and about HEAD_BYTES bytes. Return
+    None if not even the first file can be read without downloading too much."""
     heads: list[DataFile] = []
     left = HEAD_BYTES
     for file in files.files[:MOST_HEADS]:

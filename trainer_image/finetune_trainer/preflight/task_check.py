@@ -1,6 +1,5 @@
 """Checks whether the answers of a job can be graded: the columns that its grader reads, and the first rows.
-`row_check.py` asks about each data file.
-"""
+`row_check.py` uses `TaskCheck` for each data source."""
 
 from __future__ import annotations
 
@@ -15,20 +14,23 @@ from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungr
 from finetune_trainer.evaluation.graders import Grading
 
 TRIED_SECONDS = 20.0
-"""Longest time in seconds for which the rows of a data file are tried. The whole check has two minutes."""
+"""Longest time in seconds for which the grader is tried on the rows of a data source. All checks together have
+PREFLIGHT_SECONDS (two minutes)."""
 
 
 class TaskCheck:
-    """What the grader of a job needs of the data files. Nothing where the job has no task."""
+    """Checks whether the data sources have what the grader of a job needs. Without a task every source passes."""
 
     def __init__(self, config: RunConfig, grading: Grading | None) -> None:
-        """Check for the job of ``config``, whose answers ``grading`` grades."""
+        """Check for the job with the run file ``config``. ``grading`` grades the job's answers; it is None if the job
+        has no task."""
         self._evaluation = config.evaluation
         self._scored = "dataset.test" if config.dataset.test is not None else "dataset.validation"
         self._grading = grading
 
     def columns(self, field: str) -> Sequence[NamedColumn]:
-        """Return the columns that the file of ``field`` must have, with the fields of the spec that name them."""
+        """Return the columns that the rows of ``field`` must have, with the fields of the spec that name them.
+        ``field`` is the path of a data source in the spec, for example `dataset.validation`."""
         return self._grading.required_columns if self._grading is not None and field in GRADED_FIELDS else ()
 
     @property
@@ -44,11 +46,12 @@ class TaskCheck:
         *,
         whole: bool,
     ) -> list[str]:
-        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows behind
+        """Return a notice where no answer to ``rows``, the first rows of ``field``, can be graded. Rows beyond
         `evaluation.generation.maxExamples` are left out, because no answers to them are generated. ``read_completion``
-        is that of `Grading.reading`.
+        is the argument of `Grading.reading`. ``whole`` says whether ``rows`` are all rows of ``field``.
 
-        Raises UserError instead where ``rows`` are the ``whole`` file and the job needs a score of its task.
+        Raises UserError instead where the job needs a score of its task and no other rows are graded, because ``rows``
+        are all rows or reach `maxExamples`.
         """
         if self._grading is None or field not in GRADED_FIELDS:
             return []

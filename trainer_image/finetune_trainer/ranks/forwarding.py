@@ -18,11 +18,12 @@ from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 
 RETRY_SECONDS = 0.2
-"""Pause in seconds between two tries to open a second connection to a port at which nothing may listen yet."""
+"""Pause in seconds between two tries to open the second connection. The program at its far end may still be starting.
+"""
 LAST_BYTES_SECONDS = 2.0
-"""How many seconds the last bytes of the workers may still be forwarded after the workers have ended."""
+"""For how many seconds after the end of the workers their last bytes are still forwarded."""
 JOIN_SECONDS = 10.0
-"""How many seconds the launcher waits for the end of the thread."""
+"""How many seconds the launcher waits for the end of the thread that serves the connections."""
 PIECE_BYTES = 64 * 1024
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -105,7 +106,7 @@ class Target:
                     return streams
             if time.monotonic() > deadline:
                 return None
-            # Nothing tells when a program begins to listen, so the port is tried again after a pause.
+            # No event shows that a program has begun to listen, so the port is tried again after a pause.
             await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -152,7 +153,7 @@ def served(forwarder: Forwarder, start: Callable[[Connected], Awaitable[asyncio.
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        # One more turn of the loop closes the sockets of the tasks that ended.
+        # One more iteration of the event loop closes the sockets of the tasks that ended.
         await asyncio.sleep(0)
 
     def run() -> None:

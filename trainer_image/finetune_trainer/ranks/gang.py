@@ -3,8 +3,8 @@ all ranks of a SIGTERM, and runs functions on one rank or on all.
 
 The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
 same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
-a collective while another rank talks to the object store. A SIGTERM or a stall of one rank also reaches all ranks
-through the rendezvous store.
+a collective while another rank talks to the object store. Through the rendezvous store all ranks also learn that one
+rank received SIGTERM or stalls.
 """
 
 from __future__ import annotations
@@ -378,8 +378,8 @@ class Gang:
             except (RuntimeError, dist.DistError):
                 # Rank 0 is gone, and with it the rendezvous store. No other rank reads heartbeats, so this thread ends.
                 return
-            # This sleep is the interval between two heartbeats. It delays no other thread, because none waits for this
-            # one.
+            # This sleep is the interval between two heartbeats. It delays no other thread, because no thread waits for
+            # this thread.
             time.sleep(HEARTBEAT_SECONDS)
 
     def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:

@@ -89,8 +89,9 @@ def _error_parts(error: Exception) -> list[str]:
 
 
 def _shared_error(name: str, parts: Sequence[str]) -> Exception:
-    """Return the error that this rank must raise because another rank raised an error with the class ``name``. The
-    error is PeerLost where `SHARED_ERRORS` does not hold that class, for example `KeyError` after a programming error.
+    """Return the error that this rank must raise because another rank raised an error of the class ``name``. The error
+    is PeerLost where the class is neither UserError nor in `SHARED_ERRORS`, for example `KeyError` after a programming
+    error.
     """
     if name == "UserError":
         return UserError(*parts)

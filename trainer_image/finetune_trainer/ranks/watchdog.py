@@ -108,5 +108,6 @@ class Watchdog:
                     " hangs, or waits for one that does",
                     caused_by_peer=False,
                 )
-            # This sleep is the interval between two checks. It delays no other thread, because none waits for this one.
+            # This sleep is the interval between two checks. It delays no other thread, because no thread waits for this
+            # thread.
             time.sleep(self._interval)

@@ -1,7 +1,7 @@
 """What rank 0 knows about the run: `Progress` writes a log line for each step, sends reports to the operator, and
 collects the rows of the step log.
 
-`loop.py`, `finish.py` and `evaluation/` note what happens, and only rank 0 has a `Progress`.
+`worker.py`, `train.py`, `loop.py`, `finish.py` and `evaluation/` call `Progress` on rank 0. Other ranks have none.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # The row is added to the pending rows even if an earlier run has written it already. SIGTERM stopped that
-            # run during this evaluation, so its row has no scores.
+            # The row becomes pending again even if an earlier run has written it to the step log. The row in the step
+            # log then has no scores, because SIGTERM stopped the earlier run during the evaluation.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})

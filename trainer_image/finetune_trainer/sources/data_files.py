@@ -32,8 +32,8 @@ def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, 
     """Return the data files of ``source``. ``field`` is the path of the source in the spec: `dataset.train`. ``folder``
     is a local folder for small files of the hub.
 
-    Raises UserError if there is no such file, or if the files do not belong together, and OutsideFailure if they can't
-    be listed.
+    Raises UserError if there is no such file, or if the files can't be one source, for example because they are of
+    several kinds. Raises OutsideFailure if the files can't be listed.
     """
     if source.volume is not None:
         return VolumeDataFiles(source.volume, field, paths)
@@ -51,7 +51,8 @@ class StoreDataFiles:
     """The data files of a source in the object store."""
 
     def __init__(self, source: S3Source, field: str, store: Store) -> None:
-        """Look for the object that the address names, or else for the objects of that folder or glob."""
+        """Look for the object that the address names. If there is none, look for the objects in the folder that it
+        names, or for those that match it as a glob."""
         self._field, self._store = f"{field}.s3.uri", store
         self._bucket, path = parse_uri(source.uri)
         self._entries: dict[str, ListedObject] = {}
@@ -116,7 +117,8 @@ class VolumeDataFiles:
     """The data files of a source on a volume. They are read where they lie."""
 
     def __init__(self, source: VolumeSource, field: str, paths: Paths) -> None:
-        """Look for the file that the path names, or else for the files of that folder or glob."""
+        """Look for the file that the path names. If there is none, look for the files in the folder that it names, or
+        for those that match it as a glob."""
         self._field = f"{field}.volume.path"
         self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self._field)
         self.notices: list[str] = []
@@ -147,5 +149,6 @@ class VolumeDataFiles:
         ]
 
     def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
-        """Return the whole file, because nothing is fetched and reading stops by itself."""
+        """Return the whole file where it lies. It needs no download, and the caller stops reading after the first
+        rows."""
         return self.fetch([file], folder)[0]

@@ -1,5 +1,5 @@
-"""Chooses the data files of a source among the paths that a bucket, a volume or a repository holds. All functions are
-pure, so that a folder or a glob means the same in all three.
+"""Chooses the data files of a source among the paths that a bucket, a volume or a repository holds. The functions know
+only paths, so a folder or a glob means the same in all three.
 
 Paths are relative to the root of the bucket, volume or repository, with `/` between their parts.
 """
@@ -43,8 +43,8 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
     """Return those of ``paths`` that match ``glob``, as fsspec understands it: `*` and `?` stay within a part of the
     path, and `**` stands for any number of parts, also for none. ``field`` is the path of the glob's field in the spec.
 
-    Files whose own name or whose folder's name begins with `.` or `_` match only parts of the glob that begin so too.
-    Raises UserError for a malformed glob.
+    A part of a path that begins with `.` or `_` matches only a part of the glob that begins with `.` or `_` too. Raises
+    UserError for a malformed glob.
     """
     try:
         expression = re.compile(glob_translate(glob))
@@ -55,8 +55,8 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
 
 
 def may_match_below(folder: str, glob: str) -> bool:
-    """Return whether a file in ``folder`` or in its folders may match ``glob``. Whoever searches a tree of folders need
-    not look into the others."""
+    """Return whether a file in ``folder``, at any depth, may match ``glob``. A search for such files can leave out all
+    other folders."""
     parts = [part for part in glob.split("/") if part]
     if _hidden_parts(folder) > _hidden_parts(glob):
         return False
@@ -72,11 +72,12 @@ def may_match_below(folder: str, glob: str) -> bool:
 
 
 def chosen(paths: Sequence[str], path: str, field: str, where: str) -> Selection:
-    """Return the data files that ``path`` names among ``paths``, where no file is called so: those below the folder
-    ``path`` if there is one, or else those that match the glob ``path``. An empty ``path`` is the root.
+    """Return the data files among ``paths`` that ``path`` names, where no file has exactly this path. If ``paths`` has
+    a folder ``path``, these are the files below it. If not, they are the files that match the glob ``path``. An empty
+    ``path`` is the root.
 
-    ``field`` is the path of the source's field in the spec, and ``where`` names the folder or glob in messages. Errors
-    are those of `select`, and where nothing is found the message says what lies near.
+    ``field`` is the path of the source's field in the spec, and ``where`` names the folder or glob in messages. Raises
+    UserError as `select` does. If no data file is found, the message names files near ``path``.
     """
     inside = [name for name in paths if not path or name.startswith(f"{path}/")]
     found = below(paths, path) if inside or not is_glob(path) else matching(paths, path, field)
@@ -97,8 +98,8 @@ def shown(*paths: str) -> str:
 
 
 def below(paths: Sequence[str], folder: str) -> list[str]:
-    """Return those of ``paths`` that lie in ``folder`` or in its folders, without those that are hidden there. An empty
-    ``folder`` is the root."""
+    """Return those of ``paths`` that lie in ``folder``, at any depth. A file is left out if a part of its path below
+    ``folder`` begins with `.` or `_`. An empty ``folder`` is the root."""
     start = f"{folder}/" if folder else ""
     return [path for path in paths if path.startswith(start) and not _hidden_parts(path[len(start) :])]
 
@@ -107,8 +108,8 @@ def select(paths: Sequence[str], field: str, where: str) -> Selection:
     """Return the data files among ``paths``, ordered by path, and a notice about files of other kinds. ``where`` names
     the folder or glob in messages: `s3://bucket/rows`.
 
-    Raises UserError if there is no data file, if there are too many, or if it can't be told how the files belong
-    together: files of several kinds, or a file beside its compressed form.
+    Raises UserError if there is no data file, if there are too many, if they are of several kinds, or if one of them
+    seems to be the compressed form of another.
     """
     named = [path for path in sorted(set(paths)) if path and not path.endswith("/")]
     found, others = {}, []
@@ -143,6 +144,6 @@ def _left_out(paths: Sequence[str], field: str, where: str) -> str:
 
 
 def _hidden_parts(path: str) -> int:
-    """Return how many parts of ``path`` are hidden. Programs begin the names of files that hold no rows so: `_SUCCESS`,
-    `.part-0.crc`."""
+    """Return how many parts of ``path`` begin with `.` or `_`. Programs give such names to files that hold no rows, for
+    example `_SUCCESS` and `.part-0.crc`."""
     return sum(part.startswith((".", "_")) for part in path.split("/"))

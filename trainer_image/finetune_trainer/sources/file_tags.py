@@ -1,5 +1,8 @@
-"""Tags of local files: texts that differ where the contents of two files differ. Of large files only parts are read.
-`identities.py` and `model_files.py` use the tags for files on a volume."""
+"""Tags of local files, by which a change of a file's content is noticed. `identities.py` and `model_files.py` use the
+tags for files on a volume.
+
+The tag of a large file comes from its size, the time of its last change, and parts of its content.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import hashlib
 from pathlib import Path
 
 WHOLE_BYTES = 64 * 1024 * 1024
-"""Largest file in bytes whose tag is the sha256 of all its bytes."""
+"""Largest size in bytes of a file whose tag has the sha256 of all its bytes."""
 PIECES = 16
 PIECE_BYTES = 256 * 1024
-"""PIECES pieces of PIECE_BYTES bytes are read of a larger file, such as weights, at even distances from its first byte
-to its last. The preflight check has no time to read hundreds of gigabytes."""
+"""Of a larger file, such as weights, PIECES pieces of PIECE_BYTES bytes each are read, at even distances from its first
+byte to its last. The preflight check has no time to read hundreds of gigabytes."""
 
 
 def file_tag(path: Path) -> str:
     """Return a tag of the content of ``path``.
 
-    For a file of more than `WHOLE_BYTES` bytes the tag also holds the time of the last change, because a change
-    between the pieces that are read would not be noticed otherwise.
+    For a file of more than `WHOLE_BYTES` bytes the tag also holds the time of the last change. Without it, a change
+    between the pieces that are read would not be noticed.
     """
     status = path.stat()
     with path.open("rb") as file:

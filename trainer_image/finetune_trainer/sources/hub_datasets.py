@@ -28,7 +28,8 @@ DATA_CARD = "README.md"
 MAIN_BRANCH = "main"
 DEFAULT_CONFIG = "default"
 SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""Names of splits, by which the library `datasets` tells that the files of a repository are divided into splits."""
+"""Names that file names use for splits, as the library `datasets` knows them. If a repository has no file name with one
+of these names, all its data files belong to the split `train`."""
 PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
 """Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only those of the first
 kind are read."""
@@ -39,8 +40,8 @@ class HubDataFiles:
     names."""
 
     def __init__(self, source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> None:
-        """List the repository and read its data card, which is downloaded beside ``folder``. ``field`` is the path of
-        the data source in the spec, for example `dataset.train`.
+        """List the files of the repository. If the source names no path, also download the data card beside ``folder``
+        and read it. ``field`` is the path of the data source in the spec, for example `dataset.train`.
 
         Raises UserError if the split, subset or path does not exist, and OutsideFailure if the hub can't be read or
         refuses access.
@@ -102,7 +103,9 @@ class HubDataFiles:
         return found
 
     def _read_repository(self, cards: Path) -> tuple[str, Mapping[str, _Sibling], str]:
-        """Return the commit of the revision, the files by path, and the text of the data card."""
+        """Return the commit of the revision, the files by path, and the text of the data card. The text is empty where
+        the source names a path, because the card is then not needed, and where there is no card. ``cards`` is the local
+        folder for the card."""
         from huggingface_hub import HfApi
 
         api, source = HfApi(token=self._token or False), self._source
@@ -147,10 +150,10 @@ class CardConfig(NamedTuple):
     """A configuration (subset) in a data card."""
 
     is_default: bool
-    """Whether a job without `subset` means this configuration."""
+    """Whether the card marks this configuration as the default."""
     patterns: Mapping[str, Sequence[str]] | None
-    """The globs of the files of each split. Empty if the names of the files tell their splits. None if nobody can tell
-    what the card means."""
+    """The globs of the files of each split. Empty if the card names only a folder, so that the file names tell the
+    splits. None if `data_files` has a form that is not known."""
     folder: str
     """The folder in which the files lie, without a slash at its end. Empty for the whole repository."""
 
@@ -183,8 +186,9 @@ def card_configs(card: str) -> Mapping[str, CardConfig]:
 
 
 def _patterns(files: object) -> Mapping[str, Sequence[str]] | None:
-    """Return the globs by split of `data_files` in a data card: a glob or a list of globs, which belong to the split
-    `train`; a list of items with `split` and `path`; or a mapping from splits to globs. None for anything else."""
+    """Return, by split, the globs in ``files``, which is `data_files` of a data card. It is a glob or a list of globs,
+    which belong to the split `train`; a list of items with `split` and `path`; or a mapping from splits to globs.
+    Return None for anything else."""
     items = files if isinstance(files, list) else [files]
     if isinstance(files, dict):
         items = [{"split": split, "path": paths} for split, paths in files.items()]
@@ -235,8 +239,8 @@ def split_files(
 
 
 def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: str) -> list[str]:
-    """Return the data files of a split whose names tell it. Without any name that tells a split, all data files belong
-    to the split `train`."""
+    """Return the data files whose names contain the name of the split. If no file name contains the name of any split,
+    all data files belong to the split `train`."""
     data = [file for file in files if kind_of(file) and PurePosixPath(file).name not in METADATA]
     if not data:
         raise UserError(f"{field}.repo", f"has no data file: the suffix must be {KINDS_TEXT}")
@@ -263,8 +267,8 @@ def _names_split(file: str, split: str) -> bool:
 
 
 def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -> CardConfig:
-    """Return the configuration that ``subset`` names, or else the default one. Raises UserError with the existing ones
-    if there is no such configuration."""
+    """Return the configuration that ``subset`` names. Without ``subset``, return the default one, or the only one.
+    Raises UserError, which names the existing configurations, if there is no such configuration."""
     marked = next((name for name, config in configs.items() if config.is_default), None)
     default = marked or (DEFAULT_CONFIG if DEFAULT_CONFIG in configs else None)
     chosen = subset or default or (next(iter(configs)) if len(configs) == 1 else None)
@@ -274,7 +278,7 @@ def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -
 
 
 def _of_first_kind(files: list[str], field: str) -> list[str]:
-    """Return the files of the preferred one of the kinds that occur in ``files`` (see PREFERRED_KINDS). The others are
+    """Return those of ``files`` that are of one kind: the first kind of PREFERRED_KINDS that occurs. The others are
     left out, because many repositories hold the same rows in files of several kinds."""
     for kind in PREFERRED_KINDS:
         found = [file for file in files if (known := kind_of(file)) is not None and known.kind is kind]

@@ -1,8 +1,8 @@
 """Runs requests to the Hugging Face Hub, for models and data sets alike, and turns errors of the hub's client library
 into sentences for the user.
 
-An unknown revision is an error in the spec and becomes UserError. All other errors become OutsideFailure, because they
-may be solved without a change of the spec, such as missing access to a gated repository.
+An unknown revision is an error in the spec and becomes UserError. All other errors, such as missing access to a gated
+repository, become OutsideFailure, because they may be solved without a change of the spec.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def read_token(path: Path, field: str) -> str:
     """Return the access token of the hub in the file ``path``, which comes from the Secret that ``field`` names. Raises
-    OutsideFailure if it holds something else than a token."""
+    OutsideFailure if the content of the file can't be a token."""
     token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         # The text itself is left out of the message, because it may be most of a secret.
@@ -62,7 +62,7 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
         reason = f"{type(error).__name__}: {first_line(error)}"
         return OutsideFailure(f"{field}: the hub's answer about {repo} can't be read ({reason})")
 
-    # The client library raises whatever an answer that it does not expect makes its code raise.
+    # An answer that the client library does not expect can make it raise any exception.
     with library_boundary(failure):
         return request()
 
@@ -70,8 +70,8 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
 def read_hub_range(
     repo: str, name: str, revision: str, token: str | None, start: int, length: int, *, repo_type: str = "model"
 ) -> bytes:
-    """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before. It raises what the
-    hub's client library raises, so it must be called by `call_hub`."""
+    """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before. The function raises
+    what the hub's client library raises, so `call_hub` must run it."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status

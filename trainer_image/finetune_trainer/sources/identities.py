@@ -1,10 +1,10 @@
-"""Identities of the base model and of the data: texts that differ where the files differ. Two runs with equal
-identities read the same content. Of large files on a volume only parts are compared.
+"""Identities of the base model and of the data, by which two runs are compared: the identities are equal if both runs
+read the same files. Of large files on a volume only parts are compared (see `file_tags.py`).
 
 The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them.
 The preflight check of a job whose status is lost determines the identities again, and compares them with those in the
-run records. The object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id), so of their
-files only the data cards on the hub are downloaded.
+run records. The object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id). So none of
+their files are downloaded, except the data cards on the hub.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from finetune_trainer.storage.client import Store
 
 
 def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path) -> dict[str, str]:
-    """Return the identity of the base model and of each data source, as sha256 by the path in the spec, such as
-    `dataset.train`. ``folder`` is a local folder for small files of the Hugging Face Hub.
+    """Return the identity of the base model (`model`) and of each data set (such as `dataset.train`), as sha256 by its
+    path in the spec. ``folder`` is a local folder for small files of the Hugging Face Hub.
 
     Raises UserError if a source does not exist, and OutsideFailure if it can't be read.
     """
@@ -41,5 +41,5 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
 
 def _digest(tags: Mapping[str, str]) -> str:
     text = "".join(f"{name}\n{tags[name]}\n" for name in sorted(tags))
-    # The names of files on a volume may hold bytes that are no UTF-8, and those of the hub half of a surrogate pair.
+    # A file name on a volume may hold bytes that are no UTF-8, and a file name on the hub half of a surrogate pair.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -11,16 +11,21 @@ from pathlib import Path
 from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
+from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
-from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_files import LocalFiles, model_files
 from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.model_digests import ModelDigests
+from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.store_errors import writing
 
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
@@ -35,7 +40,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         asked = base_prompt_columns(config.dataset, field, config.evaluation.base_prompt)
         check_columns(found[field], field, config.dataset.format, asked)
     mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
-    model = _model_folder(config.model, paths, store, folder / "model")
+    own = ModelDigests(RunRoot(store, parse_uri(config.storage.uri)))
+    model = _model_folder(config.model, paths, store, folder / "model", own)
     return Inputs(
         model=model,
         train=found.get("dataset.train", folder),
@@ -46,8 +52,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it, or
-    `<claim>/<path>`."""
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it,
+    `<claim>/<path>`, or how many sources a mix has."""
     hub = source.hugging_face
     if hub is not None:
         path = getattr(hub, "path", None)
@@ -87,13 +93,21 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
     return folder
 
 
-def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return ``folder`` with the files of the base model, and without what lies beside the model. Files in the object
-    store or on the hub are downloaded. Files on a volume stay there, and ``folder`` has links to them."""
+def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path:
+    """Return the local folder with the files of the base model, and without what lies beside the model. Files on a
+    volume stay there, and ``folder`` has links to them. Other files are downloaded into ``folder``, or into the volume
+    of `storage.cache.ephemeral`. ``own`` are the digests of model files that pods of this job have computed."""
     files = model_files(source, paths, store)
     selection = select_model_files(files)
     for notice in selection.notices:
         print(valid_text(notice), flush=True)
-    folder.mkdir()
-    files.fetch(selection.names, folder)
+    if isinstance(files, LocalFiles):
+        folder.mkdir()
+        files.fetch(selection.names, folder)
+        return folder
+    if paths.model_volume.is_dir():
+        folder = paths.model_volume / "model"
+    with writing(folder):
+        folder.mkdir()
+    fetch_model_files(files, selection.names, folder, paths.model_cache, own)
     return folder

@@ -16,11 +16,12 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.content_digest import ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range, read_token
 from finetune_trainer.sources.volumes import VolumeFolder
-from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.client import EtagForm, Store
 
 T = TypeVar("T")
 
@@ -43,6 +44,9 @@ class ModelFiles(Protocol):
 
     def tag(self, name: str) -> str:
         """Return a text that differs where the content of the file ``name`` differs."""
+
+    def digest(self, name: str) -> ContentDigest | None:
+        """Return the digest that the source states for the content of the file ``name``, or None if it states none."""
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
@@ -98,6 +102,10 @@ class LocalFiles:
         """Return the tag of a file's content (see `file_tag`). Of a file of more than 64 MiB only parts are read."""
         return self._volume.reading(self._path, lambda folder: file_tag(folder / name))
 
+    def digest(self, name: str) -> ContentDigest | None:
+        """Return None: nobody states what the files on a volume must be, and they are used where they lie."""
+        return None
+
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
 
@@ -139,6 +147,15 @@ class StoreFiles:
         """Return size and ETag of an object."""
         return self._entries[name].tag
 
+    def digest(self, name: str) -> ContentDigest | None:
+        """Return the digest that the ETag of an object is in most stores."""
+        entry, key = self._entries[name], self._location.key(name)
+
+        def form(in_parts: bool) -> EtagForm | None:
+            return self._store.etag_form(self._location.bucket, key, in_parts=in_parts)
+
+        return object_digest(size=entry.bytes, etag=entry.etag, form=form)
+
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before."""
         data = self._store.read_range(self._location.bucket, self._location.key(name), start, length)
@@ -169,11 +186,15 @@ class HubFiles:
         """List the repository. Raises UserError for an unknown revision, and OutsideFailure if the hub refuses
         access."""
         self._repo, self._revision, self._token = source.repo, source.revision, token
-        self._blobs, self.sizes = self._call(self._list)
+        self._blobs, self._sha256s, self.sizes = self._call(self._list)
 
     def tag(self, name: str) -> str:
         """Return the id of a file's content in the repository, which is the same at every commit with that content."""
         return self._blobs[name]
+
+    def digest(self, name: str) -> ContentDigest | None:
+        """Return the sha256 of a file in Git LFS, and the Git id of another file."""
+        return hub_digest(size=self.sizes[name], sha256=self._sha256s[name], blob_id=self._blobs[name])
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on."""
@@ -198,14 +219,15 @@ class HubFiles:
 
         self._call(download)
 
-    def _list(self) -> tuple[Mapping[str, str], Mapping[str, int]]:
+    def _list(self) -> tuple[Mapping[str, str], Mapping[str, str | None], Mapping[str, int]]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         tree = HfApi().list_repo_tree(self._repo, revision=self._revision, token=self._token or False)
         # The client library passes on what the hub answers, whatever its type.
         files = [entry for entry in tree if isinstance(entry, RepoFile) and _is_file_name(str(entry.path))]
-        return {str(f.path): str(f.blob_id) for f in files}, {str(f.path): int(f.size) for f in files}
+        sha256s = {str(f.path): str(f.lfs.sha256) if f.lfs else None for f in files}
+        return {str(f.path): str(f.blob_id) for f in files}, sha256s, {str(f.path): int(f.size) for f in files}
 
     def _call(self, request: Callable[[], T]) -> T:
         """Run ``request`` to the hub and return its result. `call_hub` turns the hub's errors into UserError and

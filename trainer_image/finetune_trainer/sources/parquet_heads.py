@@ -1,5 +1,5 @@
-"""Fetches of a large parquet file only what a check needs: the schema, and the wanted columns of the first row group.
-The store and the hub are asked for ranges of bytes.
+"""Fetches only those parts of a large parquet file that a check needs: the schema, and the wanted columns of the first
+row group. The store and the hub are asked for ranges of bytes.
 
 The result is a local file of the same length with holes, so that all offsets in the schema stay right.
 """
@@ -21,10 +21,12 @@ _END_BYTES = 8
 def fetch_parquet_head(
     read: Read, size: int, path: Path, *, columns: Collection[str], most_bytes: int
 ) -> tuple[bool, bool]:
-    """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. Return whether the
-    schema and whether the rows are there. Each is left out if it has more than ``most_bytes`` bytes.
+    """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. ``read`` returns the
+    bytes of the file. Of the row group, only ``columns`` are written. Return two flags: whether the schema was written,
+    and whether the row group was written. Each is left out if it has more than ``most_bytes`` bytes.
 
-    Of a damaged file only the schema is written, so that reading the schema raises the same error as ever.
+    If the places of the columns can't be read, only the schema is written. A reader of a damaged file then raises the
+    same error as for the whole file.
     """
     end = read(max(0, size - _END_BYTES), _END_BYTES)
     length = int.from_bytes(end[:4], "little") + _END_BYTES

@@ -1,5 +1,5 @@
 """What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
-`hub_datasets.py` implement it."""
+`hub_datasets.py` implement `DataFiles`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SourceFile(NamedTuple):
     path: str
     """Key in the bucket, or path in the volume or the repository."""
     name: str
-    """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. The name of a source's only file
-    is its last part: `train.jsonl`."""
+    """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. If the source names exactly one
+    file in the bucket or on a volume, the name is only the last part of the path: `train.jsonl`."""
     bytes: int
 
 
@@ -29,10 +29,10 @@ class HeadLimits:
     """How much of a file is fetched for a check of its first rows."""
 
     text_bytes: int
-    """Largest beginning of a text file, compressed or not."""
+    """Largest number of bytes that are fetched from the beginning of a text file, compressed or not."""
     whole_bytes: int
-    """Largest file that is fetched as a whole, because its beginning has no rows of its own, and largest row group of a
-    parquet file."""
+    """Largest size in bytes of a parquet file that is fetched as a whole. Of a larger parquet file, the schema and the
+    first row group are fetched, each only if it has no more bytes than this."""
     columns: Collection[str]
     """The columns that are read."""
 
@@ -60,13 +60,13 @@ class DataFiles(Protocol):
 
 
 def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, read: Read) -> DataFile | None:
-    """Write the beginning of ``file`` to the local file ``local``, and return it. ``read`` returns ranges of its bytes.
-    None is returned as by `DataFiles.fetch_head`."""
+    """Write the beginning of ``file`` to the local file ``local``, and return ``local``. ``read`` returns ranges of the
+    bytes of ``file``. Return None where `DataFiles.fetch_head` does."""
     kind = kind_of(file.name)
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes
     if not is_parquet or file.bytes <= limit:
-        # One byte more tells whether the file goes on, also where a store does not tell its size.
+        # One byte more than the limit tells whether the file goes on, even where a store does not tell its size.
         data = read(0, limit + 1)
         if is_parquet and len(data) > limit:
             return None

@@ -1,5 +1,5 @@
-"""Access to the files of a mounted volume. Every error of the file system becomes a sentence that names the volume, and
-no path leads out of the volume, also not by a symbolic link."""
+"""Access to the files of a mounted volume. A path that leads out of the volume is refused, even if it does so by a
+symbolic link. Every error of the file system becomes OutsideFailure with a sentence that names the volume."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class VolumeFolder:
         return self._try(path, lambda: read(local))
 
     def list_files(self, folder: str, *, most: int, glob: str | None = None) -> list[str]:
-        """Return the paths of all files in ``folder`` and its folders, relative to the volume. With ``glob`` only those
-        folders are looked into in which files may match it, because nobody need be able to read the others.
+        """Return the paths of all files in ``folder``, at any depth, relative to the volume. With ``glob``, a folder is
+        opened only if a file in it may match, because the pod may not be allowed to read the other folders.
 
-        Raises UserError if there are more than ``most``, or if a link that may be meant leads nowhere.
+        Raises UserError if there are more than ``most`` files, or if a link that is not left out leads to no file.
         """
         found: list[str] = []
         for path in self._walk("" if folder == "." else folder, glob):
@@ -66,8 +66,8 @@ class VolumeFolder:
         return found
 
     def _walk(self, folder: str, glob: str | None) -> Iterator[str]:
-        # Links to folders are followed, because a folder that is left out would silently cost rows. A folder is entered
-        # once, so that links in a circle have an end.
+        # Links to folders are followed, because a folder that is left out would silently cost rows. Each folder is
+        # entered only once, so a circle of links does no harm.
         left, seen = [folder], set()
         while left:
             folder = left.pop()
@@ -90,8 +90,9 @@ class VolumeFolder:
                     raise UserError(self._field, f"{self._claim}/{shown(path)} is a link to a file that does not exist")
 
     def _is_left_out(self, path: str, name: str, glob: str | None) -> bool:
-        """Return whether a folder or a link is left out without a look. Hidden ones belong to programs unless the glob
-        names them, and nobody but root may read what a repaired file system keeps in `lost+found`."""
+        """Return whether a folder or a link is left out without opening it. `lost+found` always is, because only root
+        may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are left out,
+        because they belong to programs. With a glob, all paths are left out that can't match it."""
         if glob is None:
             return name.startswith((".", "_")) or name == "lost+found"
         return name == "lost+found" or not (may_match_below(path, glob) or matching([path], glob, self._field))

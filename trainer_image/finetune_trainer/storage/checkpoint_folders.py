@@ -53,7 +53,8 @@ class TrainerState(ContractModel):
     rows: int
     """Number of training rows. The notice that the data has changed since the checkpoint names this number."""
     data_sha256: str | None = None
-    """`ExampleSet.digest` of the training rows. If a resuming run has another digest, the data has changed."""
+    """`PreparationSummary.data_sha256`, the digest of the training rows. If a resuming run has another digest, the data
+    has changed."""
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
@@ -136,9 +137,9 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     """Return a record of each committed checkpoint, ordered by run and step. A damaged checkpoint has the reason in its
     record.
 
-    ``damaged`` gives the reason for folders that are already known to be damaged. For the other folders, COMMIT, the
-    manifest and `trainer.json` are read, and the sizes of all files are compared with the manifest. No other file is
-    read.
+    ``damaged`` gives the reason for folders that are already known to be damaged. Damage in other folders is noticed
+    where COMMIT, the manifest or `trainer.json` can't be read, or where a file does not have the size that the manifest
+    names. No other file is read.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):

@@ -44,6 +44,8 @@ REFUSED_CODES = frozenset(
 )
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
 BEYOND_THE_END = "InvalidRange"
+PARTS_UNKNOWN_CODES = frozenset({"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented", "BadRequest"})
+"""What stores answer to a question about a part if they do not know the parts of objects."""
 MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
@@ -51,6 +53,10 @@ PART_BYTES = 64 * 1024 * 1024
 """Size of a part in multipart uploads. minio-py's default of 5 MiB would make many parts, and one failed part aborts
 the upload of the whole object.
 """
+ENCRYPTION_HEADER = "x-amz-server-side-encryption"
+CUSTOMER_KEY_HEADER = "x-amz-server-side-encryption-customer"
+"""By these headers a store says that it encrypts an object with a key management service or with a key of the customer.
+The ETag of such an object is no digest of the content."""
 CHUNK_BYTES = 1024 * 1024
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
@@ -74,6 +80,13 @@ class ListedObject(NamedTuple):
         """Size and ETag as one text. Where the store sends ETags, the texts of two objects with different contents
         differ."""
         return f"{self.bytes} {self.etag}"
+
+
+class EtagForm(NamedTuple):
+    """How the ETag of an object is computed from its content."""
+
+    part_bytes: int
+    """Size in bytes of the first part of an object that was uploaded in parts, and 0 for another object."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ class Store:
                 with self._open(bucket, key, offset=start, length=length) as response:
                     if start and response.status != HTTPStatus.PARTIAL_CONTENT:
                         raise OddAnswerError("the answer is not the range of bytes that was asked for")
-                    # A store that knows no ranges sends the whole object, which may not fit into memory.
+                    # A store that does not support ranges sends the whole object, which may not fit into memory.
                     return read_answer(response, length)
             except S3Error as error:
                 if error.code == BEYOND_THE_END:
@@ -231,6 +244,28 @@ class Store:
         def ask() -> ListedObject:
             with answers():
                 return _listed(self._client.stat_object(bucket, key))
+
+        return self._retried(ask, bucket, missing=None)
+
+    def etag_form(self, bucket: str, key: str, *, in_parts: bool) -> EtagForm | None:
+        """Return what the ETag of an object is computed from, where it is a digest of the content. ``in_parts`` says
+        that the object was uploaded in parts. Return None if the ETag is none, if the object does not exist, or if the
+        store does not know the parts."""
+
+        def ask() -> EtagForm | None:
+            query = {"partNumber": "1"} if in_parts else None
+            try:
+                with answers():
+                    found = self._client.stat_object(bucket, key, extra_query_params=query)
+                    headers = {str(name).lower(): str(value).lower() for name, value in (found.metadata or {}).items()}
+            except S3Error as error:
+                if error.code in PARTS_UNKNOWN_CODES:
+                    return None
+                raise
+            is_digest = not headers.get(ENCRYPTION_HEADER, "").startswith("aws:kms") and not any(
+                name.startswith(CUSTOMER_KEY_HEADER) for name in headers
+            )
+            return EtagForm(int(found.size or 0) if in_parts else 0) if is_digest else None
 
         return self._retried(ask, bucket, missing=None)
 

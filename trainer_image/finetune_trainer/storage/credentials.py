@@ -44,7 +44,7 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
             try:
                 values[name] = path.read_text().strip() if path.is_file() else ""
             except (OSError, ValueError) as error:
-                # The text itself is left out of the message, because it may be most of a secret.
+                # The error itself is left out, because a UnicodeDecodeError holds the bytes of the secret.
                 problem = f"the key {name} of the Secret can't be read as text ({type(error).__name__})"
                 raise NoCredentials(f"storage.credentialsSecretRef: {problem}") from None
             if not values[name] and name != SESSION_TOKEN:
@@ -64,7 +64,8 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
     """
 
     def __init__(self, region: str, http: urllib3.PoolManager) -> None:
-        """Use ``http`` for requests. The environment variables of the AWS tools name the endpoint and the token."""
+        """Use ``http`` for requests. The environment variables of the AWS tools name the endpoint of the token service
+        and the file with the web identity token."""
         endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_FILE_VARIABLE) else None
         self._provider = IamAwsProvider(custom_endpoint=endpoint, http_client=http, region=region)
 
@@ -73,7 +74,8 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
         fixed = EnvAWSProvider().retrieve() if _has_key() else None
         if fixed is not None:
             return fixed
-        # minio-py raises ValueError if the key is refused, and anything about a malformed or missing answer.
+        # minio-py raises ValueError if the service refuses a key, and an exception of any class if the answer of the
+        # service is malformed or missing.
         with library_boundary(_no_identity):
             return self._provider.retrieve()
 

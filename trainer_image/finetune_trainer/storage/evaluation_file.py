@@ -17,17 +17,17 @@ from finetune_core.layout import evaluation_key
 from finetune_trainer.storage.root import RunRoot
 
 STORED_DEPTH = 32
-"""Largest depth of objects and lists in a stored row. What is deeper is left out, because no reader of JSON reads any
-depth."""
+"""Largest depth of objects and lists in a stored row. Deeper objects and lists are replaced by "…", because every JSON
+parser limits the depth."""
 STORED_ROW_CHARACTERS = 50_000
 """Largest number of characters of a stored row as JSON."""
 STORED_VALUE_CHARACTERS = 2000
-"""Where a row is longer, its values are stored as texts of at most this many characters."""
+"""If a row is longer than STORED_ROW_CHARACTERS, its values are stored as texts of at most this many characters."""
 
 
 def stored_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a data file as `AnswerRecord` stores it. What JSON has no form for becomes text, and what is too
-    deep or too long is cut off."""
+    """Return a row of a data file as `AnswerRecord` stores it. A value that JSON can't express becomes text. A row that
+    is too deep or too long is shortened."""
     found: dict[str, Any] = {valid_text(name): _stored(value, STORED_DEPTH) for name, value in row.items()}
     if len(json.dumps(found)) <= STORED_ROW_CHARACTERS:
         return found

@@ -100,8 +100,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def listed_records(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listed run records of a folder by run number, in ascending order. The run numbers are those that the
-    folder's runs have taken so far."""
+    """Return the listing entry of each run record below ``root``, by run number in ascending order. These are the run
+    numbers that the job's runs have taken so far."""
     matches = ((re.fullmatch(r"runs/([0-9]{6,18})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
     found = {int(match[1]): entry for match, entry in matches if match}
     return {run: found[run] for run in sorted(found) if found[run].key == run_key(run)}
@@ -125,11 +125,11 @@ def read_records(root: RunRoot, runs: Sequence[int] | None = None) -> dict[int, 
 
 
 def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
-    """Raise UserError where the job with the uid ``uid`` has had a run in the folder, and another job has taken the
-    folder over since.
+    """Raise UserError where the job with the uid ``uid`` has a run in the folder of runs, but the newest run there is
+    of another job.
 
-    Two such jobs may exist where two clusters use one bucket. Without this check each job would end the runs of the
-    other job again and again. The job that began last keeps the folder.
+    Two jobs may use the same folder where two clusters use one bucket. Without this check each job would end the runs
+    of the other job again and again. The job that began last keeps the folder.
     """
     newest = records[max(records)] if records else None
     if newest is not None and newest.uid not in ("", uid) and any(record.uid == uid for record in records.values()):

@@ -22,8 +22,9 @@ class OddAnswerError(Exception):
 @contextlib.contextmanager
 def answers(what: str = "") -> Iterator[None]:
     """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Store`
-    knows. Only calls of minio-py and the reading of its answers stand in such blocks, so that an error of the trainer
-    itself is not taken for one of the store. ``what`` is what the answer holds, for the message.
+    knows. Put only calls of minio-py and the reading of its answers into the block. Otherwise an error of the trainer
+    itself would be reported as an error of the store. ``what`` names the content of the answer for the message, for
+    example "its listing".
 
     minio-py raises ValueError for a key with the part `..`, KeyError for a header that is missing, and AttributeError
     or TypeError for an element that is missing.
@@ -42,7 +43,7 @@ def answers(what: str = "") -> Iterator[None]:
 
 
 def read_answer(response: urllib3.BaseHTTPResponse, most: int | None = None) -> bytes:
-    """Return the next ``most`` bytes of an answer, or all of them."""
+    """Return at most the next ``most`` bytes of an answer, or all its bytes where ``most`` is None."""
     with answers():
         return response.read(most)
 

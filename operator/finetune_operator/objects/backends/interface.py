@@ -30,7 +30,7 @@ class Backend(Protocol):
         """Return the child's manifest. The method is pure, so that a retry after a crash builds the same object."""
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the child and return it; where an earlier reconcile has created the child already, return that one.
+        """Create the child and return it; where an earlier reconcile has created it already, return the existing child.
 
         Raises RetryableError where the child can't be created for a cause outside the job's spec, such as a quota.
         """

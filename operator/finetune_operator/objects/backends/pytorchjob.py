@@ -16,7 +16,8 @@ from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_core.names import worker_name
 from finetune_operator import messages
-from finetune_operator.kube.client import ApiError, KubeClient, going_away
+from finetune_operator.kube.api_errors import ApiError, going_away
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.resources import PYTORCHJOBS
 from finetune_operator.objects.labels import QUEUE_NAME, QUEUE_PRIORITY, attempt_labels, owner_reference

@@ -25,7 +25,7 @@ from finetune_trainer.data.chat.messages import (
 CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")
 """Tags that close the thoughts of an answer, in templates of different models."""
 PARTS = ("'type': 'text'", '"type": "text"')
-"""What a list of text parts looks like where a template writes it as if it were a text."""
+"""Parts of a rendering in which the template has written a list of text parts as if it were a text."""
 PROBE = "probe-7d1f"
 """A text that no row has."""
 
@@ -41,7 +41,8 @@ class Turn(NamedTuple):
     answer: list[int]
     """The tokens that are learned, up to the one that ends the answer."""
     has_thoughts: bool
-    """Whether the thoughts of the message are part of ``answer`` although the template leaves them out."""
+    """Whether the thoughts of the message are part of ``answer`` even where the template leaves them out. True only
+    where the prompt ends with an open tag of thoughts, and the rendered answer does not continue the prompt."""
 
 
 class Dialogue:
@@ -56,8 +57,8 @@ class Dialogue:
         arguments: Mapping[str, Any],
         end: int,
     ) -> None:
-        """Take the conversation, whose ``messages`` may have another form than in the row, and the ``arguments`` of the
-        template. ``end`` is the id of the tokenizer's end token."""
+        """Keep the arguments. ``messages`` are those of ``conversation``, perhaps in another form than in the row.
+        ``arguments`` are those of the template, and ``end`` is the id of the tokenizer's end token."""
         self.template = template
         self.conversation = conversation
         self.messages = messages
@@ -89,8 +90,8 @@ class Dialogue:
 
 
 def turn_of(row: Dialogue, index: int) -> Turn:
-    """Return the answer of message ``index`` (from 0). Raises ProblemError if the template renders the answer in a way
-    that does not continue what the model gets before it, and ValueError if the template fails."""
+    """Return the answer of message ``index`` (from 0). Raises ProblemError if there is no message before it, or if the
+    rendered answer does not continue what the model gets before it. Raises ValueError if the template fails."""
     answered = row.text(row.messages[: index + 1], answer_next=False)
     if index == 0:
         raise ProblemError(
@@ -116,19 +117,21 @@ def turn_of(row: Dialogue, index: int) -> Turn:
 
 
 def _opens_thoughts(before: str, answered: str) -> bool:
-    """Return whether ``before`` ends with an open tag of thoughts, and ``answered`` is like it up to the tag."""
+    """Return whether ``before`` ends with the open tag `<think>`, and ``answered`` begins with the text before this
+    tag."""
     opened, tag, rest = before.rpartition(OPENED)
     return bool(tag) and not rest.strip() and answered.startswith(opened)
 
 
 def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) -> str:
-    """Return the text that the model must generate behind ``before`` for message ``index``, where ``answered``, the
-    conversation up to the message, begins in another way.
+    """Return the text that the model must generate behind ``before`` for message ``index``. ``answered`` is the
+    rendered conversation up to and including this message, and does not begin with ``before``.
 
-    The generation prompt may end with thoughts that are closed already, which the rendered message lacks (Gemma 4). Or
-    the template leaves out a part of what stands further up once there is an answer: Mistral's shows the system message
-    only before the answer, and that of gpt-oss the text beside a call. Then ``answered`` has the end of ``before`` too,
-    from the last message on, and the answer stands behind it. Raises ProblemError in all other cases.
+    There are two cases, and ProblemError is raised in all others. In the first case, the generation prompt ends with
+    thoughts that are closed already, and the rendered message has no thoughts (Gemma 4). In the second case, the
+    template leaves out an earlier part of the conversation as soon as an answer follows: Mistral's template then leaves
+    out the system message, and the template of gpt-oss the text beside a tool call. ``answered`` then still has the end
+    of ``before``, from the last message on, and the answer follows it.
     """
     message, last = row.messages[index], row.messages[index - 1]
     probe = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
@@ -161,11 +164,12 @@ def _is_shortened(whole: str, text: str) -> bool:
 
 
 def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: str) -> str:
-    """Return the text that the model must generate behind ``before`` for message ``index``, where ``before`` ends with
-    an open tag of thoughts and ``answered``, the conversation up to the message, does not go on in the same way.
+    """Return the text that the model must generate behind ``before`` for message ``index``. ``before`` ends with an
+    open tag of thoughts. ``answered`` is the rendered conversation up to and including this message, and does not begin
+    with ``before``.
 
     At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
-    earlier messages out. So the thoughts are taken from the row, and they are empty where it has none.
+    earlier messages out. So the thoughts are taken from the row, and they are empty if the row has none.
     """
     answer = answered[len(before.rpartition(OPENED)[0]) :]
     if answer.startswith(OPENED):
@@ -187,11 +191,12 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
 
 
 def _up_to_the_end(row: Dialogue, index: int, lead: list[int], answer: list[int]) -> list[int]:
-    """Return ``answer`` up to the token that ends it, which is added where the template renders none. ``lead`` are the
-    tokens in front of the answer where the conversation is rendered up to it.
+    """Return the token ids ``answer`` up to the token that ends the answer. If the template renders no such token, it
+    is added. ``lead`` are the tokens in front of the answer in the rendering of the conversation up to message
+    ``index``.
 
-    What the template puts behind that token, such as a line break, is not learned, because generation stops at the
-    token.
+    What the template puts behind the last token of the answer, such as a line break, is not learned, because generation
+    stops at this token.
     """
     template = row.template
     stops = [place for place, token in enumerate(answer) if token in template.ends]
@@ -202,8 +207,8 @@ def _up_to_the_end(row: Dialogue, index: int, lead: list[int], answer: list[int]
         return [*answer, _beginning_of_the_next(row, index)]
     if len(control) == 1:
         return answer[: control[0] + 1]
-    # Of several control tokens, generation stops at the first one that is known to end it: `<end_of_turn>` and not the
-    # EOS behind it. A token that the template puts behind the whole conversation does not end an answer.
+    # Of several control tokens, generation stops at the first one that is in `template.ends`: at `<end_of_turn>` and
+    # not at the EOS behind it. A token that the template puts behind the whole conversation does not end an answer.
     kept = [place for place in control if place < _length_when_followed(row, index, lead, answer)] or control
     known = [place for place in kept if place in stops]
     return answer[: (known[0] if known else kept[-1]) + 1]
@@ -220,15 +225,15 @@ def _control_tokens_at_the_end(template: ChatTemplate, ids: Sequence[int]) -> li
 def _beginning_of_the_next(row: Dialogue, index: int) -> int:
     """Return the token that ends message ``index`` where the template renders no end of messages.
 
-    Models of such templates stop with the token that begins the next message. If the base model does not know that
-    token as an end, the tokenizer's end token is the end.
+    A model with such a template stops at the token that begins the next message. If this token is not one of the
+    model's stop tokens, the tokenizer's end token is returned.
     """
     control = [token for token in _followed(row, index) if token in row.template.special]
     return control[-1] if control and control[-1] in row.template.ends else row.end
 
 
 def _length_when_followed(row: Dialogue, index: int, lead: list[int], answer: list[int]) -> int:
-    """Return how many tokens of ``answer``, from its beginning, remain where another message follows."""
+    """Return how many tokens of ``answer``, from its beginning, stay the same if another message follows."""
     followed, whole = _followed(row, index), lead + answer
     return _length_in_common(followed, whole) - len(lead)
 

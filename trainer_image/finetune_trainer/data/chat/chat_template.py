@@ -34,7 +34,7 @@ LONGEST_TEXT = 4 * 1024 * 1024
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A token for one byte, as tokenizers of Llama 2 have them."""
+"""A token for one byte in tokenizers such as that of Llama 2, for example `<0x0A>`."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%` in the format of a date (man 3 strftime)."""
 DATE_FLAGS = "-_0^#"
@@ -45,8 +45,8 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
     """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. ``folder`` is
     the folder of the base model.
 
-    Raises UserError if the file is missing, if the template, also that of the model, is no Jinja, and if the template
-    does not read one of `templateArguments`.
+    Raises UserError if the template's file is missing, if there is no template, if the template is no Jinja, or if it
+    does not read one of `templateArguments`. A template of the model itself is checked too.
     """
     if form.messages is None:
         return
@@ -75,9 +75,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
 
 
 def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the names of the variables that the chat templates read. A model may have several templates with names, of
-    which transformers uses the one for rows with tools, and the one for all other rows. Raises UserError if one of them
-    is no Jinja, or if there is none for rows without tools."""
+    """Return the names of the variables that the chat templates read. A tokenizer may have several named templates:
+    transformers uses one for rows with tools and one for all other rows, and only these two count. Raises UserError if
+    one of the two is no Jinja, or if no template has the name `default`."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
@@ -102,8 +102,8 @@ def taken_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def argument_problem(name: str, variables: frozenset[str], taken: frozenset[str]) -> str:
-    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can. The
-    names ``taken`` can't be given."""
+    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can.
+    ``taken`` are the names that no argument may have."""
     if name in taken:
         return TAKEN
     if name not in variables:
@@ -133,7 +133,7 @@ class ChatTemplate:
     ) -> None:
         """Use the chat template that ``tokenizer`` has, and tokenise with ``pieces``. ``ends`` are the ids of the
         tokens at which generation stops, and ``today`` is the date that the template gets; None means the real one.
-        ``added_tokens`` (`model.addedTokens`) are tokens in texts of a row too."""
+        ``added_tokens`` (`model.addedTokens`) are read as tokens even in the texts of a row."""
         self._tokenizer = tokenizer
         self._pieces = pieces
         prelude = _date_macro(today) if today is not None else ""
@@ -141,10 +141,10 @@ class ChatTemplate:
         self.ends = frozenset(ends)
         words = {tokenizer.unk_token_id, *(n for n, text in pieces.control_tokens.items() if BYTE.fullmatch(text))}
         self.special = (frozenset(pieces.control_tokens) - words) | self.ends
-        """Ids of control tokens, such as those that end a turn. The token for unknown words and those for single bytes
-        are none, because ordinary text becomes such tokens."""
+        """Ids of control tokens, such as those that end a turn. The token for unknown words and the tokens for single
+        bytes are not among them, because ordinary text becomes such tokens."""
         self._blank: dict[int, bool] = {}
-        """What `is_blank` has found. A template may write millions of spaces."""
+        """Results of `is_blank` by token id. They are kept, because a template may write millions of spaces."""
         self.row_texts = RowTexts(pieces, added_tokens)
         self._taken = taken_names(tokenizer)
 
@@ -177,8 +177,8 @@ class ChatTemplate:
         return list(self._pieces.follow(self.row_texts.pieces(text)).ids)
 
     def is_blank(self, token: int) -> bool:
-        """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't tell
-        it."""
+        """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't
+        decode it."""
         if token not in self._blank:
             with library_boundary(lambda error: ValueError(first_line(error))):
                 text = str(self._tokenizer.decode([token]))
@@ -192,7 +192,7 @@ class ChatTemplate:
 
 
 def _date_macro(today: date) -> str:
-    """Return a Jinja macro that stands for `strftime_now` of transformers, but always gives the date ``today`` at 0:00.
+    """Return a Jinja macro that replaces `strftime_now` of transformers, but always gives the date ``today`` at 0:00.
 
     The line break behind the macro is no part of the rendered text, because transformers removes the first line break
     after a block.

@@ -1,10 +1,10 @@
 """Turns the conversation of a data row into examples. `formats.py` calls `conversation_renderer`.
 
-What is trained is what is seen at inference. Before each answer stand exactly the tokens that the model gets there: the
-chat template's rendering of the messages before the answer, with the generation prompt. Behind them stand the answer
-and the token that ends it. Where the tokens of one answer are the beginning of what the model gets before the next
-answer, both answers share one example. Where the template changes earlier messages, for example by removing their
-thoughts, each answer has an example of its own.
+An example has the same tokens as the conversation at inference. Before each answer are exactly the tokens from which
+the model generates it: the chat template's rendering of the messages before the answer, with the generation prompt.
+Then come the answer and the token that ends it. Where the tokens of one answer are the beginning of what the model gets
+before the next answer, both answers share one example. Where the template changes earlier messages, for example by
+removing their thoughts, each answer has an example of its own.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ from finetune_trainer.data.chat.messages import CLOSED, THOUGHTS, Conversation, 
 from finetune_trainer.data.examples import Example
 
 NOT_TEXT = ("role", "content", "tool_call_id")
-"""Fields of a message that a template may leave out, because they add nothing to the text of the conversation, or that
-are compared in another way."""
+"""Fields of a message that `_changes` does not compare like the other fields. A template may leave out `role` and
+`tool_call_id`, because they add nothing to the text of the conversation. `content` has comparisons of its own."""
 
 
+MOST_CALLS = 3
+"""How many tool calls of a message are looked for in its rendering, and the arguments of how many."""
 CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
-"""What Jinja says of a field that a template reads and a message lacks."""
+"""Part of Jinja's error message where a template reads a field that the message lacks."""
 CONTENT_BEGINNING = "the beginning of content"
 THOUGHTS_IN_CONTENT = "content before </think>"
-"""Thoughts that stand in the content of a message. Templates leave them out as they leave out a field with thoughts."""
+"""Name, in messages to people, of thoughts that are part of the content of a message. Templates leave them out as they
+leave out a field with thoughts."""
 
 
 class _LeftOutError(ProblemError):
-    """The template leaves out a field that has a meaning. It may render the field in another form."""
+    """The template leaves out a field that has a meaning. It may render the field where the conversation has another
+    form."""
 
     def __init__(self, problem: str, *, of_content: bool = False) -> None:
         """Take what is wrong, and whether the field is the content of a message."""
@@ -46,11 +50,12 @@ class _LeftOutError(ProblemError):
 
 
 def conversation_renderer(
-    form: MessagesFormat, template: ChatTemplate, end: int
+    form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None = None
 ) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
     """Return the function that turns the columns of a row into its examples, or into a phrase with what is wrong.
-    ``end`` is the id of the tokenizer's end token."""
-    return _Renderer(form, template, end).render
+    ``end`` is the id of the tokenizer's end token. A row with an example of more than ``most_tokens`` tokens is refused
+    by the caller, so of such a row only some of the examples are made, among them a too long one."""
+    return _Renderer(form, template, end, most_tokens).render
 
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
@@ -76,8 +81,9 @@ def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[
 class _Renderer:
     """Renders rows, and remembers what it has learned of the chat template."""
 
-    def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int) -> None:
+    def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None) -> None:
         self._form = form
+        self._most_tokens = most_tokens
         self._template = template
         self._end = end
         self._arguments = template_arguments(form.template_arguments)
@@ -110,7 +116,8 @@ class _Renderer:
             raise ProblemError("has no message of the assistant to learn, because all have weight 0")
 
     def _check_role_names(self, conversation: Conversation) -> None:
-        """Raise ProblemError for a role that holds a control token: a row can't make one. The job can, in `roles`."""
+        """Raise ProblemError for a role that holds a control token. A row must not make a control token, but the job
+        may, in `roles` or with `allowSpecialTokens`."""
         named = self._form.roles.values()
         for index, message in enumerate(conversation.messages):
             found = self._template.row_texts.first_token(message["role"])
@@ -125,7 +132,7 @@ class _Renderer:
 
     def _in_the_right_form(self, conversation: Conversation) -> Sequence[Example]:
         """Return the examples, with the messages in the first form that the template can render. If it can render none,
-        raise what is wrong with the form that it renders best."""
+        raise the most useful of the errors."""
         failure: ValueError | _LeftOutError | None = None
         texts = self._template.row_texts
         read_as_text: Sequence[str] = ()
@@ -145,11 +152,11 @@ class _Renderer:
             except RowError:
                 raise
             except _LeftOutError as error:
-                # A content that is left out may have the wrong form, and another form says more.
+                # Content that is left out may just have the wrong form, so an error about something else says more.
                 says_more = not isinstance(failure, _LeftOutError) or (failure.of_content and not error.of_content)
                 failure = error if says_more else failure
             except ValueError as error:
-                # Of the forms that fail, one that lacks nothing says most.
+                # An error about a field that the message lacks says least.
                 failure = error if failure is None or LACKS in str(failure) else failure
         assert failure is not None
         raise failure
@@ -164,7 +171,13 @@ class _Renderer:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         thoughts: set[int] = set()
+        turns: list[int] = []
         for index in learned:
+            # Each turn renders all messages before it, which would take hours for a row with thousands of turns. So in
+            # a row that is too long, only the last turn follows, which tells the length of the row.
+            if self._most_tokens is not None and len(ids) > self._most_tokens and index != learned[-1]:
+                continue
+            turns.append(index)
             turn = turn_of(row, index)
             thoughts.update([index] if turn.has_thoughts else [])
             if spans and turn.prompt[: len(ids)] != ids:
@@ -172,7 +185,7 @@ class _Renderer:
                 spans = []
             ids = turn.prompt + turn.answer
             spans.append((len(turn.prompt), len(ids)))
-        self._check_fields(row, learned, set(learned) - thoughts)
+        self._check_fields(row, turns, set(turns) - thoughts)
         return [*found, Example(ids, spans)]
 
     def _everything(self, row: Dialogue) -> Example:
@@ -188,8 +201,8 @@ class _Renderer:
 
     def _check_fields(self, row: Dialogue, turns: Sequence[int], with_thoughts: set[int]) -> None:
         """Raise _LeftOutError if the template leaves out a field that has a meaning: a text that a person wrote must
-        not vanish without a word. ``turns`` are the last messages of the renderings that are learned from, and
-        ``with_thoughts`` the messages whose thoughts must be rendered."""
+        not vanish without a word. ``turns`` are the indexes of the messages with which the learned renderings end, and
+        ``with_thoughts`` the indexes of the messages whose thoughts must be rendered."""
         last = turns[-1]
         kind: tuple[object, ...] = ("tools", *(message["role"] for message in row.messages[: last + 1]))
         if row.conversation.tools and kind not in self._shown:
@@ -213,7 +226,7 @@ class _Renderer:
                 self._shown.add(kind)
 
     def _is_shown(self, row: Dialogue, index: int, changed: Message, turn: int) -> bool:
-        """Return whether the example of message ``turn`` is another one where message ``index`` is ``changed``."""
+        """Return whether the example of message ``turn`` changes if ``changed`` replaces message ``index``."""
         whole = self._rendering(row, row.messages, index, turn)
         messages = [*row.messages[:index], changed, *row.messages[index + 1 :]]
         try:
@@ -224,24 +237,26 @@ class _Renderer:
     def _rendering(
         self, row: Dialogue, messages: Sequence[Message], index: int, turn: int, *, tools: bool = True
     ) -> str:
-        """Return the text of which the tokens of message ``index`` are taken in the example of message ``turn``: what
-        the model gets before that message, or the conversation up to it."""
+        """Return the text from which the tokens of message ``index`` come in the example of message ``turn``: what the
+        model gets before message ``turn``, or the conversation up to message ``turn``."""
         if index < turn and self._form.learn != "Everything":
             return row.text(messages[:turn], answer_next=True, with_tools=tools)
         return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)
 
 
 def _shape(message: Message) -> tuple[object, ...]:
-    """Return what a template may tell messages of one role apart by: their fields, parts of the content, and tags."""
+    """Return what a template may use to treat messages of one role differently: which fields they have, whether their
+    content has no, one or several parts, and whether it closes thoughts."""
     content = message.get("content")
     parts = min(len(content), 2) if isinstance(content, list) else None
     return (frozenset(message), parts, CLOSED in content_text(message))
 
 
 def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Message]]:
-    """Yield the name of each field of a message that must be part of its rendering, and the message with another text
-    in the field, or without it. Thoughts of answers that are not learned may be left out, as templates do at inference.
-    The name of a tool that answers is known from its call."""
+    """Yield the name of each field of a message that must be part of its rendering. With each name, yield the message
+    with another text in the field, or without the field. Without ``with_thoughts``, the thoughts of an answer may be
+    left out, as templates do at inference. The name of a tool may be left out of its answer, because the call has
+    it."""
     left_out: set[str] = set(THOUGHTS) if message["role"] == "assistant" and not with_thoughts else set()
     if message["role"] == "tool":
         left_out.add("name")
@@ -261,11 +276,14 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
         if name not in NOT_TEXT and name not in left_out and message[name]:
             yield name, {key: value for key, value in message.items() if key != name}
     calls = message.get("tool_calls", ())
-    for number, call in enumerate(calls):
-        others, function = [*calls[:number], *calls[number + 1 :]], call["function"]
+    with_arguments = [number for number, call in enumerate(calls) if call["function"]["arguments"] not in ({}, "{}")]
+    # A template that renders three calls goes through all of them. A row may have thousands.
+    for number in sorted({*range(min(len(calls), MOST_CALLS)), *with_arguments[:MOST_CALLS]}):
+        call, others = calls[number], [*calls[:number], *calls[number + 1 :]]
+        function = call["function"]
         if others:
             yield f"tool_calls[{number}]", {**message, "tool_calls": others}
-        if function["arguments"] not in ({}, "{}"):
+        if number in with_arguments[:MOST_CALLS]:
             none = {} if isinstance(function["arguments"], dict) else "{}"
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]
@@ -273,7 +291,7 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
 
 
 def _other_beginning(text: str) -> str:
-    """Return ``text`` with another first character than its own, white space aside."""
+    """Return ``text``, in which the first character that is no white space is replaced by another one."""
     found = text.lstrip()
     return f"{text[: len(text) - len(found)]}{'Y' if found[:1] == 'X' else 'X'}{found[1:]}"
 

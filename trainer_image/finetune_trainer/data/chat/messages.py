@@ -15,6 +15,7 @@ from typing import Any
 from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
+from finetune_trainer.data.files.row import repeated
 
 Message = Mapping[str, Any]
 
@@ -31,7 +32,8 @@ REFUSED_COLUMNS = {
 }
 """Columns that other tools read beside the messages, and why they are refused where a row has a value in them."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Names of the field of a message that holds the thoughts of the assistant. Templates get all names that they read."""
+"""Names of the field of a message that holds the thoughts of the assistant. A template gets the field under the name
+that the row uses."""
 
 
 OPENED = "<think>"
@@ -53,10 +55,11 @@ class Conversation:
     weights: Sequence[int]
     """1 for each message that may be learned, and 0 for the others."""
     first_number: int
-    """Number of the first of `messages` for people: 1, and 0 where the first message comes from another column."""
+    """Number of the first of `messages` in texts for people: 1, or 0 where the first message comes from another
+    column."""
     tools: Sequence[Mapping[str, Any]]
     arguments: Mapping[str, Any]
-    """Arguments of the chat template that stand in the row."""
+    """Arguments of the chat template that the row has."""
 
 
 def optional_columns(form: MessagesFormat) -> list[str]:
@@ -102,8 +105,8 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """Return ``value``, or what it holds where it is JSON text: csv files have no lists, and parquet files no objects
-    with other keys in each row. Text that is not JSON is returned as it is.
+    """Return ``value``, or its parsed content where it is JSON text: csv files have no lists, and parquet files have no
+    objects whose keys differ from row to row. Text that is not JSON is returned as it is.
 
     Raises _ProblemError, which names ``place``, for a key that stands in an object twice, because one of its values
     would be lost.
@@ -114,9 +117,7 @@ def _parsed(value: Any, place: str) -> Any:
     def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for at, name in enumerate(names) if name in names[:at])
-            raise _ProblemError(f"has JSON text with the key {twice!r} twice in {place}")
+            raise _ProblemError(f"has JSON text with the key {repeated(name for name, _ in pairs)!r} twice in {place}")
         return found
 
     try:
@@ -188,7 +189,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
 
 def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
     """Give ``message`` the role `tool` if it is an `observation`, and tool calls if it is a `function_call`, whose
-    content is JSON text. Names that the job lists in `roles` mean what the job says."""
+    content is JSON text. A name that the job lists in `roles` is left as it is."""
     if message["role"] in form.roles:
         return
     if message["role"] == "observation":
@@ -235,7 +236,7 @@ def content_text(message: Message) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """Return the tool calls of ``message``, whose arguments become JSON objects. Remove OpenAI's older field
+    """Return the tool calls of ``message``, with their arguments as JSON objects. Remove OpenAI's older field
     `function_call`, which holds one call, from ``message``."""
     calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -273,8 +274,8 @@ def _call(found: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _check_call_ids(messages: Sequence[Message]) -> None:
-    """Raise _ProblemError if a message answers a tool call that no message before it has. Calls without an id are
-    answered by any message."""
+    """Raise _ProblemError if a message answers a tool call that no message before it has. If no call before it has an
+    id, every answer is accepted."""
     known: set[Any] = set()
     for number, message in enumerate(messages, start=1):
         known.update(str(call["id"]) for call in message.get("tool_calls", ()) if "id" in call)
@@ -284,7 +285,7 @@ def _check_call_ids(messages: Sequence[Message]) -> None:
 
 
 def _tools(found: Any, column: str) -> list[dict[str, Any]]:
-    """Return the tools in column ``column`` of a row, as JSON Schemas of functions."""
+    """Return the tools in column ``column`` of a row, each with the JSON Schema of its parameters."""
     found = _parsed(found or [], repr(column))
     if not isinstance(found, list) or not all(isinstance(tool, dict) and tool for tool in found):
         raise _ProblemError(f"has a {column!r} that is not a list of tools")

@@ -22,15 +22,16 @@ class RowTexts:
 
     def __init__(self, pieces: PieceTokenizer, added_tokens: Sequence[str] = ()) -> None:
         """Mark the control tokens of ``pieces``, for example `</s>`, except for ``added_tokens``."""
-        # Nobody can write a mark into a row, because it is drawn anew in each process. It never reaches an id. Letters
-        # and digits are the same in JSON, in Python's notation of values and in escaped text.
+        # Nobody can write a mark into a row, because it is drawn anew in each process. No token id comes from a mark.
+        # It has only letters and digits, because these are the same in JSON, in Python's notation of values and in
+        # escaped text.
         word = secrets.token_hex(12)
         self._begin, self._end = f"b{word}x", f"e{word}x"
         self._tokenizer = pieces
         tokens = sorted({token for token in pieces.control_tokens.values() if token} - set(added_tokens))
         self._tokens = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
         parts = [(token[:size], token[size:]) for token in tokens for size in range(1, len(token))]
-        # Words are no parts: a template may ask whether a text is `user`, and nobody needs a token of words.
+        # A part that is a word gets no mark, because a template may compare a text with a word such as `user`.
         self._beginnings = {beginning for beginning, _ in parts if not beginning.isalnum()}
         self._endings = {ending for _, ending in parts if not ending.isalnum()}
         self._longest = max(map(len, tokens), default=0)
@@ -38,8 +39,8 @@ class RowTexts:
 
     def marked(self, value: Any) -> Any:
         """Return a JSON value with a mark before and behind each control token in its texts and in the names of its
-        fields. A part of a control token at an end of a text is marked too, because the template may put another text
-        beside it that makes the part a control token."""
+        fields. A part of a control token at an end of a text is marked too, because the template may put a text beside
+        it that completes the token."""
         if isinstance(value, str):
             return self._with_marks(value)
         if isinstance(value, Mapping):
@@ -91,7 +92,8 @@ class RowTexts:
         return next((text[first:last] for first, last in self._whole_tokens(text)), None)
 
     def pieces(self, text: str) -> list[Piece]:
-        """Return rendered text without marks: the control tokens of the row, and what stands around them."""
+        """Return rendered text as pieces without the marks: the marked texts, which come from the row, and the texts
+        between them."""
         parts = self._marked.split(text)
         return [Piece(part, from_row=at % 2 == 1) for at, part in enumerate(parts) if part]
 

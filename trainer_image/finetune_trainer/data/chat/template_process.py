@@ -1,10 +1,10 @@
 """Reads and runs chat templates in a child process, which may use little time and memory. `chat_template.py` and
 `template_variables.py` make a `TemplateProcess`.
 
-A template is a program of a stranger. Nothing inside of a process can stop it everywhere: a single expression such as
-`'a' * 10 ** 10` takes all memory, also where Jinja only compiles it, and a signal interrupts no work of the interpreter
-itself. The kernel can stop a process at any place, so the template has a process of its own, and whatever it does is a
-sentence about its row or about the job.
+A template is a program of a stranger. No code in the same process can stop it at every point: a single expression such
+as `'a' * 10 ** 10` takes all memory, even where Jinja only compiles it, and a signal does not interrupt the
+interpreter's own work. The kernel can stop a process at any point, so the template has a process of its own. Whatever
+goes wrong there becomes a message about the row or about the job.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boun
 SECONDS = 10.0
 """Processor time in seconds that a template may take. Templates of published models take milliseconds."""
 MEMORY_BYTES = 256 << 20
-"""Memory in bytes that a template may take. The text of a conversation of the largest size takes a half of it."""
+"""Memory in bytes that a template may take. The text of a conversation of the largest size takes half of it."""
 PATIENCE_SECONDS = 300.0
 """Largest time in seconds that the process waits for a template. It is far longer than the processor time that a
 template may take, because other processes may keep the processor busy."""
@@ -44,20 +44,20 @@ class _Answer(Enum):
 
 
 class TemplateProcess:
-    """A child process that calls a function which reads or runs templates. The process is a fork of this one, made for
-    the first call, and has all that this process had then."""
+    """A child process that calls a function which reads or runs templates. The child is forked from this process at the
+    first call, and has everything that this process has in memory at that time."""
 
     def __init__(self, function: Callable[..., Any], *, seconds: float) -> None:
-        """Call ``function``. A call may take ``seconds`` of processor time."""
+        """Prepare calls of ``function``. Each call may take ``seconds`` of processor time."""
         self._function, self._seconds = function, seconds
         self._child: _Child | None = None
 
     def call(self, *arguments: Any) -> Any:
-        """Return what the function returns for ``arguments``. Both must be values that can be pickled.
+        """Return what the function returns for ``arguments``. The arguments and the result must be values that can be
+        pickled.
 
-        Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit,
-        MemoryError if the pod has no memory left, and OutsideFailure if the child process stands still or can't be
-        started.
+        Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit, MemoryError
+        if the pod has no memory left, and OutsideFailure if the child process gives no answer or can't be started.
         """
         if self._child is None:
             try:
@@ -77,7 +77,8 @@ class TemplateProcess:
         raise ValueError(value)
 
     def _why_it_ended(self) -> str:
-        """Return what ended the child process, as a reason. Raise what `call` raises."""
+        """Return why the child process ended. Raises TemplateLimitError if it took too much processor time, and
+        MemoryError if the pod had no memory left."""
         assert self._child is not None
         child, self._child = self._child, None
         status = child.end()
@@ -85,7 +86,8 @@ class TemplateProcess:
         if number == signal.SIGPROF:
             raise TemplateLimitError(f"takes more than {self._seconds:.0f} s")
         if number == signal.SIGKILL:
-            # Nobody but the kernel does this, to the process that holds most of the memory of a pod without any left.
+            # Only the kernel kills the child before its answer: when the pod has no memory left, it kills the process
+            # that holds most of the memory.
             raise MemoryError
         return f"it ends the process that reads it ({signal.Signals(number).name if number else 'without a signal'})"
 
@@ -96,7 +98,8 @@ class TemplateProcess:
         resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        # What this process shares with its parent is never garbage, and looking through it would copy it.
+        # The objects that this process shares with its parent are never garbage. A search for garbage among them would
+        # copy their memory.
         gc.freeze()
         while True:
             arguments = asked.recv()
@@ -133,7 +136,8 @@ class _Child:
         self._status: int | None = None
 
     def ask(self, question: object) -> Any:
-        """Return the answer to ``question``. Raises EOFError or OSError if the process ends before it has answered."""
+        """Return the answer to ``question``. Raises EOFError or OSError if the process ends before it has answered, and
+        OutsideFailure if it does not answer in time."""
         self._asking.send(question)
         if not self._asking.poll(PATIENCE_SECONDS):
             self.end()
@@ -146,15 +150,15 @@ class _Child:
             self._asking.close()
             ended, self._status = os.waitpid(self._process, os.WNOHANG)
             if not ended:
-                # A process that is about to end by itself keeps its own status.
+                # The signal does not change the status of a process that is ending by itself.
                 os.kill(self._process, signal.SIGKILL)
                 _, self._status = os.waitpid(self._process, 0)
         return self._status or 0
 
 
 def _run(work: Callable[[Connection], None], asked: Connection) -> NoReturn:
-    """Call ``work`` in the child, and end the child without the cleanup of Python, which would be that of the
-    parent."""
+    """Call ``work`` in the child, and end the child without Python's cleanup, because this would clean up what belongs
+    to the parent."""
     try:
         work(asked)
     finally:

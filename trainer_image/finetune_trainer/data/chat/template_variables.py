@@ -42,6 +42,6 @@ def _variables(template: str) -> frozenset[str] | None:
     """Return the names of the variables that ``template`` reads, or None if it raises to a power."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
     parsed = environment.parse(template)
-    # Jinja computes constants here, so that a power of constants is none any more.
+    # Jinja computes constant expressions here, so a power of constants is no longer in ``parsed``.
     variables = frozenset(meta.find_undeclared_variables(parsed))
     return variables if parsed.find(nodes.Pow) is None else None

@@ -9,7 +9,10 @@ from typing import TextIO
 from finetune_trainer.data.files.json_values import not_utf8
 from finetune_trainer.data.files.lines import bounded_lines
 from finetune_trainer.data.files.row import Row, repeated
-from finetune_trainer.data.files.streams import ROW_CHARACTERS, FileProblem, bad_byte
+from finetune_trainer.data.files.streams import ROW_BYTES, ROW_CHARACTERS, FileProblem, bad_byte
+
+_FIELD_BYTES = 64
+"""How many bytes of memory Python takes for a short field."""
 
 
 def csv_rows(file: TextIO) -> Iterator[Row]:
@@ -24,7 +27,7 @@ def tsv_rows(file: TextIO) -> Iterator[Row]:
 
 def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(ROW_CHARACTERS)
-    lines = _RecordLines(file)
+    lines = _RecordLines(file, delimiter)
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     try:
         # Some programs begin a file with blank lines, which are no more a header than they are a row.
@@ -63,30 +66,40 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
 
 
 class _RecordLines:
-    """The lines of a file for a csv reader, with a limit on the characters of a record.
+    """The lines of a file for a csv reader, with a limit on the characters and on the fields of a record.
 
-    A line break within quotes does not end a record. So fields that begin and end in the middle of lines could make a
-    record of a whole file, and all of them would be in memory until the record ends.
+    A line break within quotes does not end a record. So a single opened quote could make the rest of a file one record,
+    and the csv reader would hold all its lines in memory until the record ends.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self._lines = bounded_lines(file)
+    def __init__(self, file: TextIO, delimiter: str) -> None:
+        self._lines, self._delimiter = bounded_lines(file), delimiter
         self.begin_record()
 
     def begin_record(self) -> None:
         """Count the characters from here on as those of a new record."""
-        self._characters = 0
+        self._characters = self._fields = 0
+        self._most = ROW_CHARACTERS
         self._is_long = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        """Return the next line. Raises csv.Error if the lines of the record but the last one have too many characters,
-        so that the csv reader itself can first say that a field is too long."""
+        """Return the next line. Raises csv.Error if the record has too many fields, or if its lines have too many
+        characters, even without the last line that was returned. The error comes one line late, so that the csv reader
+        itself can first say that a field is too long."""
         if self._is_long:
-            raise csv.Error(f"row larger than row limit ({ROW_CHARACTERS})")
-        self._is_long = self._characters > ROW_CHARACTERS
+            raise csv.Error(f"row larger than row limit ({self._most})")
+        self._is_long = self._characters > self._most
         line = next(self._lines)
         self._characters += len(line)
+        if not line.isascii():
+            # The csv reader takes four bytes for each character of a field.
+            self._most = ROW_CHARACTERS // 2
+        if len(line) > self._most:
+            raise csv.Error(f"row larger than row limit ({self._most})")
+        self._fields += line.count(self._delimiter)
+        if self._fields * _FIELD_BYTES > ROW_BYTES:
+            raise csv.Error(f"more fields than fit into {ROW_BYTES >> 20} MiB of memory")
         return line

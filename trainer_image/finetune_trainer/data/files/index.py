@@ -1,5 +1,5 @@
 """The index of a data source with several files: a JSON file in a folder that names the local files in their order. The
-room `sources` writes the index, and `reader.py` reads it."""
+package `sources` writes the index, and `reader.py` reads it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class DataFile(NamedTuple):
 
 def write_index(folder: Path, files: Sequence[DataFile]) -> None:
     """Write the index of ``files`` into the existing ``folder``."""
-    # JSON escapes the bytes of a name that are no UTF-8 (os.fsdecode), so that they come back.
+    # Bytes of a name that are no UTF-8 are half surrogate pairs here (os.fsdecode). JSON escapes them, so no byte is
+    # lost.
     entries = [file._asdict() | {"path": os.fspath(file.path)} for file in files]
     (folder / INDEX_FILE).write_text(json.dumps(entries))
 

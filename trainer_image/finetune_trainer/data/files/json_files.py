@@ -11,16 +11,18 @@ import re
 from collections.abc import Iterator
 from typing import TextIO
 
-from finetune_trainer.data.files.json_values import Decoded, RowDecoder
+from finetune_trainer.data.files.json_values import Decoded, RowDecoder, has_too_many_values
 from finetune_trainer.data.files.row import Row
-from finetune_trainer.data.files.streams import ROW_CHARACTERS, FileProblem
+from finetune_trainer.data.files.streams import ROW_BYTES, ROW_CHARACTERS, FileProblem, most_characters
 
 CHUNK_CHARACTERS = 64 * 1024
-"""How many characters of the file are read at once, at least."""
+PIECE_CHARACTERS = 8 * 1024 * 1024
+"""How many characters of the file are read at once, at least and at most."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _NEAR_THE_END = 16
-"""How many characters before the end of the text the decoder may report an error because the text ends there. The
-longest token that is not a string, a number apart, is `-Infinity`, and an escape in a string has 12 characters."""
+"""An error that the decoder reports within this many characters before the end of the text may have a single cause: the
+text ends there. The longest token, apart from strings and numbers, is `-Infinity`, and an escape in a string has at
+most 12 characters."""
 
 
 def json_rows(file: TextIO) -> Iterator[Row]:
@@ -42,7 +44,7 @@ def json_rows(file: TextIO) -> Iterator[Row]:
             return
         if character == "]" and is_array and number == 0:
             break
-        number += 1
+        text.row = number = number + 1
         found = _decode(text, number)
         text.position = found.end
         yield Row(number, found.fields, found.problem, unit="row")
@@ -67,14 +69,24 @@ class _Text:
         self.position = 0
         self.is_at_end = False
         """Whether no text follows `buffer`."""
+        self.row = 0
+        """Number of the row at the position, for messages."""
 
     def extend(self) -> None:
-        """Read on, at least as much as there is already, so that the time for a long row grows with its length only,
-        but no more than a row may have. What lies before the position is dropped."""
-        left = self.buffer[self.position :]
-        more = self._file.read(max(1, min(max(CHUNK_CHARACTERS, len(left)), ROW_CHARACTERS + 1 - len(left))))
+        """Read on, and drop the text before the position. About as much is read as is still there, so that the time for
+        a long row grows only with its length. No more is read than a row may have.
+
+        Raises FileProblem if the text from the position on is longer than a row may be.
+        """
+        self.buffer, self.position = self.buffer[self.position :], 0
+        held = len(self.buffer)
+        wanted = min(max(CHUNK_CHARACTERS, held), PIECE_CHARACTERS, ROW_CHARACTERS + 1 - held)
+        more = self._file.read(max(1, wanted))
         self.is_at_end = not more
-        self.buffer, self.position = left + more, 0
+        most = min(most_characters(self.buffer, ROW_CHARACTERS), most_characters(more, ROW_CHARACTERS))
+        if held > most:
+            raise FileProblem(f"has a row {self.row} of more than {most} characters")
+        self.buffer += more
 
     def next_character(self) -> str:
         """Move to the next character that is no blank and return it, or an empty text at the end of the file."""
@@ -108,4 +120,6 @@ def _decode(text: _Text, number: int) -> Decoded:
                 return found
         if len(text.buffer) - text.position > ROW_CHARACTERS:
             raise FileProblem(f"has a row {number} of more than {ROW_CHARACTERS} characters")
+        if has_too_many_values(text.buffer, text.position):
+            raise FileProblem(f"has a row {number} with more values than fit into {ROW_BYTES >> 20} MiB of memory")
         text.extend()

@@ -8,10 +8,14 @@ import json
 from typing import Any, NamedTuple
 
 from finetune_trainer.data.files.row import repeated
-from finetune_trainer.data.files.streams import bad_byte
+from finetune_trainer.data.files.streams import ROW_BYTES, bad_byte
 
+_BYTES_OF_VALUES = {",": 64, "[": 64, "{": 192, ":": 128}
+"""How many bytes of memory Python takes for what a character begins in JSON: a value, a list, an object, or the value
+of a key with this key."""
 _LONGEST_INTEGER = 4300
-"""Largest number of digits of an integer, as in Python itself. Reading longer ones takes time with their square."""
+"""Largest number of digits of an integer, as in Python itself. The time to read an integer grows with the square of its
+length."""
 
 
 class Decoded(NamedTuple):
@@ -31,8 +35,8 @@ class RowDecoder:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
     def decode(self, text: str, start: int) -> Decoded:
-        """Return the row that begins at ``start`` in ``text``, where no blank may stand. A value that is no object is a
-        row with a problem.
+        """Return the row that begins at ``start`` in ``text``. There must be no blank at ``start``. A value that is no
+        object is a row with a problem.
 
         Raises JSONDecodeError if no JSON value begins there or if ``text`` ends within the value, and RecursionError if
         the value is nested too deeply.
@@ -41,7 +45,7 @@ class RowDecoder:
         value, end = self._decoder.raw_decode(text, start)
         if not isinstance(value, dict):
             return Decoded({}, end, "is not a JSON object")
-        wrong = None if text.isascii() else bad_byte(text[start:end])
+        wrong = bad_byte(text, start, end)
         if wrong is not None:
             return Decoded({}, end, not_utf8(wrong))
         return Decoded({}, end, self._problem) if self._problem else Decoded(value, end, None)
@@ -58,6 +62,14 @@ class RowDecoder:
             self._problem = f"has a number of more than {_LONGEST_INTEGER} digits"
             return 0
         return int(digits)
+
+
+def has_too_many_values(text: str, start: int) -> bool:
+    """Return whether the JSON from ``start`` on in ``text`` has so many values that they may take more than ROW_BYTES
+    bytes of memory. Characters in strings are counted too, because only few of them are among `_BYTES_OF_VALUES`."""
+    if (len(text) - start) * max(_BYTES_OF_VALUES.values()) <= ROW_BYTES:
+        return False
+    return sum(size * text.count(sign, start) for sign, size in _BYTES_OF_VALUES.items()) > ROW_BYTES
 
 
 def not_utf8(byte: int) -> str:

@@ -1,6 +1,5 @@
-"""The kinds of data files and their compressions, which are told by the suffixes of a file's name: `rows.jsonl.gz` is
-JSON lines, compressed with gzip. `reader.py` and the room `sources` ask here what a file is.
-"""
+"""The kinds of data files and their compressions, which the suffixes of a file's name tell: `rows.jsonl.gz` is JSON
+lines, compressed with gzip. `reader.py` and the package `sources` call `kind_of`."""
 
 from __future__ import annotations
 

@@ -12,13 +12,12 @@ from finetune_trainer.pod.errors import first_line
 
 BATCH_ROWS = 8
 BATCH_BYTES = 8 * 1024 * 1024
-"""How many rows are decoded at once: at most BATCH_ROWS, and fewer if the rows of the file are large on the average, so
-that they have about BATCH_BYTES in all. The average says nothing about rows whose text the file holds once for all of
-them, or about long rows that lie side by side, so only BATCH_ROWS bounds the memory of those. Larger batches save a few
-microseconds a row."""
+"""Limits on how many rows are decoded at once: at most BATCH_ROWS, and fewer if that many average rows would have more
+than BATCH_BYTES. The average is too small where the file holds one text only once for many rows, or where long rows lie
+side by side. There, only BATCH_ROWS bounds the memory. Larger batches would save a few microseconds a row."""
 ROW_BYTES = 16
-"""How many bytes a row counts at least where a file is checked for its expansion, because a row without a value has
-none in memory."""
+"""Smallest number of bytes that a row counts where a file is checked for its expansion. A row without a value has no
+bytes in memory, but takes time."""
 
 
 def parquet_rows(
@@ -70,7 +69,8 @@ def _column_names(opened: Any) -> list[str]:
 
 
 def _batch_rows(metadata: Any) -> int:
-    """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows.
+    """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows, but
+    at most BATCH_ROWS.
 
     All columns of a row count, also those that are not read. The sizes of single columns are not asked for, because
     pyarrow ends the whole process if the statistics of a column are damaged.
@@ -81,14 +81,15 @@ def _batch_rows(metadata: Any) -> int:
 
 
 class _Unreadable:
-    """Stands for a value that Python can't hold."""
+    """Takes the place of a value that Python can't hold."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 def _rows_of(batch: Any, names: Sequence[str]) -> Iterator[Sequence[Any]]:
-    """Yield the values of each row. Large rows become Python objects one by one, so that few are in memory twice."""
+    """Yield the values of each row. If the rows are large, they become Python objects one by one, so that only one row
+    is in memory twice."""
     columns = [batch.column(name) for name in names]
     if batch.nbytes > BATCH_BYTES:
         for position in range(batch.num_rows):

@@ -1,6 +1,7 @@
 """Opens data files as streams of bytes or text, decompressed, with limits on what a small file may expand to.
 
-`reader.py` catches `FileProblem` and `HeadEnded`, and makes a UserError or the end of the rows of them.
+`reader.py` catches `FileProblem` and raises a UserError instead. It also catches `HeadEnded`, and yields no further row
+then.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ BLOCK_BYTES = 1024 * 1024
 """How many bytes of a file are read at once."""
 ROW_CHARACTERS = 64 * 1024 * 1024
 """Largest number of characters in one row of a text file, and in one field of a csv file. Python's own limit for a csv
-field, 131,072 characters, is shorter than some prompts."""
+field, 131,072 characters, is shorter than some prompts. `most_characters` tells where it is half as many."""
+ROW_BYTES = 256 * 1024 * 1024
+"""Largest memory in bytes that the values of one row may take beside their text. Of `[],` and of short fields a text
+makes many times as many bytes of Python's objects."""
 EXPANDED_BYTES = 256 * 1024 * 1024
 LARGEST_EXPANSION = 10_000
-"""A compressed file is refused once more than EXPANDED_BYTES, and more than this many times the bytes of the file, were
-decoded of it. Rows that all have the same long prompt stay far below this limit."""
+"""A compressed file is refused once the bytes that were decoded of it are more than EXPANDED_BYTES, and also more than
+this many times the bytes of the file. Rows that all have the same long prompt stay far below this limit."""
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_WIDE = re.compile("[^\x00-\uffff]")
+"""A character that takes four bytes of memory, as do then all characters of its text."""
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
 """What a byte that is no UTF-8 becomes by the error handler `surrogateescape`. Valid UTF-8 never contains these
 characters."""
@@ -37,13 +43,19 @@ class FileProblem(Exception):  # noqa: N818  (the whole file is at fault, and `r
 
 
 class HeadEnded(Exception):  # noqa: N818
-    """The end of a file was reached of which only the beginning is there."""
+    """A reader has reached the end of a local file that is only the beginning of a data file."""
 
 
 def check_expansion(decoded: int, size: int) -> None:
     """Raise FileProblem if a file of ``size`` bytes has expanded to ``decoded`` bytes, and this is too much."""
     if decoded > max(EXPANDED_BYTES, LARGEST_EXPANSION * size):
         raise FileProblem(f"has {size} bytes and expands to more than {decoded}: it is not read further")
+
+
+def most_characters(text: str, most: int) -> int:
+    """Return how many characters a row with ``text`` in it may have: ``most``, and half as many if one of them, such as
+    an emoji, makes each character of the row take four bytes of memory."""
+    return most if text.isascii() or _WIDE.search(text) is None else most // 2
 
 
 @contextmanager
@@ -56,7 +68,8 @@ def open_bytes(path: Path, compression: Compression, *, is_head: bool) -> Iterat
     """
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        # Only the raw file can end too early: a reader above it would take the end for the end of the last row.
+        # The raw file itself must raise HeadEnded: a reader above it would take the end of the bytes for the end of the
+        # last row.
         raw = cast(BinaryIO, io.BufferedReader(_Head(file) if is_head else file, BLOCK_BYTES))
         if compression is Compression.NONE:
             yield raw
@@ -69,8 +82,8 @@ def open_text(path: Path, compression: Compression, *, is_head: bool) -> Iterato
     """Open a file as `open_bytes` does, and yield its text. Line breaks stay as they are, and a byte order mark at the
     beginning is left out.
 
-    A byte that is no UTF-8 becomes half of a surrogate pair, which `bad_byte` finds, so that the fault is one of its
-    row and not of the whole file. Raises FileProblem for UTF-16.
+    A byte that is no UTF-8 becomes half of a surrogate pair, which `bad_byte` finds. So only the row with the byte is
+    bad, and not the whole file. Raises FileProblem for UTF-16.
     """
     with open_bytes(path, compression, is_head=is_head) as stream:
         if cast(io.BufferedReader, stream).peek(2)[:2] in _UTF_16_MARKS:
@@ -94,11 +107,11 @@ def open_seekable(path: Path, compression: Compression) -> Iterator[Path | Binar
         yield cast(BinaryIO, whole)
 
 
-def bad_byte(text: str) -> int | None:
+def bad_byte(text: str, start: int = 0, end: int | None = None) -> int | None:
     """Return the place of the first byte in ``text`` (from `open_text`) that is no UTF-8, in bytes counted from 1; None
-    if there is none."""
-    found = None if text.isascii() else _BAD_BYTE.search(text)
-    return len(text[: found.start()].encode("utf-8", "surrogatepass")) + 1 if found is not None else None
+    if there is none. Only the characters from ``start`` up to ``end`` are looked at."""
+    found = None if text.isascii() else _BAD_BYTE.search(text, start, len(text) if end is None else end)
+    return len(text[start : found.start()].encode("utf-8", "surrogatepass")) + 1 if found is not None else None
 
 
 def _decompressed(raw: BinaryIO, compression: Compression) -> BinaryIO:

@@ -1,9 +1,9 @@
 """Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the
 columns of its row, by the grader's own names of the columns, and returns a `Grade`.
 
-`finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. `load_grading` is what the trainer
-and the preflight check call. The room has no torch. Only the SQL grader is no pure function: it runs queries in a child
-process (`sql_child.py`).
+`finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. The trainer and the preflight
+check call `load_grading`. No module here imports torch. The graders of the tasks are pure functions, except for the SQL
+grader, which runs queries in a child process (`sql_child.py`).
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class Grading:
 
     task: Task
     columns: Mapping[str, str]
-    """For each column that the grader reads, by the grader's own name, the column of the rows that holds it. Without
-    those of ``rendered``."""
+    """For each column that the grader reads, by the grader's own name, the column of the rows that holds it. The
+    columns in ``rendered`` are not among them."""
     rendered: Sequence[str]
     """The grader's own names of the columns that hold the right answer and get the text of the template `completion`.
-    Empty where the format has no such template, or where it consists of one column, which then stands in ``columns``.
-    """
+    Empty where the format has no such template, or where the template consists of one column, which is then in
+    ``columns``."""
     required_columns: Sequence[NamedColumn]
     """The columns that rows must have, each with the field of the spec that names it or would name it."""
     one_line: bool
     """Whether only the first line of the base model's answer counts."""
     completion: RowTemplate
-    """The completion of the rows."""
+    """The template of the rows' completion."""
     grader: Grader
     read_completion: Callable[[Iterable[Piece]], str] = text_of_pieces
     """Returns for a rendered completion the text that a generated answer with the same tokens has."""
@@ -79,7 +79,7 @@ class Grading:
         return frozenset({*self.columns.values(), *self.completion.columns})
 
     def reading(self, read_completion: Callable[[Iterable[Piece]], str]) -> Grading:
-        """Return the same grading, which reads rendered completions with ``read_completion``."""
+        """Return the same grading, but with ``read_completion`` as the function that reads rendered completions."""
         return replace(self, read_completion=read_completion)
 
     def grade(self, answer: str, row: Mapping[str, object]) -> Grade:
@@ -145,7 +145,7 @@ def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None
 
 
 def _completion(form: PromptCompletionFormat) -> RowTemplate:
-    """Return the completion of the rows as a template. Raises UserError if `completion` is none."""
+    """Return the completion of the rows as a template. Raises UserError if `completion` is malformed."""
     try:
         return parse("{completion}" if form.completion is None else form.completion, form.aliases)
     except TemplateError as error:
@@ -153,8 +153,8 @@ def _completion(form: PromptCompletionFormat) -> RowTemplate:
 
 
 def _check_required(require: Sequence[RequirementSpec] | None, scores: Sequence[Score]) -> None:
-    """Raise UserError for a required score that is none of ``scores`` and no perplexity, or that no model can
-    reach."""
+    """Raise UserError for a requirement whose score is neither in ``scores`` nor a perplexity, or whose limit no model
+    can reach."""
     units = {score.name: score.unit for score in scores}
     known = (*LOWER_IS_BETTER, *units)
     for requirement in require or ():

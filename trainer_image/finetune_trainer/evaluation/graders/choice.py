@@ -21,25 +21,25 @@ _SAID = re.compile(
 )
 """What may stand before the chosen option, such as `the answer is`."""
 _MOST_SAID = 4
-"""How many of these may stand behind each other, as in `the answer is option B`."""
+"""How many such phrases may follow each other, as in `the answer is option B`."""
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
 _OPENING = "(["
 _SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
 """What separates a label from what follows."""
 _WEAK_SEPARATOR = re.compile(r",\s+|\s*[-\u2013\u2014]\s+")
-"""What separates a label from the text of its option, and may have another meaning before something else."""
+"""What separates a label from the text of its option. Before anything else it may have another meaning."""
 _BOXED = re.compile(
     r"\$+(?P<math>[^$]*)\$+|\\[(\[](?P<display>.*)\\[)\]]"
     r"|\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf)\s*\{(?P<inner>.*)\}",
     re.DOTALL,
 )
-"""Markup of LaTeX that a text consists of."""
+"""Markup of LaTeX that encloses a whole text."""
 _MOST_BOXES = 4
-"""How many of these may enclose each other."""
+"""How many layers of such markup are removed."""
 
 
 def _bare(text: str) -> str:
-    """Return ``text`` without markup and punctuation at its ends, where anything else is left."""
+    """Return ``text`` without markup and punctuation at its ends. If nothing else is left, return ``text`` itself."""
     return text.strip(_EDGES) or text
 
 
@@ -54,15 +54,15 @@ def _unboxed(text: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a row. `texts` is empty where the row has no texts of options, so that only labels count. Both are
-    forms without markup and punctuation at their ends (`_bare`)."""
+    """The options of a row. `texts` is empty where the row has no texts of options, so that only labels count. Labels
+    and texts have no markup and punctuation at their ends (`_bare`)."""
 
     labels: tuple[str, ...]
     texts: tuple[str, ...]
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether the text of an option is the label of another one, or of two options alike."""
+        """Whether the text of an option is the label of another one, or whether two options have the same text."""
         pairs = list(zip(self.labels, self.texts, strict=False))
         return len(set(self.texts)) < len(self.texts) or any(
             text in self.labels and text != label for label, text in pairs
@@ -95,7 +95,8 @@ class Options:
         return None
 
     def _behind(self, rest: str) -> str | None:
-        """Return what ``rest``, the text behind a label, says beside it; None where the label does not end there."""
+        """Return the text in ``rest`` behind the separator of a label. ``rest`` is the text behind the label. Return
+        None where no separator follows the label, although other text does."""
         separator = _SEPARATOR.match(rest) or (_WEAK_SEPARATOR.match(rest) if self.texts else None)
         if separator is None:
             return None if rest else ""
@@ -129,7 +130,8 @@ def _right(own: object, options: Options) -> str | None:
 
 
 def _options(value: object) -> Options | None:
-    """Return the options that a row's column holds; None where it holds no texts of options."""
+    """Return the options in a row's column; letters as labels, without texts, where ``value`` is None. Return None
+    where the column holds anything else than options."""
     letters = tuple(string.ascii_lowercase)
     if value is None:
         return Options(letters, ())
@@ -153,7 +155,8 @@ def _options(value: object) -> Options | None:
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
-    """Return the forms of a list of values that a template can show; None where ``value`` is something else."""
+    """Return the values of a list in the form in which they are compared. None where ``value`` is no list, or where a
+    template can't show one of its values."""
     if not isinstance(value, (list, tuple)):
         return None
     shown = [text for text in map(text_or_none, value) if text is not None]

@@ -15,7 +15,7 @@ DEEPEST = 100
 """Largest depth of objects and lists in a value that can be graded."""
 
 _FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
-"""A Markdown fence that a text consists of. Behind its beginning may stand a language, such as `json`."""
+"""A Markdown fence around a whole text. Its first line may name a language, such as `json`."""
 
 
 class NoValueError(ValueError):
@@ -91,7 +91,8 @@ def same(left: object, right: object) -> bool:
 
 
 def _share(left: object, right: object) -> float:
-    """Return the share of equal leaves, of all paths that one of two values has."""
+    """Return how many leaves are equal in both values, as a share of all paths that lead to a leaf in at least one of
+    the two."""
     ours, theirs = dict(_leaves(left)), dict(_leaves(right))
     paths = ours.keys() | theirs.keys()
     equal = sum(path in ours and path in theirs and same(ours[path], theirs[path]) for path in paths)
@@ -99,7 +100,8 @@ def _share(left: object, right: object) -> float:
 
 
 def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield the path and the value of everything in ``value`` that is no object, or is an empty one."""
+    """Yield the path and the value of each leaf of ``value``. A leaf is any value that is no object, or an empty
+    object."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, key))

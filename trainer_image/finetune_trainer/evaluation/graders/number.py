@@ -22,7 +22,7 @@ MOST_SCALES = 4
 """Largest number of words such as `million` that may multiply one number."""
 
 _GAP = "\x1f"
-"""Stands for markup that was removed. It separates what stands on its two sides, and is ignored beside a number."""
+"""Takes the place of removed markup. It separates the texts on its two sides, and is ignored beside a number."""
 _MARKUP = re.compile(
     r"\\[()\[\]]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit|displaystyle|left|right)(?![A-Za-z])|\\[,;!: ]"
     r"|[{}`]|\*\*|__|[\u200b\u2060\ufeff]"
@@ -35,7 +35,7 @@ _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _FORMS = {place: chr(place - 0xFEE0) for place in range(0xFF01, 0xFF5F)} | {0x066B: ".", 0x066C: ","}
 """Full-width characters and Arabic separators, each with the ASCII character of the same meaning."""
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
-"""Turns hyphens, the en dash and other signs that people type for a minus into one."""
+"""Turns hyphens, the en dash and other signs that people type for a minus into `-`."""
 
 _SPACE = r"[^\S\n]*+"
 """White space and removed markup on one line. The quantifier never gives characters back, so that no text takes more
@@ -70,7 +70,7 @@ _SCIENTIFIC = re.compile(
 _BEFORE = re.compile(r"[^\S\n]*+(?:[*_\"'“”‘’=:][^\S\n]*+)*+")
 """What may stand before the number of a statement: markup, quotes, `=` and `:`."""
 _LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?$")
-"""What belongs to a number and stands before its first digit, at the end of a text."""
+"""The part of a number that comes before its first digit. It is searched at the end of the text before that digit."""
 _SCALE = re.compile(
     rf"{_SPACE}-?{_SPACE}(?:(?P<k>[kK]|thousands?)|(?P<m>mn|mio|millions?)|(?P<b>bn|billions?)|(?P<t>trillions?)"
     r"|(?P<h>hundreds?)|(?P<l>lakhs?)|(?P<c>crores?)|(?P<d>dozens?))(?![A-Za-z])",
@@ -86,7 +86,8 @@ _END = re.compile(
     rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
-"""The end of a statement: of the line or the sentence, or a remark. A comma ends it unless a number follows."""
+"""The end of a statement: the end of the line or of the sentence, or the beginning of a remark. A comma ends it unless
+a number follows."""
 _FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(
@@ -176,9 +177,9 @@ def read_number_behind(marker: str, text: str, *, any_notation: bool = False) ->
     """Return the number that is stated behind ``marker``, on the same line or, where nothing else stands there, on the
     next one.
 
-    Of several markers the first one counts behind which a number is stated. A marker behind which several numbers are
-    stated, or a number that can't be read, ends the search: None is returned then. With
-    ``any_notation`` digits of all scripts and powers of ten are read too, which GSM8K does not have.
+    If the text has several markers, the first one counts behind which a number is stated. The search ends with None at
+    a marker that has several numbers behind it, or a number that can't be read. With ``any_notation`` digits of all
+    scripts and powers of ten are read too. The grader of GSM8K does not read these.
     """
     text, mark = (plain(part, any_script=any_notation) for part in (text, marker))
     # The characters at the ends of the marker must not continue there, so that `#####` is not the marker `####`.

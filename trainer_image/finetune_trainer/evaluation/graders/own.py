@@ -1,4 +1,4 @@
-"""Own graders: those that a user's trainer image brings along, as entry points of the group `finetune_trainer.graders`.
+"""Own graders: graders in a user's trainer image, which are entry points of the group `finetune_trainer.graders`.
 
 An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function raises or returns
 becomes a grade, so that a fault of an own grader leaves rows out and never ends a training.
@@ -25,7 +25,7 @@ GRADE_SECONDS = 30.0
 """Longest time in seconds that a call of an own grader may take."""
 
 _PASSED_ON = (MemoryError, KeyboardInterrupt)
-"""Exceptions that say nothing about the code that raised them."""
+"""Exceptions that say nothing about the code that raised them. They are raised again."""
 
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
@@ -41,8 +41,8 @@ class OwnGrader:
     """The declaration: columns, scores, and which of them is `main`."""
     grade: GradeFunction
     check: Callable[[Mapping[str, str]], None] = field(default=lambda _arguments: None)
-    """A function that raises ValueError where `dataset.task.arguments` can't be used. The check before the first
-    attempt calls it."""
+    """A function that raises ValueError where `dataset.task.arguments` can't be used. It is called whenever the grader
+    is loaded, so the preflight check calls it before the first attempt."""
 
 
 def names_of_own_graders() -> list[str]:
@@ -53,8 +53,8 @@ def names_of_own_graders() -> list[str]:
 def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     """Return the own grader ``name``.
 
-    Raises UserError where the image has no such entry point, with the names of those that it has, and where the entry
-    point can't be loaded or the grader refuses ``arguments``.
+    Raises UserError where the image has no such entry point or several, where the entry point can't be loaded, and
+    where the grader refuses ``arguments``.
     """
     found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
     if len(named := sorted({entry.value for entry in found})) > 1:
@@ -101,8 +101,8 @@ def _declaration_problem(loaded: object) -> str:
 def bounded(
     own: OwnGrader, arguments: Mapping[str, str], *, seconds: float = GRADE_SECONDS
 ) -> Callable[[str, Mapping[str, object]], Grade]:
-    """Return a grader that calls the function of ``own``. What the function raises, or returns that is no value of the
-    declared scores, becomes a grade that leaves the row out and says why.
+    """Return a grader that calls the function of ``own``. If the function raises an exception, or returns anything but
+    values of the declared scores, the grade leaves the row out and says why.
 
     A call that takes longer than ``seconds`` leaves its row out too, and the function is not called again, because the
     thread of that call can't be ended.
@@ -181,7 +181,7 @@ def _is_allowed(number: float, unit: Unit) -> bool:
 
 
 def _number(value: object) -> float | None:
-    """Return a number that a grading function returned as a float; None where it is none, or not finite."""
+    """Return ``value``, which a grading function returned, as a float. None where it is no number, or not finite."""
     if not isinstance(value, (bool, int, float)) and not hasattr(value, "__float__"):
         return None
     number = float(value)

@@ -182,7 +182,7 @@ class Sandbox:
     @contextmanager
     def _limited(self) -> Iterator[Callable[[], bool]]:
         """Inside the block, let sqlite interrupt statements that together execute more than MAX_INSTRUCTIONS, or run
-        for longer than MAX_SECONDS. The function that the block gets returns whether that has happened."""
+        for longer than MAX_SECONDS. Yield a function that returns whether one of these limits was reached."""
         calls = 0
         deadline = time.monotonic() + MAX_SECONDS
 
@@ -223,7 +223,7 @@ class Sandbox:
 
 
 def _affinity(declared: str) -> Affinity:
-    """Return what a column with the declared type ``declared`` turns values into (sqlite.org/datatype3.html, 3.1)."""
+    """Return the affinity of a column with the declared type ``declared`` (sqlite.org/datatype3.html, 3.1)."""
     upper = declared.upper()
     if "INT" in upper:
         return Affinity.NUMBER

@@ -1,5 +1,5 @@
-"""The graders that compare texts: ExactMatch, Contains and Regex. They share what makes no difference between two texts
-(`Normalisation`) and what a row's column may hold (`references`)."""
+"""The graders that compare texts: ExactMatch, Contains and Regex. They share two rules: which differences between two
+texts do not count (`Normalisation`), and what a row's column may hold (`references`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Normalisation:
     ignored: frozenset[Ignorable]
 
     def of(self, text: str) -> str:
-        """Return the form of ``text`` in which it is compared. The form of a form is the same form."""
+        """Return the form of ``text`` in which it is compared. The form of a form is the form itself."""
         form = self._once(text)
         # What one step removes may be between two characters that another step joins, so the steps are repeated.
         while form != (again := self._once(form)):
@@ -68,8 +68,8 @@ def references(value: object) -> list[str] | None:
 
 
 def _normalised(value: object, normalisation: Normalisation) -> list[str]:
-    """Return the forms of the texts in a row's column. Empty where a form is empty, because every answer would contain
-    it, or where the column holds no text."""
+    """Return the forms of the texts in a row's column. Empty where the column holds no text, or where one of the forms
+    is empty, because every answer would contain it."""
     forms = [normalisation.of(text) for text in references(value) or ()]
     return forms if all(forms) else []
 

@@ -1,0 +1,260 @@
+"""Fetches the files of a base model, from the cache on a volume where it has them (`storage.cache`), or else from their
+source. `inputs.py` calls `fetch_model_files`.
+
+The cache only saves time. Whatever is wrong with it, the files come from their source, with a sentence in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.sources.cache.cache_folder import ModelCache, Pace, Patience
+from finetune_trainer.sources.content_digest import ContentDigest, own_digest
+from finetune_trainer.sources.file_selection import shown
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
+from finetune_trainer.sources.model_files import ModelFiles
+from finetune_trainer.storage.client import digest_of_file
+from finetune_trainer.storage.model_digests import ModelDigests
+
+SMALL_BYTES = 16 << 20
+"""Files of at most this size, such as those of the tokenizer, are fetched with one call."""
+FIELD = "storage.cache"
+
+
+def fetch_model_files(
+    files: ModelFiles, names: Collection[str], folder: Path, cache: Path, own: ModelDigests, pace: Pace | None = None
+) -> None:
+    """Put the files called ``names`` into the existing local folder ``folder``. ``cache`` is the folder at which the
+    volume of the cache is mounted. If that folder does not exist, the job has no cache. ``own`` are the digests that
+    pods of this job have computed themselves.
+
+    Raises UserError and OutsideFailure as ``files.fetch`` does, and OutsideFailure also if files do not have the
+    contents that their source states.
+    """
+    if not cache.is_dir():
+        files.fetch(names, folder)
+        return
+    try:
+        opened = ModelCache(cache, pace)
+    except OSError as error:
+        _say(f"the volume can't be used ({_reason(error)}): the model is fetched from its source")
+        files.fetch(names, folder)
+        return
+    with opened:
+        fetch = _CachedFetch(files, names, folder, opened, own)
+        fetch.run()
+    _say(f"{fetch.copied} of {len(names)} files came from the cache, and {fetch.kept} were fetched and are kept in it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """Files that are fetched with one call."""
+
+    name: str
+    names: Sequence[str]
+    bytes: int
+
+
+class _CachedFetch:
+    """Fetches the files of one model into one folder."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        names: Collection[str],
+        folder: Path,
+        cache: ModelCache,
+        own: ModelDigests,
+    ) -> None:
+        self._files, self._folder, self._cache, self._own = files, folder, cache, own
+        stated = {name: files.digest(name) for name in names}
+        self._units = self._grouped(stated)
+        self._digests = {name: digest for name, digest in stated.items() if digest is not None}
+        self._uncertain = [name for name, digest in stated.items() if digest is None or not digest.is_certain]
+        self._patience = Patience(cache.pace)
+        self._lock = threading.Lock()
+        self._done: set[str] = set()
+        self._said: set[str] = set()
+        self._can_read = self._can_write = True
+        self.copied = self.kept = 0
+        """Numbers of files that came from the cache, and that were fetched and are kept in the cache."""
+
+    def run(self) -> None:
+        """Take each unit from the cache, or fetch it. Units that another pod is fetching are left for later."""
+        left = self._units
+        self._look_up(list(self._files.sizes))
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            while left:
+                got = list(pool.map(self._obtain, left))
+                if not any(got):
+                    self._say_once("waits", f"waits for another pod that fetches {shown(left[0].names[0])}")
+                    # A file system has no way to wait for a file, so the cache is looked at again after a pause.
+                    time.sleep(self._cache.pace.look_seconds)
+                left = [unit for unit, is_done in zip(left, got, strict=True) if not is_done]
+
+    def _obtain(self, unit: _Unit) -> bool:
+        """Take the files of a unit from the cache, or fetch them if it is this pod's turn. Return whether all files are
+        there."""
+        missing = self._copy_out(unit.names)
+        if not missing:
+            return True
+        with self._turn(unit) as is_ours:
+            if not is_ours:
+                return False
+            # Another pod may have finished between the look into the cache and the turn.
+            self._look_up(missing)
+            if missing := self._copy_out(missing):
+                self._files.fetch(missing, self._folder)
+                for name in missing:
+                    self._copy_in(name)
+        return True
+
+    def _grouped(self, stated: Mapping[str, ContentDigest | None]) -> list[_Unit]:
+        """Return all small files as one unit, and each other file as a unit of its own. The units of all pods have the
+        same names."""
+        sizes = self._files.sizes
+        small = sorted(name for name in stated if sizes[name] <= SMALL_BYTES)
+        groups = [small] if small else []
+        groups += [[name] for name in sorted(stated) if sizes[name] > SMALL_BYTES]
+        units = []
+        for group in groups:
+            contents = [
+                digest.name if (digest := stated[name]) else f"{name} {self._files.tag(name)}" for name in group
+            ]
+            text = "\n".join(contents).encode(errors="surrogatepass")
+            size = sum(sizes[name] for name in group)
+            units.append(_Unit(name=hashlib.sha256(text).hexdigest(), names=group, bytes=size))
+        return units
+
+    def _look_up(self, names: Collection[str]) -> None:
+        """Use the digests that other pods of this job have computed for files whose source may state none."""
+        tags = {name: self._files.tag(name) for name in self._uncertain if name in names and name not in self._done}
+        if tags:
+            for name, found in self._own.find(tags).items():
+                self._digests[name] = own_digest(found.bytes, found.sha256)
+
+    @contextmanager
+    def _turn(self, unit: _Unit) -> Iterator[bool]:
+        """Yield whether this pod may fetch a unit now. Where the volume can't be written to, every pod may."""
+        turn, may_fetch = None, not self._can_write
+        if self._can_write:
+            with self._trouble_with_writing():
+                turn = self._cache.take_turn(unit.name)
+                if turn is None:
+                    sign = self._cache.sign_of_life(unit.name)
+                    if self._patience.is_over(unit.name, sign, unit.bytes):
+                        self._cache.end_turn_of_others(unit.name)
+                        turn = self._cache.take_turn(unit.name)
+                        may_fetch = True
+            may_fetch = may_fetch or not self._can_write
+        if turn is None:
+            yield may_fetch
+        else:
+            with turn:
+                yield True
+
+    def _copy_out(self, names: Sequence[str]) -> list[str]:
+        """Copy files from the cache, and return the names of those that it does not have."""
+        missing = []
+        for name in names:
+            if name in self._done:
+                continue
+            try:
+                digest = self._digests.get(name) if self._can_read else None
+                is_there = digest is not None and self._cache.copy_out(digest, self._folder / name)
+            except OSError as error:
+                is_there = self._can_read = False
+                self._say_once("read", f"the volume can't be read ({_reason(error)}): files come from their source")
+            if is_there:
+                with self._lock:
+                    self._done.add(name)
+                    self.copied += 1
+            else:
+                missing.append(name)
+        return missing
+
+    def _copy_in(self, name: str) -> None:
+        """Put a file that was just fetched into the cache. Raises OutsideFailure if it has not the content that its
+        source states."""
+        digest, path = self._digests.get(name), self._folder / name
+        is_right, is_kept = self._compared_and_kept(digest, path) if digest is not None else (False, False)
+        if not is_right:
+            computed = digest_of_file(path)
+            if digest is not None and digest.is_certain:
+                raise self._received_wrong(name, f"its {digest.algorithm} digest is not {digest.value}")
+            if digest is not None:
+                # The ETag is of another kind, or the content was changed on its way. Then it is another one each time.
+                self._files.fetch([name], self._folder)
+                if digest_of_file(path) != computed:
+                    raise self._received_wrong(name, "its content was another one the second time")
+            self._own.note(name, self._files.tag(name), computed)
+            self._digests[name] = own_digest(computed.bytes, computed.sha256)
+            _, is_kept = self._compared_and_kept(self._digests[name], path)
+        with self._lock:
+            self.kept += is_kept
+
+    def _received_wrong(self, name: str, why: str) -> OutsideFailure:
+        return OutsideFailure(f"{self._files.field}: {shown(name)} was not received as it is: {why}")
+
+    def _compared_and_kept(self, digest: ContentDigest, path: Path) -> tuple[bool, bool]:
+        """Put a local file into the cache if it has the digest. Return whether it has, and whether it is kept."""
+        if self._can_write:
+            with self._trouble_with_writing():
+                is_right = self._cache.copy_in(digest, path, [other.name for other in list(self._digests.values())])
+                return is_right, is_right
+        return digest.is_of(path), False
+
+    @contextmanager
+    def _trouble_with_writing(self) -> Iterator[None]:
+        """Turn an error of the volume in the `with` block into a sentence, after which nothing more is written."""
+        try:
+            yield
+        except OSError as error:
+            self._can_write = False
+            self._say_once("write", f"the volume can't be written to ({_reason(error)}): what it lacks is not kept")
+
+    def _say_once(self, subject: str, sentence: str) -> None:
+        with self._lock:
+            is_new = subject not in self._said
+            self._said.add(subject)
+        if is_new:
+            _say(sentence)
+
+
+def cache_notices(bytes_of_model: int, cache: Path) -> list[str]:
+    """Return sentences about a volume that is no good for a model of this size, for the preflight check. ``cache`` is
+    the folder at which the volume is mounted. If that folder does not exist, the job has no cache."""
+    if not cache.is_dir():
+        return []
+    try:
+        with ModelCache(cache) as opened:
+            opened.check_writable()
+            largest = opened.largest_bytes
+    except OSError as error:
+        return [
+            f"{FIELD}: user {os.getuid()} of the pods can't write to the volume ({_reason(error)}), so pods fetch what"
+            " it lacks and do not keep it"
+        ]
+    if largest < bytes_of_model:
+        return [
+            f"{FIELD}: the volume has room for {largest >> 20} MiB of models, and the model has"
+            f" {bytes_of_model >> 20} MiB, so pods fetch the rest each time"
+        ]
+    return []
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or os.strerror(error.errno or 0)
+
+
+def _say(sentence: str) -> None:
+    print(f"{FIELD}: {sentence}", flush=True)

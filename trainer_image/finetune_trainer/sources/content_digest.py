@@ -1,0 +1,136 @@
+"""Digests of the content of model files, as the places they come from state them: the sha256 or the Git id of the
+Hugging Face Hub, and the ETag of an object store. By its digest a file is recognised that came from elsewhere, such as
+from a volume that other jobs write to too.
+
+`model_files.py` makes the digests, and `cache/cache_folder.py` compares them with the bytes of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from finetune_trainer.storage.client import EtagForm
+
+CHUNK_BYTES = 4 << 20
+"""How many bytes of a file are read and hashed at once."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"([0-9a-f]{32})(?:-([1-9][0-9]{0,4}))?")
+NAME = re.compile(r"(sha256|git|etag)-[-0-9a-f]{32,90}")
+"""Regular expression for the names that `ContentDigest.name` returns."""
+
+
+class Hasher(Protocol):
+    """Takes the bytes of a file in their order, and then returns their digest."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take the next bytes."""
+
+    def hexdigest(self) -> str:
+        """Return the digest of all bytes so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContentDigest:
+    """Size and digest of the content that a file must have."""
+
+    algorithm: Literal["sha256", "git", "etag"]
+    value: str
+    """The digest as the source writes it, in hexadecimal. The ETag of an object that was uploaded in parts ends with
+    `-` and the number of its parts."""
+    bytes: int
+    part_bytes: int = 0
+    """Size in bytes of each part of an object that was uploaded in parts, except its last part. 0 for other files."""
+
+    @property
+    def name(self) -> str:
+        """A name for a file with this content. Two contents have the same name only if their digests are equal."""
+        return "-".join(str(part) for part in (self.algorithm, self.value, self.bytes, self.part_bytes or "") if part)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a file without this digest must be wrong. Some object stores have ETags of other kinds without
+        saying so."""
+        return self.algorithm != "etag"
+
+    def is_of(self, path: Path) -> bool:
+        """Return whether a local file has this content."""
+        hasher = self.hasher()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                hasher.update(chunk)
+        return hasher.hexdigest() == self.value
+
+    def hasher(self) -> Hasher:
+        """Return an object that computes this kind of digest."""
+        if self.algorithm == "sha256":
+            return hashlib.sha256()
+        if self.algorithm == "git":
+            # Git's id of a file is the sha1 of a header and the content.
+            return hashlib.sha1(b"blob %d\0" % self.bytes, usedforsecurity=False)
+        return _EtagHasher(self.part_bytes)
+
+
+def hub_digest(*, size: int, sha256: str | None, blob_id: str) -> ContentDigest | None:
+    """Return the digest of a file on the Hugging Face Hub, or None if the hub's answer holds none. ``sha256`` is that
+    of a file in Git LFS, whose ``blob_id`` belongs to the pointer file and not to the content."""
+    if sha256 is not None:
+        is_valid = _SHA256.fullmatch(sha256) is not None
+        return ContentDigest(algorithm="sha256", value=sha256, bytes=size) if is_valid else None
+    is_valid = _SHA1.fullmatch(blob_id) is not None
+    return ContentDigest(algorithm="git", value=blob_id, bytes=size) if is_valid else None
+
+
+def own_digest(size: int, sha256: str) -> ContentDigest:
+    """Return the digest of a file that a pod of this job has computed itself."""
+    return ContentDigest(algorithm="sha256", value=sha256, bytes=size)
+
+
+def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | None]) -> ContentDigest | None:
+    """Return the digest of an object, or None if its ETag is no digest. ``form`` returns the form of the ETag, and is
+    called with whether the object was uploaded in parts."""
+    match = _ETAG.fullmatch(etag)
+    found = form(match[2] is not None) if match is not None else None
+    if match is None or found is None or (match[2] and found.part_bytes <= 0):
+        return None
+    return ContentDigest(algorithm="etag", value=etag, bytes=size, part_bytes=found.part_bytes)
+
+
+class _EtagHasher:
+    """Computes the ETag of an object: the MD5 of its content, or, after an upload in parts, the MD5 of the MD5s of the
+    parts with the number of parts behind it."""
+
+    def __init__(self, part_bytes: int) -> None:
+        """``part_bytes`` is the size of a part, or 0 for an object that was uploaded as a whole."""
+        self._part_bytes = part_bytes
+        self._part = hashlib.md5(usedforsecurity=False)
+        self._filled = 0
+        self._parts: list[bytes] = []
+
+    def update(self, data: bytes, /) -> None:
+        """Take the next bytes."""
+        view = memoryview(data)
+        while self._part_bytes and self._filled + len(view) >= self._part_bytes:
+            missing = self._part_bytes - self._filled
+            self._part.update(view[:missing])
+            view = view[missing:]
+            self._close_part()
+        self._part.update(view)
+        self._filled += len(view)
+
+    def hexdigest(self) -> str:
+        """Return the ETag of all bytes so far."""
+        if not self._part_bytes:
+            return self._part.hexdigest()
+        parts = [*self._parts, *([self._part.digest()] if self._filled else [])]
+        return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+    def _close_part(self) -> None:
+        self._parts.append(self._part.digest())
+        self._part = hashlib.md5(usedforsecurity=False)
+        self._filled = 0
