@@ -59,6 +59,7 @@ docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architectu
 	@$(PYTHON) -m finetune_operator.decide.reference docs/architecture.md
 	@$(PYTHON) -m tests.operator.test_observability_page
 	@$(PYTHON) -m tests.trainer.test_published_rows
+	@$(PYTHON) -m tests.trainer.test_families
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28

@@ -54,6 +54,24 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     assert str(caught.value).startswith(sentence)
 
 
+def test_flash_is_refused_in_fp32() -> None:
+    spec = quickstart("resources.device", "GPU")
+    spec["spec"]["resources"]["gpusPerNode"] = 1
+    spec["spec"]["training"] |= {"attention": "Flash", "precision": "fp32"}
+    with pytest.raises(
+        UserError, match=r"^spec.training.attention: must not be Flash with precision fp32: it computes"
+    ):
+        resolve(FineTuneJob.model_validate(spec), report=None)
+
+
+@pytest.mark.parametrize("kernel", ["Flash", "Flex"])
+def test_a_kernel_of_gpus_is_refused_on_cpus(kernel: str) -> None:
+    spec = quickstart("resources.device", "CPU")
+    spec["spec"]["training"]["attention"] = kernel
+    with pytest.raises(UserError, match=f"^spec.training.attention: must not be {kernel} on CPUs: it trains on GPUs"):
+        resolve(FineTuneJob.model_validate(spec), report=None)
+
+
 FORM = "dataset.format.promptCompletion"
 
 

@@ -90,6 +90,9 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of the tensor names that transformers writes, each with the beginning that published files have
     instead."""
+    bytes: bool = False
+    """Whether the tokenizer is byte-level. transformers reads the tokenizers of some families as such, whatever their
+    files say."""
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensors of published files that transformers does not read, with their shapes."""
 
@@ -125,7 +128,10 @@ FAMILIES: Mapping[str, Family] = {
         "deepseek_v3", {"num_key_value_heads": 2}, unused={"model.layers.2.eh_proj.weight": (32, 64)}
     ),
     "deepseek-v3.2": Family("deepseek_v32", {"num_key_value_heads": 2}),
-    "deepseek-v4": Family("deepseek_v4"),
+    "deepseek-v4": Family(
+        "deepseek_v4",
+        {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    ),
     "diffllama": Family("diffllama", {"num_key_value_heads": 2}),
     "doge": Family("doge"),
     "dots1": Family("dots1", {"num_key_value_heads": 2}),
@@ -300,14 +306,14 @@ FAMILIES: Mapping[str, Family] = {
     "phi": Family("phi"),
     "phi-3": Family("phi3"),
     "phi-moe": Family("phimoe"),
-    "qwen2": Family("qwen2"),
-    "qwen2-sliding": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2": Family("qwen2", bytes=True),
+    "qwen2-sliding": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, bytes=True),
     "qwen2-moe": Family("qwen2_moe", {"decoder_sparse_step": 1}),
     "qwen3": Family("qwen3", {"tie_word_embeddings": True}),
     "qwen3-moe": Family("qwen3_moe", {"decoder_sparse_step": 1}),
     "qwen3-next": Family("qwen3_next", {"layer_types": LINEAR}),
     "qwen3.5": Family("qwen3_5_text", {"layer_types": LINEAR}),
-    "qwen3.5-moe": Family("qwen3_5_moe_text", {"layer_types": LINEAR}),
+    "qwen3.5-moe": Family("qwen3_5_moe_text", {"layer_types": LINEAR}, bytes=True),
     "qwen3.5-vision": Family(
         "qwen3_5",
         {"layer_types": LINEAR},
@@ -325,6 +331,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         whole={"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63},
         architecture="Qwen3_5ForConditionalGeneration",
+        bytes=True,
     ),
     "recurrent-gemma": Family(
         "recurrent_gemma", {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]}
@@ -388,7 +395,8 @@ def write_family(name: str, folder: Path, *, seed: int = 7) -> Path:
     import torch
     import transformers
 
-    configuration = family_configuration(name, vocabulary=tiny.write_word_tokenizer(folder))
+    write_tokenizer = tiny.write_byte_tokenizer if FAMILIES[name].bytes else tiny.write_word_tokenizer
+    configuration = family_configuration(name, vocabulary=write_tokenizer(folder))
     torch.manual_seed(seed)
     published = FAMILIES[name].architecture
     model = (

@@ -43,6 +43,12 @@ class Ended:
         (found,) = re.findall(r"with (\d+) MiB at most", self.log)
         return int(found)
 
+    @property
+    def data_memory_mebibytes(self) -> int:
+        """The peak resident memory in MiB before the checks with torch began."""
+        (found,) = re.findall(r"were checked within (\d+) MiB", self.log)
+        return int(found)
+
 
 def run_program(paths: Paths, **environment: str) -> Ended:
     """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""

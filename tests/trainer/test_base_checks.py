@@ -199,6 +199,11 @@ def newer_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def stop_at_a_new_token(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", additional_special_tokens=["<turn>"])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 64]}')
+
+
 @dataclass(frozen=True)
 class Broken:
     """A model that no job can train, and what is said of it."""
@@ -217,10 +222,7 @@ BROKEN: dict[str, Broken] = {
         "model: its tokenizer does not fit its weights: the end token '</s>' has the id 64, and the embedding has only",
     ),
     "a stop token beyond the rows": Broken(
-        lambda folder: (
-            edit(folder / "tokenizer_config.json", additional_special_tokens=["<turn>"]),
-            (folder / "generation_config.json").write_text('{"eos_token_id": [1, 64]}'),
-        ),
+        stop_at_a_new_token,
         "model: its tokenizer does not fit its weights: the stop token '<turn>' has the id 64",
     ),
     "rows beyond the configuration": Broken(

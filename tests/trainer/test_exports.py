@@ -147,6 +147,22 @@ def test_experts_that_lie_in_several_files_are_written_into_these_files(tmp_path
     assert same_logits(load_whole(artifact), model) == 0
 
 
+def test_files_beside_the_model_are_not_in_the_artifact(tmp_path: Path) -> None:
+    base = tiny.write_model(tmp_path / "base")
+    model = load_whole(base)
+    for name in ("adapter_config.json", "pytorch_model.bin", "README.md"):
+        (base / name).write_text("{}")
+    for name in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"model.norm.weight": torch.ones(64)}, base / name)
+    artifact = export(model, base, tmp_path)
+    assert layout(artifact).keys() == {"model.safetensors"}
+    extend_base(base, tmp_path / "extended", tokens=["<A>"], untie=False, seed=1)
+    for folder in (artifact, tmp_path / "extended"):
+        wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+        found = {path.name for path in folder.iterdir()}
+        assert wanted <= found <= wanted | {"tokenizer_config.json", "special_tokens_map.json"}
+
+
 def test_numbers_that_are_no_floats_are_copied_as_they_are(tmp_path: Path) -> None:
     base = tiny.write_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

@@ -87,7 +87,7 @@ def test_a_column_that_expands_to_gigabytes_is_no_finding_where_nobody_reads_it(
     paths.run_file.write_text(json.dumps(run_config(store, "unread", **source)))
     ended = run_program(paths)
     assert (ended.code, ended.result.findings) == (0, []), ended.log
-    assert ended.memory_mebibytes < 400
+    assert ended.data_memory_mebibytes < 400
 
 
 def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) -> None:

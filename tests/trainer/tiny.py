@@ -71,6 +71,29 @@ def write_word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
     return len(vocabulary)
 
 
+def write_byte_tokenizer(folder: Path) -> int:
+    """Write a byte-level tokenizer like that of GPT-2 and Qwen to ``folder``, and return how many tokens it has. Token
+    1 ends an answer."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([f"ask {' '.join(WORDS)} answer"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
 def write_llama_tokenizer(folder: Path) -> Path:
     """Write a small BPE tokenizer like that of Llama 2: with a space mark before words, and byte tokens for unknown
     characters."""

@@ -142,8 +142,8 @@ def write_cards(
         evaluation=evaluation,
     )
     merged = target / MERGED_FOLDER
-    only_adapter = (target / ADAPTER_FILE).is_file()
-    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if only_adapter else "model"))
+    is_adapter = (target / ADAPTER_FILE).is_file()
+    (target / CARD_FILE).write_text(model_card(config, facts, "adapter" if is_adapter else "model"))
     if merged.is_dir():
         (merged / CARD_FILE).write_text(model_card(config, facts, "model"))
 

@@ -145,7 +145,9 @@ class FineTuneJobSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=cel(*_BETWEEN_SECTIONS, *_UNCHANGEABLE))
 
     model: ModelSpec
-    """The base model."""
+    """The base model: a folder with `config.json`, `tokenizer.json` and safetensors. Used are `model.safetensors`, or
+    else the weight files that `model.safetensors.index.json` names; adapters and other checkpoints beside them are left
+    out. Quantised weights are refused."""
     dataset: DatasetSpec
     """The training, validation and test rows, and how a row becomes an example."""
     method: Method

@@ -29,8 +29,9 @@ RESOURCES = {
     "requests": {"cpu": "100m", "memory": "256Mi", EPHEMERAL_STORAGE: "256Mi"},
     "limits": {"cpu": "1", "memory": "1Gi", EPHEMERAL_STORAGE: "4Gi"},
 }
-"""Requests and limits of the preflight container. The checks take about 150 MiB of memory; the limit leaves room for a
-large tokenizer. On disk the pod has the small files of the model and the first rows of the data files."""
+"""Requests and limits of the preflight container. The checks of the data take about 150 MiB of memory. The checks of
+the model take 750 MiB, and 300 MiB of that are mapped files of torch. The limit leaves room for a large tokenizer. On
+disk the pod has the small files of the model, the headers of its weight files and the first rows of the data files."""
 PREFLIGHT_GRACE_SECONDS = 2
 """terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
 PREFLIGHT_POD_SECONDS = 1800

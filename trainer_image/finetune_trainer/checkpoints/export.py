@@ -8,6 +8,7 @@ therefore those that the bucket holds, rounded to the precision of the run.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from finetune_trainer.model.generation_config import artifact_generation_config
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
@@ -106,7 +107,7 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
 
 def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOptions) -> None:
     """Write `adapter_config.json` of ``model`` into the folder ``target``."""
-    config = model.peft_config["default"]
+    config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = options.base_name
     config.revision = options.revision
@@ -186,7 +187,7 @@ def _save_weights(
             # The copy lets go of the memory of the whole group.
             written |= {key: tensor.clone().contiguous() for key, tensor in made.items() if key in inside}
         save_file(written, target / file_name, {"format": "pt"})
-    if (base.folder / INDEX_FILE).is_file() or len(set(base.files.values())) > 1:
+    if set(base.files.values()) != {SINGLE_FILE}:
         write_index(target, base.files)
 
 

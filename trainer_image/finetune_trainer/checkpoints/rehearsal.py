@@ -46,29 +46,34 @@ def rehearse_export(
     """
     scratch.mkdir(parents=True)
     try:
-        # Libraries raise whatever a wrong file makes their code raise.
-        with library_boundary(lambda error: UserError("model", f"it can't be exported: {first_line(error)}")):
-            if options.names is not None:
-                options.names.check_writable(changed)
-                save_model_configuration(scratch, options)
-                load_configuration(scratch, "model")
+        if options.names is not None:
+            options.names.check_writable(changed)
+            save_model_configuration(scratch, options)
+            load_configuration(scratch, "model")
+        with library_boundary(_not_exported):
             notices = list(save_text_files(scratch, tokenizer, options))
             GenerationConfig.from_pretrained(scratch)
-            _check_same(tokenizer, load_tokenizer(scratch))
+        _check_same(tokenizer, load_tokenizer(scratch))
     finally:
         shutil.rmtree(scratch)
     return notices
 
 
+def _not_exported(error: BaseException) -> UserError:
+    return UserError("model", f"it can't be exported: {first_line(error)}")
+
+
 def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
     """Raise UserError where the tokenizer ``saved`` differs from the job's."""
-    text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
-    for what, mine, its in (
-        ("end token", tokenizer.eos_token_id, saved.eos_token_id),
-        ("number of tokens", len(tokenizer), len(saved)),
-        ("token ids of a text", tokenizer(text)["input_ids"], saved(text)["input_ids"]),
-        ("chat template", tokenizer.chat_template, saved.chat_template),
-    ):
+    with library_boundary(_not_exported):
+        text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
+        compared = {
+            "end token": (tokenizer.eos_token_id, saved.eos_token_id),
+            "number of tokens": (len(tokenizer), len(saved)),
+            "token ids of a text": (tokenizer(text)["input_ids"], saved(text)["input_ids"]),
+            "chat template": (tokenizer.chat_template, saved.chat_template),
+        }
+    for what, (mine, its) in compared.items():
         if mine != its:
             raise UserError("model", f"its tokenizer can't be exported: it has another {what} after it was saved")
 

@@ -65,7 +65,7 @@ class Engine:
             # chunks.
             set_z3_leaf_module(self._objective.head, True)
         if optimization.zero_stage == 3:
-            for module in modules_that_read_inner_weights(model):
+            for module in (*modules_that_read_inner_weights(model), *modules_of_experts(model)):
                 set_z3_leaf_module(module, True)
         self._stage = optimization.zero_stage
         self._linked = False
@@ -262,9 +262,30 @@ class Engine:
             for key in (FIRST_MOMENT, SECOND_MOMENT):
                 self._optimizer.state[parameter][key].copy_(tensors[key])
             return
+        if self._stage == 3:
+            self._write_shard(parameter, tensors)
+            return
         safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+    def _write_shard(self, parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set this rank's shard of a parameter at ZeRO stage 3. DeepSpeed's function for whole tensors fails for a
+        number of values that is no multiple of the number of ranks, because the last shard is then filled up."""
+        from deepspeed.utils import (
+            safe_get_local_fp32_param,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        size, rank = safe_get_local_fp32_param(parameter).numel(), torch.distributed.get_rank()
+        shards = {}
+        for key, tensor in tensors.items():
+            values = tensor.flatten()[rank * size : (rank + 1) * size]
+            shards[key] = torch.nn.functional.pad(values, (0, size - values.numel())).to(self.device)
+        safe_set_local_fp32_param(parameter, shards[MASTER])
+        for key in (FIRST_MOMENT, SECOND_MOMENT):
+            safe_set_local_optimizer_state(parameter, shards[key], key)
 
     def write_weight(self, name: str, value: torch.Tensor) -> None:
         """Set the weight that the model computes with to ``value``, an fp32 tensor of a checkpoint. All ranks must call
@@ -333,6 +354,21 @@ def parameter_groups(
             {"params": vectors, "weight_decay": 0.0, RATE_FACTOR: lora_plus_ratio},
         ]
     return [group for group in groups if group["params"]]
+
+
+def modules_of_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the mixtures of experts that have the weights of all experts in one inner module, which they call once
+    for each expert that gets a token.
+
+    ZeRO-3 gathers the weights of a module when the module is called. The ranks compute other tokens and so call the
+    inner module at other times, and would wait for each other. So its weights must be gathered with the whole mixture.
+    """
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts"
+        and [any(True for _ in inner.parameters()) for inner in module.children()].count(True) == 1
+    ]
 
 
 def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -78,10 +78,12 @@ class _AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]  # torch ha
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ a.T
-        output = functional.linear(flat, weight, bias).addmm_(inner, b.T, alpha=scaling)
+        # The result must not be a view, because some models change it in place.
+        output = functional.linear(flat.view(x.shape), weight, bias)
+        output.view(-1, output.shape[-1]).addmm_(inner, b.T, alpha=scaling)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scaling = scaling
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

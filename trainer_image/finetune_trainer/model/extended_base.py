@@ -23,7 +23,7 @@ from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 
 TEXT_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 """Suffixes of the files with configuration and tokenizer in a model's folder."""
@@ -139,7 +139,7 @@ def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, tor
         with safe_open(weights.folder / name, framework="pt") as file:
             tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
         save_file(tensors, target / name, {"format": "pt"})
-    if len(files) > 1 or (weights.folder / INDEX_FILE).is_file():
+    if files != [SINGLE_FILE]:
         write_index(target, places)
 
 

@@ -102,6 +102,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         _check_inputs(child, config, paths, root, folder, store_answers=store_answers)
 
     _run_confined(findings, check_inputs)
+    print(f"model files and data were checked within {_peak_memory()}", flush=True)
     if (folder / HEADERS_FOLDER).is_dir():  # otherwise something is wrong with the model, and stands in the findings
         _run_confined(findings, partial(_check_for_job, config, folder / HEADERS_FOLDER), TORCH_MEMORY_BYTES)
 
