@@ -14,8 +14,11 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
-from finetune_trainer.model.adapters import MAGNITUDE, initial_adapter
+from finetune_trainer.engine.engine import RATE_FACTOR, parameter_groups
+from finetune_trainer.model.adapters import MAGNITUDE, add_adapters, initial_adapter
+from finetune_trainer.model.load import load_base, trained_parameters
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.families import write_family
@@ -175,6 +178,22 @@ def test_variants_and_experts_train_as_with_plain_peft(
         found = losses_of(store, f"exact-{name}-{stage}")
         assert found == pytest.approx(plain[name], rel=1e-5), (name, stage)
     assert len({round(losses[-1], 4) for losses in plain.values()}) == len(plain), "each variant trains differently"
+
+
+def test_each_parameter_has_the_learning_rate_that_peft_gives_it_in_lora_plus(tiny_model: Path) -> None:
+    lora = LoRASpec.model_validate({"rank": RANK, "doRA": True, "loraPlusRatio": "16"})
+    base = load_base(tiny_model, torch.float32)
+    tuned = add_adapters(base, lora, targets=[*DENSE, "embed_tokens", "lm_head"], seed=1, base_name="tiny")
+    names = {parameter: name for name, parameter in tuned.named_parameters()}
+    optimizer = create_loraplus_optimizer(
+        tuned, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16, loraplus_lr_embedding=RATE
+    )
+    wanted = {names[value]: group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    groups = parameter_groups(tuned, 0.1, lora_plus_ratio=16)
+    found = {names[value]: RATE * group.get(RATE_FACTOR, 1) for group in groups for value in group["params"]}
+    assert found == wanted
+    assert set(found) == set(trained_parameters(tuned))
+    assert set(found.values()) == {RATE, RATE * 16}
 
 
 def test_variants_and_experts_train_in_bf16_and_with_packing_too(

@@ -357,15 +357,17 @@ def parameter_groups(
 
 
 def modules_of_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the modules that call modules with weights for some tokens only: mixtures of experts.
+    """Return the mixtures of experts that have the weights of all experts in one inner module, which they call once
+    for each expert that gets a token.
 
-    ZeRO-3 gathers the weights of a module when the module is called. The ranks compute other tokens and so call other
-    experts, and would wait for each other. So the weights of all experts must be gathered together.
+    ZeRO-3 gathers the weights of a module when the module is called. The ranks compute other tokens and so call the
+    inner module at other times, and would wait for each other. So its weights must be gathered with the whole mixture.
     """
     return [
         module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts" and any(True for inner in module.children() for _ in inner.parameters())
+        if name.rpartition(".")[2] == "experts"
+        and [any(True for _ in inner.parameters()) for inner in module.children()].count(True) == 1
     ]
 
 

@@ -168,9 +168,10 @@ class TextPath:
         if value.ndim == 3 and min(value.shape) > 1 and self._has_experts:
             yield AdaptableWeight(short, Part.EXPERTS, value.numel(), full)
         elif value.ndim == 2 and key == "weight" and self._is_router(name):
-            others = [other for other, _ in [*module.named_parameters(), *module.named_buffers()] if other != key]
-            # The block around the router reads such values of the router, which peft's wrapper does not have.
-            problem = f"which also has {others[0]}" if others else ""
+            # peft's wrapper has no other attribute of the router.
+            parent, _, leaf = name.rpartition(".")
+            read = re.search(rf"self\.{leaf}\.(\w+)", _source(type(self._modules[parent])))
+            problem = f"of which the model also reads {read[1]}" if read else ""
             yield AdaptableWeight(short, Part.ROUTER, value.numel(), full, problem)
 
     @cached_property
@@ -200,17 +201,17 @@ class TextPath:
     def _problem(self, name: str) -> str:
         """Return why peft can't adapt the linear layer ``name``, as the end of a sentence.
 
-        peft replaces the forward function of a layer. Some models multiply with the weight of a layer without calling
-        the layer, always or in a kernel for GPUs, and an adapter of such a layer would not be seen. peft refuses some
-        of these layers, and the code of the model names them all.
+        peft replaces the forward function of a layer. Some models multiply with the weight of a layer and never call
+        the layer, so that an adapter would not be seen. The code of the model tells. peft itself refuses some layers of
+        Mamba, which models call or not, depending on the libraries that are installed.
         """
         parent, _, leaf = name.rpartition(".")
         around = type(self._modules[parent])
         if (around, leaf) not in self._read_past:
             try:
                 LoraModel._check_target_module_compatiblity(None, LoraConfig(), self._model, leaf)
-                uses = rf"self\.{leaf}\.weight\b(?!\.(dtype|device|shape|size)\b)"
-                self._read_past[around, leaf] = re.search(uses, _source(around)) is not None
+                code = _source(around)
+                self._read_past[around, leaf] = f"self.{leaf}.weight" in code and f"self.{leaf}(" not in code
             except ValueError:
                 self._read_past[around, leaf] = True
         return READ_PAST if self._read_past[around, leaf] else ""

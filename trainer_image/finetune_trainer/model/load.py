@@ -55,7 +55,7 @@ def load_base(
                 output_loading_info=True,
                 **({"quantization_config": nf4_configuration(dtype)} if quantization is not None else {}),
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         # torch raises RuntimeError for lack of memory and for lost ranks too, which are not the model's fault.
