@@ -170,16 +170,6 @@ def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None
     assert chosen.notices == ["training.attention: Flash can't be used for this model: FlashAttention has no s_aux"]
 
 
-def test_a_model_that_is_random_in_training_is_told(tmp_path: Path) -> None:
-    """The router of Phi-MoE draws the experts of a token at random in training."""
-    torch.manual_seed(1)
-    engine = OneProcess(load_base(write_family("phi-moe", tmp_path), torch.float32))
-    chosen = check_model(engine, EXAMPLES, pad=1, packing=False, kernels=[Kernel.SDPA])  # type: ignore[arg-type]
-    assert chosen.notices == [
-        "the model's own code draws random numbers in training, so that the same job has other losses each time"
-    ]
-
-
 def test_generated_text_after_a_packed_batch_is_that_of_the_model(tmp_path: Path) -> None:
     """The borders of a packed batch must not reach the masks of a text that is generated later."""
     model = load_base(write_family("mistral", tmp_path), torch.float32).eval()
