@@ -26,7 +26,7 @@ from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
 from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
-from finetune_trainer.sources.content_digest import NAME, ContentDigest, hub_digest, object_digest
+from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.storage.client import EtagForm, ObjectDigest, Store
@@ -171,6 +171,24 @@ def test_what_somebody_else_put_into_the_cache_is_noticed_and_replaced(
     assert not spoilt.is_symlink()
     assert spoilt.read_bytes() == (pod.source / "model.safetensors").read_bytes()
     assert pod.fetch() == []
+
+
+def test_of_a_file_that_grows_while_it_is_read_no_more_is_copied_than_it_must_have(pod: Pods) -> None:
+    class Growing(ContentDigest):
+        """Lets the file grow when its copy begins, as another writer could."""
+
+        def hasher(self) -> Hasher:
+            with (pod.cache / FOLDER / self.name).open("ab") as file:
+                file.write(bytes(MIB))
+            return ContentDigest.hasher(self)
+
+    pod.fetch()
+    digest = digest_of(FolderSource(pod.source, pod.log), "model.safetensors")
+    target = pod.tmp_path / "copy"
+    with ModelCache(pod.cache) as opened:
+        growing = Growing(algorithm=digest.algorithm, value=digest.value, bytes=digest.bytes)
+        assert opened.copy_out(growing, target)
+    assert target.read_bytes() == (pod.source / "model.safetensors").read_bytes()
 
 
 def test_a_pod_keeps_its_files_whatever_happens_to_the_cache_later(pod: Pods) -> None:
@@ -505,7 +523,8 @@ def test_an_object_that_is_replaced_is_fetched_again(
 def test_a_malformed_record_of_a_digest_counts_as_none(content: bytes, store: ObjectStore) -> None:
     root = RunRoot(Store(store.endpoint, "us-east-1", store.credentials), parse_uri(f"s3://{BUCKET}/runs/records"))
     own = ModelDigests(root)
-    own.note("a", "tag", ObjectDigest(5, "0" * 64))
+    assert own.note("a", "tag", ObjectDigest(5, "0" * 64))
+    assert not own.note("a", "tag", ObjectDigest(5, "1" * 64))
     assert own.find({"a": "tag", "b": "tag"}) == {"a": ObjectDigest(5, "0" * 64)}
     (entry,) = root.list_objects("model-digests/")
     root.write(entry.key, content)

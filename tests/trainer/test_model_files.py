@@ -237,9 +237,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(document: Any, data: st.DataObject) -> Any:
-    """Return a copy of ``document`` in which one value is replaced, renamed or removed. ``data`` draws the value and
-    the change."""
-    document = copy.deepcopy(document)
+    """Return ``document``, in which one value is then replaced, renamed or removed. ``data`` draws the value and the
+    change."""
     place = data.draw(st.sampled_from(list(places(document))))
     parent = document
     for key in place[:-1]:
@@ -281,7 +280,8 @@ def check_any_content(models: Path, folder: Path, data: st.DataObject) -> str:
         for _ in range(data.draw(st.integers(1, 3))):
             document = mutated(json.loads(content.decode(errors="surrogatepass")), data)
             content = json.dumps(document, ensure_ascii=False).encode(errors="surrogatepass")
-            if not isinstance(document, dict) or not document:
+            # Python can't go through a document that is nested as deep as some changes make it.
+            if not isinstance(document, dict) or not document or b"[" * 60 in content:
                 break
     return outcome(changed(models, folder, kind, name, content))
 

@@ -104,7 +104,7 @@ def _check_training(base: JobBase) -> None:
 
 def _check_extension(base: JobBase) -> None:
     if base.config.model.added_tokens or base.unties:
-        check_extendable(base.structure, WeightFiles.of(base.folder), untie=base.unties)
+        check_extendable(base.structure, WeightFiles.of(base.folder), rows=base.rows, untie=base.unties)
 
 
 CHECKS: tuple[Callable[[JobBase], Any], ...] = (

@@ -8,6 +8,7 @@ output) and the model's `initializer_range`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
+from finetune_trainer.pod.errors import first_line, library_boundary
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 
 TEXT_SUFFIXES = (".json", ".model", ".txt", ".jinja")
@@ -54,7 +57,8 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     tokenizer.save_pretrained(target)
     config = json.loads((source / CONFIG_FILE).read_text())
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    names = check_extendable(structure, weights, untie=untie)
+    rows = max(structure.rows, *(number + 1 for number in ids), 0)
+    names = check_extendable(structure, weights, rows=rows, untie=untie)
     input_name, output_name = f"{structure.input_name}.weight", f"{structure.output_name}.weight"
     copies = names.copies(input_name)
     spread = text.get("initializer_range") or DEFAULT_SPREAD
@@ -62,7 +66,6 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
         raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
     first = next(iter(copies.values()))
     old = weights.tensor(first)
-    rows = max(old.shape[0], max(ids, default=-1) + 1)
 
     def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
         grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
@@ -96,9 +99,10 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def check_extendable(structure: ModelStructure, weights: WeightFiles, *, untie: bool) -> TensorNames:
-    """Return the names of the tensors in ``weights``. Raises UserError where `extend_base` can't extend the model,
-    because its files lack an embedding. Only the headers of the files are read."""
+def check_extendable(structure: ModelStructure, weights: WeightFiles, *, rows: int, untie: bool) -> TensorNames:
+    """Return the names of the tensors in ``weights``. Raises UserError where `extend_base` can't extend the model to
+    ``rows`` rows of the embeddings, because its files lack an embedding, or because the model has another tensor with
+    values for each token. Only the headers of the files are read."""
     if structure.output_name is None:
         raise UserError("model.addedTokens", "must be empty: the model has no output head")
     names = TensorNames(structure.model, weights.shapes, "model.addedTokens")
@@ -112,7 +116,34 @@ def check_extendable(structure: ModelStructure, weights: WeightFiles, *, untie: 
                 names.new_stored_name(name)
     elif not structure.tied and output_name not in names.copies(output_name):
         raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor for {output_name}")
+    other = _other_rows(structure, rows)
+    if other is not None:
+        raise UserError("model.addedTokens", f"must be empty: the model has {other} with values for each of its tokens")
     return names
+
+
+def _other_rows(structure: ModelStructure, rows: int) -> str | None:
+    """Return the name of a tensor beside the embeddings that has another shape in a model with ``rows`` rows of the
+    embeddings."""
+    if rows == structure.rows:
+        return None
+    config = copy.deepcopy(structure.model.config)
+    config.get_text_config().vocab_size = rows
+    # transformers raises whatever a wrong file makes its code raise.
+    with (
+        library_boundary(lambda error: UserError("model.addedTokens", f"must be empty: {first_line(error)}")),
+        torch.device("meta"),
+    ):
+        grown = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+    embeddings = (structure.input_name, structure.output_name)
+    return next(
+        (
+            name
+            for name, tensor in structure.model.state_dict().items()
+            if name.rpartition(".")[0] not in embeddings and grown[name].shape != tensor.shape
+        ),
+        None,
+    )
 
 
 def _is_text_file_of_model(path: Path) -> bool:

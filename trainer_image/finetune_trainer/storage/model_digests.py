@@ -57,10 +57,11 @@ class ModelDigests:
                 found[name] = ObjectDigest(record.bytes, record.sha256)
         return found
 
-    def note(self, name: str, tag: str, digest: ObjectDigest) -> None:
-        """Record the digest of a file, unless another pod has recorded one."""
+    def note(self, name: str, tag: str, digest: ObjectDigest) -> bool:
+        """Record the digest of a file, and return whether it is now recorded. It is not if another pod has recorded
+        another digest before."""
         record = _Record(bytes=digest.bytes, sha256=digest.sha256)
-        self._root.create(_key(name, tag), record.to_json().encode())
+        return self._root.create(_key(name, tag), record.to_json().encode())
 
 
 def _key(name: str, tag: str) -> str:

@@ -299,13 +299,17 @@ def _left_free(total: int) -> int:
 
 def _copied_digest(source: int, digest: ContentDigest, target: Path) -> str:
     """Copy the open file ``source`` to ``target``, and return the digest of what was copied. Raises OutsideFailure if
-    ``target`` can't be written."""
-    hasher = digest.hasher()
+    ``target`` can't be written.
+
+    No more bytes are copied than the file must have, because another writer may let the file grow without end.
+    """
+    hasher, left = digest.hasher(), digest.bytes
     with writing(target):
         copy = target.open("wb")
     with copy:
-        while chunk := os.read(source, CHUNK_BYTES):
+        while left and (chunk := os.read(source, min(CHUNK_BYTES, left))):
             hasher.update(chunk)
+            left -= len(chunk)
             with writing(target):
                 copy.write(chunk)
         with writing(target):

@@ -196,7 +196,8 @@ class _CachedFetch:
                 self._files.fetch([name], self._folder)
                 if digest_of_file(path) != computed:
                     raise self._received_wrong(name, "its content was another one the second time")
-            self._own.note(name, self._files.tag(name), computed)
+            if not self._own.note(name, self._files.tag(name), computed):
+                raise self._received_wrong(name, "another pod of this job has received another content")
             self._digests[name] = own_digest(computed.bytes, computed.sha256)
             _, is_kept = self._compared_and_kept(self._digests[name], path)
         with self._lock:
