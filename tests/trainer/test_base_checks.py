@@ -119,6 +119,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"storage__artifact": "Both"},
     "added tokens": {"model__addedTokens": ["<A>", "<B>"], "storage__artifact": "Both"},
     "Full": {"method": "Full"},
+    "packing": {"dataset__packing": True, "optimization__gradientCheckpointing": True},
 }
 QUICK = ("llama-2", "gpt-2", "mixtral", "qwen2", "gemma-2", "gpt-oss", "gemma-3-vision", "bert")
 """The families that `make test` tries. `make test-long` tries all."""

@@ -508,6 +508,18 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.memory_mebibytes < 900
 
 
+def test_a_model_that_is_too_large_for_the_last_checks_is_a_notice(
+    check: Check, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training pod has much more memory than the pod of the check, so the job is not refused."""
+    monkeypatch.setattr(entrypoint, "TORCH_MEMORY_BYTES", 1 << 20)
+    assert check() == []
+    findings = Findings()
+    entrypoint.run_checks(findings, paths)
+    sentence = "model: it is too large for the last checks before the training, which were left out"
+    assert findings.result.notices == [sentence]
+
+
 def test_the_data_is_checked_without_torch(paths: Paths, store: ObjectStore) -> None:
     """torch takes hundreds of MiB, which the child that reads the data may need for the data."""
     paths.run_file.write_text(json.dumps(run_config(store, "light", model={"s3": {"uri": f"s3://{BUCKET}/data"}})))

@@ -47,7 +47,7 @@ class NoRowsError(UserError):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The largest allowed length of an example in tokens, which field or model sets it, and the number of tokens."""
+    """The largest allowed length of an example in tokens, which field or model sets it, and the largest token id."""
 
     tokens: int
     origin: str

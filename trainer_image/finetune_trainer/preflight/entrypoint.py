@@ -105,15 +105,27 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
     _run_confined(findings, check_inputs)
     print(f"model files and data were checked within {_peak_memory()}", flush=True)
     if (folder / HEADERS_FOLDER).is_dir():  # otherwise something is wrong with the model, and stands in the findings
-        _run_confined(findings, partial(_check_for_job, config, folder / HEADERS_FOLDER), TORCH_MEMORY_BYTES)
+        check_for_job = partial(_check_for_job, config, folder / HEADERS_FOLDER)
+        end = run_confined(
+            lambda send: check_for_job(Findings(send)), findings.receive, memory_bytes=TORCH_MEMORY_BYTES
+        )
+        if end is ChildEnd.TOO_LARGE:
+            # The training pod has much more memory than this pod, so a large model is no reason to refuse the job.
+            findings.notice("model: it is too large for the last checks before the training, which were left out")
+        else:
+            _tell_end(findings, end)
 
 
-def _run_confined(findings: Findings, checks: Callable[[Findings], None], memory_bytes: int = MEMORY_BYTES) -> None:
+def _run_confined(findings: Findings, checks: Callable[[Findings], None]) -> None:
     """Run ``checks`` in a child process whose memory is limited, and add what they find to ``findings``.
 
     Raises RuntimeError if the checks end with an unexpected error.
     """
-    end = run_confined(lambda send: checks(Findings(send)), findings.receive, memory_bytes=memory_bytes)
+    _tell_end(findings, run_confined(lambda send: checks(Findings(send)), findings.receive))
+
+
+def _tell_end(findings: Findings, end: ChildEnd) -> None:
+    """Add a finding where the checks of a child process were ended. Raises RuntimeError where they raised an error."""
     if end is ChildEnd.TOO_LARGE:
         findings.add(
             FindingKind.FINAL,
