@@ -85,6 +85,8 @@ FLOODS: dict[str, Values] = {
     "eta_seconds": lambda n: n,
     "tokens_per_second": lambda n: n / 3,
     "mfu": lambda n: n % 2 / 2,
+    "attention": lambda n: f"kernel {n}",
+    "adapted_share": lambda n: n % 8 / 8,
     "metrics": lambda n: {f"m{index}": n + index for index in range(32)},
     "resumed_from_step": lambda n: n % 50,
     "history": lambda n: [CurvePoint(step=step, loss=n) for step in range(60)],
