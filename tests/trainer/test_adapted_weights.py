@@ -208,7 +208,7 @@ def test_a_pattern_can_select_single_layers() -> None:
         ),
         ("llama-2", {"targetModules": ["*_proj"]}, "lora.targetModules: must be a regular expression in the syntax of"),
         ("gemma-3-vision", {"targetModules": ["fc1"]}, "'fc1' is none, but only of parts that no text goes through"),
-        ("mamba", {"targetModules": ["dt_proj"]}, "whose weight the model reads without calling the layer"),
+        ("jamba", {"targetModules": ["dt_proj"]}, "whose weight the model reads without calling the layer"),
         ("mamba", {"targetModules": ["out_proj"]}, "whose weight the model reads without calling the layer"),
         ("mixtral", {"dropout": "0.1"}, "lora.dropout: must be 0 while model.layers.0.mlp.experts.gate_up_proj gets"),
         (

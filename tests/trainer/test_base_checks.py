@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 from finetune_core.contract import Identity, RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import load_tokenizer
+from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.digest import base_digest
 from finetune_trainer.model.load import load_base
 from finetune_trainer.pod.plan import WorkerPlan
@@ -299,7 +300,11 @@ BROKEN: dict[str, Broken] = {
     "words without a class": Broken(
         words_without_a_class, "model: its tokenizer can't be loaded: there is no tokenizer.json, and transformers"
     ),
-    "a tokenizer of a newer library": Broken(newer_tokenizer, "model: its tokenizer can't be loaded: "),
+    "a tokenizer of a newer library": Broken(
+        newer_tokenizer,
+        "model: its tokenizer can't be loaded: tokenizer.json has a part that this version of the tokenizers library"
+        " does not know (data did not match",
+    ),
     "an encoder": Broken(lambda folder: None, "reads a text in both directions (is_decoder is false)", family="bert"),
     "an encoder with a decoder": Broken(
         configure(model_type="bart", is_encoder_decoder=True),
@@ -364,6 +369,18 @@ def test_what_lies_beside_the_model_is_left_out(tmp_path: Path) -> None:
     loaded = load_base(folder, torch.float32)
     assert torch.equal(loaded(torch.tensor([[2, 5, 3]])).logits, logits)
     assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+
+def test_weights_that_the_model_does_not_use_are_a_notice(tmp_path: Path) -> None:
+    """A configuration with fewer layers than the files describes another model than the one that was published."""
+    folder = write_family("llama-2", model_folder(tmp_path))
+    tried = job(tmp_path)
+    base = JobBase(folder, tried.config)
+    assert check_base(base) == []
+    edit(folder / "config.json", num_hidden_layers=1)
+    sentence = "model: its files have 7 weights that a model with its config.json does not use, such as model.layers.1."
+    (notice,) = check_base(JobBase(folder, tried.config))
+    assert notice.startswith(sentence)
 
 
 def test_a_whole_checkpoint_in_several_files_beside_a_single_one_is_left_out(tmp_path: Path) -> None:

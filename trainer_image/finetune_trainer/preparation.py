@@ -118,7 +118,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     modules that the model does not have.
     """
     base, config = JobBase(plan.inputs.model, plan.config), plan.config
-    check_base(base)
+    notices = check_base(base)
     structure, targets = base.structure, base.targets
     if config.model.added_tokens or base.unties:
         extend_base(
@@ -131,7 +131,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context, base.rows)
-    notices = rehearse_job_export(
+    notices += rehearse_job_export(
         config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
     )
     if rate := own_dropout(structure.model):

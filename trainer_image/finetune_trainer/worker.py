@@ -23,6 +23,7 @@ from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_o
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 from finetune_trainer.pod.signals import StopFlag
+from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -74,6 +75,7 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
     """Join the other ranks and train. Rank 0 also sends reports to the operator, the last of them with the result."""
     from finetune_trainer.ranks import process
 
+    leave_out_bitsandbytes(plan.config)
     process.prepare_environment(plan.paths.scratch)
     from finetune_trainer.ranks.gang import Gang
     from finetune_trainer.reporting.progress import Progress

@@ -30,6 +30,10 @@ TOKENIZER_FILE = "tokenizer.json"
 `.model`) does not: transformers makes up the rest, and reads the file in another format where the first one fails."""
 
 
+UNKNOWN_PART = "did not match any variant"
+"""What the tokenizers library says of a file of a newer version."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer, if it can only be guessed
     from its files, or if the tokenizer has no end token."""
@@ -59,6 +63,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _not_loaded(folder: Path, error: BaseException) -> UserError:
     reason = first_line(error).rstrip(" :\n")
+    if UNKNOWN_PART in reason:
+        reason = f"{TOKENIZER_FILE} has a part that this version of the tokenizers library does not know ({reason})"
     if not (folder / TOKENIZER_FILE).is_file():
         reason = f"there is no {TOKENIZER_FILE}, and transformers can't make a tokenizer of the other files ({reason})"
     return UserError("model", f"its tokenizer can't be loaded: {reason}")

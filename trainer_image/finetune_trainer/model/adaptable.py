@@ -201,9 +201,9 @@ class TextPath:
     def _problem(self, name: str) -> str:
         """Return why peft can't adapt the linear layer ``name``, as the end of a sentence.
 
-        peft replaces the forward function of a layer. Some models multiply with the weight of a layer and never call
-        the layer, so that an adapter would not be seen. The code of the model tells. peft itself refuses some layers of
-        Mamba, which models call or not, depending on the libraries that are installed.
+        peft replaces the forward function of a layer. Some models multiply with the weight of a layer instead of
+        calling the layer, so that an adapter would not be seen. The code of the model tells. peft itself refuses some
+        layers of Mamba, which models call or not, depending on the libraries that are installed.
         """
         parent, _, leaf = name.rpartition(".")
         around = type(self._modules[parent])
@@ -211,7 +211,7 @@ class TextPath:
             try:
                 LoraModel._check_target_module_compatiblity(None, LoraConfig(), self._model, leaf)
                 code = _source(around)
-                self._read_past[around, leaf] = f"self.{leaf}.weight" in code and f"self.{leaf}(" not in code
+                self._read_past[around, leaf] = f"self.{leaf}.weight @" in code
             except ValueError:
                 self._read_past[around, leaf] = True
         return READ_PAST if self._read_past[around, leaf] else ""

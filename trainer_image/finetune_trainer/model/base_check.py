@@ -68,10 +68,9 @@ class JobBase:
         return max([self.structure.rows, *(number + 1 for number in added)])
 
 
-def check_base(base: JobBase) -> None:
-    """Run all checks. Raises UserError for the first one that fails."""
-    for check in CHECKS:
-        check(base)
+def check_base(base: JobBase) -> list[str]:
+    """Run all checks, and return their notices. Raises UserError for the first one that fails."""
+    return [notice for check in CHECKS for notice in check(base) or ()]
 
 
 def _check_files(base: JobBase) -> None:
@@ -82,8 +81,8 @@ def _check_structure(base: JobBase) -> None:
     assert base.structure.model is not None
 
 
-def _check_weights(base: JobBase) -> None:
-    check_weights(base.structure, base.folder, DTYPES[base.config.optimization.precision])
+def _check_weights(base: JobBase) -> list[str]:
+    return check_weights(base.structure, base.folder, DTYPES[base.config.optimization.precision])
 
 
 def _check_tokens(base: JobBase) -> None:
@@ -107,7 +106,7 @@ def _check_extension(base: JobBase) -> None:
         check_extendable(base.structure, WeightFiles.of(base.folder), rows=base.rows, untie=base.unties)
 
 
-CHECKS: tuple[Callable[[JobBase], Any], ...] = (
+CHECKS: tuple[Callable[[JobBase], list[str] | None], ...] = (
     _check_files,
     _check_structure,
     _check_weights,

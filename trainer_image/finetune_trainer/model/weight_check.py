@@ -28,9 +28,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 floating-point numbers, as in quantised models."""
 
 
-def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -> None:
+def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -> list[str]:
     """Raise UserError where the weight files in ``folder`` lack a weight of ``structure``, or where a weight has
-    another shape or is quantised. ``dtype`` is the data type in which the model will be loaded."""
+    another shape or is quantised. ``dtype`` is the data type in which the model will be loaded. Return a notice where
+    the files have weights that the model does not use."""
     headers = WeightFiles.of(folder).headers()
     expected = structure.model.state_dict()
     quantised = {
@@ -63,6 +64,17 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             f"its config.json does not fit its weights: {name} has the shape {list(found)} in its files, and must have"
             f" {list(wanted)}",
         )
+    return _unused_notice(report["unexpected_keys"], headers)
+
+
+def _unused_notice(names: Collection[str], headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Return a notice about the tensors ``names`` that the model does not use. Tensors that are no weights, such as the
+    masks in old files, are left out by their number of dimensions."""
+    unused = sorted(name for name in names if name not in headers or len(headers[name].shape) in (2, 3))
+    if not unused:
+        return []
+    weights = "1 weight" if len(unused) == 1 else f"{len(unused)} weights"
+    return [f"model: its files have {weights} that a model with its config.json does not use, such as {unused[0]}"]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from finetune_core.contract.same_training import settings_digest
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
+from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_confined
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
@@ -186,6 +187,7 @@ def _check_inputs(
 def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None:
     """Run the trainer's checks of the base model, whose folder ``headers`` holds no weights."""
     _limit_threads()
+    leave_out_bitsandbytes(config)
     from finetune_trainer.preflight.model_check import check_for_job
 
     findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))

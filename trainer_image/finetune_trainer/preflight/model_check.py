@@ -97,10 +97,10 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
     from finetune_trainer.model.base_check import JobBase, check_base
 
     base = JobBase(headers, config)
-    check_base(base)
+    notices = check_base(base)
     use_chat_template(base.tokenizer, config.dataset.format, headers)
     scratch = headers.with_suffix(".rehearsal")
-    return rehearse_job_export(config, headers, headers, base.tokenizer, base.targets, scratch)
+    return notices + rehearse_job_export(config, headers, headers, base.tokenizer, base.targets, scratch)
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:
