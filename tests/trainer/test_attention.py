@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from finetune_core.api.training import Attention
+from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.batches import collate
 from finetune_trainer.data.examples import Example
@@ -26,10 +27,13 @@ from finetune_trainer.model.attention import (
     check_abilities,
     kernels,
 )
+from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.load import load_base, own_dropout
 from finetune_trainer.model.packed_attention import note_borders
 from finetune_trainer.model.structure import read_structure
 from tests.trainer.families import FAMILIES, write_family
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
 from tests.trainer.test_objective import OneProcess
 
 CPU = DeviceAbilities(gpu=False)
@@ -108,6 +112,24 @@ def test_a_model_that_can_not_recompute_refuses_gradient_checkpointing() -> None
     model = ModelAbilities("JetMoeForCausalLM", recomputes=False)
     with pytest.raises(UserError, match=r"^training.gradientCheckpointing: must be false: transformers' JetMoe"):
         check_abilities(model, packing=False, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("lfm2", {"dataset__packing": True}, "dataset.packing: must be false for this model: its conv layers carry"),
+        ("gemma-2", {"optimization__attention": "SDPA"}, "training.attention: must not be SDPA for this job, because"),
+        ("jetmoe", {"optimization__gradientCheckpointing": True}, "training.gradientCheckpointing: must be false"),
+    ],
+)
+def test_what_the_code_of_a_model_can_not_do_is_found_before_a_weight_is_read(
+    name: str, changes: dict[str, Any], sentence: str, empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    """The preflight check and the start of a training run the same checks."""
+    folder = write_family(name, tmp_path)
+    check_base(JobBase(folder, RunConfig.model_validate(run_config(empty_store, "attention"))))
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        check_base(JobBase(folder, RunConfig.model_validate(run_config(empty_store, "attention", **changes))))
 
 
 @pytest.mark.parametrize("name", CONTRASTING)

@@ -25,9 +25,10 @@ SECONDS = 600
 
 def line_of(name: str, findings: Findings) -> str:
     """Return the line of the page's table about the family ``name``."""
-    lora, full = findings.get("lora", ""), findings.get("full", "")
-    refused = bool(lora and full)
-    packed = [findings.get(f"{method} packed", "") for method in ("lora", "full") if not findings.get(method)]
+    # A model that was trained at all had a kernel.
+    refused = "kernel" not in findings
+    failed = bool(findings.get("lora") or findings.get("full"))
+    packed = [findings.get(f"{method} packed", "") for method in ("lora", "full")]
     limits: dict[str, list[str]] = {}
     for check, sentence in findings.items():
         if sentence and check not in ("kernel", "preflight") and not (refused and check.endswith("packed")):
@@ -36,8 +37,8 @@ def line_of(name: str, findings: Findings) -> str:
     cells = [
         name,
         f"`{FAMILIES[name].model_type}`",
-        "refused" if refused else "works with a limit" if told else "works",
-        "no" if refused or any(packed) else "yes",
+        "refused" if refused else "in part" if failed else "works with a limit" if told else "works",
+        "no" if refused or any(sentence.startswith("dataset.packing: ") for sentence in packed) else "yes",
         findings.get("kernel", ""),
         told.replace("|", "\\|"),
     ]
