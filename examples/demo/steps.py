@@ -145,8 +145,8 @@ def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str
 
 
 def make_namespace(cluster: Cluster, namespace: str) -> None:
-    """Create a namespace with the strictest level of pod security (`restricted`), and in it the Secret with the access
-    key that the job files name."""
+    """Create a namespace with the strictest level of pod security (`restricted`), and in it the Secret that the job
+    files name, with the access key of the cluster's MinIO."""
     metadata = {"name": namespace, "labels": RESTRICTED}
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
     keys = {ACCESS_KEY_ID: cluster.minio.access_key, SECRET_ACCESS_KEY: cluster.minio.secret_key}

@@ -34,8 +34,9 @@ def then(*commands: str, last: str = f"echo -n '{DONE}' > /dev/termination-log")
 
 
 def volume(name: str, folder: str, *, storage_class: str = "", claim: tuple[str, str] | None = None) -> Manifest:
-    """Return a volume for the folder ``folder`` of whichever node mounts the volume. ``claim`` is the namespace and the
-    name of the claim that it is kept for."""
+    """Return the manifest of a PersistentVolume of type hostPath: a pod that mounts the volume sees the folder
+    ``folder`` of its own node. With ``claim`` (namespace and name) only this PersistentVolumeClaim can bind the
+    volume."""
     spec: Manifest = {
         "capacity": {"storage": "1Gi"},
         "accessModes": ["ReadWriteMany", "ReadWriteOnce"],

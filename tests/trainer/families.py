@@ -420,7 +420,8 @@ def write_family(name: str, folder: Path, *, seed: int = 7) -> Path:
 
 
 def _rename_as_published(file: Path, family: Family) -> None:
-    """Give the tensors in ``file`` the names that published files of ``family`` have."""
+    """Give the tensors in ``file`` the names that published files of ``family`` have, and add the tensors that only
+    published files have."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -71,7 +71,8 @@ def run_program(paths: Paths, **environment: str) -> Ended:
 
 
 def on_a_volume(paths: Paths, name: str) -> tuple[Path, dict[str, Any]]:
-    """Return the path of a new file on a volume, and the data source that names this file."""
+    """Return the path of the file ``name`` on a volume, which the caller must write, and the keyword argument for
+    `run_config` that makes this file the source `dataset.train`."""
     folder = paths.volumes / "data"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name, {"dataset__train": {"volume": {"claimName": "data", "path": name}}}

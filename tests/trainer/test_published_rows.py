@@ -32,7 +32,7 @@ def test_a_field_of_a_published_format_is_honoured_or_refused_by_name(line: Line
     template = line.template if "{" in line.template else published(line.template)
     tokenizer = byte_tokenizer(template)
     form = DatasetFormat.model_validate(line.form)
-    # A file of parquet is read without the columns that no format names.
+    # From a parquet file the trainer reads only the columns that the format names, so other fields are left out here.
     fields = {name: value for name, value in line.row.items() if name in format_columns(form)}
     examples = renderer(form, tokenize_functions(tokenizer, ends=[tokenizer.convert_tokens_to_ids("<|im_end|>")]))(
         fields

@@ -12,7 +12,8 @@ from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
 
 
 class ExitCode(IntEnum):
-    """Exit codes of PID 1 in a training pod. The operator treats any other exit code as a crash."""
+    """Exit codes of PID 1 in a training pod. The operator treats any other exit code as a crash, unless Kubernetes
+    names another cause, such as OOMKilled or the deletion of the pod."""
 
     DONE = 0
     """The training is complete or stopped early, and the artifact is committed, also where the model did not reach a

@@ -274,8 +274,9 @@ class Gang:
         """Run ``work`` in a thread and return the result. Abandon the thread and raise StopAgreed once this rank knows
         that any rank received SIGTERM.
 
-        With ``joining`` the other ranks can't know of the SIGTERM yet, so the work goes on for JOIN_AFTER_STOP_SECONDS
-        more, and then Stopped is raised.
+        ``joining`` says that ``work`` connects this rank with the other ranks for the first time. Before that, this
+        rank can't tell the other ranks about a SIGTERM. So ``work`` then gets JOIN_AFTER_STOP_SECONDS more to end, and
+        only after that Stopped is raised.
         """
         results: list[Any] = []
         failed: list[BaseException] = []

@@ -1,7 +1,8 @@
-"""Fetches the base model and the data files to local paths before any worker starts, so that missing files and
-misspelled columns are reported early.
+"""Fetches the base model and the data files before any worker starts, so that missing files and misspelled columns are
+reported early. Files on a volume are used where they are.
 
-The launcher calls `fetch_inputs`. The preflight checks call the functions that fetch or name a single source.
+The launcher calls `fetch_inputs`. Other modules call `source_name` and `model_revision` to name a source in messages
+and records.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads csv and tsv files. The first line names the columns, and all values are text."""
+"""Reads csv and tsv files. The first line that is not blank names the columns, and all values are text."""
 
 from __future__ import annotations
 
