@@ -5,6 +5,7 @@ The tests use a real object store.
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -351,5 +352,6 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"model: is not what the checkpoint of step 5 .* rows of the added tokens"):
         BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)
     (base / "model.safetensors").rename(base / "other.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": "other.safetensors"}}))
     with pytest.raises(UserError, match=r"the base model's weights is .*, not .*; name that revision again"):
         BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)
