@@ -275,8 +275,8 @@ BROKEN: dict[str, Broken] = {
         packed_in_integers, "model: its weights are quantised: model.layers.0.mlp.down_proj.qweight is stored as I32"
     ),
     "a weight in integers beside a table in integers": Broken(
-        in_integers("model.layers.1.attn.wo_b.weight"),
-        "model: its weights are quantised: model.layers.1.attn.wo_b.weight is stored as I32",
+        in_integers("layers.1.attn.wo_b.weight"),
+        "model: its weights are quantised: layers.1.attn.wo_b.weight is stored as I32",
         family="deepseek-v4",
     ),
     **{
