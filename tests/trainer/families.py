@@ -131,6 +131,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek-v4": Family(
         "deepseek_v4",
         {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+        prefixes={"model.embed_tokens.": "embed.", "model.hc_head.hc_": "hc_head_", "model.": ""},
     ),
     "diffllama": Family("diffllama", {"num_key_value_heads": 2}),
     "doge": Family("doge"),

@@ -29,6 +29,7 @@ from tests.trainer.families import FAMILIES, family_configuration
 QUICK = [
     "bert",
     "deepseek-v3",
+    "deepseek-v4",
     "gemma-3-vision",
     "gpt-2",
     "gpt-oss",
@@ -41,7 +42,7 @@ QUICK = [
     "qwen2-moe",
     "qwen3-next",
 ]
-UNTRAINABLE = {"deepseek-v2", "deepseek-v4"}
+UNTRAINABLE = {"deepseek-v2"}
 """Families whose tiny model can't compute with the eager attention of transformers."""
 MIXTURES = ["deepseek-v3", "gpt-oss", "jetmoe", "llama-4", "mixtral", "qwen3-next"]
 FAMILY_NAMES = [

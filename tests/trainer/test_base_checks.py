@@ -179,6 +179,10 @@ def packed_in_integers(folder: Path) -> None:
     change_tensors(folder, pack)
 
 
+def in_integers(name: str) -> Callable[[Path], object]:
+    return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
+
+
 def only_sentencepiece(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / "tokenizer.json").unlink()
@@ -270,6 +274,11 @@ BROKEN: dict[str, Broken] = {
     "packed in integers without a word": Broken(
         packed_in_integers, "model: its weights are quantised: model.layers.0.mlp.down_proj.qweight is stored as I32"
     ),
+    "a weight in integers beside a table in integers": Broken(
+        in_integers("layers.1.attn.wo_b.weight"),
+        "model: its weights are quantised: layers.1.attn.wo_b.weight is stored as I32",
+        family="deepseek-v4",
+    ),
     **{
         f"quantised with {method}": Broken(
             configure(quantization_config={"quant_method": method, "bits": 4}),
@@ -328,6 +337,14 @@ def test_a_broken_model_is_refused_by_the_preflight_check_and_by_the_trainer(kin
     assert SENTENCE.fullmatch(found)
     told, _ = job(tmp_path, **broken.changes).trained()
     assert SENTENCE.fullmatch(told)
+
+
+def test_a_table_that_the_model_has_in_integers_is_no_quantised_weight(tmp_path: Path) -> None:
+    """The files name the table otherwise than the model that transformers builds."""
+    folder = write_family("deepseek-v4", model_folder(tmp_path))
+    integers = [name for name, tensor in load_file(folder / SINGLE).items() if not tensor.is_floating_point()]
+    assert [name.rpartition(".")[2] for name in integers] == ["tid2eid"] * len(integers) != []
+    assert job(tmp_path).checked() == ""
 
 
 def beside(folder: Path) -> None:

@@ -74,11 +74,14 @@ VARIANTS = {
         },
         family="qwen3-next",
     ),
+    "head": Variant({"targetModules": ["lm_head"]}, {"target_modules": ["lm_head"]}),
 }
 FEW = [("rs", 2), ("dora", 0), ("dora", 3), ("plus", 0), ("plus", 2), ("plus", 3), ("three", 1)]
 FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
 ROUNDED = [("three", 3), ("plus", 1), ("nf4", 2), ("experts", 2), ("experts", 3)]
 RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
+WITHOUT_GRADIENTS_AT_THE_INPUT = [("dora", 3), ("shared", 3), ("head", 3)]
+"""Runs in which ZeRO-3 gathers trained modules as a whole, of which some read what no trained weight has changed."""
 ROWS = tiny.rows(20, seed=1)
 
 
@@ -135,6 +138,7 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def config_of(store: ObjectStore, name: str, stage: int, kind: str, **changes: Any) -> dict[str, Any]:
     variant = VARIANTS[name]
+    changes = {"optimization__gradientCheckpointing": stage == 3} | changes
     return run_config(
         store,
         f"{kind}-{name}-{stage}",
@@ -146,7 +150,6 @@ def config_of(store: ObjectStore, name: str, stage: int, kind: str, **changes: A
         optimization__weightDecay=variant.decay,
         optimization__globalBatchSize=GLOBAL_BATCH,
         optimization__microBatchSize=1 if stage == 3 else 3,
-        optimization__gradientCheckpointing=stage == 3,
         storage__checkpointEverySteps=100,
         dataset__validation=None,
         **changes,
@@ -178,6 +181,19 @@ def test_variants_and_experts_train_as_with_plain_peft(
         found = losses_of(store, f"exact-{name}-{stage}")
         assert found == pytest.approx(plain[name], rel=1e-5), (name, stage)
     assert len({round(losses[-1], 4) for losses in plain.values()}) == len(plain), "each variant trains differently"
+
+
+def test_trained_modules_whose_input_has_no_gradient_train_as_with_plain_peft(
+    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Gradient checkpointing lets the output of the embedding require a gradient. Without it, the first trained module
+    reads what has none."""
+    torch.set_num_threads(1)
+    cases = [(name, stage, "direct") for name, stage in WITHOUT_GRADIENTS_AT_THE_INPUT]
+    train(cases, store, models, tmp_path, optimization__gradientCheckpointing=False)
+    for name, stage in WITHOUT_GRADIENTS_AT_THE_INPUT:
+        plain = plain_peft(VARIANTS[name], models[VARIANTS[name].family])
+        assert losses_of(store, f"direct-{name}-{stage}") == pytest.approx(plain, rel=1e-5), (name, stage)
 
 
 def test_each_parameter_has_the_learning_rate_that_peft_gives_it_in_lora_plus(tiny_model: Path) -> None:

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: forward, backward and update of a model that is sharded over the ranks, and access to its
 training state.
 
-`train.py` makes one engine for each run. All code that depends on DeepSpeed's internals is in this module and in
-`config.py`, so that an upgrade of DeepSpeed changes only these two files.
+`train.py` makes one engine for each run. All code that depends on DeepSpeed's internals is in this module, in
+`leaf_modules.py` and in `config.py`, so that an upgrade of DeepSpeed changes only these three files.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.config import engine_config, prevent_compilation
+from finetune_trainer.engine.leaf_modules import make_leaf_modules
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
@@ -51,7 +50,6 @@ class Engine:
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters as a multiple of the job's learning rate.
         """
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_module
 
         prevent_compilation()
         if optimization.zero_stage < 3:
@@ -59,14 +57,8 @@ class Engine:
             # `fuse_adapters` leaves out layers with a replaced forward function.
             fuse_adapters(model)
         self._objective = Objective(model)
-        if self._objective.head is not None:
-            # Make the output head a leaf module, whose weights ZeRO-3 gathers once per micro-batch. The head computes
-            # the loss in chunks. A gather for each chunk would hang, because ranks may compute different numbers of
-            # chunks.
-            set_z3_leaf_module(self._objective.head, True)
         if optimization.zero_stage == 3:
-            for module in (*modules_that_read_inner_weights(model), *modules_of_experts(model)):
-                set_z3_leaf_module(module, True)
+            make_leaf_modules(model, self._objective.head)
         self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
@@ -354,38 +346,3 @@ def parameter_groups(
             {"params": vectors, "weight_decay": 0.0, RATE_FACTOR: lora_plus_ratio},
         ]
     return [group for group in groups if group["params"]]
-
-
-def modules_of_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the mixtures of experts that have the weights of all experts in one inner module, which they call once
-    for each expert that gets a token.
-
-    ZeRO-3 gathers the weights of a module when the module is called. The ranks compute other tokens and so call the
-    inner module at other times, and would wait for each other. So its weights must be gathered with the whole mixture.
-    """
-    return [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts"
-        and [any(True for _ in inner.parameters()) for inner in module.children()].count(True) == 1
-    ]
-
-
-def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the outermost modules of peft that read weights of the modules in them without calling these modules.
-
-    ZeRO-3 gathers the weights of a module when the module is called. The weights of these modules must be gathered
-    together with all weights in them. Such modules are the wrappers of expert weights, and layers with DoRA, which
-    compute the norms of the base model's weight.
-    """
-    found: list[torch.nn.Module] = []
-    inner: set[torch.nn.Module] = set()
-    for module in model.modules():
-        if (
-            module not in inner
-            and isinstance(module, LoraLayer)
-            and (isinstance(module, ParamWrapper) or module.lora_variant)
-        ):
-            found.append(module)
-            inner.update(module.modules())
-    return found

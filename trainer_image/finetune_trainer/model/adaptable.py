@@ -148,6 +148,7 @@ class TextPath:
             is_router = self._is_router(name)
             # A router that is a linear layer of its own kind returns several tensors. peft can't add a product to them.
             own = is_router and type(module) is not nn.Linear
+            own = own or not _is_plain_product(module)
             yield AdaptableWeight(
                 name,
                 Part.ROUTER if is_router else Part.LAYER,
@@ -219,6 +220,19 @@ class TextPath:
     @cached_property
     def _read_past(self) -> dict[tuple[type, str], bool]:
         return {}
+
+
+def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
+    """Return whether the linear layer ``module`` on the meta device gives one vector for each vector that it reads. To
+    such an output peft can add the product of an adapter. Other layers, for example those that divide their input into
+    groups, need an adapter of the weight itself."""
+    if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
+        return True
+    try:
+        made = module(torch.empty(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device))
+    except RuntimeError:  # torch can't arrange a single vector as the layer needs it
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (1, module.out_features)
 
 
 def _source(kind: type) -> str:

@@ -62,8 +62,7 @@ class TensorNames:
         # transformers' conversions raise whatever a wrong file makes their code raise.
         with library_boundary(self._not_convertible):
             mapping = get_model_conversion_mapping(model)
-            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-            self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+            self._renamings, self._converters = _kinds(mapping)
             self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
             self._groups = self._find_groups()
             # `revert_weight_conversion` reverts those conversions that were used, as it does after `from_pretrained`.
@@ -93,13 +92,7 @@ class TensorNames:
         return groups
 
     def _loaded_name(self, stored: str) -> tuple[str, str]:
-        """Return the parameter that the tensor ``stored`` becomes a part of, and the pattern of the conversion, as
-        transformers' `from_pretrained` finds them."""
-        prefix = self._model.base_model_prefix
-        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._known)
-        if name not in self._known and stored in self._known:
-            name, pattern = rename_source_key(stored, [], [], prefix, self._known)
-        return name, pattern or ""
+        return _loaded_name(stored, self._renamings, self._converters, self._model, self._known)
 
     def _converted(
         self, target: str, members: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
@@ -189,3 +182,36 @@ class TensorNames:
 
     def _not_convertible(self, error: BaseException) -> UserError:
         return UserError(self._field, f"transformers can't convert its tensors: {first_line(error)}")
+
+
+def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return for each tensor ``stored`` of the weight files the parameter or buffer of ``model`` that it becomes, or a
+    part of which it becomes. Tensors that the model does not use are left out. ``model`` is on the meta device."""
+    renamings, converters = _kinds(get_model_conversion_mapping(model))
+    known = model.state_dict()
+    found = {name: _loaded_name(name, renamings, converters, model, known)[0] for name in stored}
+    return {name: loaded for name, loaded in found.items() if loaded in known}
+
+
+def _kinds(mapping: Sequence[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """Return the renamings and the conversions in transformers' ``mapping`` of a model."""
+    return (
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
+
+
+def _loaded_name(
+    stored: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter],
+    model: Any,
+    known: Mapping[str, torch.Tensor],
+) -> tuple[str, str]:
+    """Return the parameter that the tensor ``stored`` becomes a part of, and the pattern of the conversion, as
+    transformers' `from_pretrained` finds them. ``known`` is the state of ``model``."""
+    prefix = model.base_model_prefix
+    name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+    if name not in known and stored in known:
+        name, pattern = rename_source_key(stored, [], [], prefix, known)
+    return name, pattern or ""

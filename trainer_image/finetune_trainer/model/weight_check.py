@@ -20,6 +20,7 @@ from transformers.utils import logging
 from finetune_core.errors import UserError
 from finetune_trainer.model.load import missing_weights
 from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.model.tensor_names import loaded_names
 from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
 from finetune_trainer.pod.errors import first_line, library_boundary
 
@@ -33,13 +34,8 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
     another shape or is quantised. ``dtype`` is the data type in which the model will be loaded. Return a notice where
     the files have weights that the model does not use."""
     headers = WeightFiles.of(folder).headers()
-    expected = structure.model.state_dict()
-    quantised = {
-        name
-        for name, header in headers.items()
-        if header.dtype not in DTYPES and (name not in expected or expected[name].is_floating_point())
-    }
     with library_boundary(_conversion_problem(headers)), _no_progress_bar():
+        quantised = _quantised(structure, headers)
         state = {
             name: torch.empty(header.shape, dtype=DTYPES.get(header.dtype, torch.uint8), device="meta")
             for name, header in headers.items()
@@ -65,6 +61,15 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             f" {list(wanted)}",
         )
     return _unused_notice(report["unexpected_keys"], headers)
+
+
+def _quantised(structure: ModelStructure, headers: Mapping[str, TensorHeader]) -> set[str]:
+    """Return the names of the tensors that are no floating-point numbers of 16 bits or more, except those that are none
+    in the model either, such as tables that assign tokens to experts."""
+    others = [name for name, header in headers.items() if header.dtype not in DTYPES]
+    expected = structure.model.state_dict()
+    loaded = loaded_names(structure.model, others)
+    return {name for name in others if name not in loaded or expected[loaded[name]].is_floating_point()}
 
 
 def _unused_notice(names: Collection[str], headers: Mapping[str, TensorHeader]) -> list[str]:
