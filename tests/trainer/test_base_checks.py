@@ -43,7 +43,7 @@ from tests.trainer.objectstore import ObjectStore, write_credentials
 from tests.trainer.pods import run_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SENTENCE = re.compile(r"(model|lora|dataset|storage|training)(\.\w+)*: [^\n]+")
+SENTENCE = re.compile(r"(model|lora|dataset|storage|training|deepspeed)(\.\w+)*: [^\n]+")
 NOWHERE = "http://127.0.0.1:9"
 
 
@@ -156,6 +156,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 def replace_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], object]:
     return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+
+
+def rename_tensor(name: str, other: str) -> Callable[[Path], object]:
+    return lambda folder: change_tensors(folder, lambda tensors: tensors.update({other: tensors.pop(name)}))
 
 
 def lose_tensor(name: str) -> Callable[[Path], object]:
@@ -278,6 +282,12 @@ BROKEN: dict[str, Broken] = {
         in_integers("layers.1.attn.wo_b.weight"),
         "model: its weights are quantised: layers.1.attn.wo_b.weight is stored as I32",
         family="deepseek-v4",
+    ),
+    "a name that is lost in shards": Broken(
+        rename_tensor("norm.weight", "model.norm.weight"),
+        "deepspeed.zeroStage: must be below 3 for this model: its files name a tensor model.norm.weight, which",
+        family="deepseek-v4",
+        changes={"optimization__zeroStage": 3},
     ),
     **{
         f"quantised with {method}": Broken(

@@ -75,12 +75,16 @@ VARIANTS = {
         family="qwen3-next",
     ),
     "head": Variant({"targetModules": ["lm_head"]}, {"target_modules": ["lm_head"]}),
+    "dora-embedding": Variant(
+        {"doRA": True, "targetModules": ["embed_tokens", "q_proj"]},
+        {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
+    ),
 }
 FEW = [("rs", 2), ("dora", 0), ("dora", 3), ("plus", 0), ("plus", 2), ("plus", 3), ("three", 1)]
 FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
 ROUNDED = [("three", 3), ("plus", 1), ("nf4", 2), ("experts", 2), ("experts", 3)]
 RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
-WITHOUT_GRADIENTS_AT_THE_INPUT = [("dora", 3), ("shared", 3), ("head", 3)]
+WITHOUT_GRADIENTS_AT_THE_INPUT = [("dora", 3), ("shared", 3), ("head", 3), ("dora-embedding", 3)]
 """Runs in which ZeRO-3 gathers trained modules as a whole, of which some read what no trained weight has changed."""
 ROWS = tiny.rows(20, seed=1)
 

@@ -65,6 +65,9 @@ def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Mod
     ZeRO-3 gathers the weights of a module when the module is called. The weights of these modules must be gathered
     together with all weights in them. Such modules are the wrappers of expert weights, and layers with DoRA, which
     compute the norms of the base model's weight.
+
+    Embeddings are left out. They read integers, which can't require a gradient, as the inputs of a trained leaf module
+    must. DeepSpeed gathers the weights that an embedding reads one by one, at the first access to each of them.
     """
     found: list[torch.nn.Module] = []
     inner: set[torch.nn.Module] = set()
@@ -72,6 +75,7 @@ def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Mod
         if (
             module not in inner
             and isinstance(module, LoraLayer)
+            and not isinstance(module.get_base_layer(), torch.nn.Embedding)
             and (isinstance(module, ParamWrapper) or module.lora_variant)
         ):
             found.append(module)

@@ -21,7 +21,7 @@ from finetune_trainer.model.attention import ModelAbilities, check_abilities, ke
 from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.structure import ModelStructure, read_structure
-from finetune_trainer.model.weight_check import check_weights
+from finetune_trainer.model.weight_check import check_sharded, check_weights
 from finetune_trainer.model.weight_files import WeightFiles, check_complete
 
 
@@ -85,6 +85,11 @@ def _check_weights(base: JobBase) -> list[str]:
     return check_weights(base.structure, base.folder, DTYPES[base.config.optimization.precision])
 
 
+def _check_shards(base: JobBase) -> None:
+    if base.config.optimization.zero_stage == 3:
+        check_sharded(base.structure, base.folder)
+
+
 def _check_tokens(base: JobBase) -> None:
     assert base.tokenizer is not None
 
@@ -110,6 +115,7 @@ CHECKS: tuple[Callable[[JobBase], list[str] | None], ...] = (
     _check_files,
     _check_structure,
     _check_weights,
+    _check_shards,
     _check_tokens,
     _check_training,
     _check_targets,

@@ -193,6 +193,21 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return {name: loaded for name, loaded in found.items() if loaded in known}
 
 
+def names_lost_in_shards(model: Any, stored: Iterable[str]) -> list[str]:
+    """Return those of the tensors ``stored`` that transformers loads only into a whole ``model``, sorted by name.
+
+    transformers gives some tensors names that the model does not have, because their own names look like old ones.
+    Where it loads a whole model, it then tries the own name. Where ZeRO-3 shards the model, it leaves the tensor out.
+    """
+    renamings, converters = _kinds(get_model_conversion_mapping(model))
+    known, prefix = model.state_dict(), model.base_model_prefix
+    return [
+        name
+        for name in sorted(known.keys() & set(stored))
+        if rename_source_key(name, renamings, converters, prefix, known)[0] not in known
+    ]
+
+
 def _kinds(mapping: Sequence[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """Return the renamings and the conversions in transformers' ``mapping`` of a model."""
     return (

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from finetune_core.errors import UserError
 from finetune_trainer.model.load import missing_weights
 from finetune_trainer.model.structure import ModelStructure
-from finetune_trainer.model.tensor_names import loaded_names
+from finetune_trainer.model.tensor_names import loaded_names, names_lost_in_shards
 from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
 from finetune_trainer.pod.errors import first_line, library_boundary
 
@@ -61,6 +61,19 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
             f" {list(wanted)}",
         )
     return _unused_notice(report["unexpected_keys"], headers)
+
+
+def check_sharded(structure: ModelStructure, folder: Path) -> None:
+    """Raise UserError where transformers would leave out a weight in ``folder`` because ZeRO-3 shards the model."""
+    headers = WeightFiles.of(folder).headers()
+    with library_boundary(_conversion_problem(headers)):
+        lost = names_lost_in_shards(structure.model, headers)
+    if lost:
+        raise UserError(
+            "deepspeed.zeroStage",
+            f"must be below 3 for this model: its files name a tensor {lost[0]}, which transformers can't load into a"
+            " model that ZeRO 3 shards",
+        )
 
 
 def _quantised(structure: ModelStructure, headers: Mapping[str, TensorHeader]) -> set[str]:
