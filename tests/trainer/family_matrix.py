@@ -62,7 +62,7 @@ def examine(name: str, store: ObjectStore, folder: Path) -> Findings:
     store.upload(f"models/{name}", model)
     (folder / "data").mkdir()
     tiny.write_jsonl(folder / "data" / "train.jsonl", TRAIN)
-    store.upload("data", folder / "data")
+    store.upload("families/data", folder / "data")
     findings: Findings = {"preflight": _preflight(name, store, folder / "preflight")}
     for method in WAYS:
         findings |= _train(name, method, store, model, folder / method.lower())
@@ -71,6 +71,7 @@ def examine(name: str, store: ObjectStore, folder: Path) -> Findings:
 
 def _job(name: str, method: str, store: ObjectStore, run: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {
+        "dataset__train": {"s3": {"uri": f"s3://{BUCKET}/families/data/train.jsonl"}},
         "dataset__validation": None,
         "model": {"s3": {"uri": f"s3://{BUCKET}/models/{name}"}},
         "method": method,

@@ -65,8 +65,13 @@ class ObjectStore:
             response.release_conn()
 
     def upload(self, prefix: str, folder: Path) -> None:
+        """Upload the files of ``folder``. Many tests share the bucket, so an object with another content must not be
+        there already."""
+        there = set(self.keys(f"{prefix}/"))
         for path in folder.iterdir():
-            self.client.fput_object(BUCKET, f"{prefix}/{path.name}", str(path))
+            key = f"{prefix}/{path.name}"
+            assert key not in there or self.read(key) == path.read_bytes(), f"{key} would change under other tests"
+            self.client.fput_object(BUCKET, key, str(path))
 
 
 @contextmanager
