@@ -64,13 +64,14 @@ class ObjectStore:
             response.close()
             response.release_conn()
 
-    def upload(self, prefix: str, folder: Path) -> None:
-        """Upload the files of ``folder``. Many tests share the bucket, so an object with another content must not be
-        there already."""
+    def upload(self, prefix: str, folder: Path, *, replacing: bool = False) -> None:
+        """Upload the files of ``folder``. Many tests share the bucket, so unless ``replacing`` is true, an object with
+        another content must not be there already."""
         there = set(self.keys(f"{prefix}/"))
         for path in folder.iterdir():
             key = f"{prefix}/{path.name}"
-            assert key not in there or self.read(key) == path.read_bytes(), f"{key} would change under other tests"
+            is_new = replacing or key not in there or self.read(key) == path.read_bytes()
+            assert is_new, f"{key} would change under other tests"
             self.client.fput_object(BUCKET, key, str(path))
 
 

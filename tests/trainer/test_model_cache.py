@@ -510,7 +510,7 @@ def test_an_object_that_is_replaced_is_fetched_again(
     with proxy_before(encrypting.endpoint) as proxy:
         for number in range(2):
             (source / "model.safetensors").write_bytes(os.urandom(SMALL_BYTES + 1))
-            encrypting.upload("replaced", source)
+            encrypting.upload("replaced", source, replacing=True)
             folder = tmp_path / str(number)
             folder.mkdir()
             counted = fetched_by_pods(encrypting, proxy, cache, folder, "replaced", ["c"])
