@@ -27,7 +27,7 @@ from tests.trainer import tiny
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.gangs import losses_of, run_plans, write_plans
 from tests.trainer.objectstore import BUCKET, ObjectStore, minio_binary, running_store
-from tests.trainer.plain_loop import PlainExample
+from tests.trainer.plain_loop import PlainExample, plain_losses
 from tests.trainer.pods import run_config, start_pods
 
 RESULTS = Path(__file__).with_name("family_results.json")
@@ -187,6 +187,7 @@ def _plain_model(method: str, base: Path, artifact: Path) -> Any:
     """Return the model that a plain loop trains, as transformers and peft make it. The adapters are those that the
     published configuration names, with the initial values that the documentation defines."""
     model = _loaded(base)
+    model.config.get_text_config().use_cache = False
     if method == "Full":
         return model
     config = PeftConfig.from_pretrained(str(artifact))
@@ -203,23 +204,8 @@ def _plain_losses(model: Any, examples: Sequence[PlainExample]) -> list[float]:
     """Train ``model`` in a plain loop without batches, and return the loss of each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    losses = []
-    for step in range(1, STEPS + 1):
-        rows = global_batch(step, rows=len(examples), global_batch_size=6, seed=42)
-        sums, count = [], 0
-        for example in (examples[row] for row in rows):
-            ids = torch.tensor([example.ids])
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            learned = torch.tensor(example.learned[1:])
-            sums.append(torch.nn.functional.cross_entropy(logits[learned], ids[0, 1:][learned], reduction="sum"))
-            count += int(learned.sum())
-        loss = torch.stack(sums).sum() / count
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    batches = [global_batch(step, rows=len(examples), global_batch_size=6, seed=42) for step in range(1, STEPS + 1)]
+    return plain_losses(model, optimizer, examples, batches)
 
 
 def _example(folder: Path, row: Mapping[str, str]) -> PlainExample:

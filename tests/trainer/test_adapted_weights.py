@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.adapter_changes import adapter_changes
 from finetune_trainer.checkpoints.export import ADAPTER_FILE
-from finetune_trainer.checkpoints.weight_deltas import adapter_changes
 from finetune_trainer.model.adaptable import Part, TextPath
 from finetune_trainer.model.adapters import add_adapters, choose_targets, reach_notice
 from finetune_trainer.model.load import load_base, trained_parameters

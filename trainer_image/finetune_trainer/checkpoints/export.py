@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
+from finetune_trainer.checkpoints.adapter_changes import adapter_changes
 from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_values
-from finetune_trainer.checkpoints.weight_deltas import adapter_changes
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows

@@ -1,5 +1,5 @@
 """What a run changes in the weights of its base model: a full run replaces them, and an adapter changes them as
-`weight_deltas.py` says. `export.py` applies the changes when it writes a model."""
+`adapter_changes.py` says. `export.py` applies the changes when it writes a model."""
 
 from __future__ import annotations
 
