@@ -172,7 +172,7 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill all processes of the node that are found. Return True if none was found.
+        """Kill all processes of the node that are found. Return True if no process was found.
 
         `stop` calls this method until it returns True. One call may not be enough, because containerd runs a process
         beside each container (the shim), and the shim may start another process during the call.

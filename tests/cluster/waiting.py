@@ -44,8 +44,8 @@ are those of Go's net packages, of etcd's client and of apimachinery's `errors.N
 NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """Errors of Python's own clients for a connection that was refused, broken or too slow."""
 NO_WAY = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET})
-"""Numbers of the errors for a server to which no packet gets, for example while a node is cut off. Python has no class
-of its own for them."""
+"""Numbers of the errors for a server to which no packet gets, for example while a node is cut off. Python raises these
+errors as plain OSError."""
 
 
 def was_not_answered(error: BaseException) -> bool:

@@ -188,7 +188,7 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
 
 
 def without_empty_objects(value: Any) -> Any:
-    """Return ``value`` without the fields of objects whose value is an empty object."""
+    """Return ``value``, a JSON value, without all fields whose value is an empty object, at any depth."""
     if isinstance(value, dict):
         kept = {key: without_empty_objects(inner) for key, inner in value.items()}
         return {key: inner for key, inner in kept.items() if inner != {}}
