@@ -111,7 +111,7 @@ def after_ten_minutes(
     creates the missing object.
 
     Within ``patience`` seconds the message of the condition Accepted must contain ``words``, which name the missing
-    object. After the ten minutes it must still contain them, and no attempt may have been charged.
+    object. After the ten minutes the message must still contain these words, and no attempt may have been charged.
     """
 
     def named(job: Manifest) -> bool:
@@ -134,8 +134,8 @@ def after_ten_minutes(
 
 
 def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
-    """Return the test case of a job with ``spec`` whose bucket is created late. This job runs the real trainer, because
-    the scripted trainer of the other cases would not look for the bucket."""
+    """Return the test case of a job with ``spec`` whose bucket ``make`` creates ten minutes after the job. This job
+    runs the real trainer, because the scripted trainer of the other cases would not look for the bucket."""
 
     def artifact_is_there(stage: Stage, job: Manifest) -> None:
         with stage.cluster.enter():

@@ -78,9 +78,12 @@ def former_run(
     outcome: Literal[Outcome.COMPLETED, Outcome.GATE_FAILED] = Outcome.COMPLETED,
     template_date: date | None = None,
 ) -> str:
-    """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
-    artifact is committed, with ``outcome``; else the run has checkpoints only. ``template_date`` is the day that the
-    run's chat template got as today's date."""
+    """Return the termination message of a preflight check that found a run in the bucket.
+
+    With ``done`` the run's artifact is committed, with ``outcome``; else the run has checkpoints only. ``run_id`` names
+    the folder of the run, and ``uid`` is the uid of the job that wrote into it. ``template_date`` is the day that the
+    run's chat template got as today's date.
+    """
     committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=outcome)
     found = FoundRun(
         run_id=run_id,

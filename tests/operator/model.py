@@ -21,8 +21,8 @@ _OWN = set(ConditionType)
 
 
 def copied(value: Json) -> Json:
-    """Return a copy of the JSON value ``value``. The server copies whatever it takes and gives, and `copy.deepcopy`
-    would take most of the time of the tests with large statuses."""
+    """Return a copy of the JSON value ``value``. The model server copies every object that it stores or returns.
+    `copy.deepcopy` is not used, because it would take most of the time of the tests with large statuses."""
     return cast(Json, _copied(value))
 
 
