@@ -25,8 +25,8 @@ __all__ = ["cluster"]
 # keep a processor busy. torch reads the variable when it is imported, which is later.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A property test draws the same values in each run, so that a test that fails points at the change. `make test-long`
-# draws new values in each run.
+# A property test draws the same values in each run. So if a test fails that succeeded before, a change of the code is
+# the cause. `make test-long` draws new values in each run.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 

@@ -117,7 +117,7 @@ def child_is_over(manifest: Manifest) -> bool:
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
     """Return the manifest of a FineTuneJob with one pod. ``words`` is the script (see stub_node.py) that determines how
-    the stub node ends the pods. It has one word for each attempt."""
+    the stub node ends the pods. The script has one word for each attempt."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest

@@ -38,8 +38,8 @@ _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "
 
 @dataclass(frozen=True)
 class Sample:
-    """The objects that the operator wrote for one sample job, as JSON text. `of` makes from one of these texts the same
-    object for another job."""
+    """The objects that the operator wrote for one sample job, as JSON text. `of` converts one of these texts into the
+    same object for another job."""
 
     namespace: str
     uid: str

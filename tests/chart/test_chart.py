@@ -33,8 +33,8 @@ def _helm_is_there() -> None:
 
 def rendered(values: Manifest | None = None) -> list[Manifest]:
     """Render the chart with ``values`` for a release in the namespace `system`, and return its objects."""
-    # The loader of libyaml returns the same objects as PyYAML's loader that is written in Python. That loader would take
-    # longer for the CRD than helm takes to render the chart.
+    # The loader of libyaml returns the same objects as PyYAML's own loader. PyYAML's own loader, which is written in
+    # Python, would take longer for the CRD than helm takes to render the chart.
     return [item for item in yaml.load_all(rendered_text(json.dumps(values or {})), Loader=yaml.CSafeLoader) if item]
 
 

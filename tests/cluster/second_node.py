@@ -186,8 +186,8 @@ class SecondNode:
         return not left
 
     def processes(self) -> set[int]:
-        """Return the process ids of the node and of its pods. These are all processes in the node's cgroup folder or in
-        its mount namespace, except the process that holds the namespaces."""
+        """Return the ids of the processes of the node's programs and pods, which are all processes in the node's cgroup
+        folder or in its mount namespace, except the process that holds the namespaces."""
         anchor = self._anchor.pid
         own = Path(f"/proc/{anchor}/ns/mnt").readlink()
         found = cgroups.processes(self._cgroup)

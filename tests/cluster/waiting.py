@@ -52,9 +52,9 @@ def was_not_answered(error: BaseException) -> bool:
     """Return whether ``error`` says that a server did not answer.
 
     The errors of urllib, urllib3 and requests wrap the error of the socket. For errors of these libraries, the function
-    therefore also checks the ``reason`` and the cause. It does not do this for other errors, because an assertion that
-    fails in the handler of a broken connection is still a failed assertion. A response with an HTTP status code is an
-    answer, no matter which code it is.
+    therefore also checks the ``reason`` and the cause. For other errors the function does not check the cause, because
+    an assertion that fails in the handler of a broken connection is still a failed assertion. A response with an HTTP
+    status code is an answer, no matter which code it is.
     """
     if isinstance(error, (UnreachableError, *NOT_ANSWERED)):
         return True

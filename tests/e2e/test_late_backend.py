@@ -1,6 +1,6 @@
-"""Jobs are created before Kubeflow is installed. Their status names the missing training-operator, and they run after
-its installation. In the second test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created ten
-minutes after the jobs that need them.
+"""Jobs are created before Kubeflow is installed. The status of each job names the missing training-operator, and the
+jobs run after the training-operator was installed. In the second test, a Secret, a PersistentVolumeClaim, an image and
+a bucket are also created ten minutes after the jobs that need them.
 
 The tests need a cluster of their own, because all other tests need Kubeflow from the start.
 """

@@ -118,8 +118,8 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_LARGEST_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        # With `handler_cancellation`, the handler of a request is cancelled when the client closes the connection. This
-        # ends watches. `_handle` protects all other forwarded requests from the cancellation.
+        # With `handler_cancellation`, the handler of a request is cancelled when the client closes the connection. So a
+        # watch ends at this moment. `_handle` protects all other forwarded requests from the cancellation.
         self._runner = web.AppRunner(
             application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
         )

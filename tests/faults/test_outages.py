@@ -50,8 +50,9 @@ OUTAGES: dict[str, tuple[Outage, float, int]] = {
 
 
 def go_through(world: World, outage: Outage, seconds: float) -> int:
-    """Start five jobs, and delete the PyTorchJob of one job during ``outage``, which lasts ``seconds``. Assert that no
-    request was repeated more than once per second. Wait after the outage until this job's second attempt has started.
+    """Start five jobs, and delete the PyTorchJob of one job during ``outage``, which lasts ``seconds``. Assert that
+    requests with the same verb and path failed at most once per second on average. Wait after the outage until this
+    job's second attempt has started.
 
     Return how often the operator ended during the outage.
     """

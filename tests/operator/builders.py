@@ -36,8 +36,8 @@ def at(seconds: float) -> datetime:
 def job_manifest(**spec: Any) -> dict[str, Any]:
     """Return the manifest of examples/quickstart.yaml with a namespace, uid, generation and resourceVersion.
 
-    What else the API server adds to a stored object, such as the defaults of the CRD, is missing. ``spec`` replaces
-    whole sections of the manifest's spec.
+    Other values that the API server adds to a stored object, such as the defaults of the CRD, are missing. ``spec``
+    replaces whole sections of the manifest's spec.
     """
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
@@ -134,7 +134,7 @@ def pod(
         "delete_deadline": None if deleted is None else at(deleted + grace),
         "container": container,
     }
-    # In ``changes``, `reason_` and `message_` stand for the pod's own fields `reason` and `message`, because the
+    # In ``changes``, the names `reason_` and `message_` set the pod's own fields `reason` and `message`, because the
     # parameters `reason` and `message` set the fields of the container.
     return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
 

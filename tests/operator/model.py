@@ -1,4 +1,4 @@
-"""An in-memory model of the API server and of training-operator, which stands in for `KubeClient` in tests.
+"""An in-memory model of the API server and of training-operator, which tests use in place of `KubeClient`.
 
 The model is complete enough for the whole life of one job, and lets the operator crash after any chosen write. Tests
 with the real servers are in test_on_cluster.py.

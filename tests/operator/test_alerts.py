@@ -108,7 +108,8 @@ def healthy(number: int) -> World:
 
 
 def one_leader(make: Callable[[int], FineTuneJobStatus]) -> Play:
-    """Return the play of one leader, whose job has the status that ``make`` returns for a minute."""
+    """Return a `Play` with one replica, the leader. In each minute its job has the status that ``make`` returns for
+    this minute."""
     return lambda number: {"one": Replica(number).leads().shows(make(number))}
 
 

@@ -35,8 +35,8 @@ def check_pod(**spec: Any) -> dict[str, Any]:
 
 
 def disk(spec: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Return the request and the limit of `ephemeral-storage` of the container in the pod spec ``spec``. None stands
-    for a missing one."""
+    """Return the request and the limit of `ephemeral-storage` of the container in the pod spec ``spec``. An amount that
+    the container does not have is None."""
     amounts = spec["containers"][0]["resources"]
     return amounts["requests"].get("ephemeral-storage"), amounts["limits"].get("ephemeral-storage")
 

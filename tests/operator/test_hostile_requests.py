@@ -58,7 +58,7 @@ IMPOSSIBLE = {
     "Kubeflow's path": f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs/{OTHERS_SECRET}/status",
     "another server": "http://evil.example/v1/namespaces/team/finetunejobs/x%2F/attempts/1/report",
 }
-"""Paths that can belong to no job, by what is wrong with them."""
+"""Paths that can't be the report path of any job. Each key says what is wrong with the path."""
 
 
 @dataclass
