@@ -94,7 +94,7 @@ class Saver:
         self._other_checkpoints = tuple(start.other_checkpoints)
         self._uploads = UploadQueue(self._upload)
 
-    # Properties and functions that tell which checkpoints exist
+    # Properties and functions that return which checkpoints exist
 
     @property
     def committed(self) -> list[CheckpointRecord]:

@@ -1,6 +1,7 @@
 """Providers that give minio-py the S3 access key: from files of a mounted Secret, or from the pod's own identity.
 
-The key is looked up again for each request. So neither a replaced Secret nor an expired session needs a restart.
+minio-py asks the provider for the key before each request. So the trainer needs no restart when the Secret is replaced
+or a session expires.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 run record. The record names the checkpoint from which the run continues. Once a higher number is taken, `check_fence`
 fails in earlier runs, which then stop writing.
 
-A new run follows the records from run to parent to find its checkpoint. It does not take the checkpoint with the
-highest step, because that one may belong to a branch that was left, after a rollback or on a node that was cut off.
+A new run follows the records from run to parent to find its checkpoint. It does not simply take the checkpoint with the
+highest step, because the newest run may not have continued from that checkpoint. After a rollback, training goes on
+from an earlier step. A run on a node that was cut off may have written checkpoints that no later run used.
 """
 
 from __future__ import annotations
