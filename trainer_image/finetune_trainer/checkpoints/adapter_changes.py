@@ -40,7 +40,7 @@ class WeightDelta:
     replaces: bool = False
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the new value of ``weight``, the value in the base model, in fp32."""
+        """Return the new value of the weight in fp32. ``weight`` is the value in the base model."""
         changed = weight.float() + (self._product().mT if self.transposed else self._product())
         if self.magnitude is None:
             return changed

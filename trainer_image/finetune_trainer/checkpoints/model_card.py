@@ -135,7 +135,7 @@ def _source(source: ModelSpec | DataSource) -> str:
 
 
 def _without_password(address: str) -> str:
-    """Return ``address`` without the user and password that some write before the host."""
+    """Return ``address`` without a user and a password before the host."""
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/@]*@", r"\1", address)
 
 

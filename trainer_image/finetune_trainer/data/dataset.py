@@ -1,6 +1,6 @@
-"""Makes the examples of a data file. `dataset.badRows` says what happens to a row that can't become examples (a bad
-row): it is skipped, or it raises an error with file and line. `dataset.longRows` says what happens to a row with an
-example that is too long. Such a row may also be split or truncated.
+"""Makes the examples of a data source. A row that can't become examples (a bad row) is skipped, or ends the job with an
+error that names file and line, as `dataset.badRows` says. `dataset.longRows` says the same about a row with an example
+that is too long, which may also be split or truncated.
 
 The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher and the
 preflight checks call `check_columns`.
@@ -53,7 +53,7 @@ class LengthLimit:
 
     tokens: int
     origin: str
-    """What sets the limit, as a phrase that follows "more than" in messages: `dataset.maxLength 512`."""
+    """What sets the limit, as a phrase that follows "more than" in messages, for example `dataset.maxLength 512`."""
     rows: int | None = None
     """Number of rows of the model's embedding. A token with an id of this size or more can't be read. None where the
     number is not known."""

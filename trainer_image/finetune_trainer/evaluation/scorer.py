@@ -63,11 +63,10 @@ class Scorer:
         context: int,
         phase: Callable[[Phase], None],
     ) -> None:
-        """Take what scoring needs.
-
-        ``grading`` is None where the job has no task, so that no answers are generated. ``batches`` makes micro-batches
-        of examples. ``batch_size`` is the number of sequences whose loss a rank computes at once. ``context`` is the
-        longest text in tokens that the model can read. ``phase`` is called when evaluating or generating begins.
+        """``grading`` is None where the job has no task, so that no answers are generated. ``batches`` makes
+        micro-batches of examples. ``batch_size`` is the number of sequences whose loss a rank computes at once.
+        ``context`` is the longest text in tokens that the model can read. ``phase`` is called with the new phase when
+        evaluating or generating begins.
         """
         self._engine = engine
         self._gang = gang

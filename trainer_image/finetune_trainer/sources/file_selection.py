@@ -41,7 +41,8 @@ def literal_prefix(glob: str) -> str:
 
 def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
     """Return those of ``paths`` that match ``glob``, as fsspec understands it: `*` and `?` stay within a part of the
-    path, and `**` stands for any number of parts, also for none. ``field`` is the path of the glob's field in the spec.
+    path, and `**` stands for any number of parts, including none. ``field`` is the path of the glob's field in the
+    spec.
 
     A part of a path that begins with `.` or `_` matches only a part of the glob that begins with `.` or `_` too. Raises
     UserError for a malformed glob.

@@ -2,7 +2,7 @@
 path names. `data_files.py` calls `HubDataFiles`.
 
 As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
-`configs`, a file belongs to the split that its name contains. No code of the repository is executed.
+`configs`, a file belongs to a split if its name contains the name of the split. No code of the repository is executed.
 """
 
 from __future__ import annotations

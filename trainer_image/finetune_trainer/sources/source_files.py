@@ -1,5 +1,5 @@
-"""What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
-`hub_datasets.py` implement `DataFiles`."""
+"""The interface `DataFiles`, through which the rest of the trainer lists and fetches the data files of a source.
+`data_files.py` implements it for the object store and for volumes, and `hub_datasets.py` for the Hugging Face Hub."""
 
 from __future__ import annotations
 

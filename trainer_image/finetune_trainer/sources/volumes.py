@@ -91,9 +91,9 @@ class VolumeFolder:
                     raise UserError(self._field, f"{self._claim}/{shown(path)} is a link to a file that does not exist")
 
     def _is_left_out(self, path: str, name: str, glob: str | None) -> bool:
-        """Return whether a folder or a link is left out without opening it. `lost+found` always is, because only root
-        may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are left out,
-        because they belong to programs. With a glob, all paths are left out that can't match it."""
+        """Return whether a folder or a link is left out without opening it. `lost+found` is always left out, because
+        only root may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are
+        left out, because they belong to programs. With a glob, all paths are left out that can't match it."""
         if glob is None:
             return name.startswith((".", "_")) or name == "lost+found"
         return name == "lost+found" or not (may_match_below(path, glob) or matching([path], glob, self._field))

@@ -25,7 +25,7 @@ IDENTITY_SECONDS = 10.0
 
 
 class NoCredentials(Exception):  # noqa: N818  (a state that may pass, for example while a Secret is replaced)
-    """There is no access key at the moment. The message names the place that should give one."""
+    """There is no access key at the moment. The message names the place where a key should be."""
 
 
 class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information

@@ -227,7 +227,7 @@ def _control_tokens_at_the_end(template: ChatTemplate, ids: Sequence[int]) -> li
 
 
 def _beginning_of_the_next(row: Dialogue, index: int) -> int:
-    """Return the token that ends message ``index`` where the template renders no end of messages.
+    """Return the token that ends message ``index`` if the template renders no token at the end of a message.
 
     A model with such a template stops at the token that begins the next message. If this token is not one of the
     model's stop tokens, the tokenizer's end token is returned.

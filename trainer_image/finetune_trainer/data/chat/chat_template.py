@@ -159,7 +159,8 @@ class ChatTemplate:
         """Return the text of a conversation. With ``answer_next`` it ends with the generation prompt, which is the text
         that the template puts before an answer.
 
-        Raises ValueError with the reason if the template fails, and UserError if it takes too much time or memory.
+        Raises ValueError with the reason if the template fails, and UserError if the template takes too much time or
+        memory.
         """
         given = [dict(tool) for tool in tools] or None
         try:

@@ -81,7 +81,7 @@ def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[
 
 
 class _Renderer:
-    """Renders rows, and remembers what it has learned of the chat template."""
+    """Renders rows, and remembers which kinds of fields the chat template was seen to render."""
 
     def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None) -> None:
         self._form = form

@@ -1,4 +1,4 @@
-"""Decodes a row that is a JSON value in a text. Unlike for `json.loads`, a key that occurs twice in an object is a
+"""Decodes a row that is a JSON value in a text. Unlike with `json.loads`, a key that occurs twice in an object is a
 problem of the row, because nobody can know which of the two values is meant.
 """
 

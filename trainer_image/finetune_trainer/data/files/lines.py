@@ -89,7 +89,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 
 
 def _joined(pieces: list[str]) -> str:
-    """Return the text of ``pieces``, and empty the list, because its memory would be needed twice."""
+    """Return the text of ``pieces``, and empty the list, because otherwise the text would be in memory twice."""
     text = "".join(pieces)
     pieces.clear()
     return text

@@ -28,8 +28,8 @@ from finetune_trainer.evaluation.graders.texts import contains_grader, exact_mat
 __all__ = ["GRADERS", "Grade", "Grader", "Grading", "OwnGrader", "load_grading"]
 
 Grader = Callable[[str, Mapping[str, object]], Grade]
-"""A function that grades a generated answer. It gets the answer and the row, by the grader's own names of the columns,
-and never raises an exception, whatever the two contain."""
+"""A function that grades a generated answer. Its arguments are the answer and the row, whose columns have the names
+that the grader itself gives them. The function raises no exception because of what the answer or the row contains."""
 
 GRADERS: Mapping[str, Callable[[TaskSpec], Grader]] = {
     "ViGGO": lambda _: viggo.grade,

@@ -1,4 +1,4 @@
-"""The grader of SQL: a question about tables is answered by a query, and the query is judged by running it.
+"""The grader of SQL. In this task, the model answers a question about tables with a query. The grader runs the query.
 
 `evaluation/scorer.py` calls `grade` for every generated answer. The queries of model and data set run in a child
 process (`sql_child.py`), which judges many answers. Whatever a query does, its grade comes within a few seconds: a

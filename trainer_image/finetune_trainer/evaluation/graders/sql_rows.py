@@ -97,7 +97,8 @@ class RowGenerator:
         """Generate a row that satisfies all conditions of the query.
 
         Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. ``numbers`` is
-        the range for columns without conditions, where the query calculates with them or sorts by them.
+        the range for columns without conditions, where the query calculates with them or sorts by them. None stands for
+        middle numbers.
         """
         row: list[Value] = []
         if numbers is None:
