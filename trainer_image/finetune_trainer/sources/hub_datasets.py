@@ -153,7 +153,8 @@ class CardConfig(NamedTuple):
     """Whether the card marks this configuration as the default."""
     patterns: Mapping[str, Sequence[str]] | None
     """The globs of the files of each split, by the name of the split. Empty if the card names only a folder. A file
-    then belongs to the split that its name contains. None if `data_files` has a form that is not known."""
+    then belongs to a split if its name contains the name of the split. None if `data_files` has a form that is not
+    known."""
     folder: str
     """The folder in which the files lie, without a slash at its end. Empty for the whole repository."""
 

@@ -34,7 +34,8 @@ class HeadLimits:
     """Largest size in bytes of a parquet file that is fetched as a whole. Of a larger parquet file, the schema and the
     first row group are fetched, each only if it has no more bytes than this."""
     columns: Collection[str]
-    """The columns of a parquet file that are fetched. Text files are fetched with all their columns."""
+    """The columns that are fetched of a parquet file with more than `whole_bytes` bytes. All columns of other files are
+    fetched."""
 
 
 class DataFiles(Protocol):
