@@ -1,9 +1,9 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
 has a loss. `micro_batches.py` calls `collate`.
 
-No attention mask is built. Padding needs none, because with causal attention a token can't attend to a token on its
-right. Packed examples are separated by their position ids, and by their borders (`model/packed_attention.py`). With a
-mask of ones the model would ignore the position ids.
+No attention mask is built. Padding needs no mask, because it is on the right, and with causal attention a token can't
+attend to a token on its right. The position ids and the borders of packed examples keep these apart
+(`model/packed_attention.py`). With a mask of ones the model would ignore the position ids.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def collate(
     pad: int,
     packed: bool,
 ) -> Batch:
-    """Return the tensors of ``sequences``. Each sequence holds one example, or several packed ones. Each example comes
-    with its dropout seed.
+    """Return the tensors of ``sequences``. Each sequence is a list of pairs of an example and its dropout seed.
+    ``packed`` says whether a sequence may have several examples. ``pad`` is the token id of padding.
 
     Without sequences, return a dummy micro-batch of one padding token without loss. Under ZeRO all ranks must compute
     the same number of micro-batches, so a rank that has no examples left computes the dummy.

@@ -32,13 +32,13 @@ class Example(NamedTuple):
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
     read_as_text: Sequence[str] = ()
-    """The control tokens, such as `</s>`, that stand in the data row and were read as ordinary text. `ExampleSet` does
-    not keep them."""
+    """The control tokens, such as `</s>`, that are in the texts of the data row and were read as ordinary text.
+    `ExampleSet` does not keep this field."""
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that the loss is taken on. The first token of an example never counts, because no position
-        before it predicts it."""
+        """Number of tokens for which a loss is computed. The first token of an example never counts, because the model
+        predicts a token only from the tokens before it."""
         return sum(last - max(first, 1) for first, last in self.spans)
 
     @property
@@ -115,9 +115,9 @@ class ExampleSet(Sequence[Example]):
 
 
 def graded_fields(row: Row) -> dict[str, Any]:
-    """Return the columns of ``row`` as graders get them, which is as values of JSON. A value that JSON can't hold
-    becomes a text: a date or a decimal number becomes the text that templates show, and any other value, such as bytes
-    of a parquet file, what `str` returns."""
+    """Return the columns of ``row`` as JSON values, which graders get. A value that JSON can't hold becomes a text. For
+    a date or a decimal number, it is the text that templates show. For any other value, such as bytes of a parquet
+    file, it is the result of `str`."""
     found: dict[str, Any] = json.loads(json.dumps(row.fields, default=_as_text))
     return found
 

@@ -1,5 +1,5 @@
-"""Shortens texts that are too long: into several examples (`longRows: Split`), or to their beginning (`longRows:
-Truncate`). `dataset.py` calls the functions for rows of `format.text`, whose tokens are all learned."""
+"""Makes shorter examples of texts that are too long: several examples (`longRows: Split`), or only the beginning
+(`longRows: Truncate`). `dataset.py` uses `LongTexts` for rows of `format.text`, whose tokens are all learned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class LongTexts:
         self._first = ""
 
     def pieces(self, example: Example, place: str) -> Sequence[Example]:
-        """Return the examples that are made of ``example``, the text at ``place``."""
+        """Return the examples that are made of ``example``, which is too long. ``place`` is the place of its row for
+        messages.
+        """
         made = split(example, self._most) if self._policy == "Split" else [truncated(example, self._most)]
         self._first = self._first or place
         self.rows += 1
@@ -30,7 +32,7 @@ class LongTexts:
 
     @property
     def notice(self) -> str:
-        """How many rows were too long, and what became of their tokens."""
+        """A phrase that says how many rows were too long, and what became of their tokens."""
         rows = ("1 row is" if self.rows == 1 else f"{self.rows} rows are") + f" longer than {self._most} tokens"
         became = (
             f"split into {self._examples} examples, which learn each of the {self._tokens} tokens once"

@@ -62,8 +62,8 @@ class MicroBatcher:
         sequences: Sequence[Sequence[int]] = (
             [[row] for row in rows]
             if self.capacity is None
-            # The capacity is raised to the longest row. Training rows never exceed the capacity, but the base model's
-            # rows can, because `evaluation.basePrompt` may make them longer.
+            # The capacity is raised to the longest row. Training rows never exceed the capacity, but rows in the form
+            # that the base model reads can, because `evaluation.basePrompt` may make them longer.
             else pack(
                 rows, lengths, capacity=max(self.capacity, *(lengths[row] for row in rows), 1), ranks=self.world_size
             )
@@ -74,7 +74,7 @@ class MicroBatcher:
         return MicroBatchPlan(rows, sum(self.examples[row].supervised_tokens for row in rows), own)
 
     def tensors(self, plan: MicroBatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yield the tensors of each micro-batch of ``plan``. ``step`` only chooses the dropout masks."""
+        """Yield the tensors of each micro-batch of ``plan``. ``step`` is used only to choose the dropout masks."""
         for micro_batch in plan.micro_batches:
             sequences = [
                 [(self.examples[row], dropout_seed(self.seed, step, row)) for row in sequence]

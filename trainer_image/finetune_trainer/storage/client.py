@@ -45,7 +45,7 @@ REFUSED_CODES = frozenset(
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
 BEYOND_THE_END = "InvalidRange"
 PARTS_UNKNOWN_CODES = frozenset({"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented", "BadRequest"})
-"""What stores answer to a question about a part if they do not know the parts of objects."""
+"""Error codes with which stores answer a request for one part of an object, if they do not keep the parts apart."""
 MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
@@ -55,8 +55,8 @@ the upload of the whole object.
 """
 ENCRYPTION_HEADER = "x-amz-server-side-encryption"
 CUSTOMER_KEY_HEADER = "x-amz-server-side-encryption-customer"
-"""By these headers a store says that it encrypts an object with a key management service or with a key of the customer.
-The ETag of such an object is no digest of the content."""
+"""Headers with which a store says that it encrypts an object with a key management service, or with a key of the
+customer. The ETag of an object that is encrypted in one of these ways is no digest of the content."""
 CHUNK_BYTES = 1024 * 1024
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
@@ -86,7 +86,8 @@ class EtagForm(NamedTuple):
     """How the ETag of an object is computed from its content."""
 
     part_bytes: int
-    """Size in bytes of the first part of an object that was uploaded in parts, and 0 for another object."""
+    """Size in bytes of the first part of an object that was uploaded in parts. 0 for an object that was uploaded as a
+    whole, whose ETag is the MD5 of the content."""
 
 
 @dataclass(frozen=True)
@@ -248,9 +249,9 @@ class Store:
         return self._retried(ask, bucket, missing=None)
 
     def etag_form(self, bucket: str, key: str, *, in_parts: bool) -> EtagForm | None:
-        """Return what the ETag of an object is computed from, where it is a digest of the content. ``in_parts`` says
-        that the object was uploaded in parts. Return None if the ETag is none, if the object does not exist, or if the
-        store does not know the parts."""
+        """Return how the ETag of an object is computed from the content. ``in_parts`` says whether the object was
+        uploaded in parts. Return None if the ETag is no digest of the content, if the object does not exist, or if the
+        store does not answer a request for the first part."""
 
         def ask() -> EtagForm | None:
             query = {"partNumber": "1"} if in_parts else None

@@ -20,9 +20,9 @@ PIECE_CHARACTERS = 8 * 1024 * 1024
 """How many characters of the file are read at once, at least and at most."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _NEAR_THE_END = 16
-"""An error that the decoder reports within this many characters before the end of the text may have a single cause: the
-text ends there. The longest token, apart from strings and numbers, is `-Infinity`, and an escape in a string has at
-most 12 characters."""
+"""If the decoder reports an error within this many characters before the end of the text in memory, the only cause may
+be that the rest of the value has not been read yet. The longest token, apart from strings and numbers, is `-Infinity`,
+and an escape in a string has at most 12 characters."""
 
 
 def json_rows(file: TextIO) -> Iterator[Row]:
@@ -73,8 +73,8 @@ class _Text:
         """Number of the row at the position, for messages."""
 
     def extend(self) -> None:
-        """Read on, and drop the text before the position. About as much is read as is still there, so that the time for
-        a long row grows only with its length. No more is read than a row may have.
+        """Read more text, and drop the text before the position. About as many characters are read as are still in
+        memory, so that the time for a long row is proportional to its length. No more is read than a row may have.
 
         Raises FileProblem if the text from the position on is longer than a row may be.
         """
@@ -115,7 +115,7 @@ def _decode(text: _Text, number: int) -> Decoded:
             if text.is_at_end or not is_incomplete:
                 raise FileProblem(f"is not JSON: {error.msg.removesuffix(' starting at')} in row {number}") from None
         else:
-            # A number that ends where the text in memory ends may go on.
+            # A number at the end of the text in memory may have further digits that have not been read yet.
             if found.end < len(text.buffer) or text.is_at_end:
                 return found
         if len(text.buffer) - text.position > ROW_CHARACTERS:
