@@ -18,9 +18,10 @@ from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, 
 from finetune_trainer.pod.errors import Damaged, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
 from finetune_trainer.storage.checkpoint_folders import apply_retention, committed, fetch_folder
-from finetune_trainer.storage.client import LONGEST_DELAY_SECONDS, Store
+from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number
+from finetune_trainer.storage.retries import LONGEST_DELAY_SECONDS
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,

@@ -1,4 +1,4 @@
-"""Turns whatever minio-py raises about a request or an answer into an exception that `client.py` handles."""
+"""Turns whatever minio-py raises about a request or an answer into an exception that `retries.py` handles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OddAnswerError(Exception):
 
 @contextlib.contextmanager
 def answers(what: str = "") -> Iterator[None]:
-    """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Store`
+    """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Retries`
     handles. Put only calls of minio-py and the reading of its answers into the block. Otherwise an error of the trainer
     itself would be reported as an error of the store. ``what`` names the content of the answer for the message, for
     example "its listing".
