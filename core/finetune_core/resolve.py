@@ -2,8 +2,8 @@
 
 The operator calls `resolve` before the preflight check and before each attempt. Most defaults are fixed values in the
 models of `api/`. This module chooses the defaults that depend on other fields, such as the learning rate, which depends
-on the method. Only a value that depends on the model or the data, such as the number of steps in one epoch, is left to
-the trainer.
+on the method. The trainer itself computes the values that depend on the model or the data, such as the number of steps
+in one epoch.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def resolve(
     preflight: PreflightStatus | None = None,
     today: date | None = None,
 ) -> RunConfig:
-    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
+    """Return the run file of ``job``. Raises UserError with the path of a field where the job can't be run.
 
-    ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
-    uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
-    templates in all other jobs: the day (UTC) on which attempt 1 started.
+    ``report`` says to which address and how often the trainer reports. ``preflight`` is the record of the job's
+    preflight check. Where that record names the run of a former job, the job uses the former job's folder in the
+    bucket, and the date of its chat templates. ``today`` is the day (UTC) on which attempt 1 starts. Where no former
+    run states a date of chat templates, ``today`` is that date.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -125,7 +126,8 @@ def resolve(
 
 
 def _lora(lora: LoRASpec | None) -> LoRASpec:
-    """Return the adapters' settings. A variant that is switched off is absent, so that both are the same training."""
+    """Return the settings of the adapters. `rsLoRA` and `doRA` are None where the job sets these fields to false, so
+    that such a job has the same digest (`settings_digest`) as a job that leaves these fields out."""
     lora = lora or LoRASpec()
     return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
 

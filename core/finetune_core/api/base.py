@@ -120,20 +120,20 @@ DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?
 forbid floats."""
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-"""`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, PriorityClass or ServiceAccount."""
+"""`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, StorageClass, PriorityClass or ServiceAccount."""
 
 SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
 _CONTROL = r"\x00-\x20\x7f-\xa0"
 """Ranges of characters that addresses and names must not contain, for use between `[` and `]` in a regular expression.
-The ranges hold the control characters C0, DEL and C1, the space and the no-break space. Control characters are refused
-because a terminal that shows the text would obey them."""
+The ranges contain the control characters (C0, DEL and C1), the space and the no-break space. Control characters are
+refused because a terminal that shows the text would obey them."""
 WORD_PATTERN = f"^[^{_CONTROL}]+$"
 """Regular expression for a text without blanks and control characters, for example the name of a container image."""
 HTTP_ADDRESS_PATTERN = f"^https?://[^/@?#{_CONTROL}]+/?$"
 """Regular expression for an `http://` or `https://` address without user, path and query, for example
-`http://minio:9000`. A slash at its end is allowed, because people write addresses so."""
+`http://minio:9000`. One slash after the host and port is allowed, because people often write this slash."""
 S3_URI_PATTERN = f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$"
 """Regular expression for an address in an object store, for example `s3://bucket/key`."""
 WEIGHT_PATTERN = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$"
@@ -175,7 +175,8 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Largest number of characters in a field that takes an integer or a string, such as the quantity `1.5Gi`."""
+"""Largest number of characters of a string in a field that takes an integer or a string. An example of such a string is
+the quantity `1.5Gi`."""
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys

@@ -28,8 +28,8 @@ NAME_RULE = (
     f" {NAME_MAX_LENGTH} characters",
 )
 """CEL rule about `metadata.name`, and the message for a name that violates the rule. The rule is stricter than
-Kubernetes' rule for names, because the names of the job's pods and Services begin with the job's name, and these names
-may have at most 63 characters."""
+Kubernetes' rule for names, because the names of the job's Services begin with the job's name. The name of a Service
+must begin with a letter and have at most 63 characters."""
 
 
 class Metadata(BaseModel):

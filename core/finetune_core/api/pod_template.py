@@ -236,8 +236,8 @@ class PodTemplateSpec(ApiModel):
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Additional tolerations of the pods. The operator itself adds tolerations for nodes that are not ready or
-    unreachable, each for a limited time."""
+    """Additional tolerations of the pods. The operator itself tolerates, for a limited time, that the node of a pod is
+    not ready or unreachable."""
     affinity: Affinity | None = None
     """Rules about the nodes that the pods run on, and about their distance to other pods."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}

@@ -31,8 +31,8 @@ INCIDENT_LIMIT = 20
 """Largest number of entries in `status.incidents`. The newest ones are kept."""
 NOT_OBSERVED = -1
 """`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
-CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus treats it
-as in progress."""
+CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus treats a
+new job as in progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
 """Largest number of pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the
 previous attempt, which may still be terminating."""
@@ -184,8 +184,8 @@ class PreflightStatus(StatusModel):
     tries: Count = 0
     """Number of ended tries of the check."""
     aborted: Count = 0
-    """Number of tries in a row that had no result, because each was killed at its memory limit or did not end in time.
-    After three tries in a row without a result the job ends as failed."""
+    """Number of tries, since the last try with a result, that were killed at their memory limit or did not end in time.
+    After three such tries the job ends as failed."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
@@ -279,8 +279,8 @@ class CheckpointStatus(StatusModel):
     best: bool = False
     """true for the best checkpoint, by `evaluation.bestBy`, that is not damaged."""
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Why the trainer can't resume from the checkpoint: the name of the damaged object, and how the object differs from
-    the manifest. Empty when no damage is known."""
+    """Why the trainer can't resume from the checkpoint: the name of the damaged object, and how this object differs
+    from the manifest. Empty where no damage is known."""
 
 
 class PlanStatus(StatusModel):
@@ -383,7 +383,7 @@ class EvaluationStatus(StatusModel):
     """Optimizer step of the checkpoint that the artifact was made from."""
     passed: bool | None = None
     """Whether the tuned model reached every score of `evaluation.require`. Absent where the job requires none, and
-    before the artifact is committed. So true means that the job has succeeded."""
+    before the artifact is committed. true means that the job has succeeded."""
     requirements: Annotated[list[RequirementStatus], Field(max_length=REQUIREMENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """The scores of `evaluation.require`, and whether the tuned model reached them."""
 
@@ -438,7 +438,7 @@ class ArtifactStatus(StatusModel):
 
 
 class ChildStatus(StatusModel):
-    """The child object: the PyTorchJob of the current attempt."""
+    """The child object: the PyTorchJob that the operator created for the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
     """Kind of the child object: PyTorchJob."""

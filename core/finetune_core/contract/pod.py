@@ -54,8 +54,8 @@ SCRATCH_FOLDER = "/scratch"
 """Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. It contains downloaded
 files, and the files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
-of the claim>`."""
+"""Folder below which PersistentVolumeClaims with the model or with data files are mounted read-only, each at `<this
+folder>/<name of the claim>`."""
 MODEL_CACHE_FOLDER = "/var/run/finetune/model-cache"
 """Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job has no
 cache."""

@@ -71,7 +71,8 @@ class ScoreRecord(ContractModel):
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """For each score of the task, by name, its value over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Count = 0
-    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
+    """Number of graded answers. An answer can't be graded, for example, where its row has no reference answer that can
+    be used."""
     not_graded: Count = 0
     """Number of answers that could not be graded."""
     ungraded: Annotated[
@@ -81,8 +82,8 @@ class ScoreRecord(ContractModel):
     first."""
 
     def value_of(self, score: str) -> float | None:
-        """Return the value of ``score``, the name of a score as `evaluation.require` has it. Return None where the
-        score was not measured."""
+        """Return the value of the score named ``score``, which is a name that `evaluation.require` accepts. Return None
+        where the score was not measured."""
         measured = {PERPLEXITY: self.perplexity, ALL_TOKEN_PERPLEXITY: self.all_token_perplexity}
         return measured[score] if score in measured else self.scores.get(score)
 

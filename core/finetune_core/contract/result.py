@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
     """The object store, another rank, or the credentials failed for longer than the trainer waits, or a step took too
     long."""
     STOPPED = 143
-    """The trainer received SIGTERM, committed a checkpoint, and ended."""
+    """The trainer received SIGTERM and ended. All steps that it had finished are in a committed checkpoint."""
 
 
 class Outcome(StrEnum):
@@ -34,7 +34,7 @@ class Outcome(StrEnum):
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
     GATE_FAILED = "GateFailed"
-    """The artifact is committed as with the two outcomes above, but the tuned model did not reach a score of
+    """The artifact is committed as after the two outcomes above, but the tuned model did not reach a score of
     `evaluation.require`."""
     BAD_INPUT = "BadInput"
     DIVERGED = "Diverged"

@@ -45,8 +45,8 @@ def micro_batch_size(
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:
-    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller than the others,
-    but is never dropped."""
+    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller than the other
+    batches. This batch is trained too."""
     if max_steps is not None:
         return max_steps
     return -(-rows // global_batch_size) * (epochs or 1)

@@ -2,7 +2,7 @@
 of a chat template. `runnable.py` calls `template_problems` and `argument_problems`.
 
 The CEL rules of the schema refuse most wrong templates already. This module checks what CEL can't check: the nesting of
-optional parts, and the templates of a job in relation to each other. It also names the argument that is wrong.
+optional parts, and the templates of a job in relation to each other. Each problem with an argument names that argument.
 """
 
 from __future__ import annotations
