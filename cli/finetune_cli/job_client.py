@@ -1,8 +1,9 @@
 """Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI sends requests to the API
 server.
 
-The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
-commands, the demo and the end-to-end tests use `JobClient`.
+The client is configured by a kubeconfig, as kubectl is, or by the service account of the pod that the program runs in.
+Problems that a user can correct are raised as UserError. The commands, the demo and the end-to-end tests use
+`JobClient`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class ConnectionLostError(Exception):
 
 
 def load_client() -> tuple[client.ApiClient, str]:
-    """Return a client of the API server and the default namespace. Both come from KUBECONFIG, ~/.kube/config or the
-    pod's service account. Raises UserError where none of them can be loaded."""
+    """Return a client of the API server and the default namespace. The client is configured by the kubeconfig
+    (KUBECONFIG or ~/.kube/config) or, where no kubeconfig exists, by the pod's service account. Raises UserError where
+    the kubeconfig can't be read, and where neither of the two exists."""
     try:
         config.load_config()
     except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
@@ -98,8 +100,8 @@ class JobClient:
         """Yield the job now and after each change. The iterator does not end when the job has ended. ``notify`` is
         called with a sentence when the connection is lost.
 
-        If ``give_up_after`` is given, raises TimeoutError after this number of seconds. Raises UserError when the job
-        does not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
+        If ``give_up_after`` is given, raises TimeoutError after that many seconds. Raises UserError when the job does
+        not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
         ConnectionLostError when no API server answers at the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
@@ -123,7 +125,8 @@ class JobClient:
         raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
 
     def secret(self, name: str) -> dict[str, str]:
-        """Return the decoded values of a Secret. Raises UserError where the Secret is missing or may not be read."""
+        """Return the values of the Secret ``name`` by their keys, decoded from base64. Raises UserError where the
+        Secret is missing or may not be read."""
         found = self._read(
             self._core.read_namespaced_secret,
             f"Secret {self._namespace}/{name}",
@@ -136,7 +139,8 @@ class JobClient:
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
     def config_map(self, name: str) -> dict[str, str]:
-        """Return the values of a ConfigMap. Raises UserError where the ConfigMap is missing or may not be read."""
+        """Return the values of the ConfigMap ``name`` by their keys. Raises UserError where the ConfigMap is missing or
+        may not be read."""
         found = self._read(
             self._core.read_namespaced_config_map,
             f"ConfigMap {self._namespace}/{name}",
@@ -147,8 +151,9 @@ class JobClient:
 
     def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
         """Return the object ``name``, fetched with ``read``, a method of the Kubernetes client. Where the API server
-        answers with an error, raises UserError about ``subject``. Its text is the sentence in ``sentences`` for the
-        HTTP status code or, if there is none, the API server's message."""
+        answers with an error, raises UserError about ``subject``. The text of the error is the sentence in
+        ``sentences`` for the HTTP status code. Where ``sentences`` has no sentence for this code, the text is the
+        message of the API server."""
         try:
             return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:

@@ -24,15 +24,15 @@ from finetune_cli.state import (
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""A line about the progress is written when at least this percentage of all steps was trained since lines were last
-written. At the last step a line is always written."""
+"""Smallest progress, in percent of all steps, that is worth a line of its own. The progress is measured from the state
+for which lines were last written. The last step always has a line."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
     """Return the lines about all differences between ``job``, the newest state of the job, and ``shown``, the state for
     which lines were last written.
 
-    Where only the step has changed, there is a line only after each five percent of the steps, so that the log of a
+    Where only the step has changed, a line is returned only after each five percent of all steps, so that the log of a
     long run stays readable.
     """
     return [

@@ -33,7 +33,7 @@ manifests, are far smaller."""
 TRIES = 3
 """Largest number of times that `fetch` tries to download an object, the first time included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-"""The S3 error codes that mean that the object store refuses the access key."""
+"""The S3 error codes with which an object store refuses an access key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,8 @@ class ObjectStoreReader:
 
     @contextmanager
     def _explained(self, subject: str) -> Iterator[None]:
-        """Turn the error of a request that fails in the `with` block into a UserError. ``subject`` is the `s3://`
-        address that the request is about."""
+        """Return a context manager that turns the error of a failed request in its `with` block into a UserError.
+        ``subject`` is the `s3://` address that the request is about."""
         try:
             yield
         except S3Error as error:
@@ -201,8 +201,8 @@ class ObjectStoreReader:
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
     """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where ``certificates`` is None,
-    the context trusts the CA certificates in the file that the environment variable SSL_CERT_FILE names, or else those
-    of the library certifi."""
+    the context trusts the CA certificates in the file that the environment variable SSL_CERT_FILE names, or else the CA
+    certificates of the library certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:
