@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
-"""Prompt template, equal to the one in the quickstart job files."""
+"""Template that makes the same prompts as the template in the quickstart job files."""
 MAX_NEW_TOKENS = 28
 """Largest number of tokens in a generated answer. The longest reference answer has 25 tokens, its end token
 included."""

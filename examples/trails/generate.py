@@ -60,7 +60,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""A function, and the names of the attributes that a row has in addition to `name`."""
+"""A function, and the names of the attributes that a row has in addition to `name`, for example `("inform", ("length",
+"view"))`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,8 @@ def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list
 
 
 def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
-    """Return ``number`` trails with different meanings. The shapes are used one after the other, again and again, so
-    that all shapes are about equally frequent."""
+    """Return ``number`` trails with different meanings. ``shapes`` are used in turn, so that all of them are about
+    equally frequent. Names and values are chosen at random."""
     trails: dict[str, Trail] = {}
     turns = itertools.cycle(shapes)
     while len(trails) < number:
