@@ -81,7 +81,7 @@ class JobClient:
 
     def get(self, name: str) -> FineTuneJob:
         """Return the job ``name``. Raises UserError where the job does not exist, where the user may not read it, or
-        where it does not fit this version of the program. Raises ConnectionLostError where the API server can't be
+        where the job does not fit this version of the program. Raises ConnectionLostError where the API server can't be
         reached or has a problem of its own."""
         try:
             return parse(
@@ -163,7 +163,8 @@ class JobClient:
 
     def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
         """Return the result of `_list`. Where no API server answers, try again for ten minutes, which is long enough
-        for most restarts of an API server."""
+        for most restarts of an API server, and then raise UserError. ``notify`` is called with a sentence about the
+        outage."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
@@ -250,8 +251,8 @@ class JobClient:
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
-    """Return a stored object as a FineTuneJob. Raises UserError where the object does not fit this version of the
-    program, for example because the cluster runs a newer version."""
+    """Return ``stored``, an object as the API server returned it, as a FineTuneJob. Raises UserError where the object
+    does not fit this version of the program, for example because the cluster runs a newer version."""
     try:
         return FineTuneJob.model_validate(present_manifest(stored))
     except ValidationError as error:
@@ -261,8 +262,8 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
 
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the reason of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
-    reason."""
+    """Return the cause of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
+    cause."""
     reason = getattr(error, "reason", None)
     return str(reason if reason is not None else error)
 

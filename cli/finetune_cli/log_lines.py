@@ -24,8 +24,8 @@ from finetune_cli.state import (
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""Smallest progress, in percent of all steps, that is worth a line of its own. The progress is measured from the state
-for which lines were last written. The last step always has a line."""
+"""Smallest advance, in percent of all steps, for which a line about the progress is written. The advance is counted
+from the state for which lines were last written. The last step always gets a line."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
@@ -72,7 +72,7 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     if before is not None and progress.step == before.step:
         return
     advanced = progress.percentage - (before.percentage if before else 0)
-    # A step that is lower than before is shown at once, because it means that the job has resumed from a checkpoint.
+    # A step that is lower than before is shown at once. Such a step means that the job has resumed from a checkpoint.
     if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
         return
     words = [f"step {progress.step}/{progress.total_steps}"]

@@ -46,8 +46,8 @@ class AccessKey:
 
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
-    """Return the access key in ``values``, the data of a Secret or the environment variables. None where the access key
-    id or the secret key is missing."""
+    """Return the access key in ``values``, the data of a Secret or the environment variables. Return None where the
+    access key id or the secret key is missing."""
     access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
@@ -162,7 +162,7 @@ class ObjectStoreReader:
         raise AssertionError("the last try returns or raises")
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:
-        """Read an object and call ``add`` with each chunk of it. Raises urllib3's error when the transfer breaks
+        """Read an object in chunks and call ``add`` with each chunk. Raises urllib3's error when the transfer breaks
         off."""
         with self._explained(f"s3://{bucket}/{key}"):
             response = self._minio.get_object(bucket, key)

@@ -163,7 +163,8 @@ def _evaluation(evaluation: EvaluationStatus, task: str | None) -> RenderableTyp
 
 
 def _ungraded(evaluation: EvaluationStatus) -> list[RenderableType]:
-    """Return a line for each of the two models, but only where some answers of the model could not be graded."""
+    """Return a line about the base model and a line about the tuned model, each only where some answers of that model
+    could not be graded."""
     models = (("base", evaluation.base), ("tuned", evaluation.tuned))
     texts = [(name, ungraded_text(scores)) for name, scores in models]
     return [Text(f"  {name} model: {text}", style="yellow") for name, text in texts if text]

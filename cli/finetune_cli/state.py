@@ -84,7 +84,7 @@ def ending(job: FineTuneJob) -> Ending | None:
 
 
 def metric(job: FineTuneJob, name: str) -> MetricValue | None:
-    """Return the newest value of the metric ``name``, for example of `loss`. None where the status has no such
+    """Return the newest value of the metric ``name``, for example of `loss`. Return None where the status has no such
     metric."""
     return next((found for found in status_of(job).metrics if found.name == name), None)
 

@@ -265,7 +265,7 @@ def _key(value: Any) -> str | None:
 
 
 def _resolve(event: Any) -> Any:
-    """Return the value of a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
+    """Return the value of ``event``, a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
     text: str = event.value
     tag = event.tag
     if tag is not None and tag != "!":
@@ -279,8 +279,8 @@ def _resolve(event: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a plain (unquoted) scalar as kubectl reads it. Raises ValueError for a number that is not
-    finite."""
+    """Return the value of ``text``, a plain (unquoted) scalar, as kubectl reads it. Raises ValueError for a number that
+    is not finite."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:

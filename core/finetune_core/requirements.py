@@ -22,9 +22,9 @@ class Judgement:
 
     requirement: RequirementSpec
     base: float | None
-    """Score of the base model. None where it was not measured."""
+    """Score of the base model. None where this score was not measured."""
     tuned: float | None
-    """Score of the tuned model. None where it was not measured."""
+    """Score of the tuned model. None where this score was not measured."""
     problem: str
     """Why the score was not reached, for example `exact must be at least 0.8 and is 0.75`. Empty where it was
     reached."""
@@ -36,7 +36,8 @@ class Judgement:
 
     @property
     def difference(self) -> float | None:
-        """Score of the tuned model minus the score of the base model. None where one of the two was not measured."""
+        """Score of the tuned model minus the score of the base model. None where one of the two scores was not
+        measured."""
         return None if self.base is None or self.tuned is None else self.tuned - self.base
 
 

@@ -44,12 +44,11 @@ def resolve(
     preflight: PreflightStatus | None = None,
     today: date | None = None,
 ) -> RunConfig:
-    """Return the run file of ``job``. Raises UserError with the path of a field where the job can't be run.
+    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
 
-    ``report`` says to which address and how often the trainer reports. ``preflight`` is the record of the job's
-    preflight check. Where that record names the run of a former job, the job uses the former job's folder in the
-    bucket, and the date of its chat templates. ``today`` is the day (UTC) on which attempt 1 starts. Where no former
-    run states a date of chat templates, ``today`` is that date.
+    ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
+    uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
+    templates in all other jobs: the day (UTC) on which attempt 1 started.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -126,8 +125,7 @@ def resolve(
 
 
 def _lora(lora: LoRASpec | None) -> LoRASpec:
-    """Return the settings of the adapters. `rsLoRA` and `doRA` are None where the job sets these fields to false, so
-    that such a job has the same digest (`settings_digest`) as a job that leaves these fields out."""
+    """Return the adapters' settings. A variant that is switched off is absent, so that both are the same training."""
     lora = lora or LoRASpec()
     return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
 

@@ -2,8 +2,9 @@
 for a column of the row.
 
 `{{` and `}}` are braces, as in Python's format strings. `{#name}...{/name}` is a part that is shown only where the
-column has a value, and `{^name}...{/name}` is shown only where it has none, as in Mustache. Nothing else has a meaning,
-and no line break is removed. The operator, the trainer and `finetune validate` parse templates with this module.
+column has a value, and `{^name}...{/name}` is a part that is shown only where the column has none, as in Mustache.
+Nothing else has a meaning, and no line break is removed. The operator, the trainer and `finetune validate` parse
+templates with this module.
 """
 
 from __future__ import annotations
@@ -171,9 +172,8 @@ def parse(text: str, aliases: Mapping[str, str] | None = None) -> RowTemplate:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether ``value``, the value of a column, counts as no value. This is so where the column is missing, null
-    or false, and where the column holds a text of nothing but white space, an empty list or an empty object. 0 counts
-    as a value."""
+    """Return whether ``value``, the value of a column, counts as no value: it is missing, null or false, a text of
+    nothing but white space, an empty list or an empty object. 0 counts as a value."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value is False or (isinstance(value, Sequence | Mapping) and not value)

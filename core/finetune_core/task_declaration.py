@@ -44,8 +44,8 @@ ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What the value of a score for one answer is, and therefore what its mean over all graded answers is. For a score
-    of which the mean is reported, docs/tasks.md shows the value of the enum, except for VALUE."""
+    """What the value of a score for one answer is, and therefore what its mean over all graded answers is.
+    docs/tasks.md shows the value of RIGHT_OR_WRONG or PARTIAL_CREDIT as the meaning of this mean."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
@@ -119,16 +119,17 @@ class Column:
     """A column of the evaluation set that a grader reads, in addition to the generated answer."""
 
     name: str
-    """Name under which the grader reads the column, for example ``mr``. It is a key of `dataset.task.fields`."""
+    """Name under which the grader reads the column, for example ``mr``. `dataset.task.fields` has this name as a
+    key."""
     meaning: str = ""
     """Sentence that says what the column must hold."""
     example: object = ""
     """A value of the column, shown in docs/tasks.md."""
     is_completion: bool = False
-    """Whether the column holds the right answer. Where `dataset.task.fields` does not name a column of the rows for a
-    column that holds the right answer, the grader gets the completion of `dataset.format`: the value of
-    `completionField`, or the text of the template `completion`. For any other column, the grader then gets the column
-    of the rows that is called ``name``."""
+    """Whether the column holds the right answer. This matters where `dataset.task.fields` does not say which column of
+    the rows the grader reads. For a column with the right answer, the grader then reads the completion of
+    `dataset.format`: the value of `completionField`, or the text of the template `completion`. For any other column,
+    the grader then reads the column of the rows that is called ``name``."""
     optional: bool = False
     """Whether rows may lack the column."""
 

@@ -266,7 +266,7 @@ TASKS: Mapping[str, Task] = {
 """Every task that `dataset.task.name` can name, by its name, in the order in which the API lists the names."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema(list(TASKS)))]
-"""Type of `dataset.task.name`. It behaves as a Literal of the names of all tasks."""
+"""Type of `dataset.task.name`, which behaves as a Literal of the names of all tasks."""
 
 
 def task_name_text() -> str:
@@ -291,8 +291,8 @@ def main_score_text(task: str | None, value: float, *, answers: int | None = Non
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
     ``task`` is the name of a task, or of the entry point of an own grader. None means a task of right and wrong
-    answers. ``value`` is the value over the graded answers. ``answers`` is the number of graded answers. Where it is
-    None, the text does not say how many there are.
+    answers. ``value`` is the value over the graded answers. ``answers`` is the number of graded answers. Where
+    ``answers`` is None, the text does not say how many answers there are.
     """
     declared = TASKS.get(task) if task is not None else None
     graded = f"{answers} answers" if answers is not None else "the answers"

@@ -27,8 +27,8 @@ TAKEN = "is set by the trainer"
 
 
 def template_arguments(given: Mapping[str, str]) -> dict[str, Any]:
-    """Return `templateArguments` as the values that the template gets. A text that is JSON becomes its value, and any
-    other text stays a text."""
+    """Return `templateArguments` as the values that the template gets. A text that is JSON becomes the JSON value, and
+    any other text stays a text."""
     found: dict[str, Any] = {}
     for name, text in given.items():
         try:

@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
     # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that both signals remove the cluster at any
-    # time. Python's default handler of SIGINT does this already. It is set anyway, because a shell that starts the
-    # program in the background makes the program ignore SIGINT.
+    # time. The handler is set for SIGINT too, although Python's default handler does the same, because a shell that
+    # starts the program in the background makes the program ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"

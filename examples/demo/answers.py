@@ -45,7 +45,8 @@ def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in ``folder``. Where it has no padding token, the end token is used for padding."""
+    """Return the tokenizer in ``folder``. Where the tokenizer has no padding token, the end token is used for
+    padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

@@ -77,8 +77,8 @@ def valid_reason(text: str) -> str:
 
 
 class Condition(ApiModel):
-    """A condition. Its bounds are those of Kubernetes' metav1.Condition, because other programs may also write
-    conditions into the status."""
+    """A condition in a job's status. The bounds of the fields are those of Kubernetes' metav1.Condition, because other
+    programs may also write conditions into the status."""
 
     type: Annotated[str, Field(max_length=316)]
     """Type of the condition, for example `Succeeded`."""

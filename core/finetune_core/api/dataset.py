@@ -62,9 +62,9 @@ class PromptCompletionFormat(ApiModel):
     """Text after the completion, for example `<END_A>`. The model learns the suffix like the completion, and generated
     answers end at the suffix."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in a column. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in
-    `completionSuffix` control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
+    """How the text of a control token of the model, such as `</s>`, is read in a column. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token. In the templates and
+    in `completionSuffix` such a text is always the control token. `model.addedTokens` are tokens everywhere."""
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -118,14 +118,14 @@ class MessagesFormat(ApiModel):
     message of the assistant. Both leave out messages with `weight: 0`. Everything: all tokens of the conversation; a
     row with `weight: 0` is then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
-    """For names of roles in the rows, the role of the chat template that each stands for, for example `{bot:
-    assistant}`. A name that is not listed is passed to the template as it is, except for those of ShareGPT: `human`
-    stands for `user`, and `gpt` for `assistant`. In messages with `from` and `value`, `observation` stands for `tool`,
-    and `function_call` for an answer that calls tools."""
+    """For each name of a role in the rows, the role of the chat template that the name stands for, for example `{bot:
+    assistant}`. A name that is not listed is passed to the template as it is, except for the names in rows of ShareGPT:
+    `human` stands for `user`, and `gpt` for `assistant`. In messages with `from` and `value`, `observation` stands for
+    `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are
-    tokens."""
+    """How the text of a control token of the model, such as `</s>`, is read in a message. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token. `model.addedTokens`
+    are always tokens."""
 
 
 class TextFormat(ApiModel):
@@ -134,9 +134,9 @@ class TextFormat(ApiModel):
     text_field: FieldName = "text"
     """Column that holds the text."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in the text. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has
-    rendered already. `model.addedTokens` always are tokens."""
+    """How the text of a control token of the model, such as `</s>`, is read in a row. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token, which suits texts
+    that a chat template has rendered already. `model.addedTokens` are always tokens."""
 
 
 class DatasetFormat(ApiModel):
@@ -190,13 +190,13 @@ class DatasetSpec(ApiModel):
     packing: bool = False
     """true puts several short examples of a global batch into one sequence of at most `maxLength` tokens, which saves
     padding. The computed gradient stays the same. Before the first step the trainer checks that the model's attention
-    keeps the examples of one sequence apart, and the job fails where it does not."""
+    keeps the examples of one sequence apart, and the job fails where the attention does not keep them apart."""
     long_rows: Literal["Fail", "Skip", "Split", "Truncate"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
     before training. Skip: the rows are left out. Split: a row becomes several examples, and each of its tokens is
-    learned exactly once. Each further example begins with the last token of the example before it, which is its context
-    and is not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and
-    Truncate are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
+    learned exactly once. Each further example begins with the last token of the example before, as context that is not
+    learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and Truncate are
+    for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows that can't be read, lack a field, hold something other than the format asks for, or have
     nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and

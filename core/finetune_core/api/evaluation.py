@@ -92,8 +92,8 @@ class EvaluationSpec(ApiModel):
     )
 
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Optimizer steps between two evaluations. Absent: the steps of one epoch. The last step of the training is always
-    evaluated too."""
+    """Optimizer steps between two evaluations. Absent: the number of steps in one epoch. The last step of the training
+    is always evaluated too."""
     generation: GenerationSpec | None = None
     """Limits of generated answers. Only with a `dataset.task`."""
     base_prompt: TemplateText | None = None

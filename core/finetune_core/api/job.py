@@ -21,7 +21,7 @@ SHORT_NAME = "ftj"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX_LENGTH = 40
 NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
-"""Pattern of the names of namespaces (a DNS label), as the API server checks it."""
+"""Pattern that the name of a namespace must match, as in the API server. The name is a DNS label."""
 NAME_RULE = (
     f"self.metadata.name.matches('{NAME_PATTERN}') && self.metadata.name.size() <= {NAME_MAX_LENGTH}",
     "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"

@@ -46,7 +46,7 @@ class LoRASpec(ApiModel):
     2312.03732), which suits ranks above about 32. Absent: false."""
     do_ra: Annotated[bool | None, Field(alias="doRA")] = None
     """Whether each adapter also trains the norm of every row of its weight (DoRA, Liu et al. 2024, arXiv 2402.09353).
-    Takes more time and memory. Must not be true where experts get an adapter, because peft has no DoRA for experts.
+    Takes more time and memory. Must not be true where experts get an adapter, because peft has no DoRA for them.
     Absent: false."""
     lora_plus_ratio: DecimalString | None = None
     """Learning rate of an adapter's matrix B, and of the norms of DoRA, as a multiple of `training.learningRate`, for
@@ -65,6 +65,5 @@ class LoRASpec(ApiModel):
     for example `q_proj` or `experts.down_proj`; or a regular expression (RE2) that fits whole names, for example
     `model\.layers\.[0-7]\..*`; or `all-linear`, all linear layers and experts. An entry with other characters than
     letters, digits, `_` and `.` is a regular expression. Empty: `all-linear` and, with `model.addedTokens`, also the
-    input embedding and the output head. Modules that no text goes through, such as a vision or audio tower, never get
-    an adapter. A router of experts gets an adapter only where an entry is its name, or is a regular expression that
-    fits nothing but routers."""
+    input embedding and the output head. Only what a text goes through gets an adapter, so never a vision or audio
+    tower, and a router only where a name stands for it."""

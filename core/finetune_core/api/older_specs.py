@@ -21,7 +21,7 @@ def _task(stored: Any) -> Any:
 
 OTHER_TYPES: Mapping[str, Callable[[Any], Any]] = {"dataset.task": _task}
 """For each field that had another type, by its path in the spec: a function that returns the stored value in the type
-of this version. The function returns a value that has this type already unchanged, and None where the field is to be
+of this version. A value that already has this type is returned unchanged. None is returned where the field is to be
 left out."""
 
 

@@ -232,7 +232,7 @@ class PodTemplateSpec(ApiModel):
     ] = []
     """Secrets of type `kubernetes.io/dockerconfigjson` that are used to pull the image."""
     service_account_name: ObjectName = "default"
-    """ServiceAccount of the pods. Its token for the API server is not mounted."""
+    """ServiceAccount of the pods. No token for the API server is mounted into the pods."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []

@@ -23,7 +23,7 @@ from finetune_core.api.base import ApiModel
 Section = TypeVar("Section", bound=ApiModel)
 _EMPTY: dict[type, Any] = {str: "", int: 0, bool: False, list: []}
 """For each type, the value that replaces a required field that is absent. This version always writes required fields,
-so only another version can have left one out."""
+so only another version can have left out a required field."""
 
 
 class _UnreadableError(ValueError):

@@ -141,7 +141,7 @@ class DataSource(ApiModel):
 MIX_LIMIT = 8
 """Largest number of sources of a mix. `status.metrics` has room for a count of examples for each source."""
 Weight = Annotated[str, Field(max_length=16, pattern=WEIGHT_PATTERN)]
-"""A decimal number above 0, for example `"0.5"`. It is a string, because Kubernetes' API conventions forbid floats."""
+"""A decimal number above 0, as a string because Kubernetes' API conventions forbid floats, for example `"0.5"`."""
 
 
 class WeightedSource(DataSource):

@@ -54,14 +54,14 @@ class IdentitySpec(ApiModel):
     )
 
     audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
-    """Audience of the token, for example `minio`. A setting of the store says which audience it accepts. MinIO calls
-    this setting client id."""
+    """Audience of the token, for example `minio`. The store must be configured to accept this audience. MinIO calls
+    that setting client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
     token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""
     role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
     """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the claims in the token decide what
-    the pods may do. MinIO supports this."""
+    the pods may do, which MinIO supports."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -133,7 +133,7 @@ class CacheSpec(ApiModel):
     into its scratch folder, and compares the copies with the digests that the model's source states."""
     ephemeral: EphemeralVolumeSpec | None = None
     """A volume of each pod that holds the files of the model instead of the scratch folder. This volume saves space in
-    the scratch folder. It saves no downloads, because every pod of every attempt has a new volume."""
+    the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume."""
 
 
 class StorageSpec(ApiModel):

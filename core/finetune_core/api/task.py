@@ -39,8 +39,8 @@ def _quoted(values: Iterable[str]) -> str:
 
 
 def _task_rules() -> Iterator[tuple[str, str]]:
-    """Yield the CEL rules that follow from the declared tasks: which fields each task takes, which ones it needs, and
-    which columns its grader reads."""
+    """Yield the CEL rules that follow from the declared tasks: which fields each task takes, which fields each task
+    needs, and which columns its grader reads."""
     for argument in _ARGUMENTS:
         names = tasks_with(argument)
         yield (
@@ -75,7 +75,8 @@ def _task_rules() -> Iterator[tuple[str, str]]:
 
 
 class TaskSpec(ApiModel):
-    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` one of your trainer image."""
+    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` chooses a grader in your
+    trainer image."""
 
     model_config = ConfigDict(json_schema_extra=join(exactly_one_of("name", "entryPoint"), cel(*_task_rules())))
 
@@ -100,7 +101,8 @@ class TaskSpec(ApiModel):
     """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: true
     for ViGGO and SQL, false for the other values of `name`, and what an own grader declares."""
     ignore: Annotated[list[Ignorable], Field(max_length=4, json_schema_extra=SET), UNIQUE] | None = None
-    """What makes no difference between the answer and the right text. Absent: only white space around the answer."""
+    """Differences between the answer and the right text that are ignored. Absent: only white space around the answer is
+    ignored."""
     pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
     """Regular expression in the syntax of RE2. What the expression finds in the answer is compared with what it finds
     in the right text: its first group or, where it has no group, the whole match."""
@@ -124,5 +126,5 @@ class TaskSpec(ApiModel):
 
     @property
     def named_columns(self) -> Mapping[str, str]:
-        """`fields`, empty where it is absent."""
+        """The entries of `fields`. Empty where `fields` is absent."""
         return self.fields or {}

@@ -10,11 +10,11 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
 Schedule = Literal["Linear", "Cosine", "Constant"]
-"""How the learning rate changes after the warm-up."""
+"""How the learning rate changes after the warm-up. `TrainingSpec.schedule` explains the values."""
 Precision = Literal["bf16", "fp32"]
 """Number format of the computation."""
 Attention = Literal["Auto", "SDPA", "Flash", "Flex", "Eager"]
-"""The kernel that computes attention."""
+"""The kernel that computes attention. `TrainingSpec.attention` explains the values."""
 StabilityAction = Literal["Record", "RollBack", "Fail"]
 """What the trainer does about an unstable step: it records the step, rolls back to an earlier checkpoint, or fails."""
 
@@ -64,7 +64,7 @@ class TrainingSpec(ApiModel):
     """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
     a half cosine, Constant stays at the peak."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Steps in which the learning rate rises from zero to its peak in a straight line."""
+    """Number of steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"
     """Decoupled weight decay of AdamW."""
     gradient_clipping: DecimalString = "1.0"
@@ -124,9 +124,10 @@ class StabilitySpec(ApiModel):
     """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
 
     on_non_finite: StabilityAction = "Fail"
-    """What follows a loss or gradient that is not a finite number. Such a gradient is never applied. Record: the step
-    is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
-    lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as Diverged."""
+    """What follows a loss or gradient that is not a finite number. A gradient that is not finite is never applied.
+    Record: the step is skipped and recorded in `status.incidents`. RollBack: training continues from the last good
+    checkpoint with a lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as
+    Diverged."""
     on_exploding_loss: StabilityAction | None = None
     """What follows a finite loss or gradient norm that is far too high compared with the steps before, and a finite
     loss that is far too high compared with the job's first steps. Absent: only values that are not finite raise an

@@ -44,8 +44,8 @@ class Report(ContractModel):
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: PositiveCount
-    """Number of ranks that have joined the process group. It is always the world size, because rank 0 sends its first
-    report only after all ranks have joined."""
+    """Number of ranks that have joined the process group. This number is always the world size, because rank 0 sends
+    its first report only after all ranks have joined."""
     step: Count
     total_steps: Count
     epoch: Annotated[float, Field(ge=0)]
@@ -121,7 +121,7 @@ class Report(ContractModel):
 
 
 _LISTS: Final = ("checkpoints", "incidents", "notices", "history")
-"""The fields of a report that may lose items where the report is too long. Each is a list with the oldest item
+"""The fields of a report that may lose items where the report is too long. Each field is a list with the oldest item
 first."""
 
 

@@ -85,8 +85,8 @@ class Result(TerminationMessage):
         excess = len(text.encode()) - RESULT_LIMIT_BYTES
         message = self.message
         while excess > 0 and message:
-            # Each round cuts as many characters as are too many if each takes 6 bytes in JSON, the most that a
-            # character can take (\u0000). Each character takes at least 1 byte, so a few rounds are enough.
+            # A character takes from 1 to 6 bytes in JSON, 6 for example for \u0000. Each round cuts one character for 6
+            # bytes of excess. So hardly more than necessary is cut, and a few rounds are enough.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES

@@ -141,6 +141,6 @@ class RunConfig(ContractModel):
     storage: StorageConfig
     report: ReportConfig | None = None
     template_date: date | None = None
-    """The day (UTC) that a chat template gets as today's date. It is the day on which attempt 1 started or, where the
-    job continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same
-    tokens. None where no conversations are read."""
+    """The day (UTC) that a chat template gets as today's date: the day on which attempt 1 started or, where the job
+    continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same tokens.
+    None where no conversations are read."""

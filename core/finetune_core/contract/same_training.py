@@ -53,14 +53,11 @@ NOT_THE_TRAINING = (
     "storage.keep_last",
     "storage.keep_best",
 )
-"""Fields of the run file that do not define what is trained. These fields are about the machines, the division of the
-work, the place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the access
-tokens, the reports to the operator, and the day that chat templates get. That day is not compared, because a job that
-continues a run takes over the day of the run.
-
-All other fields define what is trained, also fields that later versions add. A path through a list means the fields of
-all items of the list.
-"""
+"""Fields of the run file that do not define what is trained. They contain the machines, the division of the work, the
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the references to
+access tokens, and the day on which the job began: a job that continues a run takes over the day of that run. All other
+fields define what is trained. This includes fields that later versions add. A path through a list means the fields of
+all its items."""
 
 
 class TrainingRecord(ContractModel):

@@ -2,7 +2,7 @@
 
 `resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
 `Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields of which this version does not
-support all values. Remove a field's entry when you add the support.
+support all values. Remove the entry of a field when you add support for all its values.
 """
 
 from __future__ import annotations
