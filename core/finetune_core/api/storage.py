@@ -86,8 +86,8 @@ class CheckpointSpec(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of newest checkpoints that are kept in the bucket. A change takes effect with the next attempt."""
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Number of best checkpoints that are kept in addition to the newest. A change takes effect with the next
-    attempt."""
+    """Number of best checkpoints that are kept in the bucket even if they are not among the newest. A change takes
+    effect with the next attempt."""
 
 
 class S3ManagedKey(ApiModel):

@@ -105,7 +105,8 @@ class TaskSpec(ApiModel):
     ignored."""
     pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
     """Regular expression in the syntax of RE2. What the expression finds in the answer is compared with what it finds
-    in the right text: its first group or, where it has no group, the whole match."""
+    in the right text, or with the whole right text where it finds nothing there. The expression finds its first group
+    or, where it has no group, the whole match."""
     tolerance: DecimalString | None = None
     """Largest difference between the number of the answer and the right one. Absent: 0."""
     relative_tolerance: DecimalString | None = None
