@@ -6,7 +6,8 @@ the fields `sentence` and `meaning`. `make demo` and the end-to-end tests call `
     python -m examples.trails.generate --output /tmp/trails
 
 The task resembles ViGGO (Juraska et al. 2019), but has a vocabulary of its own with five functions and six attributes.
-A meaning lists its attributes in a fixed order. A sentence may name them in another order.
+A meaning lists its attributes in a fixed order. A sentence may name the attributes in
+another order.
 """
 
 from __future__ import annotations

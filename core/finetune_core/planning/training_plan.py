@@ -1,6 +1,7 @@
 """Chooses values that a job may leave open: the ZeRO stage, the micro-batch size and the number of optimizer steps.
 
-`resolve.py` calls these functions to make the run file. The trainer calls `total_steps` once it has counted the rows.
+`resolve.py` calls `zero_stage` and `micro_batch_size` to make the run file. The trainer calls `total_steps` once it has
+counted the rows.
 """
 
 from __future__ import annotations

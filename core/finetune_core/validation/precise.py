@@ -1,6 +1,7 @@
 """Names the entry of a list or a map that violates a CEL rule.
 
-A rule of the schema has one fixed message for all values. `finetune validate` also says which entry is wrong.
+A rule of the schema has one fixed message for all values. For the rules about `evaluation.require` and
+`dataset.task.fields`, `finetune validate` also says which entry is wrong.
 """
 
 from __future__ import annotations
