@@ -71,7 +71,7 @@ class RowTemplate:
     tokens: Sequence[_Token]
     names: Mapping[str, str]
     """For each column that the template reads, the name by which the template calls the column. The columns are in the
-    order in which the template first calls them."""
+    order in which the template first names them."""
 
     @property
     def columns(self) -> Sequence[str]:

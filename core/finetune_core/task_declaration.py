@@ -119,8 +119,8 @@ class Column:
     """A column of the evaluation set that a grader reads, in addition to the generated answer."""
 
     name: str
-    """Name under which the grader reads the column, for example ``mr``. `dataset.task.fields` has this name as a
-    key."""
+    """Name under which the grader reads the column, for example ``mr``. In `dataset.task.fields` this name is the key
+    of the column."""
     meaning: str = ""
     """Sentence that says what the column must hold."""
     example: object = ""

@@ -134,7 +134,7 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has as many pods as an attempt, and the time at which as many pods
+        """Record the time at which the namespace has as many pods as an attempt, and the time at which that many pods
         run. The thread asks the API server for the pods again and again, because the job's status shows the state of
         the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
