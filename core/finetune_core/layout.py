@@ -36,8 +36,8 @@ MODEL_DIGESTS = "model-digests"
 """Name of the folder, below the folder of all runs of a job, with the sha256 of model files."""
 BASES = "_bases"
 """Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each of these models
-is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. The folder can't
-be confused with them, because the name of a namespace has no underscore."""
+is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. No namespace has
+the name of this folder, because the name of a namespace has no underscore."""
 
 
 class Location(NamedTuple):

@@ -2,8 +2,8 @@
 
 The operator calls `resolve` before the preflight check and before each attempt. Most defaults are fixed values in the
 models of `api/`. This module chooses the defaults that depend on other fields, such as the learning rate, which depends
-on the method. Only a value that depends on the model or the data, such as the number of steps in one epoch, is left to
-the trainer.
+on the method. The trainer itself computes the values that depend on the model or the data, such as the number of steps
+in one epoch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures the duration of each phase of the demo, the memory of the operator, and the sizes of checkpoints and
 artifact.
 
-The input is the code of each phase (in a `with` block) and the states of the job. The output is the file
-`measurements.json`, from which docs/performance.md takes its figures. `__main__.py` uses this module.
+The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`, from
+which docs/performance.md takes its figures. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. While the context manager is active, a
-    thread watches the job's pods. `observe` takes the other milestones from the states of the job."""
+    """Records when the job reaches its milestones, such as its first step. Inside the `with` block a thread watches the
+    job's pods, of which there are ``pods`` in an attempt. `observe` takes the other milestones from the states of the
+    job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -133,7 +134,7 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has all pods of an attempt, and the time at which all of these pods
+        """Record the time at which the namespace has as many pods as an attempt, and the time at which that many pods
         run. The thread asks the API server for the pods again and again, because the job's status shows the state of
         the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:

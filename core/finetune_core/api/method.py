@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 Quantization = Literal["NF4"]
-"""How the frozen weights of the base model are held: NF4 is the 4-bit NormalFloat of QLoRA."""
+"""How the frozen weights of the base model are stored in memory. NF4 is the 4-bit NormalFloat of QLoRA."""
 
 
 class LoRASpec(ApiModel):
@@ -40,7 +40,7 @@ class LoRASpec(ApiModel):
     """Scale of the adapters: the low-rank update is multiplied by alpha / rank, or by alpha / √rank with `rsLoRA`."""
     dropout: DecimalString = "0"
     """Dropout probability on the input of each adapter, from 0 to less than 1, for example `"0.05"`. Must be 0 where
-    experts get an adapter, because peft has no dropout for them."""
+    experts get an adapter, because peft has no dropout for adapters of experts."""
     rs_lora: Annotated[bool | None, Field(alias="rsLoRA")] = None
     """Whether the low-rank update is multiplied by alpha / √rank (rank-stabilized LoRA, Kalajdzievski 2023, arXiv
     2312.03732), which suits ranks above about 32. Absent: false."""
@@ -50,13 +50,14 @@ class LoRASpec(ApiModel):
     Absent: false."""
     lora_plus_ratio: DecimalString | None = None
     """Learning rate of an adapter's matrix B, and of the norms of DoRA, as a multiple of `training.learningRate`, for
-    example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Adapters of embeddings train at the plain rate.
-    Absent: all train at the same rate."""
+    example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Adapters of embeddings are trained at
+    `training.learningRate`. Absent: everything is trained at the same rate."""
     quantization: Quantization | None = None
     """NF4: the linear layers of the base model are held in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314),
-    quantized twice by bitsandbytes, and computed in `training.precision`. Their weights take about a quarter of the
-    memory in bf16, and a step takes longer. Embeddings and output head stay as they are. Only with `zeroStage` 1, 2 or
-    Auto, with `storage.artifact` Adapter, and with models without experts. Absent: the base model is not quantized."""
+    quantized twice by bitsandbytes, and computed in `training.precision`. The weights of these layers take about a
+    quarter of the memory that they would take in bf16, and a step takes longer. Embeddings and output head stay as they
+    are. Only with `zeroStage` 1, 2 or Auto, with `storage.artifact` Adapter, and with models without experts. Absent:
+    the base model is not quantized."""
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []

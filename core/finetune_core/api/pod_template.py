@@ -232,12 +232,12 @@ class PodTemplateSpec(ApiModel):
     ] = []
     """Secrets of type `kubernetes.io/dockerconfigjson` that are used to pull the image."""
     service_account_name: ObjectName = "default"
-    """ServiceAccount of the pods. Its token for the API server is not mounted."""
+    """ServiceAccount of the pods. No token for the API server is mounted into the pods."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Additional tolerations of the pods. The operator itself adds tolerations for nodes that are not ready or
-    unreachable, each for a limited time."""
+    """Additional tolerations of the pods. The operator itself tolerates, for a limited time, that the node of a pod is
+    not ready or unreachable."""
     affinity: Affinity | None = None
     """Rules about the nodes that the pods run on, and about their distance to other pods."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}

@@ -42,18 +42,19 @@ number of bytes, at least 1 MiB."""
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Largest number of nodes of a job, because the name of a pod has room for an index of two digits."""
+"""Largest number of nodes of a job. The limit is 99, because the name of a pod has room for an index of two digits."""
 
 
 class ScratchSpec(ApiModel):
-    """The scratch folder of each pod. It holds the downloaded model and data, the tokenised rows, and the files of
-    checkpoints and of the artifact until they are uploaded."""
+    """The scratch folder of each pod. The folder contains the downloaded model and data, the tokenised rows, and the
+    files of checkpoints and of the artifact until they are uploaded."""
 
     size: VolatileMemory
-    """Size of the folder, for example `200Gi`. On the node's own disk the kubelet evicts a pod that uses more."""
+    """Size of the folder, for example `200Gi`. Where the folder is on the node's own disk, the kubelet evicts a pod
+    that uses more."""
     storage_class_name: ObjectName | None = None
-    """StorageClass of a volume that is made for each pod and deleted with it (a generic ephemeral volume). Absent: the
-    folder is on the disk that the node gives to its pods (an emptyDir), and `size` is part of the pod's request and
+    """StorageClass of a volume that is made for each pod and deleted with the pod (a generic ephemeral volume). Absent:
+    the folder is on the disk that the node gives to its pods (an emptyDir), and `size` is part of the pod's request and
     limit of `ephemeral-storage`."""
 
 

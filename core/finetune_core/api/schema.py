@@ -37,7 +37,8 @@ class _KubernetesJsonSchema(GenerateJsonSchema):
 
 def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
     """Return ``node``, a part of pydantic's JSON schema, as a part of a structural schema. References are replaced by
-    their ``definitions``. Parts that a structural schema must not contain are rewritten or dropped."""
+    their ``definitions``. ``path`` contains the names of the definitions in which ``node`` lies, from the outermost on.
+    Parts that a structural schema must not contain are rewritten or dropped."""
     if isinstance(node, list):
         return [_structural(item, definitions, path) for item in node]
     if not isinstance(node, dict):

@@ -40,7 +40,8 @@ def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
     after the job is created.
 
     For an optional field the rule first compares whether the field is set in the old and in the new spec. Without this
-    comparison the rule would fail where the field is absent, and the API server counts a rule that fails as violated.
+    comparison the rule could not be evaluated where the field is absent, and the API server counts a rule that can't be
+    evaluated as violated.
     """
     rule = f"self.{section} == oldSelf.{section}"
     if optional:

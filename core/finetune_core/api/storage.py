@@ -54,14 +54,14 @@ class IdentitySpec(ApiModel):
     )
 
     audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
-    """Audience of the token, for example `minio`. The store accepts only tokens with one audience, which is a setting
-    of the store. MinIO calls this setting client id."""
+    """Audience of the token, for example `minio`. The store must be configured to accept this audience. MinIO calls
+    that setting client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
     token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""
     role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
     """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the claims in the token decide what
-    the pods may do. MinIO can be configured in this manner."""
+    the pods may do, which MinIO supports."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -86,8 +86,8 @@ class CheckpointSpec(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of newest checkpoints that are kept in the bucket. A change takes effect with the next attempt."""
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Number of best checkpoints that are kept in addition to the newest. A change takes effect with the next
-    attempt."""
+    """Number of best checkpoints that are kept in the bucket even if they are not among the newest. A change takes
+    effect with the next attempt."""
 
 
 class S3ManagedKey(ApiModel):
@@ -113,7 +113,7 @@ class EncryptionSpec(ApiModel):
 
 
 class EphemeralVolumeSpec(ApiModel):
-    """A volume that is made for each pod and deleted with it (a generic ephemeral volume)."""
+    """A volume that is made for each pod and deleted with the pod (a generic ephemeral volume)."""
 
     size: VolatileMemory
     """Size of the volume, for example `500Gi`."""
@@ -127,13 +127,13 @@ class CacheSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("claimName", "ephemeral"))
 
     claim_name: ObjectName | None = None
-    """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which the pods of all jobs that name it
-    keep the files of models. A file that is there already is not fetched again, by whatever pod, attempt or job. With
-    several nodes the claim must have the access mode ReadWriteMany. Every pod copies the files into its scratch folder,
-    and compares them with the digests that the model's source states."""
+    """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which all jobs that name this claim keep
+    the files of models. A file that is on the claim already is not fetched again, no matter which pod, attempt or job
+    put the file there. With several nodes the claim must have the access mode ReadWriteMany. Every pod copies the files
+    into its scratch folder, and compares the copies with the digests that the model's source states."""
     ephemeral: EphemeralVolumeSpec | None = None
-    """A volume of each pod that holds the files of the model instead of the scratch folder. It saves space in the
-    scratch folder and no downloads: every pod of every attempt has a new volume."""
+    """A volume of each pod that holds the files of the model instead of the scratch folder. This volume saves space in
+    the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume."""
 
 
 class StorageSpec(ApiModel):
@@ -153,7 +153,8 @@ class StorageSpec(ApiModel):
     """Secret that holds the access key. Absent: the access key comes from `identity` or, without that field, from the
     platform: a web identity such as IRSA, EKS Pod Identity, or the node's role."""
     identity: IdentitySpec | None = None
-    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this. Absent: no token is mounted."""
+    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this exchange. Absent: no token is
+    mounted."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
     """ConfigMap key that holds the CA certificates (PEM) with which the object store's certificate is verified. Absent:
     the CA certificates in the image."""

@@ -36,8 +36,8 @@ WEB_IDENTITY_FILE = "/var/run/secrets/finetune.dev/identity/token"
 WEB_IDENTITY_FILE_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
 ROLE_ARN_VARIABLE = "AWS_ROLE_ARN"
-"""The three names above are environment variables of the AWS SDKs. Their values are the path of the service-account
-token, the address of the security token service, and the role."""
+"""The three names above are environment variables of the AWS SDKs: for the path of the service-account token, for the
+address of the security token service, and for the role."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
 certificates in the image are used."""
@@ -51,11 +51,11 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. It contains downloaded
-files, and the files of checkpoints until they are uploaded."""
+"""Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. The folder contains
+downloaded files, and the files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
-of the claim>`."""
+"""Folder below which PersistentVolumeClaims with the model or with data files are mounted read-only, each at `<this
+folder>/<name of the claim>`."""
 MODEL_CACHE_FOLDER = "/var/run/finetune/model-cache"
 """Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job has no
 cache."""

@@ -23,7 +23,7 @@ from finetune_core.contract.same_training import Sha256
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""
 PREFLIGHT_SECONDS = 120
-"""Largest number of seconds that all checks may take together, measured from the start of the program."""
+"""Largest number of seconds that all checks together may take, measured from the start of the preflight program."""
 
 FINDING_LIMIT = 2048
 """Largest number of characters of a finding's message."""
@@ -69,8 +69,8 @@ class FoundRun(ContractModel):
     step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
-    """The committed artifact. None where no run in the folder is finished. The job then resumes from the checkpoint of
-    ``step``."""
+    """The committed artifact. None where no run in the folder is finished. A job that takes over the folder then
+    resumes from the checkpoint of step ``step``."""
     evaluation: EvaluationRecord | None = None
     template_date: date | None = None
     """The day that chat templates got as today's date in the runs of the folder."""
@@ -96,7 +96,8 @@ class PreflightResult(TerminationMessage):
     found: FoundRun | None = None
     """The former run that the job takes over instead of training anew. None where the check found no such run."""
     sizes: InputSizes | None = None
-    """The sizes of model and data. None where one of them was not found, and in results of older trainer images."""
+    """The sizes of model and data. None where the size of the model or of the data was not found, and in results of
+    older trainer images."""
 
     @property
     def exit_code(self) -> int:

@@ -60,18 +60,19 @@ class ScoreRecord(ContractModel):
     """Scores of the base model or of the tuned model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """Perplexity: exp of the mean loss (in nats) over all supervised tokens. These are the tokens whose loss training
+    """Perplexity: exp of the mean loss (in nats) over all supervised tokens, which are the tokens whose loss training
     minimises, such as the tokens of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: float | None = None
-    """Value of the task's main score over the graded answers: their mean, unless the task says otherwise. Where an
-    answer is either right or wrong for this score, the mean is the share of right answers. None where no answers were
-    graded."""
+    """Value of the task's main score over all graded answers, which is the mean unless the task declares another
+    aggregation. Where an answer is either right or wrong for this score, the mean is the share of right answers. None
+    where no answers were graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """For each score of the task, by name, its value over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Count = 0
-    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
+    """Number of graded answers. An answer can't be graded, for example, where its row has no reference answer that can
+    be used."""
     not_graded: Count = 0
     """Number of answers that could not be graded."""
     ungraded: Annotated[
@@ -81,8 +82,8 @@ class ScoreRecord(ContractModel):
     first."""
 
     def value_of(self, score: str) -> float | None:
-        """Return the value of ``score``, the name of a score as `evaluation.require` has it. Return None where the
-        score was not measured."""
+        """Return the value of the score named ``score``, which is a name that `evaluation.require` accepts. Return None
+        where the score was not measured."""
         measured = {PERPLEXITY: self.perplexity, ALL_TOKEN_PERPLEXITY: self.all_token_perplexity}
         return measured[score] if score in measured else self.scores.get(score)
 
@@ -103,7 +104,7 @@ class EvaluationRecord(ContractModel):
     rows: ScoredRows
     examples: Count
     """Number of rows in the evaluation set. `base.graded` and `tuned.graded` are the numbers of graded answers, which
-    may be smaller."""
+    may be smaller than the number of rows."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Count | None = None

@@ -44,8 +44,8 @@ class Report(ContractModel):
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: PositiveCount
-    """Number of ranks that have joined the process group. It is always the world size, because rank 0 sends its first
-    report only after all ranks have joined."""
+    """Number of ranks that have joined the process group. This number is always the world size, because rank 0 sends
+    its first report only after all ranks have joined."""
     step: Count
     total_steps: Count
     epoch: Annotated[float, Field(ge=0)]
@@ -69,7 +69,7 @@ class Report(ContractModel):
     checkpoint_age_seconds: Count | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
-    and also what was trained while the newest checkpoint was uploaded."""
+    and also the training that went on while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """A problem with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't be
     deleted. Empty where there is no problem."""
@@ -102,8 +102,8 @@ class Report(ContractModel):
     def _shortened(self, excess: int) -> Report:
         """Return the report with its longest list, or the message of its result, at least ``excess`` bytes shorter.
 
-        Fewer bytes are cut in two cases: where the whole list is shorter than ``excess``, and where the characters of
-        the message take fewer than 6 bytes each. Raises ValueError where nothing is left to cut.
+        Fewer than ``excess`` bytes are cut in two cases: where the whole list is shorter than ``excess``, and where the
+        characters of the message take fewer than 6 bytes each. Raises ValueError where nothing is left to cut.
         """
         sizes = {name: _sizes(getattr(self, name)) for name in _LISTS}
         longest = max(_LISTS, key=lambda name: sum(sizes[name]))
@@ -121,7 +121,7 @@ class Report(ContractModel):
 
 
 _LISTS: Final = ("checkpoints", "incidents", "notices", "history")
-"""The fields of a report that may lose items where the report is too long. Each is a list with the oldest item
+"""The fields of a report that may lose items where the report is too long. Each field is a list with the oldest item
 first."""
 
 

@@ -83,8 +83,8 @@ def settings_digest(config: RunConfig) -> str:
 
 
 def digest_of_fields(run_file: Mapping[str, Any]) -> str:
-    """Return the same digest as `settings_digest`, for a run file that is given as a mapping of JSON values. The keys
-    of ``run_file`` are the names of the fields in Python (snake_case), and fields that are None are left out."""
+    """Return the same digest as `settings_digest`, for a run file in the form of a mapping of JSON values. The keys of
+    ``run_file`` are the names of the fields in Python (snake_case), and fields that are None are left out."""
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")
