@@ -37,8 +37,9 @@ ALPACA = "### Instruction:\n{instruction}{#input}\n\n### Input:\n{input}{/input}
 
 @cache
 def byte_level(*, bos: bool = True, eos: bool = False, lstrip: bool = False) -> PreTrainedTokenizerBase:
-    """Return a byte-level tokenizer like that of Llama 3 or Qwen. With ``bos`` it puts BOS before every text, and with
-    ``eos`` it puts EOS behind it. With ``lstrip`` the token `<sep>` includes the white space before it."""
+    """Return a byte-level tokenizer like that of Llama 3 or Qwen. With ``bos`` the tokenizer puts BOS before every
+    text, and with ``eos`` EOS behind every text. With ``lstrip`` the token `<sep>` includes the white space before
+    it."""
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -108,7 +109,7 @@ def plain(text: str) -> list[Piece]:
     return [Piece(text, from_row=True)]
 
 
-# Token ids of text without control tokens: as a tokenizer alone would give them for the whole text.
+# Text without control tokens has the token ids that a tokenizer alone gives for the whole text.
 
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["it", " is", "\n", " ", "w1", "ask", "é"]))
 PIECES = st.lists(st.tuples(WORDS, st.booleans()))
@@ -208,7 +209,7 @@ def test_a_control_token_of_a_row_is_read_as_if_the_tokenizer_did_not_know_it(
 
 
 def _joined(parts: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Return ``parts`` with neighbours of the same kind as one."""
+    """Return ``parts``, with neighbours of the same kind joined."""
     joined: list[tuple[str, bool]] = []
     for text, from_row in parts:
         if joined and joined[-1][1] is from_row:

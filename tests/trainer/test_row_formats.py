@@ -67,17 +67,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """How a format is trained and resumed."""
+    """How a format is trained and resumed. ``run`` is the training without a stop."""
 
     run: Run
     moved: Run
-    """How the job is resumed with other settings."""
+    """The run that resumes a copy of the stopped job with other settings."""
     repeated: bool = True
     """Whether the job is also trained without a stop, and resumed with the same settings."""
 
     @property
     def cut(self) -> Run:
-        """The run that is stopped. The run that resumes it with the same settings is equal to it."""
+        """The run that is stopped. The run that resumes the job with the same settings has the same `Run`."""
         return replace(self.run, job=f"{self.run.job}-cut")
 
 

@@ -1,8 +1,8 @@
 """Every declared task has a grader, which reads the columns and gives the scores that the task declares. No grader has
 one of the known holes.
 
-A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested by one mutation
-of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
+A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested with one answer.
+The other files `test_tasks_*.py` test each grader in depth.
 """
 
 from __future__ import annotations

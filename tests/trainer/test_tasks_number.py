@@ -1,5 +1,5 @@
-"""One reader reads the numbers of answers. It reads a number however the number is written, and it reads no number
-where a text states several."""
+"""The reader of numbers in answers reads a number however the number is written, and reads no number where a text
+states several."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def test_no_text_makes_the_reader_fail(text: str) -> None:
     ids=lambda text: text[:12],
 )
 def test_the_time_of_the_reader_is_in_proportion_to_the_text(text: str) -> None:
-    """The bound is a hundred times what a linear reader takes, because the machine may be busy. A quadratic one takes
-    minutes."""
+    """The bound is a hundred times the time of a linear reader, because the machine may be busy. A quadratic reader
+    takes minutes."""
     began = time.process_time()
     read_number_behind("####", text)
     read_only_number(text)
