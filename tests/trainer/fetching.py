@@ -56,8 +56,8 @@ class FolderSource:
 
 
 class NoDigests(ModelDigests):
-    """Takes the place of the digests that a job keeps in its bucket. It holds no digest, because the source of the test
-    states the digests of all files."""
+    """The digests that a job keeps in its bucket: none here, because the source of the test states the digests of all
+    files."""
 
     def __init__(self) -> None:
         """Begin without a folder in the bucket."""

@@ -156,7 +156,7 @@ def _messages(turns: Sequence[tuple[str, str]], names: Sequence[str] = ("user", 
 
 def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = None) -> Text:
     """Return a conversation as one example, up to the last answer that is learned. ``learned`` says for each answer
-    whether it is learned. Without it all answers are learned."""
+    whether it is learned. Where ``learned`` is None, all answers are learned."""
     learned = learned or [True] * len(turns)
     parts = []
     for (question, answer), flag in zip(turns, learned, strict=True):

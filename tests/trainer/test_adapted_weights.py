@@ -276,8 +276,7 @@ def test_the_changed_weights_compute_what_the_adapters_compute(name: str, lora: 
     targets = choose_targets(structure_of(base), LoRASpec.model_validate({"rank": 2, **lora}), added_tokens=added)
     assert set(changes) == set(targets.weight_names)
     before, wanted = logits_of(base), logits_of(tuned)
-    # Input embedding and output head share one weight in this model, but each has a change of its own. So give the head
-    # a copy of the weight.
+    # The embedding and the output head each have a change of their own, so they must not share one weight.
     if added:
         base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     with torch.no_grad():

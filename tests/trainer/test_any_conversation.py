@@ -1,4 +1,4 @@
-"""Any conversation and a template of any usual kind: either the row is refused, or each answer follows exactly the
+"""For any conversation and any template of a usual kind, either the row is refused, or each answer follows exactly the
 tokens that the model gets at inference, and no word of the row is lost."""
 
 from __future__ import annotations

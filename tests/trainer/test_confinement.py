@@ -2,7 +2,7 @@
 reason.
 
 The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. The
-tests have no container. They create the namespaces and cgroups that a container would have, so they need root.
+tests have no container, but create the namespaces and cgroups that a container would have, so they need root.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ KILLED = -9
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     """Return the fault that kills a rank in round ``round_``.
 
-    Each round uses the next point of `POINTS`. It is random at which visit of the point the rank is killed. The rank is
-    random too, unless only rank 0 reaches the point.
+    Each round uses the next point of `POINTS`. `count`, the visit of the point at which the rank is killed, is random.
+    The rank is random too, unless only rank 0 reaches the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)

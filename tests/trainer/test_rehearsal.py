@@ -1,4 +1,5 @@
-"""What a run needs only at its end is tried before its first step, so that no training is lost at the export."""
+"""A run tries everything that it needs only at its end before its first step, so that no training is lost at the
+export."""
 
 from __future__ import annotations
 

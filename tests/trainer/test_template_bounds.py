@@ -137,7 +137,7 @@ def test_whatever_ends_the_process_of_a_template_is_told_apart() -> None:
     for number in (signal.SIGTRAP, signal.SIGQUIT):
         with pytest.raises(ValueError, match=rf"^it ends the process that reads it \({number.name}\)$"):
             TemplateProcess(ended_by(number), seconds=9).call()
-    # The kernel ends processes in this way where a pod has no memory left.
+    # The kernel ends processes with SIGKILL where a pod has no memory left.
     with pytest.raises(MemoryError):
         TemplateProcess(ended_by(signal.SIGKILL), seconds=9).call()
     with pytest.raises(TemplateLimitError, match=r"^takes more than 9 s$"):

@@ -106,7 +106,7 @@ class Zygote:
 
 
 class Forked:
-    """A forked program. Its methods are those of `subprocess.Popen`."""
+    """A forked program, with the methods of `subprocess.Popen` that the tests use."""
 
     def __init__(self, zygote: Zygote, arguments: list[str]) -> None:
         self._zygote, self.args = zygote, arguments

@@ -1,8 +1,9 @@
 """The process that has imported torch and forks programs: `python -m tests.trainer.zygote_process`. `zygote.py` starts
 the process and sends it orders.
 
-The process reads one JSON line from standard input for each program to start. It writes one JSON line with the process
-id when a program has been forked, and one with the exit status when a program has ended.
+The process reads one JSON line from standard input for each program to start. When a program has been forked, the
+process writes one JSON line with the process id. When a program has ended, the process writes one JSON line with the
+exit status.
 
 A forked program finds what a started Python interpreter finds: the environment, arguments, working folder and files
 that it was given, the signal handlers and the signal mask of a new process, and a single thread. There is one
@@ -60,8 +61,8 @@ def main() -> None:
     logging.getLogger("finetune_trainer").setLevel(logging.NOTSET)
     # A launcher forks its workers too.
     processes.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[attr-defined, assignment]
-    # `freeze` makes the garbage collector ignore all objects that exist so far. So it does not write to their pages,
-    # and the kernel copies fewer of these pages for the forked programs.
+    # `freeze` makes the garbage collector ignore all objects that exist so far. In the forked programs the collector
+    # then writes to fewer pages of memory, so the kernel copies fewer pages.
     gc.collect()
     gc.freeze()
     _serve()

@@ -28,8 +28,8 @@ def make_leaf_modules(model: torch.nn.Module, head: torch.nn.Module | None) -> N
 
 
 def _let_an_input_require_a_gradient(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return ``inputs``, the positional arguments of a trained leaf module, after the first floating-point tensor among
-    them was made to require a gradient. Return None where nothing must change.
+    """Return ``inputs``, the positional arguments of a trained leaf module, with the first floating-point tensor among
+    them replaced by an equal tensor that requires a gradient. Return None where nothing must change.
 
     DeepSpeed reduces the gradients of all weights of a leaf module when torch reports that the gradients of the
     module's inputs are computed. Without an input that requires a gradient, torch reports this before any gradient in
