@@ -21,8 +21,8 @@ from finetune_trainer.sources.content_digest import ContentDigest, hub_digest
 from finetune_trainer.storage.model_digests import ModelDigests
 
 WATCHED = ("open", "os.rename", "os.remove", "os.utime")
-"""Names of Python's audit events at which a process can be killed. Python raises an event at each call of the function
-of this name."""
+"""Names of Python's audit events at which a process can be killed. Python raises the event `os.rename`, for example, at
+each call of the function `os.rename`."""
 
 
 class FolderSource:

@@ -32,7 +32,8 @@ def minio_binary() -> Path | None:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface on which nobody listens, below those that the kernel gives to clients.
+    """Return a port of the loopback interface on which nobody listens. The port is below the range of ports that the
+    kernel gives to clients.
 
     A client that tries again and again to reach a port of the kernel's range, before its server listens, may get that
     very port for its own end. The client is then connected with itself, and the server can't open the port any more.

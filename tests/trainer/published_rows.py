@@ -44,12 +44,12 @@ NAMES = (
 
 
 def asked(*more: Mapping[str, Any], **changes: Any) -> list[Mapping[str, Any]]:
-    """Return a question, its answer with the fields ``changes``, and the messages ``more`` behind it."""
+    """Return a conversation: a question, its answer with the fields ``changes``, and then the messages ``more``."""
     return [USER, {"role": "assistant", "content": "Yo", **changes}, *more]
 
 
 def called(**changes: Any) -> list[Mapping[str, Any]]:
-    """Return a question, a tool call, and the result of the tool with the fields ``changes``."""
+    """Return a conversation: a question, a tool call, and the result of the tool with the fields ``changes``."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "9", **changes}
     return [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result]
 

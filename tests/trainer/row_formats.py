@@ -66,7 +66,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowFormat:
-    """A format of rows. Two entries are never equal."""
+    """An entry for a format of rows. Two entries count as equal only if they are the same object."""
 
     name: str
     form: Mapping[str, Any]
@@ -167,8 +167,8 @@ def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = No
 
 
 def _appended(rng: random.Random, number: int) -> Made:
-    """Make a conversation with a system message. Every second one ends with a question, and row 1 has a control
-    token."""
+    """Make a conversation with a system message. Every second conversation ends with a question, and row 1 has a
+    control token."""
     turns = _turns(rng, number)
     if number == 1:
         turns[0] = (turns[0][0], "w1 <end> w2")

@@ -1,4 +1,5 @@
-"""The chat templates of published models: what is trained is, token for token, what the model sees at inference."""
+"""The chat templates of published models: the tokens around each learned answer are those that the model sees at
+inference."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The trainer works in a restricted pod, and reports it as lack of memory when the kernel kills a worker for that
-reason.
+"""The trainer works in a restricted pod. When the kernel kills a worker for lack of memory, the result of the pod says
+so.
 
 The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. The
 tests have no container, but create the namespaces and cgroups that a container would have, so they need root.
@@ -59,10 +59,10 @@ exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-a
 """
 """Shell script that confines its own process and then becomes Python.
 
-Its arguments are: the repository, the folder of Python packages in it, the only writable folder, the user id, Python's
-installation prefix, and the name of the Python binary. The seventh argument is the Python that the launcher's command
-line names. The script drops the seventh argument and runs the same Python from a mount that any user can read, with all
-further arguments.
+The arguments of the script are: the repository, the folder of Python packages in it, the only writable folder, the user
+id, Python's installation prefix, and the name of the Python binary. The seventh argument is the Python that the
+launcher's command line names. The script drops the seventh argument and runs the same Python from a mount that any user
+can read, with all further arguments.
 """
 
 

@@ -233,7 +233,7 @@ def test_a_finished_run_comes_before_newer_ones_and_the_newest_before_older_ones
 
 
 def _let_a_second_pass(bucket: Bucket) -> None:
-    """Write an object again and again until the store gives its last change the time of a later second."""
+    """Write an object again and again until the store records a later second as the time of the change."""
     root, first = bucket.root("clock"), None
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

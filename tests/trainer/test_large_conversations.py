@@ -1,4 +1,4 @@
-"""Conversations of thousands of messages, calls or keys are read in seconds, and their sentences stay short."""
+"""Conversations of thousands of messages, calls or keys are read in seconds, and the messages about them stay short."""
 
 from __future__ import annotations
 

@@ -351,10 +351,10 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("ExactMatch", TOWN, "lyon", set()),
         ("Contains", {"answer": "72"}, "There are 172.", set()),
         ("Contains", TOWN, "It is Lyon.", {"contains", "found"}),
-        # One number, and no other.
+        # The answer must state the right number and no other number.
         ("Number", {"answer": "1,000"}, "It costs $1000.", {"exact"}),
         ("Number", {"answer": "1,000"}, "10 or 1000", set()),
-        # Values of JSON, not texts, and nothing behind them.
+        # JSON is compared as values and not as text, and nothing may follow the value.
         ("JSON", {"answer": '{"a": 1, "b": [1, 2]}'}, '{"b": [1.0, 2], "a": 1}', {"equal", "keys"}),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": true}', set()),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": 1} {"a": 1}', set()),

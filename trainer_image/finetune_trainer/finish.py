@@ -154,7 +154,7 @@ def result_message(
     """Return the sentence of the final result, such as `the artifact is the model of step 60, validation perplexity
     1.479`.
 
-    ``task`` is the name of the job's task, None where it has none, and ``patience`` is `evaluation.patience` where the
+    ``task`` is the name of the job's task, None where the job has none. ``patience`` is `evaluation.patience` where the
     run stopped early, else None.
     """
     text = f"the artifact is the model of step {chosen.step}"

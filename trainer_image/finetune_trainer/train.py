@@ -117,7 +117,7 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang, grading: Grading | None
 
 def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
     """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON.
-    ``graded`` are all columns that the job's grader reads."""
+    ``graded`` holds all columns that the job's grader reads."""
     summary = prepare_node(plan, graded)
     notices = [*summary.notices, *prepare_base_model_set(plan, graded)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")

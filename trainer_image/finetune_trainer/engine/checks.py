@@ -2,7 +2,7 @@
 do not attend to each other, and that the loss computed inside of the output head equals the loss of the model's logits.
 
 `train.py` calls `check_model`. The model's code and the attention kernel decide whether examples stay separate. Without
-the checks, no figure of the training would show that they do not.
+the checks, no figure of the training would show that packed examples see each other.
 """
 
 from __future__ import annotations

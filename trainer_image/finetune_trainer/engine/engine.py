@@ -28,8 +28,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 """AdamW's betas and epsilon: the defaults of torch and of the transformers Trainer."""
 RATE_FACTOR = "rate_factor"
-"""Key of a parameter group of the optimizer. Its value is the factor that the learning rate of the group is multiplied
-by. A group without the key has the factor 1."""
+"""Key of a parameter group of the optimizer. The value under the key is a factor for the learning rate of the group. A
+group without the key has the factor 1."""
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 """Names of the three tensors that each trained parameter has: its fp32 value, and AdamW's two moments under torch's
 names."""

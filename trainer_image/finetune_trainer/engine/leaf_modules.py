@@ -1,7 +1,7 @@
 """The leaf modules of ZeRO-3: modules whose weights, with those of all modules in them, DeepSpeed gathers together.
 
 ZeRO-3 gathers the weights of a module when the module is called. For some modules this moment is too late, or comes too
-often. `engine.py` makes leaf modules of them before it makes DeepSpeed's engine.
+often. `engine.py` turns these modules into leaf modules before it makes DeepSpeed's engine.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class JobBase:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model, with the added tokens of the job. Its tokens that end an answer were checked to
-        have rows in the embedding."""
+        """The tokenizer of the model, with the added tokens of the job. A tokenizer is refused if a token that ends an
+        answer has no row in the embedding."""
         tokenizer = load_tokenizer(self.folder)
         check_ends(tokenizer, self.folder, self.structure.rows)
         add_tokens(tokenizer, self.config.model.added_tokens)

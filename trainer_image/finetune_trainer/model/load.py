@@ -65,7 +65,7 @@ def load_base(
         raise UserError("model", "its config.json does not fit its weights: they have other shapes") from error
     missing = missing_weights(model, report)
     if missing:
-        # This is an error here, because transformers gives missing weights random values and only warns.
+        # Missing weights are an error here. transformers would give them random values, and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     if quantization is not None:

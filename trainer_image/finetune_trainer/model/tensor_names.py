@@ -132,8 +132,8 @@ class TensorNames:
         return name
 
     def parameters(self, group: TensorGroup, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters of ``group`` by name. They are made of ``stored``, the tensors of the group in the
-        weight files by name."""
+        """Return the parameters of ``group`` by name. ``stored`` has the tensors of the group in the weight files by
+        name, of which the parameters are made."""
         if not any(group.stored.values()):
             return {group.target: next(iter(stored.values()))}
         with library_boundary(self._not_convertible):
@@ -199,8 +199,8 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 def names_lost_in_shards(model: Any, stored: Iterable[str]) -> list[str]:
     """Return those of the tensors ``stored`` that transformers loads only into a whole ``model``, sorted by name.
 
-    transformers renames some tensors to names that the model does not have, because their names look like those of an
-    older version. When transformers loads a whole model, it then tries the name in the file. When ZeRO-3 shards the
+    transformers gives some tensors names that the model does not have, because the names in the file look like those of
+    an older version. When transformers loads a whole model, it then tries the name in the file. When ZeRO-3 shards the
     model, transformers leaves the tensor out.
     """
     renamings, converters = _kinds(get_model_conversion_mapping(model))

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete,
-reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
+"""Reads and checks the safetensors files of a model folder: finds the file that holds a tensor, checks that the files
+are complete, reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def library_boundary(failure: Callable[[BaseException], Exception], *known: type
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Return whether ``error`` is a panic of Rust code. Each library has its own class for it, which can't be
+    """Return whether ``error`` is a panic of Rust code. Each library has its own class for panics, which can't be
     imported."""
     return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
 
