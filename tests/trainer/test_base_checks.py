@@ -222,10 +222,10 @@ class Broken:
 
     damage: Callable[[Path], Any]
     sentence: str
-    """A part of the finding."""
+    """A text that the finding must contain."""
     family: str = "llama-2"
     changes: dict[str, Any] = field(default_factory=dict)
-    """Changes of the run file."""
+    """Fields of the run file that the test replaces."""
 
 
 BROKEN: dict[str, Broken] = {

@@ -74,7 +74,7 @@ def test_the_last_answer_alone_or_every_token_can_be_learned() -> None:
     (example,) = examples
     whole = tokenizer.apply_chat_template(TALK, return_dict=False)
     assert list(example.ids) == whole[: len(example.ids)]
-    assert list(example.spans) == [(0, len(whole) - 1)]  # without the line break behind the end
+    assert list(example.spans) == [(0, len(whole) - 1)]  # The line break behind the last end token is not learned.
     asked = rendered(tokenizer, {"messages": TALK[:1]}, learn="Everything")
     assert learned(tokenizer, asked) == [["<|im_start|>user\nHi<|im_end|>\n"]]
 

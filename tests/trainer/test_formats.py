@@ -67,7 +67,7 @@ def made(
 
 
 def learned(examples: ExampleSet, tokenizer: Any) -> list[list[str]]:
-    """Return the supervised words of each example."""
+    """Return the words of each example that are learned."""
     return [
         [tokenizer.decode([int(example.ids[at])]) for first, last in example.spans for at in range(max(first, 1), last)]
         for example in examples

@@ -141,7 +141,8 @@ def test_a_template_with_control_tokens_has_the_ids_of_the_whole_text(parts: lis
     assert PieceTokenizer(tokenizer).follow(pieces) == (tokenizer(whole, add_special_tokens=False)["input_ids"], ())
 
 
-# Control tokens.
+# The name of a control token becomes this token in a template, and stays ordinary text in a row.
+
 
 CONTROLS = ["<s>", "</s>", "<|im_end|>", "<sep>", "<tool>", "<unk>", "<end>"]
 
@@ -344,7 +345,7 @@ def test_no_row_can_write_what_stands_for_a_control_token() -> None:
     assert len(set(marks)) == 2
 
 
-# Templates of rows.
+# Templates of prompts and completions, in which the names of columns stand in braces.
 
 
 def test_alpaca_rows_are_one_line_of_yaml(tmp_path: Path) -> None:
@@ -464,7 +465,7 @@ def test_the_columns_of_the_base_prompt_are_needed_in_the_scored_rows_only() -> 
     assert [column.name for column in base_prompt_columns(dataset, "dataset.test", "{x}{prompt}")] == ["x", "prompt"]
 
 
-# Where answers end.
+# The tokens at which an answer ends.
 
 
 @pytest.mark.parametrize(

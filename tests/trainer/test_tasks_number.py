@@ -133,7 +133,7 @@ JOINTS = st.sampled_from(
 def test_several_numbers_in_one_statement_are_no_number(one: int, joint: str, other: int, form: str) -> None:
     text = form.format(f"{one}{joint}{other}")
     read = read_number_behind("####", text)
-    if joint in (",", "."):  # one number after all: `1,234` and `1.5`
+    if joint in (",", "."):  # Both joints can make one number, like `1,234` and `1.5`.
         assert read in (None, Decimal(f"{one}{joint}{other}".replace(",", "")))
     elif joint.startswith(";"):
         assert read == one

@@ -59,7 +59,7 @@ def main() -> None:
     # Each program configures its own log, as a started process does.
     logging.root.handlers.clear()
     logging.getLogger("finetune_trainer").setLevel(logging.NOTSET)
-    # A launcher forks its workers too.
+    # A launcher that was forked here forks its workers too, where it would otherwise start them.
     processes.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[attr-defined, assignment]
     # `freeze` makes the garbage collector ignore all objects that exist so far. In the forked programs the collector
     # then writes to fewer pages of memory, so the kernel copies fewer pages.

@@ -331,7 +331,7 @@ def _files_notice(part: _Part, rows: int) -> list[str]:
 
 
 class _Counter:
-    """Counts rows while they are read."""
+    """Counts the rows that pass through `counted`."""
 
     def __init__(self) -> None:
         self.rows = 0

@@ -39,7 +39,7 @@ OTHER_SENSES = re.compile("Vision|Image|Audio|Video|Speech")
 
 
 class Part(Enum):
-    """The kind of an adaptable weight."""
+    """What an adaptable weight is in its model."""
 
     LAYER = auto()
     """A linear layer."""
@@ -77,7 +77,7 @@ class TextPath:
     """The modules of a model that a text goes through, and their adaptable weights."""
 
     def __init__(self, structure: ModelStructure) -> None:
-        """Look at the modules of ``structure``."""
+        """Take the modules of ``structure``, and find out later, on demand, which of them a text goes through."""
         self._structure = structure
         self._model = structure.model
         self._modules: dict[str, nn.Module] = dict(self._model.named_modules())

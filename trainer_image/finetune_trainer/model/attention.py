@@ -21,7 +21,7 @@ from finetune_core.errors import UserError
 
 
 class Kernel(StrEnum):
-    """A kernel, under its name in `training.attention`."""
+    """A kernel that computes attention. Its value is its name in `training.attention`."""
 
     FLASH = "Flash"
     SDPA = "SDPA"
@@ -45,7 +45,7 @@ or reads no other tokens. All other types, such as `linear_attention` or `conv`,
 
 @dataclass(frozen=True)
 class ModelAbilities:
-    """What the code of a model supports."""
+    """Which attention kernels and other settings the code of a model supports."""
 
     name: str
     """Class of the model, for example `LlamaForCausalLM`."""

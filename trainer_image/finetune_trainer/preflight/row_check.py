@@ -61,7 +61,7 @@ class SourceHead:
     is_whole: bool
     """Whether ``path`` holds all rows of the data source."""
     bytes: int
-    """Size of the local files."""
+    """Size of the local files in bytes."""
     has_schema: bool
     """Whether the columns are known although one of the local files has no rows."""
 

@@ -62,13 +62,13 @@ class Forwarder(ABC):
 
     @abstractmethod
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
-        """Return the second connection. Return None where the first one must not pass, or where the second one can't be
-        opened."""
+        """Return the second connection for the first connection, whose ends are ``reader`` and ``writer``. Return None
+        where the first connection must not pass, or where the second connection can't be opened."""
 
 
 class Target:
-    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens there
-    may still be starting."""
+    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens at the
+    port may still be starting."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class Target:
         self._reached = False
 
     async def connect(self) -> Streams | None:
-        """Return a connection. Return None where the port was reached before and can't be reached any more, or was not
-        reached for PEER_WAIT_SECONDS."""
+        """Return a new connection to the port. Return None where the port was reached before and can't be reached any
+        more, or was not reached for PEER_WAIT_SECONDS."""
         deadline = time.monotonic() + PEER_WAIT_SECONDS
         told = False
         while True:

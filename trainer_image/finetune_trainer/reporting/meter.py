@@ -25,7 +25,7 @@ class Stopwatch:
     the CPU does not wait for the GPU after each part."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with no time in any part."""
+        """Start without a measured part. ``device`` is the device that computes the steps."""
         self._gpu = device.type == "cuda"
         self._spent: dict[str, float] = {}
         self._marks: list[tuple[str, Any, Any]] = []
