@@ -75,7 +75,8 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
-    """Upload and commit a checkpoint, and delete older ones, in one thread. A run's ranks do this in the background."""
+    """Upload and commit a checkpoint, and delete older ones, as the background threads of a run do, but in one
+    thread."""
     target = checkpoint_folder(1, step)
     for last_try in (False, False, True):
         uploaded = upload_files(root, target, files)
