@@ -46,9 +46,10 @@ class CheckpointAnnotations:
     """Keeps the annotation `volcano.sh/last-checkpoint-time` of running pods up to date."""
 
     def __init__(self, cluster: KubeClient, *, enabled: bool, clock: Callable[[], float]) -> None:
-        """Annotate pods with ``cluster``. Where ``enabled`` is False, do nothing: the chart then grants no permission.
+        """Annotate pods with ``cluster``.
 
-        ``clock`` returns monotonic seconds.
+        Where ``enabled`` is False no pod is annotated, because the chart then grants no permission for it. ``clock``
+        returns monotonic seconds.
         """
         self._cluster = cluster
         self._enabled = enabled
@@ -72,8 +73,8 @@ class CheckpointAnnotations:
                 await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except REQUEST_ERRORS as error:
                 # A failure is only logged, because nothing of the job depends on the annotation and a later reconcile
-                # tries again. It is not even logged where the pod is gone (404), or where a new pod with another uid
-                # has its name (409).
+                # tries again. There is not even a log line where the pod is gone (404), or where a new pod with another
+                # uid has the same name (409).
                 if not (isinstance(error, ApiError) and (error.is_not_found or error.is_conflict)):
                     logger.warning(
                         "pod %s was not annotated: %s", pod.name, describe_error(error), extra=job.log_fields

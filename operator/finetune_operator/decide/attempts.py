@@ -29,14 +29,14 @@ TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
 A trainer that still runs in such a pod does not damage the next attempt. Before each commit the trainer looks in the
-bucket for a higher run number, and stops writing once the next attempt has taken one. What the trainer commits before
-that is a normal checkpoint of the job.
+bucket for a higher run number, and stops writing once the next attempt has taken a higher number. What the trainer
+commits earlier is a normal checkpoint of the job.
 """
 ORPHAN_LIMIT = timedelta(seconds=60)
 """Time after the end of an attempt at which the operator itself deletes pods that have no child object any more.
 
-Normally the garbage collector deletes the pods of a deleted child within seconds. It leaves them where somebody deleted
-the child with `--cascade=orphan`.
+Normally the garbage collector deletes the pods of a deleted child within seconds. But the pods stay where somebody
+deleted the child with `--cascade=orphan`.
 """
 _ORPHAN_SECONDS = 5.0
 """Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods."""
@@ -50,8 +50,8 @@ _DELETION_SECONDS = 1.0
 def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
     """Return the decision while no attempt is current.
 
-    First the objects of the last attempt are removed and its pods waited for. Then the job ends, rests because it is
-    suspended, waits for its back-off, or gets its next attempt.
+    First the objects of the last attempt are removed, and the job waits until the pods of that attempt are gone. Then
+    the job ends, stays suspended, waits for its back-off, or gets its next attempt.
     """
     if seen.child is not None and not seen.child.deleting:
         return Decision(
@@ -219,7 +219,10 @@ def _with_observed_pods(
 
 
 def _pod_records(records: Sequence[PodRecord], pods: Sequence[PodObservation]) -> list[PodRecord]:
-    """Return ``records`` with the first pod seen for each worker index; its node is filled in once the pod has one."""
+    """Return ``records``, and a record of each pod in ``pods`` whose worker index is not recorded yet.
+
+    A record without a node gets the node of its pod once the scheduler has bound the pod to a node.
+    """
     known = {record.index: record for record in records}
     for pod in pods:
         record = known.get(pod.index)
@@ -239,12 +242,12 @@ def _ending(
 ) -> Decision:
     """Return the decision once the cause of the attempt's end is recorded.
 
-    The attempt is closed when all pods have ended or 10 s have passed. A permanent cause closes the attempt at once,
-    because no later evidence can replace that cause.
+    The attempt is closed when all pods have ended, or when 10 s have passed since the cause was recorded. A permanent
+    cause closes the attempt at once, because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    # The pause is subtracted from the time of this reconcile and not added to the recorded time, because the sum could
-    # exceed the largest time that a datetime can hold.
+    # LEAVE_TOGETHER is subtracted from the time of this reconcile and not added to the time of the cause, because the
+    # sum could exceed the largest time that a datetime can hold.
     left = seconds_of_pause(cause.time, seen.now - LEAVE_TOGETHER, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)

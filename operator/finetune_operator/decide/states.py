@@ -46,7 +46,7 @@ MEANINGS: Mapping[JobState, str] = {
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED})
 _STARTS = frozenset({JobState.CHECKING, JobState.OPENED, JobState.SUSPENDED, JobState.FAILED})
-"""States that may follow New, CleaningUp and Suspended. No attempt is current in these three states."""
+"""States that may follow New, CleaningUp and Suspended, three states in which no attempt is current."""
 _ENDS = frozenset({JobState.ENDING, JobState.CLEANING_UP, JobState.SUCCEEDED, JobState.FAILED})
 """States that may follow every state in which an attempt exists and goes on."""
 ATTEMPT_STATES = (JobState.OPENED, JobState.PENDING, JobState.RUNNING, JobState.HELD)
