@@ -43,7 +43,7 @@ EXIT_CODE_SENTENCES = {
 def exit_sentence(exit_code: int | None, reason: str) -> str:
     """Return the sentence about a training container that ended without a message of its own.
 
-    ``reason`` is the reason that the kubelet gives, such as "Error".
+    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error".
     """
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
@@ -79,25 +79,32 @@ def pods_replaced(names: Sequence[str]) -> str:
 
 
 def pod_disrupted(name: str, reason: str) -> str:
-    """Return the sentence about a pod that the cluster removed, or whose node was lost; ``reason`` says why."""
+    """Return the sentence about a pod that the cluster removed, or whose node was lost.
+
+    ``reason`` is the reason as one word, for example "PreemptionByScheduler".
+    """
     return f"pod {name} was removed by the cluster ({reason})"
 
 
 def pod_failed(name: str, reason: str, message: str) -> str:
-    """Return the sentence about a pod that failed without an exit code."""
+    """Return the sentence about a pod that failed without an exit code.
+
+    ``reason`` and ``message`` are those of the pod's status, for example "Evicted" and the kubelet's sentence. Either
+    may be empty.
+    """
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
 
 
 def container_lost(name: str, node: str) -> str:
-    """Return the sentence about a pod whose container is gone without anybody knowing how the container ended.
+    """Return the sentence about the pod ``name``, whose container is gone although nobody knows how it ended.
 
-    ``node`` may be empty.
+    ``node`` is the name of the pod's node; it may be empty.
     """
     return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
 
 
 def node_refused(name: str, node: str, reason: str, message: str) -> str:
-    """Return the sentence about a pod that its node did not start.
+    """Return the sentence about the pod ``name``, which the node ``node`` did not start.
 
     ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
     ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
@@ -137,9 +144,10 @@ def waiting_pod(name: str, detail: str) -> str:
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:
-    """Return how the message of attempt 2 or later begins: by saying why the attempt before ended.
+    """Return the beginning of a message about attempt 2 or later, which says why the previous attempt ended.
 
-    Empty for attempt 1, and where ``last_cause`` is empty.
+    ``number`` is the number of the attempt, and ``last_cause`` is why the previous attempt ended. The text is empty for
+    attempt 1, and where ``last_cause`` is empty.
     """
     return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
 
@@ -147,8 +155,9 @@ def attempt_prefix(number: int, last_cause: str) -> str:
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
     """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    ``next_start`` is None where the time of the next start is not decided yet. The sentence contains this time and not
-    the seconds until then, because a number of seconds would change the sentence in every reconcile.
+    ``ended`` is the number of the ended attempt, and ``cause`` says why it ended. ``next_start`` is the time of the
+    next start; None where it is not decided yet. The sentence contains this time and not the seconds until then,
+    because a number of seconds would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
@@ -227,7 +236,7 @@ def preflight_ran_on(seconds: int, command: str) -> str:
 def preflight_gives_up(tries: int, cause: str) -> str:
     """Return the sentence about a preflight check that ends the job, because ``tries`` tries could not be carried out.
 
-    ``cause`` says why the last of them could not.
+    ``cause`` says why the last try could not be carried out.
     """
     return f"{tries} tries of the preflight check failed in this way: {cause}"
 
@@ -283,10 +292,11 @@ def gate_failed(step: int, uri: str) -> str:
 
 
 def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
-    """Return the sentence about a former run that the job takes over: which one, from when, and how to train anew.
+    """Return the sentence about a former run that the job takes over: its folder, its begin, and how to train anew.
 
-    ``uid`` is that of the job that last wrote to the folder ``run_id``; empty where it is not known. ``done`` says
-    whether the run's artifact is committed, so that nothing is left to train.
+    ``uid`` is the uid of the job that last wrote to the folder ``run_id``; empty where it is not known. The run began
+    at ``began``, and its newest checkpoint or its artifact is of ``step``. ``done`` says whether the run's artifact is
+    committed, so that nothing is left to train.
     """
     what = f"takes over the artifact of step {step}" if done else f"resumes from the checkpoint of step {step}"
     job = f" of the job with uid {uid}" if uid and uid != run_id else ""
@@ -311,5 +321,8 @@ def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
 
 
 def checkpoint_damaged(what: str, step: int, damage: str) -> str:
-    """Return the sentence about a damaged checkpoint; ``what`` is the sentence about the undamaged checkpoints."""
+    """Return the sentence about the checkpoint of ``step``, which is damaged; ``damage`` says what is wrong with it.
+
+    ``what`` is the sentence about the undamaged checkpoints.
+    """
     return f"{what}; that of step {step} is damaged: {damage}"

@@ -1,7 +1,8 @@
-"""Makes all requests of a client wait while the API server asks for less load: by an answer 429, or by `Retry-After`.
+"""Makes all requests of a client wait while the API server asks for less load.
 
-`client.py` owns one `LoadLimit`. An overloaded API server answers some requests with 429. If only those requests
-waited, thousands of other jobs would keep asking.
+The API server asks for less load by an answer with 429, or by an answer with 503 and `Retry-After`. An overloaded API
+server answers only some requests so. If no other request waited, the reconciles of thousands of jobs would go on
+sending requests. `client.py` owns one `LoadLimit`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 DEFAULT_SECONDS: Final = 1.0
-"""Pause in seconds after a 429 that has no readable `Retry-After`."""
+"""Pause in seconds after a 429 without a readable `Retry-After`, and after a 503 whose `Retry-After` is unreadable."""
 MOST_SECONDS: Final = 300.0
 """Longest pause that is obeyed, so that a proxy with a wrong answer does not stop the operator for hours."""
 

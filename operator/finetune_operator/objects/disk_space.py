@@ -22,11 +22,14 @@ MODEL_CACHE_VOLUME: Final = "model-cache"
 MODEL_VOLUME: Final = "model"
 EPHEMERAL_STORAGE: Final = "ephemeral-storage"
 ROOM_BESIDE_SCRATCH = 2048 * MEBIBYTE
-"""Bytes of `ephemeral-storage` in addition to `resources.scratch.size`, for `/tmp` and the logs."""
+"""Bytes of `ephemeral-storage` for `/tmp` and the logs, in addition to those for the scratch folder."""
 
 
 def sizes_of_inputs(preflight: PreflightStatus | None) -> InputSizes | None:
-    """Return the sizes of model and data that the preflight check has found; None where it found none."""
+    """Return the sizes of model and data that the preflight check has recorded; None where it recorded no sizes.
+
+    ``preflight`` is the job's `status.preflight`.
+    """
     if preflight is None or preflight.model_bytes is None or preflight.data_bytes is None:
         return None
     return InputSizes(model_bytes=preflight.model_bytes, data_bytes=preflight.data_bytes)
@@ -92,7 +95,7 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
 
 
 def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifest:
-    """Return a volume that Kubernetes makes for the pod and deletes with it."""
+    """Return a generic ephemeral volume: Kubernetes creates and deletes the volume together with the pod."""
     claim: Manifest = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": str(size)}}}
     if storage_class is not None:
         claim["storageClassName"] = storage_class
@@ -100,6 +103,6 @@ def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifes
 
 
 def _quantity(amount: int) -> str:
-    """Return ``amount`` bytes as a quantity in GiB, or in MiB where it is no whole number of GiB."""
+    """Return ``amount`` bytes, rounded up to whole MiB, as a quantity such as "5Gi", or "1Mi" if not in whole GiB."""
     mebibytes = -(-amount // MEBIBYTE)
     return f"{mebibytes // 1024}Gi" if mebibytes % 1024 == 0 else f"{mebibytes}Mi"

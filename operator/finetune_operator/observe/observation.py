@@ -26,7 +26,7 @@ class PreflightObservation:
     job_uid: str = ""
     """`metadata.uid` of the job, which distinguishes the job's own run from the run of a former job."""
     chosen_run_id: str = ""
-    """`storage.runId`; empty where it is absent."""
+    """`storage.runId`; empty where the field is absent, or where this version can't read the spec."""
     runs_folder: str = ""
     """`s3://` address of the folder that holds the folders of all jobs of this name. Empty where this version can not
     read the spec."""
@@ -49,7 +49,7 @@ class JobObservation:
     pods: Sequence[PodObservation]
     """All pods of the job that still exist, of whichever attempt."""
     undeletable: frozenset[str] = frozenset()
-    """Uids of pods whose child is gone and whose deletion the API server has refused. They are not waited for."""
+    """Uids of pods whose child is gone and whose deletion the API server has refused. Nothing waits for such pods."""
     checkpoints: Sequence[CheckpointStatus]
     """Committed checkpoints as the stored status lists them, oldest first."""
     usage: UsageStatus

@@ -51,8 +51,9 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
 def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> list[PodObservation]:
     """Return the pods in ``manifests`` that the last attempt of ``job``, which has ended, left without an owner.
 
-    The status of an ended job records no pods any more. So a pod counts if it has the name of a pod of that attempt,
-    which contains a digest of the job's uid, and if it was created before the job ended.
+    The status of an ended job records no pods any more. So a pod counts if its name is the name of a pod of that
+    attempt and it was created before the job ended. Such a name contains a digest of the job's uid. Pods that are being
+    deleted already are left out.
     """
     ended, started = job.ended_at, job.status.attempts.started
     child = attempt_name(job.key.name, job.uid, started)

@@ -49,8 +49,9 @@ def usage_until(
 def _started_at(pod: PodObservation) -> datetime | None:
     """Return when the training container began to run; None where it never ran.
 
-    For a container that its runtime could not start, the kubelet gives a start in the year 1970, which is left out.
-    A start before the pod was created, or bound to its node, comes from a node whose clock is behind.
+    The result is None also for a container that its runtime could not start, for which the kubelet gives a start in the
+    year 1970. A start before the pod was created, or bound to its node, comes from a node whose clock is behind; the
+    time of the binding or creation is then returned.
     """
     if pod.container is None or pod.container.started_at is None or pod.container.never_ran:
         return None
@@ -70,7 +71,10 @@ def _end(pod: PodObservation, now: datetime) -> datetime:
 
 
 def _uncounted(start: datetime | None, end: datetime, since: datetime | None) -> Span | None:
-    """Return the part of the time from ``start`` to ``end`` that lies after ``since``; None where that is empty."""
+    """Return the part of the time from ``start`` to ``end`` that lies after ``since``; None where this part is empty.
+
+    ``start`` is None for a time that has not begun; ``since`` is None where the whole time is uncounted.
+    """
     if start is None:
         return None
     start = max(start, since) if since is not None else start
