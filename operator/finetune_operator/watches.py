@@ -28,8 +28,8 @@ from finetune_operator.queue.work_queue import WorkQueue
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 15.0
-"""Largest number of seconds that kopf may take to end. It waits two seconds for its workers and five for tasks that
-hang; a busy machine may need twice as long."""
+"""Largest number of seconds that kopf may take to end. kopf waits two seconds for its workers and five for tasks that
+hang. On a busy machine the end may take twice as long."""
 WATCH_EXIT_CODE: Final = 1
 """Exit code of the process where one watch has ended and the other watches did not end in time."""
 
@@ -107,8 +107,8 @@ class _Login:
     def session(self, info: kopf.ConnectionInfo) -> kopf.AiohttpSession:
         """Return the credentials ``info`` with a session; for the credentials of the last call, return the same object.
 
-        After a 401, kopf compares the new credentials with the refused ones, and ends where they are equal. With
-        another object each time it would log in again and again without a pause.
+        After a 401, kopf compares the new credentials with the refused credentials, and ends where both are equal. If
+        this method returned another object each time, kopf would log in again and again without a pause.
         """
         if self._known is None or self._known[0] != info:
             session = watch_session(info.as_http_headers(), info.as_ssl_context())

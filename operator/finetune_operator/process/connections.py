@@ -28,16 +28,19 @@ TLS_BUFFER_BYTES: Final = 8 * 1024
 """Size of the buffer in which asyncio receives the data of a TLS connection, also of the operator's own connections to
 the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
 SEND_BUFFER_BYTES: Final = 64 * 1024
-"""Size of the buffer in which the kernel keeps what a client has not received yet; the kernel takes twice as much.
+"""Size of the buffer in which the kernel keeps what a client has not received yet. The kernel reserves twice this size.
 Without a fixed size the buffer would grow to several megabytes for a client that does not read, and would count as
 memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
-"""Time in seconds within which a client must answer the end of a TLS connection. Then the connection is closed."""
+"""Time in seconds within which a client must answer the end of a TLS connection. After this time the connection is
+closed without the answer."""
 FILES_LEFT: Final = 512
-"""Number of files that are left to the process besides the connections of one server: half of them for the connections
-of the other server, and half for the process itself, for example for its connections to the API server."""
+"""Number of file descriptors that the connections of one server leave to the rest of the process. The report server
+thus leaves half of this number to the health server, and half to the process itself, for example for its connections to
+the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
-"""Seconds to wait before connections are accepted again, after the system lacked a file or memory for a connection."""
+"""Seconds to wait before connections are accepted again, after the system lacked a file descriptor or memory for a
+connection."""
 BACKLOG: Final = 128
 _ALL: Final = "all"
 """Key of the one token bucket that limits the new connections of all addresses together."""
@@ -122,7 +125,8 @@ class Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of the header and of the whole request, and hand the data on."""
+        """Count the bytes of the header and of the whole request, and hand the data on. Above a limit, end the
+        connection."""
         if not self._begun:
             self._begun = True
             self._end_after(self._limits.header_seconds)
@@ -188,8 +192,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         elif self.task is not None:
-            # The task takes its first step before it is cancelled. Otherwise its socket would stay open until the next
-            # full garbage collection.
+            # The task takes its first step before it is cancelled. Otherwise the socket of the connection would stay
+            # open until the next full garbage collection.
             asyncio.get_running_loop().call_soon(self.task.cancel)
         self._listener.forget(self)
 
@@ -203,8 +207,9 @@ class Listener:
     """Accepts connections on one port within limits.
 
     Where a new connection would exceed the limit of its address, the connection of that address that has been idle for
-    longest is closed in its favour. Where it would exceed the limit of all addresses, the connection that has been idle
-    for longest of all is closed. Where no such connection is idle, the new connection is closed at once.
+    longest is closed. Where a new connection would exceed the limit of all addresses, the connection that has been idle
+    for longest of all is closed. Where no connection is idle that could be closed, the new connection is closed at
+    once.
     """
 
     def __init__(
@@ -213,7 +218,10 @@ class Listener:
         limits: ConnectionLimits,
         context: ssl.SSLContext | None,
     ) -> None:
-        """Speak the protocol that ``make_protocol`` makes for each connection, over TLS where ``context`` is given."""
+        """Prepare to accept connections, with TLS where ``context`` is given.
+
+        ``make_protocol`` returns a new HTTP protocol, to which a connection hands its data.
+        """
         if context is not None:
             # asyncio has no public setting for the size of the buffer in which it receives the data of a TLS
             # connection. By default the buffer has 256 KiB for each connection.
@@ -311,7 +319,10 @@ class Listener:
         return self._count < self._most or _end_first(self._idle)
 
     async def _connect(self, connection: Connection, accepted: socket.socket) -> None:
-        """Do the TLS handshake. The client may break off at any time, which is no error of the server."""
+        """Do the TLS handshake, if the listener uses TLS, and connect ``connection`` with the socket ``accepted``.
+
+        The client may break off at any time, which is no error of the server.
+        """
         secure = self._context is not None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(

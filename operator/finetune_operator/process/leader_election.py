@@ -200,7 +200,8 @@ class LeaderElector:
             await asyncio.sleep(RETRY_SECONDS)
             self.check()
             try:
-                # The time-out is what is left until the deadline, so that the process ends then even if a call hangs.
+                # The time-out is the time that is left until the deadline, so that the process ends at the deadline
+                # even if a call hangs.
                 async with asyncio.timeout(RENEW_DEADLINE_SECONDS - self.age()):
                     renewed = await self._try()
             except TimeoutError:

@@ -46,7 +46,7 @@ class Settings:
     """Host name in the report URL and in the certificate. Empty means `<report_service>.<namespace>.svc`."""
     report_port: int
     report_connections: int
-    """Largest number of connections of the report server in all. A training job keeps one."""
+    """Largest number of connections of the report server in all. A training job keeps one connection open."""
     report_connections_per_address: int
     """Largest number of connections of one address. More are needed where many training pods share an address."""
     health_port: int
@@ -73,8 +73,8 @@ class Settings:
     def lease_identity(self) -> str:
         """Return the name of this process as holder of the Lease, for example ``"operator-7d4f_<uid of the pod>"``.
 
-        A container that the kubelet has restarted has the same identity as its predecessor, so it need not wait until
-        the Lease expires. Outside a pod every process has an identity of its own.
+        A container that the kubelet has restarted has the same identity as its predecessor, so the restarted container
+        need not wait until the Lease expires. Outside a pod every process has an identity of its own.
         """
         return f"{self.pod_name}_{self.pod_uid or uuid.uuid4()}"
 

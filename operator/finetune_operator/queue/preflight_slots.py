@@ -1,7 +1,7 @@
 """How many preflight checks may run at the same time over all jobs, and which job is the next to get its turn.
 
-`act/preflight_turns.py` asks before a preflight pod is created. A restart of the operator loses the slots; the pods
-that exist are then counted again.
+`act/preflight_turns.py` asks for a slot before a preflight pod is created. A restart of the operator loses the slots.
+The preflight pods that exist are then counted again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PreflightSlots:
     ) -> None:
         """Have ``limit`` slots. ``clock`` returns monotonic seconds.
 
-        When a slot becomes free, it goes to a waiting job, and ``wake`` is called with the key of that job.
+        When a slot becomes free, a waiting job gets the slot, and ``wake`` is called with the key of that job.
         """
         self.limit = limit
         self._wake = wake
@@ -44,12 +44,17 @@ class PreflightSlots:
         """Jobs that wait, the one that has waited longest first."""
 
     def occupy(self, key: Key) -> None:
-        """Keep the slot of a job whose preflight pod was seen, or give it one even where all are taken."""
+        """Keep the slot of the job ``key``, whose preflight pod was seen. A job without a slot gets a slot, even where
+        all slots are taken."""
         self._waiting.pop(key, None)
         self._held[key] = self._clock() + RUN_SECONDS
 
     def acquire(self, key: Key) -> bool:
-        """Return whether the job may create its preflight pod now. If not, the job is woken when its turn comes."""
+        """Return whether the job ``key`` has a slot, and so may create its preflight pod now.
+
+        A job without a slot gets a free slot if its turn has come. Otherwise the job waits, and is woken when its turn
+        comes.
+        """
         self._drop_expired()
         if key not in self._held:
             self._waiting.setdefault(key)
@@ -57,7 +62,7 @@ class PreflightSlots:
         return key in self._held
 
     def release(self, key: Key) -> None:
-        """Take back the slot, or the place in the line, of a job that has no pod and wants none now."""
+        """Take back the slot, or the place in the line, of the job ``key``, which has no pod and wants none now."""
         self._waiting.pop(key, None)
         if self._held.pop(key, None) is not None:
             self._drop_expired()

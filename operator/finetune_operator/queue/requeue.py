@@ -31,7 +31,8 @@ class Requeue:
     """When a job is to be reconciled again even if no watch event comes."""
 
     write: Write | None = None
-    """What this reconcile has written. Then the job is reconciled again at once, because its state has changed."""
+    """What this reconcile has written; None where it has written nothing. After a write the job is reconciled again at
+    once, because its state has changed."""
     pause: float | None = None
     """Seconds until the next reconcile where nothing was written. Less than `LEAST_PAUSE_SECONDS` counts as
     `LEAST_PAUSE_SECONDS`. None means to wait for the next watch event or resync."""

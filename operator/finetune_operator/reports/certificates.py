@@ -87,9 +87,9 @@ def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
 def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
     """Return ``old`` where nothing in it is due for renewal, else a renewed set.
 
-    The server certificate is due where it is valid for 30 days or less, or not for ``hostname``. It is renewed with the
-    same CA. Both are made anew where ``old`` is None, or where the CA would end before a new server certificate (90
-    days).
+    The server certificate is due where it is valid for 30 days or less, or is not for ``hostname``. The same CA signs
+    the new server certificate. CA and server certificate are both made anew where ``old`` is None, or where the CA
+    would end before a new server certificate (90 days).
     """
     if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
@@ -133,7 +133,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
 
 
 class SelfSignedCertificates:
-    """Makes and renews the certificates, and stores them in a Secret, which it creates where the Secret is missing."""
+    """Makes and renews the certificates, and stores them in a Secret. A missing Secret is created."""
 
     def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Store certificates for ``hostname`` in the Secret ``namespace/name``."""
@@ -142,8 +142,8 @@ class SelfSignedCertificates:
         self._name = name
         self._hostname = hostname
         self._last: CertificateSet | None = None
-        """The certificates that the last call returned. A deleted Secret gets them back, because running attempts trust
-        their CA; a Secret that somebody emptied gets a new CA."""
+        """The certificates that the last call returned. A Secret that was deleted gets these certificates back, because
+        running attempts trust their CA. A Secret that somebody emptied gets a new CA."""
         self._last_uid = ""
         """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted and created
         again, for example by Helm or Argo CD, which create it empty."""
@@ -155,8 +155,9 @@ class SelfSignedCertificates:
     async def ensure(self, now: datetime) -> CertificateSet:
         """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates.
 
-        Where somebody else has written the Secret meanwhile, its certificates are used. Raises ApiError (409) where the
-        Secret can't be written at the second try either: a webhook may answer 409 for ever.
+        Where somebody else has written the Secret meanwhile, the Secret is read again and its certificates are used.
+        Raises ApiError (409) where the Secret can't be written at the second try either. There is no third try, because
+        a webhook may answer 409 for ever.
         """
         try:
             return await self._ensure(now)
@@ -180,7 +181,10 @@ class SelfSignedCertificates:
         return new
 
     def _new_secret(self, content: CertificateSet) -> Manifest:
-        """Return the Secret to create. It has the type of the chart's Secret, because a Secret's type can't change."""
+        """Return the manifest of the Secret to create, with ``content`` as its data.
+
+        The Secret's type is that of the Secret in the Helm chart, because the type of a Secret can't be changed later.
+        """
         metadata = {"namespace": self._namespace, "name": self._name}
         kind = {"apiVersion": SECRETS.api_version, "kind": "Secret", "type": "Opaque"}
         return {**kind, "metadata": metadata, "data": content.to_data()}

@@ -77,7 +77,7 @@ class _Cache:
         return self._answers[digest][1] if self.has(digest) else None
 
     def put(self, digest: bytes, pod: TokenPod | None) -> None:
-        """Cache an answer from now on. Where there are too many, the oldest is dropped."""
+        """Cache the answer ``pod`` from now on. Where there are too many answers, the oldest answer is dropped."""
         self._answers.pop(digest, None)
         self._answers[digest] = (self._clock() + CACHE_SECONDS, pod)
         if len(self._answers) > CACHE_ENTRIES:
@@ -108,8 +108,8 @@ class _Line:
 class TokenReviewer:
     """Reviews tokens and caches the answers for a minute.
 
-    Refusals are cached too, so that a wrong token that is sent again soon costs no second review. They have a cache of
-    their own, so that many wrong tokens do not push the answers for valid tokens out.
+    Refusals are cached too, so that a wrong token that is sent again soon costs no second review. Refusals have a cache
+    of their own, so that many wrong tokens do not push out the answers for valid tokens.
     """
 
     def __init__(self, client: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,7 +120,7 @@ class TokenReviewer:
         self._running: dict[bytes, asyncio.Task[TokenPod | None]] = {}
 
     def known_pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod to which ``token`` is bound where that is cached, else None. Sends nothing."""
+        """Return the pod to which ``token`` is bound where the answer is cached, else None. Sends nothing."""
         return self._pods.get(_digest(token, audience))
 
     async def pod_of(self, token: str, audience: str, *, job_is_known: bool = True) -> TokenPod | None:
@@ -132,7 +132,7 @@ class TokenReviewer:
         digest = _digest(token, audience)
         if self._pods.has(digest) or self._refusals.has(digest):
             return self._pods.get(digest)
-        # Requests with the same token share one review, even where the client of the first one has gone meanwhile.
+        # Requests with the same token share one review, even where the client of the first request has gone meanwhile.
         task = self._running.get(digest)
         if task is None:
             line = self._known_jobs if job_is_known else self._unknown_jobs

@@ -1,4 +1,7 @@
-"""Creates events about a job after its status was written. `writer.py` calls it; `events.py` says which events."""
+"""Creates events about a job after its status was written.
+
+`writer.py` calls `EventRecorder`. `events.py` decides which events are created.
+"""
 
 from __future__ import annotations
 

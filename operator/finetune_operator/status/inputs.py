@@ -1,6 +1,6 @@
 """The inputs from which a job's new status is computed, besides the status stored in the API server.
 
-They are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
+These inputs are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
 
 `reconcile.py` makes a `StatusInput` in each reconcile; `compute.py` and `conditions.py` read it.
 """
@@ -91,9 +91,10 @@ def status_input(
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``image`` is that of the job's pods. ``invalid`` says why this version can't run the spec; it keeps a new attempt
-    from starting, but an attempt that runs already goes on. ``created`` is the child object that this reconcile
-    created; ``problem`` says why it could not create a child.
+    ``image`` is the image of the job's pods. ``invalid`` says why this version can't run the spec. A spec that can't be
+    run keeps a new attempt from starting, but an attempt that runs already goes on. ``config`` is the run file; None
+    where no pod is about to start. ``created`` is the child object that this reconcile created or found, and
+    ``problem`` says why it could not create the objects of the attempt.
     """
     current = decision.attempts.current
     return StatusInput(
@@ -129,7 +130,9 @@ def refused_input(
 ) -> StatusInput:
     """Return the inputs for the status of a job whose spec or status this version can't use.
 
-    The attempts and the preflight check in the status stay as they are.
+    The attempts and the preflight check in the status stay as they are. ``invalid`` says what is wrong with the spec or
+    status. ``end`` is how the job ends for this reason; None where the job waits. ``problem`` is why the job waits; None
+    where it ends.
     """
     return StatusInput(
         now=job.now,

@@ -20,7 +20,7 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
     """Return the status to apply as the field manager ``manager``.
 
     ``manifest`` is the stored FineTuneJob, whose status is replaced. ``read`` is what this version has read of that
-    status, and ``new`` is what the status is to be. What is equal in both stays as it is stored.
+    status, and ``new`` is what the status is to be. What is equal in ``read`` and ``new`` stays as it is stored.
 
     The result leaves out a condition if this version does not know its type and ``manager`` does not own the condition.
     Server-side apply keeps such a condition for its owner. If ``manager`` applied the condition as well, the owner
@@ -55,7 +55,7 @@ def _merged_conditions(stored: Sequence[Json], read: Sequence[Json], new: Sequen
 
 
 def _items(status: Mapping[str, Any]) -> list[Json]:
-    """Return the conditions of ``status`` that have a type, as the API server requires it."""
+    """Return the conditions of ``status``; leave out anything that is no object with a type."""
     items = status.get("conditions")
     known = items if isinstance(items, list) else []
     return [item for item in known if isinstance(item, dict) and isinstance(item.get("type"), str)]

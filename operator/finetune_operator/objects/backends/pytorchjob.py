@@ -109,7 +109,7 @@ class PyTorchJobBackend:
         return build_pytorchjob(job, attempt)
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the PyTorchJob ``manifest`` and return it; return an existing one of that name if the same job owns it.
+        """Create the PyTorchJob ``manifest`` and return it, or return an existing one of this name if the job owns it.
 
         Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
         PyTorchJob. Raises ApiError (409) where the existing PyTorchJob is being deleted, so that the job is soon
