@@ -131,8 +131,8 @@ def refused_input(
     """Return the inputs for the status of a job whose spec or status this version can't use.
 
     The attempts and the preflight check in the status stay as they are. ``invalid`` says what is wrong with the spec or
-    status. ``end`` is how the job ends for this reason; None where the job waits. ``problem`` is why the job waits; None
-    where it ends.
+    status. ``end`` is how the job ends for this reason; None where the job waits. ``problem`` is why the job waits;
+    None where the job ends.
     """
     return StatusInput(
         now=job.now,
