@@ -198,10 +198,10 @@ def pending_deadline(seconds: int, waiting_for: str) -> str:
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check.
+    """Return the sentence about a preflight pod that ended without a result, and about how to skip the check.
 
-    ``reason`` is the reason that the kubelet gives, and ``last_line`` the last line of the pod's log; either may be
-    empty.
+    ``exit_code`` is the exit code of its container. ``reason`` is the reason that the kubelet gives, and ``last_line``
+    the last line of the pod's log; either may be empty.
     """
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
@@ -292,7 +292,7 @@ def gate_failed(step: int, uri: str) -> str:
 
 
 def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
-    """Return the sentence about a former run that the job takes over: its folder, its begin, and how to train anew.
+    """Return the sentence about a former run that the job takes over: its folder, its start, and how to train anew.
 
     ``uid`` is the uid of the job that last wrote to the folder ``run_id``; empty where it is not known. The run began
     at ``began``, and its newest checkpoint or its artifact is of ``step``. ``done`` says whether the run's artifact is

@@ -1,7 +1,8 @@
 """The life of attempts: when an attempt may start, what is recorded while it exists, and when it is closed.
 
-Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes their result into the status
-before it creates or deletes an object, so that a restart after a crash repeats nothing.
+Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes what these functions return
+into the status before it creates or deletes an object, so that an operator that restarts after a crash starts no
+attempt twice and counts none twice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LEAVE_TOGETHER = timedelta(seconds=10)
 """How long at most an attempt stays open after the cause of its end was recorded. In this time the operator still
 observes why the other pods of the attempt end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
-"""A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
+"""The job no longer waits for a pod whose grace period ended this long ago, because the pod's kubelet counts as dead.
 
 A trainer that still runs in such a pod does not damage the next attempt. Before each commit the trainer looks in the
 bucket for a higher run number, and stops writing once the next attempt has taken a higher number. What the trainer
@@ -115,7 +116,7 @@ def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
 def _ended_long_ago(attempts: AttemptsStatus, now: datetime) -> bool:
     """Return whether the last attempt ended so long ago that the garbage collector would have deleted its pods.
 
-    True also where no ended attempt is recorded.
+    The result is True also where no ended attempt is recorded.
     """
     return not attempts.recent or now - attempts.recent[-1].end_time >= ORPHAN_LIMIT
 

@@ -1,7 +1,8 @@
-"""The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods; and
-the pauses that the status records.
+"""The two deadlines of `runPolicy`, and the pauses that the status records.
 
-Pure functions. `rules.py`, `attempts.py` and `preflight.py` call them.
+The active deadline limits how long pods may run in total. The pending deadline limits how long an attempt may wait for
+its pods, and how long the preflight check may take. The functions are pure. `rules.py`, `attempts.py` and
+`preflight.py` call them.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
 """Exit codes that may be no more than a consequence of another pod's failure: 75 and 143. Every other exit code
 explains more than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
-"""A child object may fail within this time after its queue resumed it. The reason may then be that pods of its earlier
-admission were still ending, so the job need not be at fault."""
+"""Time after the queue resumed a child object. If the child fails within this time, the reason may be that pods of the
+child's earlier admission were still ending, and the job need not be at fault."""
 
 
 START_PATIENCE_SECONDS = 120.0
@@ -83,7 +83,10 @@ class Evidence:
 
     @cached_property
     def decisive_failure(self) -> PodObservation | None:
-        """The failed pod whose exit code explains most (see _LATE_CODES); of several, the pod with the lowest index."""
+        """The failed pod whose exit code explains most (see _LATE_CODES); None where no pod failed.
+
+        Of several such pods, the pod with the lowest index is returned.
+        """
 
         def rank(pod: PodObservation) -> tuple[int, int]:
             code = pod.container.exit_code if pod.container else None
@@ -210,9 +213,9 @@ def _stopped(pod: PodObservation) -> bool:
 def is_refused(pod: PodObservation) -> bool:
     """Return whether ``pod`` failed because its kubelet refused or killed it, or because the runtime did not start it.
 
-    Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
-    recognised by what all refusals have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and
-    its container never ran.
+    Every admission handler of the kubelet may refuse a pod with a reason of its own, and new versions of the kubelet
+    add handlers. So a refusal is recognised by what all refusals have in common (`rejectPod` in
+    `pkg/kubelet/kubelet.go`): the pod has a reason, and its container never ran.
     """
     container = pod.container
     if container is not None and container.never_ran:

@@ -175,8 +175,9 @@ def node_lost(evidence: Evidence) -> Ruling | None:
 def pod_deleted(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where somebody deleted a pod before the first failure.
 
-    After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. If
-    recorded pods are missing, this is the reason, and the message names the missing pods.
+    After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. So where
+    recorded pods are missing, the ruling has the reason PodVanished or PodReplaced, and its message names the missing
+    pods.
     """
     pod = _disturbed(evidence, Disturbance.DELETED)
     if pod is None:

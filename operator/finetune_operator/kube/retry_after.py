@@ -1,8 +1,8 @@
 """Makes all requests of a client wait while the API server asks for less load.
 
 The API server asks for less load by an answer with 429, or by an answer with 503 and `Retry-After`. An overloaded API
-server answers only some requests so. If no other request waited, the reconciles of thousands of jobs would go on
-sending requests. `client.py` owns one `LoadLimit`.
+server gives such an answer to some requests only. If no other request waited, the reconciles of thousands of jobs would
+go on sending requests. `client.py` owns one `LoadLimit`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_SECONDS: Final = 300.0
 
 
 LONGEST_TEXT: Final = 64
-"""Longest `Retry-After` in characters that is read. A date has 29 characters."""
+"""Largest number of characters of a `Retry-After` that is read. A date has 29 characters."""
 
 
 def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> float | None:

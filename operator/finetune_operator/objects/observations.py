@@ -163,7 +163,7 @@ class ChildObservation:
     """Whether the child is suspended, for example by Kueue. Right after a resume this is still True, until the
     backend's controller has acted on the resume."""
     resumed_at: datetime | None = None
-    """When the backend last resumed the child after a suspension."""
+    """When the backend last resumed the child after a suspension; None where the child was never resumed."""
     failed_at: datetime | None = None
     replicas: int
     """Number of workers in the child's spec."""

@@ -18,7 +18,7 @@ class PreflightObservation:
     """What was read for the preflight check, which runs before attempt 1."""
 
     enabled: bool = False
-    """Whether the job is to be checked, by `runPolicy.preflight` or, if that is absent, by the operator's default."""
+    """Whether the job is to be checked. `runPolicy.preflight` decides or, if it is absent, the operator's default."""
     pods: Sequence[PodObservation] = ()
     """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""

@@ -1,7 +1,7 @@
 """Finds out which of the pods with a job's labels are the job's own, because anybody may copy labels.
 
-Pure functions on what the API server has sent. `observer.py` calls them, so that no other pod changes a decision, adds
-to the used GPU time, may report, or is deleted.
+Pure functions on what the API server has sent. `observer.py`, `settled.py` and `act/preflight_objects.py` call these
+functions, so that no other pod changes a decision, adds to the used GPU time, may report, or is deleted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def pods_of_attempts(
     A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
     is the child of the attempt. Where the status records the uid of that child, the controller must have this uid.
     Otherwise the controller's name decides, because the name of a child contains a digest of the job's uid. ``found``
-    is the object that now has the name of the newest child. Where ``found`` has another owner than the job, its pods do
-    not belong to the job.
+    is the object that now has the name of the newest child; None where no object has this name. Where ``found`` has
+    another owner than the job, the pods of ``found`` do not belong to the job.
 
     A pod without a controller belongs to its attempt where the status records the uid of the pod: somebody deleted the
     child and kept its pods (`--cascade=orphan`).

@@ -99,7 +99,8 @@ class StoredJob:
 
     @cached_property
     def policy(self) -> RunPolicySpec:
-        """`spec.runPolicy`, read apart from the rest of the spec, so that its orders and deadlines hold in any case."""
+        """`spec.runPolicy`, read apart from the rest of the spec. So the orders and deadlines of `runPolicy` hold even
+        where this version can't read the rest."""
         return self._section("runPolicy", RunPolicySpec)
 
     @cached_property
@@ -152,8 +153,8 @@ def _field_of(path: str) -> str:
 def _is_bookkeeping(path: str) -> bool:
     """Return whether the unread value at ``path`` is needed for decisions.
 
-    It is if it belongs to a field in `_BOOKKEEPING`, or if it is the type or the status of a condition, a whole
-    condition, or the list of all conditions.
+    Decisions need the fields in `_BOOKKEEPING`, the list of conditions, each condition in it, and the type and the
+    status of each condition.
     """
     decisive = path.endswith(("]", ".type", ".status")) or path == "conditions"
     return _field_of(path) in _BOOKKEEPING or (_field_of(path) == "conditions" and decisive)

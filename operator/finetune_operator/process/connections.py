@@ -238,7 +238,7 @@ class Listener:
         self._handshakes = RateLimiter(limits.handshakes_per_second, 5 * limits.handshakes_per_second)
         self._by_client = RateLimiter(limits.per_address / 2, 2 * limits.per_address)
         self._clients: dict[str, dict[Connection, None]] = {}
-        self._idle: dict[Connection, None] = {}  # the one that has been idle for longest comes first
+        self._idle: dict[Connection, None] = {}  # the connection that has been idle for longest comes first
         self._count = 0
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -253,7 +253,7 @@ class Listener:
         return int(self._sockets[0].getsockname()[1])
 
     def start(self, port: int, address: str) -> None:
-        """Listen on ``port`` of ``address``; of all addresses of IPv4 and IPv6 where ``address`` is empty."""
+        """Listen on ``port`` of the IP address ``address``; an empty ``address`` means all IPv4 and IPv6 addresses."""
         self._sockets = [_listening(address, port)] if address else _listening_everywhere(port)
         for listening in self._sockets:
             self._keep(self._accept_forever(listening))
@@ -313,7 +313,7 @@ class Listener:
         connection.task = self._keep(self._connect(connection, accepted))
 
     def _make_room(self, client: str) -> bool:
-        """Return whether there is room for one more connection of ``client``, after closing an idle one if needed."""
+        """Return whether there is room for one more connection of ``client``. If needed, close an idle connection."""
         if len(self._clients.get(client, {})) >= self._limits.per_address:
             return _end_first(connection for connection in self._idle if connection.client == client)
         return self._count < self._most or _end_first(self._idle)
@@ -365,7 +365,7 @@ def _listening(address: str, port: int) -> socket.socket:
 
 
 def _listening_everywhere(port: int) -> list[socket.socket]:
-    """Return a listening socket for IPv4, and one for IPv6 where this machine has IPv6."""
+    """Return a listening socket for IPv4, and a second socket for IPv6 where this machine has IPv6."""
     sockets = [_listening("0.0.0.0", port)]  # noqa: S104  (probes and Prometheus come from other machines)
     if socket.has_ipv6:
         with contextlib.suppress(OSError):  # the kernel has IPv6 switched off

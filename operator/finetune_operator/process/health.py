@@ -69,7 +69,7 @@ class WatchActivity:
         self.ready = self.ready or of_all_namespaces
 
     def last_namespace_refused(self) -> None:
-        """Record that the only namespaces without a list are deleted or forbidden, so that the leader is ready."""
+        """Record that the leader is ready, because all namespaces without a list of jobs are deleted or forbidden."""
         self.ready = True
 
     def age(self) -> float:
@@ -137,8 +137,8 @@ class HealthServer(HttpServer):
         async with self._rendering:
             if self._clock() - self._rendered_at >= METRICS_SECONDS:
                 self._set_gauges()
-                # The text is rendered in a thread, because with thousands of jobs it would block the event loop for
-                # long.
+                # The text is rendered in a thread, because with thousands of jobs the rendering would block the event
+                # loop for long.
                 self._rendered = await asyncio.to_thread(self._metrics.render)
                 self._rendered_at = self._clock()
             text = self._rendered

@@ -60,8 +60,8 @@ class JobMetrics:
 def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetrics:
     """Return what is exported of a job with ``spec``, as the API server stores it, and ``status``.
 
-    A number that the status lacks is None, and 0 for the counts of attempts and GPU seconds. A part of the spec that
-    this version does not know gives an empty text.
+    A number that the status lacks is None; counts of attempts and GPU seconds that the status lacks are 0. A part of
+    the spec that this version does not know gives an empty text.
     """
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: _number(metric.value) for metric in status.metrics}

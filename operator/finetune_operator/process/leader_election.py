@@ -149,7 +149,8 @@ class LeaderElector:
     ) -> None:
         """Prepare the election; the Lease is not acquired yet.
 
-        ``end`` is called with an exit code when the Lease is lost. It must not return.
+        The function ``end`` is called with an exit code when the Lease is lost, and must not return. ``clock`` returns
+        monotonic seconds.
         """
         self._lease = lease
         self._end = end

@@ -120,7 +120,10 @@ class JobMemory:
             self.reported_write_at = None
 
     def seconds_to_reported_write(self, now: float) -> float:
-        """Return for how many seconds this reconcile must not write changes from a report; 0.0 where it may now."""
+        """Return for how many seconds this reconcile must not write changes from a report; 0.0 where it may write them.
+
+        Where the reconcile has no turn yet, a turn is reserved.
+        """
         if self.has_reported_turn:
             return 0.0
         left = self.reserve_reported_turn(now)

@@ -15,7 +15,7 @@ from finetune_operator.queue.key import Key
 DEFAULT_LIMIT = 20
 """Largest number of preflight checks that run at the same time, where no setting says otherwise."""
 START_SECONDS = 60.0
-"""Seconds for which a job keeps its slot before its preflight pod was seen for the first time."""
+"""Seconds for which a job keeps a new slot although no reconcile has seen a preflight pod of the job."""
 RUN_SECONDS = 300.0
 """Seconds for which a job keeps its slot after the last reconcile that saw its preflight pod. Jobs with such a pod are
 reconciled at least every 10 s."""

@@ -17,7 +17,7 @@ Each reconcile rounds its time down to whole seconds, so a reconcile within the 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Proof that the API server holds another state than the one that this reconcile has read.
+    """Proof that the API server holds another state than the state that this reconcile has read.
 
     Only the code that sends a write creates a `Write`, once the API server has answered that the object has changed.
     """

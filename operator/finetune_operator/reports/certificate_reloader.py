@@ -55,8 +55,9 @@ class CertificateReloader:
     async def reload_forever(self, seconds: float) -> None:
         """Load the certificate again every ``seconds``. Never returns.
 
-        A failure is retried every 5 s, and the old certificate serves meanwhile. A certificate that the operator has
-        made is then valid for up to 30 days more, because its renewal begins 30 days before its end.
+        A failure is retried every 5 s, and the old certificate serves meanwhile. If the operator can't renew its own
+        certificate, the old certificate is still valid for up to 30 days, because the renewal begins 30 days before its
+        end.
         """
         while True:
             await asyncio.sleep(seconds)

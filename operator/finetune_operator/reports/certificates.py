@@ -1,8 +1,9 @@
 """TLS certificates of the report server, made by the operator or read from a Secret that somebody else maintains.
 
-The operator's own CA is valid for 10 years and goes into every attempt's ConfigMap. Its server certificate is valid for
-90 days and is renewed 30 days before its end. Functions make and renew certificates without any access to the cluster.
-The classes `SelfSignedCertificates` and `ExternalCertificates` access the Secret; `certificate_reloader.py` calls them.
+The operator's own CA is valid for 10 years and goes into every attempt's ConfigMap. The server certificate that this CA
+signs is valid for 90 days and is renewed 30 days before its end. Functions make and renew certificates without any
+access to the cluster. The classes `SelfSignedCertificates` and `ExternalCertificates` access the Secret;
+`certificate_reloader.py` calls them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
 RENEW_BEFORE = timedelta(days=30)
 BACKDATED = timedelta(minutes=10)
-"""A new certificate is valid from this long before its creation, so that nodes whose clocks are slow accept it."""
+"""Time from the beginning of a new certificate's validity to its creation. Nodes whose clocks are slow by up to this
+time accept the certificate."""
 
 CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.key"
 _ALL_KEYS = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)

@@ -85,14 +85,18 @@ class _Cache:
 
 
 class _Line:
-    """The reviews for known jobs, or those for unknown jobs. Few of them run at once, and not too many wait."""
+    """The reviews for known jobs, or the reviews for unknown jobs. Few reviews run at once, and a limited number of
+    reviews waits."""
 
     def __init__(self, at_once: int) -> None:
         self._slots = asyncio.Semaphore(at_once)
         self._inside = 0
 
     async def review(self, client: KubeClient, token: str, audience: str) -> TokenPod | None:
-        """Review a token once a slot is free; raise ReviewUnavailableError where that fails or too many wait."""
+        """Review ``token`` once a slot is free, and return what `parse_review` returns.
+
+        Raises ReviewUnavailableError where the review fails, or where too many reviews wait.
+        """
         if self._inside >= MOST_WAITING:
             raise ReviewUnavailableError(f"{self._inside} tokens wait for their review")
         self._inside += 1
@@ -127,7 +131,7 @@ class TokenReviewer:
         """Return the pod to which ``token`` is bound; None where it is bound to no pod or not valid for ``audience``.
 
         ``job_is_known`` says whether ``audience`` is that of a job that the operator knows. Raises
-        ReviewUnavailableError where the review fails, or where too many wait.
+        ReviewUnavailableError where the review fails, or where too many reviews wait.
         """
         digest = _digest(token, audience)
         if self._pods.has(digest) or self._refusals.has(digest):

@@ -44,8 +44,8 @@ class JobEvent:
     note: str
     warning: bool
     occasion: str
-    """What distinguishes two events of the same reason: the attempt's number, or the time of the change. A fixed word
-    where a job has at most one such event."""
+    """What distinguishes two events of the same reason: the attempt's number, the time of the change, or the folder of
+    the former run that is taken over. A fixed word where a job has at most one such event."""
     recurs: bool = False
     """Whether the event may come many times within one attempt. Such an event is created once a minute at most."""
 
