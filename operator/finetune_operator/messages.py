@@ -89,8 +89,8 @@ def pod_disrupted(name: str, reason: str) -> str:
 def pod_failed(name: str, reason: str, message: str) -> str:
     """Return the sentence about a pod that failed without an exit code.
 
-    ``reason`` and ``message`` are those of the pod's status, for example "Evicted" and the kubelet's sentence. Either
-    may be empty.
+    ``reason`` and ``message`` are fields of the pod's status, for example "Evicted" and a sentence of the kubelet.
+    Either may be empty.
     """
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
 

@@ -117,8 +117,8 @@ class AttemptObjects:
         """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # This deletes ConfigMap and NetworkPolicy of the previous attempt. Both still exist where somebody else
-            # deleted the child of the previous attempt, or where that child was never created.
+            # Delete the ConfigMap and the NetworkPolicy of the previous attempt. These objects still exist where
+            # somebody else deleted the child of the previous attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
     """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z".
 
-    The text is empty where there is no checkpoint. It is also empty where the stored time is so close to the first or
-    the last possible datetime that it can't be converted to UTC. No trainer reports such a time, but another program
-    may have stored it.
+    The text is empty where there is no checkpoint, and where the stored time is so close to the first or the last
+    possible datetime that it can't be converted to UTC. No trainer reports such a time, but another program may have
+    stored one.
     """
     if not checkpoints:
         return ""

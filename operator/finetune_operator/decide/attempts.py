@@ -207,7 +207,7 @@ def _with_observed_pods(
     resumed_at = seen.child.resumed_at if seen.child is not None else None
     if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):
         # The queue suspended the attempt and admitted it anew, perhaps before any reconcile saw the child suspended.
-        # Pods and times are recorded anew, because the recorded ones belong to the earlier admission.
+        # Pods and times are recorded anew, because the recorded values belong to the earlier admission.
         current = current.model_copy(update={"pods": [], "admitted_time": resumed_at, "running_time": None})
     all_ran = sum(pod.running or pod.ended for pod in pods) >= seen.nodes
     return current.model_copy(

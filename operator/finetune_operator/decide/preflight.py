@@ -204,7 +204,7 @@ class _Outcome:
     has_result: bool = False
     """Whether the check was carried out, so that `message` holds its findings or notices."""
     found: FoundRun | None = None
-    """The run that the check found in the bucket: the job's own, or that of a former job. None if it found no run."""
+    """The run that the check found in the bucket, of the job itself or of a former job. None if it found no run."""
     sizes: InputSizes | None = None
     """Sizes of model and data. None where the check did not determine these sizes."""
     aborted: bool = False

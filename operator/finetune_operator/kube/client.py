@@ -267,7 +267,7 @@ class KubeClient:
     async def update_secret(self, manifest: Manifest) -> Manifest:
         """Replace the operator's certificate Secret by ``manifest``, and return the new Secret.
 
-        Raises ApiError (409) where the Secret's resourceVersion is no longer the one in ``manifest``.
+        Raises ApiError (409) where the Secret's resourceVersion differs from the resourceVersion in ``manifest``.
         """
         return await self._update(Permission.UPDATE_CERTIFICATES, manifest)
 
@@ -283,7 +283,7 @@ class KubeClient:
     async def update_endpoint_slice(self, manifest: Manifest) -> Manifest:
         """Replace the EndpointSlice of the report Service by ``manifest``, and return the new EndpointSlice.
 
-        Raises ApiError (409) where the slice's resourceVersion is no longer the one in ``manifest``.
+        Raises ApiError (409) where the slice's resourceVersion differs from the resourceVersion in ``manifest``.
         """
         return await self._update(Permission.UPDATE_ENDPOINT_SLICE, manifest)
 
@@ -333,7 +333,7 @@ class KubeClient:
         """Send the request that ``permission`` names and return the JSON object in the answer.
 
         No request is sent while the API server asks for a pause. A request that is answered with 429 was not carried
-        out, and is sent again after the pause. It is sent at most `TRIES_IF_OVERLOADED` times. Raises ApiError for any
+        out, and is sent again after the pause, at most `TRIES_IF_OVERLOADED` times in all. Raises ApiError for any
         answer that is not 2xx or is no JSON object. Raises ValueError, and sends nothing, where ``namespace`` or
         ``name`` is no possible name.
         """

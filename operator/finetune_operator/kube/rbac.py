@@ -1,7 +1,7 @@
 """The table of RBAC permissions that the operator needs: one entry for each verb on each resource.
 
-`client.py` names an entry of the table in each request. A test compares the table with the roles in the Helm chart,
-so that the chart grants exactly these permissions.
+`client.py` names an entry of the table in each request. kopf's watches and the leader election need the other entries.
+A test compares the table with the roles in the Helm chart, so that the chart grants exactly these permissions.
 """
 
 from __future__ import annotations

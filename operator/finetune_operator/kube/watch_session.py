@@ -40,8 +40,8 @@ class _BoundedResponse(aiohttp.ClientResponse):
 def watch_session(headers: Mapping[str, str], context: ssl.SSLContext) -> aiohttp.ClientSession:
     """Return a session that sends ``headers`` with every request and uses ``context`` for TLS.
 
-    The number of connections is not limited, because each watch keeps one. Proxy variables and `.netrc` are ignored, as
-    in the other requests of the operator.
+    The number of connections is not limited, because each watch keeps a connection open. Proxy variables and `.netrc`
+    are ignored, as in the other requests of the operator.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=context),

@@ -35,7 +35,7 @@ disk the pod has the small files of the model, the headers of its weight files a
 PREFLIGHT_GRACE_SECONDS = 2
 """terminationGracePeriodSeconds of the preflight pod. This time is short, because the pod has no checkpoint to save."""
 PREFLIGHT_POD_SECONDS = 1800
-"""activeDeadlineSeconds of the preflight pod; the time to pull its image counts too. This deadline ends the pod even
+"""activeDeadlineSeconds of the preflight pod; the time to pull the image counts too. The deadline ends the pod even
 while no operator works. A working operator ends a long check much earlier (`decide/preflight.py`)."""
 GPU_TOLERATION = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
 """The toleration that the admission plugin ExtendedResourceToleration gives to pods that ask for GPUs. The preflight

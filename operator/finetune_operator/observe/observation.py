@@ -20,7 +20,7 @@ class PreflightObservation:
     enabled: bool = False
     """Whether the job is to be checked. `runPolicy.preflight` decides or, if it is absent, the operator's default."""
     pods: Sequence[PodObservation] = ()
-    """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
+    """Preflight pods of the job. The `index` of each of these pods is the number of the try, counted from 1."""
     problem: str = ""
     """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
@@ -47,7 +47,7 @@ class JobObservation:
     """Uid of the current attempt's child as the status records it. Empty between two attempts, and where no child was
     seen yet."""
     pods: Sequence[PodObservation]
-    """All pods of the job that still exist, of whichever attempt."""
+    """The pods of all attempts of the job that still exist. Preflight pods are in `preflight`."""
     undeletable: frozenset[str] = frozenset()
     """Uids of pods whose child is gone and whose deletion the API server has refused. Nothing waits for such pods."""
     checkpoints: Sequence[CheckpointStatus]

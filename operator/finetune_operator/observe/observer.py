@@ -151,7 +151,7 @@ class Observer:
         ]
 
     def _expect_reports(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Store in memory which pods may send reports: those of the newest attempt.
+        """Store in memory which pods may send reports: the pods of the newest attempt.
 
         The pods of an attempt that has ended may report until no pod is left, because they may still save a checkpoint.
         """

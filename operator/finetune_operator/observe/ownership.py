@@ -111,7 +111,7 @@ def _recorded_child(status: FineTuneJobStatus, attempt: int) -> str:
 
 
 def _recorded_pods(status: FineTuneJobStatus) -> set[str]:
-    """Return the uids of all pods that the status records: those of the current attempt, and those that hold GPUs."""
+    """Return the uids of all pods that the status records: pods of the current attempt, and pods that hold GPUs."""
     current = status.attempts.current
     holders = status.usage.holders if status.usage is not None else []
     return {*holders, *(record.uid for record in (current.pods if current is not None else []))}

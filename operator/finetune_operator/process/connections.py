@@ -101,7 +101,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, inner: asyncio.Protocol, client: str, limits: ConnectionLimits, listener: Listener) -> None:
         """Hand data to ``inner``, the HTTP protocol. ``client`` is what `client_of` returns for the client's address.
 
-        asyncio limits the time of the TLS handshake; the other deadlines are those of ``limits``.
+        asyncio ends a TLS handshake that takes too long. This class ends the connection at the other deadlines of
+        ``limits``. The connection informs ``listener`` whether it is busy, idle or lost.
         """
         self.client = client
         self.task: asyncio.Task[None] | None = None

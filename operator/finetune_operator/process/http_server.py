@@ -23,8 +23,8 @@ LINE_BYTES: Final = 2048
 """Largest number of bytes of the first line of a request. The longest path to which a pod may send a report has fewer
 than 300 bytes."""
 HEADER_FIELD_BYTES: Final = 8190
-"""Largest number of bytes of one header field, such as the one with the token. The tokens of service accounts have one
-to three KiB."""
+"""Largest number of bytes of one header field, for example of Authorization, which holds the token. The tokens of
+service accounts have one to three KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
 """Bytes of a body that are read before the request's handler asks for them."""

@@ -106,7 +106,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         """Acquire or renew the Lease; return False where that fails, or where another replica holds or took it."""
         is_held_by_another = self.holder not in (None, "", self.identity)
         if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
-            return False  # the library compares wall clock times, and would take over where that clock was set forward
+            return False  # the library compares wall clock times, and a clock that is set forward would mislead it
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))

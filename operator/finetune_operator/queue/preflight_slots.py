@@ -41,7 +41,7 @@ class PreflightSlots:
         self._held: dict[Key, float] = {}
         """The time until which each job holds its slot, unless a later reconcile sees its pod again."""
         self._waiting: dict[Key, None] = {}
-        """Jobs that wait, the one that has waited longest first."""
+        """Jobs that wait for a slot; the job that has waited longest comes first."""
 
     def occupy(self, key: Key) -> None:
         """Keep the slot of the job ``key``, whose preflight pod was seen. A job without a slot gets a slot, even where
@@ -78,7 +78,7 @@ class PreflightSlots:
                 self._wake(key)
 
     def _next(self) -> Key:
-        """Return the waiting job whose namespace holds the fewest slots; of several, the one that has waited longest.
+        """Return the waiting job whose namespace holds the fewest slots; of several, the job that has waited longest.
 
         So a namespace with many jobs does not keep the jobs of other namespaces waiting.
         """

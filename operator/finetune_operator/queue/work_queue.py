@@ -152,8 +152,8 @@ class WorkQueue:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due, key = heapq.heappop(self._heap)
-            # Obsolete heap entries are skipped. They remain after `discard` and after an `add_after` with an earlier
-            # due time, and `_due` no longer holds their time.
+            # Obsolete heap entries are skipped. An entry is obsolete after `discard`, and after an `add_after` with an
+            # earlier due time: `_due` no longer holds the time of the entry.
             if self._due.get(key) == due:
                 del self._due[key]
                 self.add(key)

@@ -185,7 +185,7 @@ class SelfSignedCertificates:
     def _new_secret(self, content: CertificateSet) -> Manifest:
         """Return the manifest of the Secret to create, with ``content`` as its data.
 
-        The Secret's type is that of the Secret in the Helm chart, because the type of a Secret can't be changed later.
+        This Secret has the type of the Secret in the Helm chart, because the type of a Secret can't be changed later.
         """
         metadata = {"namespace": self._namespace, "name": self._name}
         kind = {"apiVersion": SECRETS.api_version, "kind": "Secret", "type": "Opaque"}

@@ -130,7 +130,7 @@ class TokenReviewer:
     async def pod_of(self, token: str, audience: str, *, job_is_known: bool = True) -> TokenPod | None:
         """Return the pod to which ``token`` is bound; None where it is bound to no pod or not valid for ``audience``.
 
-        ``job_is_known`` says whether ``audience`` is that of a job that the operator knows. Raises
+        ``job_is_known`` says whether ``audience`` belongs to a job that the operator knows. Raises
         ReviewUnavailableError where the review fails, or where too many reviews wait.
         """
         digest = _digest(token, audience)

@@ -149,7 +149,7 @@ def refused_input(
 
 
 def _shown_child(seen: JobObservation, decision: Decision, created: ChildObservation | None) -> ChildObservation | None:
-    """Return the child object that `status.child` names: that of the current attempt or, if the job ends, the last."""
+    """Return the child object that `status.child` names: the current attempt's child or, if the job ends, the last."""
     if decision.attempts.current is None and decision.end is None:
         return None
     return created or seen.child

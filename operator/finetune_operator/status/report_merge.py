@@ -222,8 +222,8 @@ def evaluation_of(
     """Return `status.evaluation` for ``record``: the scores of the base model and of the tuned model, and whether the
     tuned model reached ``requirements``.
 
-    Where ``record`` has no room for the reasons why answers could not be graded, those of the ``stored`` status are
-    kept.
+    ``record`` may have no room for the reasons why answers could not be graded. The reasons in ``stored``, the stored
+    `status.evaluation`, are then kept.
     """
     judgements = judge(requirements, record) if record.tuned is not None else []
     return EvaluationStatus(
