@@ -174,7 +174,8 @@ def retries_exhausted(charged: int, cause: str) -> str:
 def stopped(cause: str, newest_checkpoint: str) -> str:
     """Return the sentence about a job that ended for ``cause`` before its artifact was committed.
 
-    The sentence names the newest checkpoint, if there is one, because a new job can resume from it.
+    ``newest_checkpoint`` is the address of the newest checkpoint; empty if there is none. The sentence contains this
+    address, because a new job can resume from the checkpoint.
     """
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
@@ -185,7 +186,7 @@ def pods_end(cause: str, pods: int) -> str:
 
 
 def active_deadline(seconds: int) -> str:
-    """Return the sentence about a job whose pods have run for `runPolicy.activeDeadlineSeconds`."""
+    """Return the sentence about a job whose pods have run for the ``seconds`` of `runPolicy.activeDeadlineSeconds`."""
     return f"its pods have run for the {seconds} s of `runPolicy.activeDeadlineSeconds`"
 
 
@@ -214,7 +215,10 @@ def preflight_turn(limit: int) -> str:
 
 
 def preflight_out_of_memory(limit: str) -> str:
-    """Return the sentence about a preflight pod that the kernel killed at its memory limit, for example "1Gi"."""
+    """Return the sentence about a preflight pod that the kernel killed at its memory limit.
+
+    ``limit`` is the memory limit, for example "1Gi"; empty where it is unknown.
+    """
     amount = f" of {limit}" if limit else ""
     return (
         f"the preflight pod was killed at its memory limit{amount}: a row, the tokenizer or the header of a weight file"
@@ -251,7 +255,7 @@ def preflight_deadline(seconds: int, waiting_for: str) -> str:
 
 
 def queued(queue: str) -> str:
-    """Return the sentence about an attempt that waits until Kueue admits it."""
+    """Return the sentence about an attempt that waits in the LocalQueue ``queue`` until Kueue admits the attempt."""
     return f"waits for admission by the queue {queue}"
 
 
@@ -276,7 +280,7 @@ def waiting_for_reports(nodes: int, running: int) -> str:
 
 
 def running(nodes: int, attempt: int) -> str:
-    """Return the sentence about an attempt that trains."""
+    """Return the sentence about attempt number ``attempt``, which trains on ``nodes`` pods."""
     return f"attempt {attempt} trains on {nodes} pod{'s' if nodes > 1 else ''}"
 
 
@@ -315,7 +319,9 @@ def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
     """Return the sentence about a job whose newest checkpoint is older than the job asks for.
 
     ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer checkpoint was
-    committed. The age is given in whole minutes, so that the message does not change with every report.
+    committed. ``age_seconds`` is the time since the newest checkpoint of the run or, before the first one, since the
+    trainer was ready to save checkpoints. The sentence gives this time in whole minutes, so that the sentence does not
+    change with every report.
     """
     return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
 

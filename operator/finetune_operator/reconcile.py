@@ -336,7 +336,7 @@ class Reconciler:
     # ---- specs that can't be read or run, and statuses that can't be read ----
 
     async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
-        """Record that the spec can't be run. The job ends, unless one of its attempts has ended already.
+        """Record that the spec can't be run, as ``message`` says. The job ends, unless one of its attempts has ended.
 
         A job with an ended attempt waits instead, because its spec could be run before, and a person may undo the
         change.

@@ -154,10 +154,11 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 async def watch(
     *, queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
-    """Watch jobs, child objects and pods until SIGTERM; raise where a watch failed, so that the process ends.
+    """Watch jobs, child objects and pods in ``namespaces`` until SIGTERM. An empty tuple means all namespaces.
 
-    When one watch ends, kopf cancels the others and waits for them without a time limit. A watch may miss its
-    cancellation, and the operator would then go on without watches. So the process is ended where kopf takes too long.
+    Raises where a watch failed, so that the process ends. When one watch ends, kopf cancels the other watches and waits
+    for them without a time limit. A watch may miss its cancellation, and the operator would then go on without watches.
+    So the process is ended where kopf takes too long.
     """
     others = asyncio.all_tasks()
     roots = await kopf.spawn_tasks(

@@ -56,7 +56,7 @@ class CheckpointAnnotations:
         self._clock = clock
 
     async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Annotate the running pods with the time of the newest checkpoint in the stored status.
+        """Annotate those of ``pods`` that run with the time of the newest checkpoint in the stored status of ``job``.
 
         Annotations have the same rate limit as the status writes that reports cause, because reports contain the time
         of the newest checkpoint. A later reconcile annotates the pods that are left out now.

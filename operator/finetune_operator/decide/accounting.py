@@ -50,7 +50,8 @@ def close(
 ) -> AttemptsStatus:
     """Return ``attempts`` with ``current`` moved to `recent`, and counted where it is charged or free.
 
-    ``cause`` is why ``current`` ended, and ``checkpoints`` are the committed checkpoints of the job.
+    ``cause`` is why ``current`` ended, and ``now`` is the time of its end. ``checkpoints`` are the job's committed
+    checkpoints.
 
     A free attempt without a new checkpoint is charged where FREE_IN_A_ROW free attempts without a new checkpoint came
     right before it. Once an attempt with the reason NodeRefused was charged in this way, each further attempt with that
@@ -88,7 +89,7 @@ def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -
     """Return the pause before the next attempt: 10 s after the first attempt in a row without a new checkpoint.
 
     Each further attempt in the row doubles the pause, up to 300 s. Attempts that ended by a suspension are left out of
-    the row.
+    the row. ``checkpoints`` are the committed checkpoints of the job.
     """
     row = 0
     for past in reversed(attempts.recent):

@@ -180,7 +180,7 @@ def _evidence(current: CurrentAttempt, pods: Sequence[PodObservation], seen: Job
 
 
 def _state_of_attempt(current: CurrentAttempt, seen: JobObservation, *, never_created: bool) -> JobState:
-    """Return the state of an attempt that goes on."""
+    """Return the state of an attempt that goes on. ``never_created`` says whether its child was never created."""
     if never_created:
         return JobState.OPENED
     if seen.held:
@@ -200,7 +200,8 @@ def _with_observed_pods(
 ) -> CurrentAttempt:
     """Return ``current`` with records of its pods, and the times at which it was admitted and at which all pods ran.
 
-    While the child is suspended, for example by a queue, pods and times are empty, so that no pending deadline runs.
+    ``pods`` are the pods of the attempt. While the child is suspended, for example by a queue, the records of pods and
+    the times are empty, so that no pending deadline runs.
     """
     if seen.held:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
@@ -241,7 +242,7 @@ def _ending(
     pods: Sequence[PodObservation],
     seen: JobObservation,
 ) -> Decision:
-    """Return the decision once the cause of the attempt's end is recorded.
+    """Return the decision once the cause of the attempt's end is recorded. ``pods`` are the pods of the attempt.
 
     The attempt is closed when all pods have ended, or when 10 s have passed since the cause was recorded. A permanent
     cause closes the attempt at once, because no later evidence can replace that cause.

@@ -99,10 +99,10 @@ class KubeClient:
                 return
 
     async def apply_status(self, key: Key, resource_version: str, status: Manifest) -> str:
-        """Replace the status of the job by server-side apply, and return the resourceVersion that the job has then.
+        """Replace the status of the job ``key`` by ``status``, and return the resourceVersion that the job has then.
 
-        The resourceVersion stays the same where the status does not differ from the stored one. Raises ApiError (409)
-        where the job's resourceVersion is no longer ``resource_version``.
+        The status is written by server-side apply. The resourceVersion stays the same where ``status`` equals the
+        stored status. Raises ApiError (409) where the job's resourceVersion is no longer ``resource_version``.
 
         The API server can't apply anything to an object of which a stored field has another type than in the CRD. Such
         a field may come from the time of another version of the CRD. The status is then replaced by a JSON patch, which

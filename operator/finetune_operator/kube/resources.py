@@ -34,7 +34,8 @@ class Resource:
         """Return the request path of one object, or of the collection where ``name`` is None.
 
         Example: ``"/apis/kubeflow.org/v1/namespaces/team-a/pytorchjobs/viggo-1"``. ``namespace`` is None for a list
-        over all namespaces and for cluster-scoped resources.
+        over all namespaces and for cluster-scoped resources. ``subresource`` is for example ``"status"``; empty for the
+        object itself.
 
         No other place builds the paths of `KubeClient`'s requests. Every segment is quoted, so that no text can lead
         the operator's credentials to another path. Raises ValueError where ``namespace`` or ``name`` can be no segment

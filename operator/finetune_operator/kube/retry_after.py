@@ -28,10 +28,11 @@ LONGEST_TEXT: Final = 64
 
 
 def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> float | None:
-    """Return for how many seconds the answer asks the client to send nothing; None where the answer does not ask.
+    """Return for how many seconds an answer asks the client to send nothing; None where the answer does not ask.
 
-    Every 429 asks for a pause; a 503 does if it has a `Retry-After`. The header's value is a number of seconds, or a
-    date as RFC 9110 allows.
+    The answer has the HTTP status ``status`` and the header fields ``headers``, and arrived at ``now``. Every 429 asks
+    for a pause; a 503 asks for a pause if it has a `Retry-After`. The value of `Retry-After` is a number of seconds, or
+    a date as RFC 9110 allows.
     """
     value = headers.get("Retry-After")
     if status != HTTPStatus.TOO_MANY_REQUESTS and (status != HTTPStatus.SERVICE_UNAVAILABLE or value is None):

@@ -97,7 +97,10 @@ def _variable(flag: str) -> str:
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Return the settings. Where a setting is missing or malformed, print a usage message and end the process."""
+    """Return the settings from the command line flags ``arguments`` and the variables in ``environment``.
+
+    Where a setting is missing or malformed, print a usage message and end the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python3 -m finetune_operator",
         description="Operator of FineTuneJob: starts the training pods of each job and keeps its status true.",

@@ -176,9 +176,10 @@ class Memory:
         return job.report if job is not None and job.uid == uid else None
 
     def set_reporting_attempt(self, key: Key, uid: str, reporting: ReportingAttempt | None) -> None:
-        """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt.
+        """From now on accept only reports of the attempt ``reporting`` of the job ``key`` with ``uid``.
 
-        Where ``reporting`` is None, accept no report, and drop the stored one.
+        A stored report of another attempt is dropped. Where ``reporting`` is None, no report is accepted, and the
+        stored report is dropped.
         """
         job = self.job(key, uid)
         old = job.reporting
@@ -188,7 +189,10 @@ class Memory:
         job.reporting = reporting
 
     def stop_reporting(self, key: Key, uid: str) -> None:
-        """Accept no report until the next attempt. Keep the newest report, so that the status can still show it."""
+        """Accept no report of the job ``key`` with ``uid`` until its next attempt.
+
+        The newest report is kept, so that the status can still show it.
+        """
         job = self.job(key, uid)
         job.reporting = None
         _end_attempt(job)
@@ -196,10 +200,10 @@ class Memory:
     def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
         """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
 
-        Returns the seconds after which the job's status may be written. The caller queues the job for that time,
-        because an earlier reconcile would cost requests and write nothing. Returns None, and stores nothing, where the
-        memory no longer has the state of this job. The job may have been deleted, and created again, while its report
-        was checked.
+        ``received`` is the time at which the report arrived. Returns the seconds after which the job's status may be
+        written. The caller queues the job for that time, because an earlier reconcile would cost requests and write
+        nothing. Returns None, and stores nothing, where the memory no longer has the state of this job. The job may
+        have been deleted, and created again, while its report was checked.
         """
         job = self._jobs.get(key)
         if job is None or job.uid != uid:

@@ -69,11 +69,11 @@ class _Cache:
         self._answers: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
 
     def has(self, digest: bytes) -> bool:
-        """Return whether an answer is cached."""
+        """Return whether an answer is cached for ``digest``, the hash of token and audience."""
         return digest in self._answers and self._answers[digest][0] > self._clock()
 
     def get(self, digest: bytes) -> TokenPod | None:
-        """Return the cached answer; None for a refusal, and where no answer is cached."""
+        """Return the answer that is cached for ``digest``; None for a refusal, and where no answer is cached."""
         return self._answers[digest][1] if self.has(digest) else None
 
     def put(self, digest: bytes, pod: TokenPod | None) -> None:
@@ -124,7 +124,10 @@ class TokenReviewer:
         self._running: dict[bytes, asyncio.Task[TokenPod | None]] = {}
 
     def known_pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod to which ``token`` is bound where the answer is cached, else None. Sends nothing."""
+        """Return the pod to which ``token`` is bound, if the answer for it and ``audience`` is cached; else None.
+
+        Sends nothing.
+        """
         return self._pods.get(_digest(token, audience))
 
     async def pod_of(self, token: str, audience: str, *, job_is_known: bool = True) -> TokenPod | None:

@@ -81,7 +81,8 @@ def _is_of(repository: str, image: str) -> bool:
 def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildStatus | None:
     """Return `status.child`: the child object of the current attempt, or the last child where the job ends.
 
-    A job that ends keeps its last child in the status, so that a person finds the pods with the logs.
+    ``kind`` is the kind of child objects. A job that ends keeps its last child in the status, so that a person finds
+    the pods with the logs.
     """
     if given.end is not None:
         # The child may not be in the status yet, because the operator may have been away during the whole attempt.

@@ -76,7 +76,10 @@ def _condition(kind: ConditionType, state: _State, old: Condition | None, given:
 
 
 def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
-    """Return the condition `Succeeded`, which sums up the job. `kubectl get` shows its reason in the column State."""
+    """Return the condition `Succeeded`, which sums up the job. `kubectl get` shows its reason in the column State.
+
+    ``is_running`` says whether the condition `Running` is True.
+    """
     if given.end is not None:
         return _State("True" if given.end.succeeded else "False", given.end.reason, given.end.message)
     if given.problem is not None:

@@ -186,9 +186,9 @@ def percentage(step: int, total: int) -> int:
 
 
 def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
-    """Return the loss curve: the ``old`` points up to the step from which the run resumed, then the ``new`` points.
+    """Return the loss curve: the ``old`` points up to the step ``resumed_from_step``, then the ``new`` points.
 
-    Old points after that step are dropped, because the new run trains these steps again.
+    Old points after that step are dropped, because the run resumed from that step and trains the later steps again.
     """
     kept = [point for point in old if point.step <= resumed_from_step]
     reported = [

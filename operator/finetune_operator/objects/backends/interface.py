@@ -33,13 +33,13 @@ class Backend(Protocol):
         """
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the child and return it; where an earlier reconcile has created it already, return the existing child.
+        """Create the child ``manifest`` and return it, or return the child that an earlier reconcile has created.
 
         Raises RetryableError where the child can't be created for a cause outside the job's spec, such as a quota.
         """
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
-        """Return the child as the API server has it, or None where it does not exist."""
+        """Return the child ``namespace/name`` as the API server has it, or None where it does not exist."""
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
         """Delete ``child``, identified by name and uid. The pods of the child are deleted afterwards."""
