@@ -1,4 +1,4 @@
-"""Creates and deletes objects that belong to a job and whose names are deterministic, whatever their kind is.
+"""Creates and deletes objects of any kind that belong to a job and whose names are deterministic.
 
 `config_maps.py` and `network_policies.py` call the two functions with the requests for their kind.
 """

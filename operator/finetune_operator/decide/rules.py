@@ -1,9 +1,9 @@
 """Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
 
 Each rule is a function that takes the evidence and returns a `Ruling` (why the attempt ends and what this means), or
-None where the rule does not match. `attempts.py` calls `judge` in every reconcile. The first ruling is recorded and
-mostly kept, because later evidence is often only a consequence of what happened first. `reference.py` writes `RULES` as
-a table into docs/architecture.md.
+None where the rule does not match. While an attempt is current, `attempts.py` calls `judge` in every reconcile. The
+first ruling is recorded and mostly kept, because later evidence is often only a consequence of what happened first.
+`reference.py` writes `RULES` as a table into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
 def node_refused(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where a node did not start a pod, or its kubelet killed the pod for the node's own sake.
 
-    The pods of the other workers then fail only because that pod is missing.
+    If the pods of other workers fail as well, their failures are a consequence of the missing pod.
     """
     pod = evidence.refused
     if pod is None:

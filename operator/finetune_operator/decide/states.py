@@ -1,8 +1,8 @@
 """The states of a job, and every transition between them that one reconcile may make.
 
-Each `Decision` of `state_machine.py` names the state of the job. tests/operator/test_job_states.py leads jobs through
-the whole reconciler and checks that they make only the transitions of the table `TRANSITIONS`. `reference.py` draws the
-diagram in docs/architecture.md from that table.
+Each `Decision` of `state_machine.py` names the state of the job. The test tests/operator/test_job_states.py runs jobs
+through the whole reconciler and checks that the jobs make only the transitions of the table `TRANSITIONS`.
+`reference.py` draws the diagram in docs/architecture.md from that table.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class LoadLimit:
         self._until = 0.0
 
     async def wait(self) -> None:
-        """Return once no pause lasts any more. A pause that begins while this call waits is waited for as well."""
+        """Return once no pause lasts any more. A pause that begins while this call waits prolongs the wait."""
         while (left := self._until - self._clock()) > 0:
             await self._sleep(left)
 

@@ -58,8 +58,8 @@ class PreflightSpec:
 def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     """Return the pod of one try of the preflight check.
 
-    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. Neither GPUs nor `gpuProduct` are asked
-    for, because no GPU is to be held while the job is checked. The ephemeral volumes of `resources.scratch` and
+    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. No GPU and no `gpuProduct` is asked for,
+    because no GPU is to be held while the job is checked. The ephemeral volumes of `resources.scratch` and
     `storage.cache` are left out too, because the check has little to write.
     """
     resources, storage = job.spec.resources, job.spec.storage

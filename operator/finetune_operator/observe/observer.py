@@ -1,7 +1,7 @@
 """Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
 
-`reconcile.py` calls `Observer.observe` once for each reconcile. The observer also stores in memory which pods may send
-reports, so that the report server can refuse reports of other pods.
+`reconcile.py` calls `Observer.observe` once in each reconcile of a job that has not ended. The observer also stores in
+memory which pods may send reports, so that the report server can refuse reports of other pods.
 """
 
 from __future__ import annotations

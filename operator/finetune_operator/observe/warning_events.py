@@ -1,8 +1,8 @@
 """Reads Kubernetes' warning events about pods that do not start.
 
 Some causes appear in these events only, such as a Secret that can't be mounted or a quota that is used up.
-`observer.py` calls `WarningReader` in every reconcile. The newest warning is kept in `JobMemory.hint` and becomes part
-of the messages of the job's conditions.
+`observer.py` calls `WarningReader` in every reconcile of a job that has not ended. The newest warning is kept in
+`JobMemory.hint` and becomes part of the messages of the job's conditions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The work queue of jobs to reconcile, after the model of client-go's workqueue.
 
-The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
-keys; the workers in `controller.py` take keys out.
+The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py`, `reports/server.py` and
+`preflight_slots.py` add keys; the workers in `controller.py` take keys out.
 
 Keys are taken in a fair order (`fair_order.py`): the namespaces take turns, and keys with news, such as a watch event,
 come before keys that only the resync has listed.

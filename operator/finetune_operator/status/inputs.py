@@ -2,7 +2,8 @@
 
 These inputs are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
 
-`reconcile.py` makes a `StatusInput` in each reconcile; `compute.py` and `conditions.py` read it.
+For a job that has not ended, `reconcile.py` makes a `StatusInput` in each reconcile. `compute.py` and `conditions.py`
+compute the status from the `StatusInput`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StatusInput:
     image: str | None = None
     """Image that the job's pods are to run."""
     plan: PlanStatus | None = None
-    """`status.plan` of an attempt that is about to start, such as its batch sizes; None in any other reconcile."""
+    """`status.plan` of an attempt that is about to start, with its batch sizes; None in any other reconcile."""
     invalid: str = ""
     """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
     observed: bool = True
