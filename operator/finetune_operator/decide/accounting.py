@@ -86,9 +86,10 @@ def close(
 
 
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
-    """Return the pause before the next attempt: 10 s after the first attempt in a row without a new checkpoint.
+    """Return the pause before the next attempt, from 10 s to 300 s.
 
-    Each further attempt in the row doubles the pause, up to 300 s. Attempts that ended by a suspension are left out of
+    The pause is 10 s where the last attempt committed a checkpoint or is the first attempt in a row without a new
+    checkpoint. Each further attempt in the row doubles the pause. Attempts that ended by a suspension are left out of
     the row. ``checkpoints`` are the committed checkpoints of the job.
     """
     row = 0

@@ -1,8 +1,7 @@
-"""The HTTP session of the watches, which kopf runs. The session bounds `Retry-After`, because kopf obeys any value.
+"""The HTTP session of the watches, which kopf runs. The session replaces `Retry-After` of a 429 by a bounded number.
 
-Without a bound, kopf would end with an error where a 429 has a date as its `Retry-After`, which RFC 9110 allows. kopf
-would send the request again without a pause where the value is 0, and would watch nothing for years where the value is
-huge.
+kopf itself would end with an error where the value is a date, which RFC 9110 allows. kopf would send the request again
+without a pause where the value is 0, and would watch nothing for years where the value is huge.
 """
 
 from __future__ import annotations
