@@ -93,7 +93,10 @@ class ContainerObservation:
 
     @property
     def result(self) -> Result | None:
-        """The result that the trainer wrote as termination message; None where there is none or the container runs."""
+        """The result that the trainer wrote as termination message.
+
+        None where the container has not ended, or where the termination message is no result.
+        """
         return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
 
 

@@ -44,7 +44,7 @@ class _Lane:
             keys.move_to_end(key, last=False)
 
     def remove(self, key: Key) -> float:
-        """Remove ``key`` and return since when it has waited."""
+        """Remove ``key`` and return the time since which the key has waited."""
         keys = self._namespaces[key.namespace]
         since = keys.pop(key)
         if not keys:

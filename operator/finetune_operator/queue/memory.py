@@ -91,8 +91,8 @@ class JobMemory:
     undeletable_pods: set[str] = field(default_factory=set)
     """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
-    """When the operator first saw that the container of a pod waits because of an error of the container runtime, by
-    the uid of the pod."""
+    """For each pod, by uid, whose container waits because of an error of the container runtime: when the operator first
+    saw the container wait."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None
@@ -171,7 +171,7 @@ class Memory:
         return job.reporting if job else None
 
     def newest_report(self, key: Key, uid: str) -> Report | None:
-        """Return the newest report of the job ``key`` with ``uid``; None where this job has not reported yet."""
+        """Return the newest report of the job ``key`` with ``uid``; None where the memory has no report of this job."""
         job = self._jobs.get(key)
         return job.report if job is not None and job.uid == uid else None
 

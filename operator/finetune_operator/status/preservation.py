@@ -36,7 +36,10 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
 
 
 def _merged(stored: Json, read: Json, new: Json) -> Json:
-    """Return ``stored`` where ``read`` and ``new`` are equal, else ``new``; two objects are merged field by field."""
+    """Return ``stored`` where ``read`` and ``new`` are equal, else ``new``. JSON objects are merged field by field.
+
+    ``stored`` is what the API server has, ``read`` is what this version has read of it, and ``new`` is the new value.
+    """
     if new == read:
         return new if stored is None else stored
     if not (isinstance(stored, dict) and isinstance(read, dict) and isinstance(new, dict)):

@@ -93,7 +93,7 @@ class StatusWriter:
     async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
         """Write into the status of an ended job that its generation is observed, where that is not written yet.
 
-        With ``without_child``, also remove `status.child`, because the job's PyTorchJob no longer exists. Nothing else
+        With ``without_child``, also remove `status.child`, because the job's PyTorchJob was removed. Nothing else
         changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in progress as
         long as its newest generation is not observed.
         """
