@@ -63,10 +63,11 @@ class PreflightTurns:
         self._slots.release(key)
 
     async def has_come(self, key: Key, now: datetime) -> bool:
-        """Return whether the job has a slot and so may create its preflight pod now. A free slot is given to the job.
+        """Return whether the job ``key`` has a slot, and so may create its preflight pod now.
 
-        Without a slot, the job is reconciled again when its turn comes. The first call gives slots to the jobs of the
-        preflight pods that exist already, because an earlier process of the operator may have created such pods.
+        A job without a slot gets a free slot if its turn has come. Otherwise the job is reconciled again when its turn
+        comes. The first call gives slots to the jobs of the preflight pods that exist already, because an earlier
+        process of the operator may have created such pods.
         """
         if not self._counted:
             for namespace in self._namespaces or (None,):

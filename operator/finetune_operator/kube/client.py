@@ -33,7 +33,7 @@ REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
 """Largest number of requests at the same time, so that a restart with many jobs does not flood the API server."""
 TRIES_IF_OVERLOADED: Final = 4
-"""How often a request is sent at most while the API server answers it with 429, because the server is overloaded."""
+"""Largest number of times that one request is sent while the API server answers it with 429 (too many requests)."""
 LIST_CHUNK: Final = 500
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 """Accept header that asks for a list with metadata only. A list of thousands of jobs with spec and status would have

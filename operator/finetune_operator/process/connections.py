@@ -141,8 +141,8 @@ class Connection(asyncio.Protocol):
     def _header_bytes(self, data: bytes) -> int:
         """Return how many bytes of ``data`` belong to the header of a request; note where the header ends.
 
-        Once the header has ended, the number of bytes before ``data`` is returned as a negative number, so that the sum
-        of both, which the caller checks, is 0.
+        Once the header has ended, the result is the number of bytes before ``data`` as a negative number. The caller
+        adds this number to the result, and compares the sum with the limit of a header. The sum is then 0.
         """
         if not self._in_header:
             return -self._received

@@ -19,7 +19,7 @@ from finetune_operator.status.events import event_manifest, events_between
 logger = logging.getLogger(__name__)
 
 LEAST_SECONDS_BETWEEN_EVENTS = 60.0
-"""Shortest time in seconds between two events with the same reason about one job. Applies to reasons that may recur."""
+"""Shortest time in seconds between two events with the same reason about one job, for events that may recur."""
 
 
 class EventRecorder:

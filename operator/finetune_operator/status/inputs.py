@@ -44,8 +44,8 @@ class StatusInput:
     invalid: str = ""
     """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
     observed: bool = True
-    """Whether this reconcile has read the job's objects. If not, and the job does not end, the conditions `Scheduled` and
-    `Running` keep their stored values."""
+    """Whether this reconcile has read the job's objects. If not, the conditions `Scheduled` and `Running` keep their
+    stored values, unless the job ends."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None
