@@ -141,8 +141,9 @@ class Connection(asyncio.Protocol):
     def _header_bytes(self, data: bytes) -> int:
         """Return how many bytes of ``data`` belong to the header of a request; note where the header ends.
 
-        Once the header has ended, the result is the number of bytes before ``data`` as a negative number. The caller
-        adds this number to the result, and compares the sum with the limit of a header. The sum is then 0.
+        The caller adds the number of bytes that were received before ``data`` to the result, and compares the sum with
+        the limit of a header. Once the header has ended, the result is the negative of that number, so that the sum is
+        0.
         """
         if not self._in_header:
             return -self._received
