@@ -35,8 +35,8 @@ class WarningReader:
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        The hint is emptied where no attempt is current, and where the attempt runs, is ending, has a suspended child,
-        or was recorded just now.
+        The hint is emptied where no attempt is current, and where the attempt trains, is ending, has a suspended child,
+        has pods of which none waits to start, or was recorded just now.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended
