@@ -23,11 +23,13 @@ from kubernetes import client
 
 from examples.demo.steps import kubernetes_client, operator_memory
 from finetune_cli.state import ending, status_of
-from finetune_core.api.job import FineTuneJob
+from finetune_core.api.job import GROUP, FineTuneJob
 from tests.cluster import Cluster
 from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+"""Label of the pods of an attempt. The pod of the preflight check does not have it."""
 """Seconds between two queries for the pods."""
 
 
@@ -134,13 +136,14 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has as many pods as an attempt, and the time at which that many pods
-        run. The thread asks the API server for the pods again and again, because the job's status shows the state of
-        the pods later."""
+        """Record the time at which all pods of an attempt exist, and the time at which all of these pods run. The thread asks
+        the API server for the pods again and again, because the job's status shows the state of the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):
-                found = core.list_namespaced_pod(self._namespace, _request_timeout=10).items
+                found = core.list_namespaced_pod(
+                    self._namespace, label_selector=ATTEMPT_LABEL, _request_timeout=10
+                ).items
                 if len(found) >= self._pods:
                     self._record("podsCreated")
                 if sum(pod.status.phase == "Running" for pod in found) >= self._pods:
