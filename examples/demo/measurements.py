@@ -136,8 +136,10 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which all pods of an attempt exist, and the time at which all of these pods run. The thread asks
-        the API server for the pods again and again, because the job's status shows the state of the pods later."""
+        """Record the time at which all pods of an attempt exist, and the time at which all of these pods run.
+
+        The thread asks the API server for the pods again and again, because the job's status shows the state of the
+        pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):
