@@ -345,7 +345,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),
         ("SQL", SORTED, "SELECT name FROM boat", set()),
-        # The whole answer counts, and a text is not found inside of a longer word.
+        # ExactMatch compares the whole answer, except white space at its ends. Contains does not find the right answer
+        # inside of a longer word.
         ("ExactMatch", TOWN, " Lyon\n", {"exact"}),
         ("ExactMatch", TOWN, "Lyon, France", set()),
         ("ExactMatch", TOWN, "lyon", set()),

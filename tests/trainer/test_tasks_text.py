@@ -316,6 +316,7 @@ TOWNS = ["London", "Paris", "Rome"]
         "the answer is Paris",
         "Option B",
         "The correct answer is option B",
+        "So the answer is my choice: the answer is option B",
         "I choose B",
         "B - Paris",
         "(B) \u2013 Paris",

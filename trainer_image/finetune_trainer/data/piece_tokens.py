@@ -56,7 +56,9 @@ class PieceTokenizer:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or number in named
         }
-        """The control tokens by their ids. The model's other added tokens are ordinary words of its vocabulary."""
+        """The control tokens by their ids, including `model.addedTokens`. A token of the tokenizer's
+        `added_tokens_decoder` that is neither special nor a stop token is left out, because it is an ordinary word of
+        the vocabulary."""
         self._all_marked = all(token.special for token in self._tokens.values())
         """Whether the tokenizer marks all control tokens as special."""
         self._everywhere = {number for number, token in self._tokens.items() if token.content in added_tokens}
@@ -242,7 +244,8 @@ class _LiteralTokenizer:
         return encoding, ids, marked
 
     def _placeholder(self, number: int) -> str:
-        """Return the placeholder of a special token, which the copy knows as a token from then on."""
+        """Return the placeholder for the special token with the id ``number``. The first call for an id adds the
+        placeholder to the tokens of the copy."""
         name = f"\ue000{self._mark}-{number}\ue001"
         if name not in self._numbers:
             token = self._tokens[number]

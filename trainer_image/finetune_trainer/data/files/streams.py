@@ -21,9 +21,9 @@ from finetune_trainer.data.files.kinds import Compression
 BLOCK_BYTES = 1024 * 1024
 """How many bytes of a file are read at once."""
 ROW_CHARACTERS = 64 * 1024 * 1024
-"""Largest number of characters in one row of a text file, and in one field of a csv file. Python's own limit for a csv
-field, 131,072 characters, is shorter than some prompts. Some texts may have only half as many characters (see
-`most_characters`)."""
+"""Largest number of characters in one row of a text file, and in one field of a csv file. The limit is half of this
+number for texts in which Python takes four bytes for each character (see `most_characters`). For csv files it replaces
+Python's own limit, 131,072 characters, which is shorter than some prompts."""
 ROW_BYTES = 256 * 1024 * 1024
 """Largest memory in bytes that the values of one row may take besides their text. Python's objects for empty lists or
 short fields take many times as many bytes as the text of these values."""

@@ -21,7 +21,7 @@ _SAID = re.compile(
 )
 """A phrase that may come before the chosen option, such as `the answer is`."""
 _MOST_SAID = 4
-"""How many phrases of `_SAID` may follow each other, as in `the answer is option B`."""
+"""How many phrases of `_SAID` may come before the option. For example, `the answer is option B` has two."""
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
 _OPENING = "(["
 _SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
@@ -73,7 +73,7 @@ class Options:
         """Return the label of the option that ``answer`` names. None where it names no option, or the label of one
         option with the text of another."""
         text = _bare(_FORM.of(answer))
-        for _ in range(_MOST_SAID):
+        for _ in range(_MOST_SAID + 1):
             for candidate in (text, _unboxed(text)):
                 if (label := self._named(candidate)) is not None:
                     return label
