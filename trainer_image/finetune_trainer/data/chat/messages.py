@@ -189,9 +189,9 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
 
 
 def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
-    """Translate two roles of ShareGPT in ``message``. `observation` becomes the role `tool`. `function_call` becomes the
-    role `assistant`, and its content, which is JSON text, becomes the tool calls. A role that the job lists in `roles`
-    is left as it is."""
+    """Translate two roles of ShareGPT in ``message``. `observation` becomes the role `tool`. `function_call` becomes
+    the role `assistant`, and its content, which is JSON text, becomes the tool calls. A role that the job lists in
+    `roles` is left as it is."""
     if message["role"] in form.roles:
         return
     if message["role"] == "observation":
