@@ -1,5 +1,5 @@
-"""`evaluation`: when validation rows are scored, how answers are generated, and which checkpoint becomes the
-artifact."""
+"""`evaluation`: when validation rows are scored, how answers are generated, which checkpoint becomes the artifact, and
+which scores the tuned model must reach."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ScoredRows = Literal["Validation", "Test"]
 `dataset.test`."""
 
 LOWER_IS_BETTER = MEASURED
-"""Scores that every evaluation gives. A lower value of these scores is better. For a score of a task, a higher value is
-better."""
+"""Names of the two perplexities, which base model and tuned model are scored with even where the job has no task. For a
+perplexity a lower value is better. For a score of a task a higher value is better."""
 REQUIREMENT_LIMIT = 8
 """Largest number of requirements of `evaluation.require`."""
 SignedDecimalString = Annotated[str, Field(max_length=32, pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
@@ -35,7 +35,8 @@ class GenerationSpec(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Longest generated answer in tokens."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Largest number of validation or test rows for which answers are generated. Absent: all rows."""
+    """Largest number of rows of `dataset.validation`, and of `dataset.test`, for which answers are generated. The first
+    rows are taken. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """Number of answers that one process generates at once."""
 
@@ -64,7 +65,8 @@ class RequirementSpec(ApiModel):
 
     def out_of_reach(self, *, is_share: bool) -> tuple[str, str] | None:
         """Return the name of a field whose bound no model can reach, and a phrase that says what the field must be.
-        Return None where a model can reach all bounds. ``is_share`` says whether the score is a share, from 0 to 1."""
+        Where `atLeast` is greater than `atMost`, no model can reach both bounds, and the field is `atLeast`. Return
+        None where no such field is found. ``is_share`` says whether the score is a share, from 0 to 1."""
         least = None if self.at_least is None else Decimal(self.at_least)
         most = None if self.at_most is None else Decimal(self.at_most)
         if least is not None and most is not None and least > most:
@@ -79,7 +81,8 @@ class RequirementSpec(ApiModel):
 
 
 class EvaluationSpec(ApiModel):
-    """When the validation rows are scored, and which checkpoint becomes the artifact."""
+    """When the validation rows are scored, how answers are generated, which checkpoint becomes the artifact, and which
+    scores the tuned model must reach."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(

@@ -37,8 +37,9 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Folders at which, and below which, a user's volume must not be mounted (`mountPath`). In some of these folders the
-operator mounts files of its own. The container needs the other folders to start."""
+"""Folders at which, and below which, a user's volume must not be mounted (`mountPath`). The operator mounts volumes of
+its own at `/etc/finetune`, `/scratch`, `/tmp` and `/dev/shm`, and below the two folders in `/var/run`. In many images
+`/var/run` is a link to `/run`. The container runtime needs `/dev`, `/proc` and `/sys` to start the container."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables of users that begin with `AWS_` could override the credentials of the object store."""
@@ -196,7 +197,8 @@ class Volume(ApiModel):
     mount_path: Annotated[str, Field(max_length=512, pattern=r"^(/[A-Za-z0-9_][-._A-Za-z0-9]*)+$")]
     """Absolute path in the trainer's container, for example `/cache`."""
     read_only: bool | None = None
-    """true mounts the volume read-only. Absent: the volume is writable."""
+    """true mounts the volume read-only. Absent: the volume is writable, except for a ConfigMap or a Secret, which
+    Kubernetes always mounts read-only."""
     persistent_volume_claim: ClaimVolume | None = None
     """A volume that a PersistentVolumeClaim provides."""
     config_map: ConfigMapVolume | None = None

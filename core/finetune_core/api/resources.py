@@ -35,8 +35,8 @@ VolatileMemory = Annotated[
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_VOLATILE)],
     WithJsonSchema(int_or_string(_VOLATILE, least=MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""The size limit of a folder in memory or on disk, for example `16Gi`. The smallest string is `1M`. An integer is a
-number of bytes, at least 1 MiB."""
+"""The size of a volume, or the size limit of a folder in memory or on disk, for example `16Gi`. The smallest string is
+`1M`. An integer is a number of bytes, at least 1 MiB."""
 
 
 Device = Literal["GPU", "CPU"]
@@ -86,12 +86,12 @@ class ResourcesSpec(ApiModel):
     memory: Memory = "64Gi"
     """Memory request and limit of each pod, at least `100M`."""
     shared_memory: VolatileMemory = "16Gi"
-    """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
-    than `memory`."""
+    """Size of /dev/shm in each pod, a folder in memory that NCCL and data loading use. The content of the folder counts
+    towards `memory`, and the size must be less than `memory`."""
     scratch: ScratchSpec | None = None
     """Size and place of the scratch folder of each pod. Absent: the disk that the node gives to its pods, with a
     request and a limit of `ephemeral-storage` that follow from the sizes of model and data, which the preflight check
-    finds. Without a check 1 GiB is requested, and there is no limit."""
+    finds. Where these sizes are not known, 1 GiB is requested, and there is no limit."""
 
     @property
     def processes_per_node(self) -> int:

@@ -68,12 +68,15 @@ class HuggingFaceDataSource(ApiModel):
     revision: Revision | None = None
     """Branch, tag or commit. With a commit every run loads the same rows. Absent: the branch `main`."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Name of the data set's configuration, for example `main`. Absent: the configuration `default`, or the only one of
-    the data set."""
+    """Name of the data set's configuration, for example `main`. Absent: the configuration that the data card marks as
+    the default, else the one called `default`, else the only one. Where the data card lists no configurations, `subset`
+    is the name of a folder that contains the files, and is needed only if the files of the split lie in several
+    folders."""
     split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of the split, for example `train`. The split consists of the files that the data card lists for the split,
     as in the viewer of the hub. Where the data card lists no files, the split consists of the data files whose own name
-    or folder contains the name of the split."""
+    or folder contains the name of the split as a word. If no data file is named after any split, all data files belong
+    to the split `train`."""
     path: Annotated[str, Field(max_length=1024, pattern=PATH_PATTERN)] | None = None
     """A file, folder or glob in the repository instead of a split, for example `data/*.parquet`."""
     token_secret_ref: SecretKeyRef | None = None
@@ -122,10 +125,10 @@ class DataSource(ApiModel):
 
     A file is read by its suffix: `.jsonl`, `.json` (an array of objects, or objects one behind the other), `.csv`,
     `.tsv`, `.parquet` or `.txt` (each line that is not blank is a row with the column `text`), each also with `.gz` or
-    `.zst` behind it. The files of a folder or a glob must be of one kind, and are read in the order of their paths.
-    Other files are left out with a notice. Files and folders whose names begin with `.` or `_` are left out without a
-    notice. In a glob `*` and `?` stand for characters of one part of the path, and `**` for any number of parts, also
-    none.
+    `.zst` behind it. The data files of a folder or a glob must be of one kind, and are read in the order of their
+    paths. Files that are no data files are left out with a notice. Files and folders whose names begin with `.` or `_`
+    are left out without a notice, unless the glob itself has the `.` or `_`. In a glob, `*` stands for any characters
+    of one part of the path, `?` for one character, and `**` for any number of parts, also none.
     """
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))

@@ -68,8 +68,8 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class StatusModel(ApiModel):
-    """The base class of all sections of the status. Unknown fields are ignored, so that an operator that was set back
-    to an older version can read the status that the newer version wrote."""
+    """The base class of the sections of the status, except for `Condition`. Unknown fields are ignored, so that an
+    operator that was set back to an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -80,8 +80,8 @@ class StatusModel(ApiModel):
 
 
 class PodRecord(StatusModel):
-    """The first pod that the operator saw with a given replica index in an attempt. A pod with another uid under the
-    same index means that the first pod was replaced."""
+    """The first pod that the operator saw with a given replica index since the current attempt was admitted. A pod with
+    another uid under the same index means that the first pod was replaced."""
 
     index: Count
     """Replica index of the pod in the PyTorchJob, from 0 on."""
@@ -115,12 +115,13 @@ class CurrentAttempt(StatusModel):
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
     """Time at which the attempt was admitted. Without a queue, the attempt is admitted when it is started. With a
-    queue, the attempt is admitted when the queue resumes the PyTorchJob. Absent while the queue holds the attempt."""
+    queue, the attempt is admitted when the queue resumes the PyTorchJob. Absent while the PyTorchJob is suspended, by
+    the queue or by a person."""
     running_time: datetime | None = None
     """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt was running or
     had run. Absent until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
-    """For each replica index, the first pod that the operator saw with this index."""
+    """For each replica index, the first pod that the operator saw with this index since the attempt was admitted."""
     cause: AttemptCause | None = None
     """Why the attempt will end. Absent while the operator knows no cause for an end."""
 
@@ -151,7 +152,8 @@ class AttemptsStatus(StatusModel):
     free: Count = 0
     """Number of attempts that ended through no fault of the job and do not count against `runPolicy.maxRetries`."""
     current: CurrentAttempt | None = None
-    """The attempt that exists now. Absent between two attempts."""
+    """The attempt that exists now. Absent before the first attempt, between two attempts, and after the last
+    attempt."""
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
@@ -160,8 +162,8 @@ class AttemptsStatus(StatusModel):
 
 
 class TakenOverStatus(StatusModel):
-    """The run of a former job with the same name and training. This job resumes from the checkpoints of that run, or
-    takes over the artifact of that run."""
+    """The run of a former job: of one with the same name and training, or of one that wrote into the folder
+    `storage.runId`. This job resumes from the checkpoints of that run, or takes over the artifact of that run."""
 
     run_id: Annotated[str, Field(max_length=63)]
     """Name of the folder in the bucket that holds the runs of the former job: the last part of
@@ -187,8 +189,8 @@ class PreflightStatus(StatusModel):
     """Number of tries, since the last try with a result, that were killed at their memory limit or did not end in time.
     After three such tries the job ends as failed."""
     verdict: Annotated[str, Field(max_length=32)] = ""
-    """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
-    missing). Empty before the first result."""
+    """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is missing,
+    or the try broke off; another try follows). Empty until the first try has ended."""
     message: Text = ""
     """What the last try found, as a sentence for people."""
     next_try_time: datetime | None = None
@@ -271,8 +273,8 @@ class CheckpointStatus(StatusModel):
     perplexity: Decimal | None = None
     """Validation perplexity at this step. Absent where no evaluation followed the step."""
     task_score: Decimal | None = None
-    """Main score of `dataset.task` at this step. Absent where `evaluation.bestBy` compares checkpoints by
-    perplexity."""
+    """Main score of `dataset.task` at this step. Absent where no evaluation followed the step, and where
+    `evaluation.bestBy` compares checkpoints by perplexity."""
     time: datetime
     """Time at which the checkpoint was committed."""
     last: bool = False
@@ -285,7 +287,8 @@ class CheckpointStatus(StatusModel):
 
 
 class PlanStatus(StatusModel):
-    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
+    """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
+    leaves them open, and what follows from these settings."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage of DeepSpeed."""
@@ -294,7 +297,7 @@ class PlanStatus(StatusModel):
     micro_batch_size: Annotated[int, Field(ge=1)]
     """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
-    """Micro-batches per optimizer step."""
+    """Micro-batches of one process per optimizer step."""
     attention: Annotated[str, Field(max_length=32)] | None = None
     """The kernel that computes attention, for example `SDPA`: what `training.attention` asks for, or what the trainer
     chose. Absent: the trainer has not loaded the model yet."""
@@ -375,8 +378,8 @@ class EvaluationStatus(StatusModel):
     rows: ScoredRows
     """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
-    """Number of rows in the evaluation set. Answers are generated for at most `evaluation.generation.maxExamples` of
-    these rows."""
+    """Number of examples in the evaluation set. A row may be several examples. Answers are generated for at most
+    `evaluation.generation.maxExamples` of them."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
@@ -441,7 +444,8 @@ class ArtifactStatus(StatusModel):
 
 
 class ChildStatus(StatusModel):
-    """The child object: the PyTorchJob that the operator created for the current attempt."""
+    """The child object: the PyTorchJob that the operator created for the current attempt or, where the job has ended,
+    for its last attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
     """Kind of the child object: PyTorchJob."""
@@ -464,8 +468,8 @@ class FineTuneJobStatus(StatusModel):
     attempts: AttemptsStatus = AttemptsStatus()
     """The job's attempts: how many there were, and how they ended."""
     image: Annotated[str, Field(max_length=704)] | None = None
-    """Trainer image of all attempts, fixed when attempt 1 starts. The operator adds the digest once a node has pulled
-    the image from its registry."""
+    """Trainer image of the preflight check and of all attempts. The operator fixes the image before the check, and adds
+    the digest once a node has pulled the image from its registry for an attempt."""
     start_time: datetime | None = None
     """Time at which the first attempt was started."""
     completion_time: datetime | None = None
@@ -485,7 +489,8 @@ class FineTuneJobStatus(StatusModel):
     that could not be resumed from. Where there are more than 8, only the newest 8 are listed; the log of the trainer
     has all messages."""
     plan: PlanStatus | None = None
-    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
+    """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
+    leaves them open, and what follows from these settings."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """Training steps whose loss or gradient norm was not finite or far too high, oldest first. Where there are more
     than 20, only the newest 20 are listed."""
@@ -496,4 +501,4 @@ class FineTuneJobStatus(StatusModel):
     usage: UsageStatus | None = None
     """GPU time and running time that the job has used."""
     child: ChildStatus | None = None
-    """The child object of the current attempt: its PyTorchJob."""
+    """The child object of the current attempt or, where the job has ended, of its last attempt: the PyTorchJob."""
