@@ -104,9 +104,9 @@ class EnvVarSource(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("secretKeyRef", "configMapKeyRef"))
 
     secret_key_ref: SecretKeyRef | None = None
-    """A key of a Secret, which holds the value."""
+    """The key of a Secret under which the value is stored."""
     config_map_key_ref: ConfigMapKeyRef | None = None
-    """A key of a ConfigMap, which holds the value."""
+    """The key of a ConfigMap under which the value is stored."""
 
 
 class EnvVar(ApiModel):

@@ -321,7 +321,7 @@ class NamedScore(StatusModel):
 
 
 class UngradedAnswers(StatusModel):
-    """Answers that could not be graded for the same reason."""
+    """Answers that could not be graded, all for the same reason."""
 
     reason: Annotated[str, Field(max_length=UNGRADED_REASON_LENGTH)]
     """Why the answers could not be graded, for example `the gold row has no number after ####`."""
