@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
 
 class ExampleSet(Sequence[Example]):
-    """The examples of a data file, as an immutable sequence."""
+    """The examples of a data source or of a mix, as an immutable sequence."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
         """Use the given arrays, which `ExampleWriter.finish` made or `load` has read. ``rows`` are the data rows of the
