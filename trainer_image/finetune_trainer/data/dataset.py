@@ -74,7 +74,7 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
     ``further``, is in none of its first rows. ``path`` is the file of the source, or the folder with the index of its
     files. At most COLUMN_CHECK_ROWS rows are read, and about COLUMN_CHECK_BYTES bytes of a file. The columns of a
     parquet file are those of its schema. ``field`` is the path of the source in the spec, for example `dataset.train`.
-    The message about a missing column begins with the field that names the column, and any other message with
+    The message about a missing column begins with the field that names the column. Messages about the files begin with
     ``field``."""
     found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
     files = data_files(path)

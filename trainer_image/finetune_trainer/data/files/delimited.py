@@ -96,8 +96,8 @@ class _RecordLines:
         line = next(self._lines)
         self._characters += len(line)
         if not line.isascii():
-            # The csv reader takes four bytes for each character of a field, whatever the character. The text of the
-            # record itself is small beside this only if it is ASCII.
+            # The csv reader takes four bytes for each character of a field. The text itself takes one byte for each
+            # character if it is ASCII, and may take up to four if it is not.
             self._most = ROW_CHARACTERS // 2
         if len(line) > self._most:
             raise csv.Error(f"row larger than row limit ({self._most})")

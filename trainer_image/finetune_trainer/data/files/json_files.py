@@ -1,7 +1,7 @@
 """Reads .json files: an array of objects, each of which is a row, or objects one behind the other, as in JSON lines.
 
-Only the part of the text that holds the current row is in memory. The text of a row is decoded by Python's own decoder,
-so that a row means the same in a .json file and in a .jsonl file.
+Only the text around the current row is in memory, and not the whole file. The text of a row is decoded by Python's own
+decoder, so that a row means the same in a .json file and in a .jsonl file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class _Text:
 
     def extend(self) -> None:
         """Read more text, and drop the text before the position. About as many characters are read as are still in
-        memory, so that the time for a long row is proportional to its length. No more is read than a row may have.
+        memory, so that the time for a long row is proportional to its length. The text in memory gets at most one
+        character longer than a row may be.
 
         Raises FileProblem if the text from the position on is longer than a row may be.
         """

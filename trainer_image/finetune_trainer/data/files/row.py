@@ -1,5 +1,5 @@
-"""Two classes: `Row` is a row of a data file with its place in the file, and `NamedColumn` is a column that a field of
-the spec names. The readers of all kinds of files yield objects of the class `Row`."""
+"""`Row` is a row of a data file with its place in the file, and `NamedColumn` is a column that a field of the spec
+names. The readers of all kinds of files yield `Row` objects."""
 
 from __future__ import annotations
 
