@@ -35,8 +35,8 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
-    """Return ``rows`` packed into sequences of at most ``capacity`` tokens. There may be more and shorter sequences
-    than necessary where this costs no time.
+    """Return ``rows`` packed into sequences of at most ``capacity`` tokens. The sequences are made shorter than
+    ``capacity`` where this costs no time.
 
     The number of sequences that `best_fit_decreasing` needs is rounded up to a multiple of ``ranks``. The further
     sequences cost no time, because without them some ranks would have one sequence less and wait for the others. A

@@ -46,8 +46,8 @@ class _Answer(Enum):
 
 class TemplateProcess:
     """A child process that calls a function which reads or runs templates. The child is forked from this process at the
-    first call, and again at the first call after it has ended. It has everything that this process has in memory at
-    that time."""
+    first call, and has everything that this process has in memory at that time. If the child has ended, the next call
+    forks another one."""
 
     def __init__(self, function: Callable[..., Any], *, seconds: float) -> None:
         """Prepare calls of ``function``. Each call may take ``seconds`` of processor time."""
