@@ -99,6 +99,11 @@ def test_a_byte_that_is_no_utf8_costs_its_row_in_every_text_file(tmp_path: Path)
         read(tmp_path, "a.txt", "one".encode("utf-16"))
 
 
+def test_the_sign_of_a_long_number_is_no_digit(tmp_path: Path) -> None:
+    lines = b'{"a": -' + b"1" * 4300 + b'}\n{"a": -' + b"1" * 4301 + b"}\n{}"
+    assert problems(read(tmp_path, "a.jsonl", lines)) == {2: "has a number of more than 4300 digits"}
+
+
 def test_a_key_that_stands_twice_in_an_object_costs_its_row(tmp_path: Path) -> None:
     lines = b'{"a": 1, "a": 2}\n{"b": [{"c": 1, "c": 1}]}\n{"a": 1, "b": {"a": 2}}'
     twice = {1: "has the key 'a' twice in one object", 2: "has the key 'c' twice in one object"}

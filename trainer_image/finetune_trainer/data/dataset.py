@@ -2,8 +2,8 @@
 error that names file and line, as `dataset.badRows` says. `dataset.longRows` says the same about a row with an example
 that is too long, which may also be split or truncated.
 
-The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher and the
-preflight checks call `check_columns`.
+The workers and the preflight checks call `make_examples`, and the launcher, the workers and the preflight checks call
+`check_columns`. The evaluation calls `used_rows`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
-"""About how many bytes of rows, from the beginning of a file, are searched for the columns."""
+"""About how many bytes of rows, from the beginning of each file, are searched for the columns that the job names."""
 COLUMN_CHECK_ROWS = 100
-"""How many rows from the beginning of a data source are searched for the columns that `dataset.format` names. A column
-that none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
+"""How many rows from the beginning of a data source are searched for the columns that the job names. A column that none
+of these rows has is reported as an error of the spec, because its name may be misspelled. The rows do not count as bad
+rows then."""
 LONGEST_PROBLEM = 800
-"""Largest number of characters of the phrase that says what is wrong with a row. A longer phrase is cut off, because it
+"""How many characters are kept of a phrase that says what is wrong with a row. The rest is cut off, because the phrase
 may contain the name of a key, and such names can be of any length."""
 GRADED_FIELDS = ("dataset.validation", "dataset.test")
 """The data sources whose rows are graded, where the job has a task."""
@@ -69,10 +70,12 @@ def length_limit(dataset: DatasetSpec, context: int | None, rows: int | None = N
 
 
 def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
-    """Raise UserError if the file has no rows, or if a column that the format ``form`` needs, or a column in
-    ``further``, is in none of the first rows. At most COLUMN_CHECK_ROWS rows are read, and about COLUMN_CHECK_BYTES
-    bytes of a file. The columns of a parquet file are those of its schema.
-    ``field`` is the path of the file's source in the spec, for example `dataset.train`, and messages begin with it."""
+    """Raise UserError if a data source has no rows, or if a column that the format ``form`` needs, or a column in
+    ``further``, is in none of its first rows. ``path`` is the file of the source, or the folder with the index of its
+    files. At most COLUMN_CHECK_ROWS rows are read, and about COLUMN_CHECK_BYTES bytes of a file. The columns of a
+    parquet file are those of its schema. ``field`` is the path of the source in the spec, for example `dataset.train`.
+    The message about a missing column begins with the field that names the column. Messages about the files begin with
+    ``field``."""
     found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
     files = data_files(path)
     name = files[0].name if len(files) == 1 else f"the {len(files)} files"
@@ -111,9 +114,9 @@ def make_examples(
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
     """Return the examples of ``rows``, and notices. The notices say how many rows were skipped, what became of rows
-    that are too long, and how many examples were made of the rows if this is more than one for each row. Another notice
-    says how many of the kept rows have control tokens in their text that were read as ordinary text. A row is skipped
-    as a whole, even if only one of its examples is bad.
+    that are too long, and, if some rows became several examples, how many examples were made. Another notice says how
+    many of the kept rows have control tokens in their text that were read as ordinary text. A row is skipped as a
+    whole, even if only one of its examples is bad.
 
     ``source`` is the name of the data source in messages, for example `s3://bucket/train.jsonl`. ``field`` is the path
     of the source in the spec, for example `dataset.train`. With ``keep_rows`` the result also has the data row of each
@@ -202,7 +205,7 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
 
 
 def _shortened(text: str) -> str:
-    """Return ``text``, cut off after LONGEST_PROBLEM characters."""
+    """Return ``text``. If it has more than LONGEST_PROBLEM characters, `...` takes the place of the others."""
     return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
 
 

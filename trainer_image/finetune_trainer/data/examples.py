@@ -1,7 +1,7 @@
 """Sets of examples: token ids and the ranges of supervised tokens, in numpy arrays that can be saved and memory-mapped.
 
 On each node one process tokenizes the data files and saves the arrays. All ranks of the node memory-map the saved
-arrays, so time and memory do not grow with the number of GPUs.
+arrays. So the time to tokenize and the memory for the token ids do not grow with the number of GPUs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
 
 class ExampleSet(Sequence[Example]):
-    """The examples of a data file, as an immutable sequence."""
+    """The examples of a data source or of a mix, as an immutable sequence."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
         """Use the given arrays, which `ExampleWriter.finish` made or `load` has read. ``rows`` are the data rows of the

@@ -32,7 +32,8 @@ class TokenizeFunctions(NamedTuple):
     pieces: PieceTokenizer
     """Tokenizes the pieces of rendered templates."""
     end: int
-    """Id of the end token (EOS). It ends every example, except for a conversation whose answers end with another
+    """Id of the end token (EOS). Every rendered completion and every rendered plain text ends with it. In a
+    conversation it ends an answer only where the chat template writes it, or where the template ends the answer with no
     token."""
     chat: ChatTemplate | None = None
     """Renders conversations. None if the tokenizer has no chat template."""
@@ -77,8 +78,8 @@ def format_columns(form: DatasetFormat) -> list[str]:
 
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int | None = None) -> Render:
     """Return the function that renders rows in the format ``form``. Of a row with an example of more than
-    ``most_tokens`` tokens, other examples may be left out. Raises UserError if the format is chat messages and the
-    tokenizer has no chat template."""
+    ``most_tokens`` tokens, other examples may be left out. Raises UserError if a template of `promptCompletion` is
+    malformed, or if the format is chat messages and the tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:

@@ -13,7 +13,8 @@ class LongTexts:
     """Makes examples of texts that are too long, and counts them for a notice."""
 
     def __init__(self, policy: Literal["Split", "Truncate"], most_tokens: int) -> None:
-        """Make examples of at most ``most_tokens`` tokens."""
+        """Make examples of at most ``most_tokens`` tokens, or of 2 tokens if ``most_tokens`` is 1, because nothing can
+        be learned of a single token."""
         self._policy, self._most = policy, max(2, most_tokens)
         self.rows = self._examples = self._tokens = self._left_out = 0
         self._first = ""
@@ -58,6 +59,6 @@ def split(example: Example, most_tokens: int) -> list[Example]:
 
 
 def truncated(example: Example, most_tokens: int) -> Example:
-    """Return the first ``most_tokens`` tokens of ``example``, all of which are learned. The end token is lost with the
-    rest, because the text does not end there."""
+    """Return an example of the first ``most_tokens`` tokens of ``example``, which must be longer. All of them but the
+    first are learned. The end token is lost with the rest, because the text does not end there."""
     return Example(example.ids[:most_tokens], ((0, most_tokens),))

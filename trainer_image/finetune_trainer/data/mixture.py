@@ -3,9 +3,9 @@ pure functions of seed, step, sizes and weights, as in `order.py`, so a resumed 
 example.
 
 The examples of a mix have one endless order, by their times. The k-th example of source i, counted from k = 0, has the
-time (k + 1/2) / weight(i). So every part of the order holds the sources in their shares as exactly as whole numbers can
-(the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone through again and
-again, each time in another order.
+time (k + 1/2) / weight(i). So the first n examples of the order hold the sources in their shares as exactly as whole
+numbers can, for every n (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is
+gone through again and again, each time in another order.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Mixture:
 
 
 def mix_digest(digest: str, sizes: Sequence[int]) -> str:
-    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples.
-    ``digest`` alone does not determine which examples the steps take, because these also depend on the border between
-    the sources."""
+    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all examples of
+    the mix together. ``digest`` alone does not determine which examples a step takes, because it does not tell at which
+    example the next source begins."""
     return hashlib.sha256(f"{digest} {' '.join(map(str, sizes))}".encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
 """Determines which examples each optimizer step consumes, and which rank computes which of them. All functions are pure
 functions of seed, step and sizes.
 
-In this module, a row is an example and not a row of the data file, which may have become several examples. The number
-of the step alone determines the position in the data. So a resumed run continues with exactly the rows that were not
-consumed yet, even with another number of ranks.
+In this module, a row is an example. One row of a data file may have become several of these rows. The number of the
+step alone determines the position in the data. So a resumed run continues with exactly the rows that were not consumed
+yet, even with another number of ranks.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Dialogue:
         self._has_parts = any(isinstance(message.get("content"), list) for message in messages)
 
     def place(self, index: int) -> str:
-        """Return the name of message ``index`` (from 0) in texts for people, for example `message 3`."""
+        """Return the name of message ``index`` (from 0) in texts for people: `message 3` for the third message of the
+        list, or `column 'system'` for the message from this column."""
         number = index + self.conversation.first_number
         return f"message {number}" if number else f"column {SYSTEM_COLUMN!r}"
 
@@ -94,7 +95,7 @@ class Dialogue:
 
 def turn_of(row: Dialogue, index: int) -> Turn:
     """Return the answer of message ``index`` (from 0). Raises ProblemError if there is no message before it, or if the
-    rendered answer does not continue what the model gets before it. Raises ValueError if the template fails."""
+    renderings do not show where the answer begins. Raises ValueError if the template fails."""
     answered = row.text(row.messages[: index + 1], answer_next=False)
     if index == 0:
         raise ProblemError(
@@ -120,8 +121,8 @@ def turn_of(row: Dialogue, index: int) -> Turn:
 
 
 def _opens_thoughts(before: str, answered: str) -> bool:
-    """Return whether ``before`` ends with the open tag `<think>`, and ``answered`` begins with the text before this
-    tag."""
+    """Return whether ``before`` ends with the open tag `<think>`, perhaps with white space behind it, and ``answered``
+    begins with the text before this tag."""
     opened, tag, rest = before.rpartition(OPENED)
     return bool(tag) and not rest.strip() and answered.startswith(opened)
 
@@ -172,8 +173,9 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
     open tag of thoughts. ``answered`` is the rendered conversation up to and including this message, and does not begin
     with ``before``.
 
-    At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
-    earlier messages out. So the thoughts are taken from the row, and they are empty if the row has none.
+    At inference the model gets the open tag, thinks, closes the tag and answers. If the template renders the thoughts
+    of the message, the text behind the tag comes from the rendering. If it leaves them out, the thoughts are taken from
+    the row, and they are empty if the row has none.
     """
     answer = answered[len(before.rpartition(OPENED)[0]) :]
     if answer.startswith(OPENED):

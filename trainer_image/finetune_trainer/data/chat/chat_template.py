@@ -1,8 +1,9 @@
 """The chat template of a job: which template is used, and the text and token ids of a conversation that it renders.
-`preparation.py` and the preflight check call `use_chat_template`, and `conversations.py` renders with `ChatTemplate`.
+`preparation.py`, the evaluation and the preflight check call `use_chat_template`, and `tokenizer.py` makes a
+`ChatTemplate`.
 
 A template is a program from the model's folder or from the job. It runs in the sandbox of transformers, and in a
-process that bounds its time, its memory and its output (`template_process.py`).
+process that bounds its time and its memory (`template_process.py`).
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ DATE_FLAGS = "-_0^#"
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, folder: Path) -> None:
     """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. If the job
-    names no template, the tokenizer keeps the one that it has. ``folder`` is the folder of the base model.
+    names no template, the tokenizer keeps the one that it has. ``folder`` is the folder of the base model. Nothing
+    happens if the rows in the format ``form`` are no conversations.
 
-    Raises UserError if the template's file is missing, if there is no template, if the template is no Jinja, or if it
-    does not read one of `templateArguments`.
+    Raises UserError if the template's file can't be read, if there is no template, if the template is no Jinja, or if
+    one of `templateArguments` can't be given to it, for example because the template does not read this argument.
     """
     if form.messages is None:
         return

@@ -2,9 +2,9 @@
 
 An example has the same tokens as the conversation at inference. Before each answer are exactly the tokens from which
 the model generates it: the chat template's rendering of the messages before the answer, with the generation prompt.
-Then come the answer and the token that ends it. Where the tokens of one answer are the beginning of what the model gets
-before the next answer, both answers share one example. Where the template changes earlier messages, for example by
-removing their thoughts, each answer has an example of its own.
+Then come the answer and the token that ends it. If all tokens up to the end of one answer are also the beginning of
+what the model gets before the next answer, both answers share one example. Where the template changes earlier messages,
+for example by removing their thoughts, each answer has an example of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 
 
 MOST_CALLS = 3
-"""How many tool calls of a message are checked: whether the rendering contains the call, and whether it contains the
-call's arguments."""
+"""How many tool calls of a message are checked: the first calls, and the first calls that have arguments, up to this
+number of each. The rendering must contain every checked call and its arguments."""
 CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
@@ -240,8 +240,9 @@ class _Renderer:
     def _rendering(
         self, row: Dialogue, messages: Sequence[Message], index: int, turn: int, *, tools: bool = True
     ) -> str:
-        """Return the text from which the tokens of message ``index`` come in the example of message ``turn``: what the
-        model gets before message ``turn``, or the conversation up to message ``turn``."""
+        """Return the text from which the tokens of message ``index`` come in the example of message ``turn``: for an
+        earlier message what the model gets before message ``turn``, and for message ``turn`` itself the conversation up
+        to it. If everything is learned, the text is always the conversation up to message ``turn``."""
         if index < turn and self._form.learn != "Everything":
             return row.text(messages[:turn], answer_next=True, with_tools=tools)
         return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)

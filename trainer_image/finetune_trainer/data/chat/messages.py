@@ -54,7 +54,8 @@ class Conversation:
     """Each message has a `role` and no field that is null. `content`, where it is present, is a text or a list of text
     parts. The arguments of tool calls are JSON objects."""
     weights: Sequence[int]
-    """1 for each message that may be learned, and 0 for the others."""
+    """1 for each message of the assistant that may be learned, and 0 for all others. If `learn` is Everything, all
+    messages are learned, whatever their weight."""
     first_number: int
     """Number of the first of `messages` in texts for people: 1, or 0 where the first message comes from another
     column."""
@@ -99,7 +100,8 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {}, repr(ARGUMENTS_COLUMN))
     if not isinstance(arguments, dict) or not _is_valid(arguments):
         raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object")
-    # A value that is null was added by parquet, because other rows of the file have the argument.
+    # Arguments that are null are left out. Parquet adds such an argument to a row if other rows of the file have the
+    # argument.
     arguments = {name: value for name, value in arguments.items() if value is not None}
     tools = _tools(fields.get(form.tools_field), form.tools_field)
     return Conversation(messages, weights, 0 if system else 1, tools, arguments)
@@ -209,7 +211,8 @@ def _reason(value: Any) -> str:
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
-    """Check the content of ``message``. If ``message`` calls tools and its content is empty, remove the content."""
+    """Check the content of ``message``. If it is a list, let each part have the fields `type` and `text` only. If
+    ``message`` calls tools and its content is empty, remove the content."""
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -238,8 +241,8 @@ def content_text(message: Message) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """Return the tool calls of ``message``, with their arguments as JSON objects. Remove OpenAI's older field
-    `function_call`, which holds one call, from ``message``."""
+    """Return the tool calls of ``message``, with their arguments as JSON objects. A call in OpenAI's older field
+    `function_call` is returned too, and the field is removed from ``message``."""
     calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _ProblemError(f"has tool_calls in message {number} that are not a list of calls")
@@ -287,7 +290,8 @@ def _check_call_ids(messages: Sequence[Message]) -> None:
 
 
 def _tools(found: Any, column: str) -> list[dict[str, Any]]:
-    """Return the tools in column ``column`` of a row, each with the JSON Schema of its parameters."""
+    """Return the tools of a row. ``found`` is the value of the column ``column``: a list of tools, or JSON text of such
+    a list."""
     found = _parsed(found or [], repr(column))
     if not isinstance(found, list) or not all(isinstance(tool, dict) and tool for tool in found):
         raise _ProblemError(f"has a {column!r} that is not a list of tools")

@@ -2,8 +2,9 @@
 tokens can then be distinguished from the control tokens that the template itself writes. `chat_template.py` makes a
 `RowTexts`.
 
-A person who writes `</s>` into a message does not mean the token. `piece_tokens.py` reads such a text as ordinary text,
-but it must know which parts of the rendering come from the row, and a template is a program that mixes both.
+A person who writes `</s>` into a message does not mean the token. `piece_tokens.py` reads such a text as ordinary text.
+For this it must know which parts of the rendering come from the row, and only marks show this, because the template is
+a program that puts the texts of the row between texts of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class RowTexts:
 
     def marked_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with marks. Roles get no marks, because templates make control tokens of roles. The tags
-        around thoughts in the content of an answer get no marks either, because templates look for these tags."""
+        around the thoughts with which the content of an answer begins get no marks either, because templates look for
+        these tags."""
         return [self._marked_message(message) for message in messages]
 
     def _marked_message(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boun
 SECONDS = 10.0
 """Processor time in seconds that a template may take. Templates of published models take milliseconds."""
 MEMORY_BYTES = 256 << 20
-"""Memory in bytes that a template may take. The text of the largest conversation takes half of this memory."""
+"""Memory in bytes that a template may take. The longest row of a text file (`ROW_CHARACTERS` in `streams.py`) takes at
+most half of this memory."""
 PATIENCE_SECONDS = 300.0
 """Longest time in seconds that this process waits for an answer of the child process. The limit is far higher than
 SECONDS, because other processes may keep the processor busy."""
@@ -45,7 +46,8 @@ class _Answer(Enum):
 
 class TemplateProcess:
     """A child process that calls a function which reads or runs templates. The child is forked from this process at the
-    first call, and has everything that this process has in memory at that time."""
+    first call, and has everything that this process has in memory at that time. If the child has ended, the next call
+    forks another one."""
 
     def __init__(self, function: Callable[..., Any], *, seconds: float) -> None:
         """Prepare calls of ``function``. Each call may take ``seconds`` of processor time."""
@@ -56,8 +58,9 @@ class TemplateProcess:
         """Return what the function returns for ``arguments``. The arguments and the result must be values that can be
         pickled.
 
-        Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit, MemoryError
-        if the pod has no memory left, and OutsideFailure if the child process gives no answer or can't be started.
+        Raises ValueError with the reason if the function fails or ends the child process, TemplateLimitError if it
+        reaches a limit, MemoryError if the pod has no memory left, and OutsideFailure if the child process gives no
+        answer in time or can't be started.
         """
         if self._child is None:
             try:
@@ -86,8 +89,8 @@ class TemplateProcess:
         if number == signal.SIGPROF:
             raise TemplateLimitError(f"takes more than {self._seconds:.0f} s")
         if number == signal.SIGKILL:
-            # Only the kernel kills the child before its answer: when the pod has no memory left, it kills the process
-            # that holds most of the memory.
+            # Only the kernel kills the child before its answer: when the pod has no memory left, the kernel kills the
+            # process that holds most of the memory.
             raise MemoryError
         return f"it ends the process that reads it ({signal.Signals(number).name if number else 'without a signal'})"
 

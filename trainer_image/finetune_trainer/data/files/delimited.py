@@ -78,7 +78,7 @@ class _RecordLines:
         self.begin_record()
 
     def begin_record(self) -> None:
-        """Count the characters from here on as those of a new record."""
+        """Count the characters and the fields from here on as those of a new record."""
         self._characters = self._fields = 0
         self._most = ROW_CHARACTERS
         self._is_long = False
@@ -96,7 +96,8 @@ class _RecordLines:
         line = next(self._lines)
         self._characters += len(line)
         if not line.isascii():
-            # The csv reader takes four bytes for each character of a field.
+            # The csv reader takes four bytes for each character of a field. The text itself takes one byte for each
+            # character if it is ASCII, and may take up to four if it is not.
             self._most = ROW_CHARACTERS // 2
         if len(line) > self._most:
             raise csv.Error(f"row larger than row limit ({self._most})")

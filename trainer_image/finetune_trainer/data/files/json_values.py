@@ -61,7 +61,7 @@ class RowDecoder:
         return found
 
     def _integer(self, digits: str) -> int:
-        if len(digits) > _LONGEST_INTEGER:
+        if len(digits.removeprefix("-")) > _LONGEST_INTEGER:
             self._problem = f"has a number of more than {_LONGEST_INTEGER} digits"
             return 0
         return int(digits)

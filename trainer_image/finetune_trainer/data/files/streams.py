@@ -21,16 +21,18 @@ from finetune_trainer.data.files.kinds import Compression
 BLOCK_BYTES = 1024 * 1024
 """How many bytes of a file are read at once."""
 ROW_CHARACTERS = 64 * 1024 * 1024
-"""Largest number of characters in one row of a text file, and in one field of a csv file. The limit is half of this
-number for texts in which Python takes four bytes for each character (see `most_characters`). For csv files it replaces
-Python's own limit, 131,072 characters, which is shorter than some prompts."""
+"""Largest number of characters in one row of a text file, and in one field of a csv file. The limit of a row is half of
+this number if Python takes four bytes for each character of the row (see `most_characters`), and in a csv file already
+if the row is not ASCII. For csv fields this number replaces Python's own limit, 131,072 characters, which is shorter
+than some prompts."""
 ROW_BYTES = 256 * 1024 * 1024
 """Largest memory in bytes that the values of one row may take besides their text. Python's objects for empty lists or
 short fields take many times as many bytes as the text of these values."""
 EXPANDED_BYTES = 256 * 1024 * 1024
 LARGEST_EXPANSION = 10_000
-"""A compressed file is refused once more than EXPANDED_BYTES bytes of it were decoded, and these are also more than
-LARGEST_EXPANSION times the bytes of the file. Rows that all have the same long prompt stay far below this limit."""
+"""A compressed file or a parquet file is refused once more than EXPANDED_BYTES bytes of it were decoded, and these are
+also more than LARGEST_EXPANSION times the bytes of the file. Rows that all have the same long prompt stay far below
+this limit."""
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _WIDE = re.compile("[^\x00-\uffff]")
 """A character that makes Python use four bytes of memory for each character of a text that contains it."""
@@ -61,8 +63,8 @@ def most_characters(text: str, most: int) -> int:
 
 @contextmanager
 def open_bytes(path: Path, compression: Compression, *, is_head: bool) -> Iterator[BinaryIO]:
-    """Open a file and yield its decompressed bytes as a stream that can not seek. With ``is_head`` the file is only the
-    beginning of a longer one, so that its end raises HeadEnded.
+    """Open a file and yield its decompressed bytes as a stream, which need not be able to seek. With ``is_head`` the
+    file is only the beginning of a longer one, so that its end raises HeadEnded.
 
     Reading raises FileProblem where the file expands to too much, and whatever the decompressor raises where the file
     is damaged: OSError, EOFError, zlib.error.
