@@ -28,6 +28,7 @@ from finetune_core.api.storage import ConfigMapKeyRef
 
 RESERVED_FOLDERS = (
     "/etc/finetune",
+    "/etc/finetune-storage",
     "/var/run/finetune",
     "/var/run/secrets",
     "/run",
@@ -38,7 +39,8 @@ RESERVED_FOLDERS = (
     "/sys",
 )
 """Folders at which, and below which, a user's volume must not be mounted (`mountPath`). The operator mounts volumes of
-its own at `/etc/finetune`, `/scratch`, `/tmp` and `/dev/shm`, and below the two folders in `/var/run`. In many images
+its own at `/etc/finetune`, `/etc/finetune-storage`, `/scratch`, `/tmp` and `/dev/shm`, and below the two folders in
+`/var/run`. In many images
 `/var/run` is a link to `/run`. The container runtime needs `/dev`, `/proc` and `/sys` to start the container."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
