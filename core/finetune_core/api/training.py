@@ -130,8 +130,8 @@ class StabilitySpec(ApiModel):
     rollbacks ends as Diverged instead of a fourth. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
     """What follows a finite loss that is far too high compared with the steps before or with the job's first steps, and
-    a finite gradient norm that is far too high while the loss rises. The values mean the same as for `onNonFinite`, but
-    with Record the update of the step stays. Absent: only values that are not finite raise an alarm."""
+    a finite gradient norm that is far too high while the loss rises. Record, RollBack and Fail are as with
+    `onNonFinite`, but with Record the step is not skipped. Absent: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
     """Seconds without progress, for example in one optimizer step, after which the trainer exits. Work that has time
     limits of its own, such as requests to the object store, gets more time. The attempt then ends and is retried."""
