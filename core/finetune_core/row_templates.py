@@ -90,7 +90,8 @@ class RowTemplate:
 
     @property
     def ending(self) -> str:
-        """The text behind the last column. Empty if the template ends with a column or with an optional part."""
+        """The text at the end of the template, behind the last column or optional part. Empty if the template ends with
+        a column or with an optional part."""
         last = self.tokens[-1] if self.tokens else None
         return last.value if last is not None and last.kind is _Kind.TEXT else ""
 
@@ -181,10 +182,11 @@ def is_empty(value: Any) -> bool:
 
 def text_of(column: str, value: Any) -> str:
     """Return ``value``, the value of the column ``column`` in a row, as text. A text stays as it is. Numbers, true and
-    false are written as in JSON, decimals without an exponent, and dates and times of parquet files as in ISO 8601.
+    false are written as in JSON. Of the types in parquet files, decimals are written without an exponent, and dates and
+    times as in ISO 8601.
 
-    Raises RowError where ``value`` is None, because the column is missing or null, and where ``value`` is anything
-    else, such as a list or an object.
+    Raises RowError where ``value`` is None, because the column is missing or null, where ``value`` is a text with half
+    of a surrogate pair or a number that can't be written, and where ``value`` is anything else, such as a list.
     """
     if value is None:
         raise RowError(f"has no {column!r}")

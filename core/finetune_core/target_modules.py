@@ -23,6 +23,6 @@ def is_pattern(entry: str) -> bool:
 
 
 def compile_entry(entry: str) -> Any:
-    """Return the compiled regular expression ``entry``. Callers pass the full name of a module to its `fullmatch`.
-    Raises UserError where RE2 can't read ``entry``."""
+    """Return the compiled regular expression ``entry``. The trainer calls the `fullmatch` of the returned object with
+    the full name of each module. Raises UserError where RE2 can't read ``entry``."""
     return compile_pattern(entry, FIELD)

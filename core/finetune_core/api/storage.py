@@ -41,8 +41,8 @@ class CredentialsSecretRef(ApiModel):
 
 
 class IdentitySpec(ApiModel):
-    """A token of the pods' service account, which the pods exchange for a temporary access key with the request
-    AssumeRoleWithWebIdentity. `podTemplate.serviceAccountName` names the service account."""
+    """A token of the pods' service account, whose name is `podTemplate.serviceAccountName`. The pods exchange the token
+    for a temporary access key with the request AssumeRoleWithWebIdentity."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -74,8 +74,8 @@ class ConfigMapKeyRef(ApiModel):
 
 
 class CheckpointSpec(ApiModel):
-    """How often checkpoints are saved, and how many of them are kept. The last step, and each evaluation that improves
-    the best score, make a checkpoint too."""
+    """How often checkpoints are saved, and how many of them are kept. A checkpoint is also saved after each evaluation
+    that improves the best score, when the pods are told to stop (SIGTERM), and at the end of the training."""
 
     model_config = ConfigDict(json_schema_extra=at_most_one_of("everySteps", "everyMinutes"))
 
@@ -129,8 +129,9 @@ class CacheSpec(ApiModel):
     claim_name: ObjectName | None = None
     """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which all jobs that name this claim keep
     the files of models. A file that is on the claim already is not fetched again, no matter which pod, attempt or job
-    put the file there. With several nodes the claim must have the access mode ReadWriteMany. Every pod copies the files
-    into its scratch folder, and compares the copies with the digests that the model's source states."""
+    put the file there. Only a file for which the source states no digest of the content, such as an object that is
+    encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the access mode
+    ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their digests."""
     ephemeral: EphemeralVolumeSpec | None = None
     """A volume of each pod that holds the files of the model instead of the scratch folder. This volume saves space in
     the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume."""
@@ -142,8 +143,9 @@ class StorageSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=at_most_one_of("credentialsSecretRef", "identity"))
 
     uri: S3Uri
-    """`s3://bucket/prefix`, for example `s3://finetune/runs`. The job writes below
-    `<uri>/<namespace>/<name>/<runId>/`."""
+    """`s3://bucket/prefix`, for example `s3://finetune/runs`. The job writes below `<uri>/<namespace>/<name>/<runId>/`.
+    A LoRA job also writes below `<uri>/_bases/` if its adapter needs a changed copy of the base model, for example with
+    `model.addedTokens`."""
     endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of MinIO or another S3-compatible store, for example `http://minio.storage.svc:9000`. Absent: Amazon S3
     in `region`."""
@@ -153,8 +155,8 @@ class StorageSpec(ApiModel):
     """Secret that holds the access key. Absent: the access key comes from `identity` or, without that field, from the
     platform: a web identity such as IRSA, EKS Pod Identity, or the node's role."""
     identity: IdentitySpec | None = None
-    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this exchange. Absent: no token is
-    mounted."""
+    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this exchange. Absent: the
+    operator mounts no token for the object store."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
     """ConfigMap key that holds the CA certificates (PEM) with which the object store's certificate is verified. Absent:
     the CA certificates in the image."""
@@ -171,9 +173,9 @@ class StorageSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
-    """Where the files of a base model from the Hugging Face Hub or the object store are kept, so that not every pod of
-    every attempt fetches them. Must be absent with `model.volume`, because such a model is used where it lies. Absent:
-    each pod fetches the files into its scratch folder."""
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept: on a claim, so that not
+    every pod of every attempt fetches them, or on a volume of each pod. Must be absent with `model.volume`, because
+    such a model is used where it lies. Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

@@ -39,8 +39,8 @@ def _quoted(values: Iterable[str]) -> str:
 
 
 def _task_rules() -> Iterator[tuple[str, str]]:
-    """Yield the CEL rules that follow from the declared tasks: which fields each task takes, which fields each task
-    needs, and which columns its grader reads."""
+    """Yield the CEL rules of `dataset.task`: which fields each declared task takes, which fields it needs, which
+    columns its grader reads, and two rules about `entryPoint`."""
     for argument in _ARGUMENTS:
         names = tasks_with(argument)
         yield (
@@ -108,7 +108,8 @@ class TaskSpec(ApiModel):
     in the right text, or with the whole right text where it finds nothing there. The expression finds its first group
     or, where it has no group, the whole match."""
     tolerance: DecimalString | None = None
-    """Largest difference between the number of the answer and the right one. Absent: 0."""
+    """Largest difference between the number of the answer and the right one. Where `relativeTolerance` is set too, an
+    answer within one of the two limits is right. Absent: 0."""
     relative_tolerance: DecimalString | None = None
     """Largest difference between the number of the answer and the right one, as a multiple of the right one. Absent:
     0."""

@@ -76,11 +76,11 @@ class TrainingSpec(ApiModel):
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     attention: Attention = "Auto"
     """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: the FlashAttention of
-    torch (and not of the package flash-attn) for sequences of several examples; needs GPUs and bf16. Flex: torch's
-    FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager: plain matrix products, for models
-    that nothing else supports. Auto: the fastest kernel that keeps packed examples apart and that model and device
-    support; `status.plan.attention` names the kernel. All kernels compute the same function, so losses differ only by
-    rounding."""
+    torch (and not of the package flash-attn) for sequences of several examples; needs bf16, and GPUs of the generation
+    Ampere or newer. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager:
+    plain matrix products, for models that support no other kernel. Auto: the fastest kernel that keeps packed examples
+    apart and that model and device support; `status.plan.attention` names the kernel. All kernels compute the same
+    function, so losses differ only by rounding."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed from which the order of the rows, the initial values of new weights, and dropout follow."""
 
@@ -126,12 +126,12 @@ class StabilitySpec(ApiModel):
     on_non_finite: StabilityAction = "Fail"
     """What follows a loss or gradient that is not a finite number. A gradient that is not finite is never applied.
     Record: the step is skipped and recorded in `status.incidents`. RollBack: training continues from the last good
-    checkpoint with a lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as
-    Diverged."""
+    checkpoint, with a lower learning rate and without the batches that may be the cause. A job that has made three
+    rollbacks ends as Diverged instead of a fourth. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
-    """What follows a finite loss or gradient norm that is far too high compared with the steps before, and a finite
-    loss that is far too high compared with the job's first steps. Absent: only values that are not finite raise an
-    alarm."""
+    """What follows a finite loss that is far too high compared with the steps before or with the job's first steps, and
+    a finite gradient norm that is far too high while the loss rises. Record, RollBack and Fail are as with
+    `onNonFinite`, but with Record the step is not skipped. Absent: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
-    """Seconds without progress, for example in one optimizer step, after which the trainer exits. The attempt then ends
-    and is retried."""
+    """Seconds without progress, for example in one optimizer step, after which the trainer exits. Work that has time
+    limits of its own, such as requests to the object store, gets more time. The attempt then ends and is retried."""

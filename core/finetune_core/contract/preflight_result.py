@@ -63,7 +63,8 @@ class FoundRun(ContractModel):
     run_id: RunId
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
     uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
-    """uid of the job that last wrote to the folder. Empty if no record in the folder names a job."""
+    """uid of the job that began the newest run in the folder. Empty if the record of this run names no job or can't be
+    read."""
     time: Time
     """Time at which the first run in the folder began, by the clock of the object store."""
     step: Count
@@ -94,7 +95,8 @@ class PreflightResult(TerminationMessage):
     notices: list[str] = []
     """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
-    """The former run that the job takes over instead of training anew. None where the check found no such run."""
+    """The runs that the job continues, or whose artifact becomes the job's own: the runs in the job's folder in the
+    bucket, or those of a former job. None where the check found neither a checkpoint nor an artifact."""
     sizes: InputSizes | None = None
     """The sizes of model and data. None where the size of the model or of the data was not found, and in results of
     older trainer images."""

@@ -22,8 +22,8 @@ class ExitCode(IntEnum):
     DIVERGED = 65
     OUT_OF_MEMORY = 66
     OUTSIDE_FAILURE = 75
-    """The object store, another rank, or the credentials failed for longer than the trainer waits, or a step took too
-    long."""
+    """Something outside of the job failed or was missing for longer than the trainer waits, such as the object store,
+    the Hugging Face Hub, the credentials or another rank, or the trainer made no progress for too long."""
     STOPPED = 143
     """The trainer received SIGTERM and ended. All steps that it had finished are in a committed checkpoint."""
 
@@ -86,7 +86,7 @@ class Result(TerminationMessage):
         message = self.message
         while excess > 0 and message:
             # A character takes from 1 to 6 bytes in JSON, 6 for example for \u0000. Each round cuts one character for 6
-            # bytes of excess. So hardly more than necessary is cut, and a few rounds are enough.
+            # bytes of excess, so hardly more than necessary is cut. For a message in ASCII this takes dozens of rounds.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES

@@ -89,15 +89,16 @@ class StabilityConfig(ContractModel):
 
     on_non_finite: StabilityAction = "Fail"
     on_exploding_loss: StabilityAction | None = None
-    """What the trainer does about a finite loss or gradient norm that is far too high compared with the steps before,
-    and about a finite loss that is far too high compared with the job's first steps. None: only values that are not
-    finite raise an alarm."""
+    """What the trainer does about a finite loss that is far too high compared with the steps before or with the job's
+    first steps, and about a finite gradient norm that is far too high while the loss rises. None: only values that are
+    not finite raise an alarm."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
-    """The `storage` section with every default resolved. The run file does not contain the credentials. The pod gets
-    the credentials as files, or has an identity of its own."""
+    """The settings of the `storage` section that the trainer needs, with every default resolved but that of
+    `addressing`. The run file does not contain the credentials. The pod gets the credentials as files, or has an
+    identity of its own."""
 
     uri: str
     """`s3://` address of the folder of all runs of the job: `<storage.uri>/<namespace>/<name>/<runId>`."""

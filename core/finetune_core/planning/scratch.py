@@ -20,8 +20,9 @@ FULL_STATE = 6
 """Size of a checkpoint where every parameter is trained, as a multiple of the size of the model in 16 bits. The
 checkpoint has three numbers of 32 bits for each parameter: DeepSpeed's master weight and the two moments of AdamW."""
 ADAPTER_SHARE = 0.1
-"""Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model. Adapters of rank 64
-on all layers, with their moments, take about half of this share."""
+"""Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model. Adapters of rank 32
+on all linear layers of a model with 7 billion parameters take nearly this share. A higher rank or a smaller model takes
+a larger share, for which the limit has room (`SPARE_BYTES`)."""
 LIMIT_FACTOR = 3
 """The limit as a multiple of the request. The factor is 3, because a pod that has resumed may hold three checkpoints at
 once: a downloaded one, one that is being written, and one that is being uploaded."""
