@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from finetune_core.api.status import ATTEMPT_LIMIT
 from finetune_core.contract.contract_model import ContractModel
@@ -78,17 +78,24 @@ class Identity(ContractModel):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
         """Return the identity in ``environment``, the environment variables of the process. Raises UserError with the
-        name of the variable where a variable is missing, or where attempt or rank is no whole number."""
+        name of the variable where a variable is missing, or where the attempt is no whole number from 1 to
+        ATTEMPT_LIMIT or the rank no whole number."""
         values: dict[str, str] = {}
         for field, variable in IDENTITY_VARIABLES.items():
             value = environment.get(variable)
             if not value:
                 raise UserError(f"environment variable {variable}", "must be set (the operator sets it in every pod)")
             values[field] = value
-        for number in ("attempt", "node_rank"):
-            if not values[number].isdigit():
-                raise UserError(f"environment variable {IDENTITY_VARIABLES[number]}", "must be a whole number")
-        return cls.model_validate(values)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            wrong = {part for problem in error.errors() for part in problem["loc"]}
+            field, wanted = (
+                ("attempt", f"a whole number from 1 to {ATTEMPT_LIMIT}")
+                if "attempt" in wrong
+                else ("node_rank", "a whole number")
+            )
+            raise UserError(f"environment variable {IDENTITY_VARIABLES[field]}", f"must be {wanted}") from error
 
 
 IDENTITY_VARIABLES: Mapping[str, str] = {
