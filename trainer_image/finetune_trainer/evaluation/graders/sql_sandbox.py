@@ -21,8 +21,8 @@ from finetune_trainer.evaluation.graders.sql_text import Kind, Value, expansions
 
 MAX_ROWS = 1000
 MAX_INSTRUCTIONS = 400_000
-"""Largest number of instructions of sqlite's virtual machine that one statement may execute, or all inserts into a table
-together: a hundred times what a join of three tables takes.
+"""Largest number of instructions of sqlite's virtual machine that one statement may execute, or that all inserts into a
+table may execute together: a hundred times what a join of three tables takes.
 """
 MAX_SECONDS = 5.0
 MAX_TABLES = 20
