@@ -2,7 +2,8 @@
 
 The text is tokenised as a whole, because many tokenizers merge characters across the border of two pieces. A control
 token, such as `</s>`, is a token where it stands in a text of the template, and ordinary text where it stands in a
-column of the row, because people write such texts without meaning the token.
+column of the row, because people write such texts without meaning the token. In a column only `model.addedTokens` are
+tokens, or all control tokens if the job sets `allowSpecialTokens`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PieceIds(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """A control token or an added token that the tokenizer found in a text."""
+    """A control token that the tokenizer found in a text."""
 
     first: int
     """Place of its first character."""
@@ -41,12 +42,12 @@ class PieceTokenizer:
     """Tokenises texts that consist of pieces."""
 
     def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
-        """Take a tokenizer of transformers, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are
-        tokens in columns of the row too, because the user added them for the rows. ``ends`` are the ids at which the
-        model stops.
+        """Take ``tokenizer``, a tokenizer of transformers that already has ``added_tokens`` (`model.addedTokens`).
+        These are read as tokens in columns of the row too, because the user added them for the rows. ``ends`` are the
+        ids at which the model stops.
 
-        This module does not import transformers, because the process that starts the preflight check has to import the
-        formats and must stay small.
+        This module does not import transformers, because `__main__.py` imports it through other modules, and the
+        process that starts the preflight check must stay small.
         """
         self._tokenizer = tokenizer
         # Some models do not mark the token that ends their answers as special.
@@ -151,14 +152,14 @@ class PieceTokenizer:
             return ids, encoding.special_tokens_mask, ()
         encoding, ids, text = self._as_text(text, kept, specials=specials)
         for match in self._matches(encoding, text):
-            # Some tokenizers still find a special token, because their ordinary vocabulary contains it as a word.
+            # Some tokenizers still find a control token, because their ordinary vocabulary contains it as a word.
             if match.id != self._tokenizer.unk_token_id:
                 raise RowError(_unreadable(self._tokens[match.id].content))
         names = sorted({self._tokens[match.id].content for match in refused})
         return ids, encoding.special_tokens_mask, names
 
     def _as_text(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
-        """Tokenise ``text``, and read only the special tokens ``kept`` as tokens. Return the encoding, the ids, and the
+        """Tokenise ``text``, and read only the control tokens ``kept`` as tokens. Return the encoding, the ids, and the
         text to which the offsets of the encoding refer."""
         if not kept and self._all_marked:
             call = self._tokenizer(text, add_special_tokens=specials, split_special_tokens=True)
@@ -170,8 +171,8 @@ class PieceTokenizer:
     def _matches(self, encoding: Encoding, text: str) -> Iterator[_Match]:
         """Yield the control tokens that are written in ``text``.
 
-        An id alone does not show that a control token is written there: tokenizers also give ordinary text the id of
-        the unknown token, or of a byte.
+        An id alone does not show that a control token is written there. Tokenizers also give ordinary text the id of
+        the unknown token or of a byte token such as `<0x0A>`, and both may be control tokens.
         """
         for number, (first, last), around in zip(
             encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True
@@ -179,7 +180,7 @@ class PieceTokenizer:
             token = self._tokens.get(number)
             if token is None or around:
                 continue
-            # Some special tokens include the white space beside them.
+            # Some control tokens include the white space beside them.
             found = text[first:last]
             first += len(found) - len(found.lstrip())
             found, content = found.strip(), token.content.strip()
@@ -190,7 +191,8 @@ class PieceTokenizer:
         self, text: str, pieces: Sequence[Piece], *, specials: bool
     ) -> tuple[list[int], list[int], Sequence[str]]:
         """Tokenise with a tokenizer that is written in Python. It can't read a control token as ordinary text in one
-        place and as a token in another. Raises RowError for a control token in a column."""
+        place and as a token in another. So it raises RowError for a control token in a column, unless the token is one
+        of `model.addedTokens`."""
         own = _own_ranges(pieces)
         for number, token in self._tokens.items():
             place = text.find(token.content)
@@ -204,19 +206,19 @@ class PieceTokenizer:
 
 
 class _LiteralTokenizer:
-    """A copy of a tokenizer that reads special tokens as ordinary text, except for those that `encode` is called with.
+    """A copy of a tokenizer that reads control tokens as ordinary text, except for those that `encode` is called with.
 
-    Before a text is tokenised, the special tokens that stay are replaced by placeholders, which the copy knows as added
-    tokens with the same properties. So the text around them is split as it would be beside the token itself.
+    Before a text is tokenised, the control tokens that stay tokens are replaced by placeholders. Each placeholder is a
+    token of the copy with the properties of its control token. So the text around a placeholder is split as it would be
+    beside the control token itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: dict[int, AddedToken]) -> None:
-        # Nobody can write a placeholder into a row, because it is drawn anew in each process. `encode` never returns
-        # its id.
+        # Nobody can write a placeholder into a row, because this part of it is drawn anew in each process.
         self._mark = secrets.token_hex(8)
         self._tokens = tokens
         self._numbers: dict[str, int] = {}
-        """The ids of the special tokens by the placeholders that stand for them. A placeholder is added when it is
+        """The ids of the control tokens by the placeholders that stand for them. A placeholder is added when it is
         needed first."""
         stored = json.loads(tokenizer.to_str())
         for token in stored["added_tokens"]:
@@ -228,8 +230,9 @@ class _LiteralTokenizer:
         self._copy.encode_special_tokens = True
 
     def encode(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
-        """Return the encoding of ``text`` with placeholders for ``kept``, the ids with ``kept`` in their places, and
-        the text with the placeholders."""
+        """Return the encoding of ``text`` with placeholders for ``kept``, the ids with the ids of ``kept`` in place of
+        the placeholders' ids, and the text with the placeholders. Raises RowError if the copy does not find the
+        placeholders in the text."""
         parts: list[str] = []
         place = 0
         for match in kept:
@@ -244,7 +247,7 @@ class _LiteralTokenizer:
         return encoding, ids, marked
 
     def _placeholder(self, number: int) -> str:
-        """Return the placeholder for the special token with the id ``number``. The first call for an id adds the
+        """Return the placeholder for the control token with the id ``number``. The first call for an id adds the
         placeholder to the tokens of the copy."""
         name = f"\ue000{self._mark}-{number}\ue001"
         if name not in self._numbers:

@@ -1,5 +1,6 @@
-"""Renders rows of the formats promptCompletion and text as examples: the row fills the job's templates, and the pieces
-of the rendered text are tokenised. `formats.py` calls `render_prompt_completion` and `render_text`.
+"""Renders rows of the formats promptCompletion and text as examples. A row of promptCompletion fills the job's
+templates, and the pieces of the rendered texts are tokenised. Of a row of the format text, one column is tokenised as
+it is. `formats.py` calls `render_prompt_completion` and `render_text`.
 
 A row that can't be rendered raises RowError with the reason.
 """
@@ -32,8 +33,8 @@ def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
 
 def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> list[NamedColumn]:
     """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads of the data source at the path ``field``
-    of the spec, for example `dataset.test`. Empty if the base model is not scored on the rows of this source. Raises
-    UserError if ``base_prompt`` is malformed."""
+    of the spec, for example `dataset.test`. Empty if ``base_prompt`` is None, or if the base model is not scored on the
+    rows of this source. Raises UserError if ``base_prompt`` is malformed."""
     form = dataset.format.prompt_completion
     scored = "dataset.validation" if dataset.test is None else "dataset.test"
     if base_prompt is None or form is None or field != scored:
@@ -153,8 +154,9 @@ def _parse(text: str, field: str, form: PromptCompletionFormat) -> RowTemplate:
 
 
 def _named(template: RowTemplate, field: str, form: PromptCompletionFormat) -> list[NamedColumn]:
-    """Return the columns of ``template``. A column that the template calls `{prompt}` or `{completion}` is named by
-    `promptField` or `completionField`."""
+    """Return the columns of ``template``, each with the path of the field that names it. This field is `promptField` or
+    `completionField` for a column that the template calls `{prompt}` or `{completion}`. For any other column it is the
+    template itself, whose path is ``field``."""
     short = {"prompt": "promptField", "completion": "completionField"}
     found = []
     for column, name in template.names.items():

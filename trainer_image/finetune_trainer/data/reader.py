@@ -2,7 +2,8 @@
 editor.
 
 A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
-Whatever a library raises about a file as a whole becomes a UserError here.
+Whatever a library raises about a file as a whole becomes a UserError here, or OutsideFailure if the file system refuses
+to read the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_see
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 DEEPEST = 100
-"""How many levels of lists and mappings a column that is read may have."""
+"""How many levels of lists and mappings a column that is read may have. Columns of parquet files are not checked."""
 _TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
     Kind.JSON_LINES: json_lines,
     Kind.JSON: json_rows,
@@ -129,7 +130,7 @@ def content_bytes(value: object) -> int:
 
 def is_deep(value: object) -> bool:
     """Return whether lists and mappings in ``value`` are nested deeper than DEEPEST levels. Recursive code, such as
-    that of the JSON encoder, would fail for such a value."""
+    that of the JSON encoder, fails for a value that is nested much deeper."""
     left = [(value, 0)] if isinstance(value, Mapping | list) else []
     while left:
         value, depth = left.pop()

@@ -26,7 +26,7 @@ from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 TOKENIZER_FILE = "tokenizer.json"
-"""The file of the tokenizers library, which holds a tokenizer as a whole. A file of sentencepiece or tiktoken (suffix
+"""The file in which the tokenizers library stores a whole tokenizer. A file of sentencepiece or tiktoken (suffix
 `.model`) holds only a part of a tokenizer: transformers makes up the rest, and has to guess the format of the file."""
 
 
@@ -35,8 +35,8 @@ UNKNOWN_PART = "did not match any variant"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer, if it can only be guessed
-    from its files, or if the tokenizer has no end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer that can be loaded and be
+    used, if it can only be guessed from its files, or if it has no end token."""
     _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
     with library_boundary(partial(_not_loaded, folder)):
@@ -104,8 +104,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
 
 
 def check_ends(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> None:
-    """Raise UserError where a token that ends an answer has no row in the embedding, which has ``rows`` rows.
-    ``tokenizer`` is that of the model in ``folder``, without added tokens."""
+    """Raise UserError where the end token, or a stop token that the model's files name, has no row in the embedding,
+    which has ``rows`` rows. Stop tokens that the tokenizer does not know are ignored. ``tokenizer`` is the tokenizer of
+    the model in ``folder``, without `model.addedTokens`."""
     known = [number for number in model_stop_ids(folder) if 0 <= number < len(tokenizer)]
     for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
         if number >= rows:

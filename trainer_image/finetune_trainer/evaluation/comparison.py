@@ -92,8 +92,8 @@ class ModelComparison:
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
-        """Score the tuned model, which the ranks hold: the checkpoint of step ``step``, which becomes the artifact. All
-        ranks must call this together."""
+        """Score the tuned model, which the ranks hold. It is the checkpoint of step ``step``, and becomes the artifact.
+        Nothing happens if the job has neither test nor validation rows. All ranks must call this together."""
         if self._tuned_set is None or self._file is None:
             return
         record, answers = self._scorer.score(self._tuned_set)

@@ -46,8 +46,8 @@ class Decoding:
 def generate_answers(
     engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, str]]:
-    """Generate the answers to this rank's share of ``prompts`` (token ids). Yield one dictionary per batch, which gives
-    the answer's text by the index of its prompt in ``prompts``.
+    """Generate the answers to this rank's share of ``prompts`` (token ids). Yield a dictionary for each batch: the
+    text of each answer, by the index of its prompt in ``prompts``.
 
     Every rank yields equally many dictionaries, of which some may be empty. All ranks must take each dictionary
     together. If a rank has received SIGTERM, StopAgreed is raised before the next batch begins, or after the last

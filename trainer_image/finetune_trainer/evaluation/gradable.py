@@ -46,8 +46,8 @@ def why_ungradable(
     seconds: float = TRIED_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Return why no answer to ``rows`` can be graded, with the number of rows that were tried. Empty if an answer to at
-    least one row can be graded, or if there are no rows."""
+    """Return why no answer to ``rows`` can be graded, with the number of rows that were tried. Empty if an answer to
+    one of the tried rows can be graded, or if there are no rows. After ``seconds`` no further row is tried."""
     reasons: Counter[str] = Counter()
     deadline = clock() + seconds
     for row in rows:

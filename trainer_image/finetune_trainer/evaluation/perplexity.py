@@ -15,7 +15,7 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 LARGEST_PERPLEXITY = 1e30
-"""Largest perplexity that is returned. The exponential of a larger mean loss could overflow."""
+"""Largest perplexity that is returned. Without a limit, the exponential of a very large mean loss would overflow."""
 
 
 def perplexity(engine: Engine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:

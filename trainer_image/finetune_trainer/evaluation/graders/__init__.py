@@ -1,5 +1,6 @@
-"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the
-columns of its row, and returns a `Grade`. The columns have the names that the grader itself gives them.
+"""Graders: a module for each kind of comparison, and for SQL several modules. Each grader is a function that gets a
+generated answer and the columns of its row, and returns a `Grade`. The columns have the names that the grader itself
+gives them.
 
 `finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. The trainer and the preflight
 check call `load_grading`. No module here imports torch. The graders of the tasks are pure functions, except for the SQL
@@ -61,7 +62,8 @@ class Grading:
     ``rendered`` are not among them."""
     rendered: Sequence[str]
     """Names of those columns of the grader that get the rendered template `completion` as the right answer. Empty where
-    the template consists of one column only, because the grader then reads this column, which is in ``columns``."""
+    the template consists of one column only, or where `dataset.task.fields` names the column with the right answer. The
+    grader then reads that column, which is in ``columns``."""
     required_columns: Sequence[NamedColumn]
     """The columns that rows must have. Each has the field of the spec that names the column, or in which a user can
     name another column."""
@@ -107,8 +109,9 @@ class Grading:
 def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None = None) -> Grading | None:
     """Return how the answers of a job are graded. None where `dataset.task` is absent.
 
-    Raises UserError with the field where the grader does not exist, where it refuses its arguments, and where
-    ``require``, which is `evaluation.require`, names a score that the task does not have.
+    Raises UserError with the field where the grader does not exist or can't be loaded, where it refuses its arguments,
+    and where `dataset.task.fields` names a column that the grader does not read. Raises UserError also where the
+    template `completion` is malformed, and for ``require``, which is `evaluation.require`, as `_check_required` does.
     """
     spec, form = dataset.task, dataset.format.prompt_completion
     if spec is None or form is None:

@@ -36,7 +36,7 @@ _BOXED = re.compile(
 )
 """Markup of LaTeX that encloses a whole text."""
 _MOST_BOXES = 4
-"""How many layers of the markup in `_BOXED` are removed."""
+"""Largest number of layers of the markup in `_BOXED` that are removed."""
 
 
 def _bare(text: str) -> str:
@@ -122,8 +122,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
 
 def _right(own: object, options: Options) -> str | None:
-    """Return the label of the option that ``own``, the row's own answer, names. A number counts the options from 0.
-    None where ``own`` names no option."""
+    """Return the label of the option that ``own``, the row's own answer, names. A number counts the options from 0, if
+    the row has texts of options. None where ``own`` names no option."""
     if isinstance(own, str):
         return options.chosen(own)
     is_number = isinstance(own, (int, float)) or (isinstance(own, Decimal) and own.is_finite())
@@ -158,8 +158,8 @@ def _options(value: object) -> Options | None:
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
-    """Return the values of a list in the form in which they are compared. None where ``value`` is no list, or where a
-    template can't show one of its values."""
+    """Return the values of a list in the form in which they are compared. None where ``value`` is no list, or where one
+    of its values is empty or can't be shown by a template."""
     if not isinstance(value, (list, tuple)):
         return None
     shown = [text for text in map(text_or_none, value) if text is not None]

@@ -96,7 +96,7 @@ class GradeList:
 
     @classmethod
     def from_json(cls, value: Any) -> GradeList:
-        """Return the list of which `to_json` made ``value``."""
+        """Return the list from which `to_json` made ``value``."""
         return cls(values=value["values"], reasons=value["reasons"])
 
     @property
@@ -110,8 +110,8 @@ class GradeList:
         return sum(self.reasons.values())
 
     def reported(self, task: Task) -> dict[str, float]:
-        """Return the value of each score over the graded answers, as ``task`` declares it. Empty if no answer was
-        graded."""
+        """Return for each score the mean of its values for the graded answers, or the other aggregation that ``task``
+        declares for the score. Empty if no answer was graded."""
         return {score.name: score.aggregation.of(self.values[score.name]) for score in task.scores if self.graded}
 
     @property

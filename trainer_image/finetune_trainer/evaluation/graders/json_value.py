@@ -12,7 +12,7 @@ from finetune_core.tasks import JSON
 from finetune_trainer.evaluation.graders.grades import Grade
 
 DEEPEST = 100
-"""Largest depth of objects and lists in a value that can be graded."""
+"""Largest number of objects and lists that may enclose any part of a value that can be graded."""
 
 _FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
 """A Markdown fence around a whole text. Its first line may name a language, such as `json`."""

@@ -1,8 +1,9 @@
-"""The grader of Number, and the functions that read the number in a text. The grader of GSM8K uses them too.
+"""The grader of Number, and the functions that read the number in a text. The grader of GSM8K reads its number with
+`read_number_behind`.
 
-All of them read a number with `read_statement`. A text states a number if it begins with the number, apart from markup
-and currency signs, and has no other number in the same statement. So a list, a range, a calculation and `5 hours and 30
-minutes` state no number.
+`read_only_number` and `read_number_behind` find the place at which a statement begins, and `read_statement` reads the
+number there. A statement must begin with the number, apart from markup, quotes and currency signs, and must have no
+other number. So a list, a range, a calculation and `5 hours and 30 minutes` state no number.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _MARKUP = re.compile(
 _THIN_SPACE = re.compile(r"(?<=[0-9])\{?\\,\}?(?=[0-9]{3}(?![0-9]))")
 """The space of LaTeX between groups of three digits."""
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
-"""A digit of another script, such as Arabic."""
+"""A digit that is not one of the ASCII digits, such as an Arabic one."""
 _FORMS = {place: chr(place - 0xFEE0) for place in range(0xFF01, 0xFF5F)} | {0x066B: ".", 0x066C: ","}
 """Full-width characters and Arabic separators, each with the ASCII character of the same meaning."""
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
@@ -57,8 +58,9 @@ _NO_MORE = (
     rf"|(?<![0-9.]0)(?<=0)(?:[xX][0-9A-Fa-f]|[oObB][0-7])|{_SPACE}(?:\\(?:pi|sqrt)(?![A-Za-z])|[π√]))"
 )
 _NUMBER = re.compile(_START + _NO_MORE)
-"""A number with its sign. It is not followed by an exponent, a fraction, a range, a calculation or further digits, and
-is no factor of a root or of π. Commas, spaces or apostrophes may separate groups of digits."""
+"""A number with its sign and its currency. It is not followed by an exponent, a fraction, a range, a calculation or
+further digits, is no factor of a root or of π, and is not the 0 of `0x1F`. Commas, spaces or apostrophes may separate
+groups of digits."""
 _POWERS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _SCIENTIFIC = re.compile(
     _START
@@ -88,8 +90,8 @@ _END = re.compile(
     rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
-"""The end of a statement: the end of the line or of the sentence, or the beginning of a remark. A comma also ends the
-statement unless a number follows the comma."""
+"""The end of a statement: the end of the line or of the sentence, the beginning of a remark in parentheses or brackets,
+or `=`. A comma also ends the statement unless a number follows the comma."""
 _FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(
@@ -159,7 +161,7 @@ def read_statement(text: str, *, scientific: bool = False) -> Decimal | None:
 
 def read_only_number(text: str) -> Decimal | None:
     """Return the only number in ``text``, which may have words around the number. None where the text has no number or
-    several, or where a letter is directly before the number."""
+    several, or where a letter or an operator is directly before the number (see `_start`)."""
     text = plain(text, any_script=True)
     digit = _ANY_DIGIT.search(text)
     if digit is None:

@@ -54,8 +54,8 @@ def names_of_own_graders() -> list[str]:
 def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     """Return the own grader ``name``.
 
-    Raises UserError where the image has no such entry point or several, where the entry point can't be loaded, and
-    where the grader refuses ``arguments``.
+    Raises UserError where the image has no entry point of this name or several different ones, where the entry point
+    can't be loaded or is no `OwnGrader`, and where the grader refuses ``arguments``.
     """
     found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
     if len(named := sorted({entry.value for entry in found})) > 1:
@@ -103,7 +103,8 @@ def bounded(
     own: OwnGrader, arguments: Mapping[str, str], *, seconds: float = GRADE_SECONDS
 ) -> Callable[[str, Mapping[str, object]], Grade]:
     """Return a grader that calls the function of ``own`` with ``arguments``. If the function raises an exception, or
-    returns anything that `GradeFunction` does not allow, the grade leaves the row out and says why.
+    returns anything that `GradeFunction` does not allow, the grade leaves the row out and says why. Only MemoryError
+    and KeyboardInterrupt are raised again.
 
     If a call takes longer than ``seconds``, its row is left out, and so are all rows after it. The function is not
     called again, because the thread of that call can't be ended.

@@ -28,8 +28,8 @@ the limit even on a machine that is busy with ten other programs."""
 START_SECONDS = 120.0
 """Longest time in seconds that a new child process may take to start."""
 PROBLEM = "takes too long or too much memory"
-"""Problem in the grade if the child process was ended, or ended itself, during a statement. The text follows `the
-query` or `the gold row`. It is always the same, so that equal problems can be counted."""
+"""Problem in the grade if the child process was ended, or ended itself, while it judged an answer. The text follows
+`the query` or `the gold row`. It is always the same, so that equal problems can be counted."""
 LONGEST_QUERY = 10_000
 """Largest number of characters of a query, as in `sql_sandbox.py`."""
 LONGEST_CONTEXT = 1_000_000
@@ -61,8 +61,8 @@ class ChildError(Exception):
 
 
 class Judge:
-    """Judges answers in a child process, which it starts at the first answer, and anew after each answer that ended the
-    process."""
+    """Judges answers in a child process. Starts the process at the first answer, and a new one at the next answer if
+    the process has ended."""
 
     def __init__(self, seconds: float = GRADE_SECONDS) -> None:
         """Allow ``seconds`` for judging one answer."""

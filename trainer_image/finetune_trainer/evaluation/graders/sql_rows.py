@@ -96,9 +96,9 @@ class RowGenerator:
     def _witness(self, columns: Sequence[Column], turn: int, numbers: range | None = None) -> list[Value]:
         """Generate a row that satisfies all conditions of the query.
 
-        Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. ``numbers`` is
-        the range for columns without conditions, where the query calculates with them or sorts by them. None stands for
-        middle numbers.
+        Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. The row of
+        turn 0 is as near to the literals as possible. ``numbers`` is the range for columns without conditions, where
+        the query calculates with them or sorts by them. None stands for middle numbers.
         """
         row: list[Value] = []
         if numbers is None:
@@ -138,7 +138,8 @@ class RowGenerator:
     def _free_value(self, column: Column, numbers: range) -> Value:
         """Return a random value, without regard to conditions: one of the column's few values.
 
-        If the query calculates with the column or sorts by it, the value is made from one of ``numbers`` instead.
+        The value is made from one of ``numbers`` instead if the query calculates with the column, or if it sorts by the
+        column and `_sorted_apart` is True. Neither counts if the query compares the column with another column.
         """
         name = column.name.lower()
         spread = name in self._requirements.numeric or (name in self._requirements.sorted_by and self._sorted_apart)
@@ -162,8 +163,8 @@ class RowGenerator:
         return [value for value in values if _holds(condition, value)] or values
 
     def _pool(self, column: Column) -> list[Value]:
-        """Return the few values that a column without conditions has in this database. Columns that the query compares
-        with each other have the same values."""
+        """Return the few values of ``column`` in this database, which do not depend on conditions. Columns that the
+        query compares with each other have the same values."""
         name = column.name.lower()
         key = self._class.get(name, name)
         if key not in self._pools:

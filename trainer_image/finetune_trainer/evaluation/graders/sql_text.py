@@ -79,7 +79,7 @@ def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
 
 
 def statements(text: str) -> list[str]:
-    """Split SQL at its semicolons into statements, and return the statements without the semicolons."""
+    """Split SQL into statements at the semicolons outside of quotes. Return the statements without these semicolons."""
     parts = [""]
     for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|;|[^;'\"`]+|.", text, re.DOTALL):
         if match[0] == ";":
@@ -93,8 +93,8 @@ def expansions(text: str) -> int:
     """Return an upper bound for the number of copies that sqlite makes of a query's common table expressions.
 
     sqlite copies such an expression wherever it is used. If each expression uses the one before it twice, the number of
-    copies doubles with each expression. The copies are made while the query is prepared, which neither sqlite's limits
-    nor a progress handler can interrupt.
+    copies doubles with each expression. sqlite makes the copies while it prepares the query, and neither its limits nor
+    a progress handler can interrupt this work.
     """
     words = [token.text.lower() for token in tokens(text)]
     if "with" not in words:
@@ -135,8 +135,8 @@ class RowRequirements:
     joined: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of columns that the query compares with each other."""
     numeric: set[str] = field(default_factory=set)
-    """Columns that need numbers even if declared as text, because the query calculates with them or compares them with
-    numbers."""
+    """Columns that need numbers even if declared as text. The query has them in an aggregate function such as SUM,
+    compares them with numbers, or compares them with any literal by `<`, `>`, `<=` or `>=`."""
     sorted_by: set[str] = field(default_factory=set)
     """Columns that the query sorts by."""
     rows: int = 0
@@ -169,8 +169,8 @@ def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
 
 
 def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str]) -> Iterator[str]:
-    """Yield the columns that an ORDER BY names. ``after`` are the tokens behind ORDER. ``depth`` is the number of
-    parentheses that are open there."""
+    """Yield the columns that an ORDER BY names outside of further parentheses. ``after`` are the tokens behind ORDER.
+    ``depth`` is the number of parentheses that are open at the ORDER."""
     for token in after:
         if token.text == "limit" or (token.text == ")" and token.depth < depth):
             return

@@ -125,7 +125,8 @@ def _parts_in(text: str, parts: Sequence[str]) -> list[bool]:
 
 
 def _marked(text: str, mark: str) -> str:
-    """Return ``text`` with ``mark`` at its ends and between all characters that do not belong to one word or number."""
+    """Return ``text`` with ``mark`` at its ends, and between each two neighbouring characters that do not belong to the
+    same word or number."""
     joined = {place for found in _IN_NUMBERS.finditer(text) for place in (found.start(), found.end())}
     joined |= {found.end() for found in _SIGN.finditer(text)}
     return mark + "".join(

@@ -108,7 +108,7 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
     """Return the five scores of ``answer``, compared with the representation in the row's column `mr`.
 
     If the answer is no representation, only its function can still be right. The row can't be used if its reference is
-    no representation, or if the data set has no such function or attribute.
+    no representation, or has a function or an attribute that is not in FUNCTIONS or ATTRIBUTES.
     """
     reference = parse(text_or_none(row.get("mr")) or "")
     if reference is None:
