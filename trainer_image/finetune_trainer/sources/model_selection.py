@@ -31,7 +31,7 @@ class ModelSelection:
 
     weights: Mapping[str, Sequence[str]]
     """The names of the weight files. Each file has a list of the tensors that the index expects in the file. The list
-    is empty where the model has no index."""
+    is empty where the model has no index, or where the index is left out."""
     small: Sequence[str]
     """The names of all other files of the model, such as `config.json` and `tokenizer.json`."""
     notices: Sequence[str]

@@ -1,8 +1,9 @@
 """Keeps the files of models on a volume that the pods of many jobs share (`storage.cache.claimName`).
 
 Nothing on the volume is trusted, because every pod that mounts the claim can write to it. A file is copied into the
-pod's own scratch space, and counts only if the copied bytes have the digest that the model's source states. So a file
-that somebody else changes or deletes at any time, also during the training, harms no pod. A file appears under its name
+pod's own scratch space, and counts only if the copied bytes have the right digest: the one that the model's source
+states, or one that a pod of this job has computed. So a file that somebody else changes or deletes at any time, also
+during the training, harms no pod. A file appears under its name
 in one step, by a rename on the same file system. A `Turn` keeps several pods from fetching the same file at once. A
 turn is no lock: a pod that died loses it, and two pods that fetch the same file do not harm each other.
 
@@ -32,7 +33,8 @@ FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
 """Share of the volume that the cache leaves free for other files, and the largest number of bytes that it leaves
 free."""
 LEFTOVER_SECONDS = 24 * 3600
-"""Age in seconds at which the unfinished file or the turn of a pod that died is deleted."""
+"""An unfinished file or a turn counts as left by a pod that died if it was not changed for more than this many seconds.
+The next pod that makes room for a file deletes it."""
 _TURN_SUFFIX = ".turn"
 _UNFINISHED = "unfinished-"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -72,7 +74,8 @@ class _Entry(NamedTuple):
 
 
 class ModelCache:
-    """The folder of the cache on a mounted volume. Every error of the volume's file system is raised as OSError."""
+    """The folder of the cache on a mounted volume. If the volume's file system refuses to list, read or write, the
+    methods raise OSError. A file that can't be deleted stays, without an error."""
 
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
@@ -104,9 +107,11 @@ class ModelCache:
         os.unlink(name, dir_fd=self._folder)
 
     def copy_out(self, digest: ContentDigest, target: Path) -> bool:
-        """Copy the file with this digest to ``target``, and return whether there is such a file.
+        """Copy the file called ``digest.name`` to ``target``. Return whether there is such a file, and its content has
+        the digest.
 
-        A file that has another content is deleted. Raises OutsideFailure if ``target`` can't be written.
+        A file of this name that has another content, or can't be opened, is deleted. Raises OutsideFailure if
+        ``target`` can't be written.
         """
         try:
             source = os.open(digest.name, _READ, dir_fd=self._folder)
@@ -222,8 +227,9 @@ class ModelCache:
         return volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
 
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
-        """Return the leftovers of pods that died, and the files of the cache in the order of their last use. Files with
-        other names are in neither list."""
+        """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
+        of their last use. Newer unfinished files and turns, and files that the cache did not name, are in neither
+        list."""
         entries = []
         with os.scandir(self._folder) as listed:
             for item in listed:
