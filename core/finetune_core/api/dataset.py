@@ -121,9 +121,9 @@ class MessagesFormat(ApiModel):
     conversation; a row that has a message with `weight: 0` is then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
     """For each name of a role in the rows, the role of the chat template that the name stands for, for example `{bot:
-    assistant}`. A name that is not listed is passed to the template as it is, with three exceptions: `human` stands
-    for `user`, `gpt` for `assistant`, and `function` for `tool`. In messages with `from` and `value`, as in rows of
-    ShareGPT, `observation` stands for `tool`, and `function_call` for an answer that calls tools."""
+    assistant}`. A name that is not listed is passed to the template as it is, except for the following names.
+    `human` stands for `user`, `gpt` for `assistant`, and `function` for `tool`. In messages with `from` and `value`, as
+    in rows of ShareGPT, `observation` stands for `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
     """How the text of a control token of the model, such as `</s>`, is read in a message. false or absent: as ordinary
     text, and `status.notices` has the number of rows with such a text. true: as the control token. `model.addedTokens`

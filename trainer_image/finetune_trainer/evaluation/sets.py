@@ -2,8 +2,8 @@
 if there are no test rows. During the training, checkpoints are scored on the validation rows, to choose the best one.
 
 The base model reads the rows with its own tokenizer, without the job's added tokens, and in the template of
-`evaluation.basePrompt` if the job has one. Where the tuned model reads the rows in another form, the first rank of each
-node writes the base model's form to the disk (`train.py` calls `prepare_base_model_set`), and every rank loads it.
+`evaluation.basePrompt` if the job has one. If this form differs from that of the tuned model, the first rank of each
+node writes the rows in this form to the disk (`train.py` calls `prepare_base_model_set`), and every rank loads them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _scored_rows(config: RunConfig) -> ScoredRows | None:
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
     """Return the format in which the base model reads rows.
 
-    With `evaluation.basePrompt` an answer has no suffix, because the base model never learned `completionSuffix`.
+    ``base_prompt`` is `evaluation.basePrompt`. Without it, this is the format of the tuned model. With it, it is the
+    template of the prompts, and an answer has no suffix, because the base model never learned `completionSuffix`.
     """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:

@@ -31,8 +31,8 @@ from finetune_trainer.storage.store_errors import writing
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
     """Fetch model and data, and check the columns of the data files. Whatever is not on a volume is downloaded into
-    ``folder``, but the model into the volume of `storage.cache.ephemeral` if the job has this volume. Return the local
-    paths.
+    ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has this
+    volume. Return the local paths.
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """

@@ -18,9 +18,10 @@ from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
 LARGEST_INDEX_BYTES = 32 * 1024 * 1024
-"""Longest index of weight files in bytes that is accepted."""
+"""Largest size in bytes of an index of weight files that is accepted."""
 OTHER_INDEX_SUFFIX = ".index.json"
-"""Suffix of the indices of all checkpoints. Only INDEX_FILE belongs to the model."""
+"""Suffix of the names of all indices of weight files, for example `pytorch_model.bin.index.json`. Of these files, only
+INDEX_FILE belongs to the model."""
 MOST_SHOWN = 5
 """Largest number of files that a notice names."""
 

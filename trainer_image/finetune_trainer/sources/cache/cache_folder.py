@@ -84,7 +84,7 @@ class ModelCache:
         path = mount / FOLDER
         if not path.is_dir():
             path.mkdir(exist_ok=True)
-        # All names are relative to the opened folder, so that no link that somebody puts in its place leads elsewhere.
+        # All names are relative to the opened folder. So a link that somebody puts in the folder's place has no effect.
         self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     @property
@@ -228,8 +228,8 @@ class ModelCache:
 
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
         """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
-        of their last use. Newer unfinished files and turns, and files that the cache did not name, are in neither
-        list."""
+        of their last use. Younger unfinished files and turns, and files with names that the cache does not use, are in
+        neither list."""
         entries = []
         with os.scandir(self._folder) as listed:
             for item in listed:
@@ -273,7 +273,7 @@ class Turn:
         self._thread.join()
         with contextlib.suppress(OSError):
             found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            # Another pod may have taken this process for dead and the turn for itself, with a new file.
+            # Another pod may have thought that this process is dead. Then it has taken the turn, with a new file.
             if found.st_ino == os.fstat(self._file).st_ino:
                 os.unlink(self._name, dir_fd=self._folder)
         os.close(self._file)
