@@ -130,7 +130,8 @@ class PodAffinity(ApiModel):
     """Terms that must hold for a pod to be scheduled. Under `podAffinity` the pod must be near pods of each term, and
     under `podAntiAffinity` it must not be near any pod of a term."""
     preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredPods], Field(max_length=8)] = []
-    """Preferences, which the scheduler tries to satisfy in the same way."""
+    """Preferences that the scheduler satisfies where it can: for nodes near pods of a term under `podAffinity`, and for
+    nodes away from such pods under `podAntiAffinity`."""
 
 
 class Affinity(ApiModel):

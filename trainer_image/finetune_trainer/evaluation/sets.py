@@ -64,8 +64,9 @@ def _scored_rows(config: RunConfig) -> ScoredRows | None:
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
     """Return the format in which the base model reads rows.
 
-    ``base_prompt`` is `evaluation.basePrompt`. Without it, this is the format of the tuned model. With it, it is the
-    template of the prompts, and an answer has no suffix, because the base model never learned `completionSuffix`.
+    Without ``base_prompt`` (`evaluation.basePrompt`), this is the format of the tuned model. Otherwise ``base_prompt``
+    is the template of the prompts, and an answer has no suffix, because the base model never learned
+    `completionSuffix`.
     """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:

@@ -1,6 +1,7 @@
 """Digests of the content of model files. The Hugging Face Hub states the sha256 or the Git id of a file, and an object
-store states the ETag. If the source states no digest, or an ETag that is none, the pod that fetches the file computes
-the sha256 itself. A copy of a file on a volume to which other jobs write too is used only if the copy has the digest.
+store states the ETag. If the source states no digest, or an ETag that is no digest, the pod that fetches the file
+computes the sha256 itself. A copy of a file on a volume to which other jobs write too is used only if the copy has the
+file's digest.
 
 `model_files.py` and `cache/cached_fetch.py` make the digests, and `cache/cache_folder.py` compares them with the bytes
 of files.

@@ -3,9 +3,9 @@
 Nothing on the volume is trusted, because every pod that mounts the claim can write to it. A file is copied into the
 pod's own scratch space, and counts only if the copied bytes have the right digest: the one that the model's source
 states, or one that a pod of this job has computed. So a file that somebody else changes or deletes at any time, also
-during the training, harms no pod. A file appears under its name
-in one step, by a rename on the same file system. A `Turn` keeps several pods from fetching the same file at once. A
-turn is no lock: a pod that died loses it, and two pods that fetch the same file do not harm each other.
+during the training, harms no pod. A file appears under its name in one step, by a rename on the same file system. A
+`Turn` keeps several pods from fetching the same file at once. A turn is no lock: a pod that died loses it, and two pods
+that fetch the same file do not harm each other.
 
 `cached_fetch.py` calls this module.
 """
@@ -74,8 +74,9 @@ class _Entry(NamedTuple):
 
 
 class ModelCache:
-    """The folder of the cache on a mounted volume. If the volume's file system refuses to list, read or write, the
-    methods raise OSError. A file that can't be deleted stays, without an error."""
+    """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system.
+    There are two exceptions: a file that can't be deleted stays, and `copy_out` treats a file that the pod may not read
+    as absent."""
 
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
@@ -110,8 +111,8 @@ class ModelCache:
         """Copy the file called ``digest.name`` to ``target``. Return whether there is such a file, and its content has
         the digest.
 
-        A file of this name that has another content, or can't be opened, is deleted. Raises OutsideFailure if
-        ``target`` can't be written.
+        A file of this name is deleted if it has another content, is a link or a socket, or may not be read. Raises
+        OutsideFailure if ``target`` can't be written.
         """
         try:
             source = os.open(digest.name, _READ, dir_fd=self._folder)
@@ -228,8 +229,8 @@ class ModelCache:
 
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
         """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
-        of their last use. Younger unfinished files and turns, and files with names that the cache does not use, are in
-        neither list."""
+        of their last use, the oldest first. Younger unfinished files and turns, and files with names that the cache
+        does not use, are in neither list."""
         entries = []
         with os.scandir(self._folder) as listed:
             for item in listed:
