@@ -127,9 +127,11 @@ class PodAffinity(ApiModel):
     """Rules that place the job's pods near other pods (`podAffinity`) or away from other pods (`podAntiAffinity`)."""
 
     required_during_scheduling_ignored_during_execution: Annotated[list[PodAffinityTerm], Field(max_length=8)] = []
-    """Terms that must hold for a pod to be scheduled."""
+    """Terms that must hold for a pod to be scheduled. Under `podAffinity` the pod must be near pods of each term, and
+    under `podAntiAffinity` it must not be near any pod of a term."""
     preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredPods], Field(max_length=8)] = []
-    """Terms that the scheduler tries to satisfy."""
+    """Preferences that the scheduler satisfies where it can: for nodes near pods of a term under `podAffinity`, and for
+    nodes away from such pods under `podAntiAffinity`."""
 
 
 class Affinity(ApiModel):

@@ -114,10 +114,10 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
 """For each reason: its verdict, its meaning and advice to users. A Charged attempt counts against
 `runPolicy.maxRetries`, a Free attempt does not.
 
-There is one exception. Where three Free attempts in a row made no new checkpoint, the next attempt without a new
-checkpoint counts too, even if its reason is Free in this table. If that attempt ended with NodeRefused, the attempts
-right after it that end with NodeRefused also count, until a checkpoint is committed. Suspended and ResumedTooEarly
-attempts never count.
+There is one exception. Where three Free attempts in a row made no new checkpoint, the next Free attempt without a new
+checkpoint counts too. If that attempt ended with NodeRefused, each later attempt that ends with NodeRefused counts as
+well, until a checkpoint is committed or an attempt with another reason counts. Suspended and ResumedTooEarly attempts
+never count, and the three attempts may have such attempts between them.
 """
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",

@@ -86,14 +86,16 @@ class ChatTemplate(ApiModel):
 
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""For each name of a role in rows of ShareGPT, the role of the chat template that the name stands for."""
+"""Names of roles in rows of ShareGPT, each with the role of the chat template that the name stands for. Two more names,
+`observation` and `function_call`, are not listed here, because they are read only in messages with `from`."""
 
 
 class MessagesFormat(ApiModel):
-    """Rows with a conversation, rendered with a chat template. Each answer of the assistant is learned behind exactly
-    the tokens that the model gets before such an answer at inference. A conversation becomes one example where the
-    template only appends messages, and one example for each answer where the template changes earlier messages, for
-    example by removing their thoughts. docs/data.md lists the fields of rows and messages."""
+    """Rows with a conversation, rendered with a chat template. An answer of the assistant is learned behind exactly the
+    tokens that the model gets before such an answer at inference. A conversation becomes one example where the template
+    only appends messages, and several examples where the template changes earlier messages, for example by removing
+    their thoughts. With `learn: Everything` a conversation is always one example. docs/data.md lists the fields of rows
+    and messages."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -114,14 +116,14 @@ class MessagesFormat(ApiModel):
     the JSON value, and any other text as a string. Pass the same arguments at inference. A name that the template does
     not read is refused."""
     learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
-    """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
-    message of the assistant. Both leave out messages with `weight: 0`. Everything: all tokens of the conversation; a
-    row with `weight: 0` is then a bad row."""
+    """What is learned of a conversation. AllAssistant: every message of the assistant, except messages with
+    `weight: 0`. LastAssistant: only the last message that AllAssistant would learn. Everything: all tokens of the
+    conversation; a row that has a message with `weight: 0` is then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
     """For each name of a role in the rows, the role of the chat template that the name stands for, for example `{bot:
-    assistant}`. A name that is not listed is passed to the template as it is, except for the names in rows of ShareGPT:
-    `human` stands for `user`, and `gpt` for `assistant`. In messages with `from` and `value`, `observation` stands for
-    `tool`, and `function_call` for an answer that calls tools."""
+    assistant}`. A name that is not listed is passed to the template as it is, except for the following names.
+    `human` stands for `user`, `gpt` for `assistant`, and `function` for `tool`. In messages with `from` and `value`, as
+    in rows of ShareGPT, `observation` stands for `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
     """How the text of a control token of the model, such as `</s>`, is read in a message. false or absent: as ordinary
     text, and `status.notices` has the number of rows with such a text. true: as the control token. `model.addedTokens`

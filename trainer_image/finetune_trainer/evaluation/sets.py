@@ -1,9 +1,9 @@
-"""The evaluation sets: the rows of `dataset.test`, or of `dataset.validation` if there is no test file. Base model and
-tuned model may read these rows in different forms.
+"""The evaluation sets. Base model and tuned model are scored on the rows of `dataset.test`, or of `dataset.validation`
+if there are no test rows. During the training, checkpoints are scored on the validation rows, to choose the best one.
 
-The base model reads them with its own tokenizer, without the job's added tokens, and in the template of
-`evaluation.basePrompt` if the job has one. On each node the first rank writes the rows in this form to the disk
-(`train.py` calls `prepare_base_model_set`). Then every rank loads them.
+The base model reads the rows with its own tokenizer, without the job's added tokens, and in the template of
+`evaluation.basePrompt` if the job has one. If this form differs from that of the tuned model, the first rank of each
+node writes the rows in this form to the disk (`train.py` calls `prepare_base_model_set`), and every rank loads them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class EvaluationSet:
     in the tuned model's set."""
     one_line: bool = False
     """Whether only the first line of an answer counts, because the task says that right answers are one line. A base
-    model often goes on with another example behind its answer."""
+    model often goes on with another example behind its answer. False in the tuned model's set."""
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
@@ -64,7 +64,9 @@ def _scored_rows(config: RunConfig) -> ScoredRows | None:
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
     """Return the format in which the base model reads rows.
 
-    With `evaluation.basePrompt` an answer has no suffix, because the base model never learned `completionSuffix`.
+    Without ``base_prompt`` (`evaluation.basePrompt`), this is the format of the tuned model. Otherwise ``base_prompt``
+    is the template of the prompts, and an answer has no suffix, because the base model never learned
+    `completionSuffix`.
     """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:

@@ -1,8 +1,10 @@
-"""Digests of the content of model files, as the sources of the files state them: the sha256 or the Git id on the
-Hugging Face Hub, and the ETag in an object store. A copy of a file on a volume to which other jobs write too is used
-only if the copy has the digest that the source states.
+"""Digests of the content of model files. The Hugging Face Hub states the sha256 or the Git id of a file, and an object
+store states the ETag. If the source states no digest, or an ETag that is no digest, the pod that fetches the file
+computes the sha256 itself. A copy of a file on a volume to which other jobs write too is used only if the copy has the
+file's digest.
 
-`model_files.py` makes the digests, and `cache/cache_folder.py` compares them with the bytes of files.
+`model_files.py` and `cache/cached_fetch.py` make the digests, and `cache/cache_folder.py` compares them with the bytes
+of files.
 """
 
 from __future__ import annotations
@@ -93,8 +95,9 @@ def own_digest(size: int, sha256: str) -> ContentDigest:
 
 
 def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | None]) -> ContentDigest | None:
-    """Return the digest of an object, or None if its ETag is no digest of the content. ``form`` is a function: it is
-    called with True if the object was uploaded in parts, else with False, and returns how the ETag was computed."""
+    """Return the digest that the ETag of an object states, or None if this ETag can't be a digest of the content.
+    ``form`` is a function: it is called with True if the object was uploaded in parts, else with False. It returns how
+    the ETag was computed, or None if the ETag can't be a digest."""
     match = _ETAG.fullmatch(etag)
     found = form(match[2] is not None) if match is not None else None
     if match is None or found is None or (match[2] and found.part_bytes <= 0):
@@ -103,8 +106,9 @@ def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | Non
 
 
 class _EtagHasher:
-    """Computes the ETag of an object. For an object that was uploaded as a whole, it is the MD5 of the content. After
-    an upload in parts, it is the MD5 of the MD5s of all parts, followed by `-` and the number of parts."""
+    """Computes the ETag of an object. The ETag of an object that was uploaded as a whole is the MD5 of the content. The
+    ETag of an object that was uploaded in parts is the MD5 of the MD5s of all parts, followed by `-` and the number of
+    parts."""
 
     def __init__(self, part_bytes: int) -> None:
         """``part_bytes`` is the size of a part, or 0 for an object that was uploaded as a whole."""

@@ -30,10 +30,11 @@ MOST_LISTED = 200_000
 
 def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> DataFiles:
     """Return the data files of ``source``. ``field`` is the path of the source in the spec, for example
-    `dataset.train`. ``folder`` is a local folder for small files of the Hugging Face Hub.
+    `dataset.train`. ``folder`` is a local path, which need not exist: a data card of the Hugging Face Hub is
+    downloaded into a folder beside it.
 
-    Raises UserError if there is no such file, or if the files can't be one source, for example because they are of
-    several kinds. Raises OutsideFailure if the files can't be listed.
+    Raises UserError if the source has no data file, or if its files can't be one source, for example because they are
+    of several kinds. Raises OutsideFailure if the files can't be listed.
     """
     if source.volume is not None:
         return VolumeDataFiles(source.volume, field, paths)

@@ -56,8 +56,8 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
 
 
 def may_match_below(folder: str, glob: str) -> bool:
-    """Return whether a file in ``folder``, at any depth, may match ``glob``. A search for such files can leave out all
-    other folders."""
+    """Return whether a file in ``folder``, at any depth, may match ``glob``. A search for files that match can leave
+    out each folder for which this function returns False."""
     parts = [part for part in glob.split("/") if part]
     if _hidden_parts(folder) > _hidden_parts(glob):
         return False

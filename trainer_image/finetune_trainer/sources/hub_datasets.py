@@ -2,7 +2,8 @@
 path names. `data_files.py` calls `HubDataFiles`.
 
 As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
-`configs`, a file belongs to a split if its name contains the name of the split. No code of the repository is executed.
+`configs`, a file belongs to a split if its own name or the name of its folder contains the name of the split. No code
+of the repository is executed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ DATA_CARD = "README.md"
 MAIN_BRANCH = "main"
 DEFAULT_CONFIG = "default"
 SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""Names of splits that are looked for in file names, as the library `datasets` does. If no file name of a repository
-contains one of them, all its data files belong to the split `train`."""
+"""Names of splits that are looked for in the names of files and of their folders, as the library `datasets` does. If no
+data file of a repository is named after one of these splits, all data files belong to the split `train`."""
 PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
 """Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only those of the first
 kind are read."""
@@ -152,11 +153,10 @@ class CardConfig(NamedTuple):
     is_default: bool
     """Whether the card marks this configuration as the default."""
     patterns: Mapping[str, Sequence[str]] | None
-    """The globs of the files of each split, by the name of the split. Empty if the card names only a folder. A file
-    then belongs to a split if its name contains the name of the split. None if `data_files` has a form that is not
-    known."""
+    """The globs of the files of each split, by the name of the split. Empty if the card names only a folder. The files
+    of a split are then found by their names (see `_names_split`). None if `data_files` has a form that is not known."""
     folder: str
-    """The folder in which the files lie, without a slash at its end. Empty for the whole repository."""
+    """The folder in which the files lie, without a slash at its end. Empty or `.` for the whole repository."""
 
 
 def card_configs(card: str) -> Mapping[str, CardConfig]:
@@ -240,8 +240,9 @@ def split_files(
 
 
 def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: str) -> list[str]:
-    """Return the data files of a split by their names (see `_names_split`). If no file has the name of any split, all
-    data files belong to the split `train`. With ``subset``, only files below a folder of this name count."""
+    """Return the data files of a split by their names (see `_names_split`). If no data file is named after one of
+    SPLIT_NAMES, all data files belong to the split `train`. With ``subset``, only files below a folder of this name
+    count."""
     data = [file for file in files if kind_of(file) and PurePosixPath(file).name not in METADATA]
     if not data:
         raise UserError(f"{field}.repo", f"has no data file: the suffix must be {KINDS_TEXT}")

@@ -4,8 +4,8 @@ read the same files. Of large files on a volume only parts are compared (see `fi
 The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them. If
 a former job of the same namespace and name trained with the same settings, the preflight check determines the
 identities again, and compares them with those in the run records of the former job. The object store and the Hugging
-Face Hub state a tag of each file's content (ETag, blob id). So none of their files are downloaded, except the data
-cards on the hub.
+Face Hub state a tag of each file's content (ETag, blob id). So only small files are downloaded from them: the data
+cards of data sets on the hub, and the index of the model's weight files.
 """
 
 from __future__ import annotations

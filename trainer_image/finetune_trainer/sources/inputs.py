@@ -31,7 +31,8 @@ from finetune_trainer.storage.store_errors import writing
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
     """Fetch model and data, and check the columns of the data files. Whatever is not on a volume is downloaded into
-    ``folder``. Return the local paths.
+    ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has this
+    volume. Return the local paths.
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
@@ -84,8 +85,8 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
     """Create ``folder`` with an index of the source's data files, and return ``folder``, which `read_rows` reads. Files
     in the object store or on the Hugging Face Hub are downloaded into ``folder`` first.
 
-    ``field`` is the path of the source in the spec, for example `dataset.train`. Raises UserError if there is no such
-    file.
+    ``field`` is the path of the source in the spec, for example `dataset.train`. Raises UserError if the source has no
+    data file.
     """
     folder.mkdir()
     found = find_data_files(source, field, paths, store, folder)

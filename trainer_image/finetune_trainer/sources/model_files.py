@@ -88,7 +88,7 @@ class LocalFiles:
     def __init__(self, source: VolumeSource, paths: Paths) -> None:
         """List the files of the folder. A path that is not a folder counts as an empty folder.
 
-        Raises UserError if the path does not exist or leads out of the volume. This method and all others raise
+        Raises UserError if the path does not exist or leads out of the volume. This method, `tag` and `read` raise
         OutsideFailure if the file system refuses to read.
         """
         self._path = source.path
@@ -148,7 +148,8 @@ class StoreFiles:
         return self._entries[name].tag
 
     def digest(self, name: str) -> ContentDigest | None:
-        """Return the digest that the ETag of an object states. Return None if the ETag is no digest of the content."""
+        """Return the digest that the ETag of an object states, or None if the ETag can't be a digest of the
+        content."""
         entry, key = self._entries[name], self._location.key(name)
 
         def form(in_parts: bool) -> EtagForm | None:
@@ -189,7 +190,8 @@ class HubFiles:
         self._blobs, self._sha256s, self.sizes = self._call(self._list)
 
     def tag(self, name: str) -> str:
-        """Return the id of a file's content in the repository, which is the same at every commit with that content."""
+        """Return the id of a file's content in the repository. The id is the same at every commit at which the file has
+        this content."""
         return self._blobs[name]
 
     def digest(self, name: str) -> ContentDigest | None:
@@ -197,7 +199,7 @@ class HubFiles:
         return hub_digest(size=self.sizes[name], sha256=self._sha256s[name], blob_id=self._blobs[name])
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of a file from offset ``start`` on."""
+        """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
         read = partial(read_hub_range, self._repo, name, self._revision, self._token, start, length)
         return self._call(read)
 

@@ -18,9 +18,10 @@ from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
 LARGEST_INDEX_BYTES = 32 * 1024 * 1024
-"""Longest index of weight files in bytes that is accepted."""
+"""Largest size in bytes of an index of weight files that is accepted."""
 OTHER_INDEX_SUFFIX = ".index.json"
-"""Suffix of the indices of all checkpoints. Only INDEX_FILE belongs to the model."""
+"""Suffix of the names of all indices of weight files, for example `pytorch_model.bin.index.json`. Of these files, only
+INDEX_FILE belongs to the model."""
 MOST_SHOWN = 5
 """Largest number of files that a notice names."""
 
@@ -31,7 +32,7 @@ class ModelSelection:
 
     weights: Mapping[str, Sequence[str]]
     """The names of the weight files. Each file has a list of the tensors that the index expects in the file. The list
-    is empty where the model has no index."""
+    is empty where the model has no index, or where the index is left out."""
     small: Sequence[str]
     """The names of all other files of the model, such as `config.json` and `tokenizer.json`."""
     notices: Sequence[str]

@@ -29,7 +29,8 @@ class HeadLimits:
     """How much of a file is fetched for a check of its first rows."""
 
     text_bytes: int
-    """Largest number of bytes that are fetched from the beginning of a text file, compressed or not."""
+    """Largest number of bytes from the beginning of a text file, compressed or not, that are kept as the local file.
+    One byte more is fetched, to find out whether the file is longer."""
     whole_bytes: int
     """Largest size in bytes of a parquet file that is fetched as a whole. Of a larger parquet file, the schema and the
     first row group are fetched, each only if it has no more bytes than this."""
@@ -61,8 +62,9 @@ class DataFiles(Protocol):
 
 
 def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, read: Read) -> DataFile | None:
-    """Write the beginning of ``file`` to the local file ``local``, and return ``local``. ``read`` returns ranges of the
-    bytes of ``file``. Return None where `DataFiles.fetch_head` does."""
+    """Write the beginning of ``file`` to the local file ``local``. Return ``local`` with `is_head` and `has_rows` as
+    they are after the fetch, or None where `DataFiles.fetch_head` returns None. ``read`` returns ranges of the bytes of
+    ``file``."""
     kind = kind_of(file.name)
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes

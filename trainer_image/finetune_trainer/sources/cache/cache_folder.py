@@ -1,10 +1,11 @@
 """Keeps the files of models on a volume that the pods of many jobs share (`storage.cache.claimName`).
 
 Nothing on the volume is trusted, because every pod that mounts the claim can write to it. A file is copied into the
-pod's own scratch space, and counts only if the copied bytes have the digest that the model's source states. So a file
-that somebody else changes or deletes at any time, also during the training, harms no pod. A file appears under its name
-in one step, by a rename on the same file system. A `Turn` keeps several pods from fetching the same file at once. A
-turn is no lock: a pod that died loses it, and two pods that fetch the same file do not harm each other.
+pod's own scratch space, and counts only if the copied bytes have the right digest: the one that the model's source
+states, or one that a pod of this job has computed. So a file that somebody else changes or deletes at any time, also
+during the training, harms no pod. A file appears under its name in one step, by a rename on the same file system. A
+`Turn` keeps several pods from fetching the same file at once. A turn is no lock: a pod that died loses it, and two pods
+that fetch the same file do not harm each other.
 
 `cached_fetch.py` calls this module.
 """
@@ -32,7 +33,8 @@ FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
 """Share of the volume that the cache leaves free for other files, and the largest number of bytes that it leaves
 free."""
 LEFTOVER_SECONDS = 24 * 3600
-"""Age in seconds at which the unfinished file or the turn of a pod that died is deleted."""
+"""An unfinished file or a turn counts as left by a pod that died if it was not changed for more than this many seconds.
+The next pod that makes room for a file deletes it."""
 _TURN_SUFFIX = ".turn"
 _UNFINISHED = "unfinished-"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -72,7 +74,9 @@ class _Entry(NamedTuple):
 
 
 class ModelCache:
-    """The folder of the cache on a mounted volume. Every error of the volume's file system is raised as OSError."""
+    """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system.
+    There are two exceptions: a file that can't be deleted stays, and `copy_out` treats a file that the pod may not read
+    as absent."""
 
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
@@ -81,7 +85,7 @@ class ModelCache:
         path = mount / FOLDER
         if not path.is_dir():
             path.mkdir(exist_ok=True)
-        # All names are relative to the opened folder, so that no link that somebody puts in its place leads elsewhere.
+        # All names are relative to the opened folder. So a link that somebody puts in the folder's place has no effect.
         self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     @property
@@ -104,9 +108,11 @@ class ModelCache:
         os.unlink(name, dir_fd=self._folder)
 
     def copy_out(self, digest: ContentDigest, target: Path) -> bool:
-        """Copy the file with this digest to ``target``, and return whether there is such a file.
+        """Copy the file called ``digest.name`` to ``target``. Return whether there is such a file, and its content has
+        the digest.
 
-        A file that has another content is deleted. Raises OutsideFailure if ``target`` can't be written.
+        A file of this name is deleted if it has another content, is a link or a socket, or may not be read. Raises
+        OutsideFailure if ``target`` can't be written.
         """
         try:
             source = os.open(digest.name, _READ, dir_fd=self._folder)
@@ -222,8 +228,9 @@ class ModelCache:
         return volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
 
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
-        """Return the leftovers of pods that died, and the files of the cache in the order of their last use. Files with
-        other names are in neither list."""
+        """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
+        of their last use, the oldest first. Younger unfinished files and turns, and files with names that the cache
+        does not use, are in neither list."""
         entries = []
         with os.scandir(self._folder) as listed:
             for item in listed:
@@ -267,7 +274,7 @@ class Turn:
         self._thread.join()
         with contextlib.suppress(OSError):
             found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            # Another pod may have taken this process for dead and the turn for itself, with a new file.
+            # Another pod may have thought that this process is dead. Then it has taken the turn, with a new file.
             if found.st_ino == os.fstat(self._file).st_ino:
                 os.unlink(self._name, dir_fd=self._folder)
         os.close(self._file)

@@ -1,8 +1,8 @@
-"""Fetches the files of a base model. Files that the cache on a volume (`storage.cache`) has are copied from there, and
-all others are fetched from their source. `inputs.py` calls `fetch_model_files`.
+"""Fetches the files of a base model. Files that the cache on a volume (`storage.cache.claimName`) has are copied from
+there, and all others are fetched from their source. `inputs.py` calls `fetch_model_files`.
 
-The cache only saves time. If the volume can't be read or written, the files come from their source, and a sentence in
-the log says so.
+The cache only saves time. If the volume can't be read, the files come from their source. If it can't be written to,
+fetched files are not kept in the cache. A sentence in the log says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fetch_model_files(
     pods of this job have computed themselves.
 
     Raises UserError and OutsideFailure as ``files.fetch`` does. Also raises OutsideFailure if a file does not have the
-    content that its source states.
+    content that its source states, or if two downloads of the file had different contents.
     """
     if not cache.is_dir():
         files.fetch(names, folder)
@@ -138,8 +138,9 @@ class _CachedFetch:
         return units
 
     def _look_up(self, names: Collection[str]) -> None:
-        """From now on use the digests that other pods of this job have computed for those of the files ``names`` whose
-        source states no digest, or one that is not certain (`ContentDigest.is_certain`)."""
+        """Look up the digests of the files ``names`` that other pods of this job have computed, and use these digests
+        in all later calls. Only those files are looked up whose source states no digest, or one that is not certain
+        (`ContentDigest.is_certain`)."""
         tags = {name: self._files.tag(name) for name in self._uncertain if name in names and name not in self._done}
         if tags:
             for name, found in self._own.find(tags).items():
