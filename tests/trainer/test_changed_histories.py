@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_core.api.dataset import DatasetFormat, MessagesFormat
+from finetune_core.api.dataset import KNOWN_ROLES, DatasetFormat, MessagesFormat
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import conversation_renderer
 from finetune_trainer.data.piece_tokens import PieceTokenizer
@@ -216,6 +216,15 @@ def test_names_of_sharegpt_mean_what_the_job_says() -> None:
     assert learned(tokenizer, examples) == [["[1]<|im_end|>", "Yo<|im_end|>"]]
     assert not isinstance(examples, str)
     assert "<|im_start|>observation\n9" in tokenizer.decode(list(examples[0].ids))
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_ROLES))
+def test_every_known_role_means_what_the_job_says(name: str) -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    row = {"messages": [{"role": name, "content": "Hi"}, ANSWER]}
+    examples = rendered(tokenizer, row, roles={name: "critic"})
+    assert not isinstance(examples, str)
+    assert "<|im_start|>critic\nHi" in tokenizer.decode(list(examples[0].ids))
 
 
 def test_the_same_thoughts_under_two_names_are_no_more_than_thoughts() -> None:

@@ -85,9 +85,10 @@ class ChatTemplate(ApiModel):
     """The template itself."""
 
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles in rows of ShareGPT, each with the role of the chat template that the name stands for. Two more names,
-`observation` and `function_call`, are not listed here, because they are read only in messages with `from`."""
+KNOWN_ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}
+"""Names of roles in published rows, each with the role of the chat template that the name stands for, unless the job
+lists the name in `roles`. Two more names, `observation` and `function_call`, are not listed here, because they are read
+only in messages with `from`."""
 
 
 class MessagesFormat(ApiModel):

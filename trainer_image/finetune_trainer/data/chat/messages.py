@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
+from finetune_core.api.dataset import KNOWN_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
 from finetune_trainer.data.files.row import repeated
@@ -165,7 +165,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _ProblemError(f"has no role in message {number}")
-    message["role"] = role = "tool" if role == "function" else {**SHAREGPT_ROLES, **form.roles}.get(role, role)
+    message["role"] = role = {**KNOWN_ROLES, **form.roles}.get(role, role)
     weight = message.pop("weight", None)
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise _ProblemError(f"has a weight in message {number} that is not 0 or 1")
