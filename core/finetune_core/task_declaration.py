@@ -200,7 +200,7 @@ class Task:
         """Return for each column that the grader reads, by the grader's own name, the column of the rows that holds it.
 
         ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. It is None
-        where the completion is the text of a template that is more than one column alone. The grader's columns that
+        where the completion is the text of a template that holds more than one single column. The grader's columns that
         get this text are then not in the result. An optional column is in the result even where the rows lack it.
         """
         found = {
