@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables that the trainer itself gives to every template. No argument may have one of these names."""
+"""Variables that the trainer or transformers gives to every template. No argument may have one of these names."""
 FUNCTIONS = ("raise_exception", "strftime_now")
 """Functions that a template may call. No argument may have one of these names."""
 PARAMETERS = (

@@ -80,7 +80,8 @@ class Controller:
     ) -> None:
         """Reconcile the keys of ``queue`` with ``reconciler``. The resync lists jobs with ``cluster``.
 
-        ``activity`` and ``metrics`` record what happens. ``memory`` says which jobs are known and need no reconcile.
+        ``activity`` and ``metrics`` record what happens. ``memory`` says which jobs were known before, and which ended
+        jobs need no reconcile.
         """
         self._memory = memory
         self._queue = queue
@@ -99,9 +100,10 @@ class Controller:
                 self._queue.done(key)
 
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
-        """Queue every job at once, and then every ``seconds`` seconds, because a watch may lose events. Never returns.
+        """Queue the jobs as `_list` does, at once and then every ``seconds`` seconds, because a watch may lose events.
+        Never returns.
 
-        One request lists the jobs of one namespace in ``namespaces``, so that a deleted or forbidden namespace does not
+        The jobs of each namespace in ``namespaces`` are listed apart, so that a deleted or forbidden namespace does not
         hold up the other namespaces. Where ``namespaces`` is empty, one list covers all namespaces. The operator is
         ready once at least one list has succeeded and every other list has succeeded or was refused.
         """
@@ -112,10 +114,10 @@ class Controller:
                 loops.create_task(self._resync(namespace, seconds, listed))
 
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
-        """Queue every job of ``namespace`` (None: of all namespaces) at once, and then every ``seconds`` seconds.
+        """Queue the jobs of ``namespace`` (None: of all namespaces) at once, and then every ``seconds`` seconds.
 
-        ``listed`` is informed about every list. Where the list has been refused for ``seconds`` seconds, nothing is
-        known of the jobs any more, so their metrics are not exported until a list succeeds.
+        ``listed`` is informed about every list. Where the list has been refused for more than ``seconds`` seconds,
+        nothing is known of the jobs any more, so their metrics are not exported until a list succeeds.
         """
         problem, refusals = "", 0
         while True:
@@ -139,10 +141,10 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list(self, namespace: str | None) -> None:
-        """Queue every job of ``namespace`` that exists, and every job that exists only in the operator's memory.
+        """Queue the jobs of ``namespace`` that exist, and those that exist only in the operator's memory.
 
         A job that exists only in memory is queued because the watch may have lost the event of the job's deletion. An
-        ended job is left out if nothing is left to remove for it and it has not changed since.
+        ended job is left out if nothing was left to do for it at its last reconcile and it has not changed since.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):
@@ -153,7 +155,8 @@ class Controller:
             self._queue.add_for_resync(key)
 
     async def _reconcile(self, key: Key) -> None:
-        """Reconcile the job ``key`` once, and queue the key again where needed; after a failure, after a back-off."""
+        """Reconcile the job ``key`` once, and queue the key again where needed. If the reconcile fails, the key is
+        queued after a back-off."""
         started = time.monotonic()
         set_log_fields(job=str(key))
         try:

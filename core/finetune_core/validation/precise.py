@@ -17,9 +17,9 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 
 def precise(problem: Problem, spec: dict[str, Any]) -> list[Problem]:
-    """Return ``problem``, the violation of a CEL rule by ``spec``, as one problem for each wrong entry where the rule
-    is about the scores in `evaluation.require` or the keys of `dataset.task.fields`. Otherwise return only
-    ``problem``."""
+    """Return the problems to report in place of ``problem``, which says that ``spec`` violates a CEL rule. If the rule
+    is about the names of the scores in `evaluation.require`, or about the keys of `dataset.task.fields`, there is one
+    problem for each wrong entry. For any other rule, ``problem`` itself is returned."""
     found: list[Problem] = []
     if problem.message == SCORE_RULE_MESSAGE:
         found = list(_scores(spec))

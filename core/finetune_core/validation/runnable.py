@@ -1,8 +1,9 @@
 """Finds the reasons why the operator can't run a job that the schema accepts.
 
-`resolve.py`, the operator's `reconcile.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a
-problem ends with `Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields of which this
-version does not support all values. Remove the entry of a field when you add support for all its values.
+`resolve.py`, the operator's `reconcile.py` and `finetune validate` call `unrunnable`. In the cluster, a job for which
+`unrunnable` finds a problem before an attempt has ended gets `Accepted=False` and ends. The message names the field's
+path. `NOT_YET` lists the fields of which this version does not support all values. Remove the entry of a field when you
+add support for all its values.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 of a chat template. `runnable.py` calls `template_problems` and `argument_problems`.
 
 The CEL rules of the schema refuse most wrong templates already. This module checks what CEL can't check: the nesting of
-optional parts, and the templates of a job in relation to each other. Each problem with an argument names that argument.
+optional parts, and the templates of a job in relation to each other. The arguments of a chat template are checked here
+and not by a CEL rule, so that the message can name the wrong argument.
 """
 
 from __future__ import annotations

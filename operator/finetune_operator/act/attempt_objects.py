@@ -67,8 +67,9 @@ class AttemptObjects:
     ) -> ChildObservation:
         """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
-        ``image`` is the image of the pods, and ``config`` becomes the run file in the ConfigMap.
-        The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
+        ``image`` is the image of the pods, and ``config`` becomes the run file in the ConfigMap. The scheduler is asked
+        to prefer any other node to ``avoided_nodes``.
+
         Raises RetryableError where the API server refuses an object or another owner has an object of the same name,
         and while the back-off after such a failure lasts.
         """

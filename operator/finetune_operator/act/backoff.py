@@ -28,7 +28,7 @@ class CreationBackoff:
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, base=FIRST_RETRY_SECONDS)
 
     def reset(self, memory: JobMemory) -> None:
-        """Forget the problem, because a creation succeeded or another attempt begins."""
+        """Forget the problem, because it is solved or because another attempt begins."""
         memory.problem, memory.failures = None, 0
 
     def forget_refusal(self, memory: JobMemory) -> None:

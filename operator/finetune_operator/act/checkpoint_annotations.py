@@ -56,10 +56,12 @@ class CheckpointAnnotations:
         self._clock = clock
 
     async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Annotate those of ``pods`` that run with the time of the newest checkpoint in the stored status of ``job``.
+        """Write the time of the newest checkpoint, as the stored status of ``job`` has it, into the annotation of its
+        running pods. Of ``pods``, only those of the current attempt are annotated.
 
-        Annotations have the same rate limit as the status writes that reports cause, because reports contain the time
-        of the newest checkpoint. A later reconcile annotates the pods that are left out now.
+        A token bucket limits how often the pods of a job are annotated, because the time comes from reports. Its rate
+        is the same as for the status writes that reports cause. Where it holds no token, a later reconcile annotates
+        the pods.
         """
         current = job.status.attempts.current
         if not self._enabled or current is None:

@@ -27,8 +27,9 @@ async def create_owned(manifest: Manifest, create: Create, get: Get) -> None:
 
     An existing object with that owner comes from an earlier reconcile of the same job. ``create`` and ``get`` send the
     requests for the kind of the object. Raises RetryableError where the API server refuses the object, or where an
-    object of that name belongs to another owner. Raises ApiError (409) where the existing object is being deleted, so
-    that the job is soon reconciled again, and any other ApiError that the API server answers.
+    object of that name belongs to another owner. Raises ApiError (409) where the existing object is being deleted or
+    has just been deleted, so that the job is soon reconciled again. Raises any other ApiError that the API server
+    answers.
     """
     kind, metadata = manifest["kind"], manifest["metadata"]
     try:

@@ -80,8 +80,8 @@ class PreflightObjects:
         The names of both objects are deterministic, so that a retry finds an object that exists already.
         """
         if number > 1:
-            # Delete the ConfigMap of the previous try, which still exists where somebody else deleted the pod of that
-            # try.
+            # Delete the ConfigMap of the previous try. This ConfigMap still exists where somebody else deleted the pod
+            # of that try.
             before = preflight_name(job.key.name, job.uid, number - 1)
             await delete_config_map(self._cluster, job.key.namespace, before, job.uid)
         name = preflight_name(job.key.name, job.uid, number)

@@ -59,7 +59,8 @@ class PreflightTurns:
             self._slots.release(key)
 
     def forget(self, key: Key) -> None:
-        """Take back the slot of a job that has ended or no longer exists."""
+        """Take back the slot of the job ``key``, or its place in the line. The job has ended or no longer exists, or
+        its preflight pod could not be created."""
         self._slots.release(key)
 
     async def has_come(self, key: Key, now: datetime) -> bool:

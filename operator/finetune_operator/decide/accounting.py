@@ -25,9 +25,9 @@ charged, so that a job that makes no progress ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
-"""Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob, or because a queue
-resumed the PyTorchJob too early. Such attempts are never charged and never make the back-off longer, however many there
-are."""
+"""Reasons of attempts that ended because `runPolicy.suspend` was set, or because a queue resumed the suspended
+PyTorchJob too early. Attempts with these reasons are never charged and never make the back-off longer, however many
+there are."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:

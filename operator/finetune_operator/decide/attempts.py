@@ -52,7 +52,7 @@ def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision
     """Return the decision while no attempt is current.
 
     First the objects of the last attempt are removed, and the job waits until the pods of that attempt are gone. Then
-    the job ends, stays suspended, waits for its back-off, or gets its next attempt.
+    the job ends, is suspended, waits for its back-off, or gets its next attempt.
     """
     if seen.child is not None and not seen.child.deleting:
         return Decision(
@@ -132,7 +132,8 @@ def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
 
 
 def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobObservation) -> Decision:
-    """Return the decision while an attempt is current: record its pods, and close it once a rule says that it ends."""
+    """Return the decision while an attempt is current: create its objects and record its pods. Once a rule says that
+    the attempt ends, record the cause, and close the attempt at once or after the wait of `_ending`."""
     pods = seen.pods_of(current)
     current = _with_observed_pods(current, pods, seen)
     ruling = judge(_evidence(current, pods, seen))

@@ -88,7 +88,7 @@ class Decision:
 
     @property
     def starts_pods(self) -> bool:
-        """Whether the decision leads to new pods, for which the whole spec is needed."""
+        """Whether `action` leads to new pods, for which the whole spec is needed."""
         return self.action in (Action.OPEN_ATTEMPT, Action.CREATE_ATTEMPT, Action.CREATE_PREFLIGHT_POD)
 
     def starts_check(self, stored: FineTuneJobStatus) -> bool:

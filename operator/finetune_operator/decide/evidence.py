@@ -98,7 +98,7 @@ class Evidence:
     def lost(self) -> PodObservation | None:
         """The pod whose node lost the container, for example in a restart of the node; None if there is none.
 
-        An evicted pod does not count, although its container looks lost too: the kubelet itself has removed it.
+        An evicted pod does not count, although its container looks lost too: the kubelet itself removed the container.
         """
         return next(
             (
@@ -114,7 +114,8 @@ class Evidence:
         """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
 
         Of several such pods, the pod with the lowest index is returned. A pod that has not failed counts too, once its
-        container runtime has refused to create the container for START_PATIENCE_SECONDS.
+        container runtime has refused to create the container for START_PATIENCE_SECONDS, unless somebody disrupted or
+        deleted the pod.
         """
         stuck = [
             pod

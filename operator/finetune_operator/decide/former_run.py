@@ -2,8 +2,9 @@
 of a former job, and whether the job ends because the artifact is committed already. `preflight.py` calls these
 functions.
 
-The preflight check runs in the job's namespace, whose users could forge the answer of the check. So the address of an
-artifact is never taken from the answer, but made from the spec and the name of the run's folder.
+The preflight check runs in the job's namespace, whose users could forge the result of the check. So the result has no
+address of an artifact. The address is made of the folder that the spec names, and of the folder name and the run number
+in the result, so that a forged result can't lead out of that folder.
 """
 
 from __future__ import annotations

@@ -86,9 +86,11 @@ def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) ->
 def _during_try(
     attempts: AttemptsStatus, record: PreflightStatus, seen: JobObservation, alive: Sequence[PodObservation]
 ) -> Decision:
-    """Return the decision while no verdict is recorded for the current try: watch its pod, create the pod, or wait.
+    """Return the decision while no verdict is recorded for the current try.
 
-    ``alive`` are the preflight pods that are not being deleted.
+    The try's pod is created or waited for, and the verdict is recorded once the pod has ended or must end. After the
+    pending deadline the pods are removed, and then the job fails. ``alive`` are the preflight pods that are not being
+    deleted.
     """
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
     outcome = _outcome(pod, seen.now) if pod is not None else None
@@ -170,7 +172,7 @@ def _passed(record: PreflightStatus | None) -> bool:
 
 
 def _missing(record: PreflightStatus) -> str:
-    """Return, as a sentence, what the last try found missing outside the spec; empty unless its verdict is Waiting."""
+    """Return the message of the last try, which says why another try is needed; empty unless its verdict is Waiting."""
     return record.message if record.verdict == PreflightVerdict.WAITING else ""
 
 
