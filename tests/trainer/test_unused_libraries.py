@@ -23,7 +23,10 @@ print(sys.modules.get("bitsandbytes") is not None)
 """
 
 
-@pytest.mark.parametrize(("lora", "imported"), [({"quantization": "NF4"}, True), ({}, False), (None, False)])
+@pytest.mark.parametrize(
+    ("lora", "imported"),
+    [({"quantization": "NF4"}, True), ({}, False), pytest.param(None, False, marks=pytest.mark.long)],
+)
 def test_bitsandbytes_is_imported_only_where_the_base_model_is_quantized(
     store: ObjectStore, lora: dict[str, Any] | None, imported: bool
 ) -> None:
