@@ -1,9 +1,9 @@
 """The fixture `cluster` for all tests, and the order and the groups in which `make test` runs the tests with
 pytest-xdist.
 
-pytest-xdist runs the tests in two processes (workers). All tests of a group run in the same worker. A group is either a
+pytest-xdist runs the tests in two processes, `make unit` in three (workers). All tests of a group run in the same worker. A group is either a
 folder whose tests share a cluster, or a file whose tests share servers and processes. The folders that take longest
-start first, so that both workers end at about the same time.
+start first, so that all workers end at about the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
 time and can run at the same time. The tests of most other folders spend most of their time waiting."""
 FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
 """The same for `make unit`. The tests of `operator` are the largest group then, and one worker needs longer for them
-than the other one for all files that come after those of `trainer`."""
+than the other ones for all files that come after those of `trainer`."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 
