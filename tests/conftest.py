@@ -1,9 +1,9 @@
 """The fixture `cluster` for all tests, and the order and the groups in which `make test` runs the tests with
 pytest-xdist.
 
-pytest-xdist runs the tests in two processes, `make unit` in three (workers). All tests of a group run in the same worker. A group is either a
-folder whose tests share a cluster, or a file whose tests share servers and processes. The folders that take longest
-start first, so that all workers end at about the same time.
+pytest-xdist runs the tests in two processes (workers), and those of `make unit` in three. All tests of a group run in
+the same worker. A group is either a folder whose tests share a cluster, or a file whose tests share servers and
+processes. The folders that take longest start first, so that all workers end at about the same time.
 """
 
 from __future__ import annotations
