@@ -525,7 +525,7 @@ def test_a_model_that_is_too_large_for_the_last_checks_is_a_notice(
 def test_the_data_is_checked_without_torch(paths: Paths, store: ObjectStore) -> None:
     """torch takes hundreds of MiB, which the child that reads the data may need for the data."""
     paths.run_file.write_text(json.dumps(run_config(store, "light", model={"s3": {"uri": f"s3://{BUCKET}/data"}})))
-    ended = run_program(paths)
+    ended = run_program(paths, interpreter=["-X", "importtime"])
     assert ended.code == 64, ended.log
     modules = {line.rsplit("|", 1)[-1].strip() for line in ended.log.splitlines() if line.startswith("import time:")}
     assert "transformers" in modules

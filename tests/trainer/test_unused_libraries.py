@@ -16,9 +16,11 @@ from tests.trainer.pods import run_config
 PROGRAM = """
 import sys
 from finetune_core.contract import RunConfig
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 leave_out_bitsandbytes(RunConfig.model_validate_json(sys.stdin.read()))
-import peft
+with importing():
+    import peft
 print(sys.modules.get("bitsandbytes") is not None)
 """
 
