@@ -44,15 +44,16 @@ ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What the value of a score for one answer is, and therefore what its mean over all graded answers is. The value of
-    the enum is the text that docs/tasks.md shows for this mean."""
+    """What the value of a score for one answer is, and therefore what its mean over all graded answers is.
+    docs/tasks.md shows the value of RIGHT_OR_WRONG or PARTIAL_CREDIT as the meaning of this mean."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
     PARTIAL_CREDIT = "mean over the answers"
     """The grader returns a number from 0 to 1, for example the share of words that are right."""
     VALUE = "value"
-    """The grader returns any finite number, for example a length or a reward."""
+    """The grader returns any finite number, for example a length or a reward. docs/tasks.md shows the aggregation for
+    such a score, for example "mean over the answers"."""
 
 
 class Aggregation(StrEnum):
@@ -64,8 +65,8 @@ class Aggregation(StrEnum):
     MAXIMUM = "Maximum"
 
     def of(self, values: Sequence[float]) -> float:
-        """Return the reported value for ``values``, which must be finite and at least one. The result is finite too.
-        The order of ``values`` makes no difference."""
+        """Return the reported value for ``values``, which are one or more finite numbers. The result is finite too. The
+        order of ``values`` makes no difference."""
         match self:
             case Aggregation.MEAN:
                 return _mean(values)
@@ -88,7 +89,8 @@ def _mean(values: Sequence[float]) -> float:
 class Score:
     """One of the scores that a task's grader gives to every answer. A higher value is better.
 
-    `unit` and `aggregation` may be given as the texts of the enums. Raises ValueError for other texts.
+    `unit` and `aggregation` may also be given as texts, which are the values of the enums. Raises ValueError for other
+    texts.
     """
 
     name: str
@@ -117,25 +119,26 @@ class Column:
     """A column of the evaluation set that a grader reads, in addition to the generated answer."""
 
     name: str
-    """Name under which the grader reads the column, for example ``mr``. It is a key of `dataset.task.fields`."""
+    """Name under which the grader reads the column, for example ``mr``. In `dataset.task.fields` this name is the key
+    of the column."""
     meaning: str = ""
     """Sentence that says what the column must hold."""
     example: object = ""
     """A value of the column, shown in docs/tasks.md."""
     is_completion: bool = False
-    """Whether the column holds the right answer. `dataset.task.fields` may name any column of the rows for it. Where
-    that field names none, the right answer is the completion of `dataset.format`: the value of `completionField`, or
-    the text of the template `completion`. A column that does not hold the right answer is then the column of the rows
-    that is called ``name``."""
+    """Whether the column holds the right answer. This matters where `dataset.task.fields` does not say which column of
+    the rows the grader reads. For a column with the right answer, the grader then reads the completion of
+    `dataset.format`: the value of `completionField`, or the text of the template `completion`. For any other column,
+    the grader then reads the column of the rows that is called ``name``."""
     optional: bool = False
     """Whether rows may lack the column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
-    score has other characters than allowed, is too long, forbidden or used twice, where `main` is not the name of a
-    score, or where there are too many columns or two of one name."""
+    """The declaration of a task. Raises ValueError where there are no scores or too many, or too many columns. Raises
+    ValueError also where the name of a score is too long, has a forbidden character, is one of `MEASURED` or is used
+    twice, where a column's name is used twice, and where `main` is not the name of a score."""
 
     name: str
     """Value of `dataset.task.name`, for example ``GSM8K``; for an own grader the name of its entry point."""
@@ -156,7 +159,8 @@ class Task:
     """Arguments with which the grader grades the example, by the names of the fields of `dataset.task`. None where the
     example needs no arguments."""
     arguments: tuple[str, ...] = ()
-    """Names of the fields of `dataset.task`, in camelCase, that set something for this task."""
+    """Names of the fields of `dataset.task`, in camelCase, that a job with this task may set in addition to the fields
+    that all tasks have."""
     required_arguments: tuple[str, ...] = ()
     """Those of `arguments` that a job must set."""
     one_line: bool = False
@@ -187,7 +191,7 @@ class Task:
 
     @property
     def main_score(self) -> Score:
-        """Return the score that `main` names. It is used where only one number can be shown or compared."""
+        """Return the score that `main` names. Callers use this score where only one number can be shown or compared."""
         return next(score for score in self.scores if score.name == self.main)
 
     def columns_of_rows(self, fields: Mapping[str, str], completion: str | None) -> dict[str, str]:

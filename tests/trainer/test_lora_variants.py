@@ -37,7 +37,7 @@ LLAMA = "llama"
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of LoRA: what the job says, and what plain peft must be told to train the same."""
+    """A variant of LoRA: the settings of the job (``lora``), and the settings with which plain peft trains the same."""
 
     lora: Mapping[str, Any]
     peft: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +90,8 @@ ROUNDED_FURTHER = [("plus", 1), ("experts", 3)]
 RESUMED = [("three", 3), ("nf4", 2)]
 RESUMED_FURTHER = [("plus", 2), ("experts", 3)]
 WITHOUT_GRADIENTS_AT_THE_INPUT = [("shared", 3), ("head", 3)]
-"""Runs in which ZeRO-3 gathers trained modules as a whole, of which some read what no trained weight has changed."""
+"""Runs in which ZeRO-3 gathers each trained module as a whole. In each run, the input of some trained module does not
+depend on a trained weight."""
 WITHOUT_GRADIENTS_FURTHER = [("dora", 3), ("dora-embedding", 3)]
 ROWS = tiny.rows(20, seed=1)
 
@@ -188,7 +189,7 @@ def few_and_further(few: Cases, further: Cases) -> pytest.MarkDecorator:
     )
 
 
-@few_and_further(FEW, FURTHER)
+@few_and_further(FEW, [*FEW, *FURTHER])
 def test_variants_and_experts_train_as_with_plain_peft(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -205,8 +206,8 @@ def test_variants_and_experts_train_as_with_plain_peft(
 def test_trained_modules_whose_input_has_no_gradient_train_as_with_plain_peft(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Gradient checkpointing lets the output of the embedding require a gradient. Without it, the first trained module
-    reads what has none."""
+    """Gradient checkpointing makes the output of the embedding require a gradient. Without gradient checkpointing, the
+    input of the first trained module has no gradient."""
     torch.set_num_threads(1)
     runs = [(name, stage, "direct") for name, stage in cases]
     train(runs, store, models, tmp_path, optimization__gradientCheckpointing=False)

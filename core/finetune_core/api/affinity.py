@@ -58,7 +58,8 @@ class PreferredNode(ApiModel):
     """A preference for nodes that match a term."""
 
     weight: Weight
-    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
+    """Weight of the preference, 1 to 100. For each node, the scheduler adds the weights of the preferences that the
+    node fulfils."""
     preference: NodeSelectorTerm
     """The term that preferred nodes match."""
 
@@ -116,7 +117,8 @@ class PreferredPods(ApiModel):
     """A preference of the scheduler to place the job's pods near other pods, or away from other pods."""
 
     weight: Weight
-    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
+    """Weight of the preference, 1 to 100. For each node, the scheduler adds the weights of the preferences that the
+    node fulfils."""
     pod_affinity_term: PodAffinityTerm
     """The pods and the topology domain that the preference is about."""
 

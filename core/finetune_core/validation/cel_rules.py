@@ -2,8 +2,8 @@
 
 The input is an object whose defaults are filled in, and the object's schema. For an update the old object is an input
 too. The result lists the violated rules by the paths of their fields and their messages. The CEL library is cel-python.
-There is a faster library in Rust, but its `size()` of a string is the number of bytes, and CEL defines it as the number
-of characters.
+A faster library in Rust is not used, because in this library the `size()` of a string is its number of bytes. CEL
+defines `size()` as the number of characters.
 """
 
 from __future__ import annotations

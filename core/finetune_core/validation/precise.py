@@ -1,6 +1,7 @@
 """Names the entry of a list or a map that violates a CEL rule.
 
-A rule of the schema has one fixed message for all values. `finetune validate` also says which entry is wrong.
+A rule of the schema has one fixed message for all values. For the rules about `evaluation.require` and
+`dataset.task.fields`, `finetune validate` also says which entry is wrong.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 
 def precise(problem: Problem, spec: dict[str, Any]) -> list[Problem]:
-    """Return ``problem``, the violation of a CEL rule, as one problem for each wrong entry of ``spec``, where the rule
-    is about entries of a list or a map. Otherwise return ``problem`` alone."""
+    """Return ``problem``, the violation of a CEL rule by ``spec``, as one problem for each wrong entry where the rule
+    is about the scores in `evaluation.require` or the keys of `dataset.task.fields`. Otherwise return only
+    ``problem``."""
     found: list[Problem] = []
     if problem.message == SCORE_RULE_MESSAGE:
         found = list(_scores(spec))

@@ -18,7 +18,8 @@ class Refusal(StrEnum):
     OPERATOR = "operator"
     """The operator refuses the job: the job ends with `Accepted=False` and `Stalled=True`."""
     CHECK = "check"
-    """The check before the first attempt refuses the job in the same way, before GPUs are held."""
+    """The preflight check before the first attempt refuses the job: the job ends with `Succeeded=False` before it gets
+    GPUs."""
 
 
 @dataclass(frozen=True, slots=True)

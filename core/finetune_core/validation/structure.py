@@ -92,7 +92,7 @@ def _problem(schema: Schema, error: Any) -> Problem:
 
 def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath, Schema]:
     """Return the path of the field that an error is about, and the schema at that path. For an unknown field, return
-    the schema of the section that contains it.
+    the schema of the section that contains the field.
 
     Where pydantic reports an error about a union, the last part of ``location`` names a member of the union. This part
     is not a field, so the path leaves it out.

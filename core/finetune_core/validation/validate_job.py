@@ -1,7 +1,7 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-The regular expression `dataset.task.pattern` is compiled here too. In a cluster neither the API server nor the operator
-compiles it, but the check before the first attempt does.
+The regular expressions in `dataset.task.pattern` and `lora.targetModules` are compiled here too. In a cluster the API
+server and the operator do not compile these expressions, but the check before the first attempt does.
 
 The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
 paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.

@@ -82,8 +82,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
     form. ``graded`` are all columns that the job's grader reads.
 
-    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return the
-    notices about them, for example about rows that are too long for the base model and were left out.
+    Only rows on which the tuned model is scored are saved, because the scores of both models are compared. Return
+    notices about the rows, for example about rows that are too long for the base model and were left out.
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -101,8 +101,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     dataset = config.dataset.model_copy(update={"format": form, "bad_rows": "Skip"})
     limit = trained_limit
     if dataset.long_rows in ("Fail", "Skip"):
-        # `dataset.maxLength` does not apply. `evaluation.basePrompt` may be long, for example because it holds solved
-        # examples, and an added token is several tokens of the base model.
+        # `dataset.maxLength` does not limit these rows. `evaluation.basePrompt` may make them longer, for example
+        # because it has solved examples, and the base model reads an added token as several tokens.
         limit = (
             LengthLimit(context, f"the model's context of {context}", base_rows)
             if context
@@ -122,8 +122,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    # The rows have notices of their own in the form that the tuned model reads, so these notices say which form they
-    # mean.
+    # There are other notices about the same rows in the form that the tuned model reads. So the notices here say that
+    # they are about the form that the base model reads.
     return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune_trainer.sources.parquet_chunks import PlacesUnknownError, first_row_group
 
 Read = Callable[[int, int], bytes]
-"""Returns a number of bytes (second argument) of the file from an offset (first argument) on."""
+"""A function that returns bytes of the file. Its arguments are the offset of the first byte and the number of bytes."""
 _MAGIC = b"PAR1"
 _END_BYTES = 8
 """Size of the end of a parquet file: the length of the schema in four bytes, and the magic bytes."""
@@ -23,7 +23,8 @@ def fetch_parquet_head(
 ) -> tuple[bool, bool]:
     """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. ``read`` returns the
     bytes of the file. Of the row group, only ``columns`` are written. Return two flags: whether the schema was written,
-    and whether the row group was written. Each is left out if it has more than ``most_bytes`` bytes.
+    and whether the row group was written. The schema or the row group is left out if it has more than ``most_bytes``
+    bytes.
 
     If the places of the columns can't be read, only the schema is written. A reader of a damaged file then raises the
     same error as for the whole file.

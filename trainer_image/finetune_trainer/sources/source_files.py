@@ -1,5 +1,5 @@
-"""What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
-`hub_datasets.py` implement `DataFiles`."""
+"""The interface `DataFiles`, through which the rest of the trainer lists and fetches the data files of a source.
+`data_files.py` implements it for the object store and for volumes, and `hub_datasets.py` for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class HeadLimits:
     """Largest size in bytes of a parquet file that is fetched as a whole. Of a larger parquet file, the schema and the
     first row group are fetched, each only if it has no more bytes than this."""
     columns: Collection[str]
-    """The columns that are read."""
+    """The columns that are fetched of a parquet file with more than `whole_bytes` bytes. All columns of other files are
+    fetched."""
 
 
 class DataFiles(Protocol):
@@ -66,7 +67,7 @@ def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, 
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes
     if not is_parquet or file.bytes <= limit:
-        # One byte more than the limit tells whether the file goes on, even where a store does not tell its size.
+        # The byte behind the limit shows whether the file is longer, even where a store does not state its size.
         data = read(0, limit + 1)
         if is_parquet and len(data) > limit:
             return None

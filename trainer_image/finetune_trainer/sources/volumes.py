@@ -24,7 +24,8 @@ class VolumeFolder:
         self._base, self._claim, self._field = base, claim, field
 
     def path(self, path: str) -> Path:
-        """Return the local path of ``path``. Raises UserError if it leads out of the volume."""
+        """Return the local path of ``path``, which is relative to the volume. Raises UserError if ``path`` leads out of
+        the volume."""
         local = self._base / path
 
         def inside(local: Path) -> bool:
@@ -48,7 +49,7 @@ class VolumeFolder:
 
     def reading(self, path: str, read: Callable[[Path], T]) -> T:
         """Call ``read`` with the local path of ``path`` and return its result. Raises OutsideFailure if the file system
-        refuses it."""
+        raises an error."""
         local = self.path(path)
         return self._try(path, lambda: read(local))
 
@@ -66,8 +67,8 @@ class VolumeFolder:
         return found
 
     def _walk(self, folder: str, glob: str | None) -> Iterator[str]:
-        # Links to folders are followed, because a folder that is left out would silently cost rows. Each folder is
-        # entered only once, so a circle of links does no harm.
+        # Links to folders are followed, because the rows in a folder that is left out would silently be missing. Each
+        # folder is entered only once, so a circle of links does no harm.
         left, seen = [folder], set()
         while left:
             folder = left.pop()
@@ -90,9 +91,9 @@ class VolumeFolder:
                     raise UserError(self._field, f"{self._claim}/{shown(path)} is a link to a file that does not exist")
 
     def _is_left_out(self, path: str, name: str, glob: str | None) -> bool:
-        """Return whether a folder or a link is left out without opening it. `lost+found` always is, because only root
-        may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are left out,
-        because they belong to programs. With a glob, all paths are left out that can't match it."""
+        """Return whether a folder or a link is left out without opening it. `lost+found` is always left out, because
+        only root may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are
+        left out, because they belong to programs. With a glob, all paths are left out that can't match it."""
         if glob is None:
             return name.startswith((".", "_")) or name == "lost+found"
         return name == "lost+found" or not (may_match_below(path, glob) or matching([path], glob, self._field))

@@ -1,8 +1,8 @@
-"""Generates table rows that tell a reference query from similar queries, because their results differ on these rows.
+"""Generates table rows on which a reference query and similar queries have different results.
 
 Some rows match the literals in the reference query, and others narrowly miss them. `sql_judge.py` calls `generate` with
 the tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of
-the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
+the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) with the same meaning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
     """Generate rows for every table, in random order, and return them by the table's name.
 
     - Matching rows satisfy all conditions of the query, as far as one value can satisfy all conditions of a column. The
-      first matching row is as near to the literals as possible. It stands in the table twice, so that DISTINCT and
+      first matching row is as near to the literals as possible. The table has this row twice, so that DISTINCT and
       UNION change the result.
     - For each condition, two rows narrowly miss this condition and satisfy all others. In the columns that the query
       calculates with or sorts by, one row has large numbers and the other has small numbers.
@@ -47,8 +47,8 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
 
 
 class RowGenerator:
-    """Generates the rows of one database. What it draws once for the whole database, such as the few values of a
-    column, is kept in the generator."""
+    """Generates the rows of one database. Its attributes keep what is drawn once for the whole database, such as the
+    few values of a column."""
 
     def __init__(self, requirements: RowRequirements, random: Random) -> None:
         self._requirements = requirements
@@ -97,7 +97,8 @@ class RowGenerator:
         """Generate a row that satisfies all conditions of the query.
 
         Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. ``numbers`` is
-        the range for columns without conditions, where the query calculates with them or sorts by them.
+        the range for columns without conditions, where the query calculates with them or sorts by them. None stands for
+        middle numbers.
         """
         row: list[Value] = []
         if numbers is None:
@@ -215,8 +216,8 @@ def _neighbours(literal: Value, column: Column) -> list[Value]:
 
 
 def _nearest(literal: Value, values: Sequence[Value]) -> Value:
-    """Return the number in ``values`` that is nearest to ``literal``. If these are not all numbers, return the first
-    value."""
+    """Return the number in ``values`` that is nearest to ``literal``. If ``literal`` or one of ``values`` is no number,
+    return the first value."""
     wanted = _number(literal)
     numbers = [_number(value) for value in values]
     if wanted is None or None in numbers:

@@ -56,8 +56,8 @@ _CREATING = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}) | {
     sqlite3.SQLITE_REINDEX,
 }
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer", "printf", "format"})
-"""Functions that a query must not call, because they load code, return another result at every call, or work for
-seconds in a single instruction, whatever the limits are."""
+"""Functions that a query must not call, because they load code, return another result at every call, or take seconds
+for a single instruction, within which the limits are not checked."""
 
 Cell = int | float | str | bytes | None
 
@@ -68,8 +68,8 @@ class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an e
 
 
 class Affinity(Enum):
-    """The type to which a column converts a value that is stored in it. sqlite calls this type the column's affinity
-    (sqlite.org/datatype3.html, section 3)."""
+    """The type to which a column converts the values that are stored in the column. sqlite calls this type the column's
+    affinity (sqlite.org/datatype3.html, section 3)."""
 
     NUMBER = "INTEGER, REAL or NUMERIC"
     TEXT = "TEXT"

@@ -1,7 +1,8 @@
 """Reads SQL text for the SQL grader: tokens, statements, and which generated rows a reference query needs.
 
-The module does not parse SQL completely, because sqlite runs the queries. If something is overlooked here, the
-generated rows tell fewer queries apart. The result of a query on given rows never changes.
+The module does not parse SQL completely, because sqlite runs the queries. If this module overlooks something in a
+query, the generated rows may fail to show that a wrong query is wrong. A right query is never graded as wrong for this
+reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Kind(Enum):
     """Kind of an SQL token."""
 
     WORD = "word"
-    """A keyword or a name. A name may stand in quotes."""
+    """A keyword or a name. In the query, a name may be in quotes."""
     STRING = "string"
     NUMBER = "number"
     SYMBOL = "symbol"
@@ -103,9 +104,9 @@ def expansions(text: str) -> int:
 
 
 def _named(words: Sequence[str], index: int) -> str | None:
-    """Return the name that stands before the AS at ``index``, if the AS is followed by a subquery. Else return None.
+    """Return the name before the AS at ``index`` if a subquery follows the AS. Otherwise return None.
 
-    Between the name and the AS may stand a list of columns in parentheses.
+    A list of columns in parentheses may be between the name and the AS.
     """
     place = index - 1
     if place >= 0 and words[place] == ")":
@@ -126,8 +127,8 @@ class Condition(NamedTuple):
 
 @dataclass
 class RowRequirements:
-    """What generated rows must take into account, so that a query gives a telling result on them. Columns are named in
-    lower case and without their table."""
+    """The properties of a query that generated rows must suit, so that a wrong query has another result on them.
+    Columns are named in lower case and without their table."""
 
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
     """Conditions of the query (comparisons with literals), by column."""
@@ -145,8 +146,8 @@ class RowRequirements:
 
 
 def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
-    """Return which properties generated rows need so that ``query`` gives a telling result on them. ``columns`` are the
-    columns of all tables, in lower case."""
+    """Return the properties of ``query`` that generated rows must suit. ``columns`` are the columns of all tables, in
+    lower case."""
     all_tokens = tokens(query, columns)
     found = RowRequirements()
     for index, token in enumerate(all_tokens):
@@ -185,7 +186,7 @@ def _compare(
     left = _column(reversed(before[-6:]), columns)
     right = list(_literals(after, operator))
     if left is None:
-        # There is no column on the left, so the literal may stand there, as in `5 < year`.
+        # There is no column on the left, so the literal may be there, as in `5 < year`.
         left = _column(iter(after[:4]), columns)
         right = [_literal(before[-1])] if before and before[-1].kind in {Kind.STRING, Kind.NUMBER} else []
         operator = _MIRRORED.get(operator, operator)
