@@ -71,6 +71,8 @@ def served(hub: Hub) -> Iterator[Hub]:
     """Serve ``hub`` while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
+        # The body of an answer is sent at once, instead of after the client's word that it has the head.
+        disable_nagle_algorithm = True
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:

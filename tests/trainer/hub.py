@@ -69,6 +69,9 @@ def _listed(path: Path) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     folders: Mapping[str, Path]
     hub: Hub
 

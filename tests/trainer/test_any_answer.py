@@ -46,6 +46,9 @@ class AnyStore(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer: Answer = self.server.answer  # type: ignore[attr-defined]

@@ -37,6 +37,9 @@ class Bucket(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         objects: Mapping[bytes, bytes] = self.server.objects  # type: ignore[attr-defined]

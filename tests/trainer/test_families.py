@@ -17,10 +17,10 @@ from tests.trainer.objectstore import ObjectStore
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 SHOWN = re.compile(r"<!-- generated: families -->\n.*?<!-- end -->", re.DOTALL)
-QUICK = ("apertus", "gpt-oss", "qwen3.5-vision")
-"""Families that differ most from Llama. apertus has weights of a single number, which two ranks can't share. gpt-oss
-has experts, sinks and layers with sliding windows. qwen3.5-vision is a text model inside of a larger model, with layers
-that carry a state."""
+QUICK = ("apertus", "qwen3.5-vision")
+"""Families that differ most from Llama. apertus has weights of a single number, which two ranks can't share.
+qwen3.5-vision is a text model inside of a larger model, with layers that carry a state. `test_lora_variants.py` trains
+families with experts."""
 SECONDS = 600
 
 

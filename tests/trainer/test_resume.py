@@ -20,7 +20,7 @@ from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.test_recovery import artifact_files
 
-STEPS, INTERRUPTED = 14, 4
+STEPS, INTERRUPTED = 9, 4
 RATE, DECAY = 1e-3, 0.1
 Changed = tuple[str, int, int, int]
 """Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run."""

@@ -88,7 +88,7 @@ def few_cases() -> Iterator[Case]:
         method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
         run = Run(form, method, stage, packing, 2, "few")
         moved = Run(form, method, (stage + 1 + number // 4) % 4, not packing, 1, "few-moved")
-        yield Case(run, moved, repeated=number % 3 == 0)
+        yield Case(run, moved, repeated=number % 6 == 0)
 
 
 FEW = list(few_cases())

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 from finetune_trainer import processes
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.ranks import process
 
 PRELOADED = (
@@ -54,8 +55,9 @@ peft and transformers import while they train the tiny model."""
 def main() -> None:
     """Fork programs and report their ends until standard input ends."""
     process.prepare_environment(Path(tempfile.mkdtemp(prefix="zygote-")))
-    for module in PRELOADED:
-        importlib.import_module(module)
+    with importing():
+        for module in PRELOADED:
+            importlib.import_module(module)
     # Each program configures its own log, as a started process does.
     logging.root.handlers.clear()
     logging.getLogger("finetune_trainer").setLevel(logging.NOTSET)

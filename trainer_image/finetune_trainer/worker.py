@@ -19,6 +19,7 @@ from pathlib import Path
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
@@ -78,9 +79,10 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
 
     leave_out_bitsandbytes(plan.config)
     process.prepare_environment(plan.paths.scratch)
-    from finetune_trainer.ranks.gang import Gang
-    from finetune_trainer.reporting.progress import Progress
-    from finetune_trainer.train import train
+    with importing():
+        from finetune_trainer.ranks.gang import Gang
+        from finetune_trainer.reporting.progress import Progress
+        from finetune_trainer.train import train
 
     device = process.select_device(plan.config.world)
     stall_seconds = plan.config.stability.stall_timeout_seconds

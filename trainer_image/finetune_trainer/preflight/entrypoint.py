@@ -23,6 +23,7 @@ from typing import NoReturn
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
 from finetune_core.contract.same_training import settings_digest
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
@@ -162,10 +163,11 @@ def _check_inputs(
     """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
     data in the object store are left out."""
     _hide_torch()
-    from finetune_trainer.evaluation.graders import load_grading
-    from finetune_trainer.preflight.model_check import ModelFacts, check_model
-    from finetune_trainer.preflight.row_check import check_rows
-    from finetune_trainer.preflight.task_check import TaskCheck
+    with importing():
+        from finetune_trainer.evaluation.graders import load_grading
+        from finetune_trainer.preflight.model_check import ModelFacts, check_model
+        from finetune_trainer.preflight.row_check import check_rows
+        from finetune_trainer.preflight.task_check import TaskCheck
 
     def check_base_model() -> ModelFacts:
         files = model_files(config.model, paths, root.store)
@@ -202,7 +204,8 @@ def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None
     """Run the trainer's checks of the base model, whose folder ``headers`` holds no weights."""
     _limit_threads()
     leave_out_bitsandbytes(config)
-    from finetune_trainer.preflight.model_check import check_for_job
+    with importing():
+        from finetune_trainer.preflight.model_check import check_for_job
 
     findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))
 

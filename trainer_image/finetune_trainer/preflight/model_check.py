@@ -19,6 +19,7 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.model_file_names import INDEX_FILE
 from finetune_trainer.sources.model_files import ModelFiles
 from finetune_trainer.sources.model_selection import ModelSelection, select_model_files
@@ -93,8 +94,9 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
 
     torch is imported only here, because it takes seconds and hundreds of megabytes.
     """
-    from finetune_trainer.checkpoints.job_export import rehearse_job_export
-    from finetune_trainer.model.base_check import JobBase, check_base
+    with importing():
+        from finetune_trainer.checkpoints.job_export import rehearse_job_export
+        from finetune_trainer.model.base_check import JobBase, check_base
 
     base = JobBase(headers, config)
     notices = check_base(base)
