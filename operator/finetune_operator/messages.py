@@ -1,7 +1,8 @@
-"""The operator's sentences in the conditions and events of a job, all in one place so that words and tone agree.
+"""The operator's sentences in the conditions of a job, all in one place so that words and tone agree.
 
 Callers pass values, and the messages of other programs such as the kubelet, as arguments. Two kinds of sentences are
-not made here: results of the trainer, and errors about a spec.
+not made here: results of the trainer and of the preflight check, and errors about a spec. Events repeat the sentences
+of conditions; only the notes that an attempt started or ended are made elsewhere (`status/events.py`).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def pod_disrupted(name: str, reason: str) -> str:
 
 
 def pod_failed(name: str, reason: str, message: str) -> str:
-    """Return the sentence about a pod that failed without an exit code.
+    """Return the sentence about a pod that was evicted, or that failed without an exit code.
 
     ``reason`` and ``message`` are fields of the pod's status, for example "Evicted" and a sentence of the kubelet.
     Either may be empty.
@@ -96,7 +97,7 @@ def pod_failed(name: str, reason: str, message: str) -> str:
 
 
 def container_lost(name: str, node: str) -> str:
-    """Return the sentence about the pod ``name``, whose container is gone although nobody knows how it ended.
+    """Return the sentence about the pod ``name``, whose container is gone without anybody knowing how it ended.
 
     ``node`` is the name of the pod's node; it may be empty.
     """
@@ -104,7 +105,7 @@ def container_lost(name: str, node: str) -> str:
 
 
 def node_refused(name: str, node: str, reason: str, message: str) -> str:
-    """Return the sentence about the pod ``name``, which the node ``node`` did not start.
+    """Return the sentence about the pod ``name``, which the node ``node`` did not start, or whose kubelet killed it.
 
     ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
     ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
@@ -134,7 +135,7 @@ def backend_refused(kind: str, name: str, message: str) -> str:
 
 
 def image_pull(detail: str) -> str:
-    """Return the sentence about an image that can't be pulled; ``detail`` is the kubelet's message."""
+    """Return the sentence about an image that can't be pulled; ``detail`` is the kubelet's message or reason."""
     return f"the image can't be pulled: {detail}"
 
 
@@ -144,10 +145,10 @@ def waiting_pod(name: str, detail: str) -> str:
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:
-    """Return the beginning of a message about attempt 2 or later, which says why the previous attempt ended.
+    """Return the beginning of a message about attempt ``number``: a text that says why the previous attempt ended.
 
-    ``number`` is the number of the attempt, and ``last_cause`` is why the previous attempt ended. The text is empty for
-    attempt 1, and where ``last_cause`` is empty.
+    ``last_cause`` says why the previous attempt ended. The text is empty for attempt 1, and where ``last_cause`` is
+    empty.
     """
     return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
 

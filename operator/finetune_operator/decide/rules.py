@@ -1,8 +1,9 @@
 """Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
 
-Each rule is a function that takes the evidence and returns a `Ruling` (why the attempt ends and what this means), or
-None where the rule does not match. While an attempt is current, `attempts.py` calls `judge` in every reconcile. The
-first ruling is recorded and mostly kept, because later evidence is often only a consequence of what happened first.
+Each rule has a function that takes the evidence and returns a `Ruling` (why the attempt ends and what this means),
+`GoesOn` where the attempt must go on, or None where the rule does not match. While an attempt is current, `attempts.py`
+calls `judge` in every reconcile. The first ruling is recorded and mostly kept, because later evidence is often only a
+consequence of what happened first.
 `reference.py` writes `RULES` as a table into docs/architecture.md.
 """
 
@@ -20,7 +21,7 @@ from finetune_operator.decide.evidence import Disturbance, Evidence
 from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
 from finetune_operator.objects.observations import PodObservation
 
-# ---- the rule for success ----
+# ---- rules for a committed artifact ----
 
 
 def artifact_committed(evidence: Evidence) -> Ruling | None:
@@ -176,8 +177,8 @@ def pod_deleted(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where somebody deleted a pod before the first failure.
 
     After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. So where
-    recorded pods are missing, the ruling has the reason PodVanished or PodReplaced, and its message names the missing
-    pods.
+    recorded pods vanished or were replaced, these pods are taken as the cause, with the reason PodVanished or
+    PodReplaced (see `_missing`).
     """
     pod = _disturbed(evidence, Disturbance.DELETED)
     if pod is None:
@@ -208,8 +209,8 @@ def _disturbed(evidence: Evidence, kind: Disturbance) -> PodObservation | None:
 def _missing(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where recorded pods vanished or were replaced; None where all recorded pods exist.
 
-    The message names all missing pods, because nothing shows any more which of them somebody deleted and which the
-    backend deleted afterwards.
+    The message names all pods that vanished or, where none vanished, all pods that were replaced. Nothing shows any
+    more which of them somebody deleted and which the backend deleted afterwards.
     """
     if gone := evidence.vanished:
         return _free(Cause.POD_VANISHED, messages.pods_vanished([record.name for record in gone]), gone[0].node)
@@ -225,7 +226,7 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
 def node_refused(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where a node did not start a pod, or its kubelet killed the pod for the node's own sake.
 
-    If the pods of other workers fail as well, their failures are a consequence of the missing pod.
+    If the pods of other workers fail as well, their failures are a consequence, because they miss one worker.
     """
     pod = evidence.refused
     if pod is None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """The state of a job after a reconcile."""
+    """The state of a job after its newest reconcile; NEW before the first reconcile."""
 
     NEW = "New"
     CHECKING = "Checking"
@@ -74,7 +74,10 @@ Running where all pods started between two reconciles.
 
 
 def state_diagram() -> str:
-    """Return `TRANSITIONS` as a Mermaid state diagram; the states in which an attempt exists form a group."""
+    """Return `TRANSITIONS` as a Mermaid state diagram, in which the states of ATTEMPT_STATES form the group Attempt.
+
+    A transition that all states of the group have is drawn once, from the group.
+    """
     lines = ["stateDiagram-v2", f"    [*] --> {JobState.NEW}"]
     shared = frozenset.intersection(*(TRANSITIONS[state] for state in ATTEMPT_STATES))
     lines.append("    state Attempt {")

@@ -1,7 +1,7 @@
 """The vocabulary of verdicts: what the end of an attempt, or of a try of the preflight check, means for the job.
 
-`rules.py` and `preflight.py` decide which verdict applies; the values are stored in `status.attempts` and
-`status.preflight`.
+`rules.py` and `preflight.py` decide which verdict applies. `accounting.py` turns Free into Charged where too many free
+attempts in a row made no progress. The values are stored in `status.attempts` and `status.preflight`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Ruling:
 
     verdict: Verdict
     reason: str
-    """CamelCase reason, for example "PodDeleted" (`finetune_core.api.attempt_causes`)."""
+    """CamelCase reason, for example "PodDeleted": a `Cause`, a `Reason`, or a reason that Kubernetes gives a pod."""
     message: str
     """Sentence for people, for example "pod a-worker-0 was deleted"."""
     node: str = ""
@@ -66,7 +66,7 @@ class GoesOn:
 
 
 def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
-    """Return whether ``ruling`` replaces the cause that was recorded for the attempt.
+    """Return whether ``ruling`` replaces ``recorded``, the attempt's recorded cause; True where no cause is recorded.
 
     The cause that was recorded first stays, because later evidence is often its consequence. There are two exceptions.
     A permanent ruling replaces every cause that is not permanent. A crash, a node that refused a pod and a lost node

@@ -1,5 +1,5 @@
-"""Access to the Kubernetes API server: the client with one method per request, the table of RBAC permissions, and the
-fencing that keeps a former leader from writing.
+"""Access to the Kubernetes API server: the client with one method for each kind of request, the HTTP session of kopf's
+watches, the table of RBAC permissions, and the fencing that keeps a former leader from writing.
 
 Objects pass through here as dictionaries. Code that knows what the fields of an object mean for a job belongs in
 `objects/`.

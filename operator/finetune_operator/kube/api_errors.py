@@ -12,7 +12,7 @@ from finetune_operator.kube.manifest import Manifest
 
 
 class ApiError(Exception):
-    """The API server answered with an HTTP status that is not 2xx."""
+    """A request failed: its answer has an HTTP status that is not 2xx, or is no JSON object."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         """Keep the HTTP ``status`` and the answer's ``reason`` (for example ``"AlreadyExists"``) and ``message``."""
@@ -92,7 +92,8 @@ def describe_error(error: Exception) -> str:
 def error_of(status: int, body: bytes) -> ApiError:
     """Return the ApiError for an answer with the HTTP status ``status``.
 
-    ``body`` is the answer's body: a Status object in JSON or, from a proxy or webhook, plain text.
+    ``body`` is the answer's body. Mostly it is a Status object in JSON. It may also be plain text, for example from a
+    proxy, or from the API server where the kind of the object does not exist.
     """
     content = json_object(body)
     if content is not None:

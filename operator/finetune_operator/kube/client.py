@@ -1,8 +1,8 @@
 """The operator's client of the API server: `KubeClient` has one method for each kind of request, except kopf's watches
 and the requests about the Lease.
 
-Objects are dictionaries as the API server sends them; `objects/observations.py` parses them. Each request has a
-time-out and names its entry in the permission table (`rbac.py`). A method raises `ApiError` for an answer that is not
+Objects are dictionaries as the API server sends them; other packages, such as `objects/`, parse them. Each request has
+a time-out and names its entry in the permission table (`rbac.py`). A method raises `ApiError` for an answer that is not
 a success, unless its docstring says otherwise.
 """
 
@@ -194,7 +194,7 @@ class KubeClient:
         await self._delete(Permission.DELETE_NETWORK_POLICY, namespace, name, {"preconditions": {"uid": uid}})
 
     async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
-        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``.
+        """Return the pods that match the label selector ``selector``, for example ``"finetune.dev/job-uid=..."``.
 
         ``namespace`` is None for the pods of all namespaces.
         """
@@ -335,7 +335,7 @@ class KubeClient:
         No request is sent while the API server asks for a pause. A request that is answered with 429 was not carried
         out, and is sent again after the pause, at most `TRIES_IF_OVERLOADED` times in all. Raises ApiError for any
         answer that is not 2xx or is no JSON object. Raises ValueError, and sends nothing, where ``namespace`` or
-        ``name`` is no possible name.
+        ``name`` can be no segment of a path (see `Resource.path`).
         """
         rule = permission.value
         for tries_left in reversed(range(TRIES_IF_OVERLOADED)):

@@ -37,8 +37,8 @@ class RoleScope(StrEnum):
     CLUSTER = "cluster"
     """A ClusterRole in every installation, because the resource is cluster-scoped."""
     DISCOVERY = "discovery"
-    """A ClusterRole on CRDs, granted only where all namespaces are served. With this permission kopf notices CRDs that
-    are installed later."""
+    """The ClusterRole of CLUSTER, but only where all namespaces are served. With these permissions on CRDs, kopf
+    notices CRDs that are installed later."""
     OWN = "own"
     """A rule in the Role of the operator's own namespace, limited to one object by `resourceNames`."""
     OWN_NEW = "own-new"

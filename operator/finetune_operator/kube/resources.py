@@ -1,7 +1,7 @@
 """The API resources that the operator uses, each named once with group, version and plural.
 
-`rbac.py` builds the permission table from these resources, `client.py` the request paths, `watches.py` the watches,
-and `objects/` the apiVersion of new objects.
+`rbac.py` builds the permission table from these resources, `client.py` the request paths, and `watches.py` the watches
+of pods and PyTorchJobs. Most builders of objects take the apiVersion from here.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Resource:
         over all namespaces and for cluster-scoped resources. ``subresource`` is for example ``"status"``; empty for the
         object itself.
 
-        No other place builds the paths of `KubeClient`'s requests. Every segment is quoted, so that no text can lead
-        the operator's credentials to another path. Raises ValueError where ``namespace`` or ``name`` can be no segment
-        of a path at all.
+        No other place builds the paths of `KubeClient`'s requests. ``namespace`` and ``name`` are quoted, so that no
+        text can lead the operator's credentials to another path. Raises ValueError where one of them can be no segment
+        of a path at all: where it is empty, "." or "..".
         """
         root = f"/apis/{self.api_version}" if self.group else f"/api/{self.api_version}"
         scope = "" if namespace is None else f"/namespaces/{_segment(namespace)}"

@@ -32,7 +32,7 @@ def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> flo
 
     The answer has the HTTP status ``status`` and the header fields ``headers``, and arrived at ``now``. Every 429 asks
     for a pause; a 503 asks for a pause if it has a `Retry-After`. The value of `Retry-After` is a number of seconds, or
-    a date as RFC 9110 allows.
+    a date as RFC 9110 allows. A pause of more than MOST_SECONDS is cut to MOST_SECONDS.
     """
     value = headers.get("Retry-After")
     if status != HTTPStatus.TOO_MANY_REQUESTS and (status != HTTPStatus.SERVICE_UNAVAILABLE or value is None):
@@ -67,7 +67,7 @@ class LoadLimit:
             await self._sleep(left)
 
     def pause(self, seconds: float) -> None:
-        """Let nothing through for ``seconds`` from now on. A pause that lasts longer already is kept."""
+        """Let nothing through for ``seconds`` from now on. A pause that ends later is kept."""
         until = self._clock() + seconds
         if until > self._until:
             logger.warning("the API server asks for less load: no request is sent for %.0f s", seconds)

@@ -1,6 +1,7 @@
-"""Builds the volumes on which a training pod writes files: the scratch folder and the volumes of `storage.cache`. Also
-computes the request and the limit of `ephemeral-storage` for these volumes. The functions are pure, and
-`pod_template.py` calls them.
+"""Builds the volumes for the scratch folder and for `storage.cache` of a training pod, and computes the request and the
+limit of `ephemeral-storage` of its container.
+
+The functions are pure. `pod_template.py` calls most of them; `act/attempt_objects.py` calls `sizes_of_inputs`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def sizes_of_inputs(preflight: PreflightStatus | None) -> InputSizes | None:
 def disk_amounts(job: FineTuneJob, sizes: InputSizes | None) -> tuple[Manifest, Manifest]:
     """Return the request and the limit of `ephemeral-storage` of the training container, as two mappings.
 
-    ``sizes`` are the sizes of model and data; None where they are not known. Without a limit the second mapping is
-    empty.
+    ``sizes`` are the sizes of model and data; None where they are not known. Without these sizes and without
+    `resources.scratch` there is no limit, and the second mapping is empty.
     """
     scratch = job.spec.resources.scratch
     if scratch is not None:
@@ -84,7 +85,7 @@ def cache_mounts(job: FineTuneJob) -> list[Manifest]:
 
 
 def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
-    """Return the scratch space that the job needs, computed from ``sizes``; None where ``sizes`` is None."""
+    """Return the scratch space that each training pod of ``job`` needs; None where ``sizes`` is None."""
     if sizes is None:
         return None
     spec = job.spec

@@ -1,7 +1,7 @@
 """The time that a training pod may take to end after SIGTERM.
 
-`pod_template.py` sets this time in the pods of attempts. `decide/evidence.py` computes from this time how long pods may
-still exist after a suspension has deleted them.
+`pod_template.py` sets this time in the pods of attempts. `decide/evidence.py` computes from this time how long after a
+resume the pods that a suspension deleted may still be ending.
 """
 
 from __future__ import annotations

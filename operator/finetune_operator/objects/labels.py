@@ -1,6 +1,7 @@
-"""Labels, annotations and owner references of the objects that the operator creates.
+"""Labels, annotations and owner references of the objects of a job, and the name of the training container.
 
-The builders in `objects/` set the labels. `watches.py` finds the job to which a watched object belongs by its labels.
+The builders in `objects/` set most of the labels; training-operator sets `REPLICA_INDEX`. By the labels of a watched
+object `watches.py` finds the job to which the object belongs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def preflight_labels(job_name: str, job_uid: str, number: int) -> dict[str, str]
 def job_key(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
     """Return the key of the job to which an object with ``labels`` belongs; None where the labels name no job.
 
-    Anybody can label an object, so the label may also have a value that is the name of no possible job.
+    Anybody can label an object, so the value of the label `JOB_NAME` may be a text that no job can have as its name.
     """
     return Key.parse(namespace or "", labels.get(JOB_NAME, ""))
 

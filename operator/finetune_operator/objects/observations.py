@@ -1,4 +1,4 @@
-"""Pods and child objects of an attempt as immutable values, and the functions that parse pods into such values.
+"""Pods and child objects as immutable values, and the functions that parse pods into such values.
 
 `observe/`, `act/` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
 conditions and messages from these values and never from manifests.
@@ -102,7 +102,7 @@ class ContainerObservation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PodObservation:
-    """A pod of an attempt or of a preflight check. Fields without a value in the manifest are empty or None."""
+    """A pod of an attempt or of a preflight check. A field without a value in the manifest has its default."""
 
     name: str
     uid: str
@@ -166,7 +166,8 @@ class ChildObservation:
     """Whether the child is suspended, for example by Kueue. Right after a resume this is still True, until the
     backend's controller has acted on the resume."""
     resumed_at: datetime | None = None
-    """When the backend last resumed the child after a suspension; None where the child was never resumed."""
+    """When the backend last resumed the child after a suspension; None while the child is
+    suspended, and where it was never resumed."""
     failed_at: datetime | None = None
     replicas: int
     """Number of workers in the child's spec."""

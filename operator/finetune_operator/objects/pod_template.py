@@ -338,7 +338,7 @@ def _claim_volume(number: int) -> str:
 def _user_volume(volume: Volume) -> str:
     """Return the name that a volume of `podTemplate.volumes` gets in the pod.
 
-    The prefix keeps the name apart from the names of the template's own volumes.
+    The prefix keeps the name apart from the names of the volumes that the operator adds.
     """
     return f"extra-{volume.name}"
 

@@ -39,7 +39,7 @@ PREFLIGHT_POD_SECONDS = 1800
 while no operator works. A working operator ends a long check much earlier (`decide/preflight.py`)."""
 GPU_TOLERATION = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
 """The toleration that the admission plugin ExtendedResourceToleration gives to pods that ask for GPUs. The preflight
-pod asks for no GPU, so the operator adds the toleration itself."""
+pod asks for no GPU. So the operator adds the toleration itself where the pod may have to run on a node with GPUs."""
 ONLY_FOR_TRAINING = (REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME)
 """Names of the volumes of a training pod that the preflight pod does not need."""
 

@@ -28,8 +28,8 @@ class PreflightObservation:
     chosen_run_id: str = ""
     """`storage.runId`; empty where the field is absent, or where this version can't read the spec."""
     runs_folder: str = ""
-    """`s3://` address of the folder that holds the folders of all jobs of this name. Empty where this version can not
-    read the spec."""
+    """`s3://` address of the folder that holds the folders of all jobs, also former ones, with this job's namespace and
+    name. Empty where this version can not read the spec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +55,12 @@ class JobObservation:
     usage: UsageStatus
     """What the job has used until `now`: GPU seconds, and seconds in which at least one of its pods ran."""
     waiting_for: str
-    """What the attempt waits for: pods that do not run yet, for example "pod a-worker-0: 0/3 nodes are available", or
-    its first report. Empty where that is not known."""
+    """What the attempt waits for: the creation of its objects, pods that do not run yet (for example "pod a-worker-0:
+    0/3 nodes are available"), or its first report. Empty where that is not known."""
     final_result: Result | None
-    """The trainer's result from the newest report of the current attempt. None before the final report."""
+    """The trainer's result from the newest report of the newest attempt. None before the final report."""
     last_phase: str = ""
-    """Phase of the trainer in the newest report of the current attempt, for example "Training"; empty if no report."""
+    """Phase of the trainer in the newest report of the newest attempt, for example "Training"; empty if no report."""
     warning: str = ""
     """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found", or about a child
     object without pods; else empty."""
@@ -78,9 +78,10 @@ class JobObservation:
 
 
 def is_of_an_earlier_admission(pod: PodObservation, child: ChildObservation | None) -> bool:
-    """Return whether ``pod`` was deleted before ``child`` was last resumed, that is, by a suspension that is over.
+    """Return whether the deletion of ``pod`` was requested no later than ``child`` was last resumed.
 
-    Such a pod may still terminate, but its end proves no failure of the attempt.
+    Such a pod was deleted by a suspension that is over. It may still terminate, but its end proves no failure of the
+    attempt.
     """
     resumed = child.resumed_at if child is not None else None
     return resumed is not None and pod.delete_requested_at is not None and pod.delete_requested_at <= resumed

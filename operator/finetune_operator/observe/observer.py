@@ -1,7 +1,8 @@
 """Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
 
-`reconcile.py` calls `Observer.observe` once in each reconcile of a job that has not ended. The observer also stores in
-memory which pods may send reports, so that the report server can refuse reports of other pods.
+`reconcile.py` calls `Observer.observe` in each reconcile of a job that has not ended, unless this version can't read
+enough of the job's status. The observer also stores in memory which pods may send reports, so that the report server
+can refuse reports of other pods.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Observer:
         # answers 409 to the creation of the child.
         child = found if found is not None and found.owner_uid == job.uid else None
         if child is not None and child.finished and not any(pod.ended for pod in pods):
-            # The pods are read again. The child ended between the two reads, so the pods of the first read do not show
-            # why.
+            # The pods are read again. The child may have ended between the two reads, and the pods of the first read
+            # do not show why.
             pods = pods_of_attempts(await self._list_pods(job), job, self._backend, found)
         pods = self._with_start_errors(job, pods)
         self._expect_reports(job, pods)
@@ -93,8 +94,8 @@ class Observer:
     async def count_attempts(self, job: StoredJob) -> StoredJob:
         """Return ``job`` with `status.attempts.started` raised to the highest attempt number that its objects show.
 
-        `reconcile.py` calls this method where an order to cancel or suspend is to be obeyed although the attempts in
-        the status can't be read. With the number, the operator finds the pods that the order ends.
+        `reconcile.py` calls this method where an order to cancel or suspend is to be obeyed although a part of the
+        status, such as the attempts, can't be read. With the number, the operator finds the pods that the order ends.
         """
         pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         started = max(job.status.attempts.started, newest_attempt(pods, job, self._backend))
@@ -117,8 +118,8 @@ class Observer:
     async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.policy, []
-        # The record is written before the first pod is created, so no pod exists without a record. The record may exist
-        # and be unreadable.
+        # Without a record no pod needs to be read: the record is written before the first pod is created, and is
+        # removed only once every pod is being deleted. The record may exist and be unreadable.
         if record is not None or job.unread_bookkeeping:
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = preflight_pods(manifests, job)
@@ -126,7 +127,7 @@ class Observer:
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem
         if problem is not None and problem.reason is Reason.BAD_INPUT:
-            problem = None  # the problem was in the spec or in the status, and this reconcile can read both
+            problem = None  # it does not say why the pod could not be created
         return PreflightObservation(
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,

@@ -30,10 +30,12 @@ def pods_of_attempts(
     """Return the pods in ``manifests`` that belong to an attempt of ``job``.
 
     A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
-    is the child of the attempt. Where the status records the uid of that child, the controller must have this uid.
-    Otherwise the controller's name decides, because the name of a child contains a digest of the job's uid. ``found``
-    is the object that now has the name of the newest child; None where no object has this name. Where ``found`` has
-    another owner than the job, the pods of ``found`` do not belong to the job.
+    is the child of the attempt. The controller must have the name of that child, which contains a digest of the job's
+    uid. Where the status records the uid of that child, the controller must have this uid too.
+
+    ``found`` is the object that now has the name of the newest child; None where no object has this name. Where the
+    status does not record the uid of the newest child and ``found`` is not None, the controller of a pod of the newest
+    attempt must also be ``found``, and the job must own ``found``.
 
     A pod without a controller belongs to its attempt where the status records the uid of the pod: somebody deleted the
     child and kept its pods (`--cascade=orphan`).
@@ -49,11 +51,11 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
 
 
 def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> list[PodObservation]:
-    """Return the pods in ``manifests`` that the last attempt of ``job``, which has ended, left without an owner.
+    """Return the pods without an owner in ``manifests`` that the last attempt of the ended ``job`` left behind.
 
     The status of an ended job records no pods any more. So a pod counts if its name is the name of a pod of that
-    attempt and it was created before the job ended. Such a name contains a digest of the job's uid. Pods that are being
-    deleted already are left out.
+    attempt and it was created no later than the job ended. Such a name contains a digest of the job's uid. Pods that
+    are being deleted already are left out.
     """
     ended, started = job.ended_at, job.status.attempts.started
     child = attempt_name(job.key.name, job.uid, started)
@@ -104,7 +106,10 @@ def _is_own(
 
 
 def _recorded_child(status: FineTuneJobStatus, attempt: int) -> str:
-    """Return the uid that the status records for the child of ``attempt``; empty where it records none."""
+    """Return the uid that the status records for the child of ``attempt``, if ``attempt`` is the current attempt.
+
+    The result is empty for any other attempt, and where the status records no child.
+    """
     current = status.attempts.current
     is_current = current is not None and current.number == attempt
     return status.child.uid if is_current and status.child is not None else ""

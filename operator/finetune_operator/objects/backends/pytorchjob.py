@@ -101,7 +101,7 @@ class PyTorchJobBackend:
         self._client = client
 
     def pod_name(self, child: str, index: int) -> str:
-        """Return the name that training-operator gives to the pod of worker ``index``."""
+        """Return the name that training-operator gives to the pod of worker ``index`` of the PyTorchJob ``child``."""
         return worker_name(child, index)
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -111,9 +111,9 @@ class PyTorchJobBackend:
     async def create(self, manifest: Manifest) -> ChildObservation:
         """Create the PyTorchJob ``manifest`` and return it, or return an existing one of this name if the job owns it.
 
-        Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
-        PyTorchJob. Raises ApiError (409) where the existing PyTorchJob is being deleted, so that the job is soon
-        reconciled again.
+        Raises RetryableError where a PyTorchJob of that name has another owner, where the API server refuses the
+        PyTorchJob, or where the CRD of PyTorchJobs is missing. Raises ApiError (409) where the existing PyTorchJob is
+        being deleted, so that the job is soon reconciled again.
         """
         name = manifest["metadata"]["name"]
         try:
