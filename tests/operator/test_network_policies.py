@@ -1,7 +1,11 @@
-"""The NetworkPolicy of an attempt admits only connections from pods of that attempt, and is removed with the
-attempt."""
+"""The NetworkPolicy of an attempt admits only connections from pods of that attempt. It is removed when the last pod of
+the attempt has ended."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import pytest
 
 from finetune_core.names import attempt_name
 from tests.operator.builders import NOW, UID, job_manifest
@@ -56,6 +60,29 @@ async def test_the_next_attempt_has_another_policy_and_another_nonce() -> None:
     await second_attempt(server)
     assert (list(server.network_policies), list(server.children)) == ([SECOND], [SECOND])
     assert len({"", first, nonce_of(server, SECOND)}) == 3
+
+
+@pytest.mark.parametrize("order", [{"cancel": True}, {"suspend": True}, {"activeDeadlineSeconds": 1}], ids=str)
+async def test_pods_that_save_their_last_checkpoint_are_still_protected(order: dict[str, Any]) -> None:
+    server = ModelServer(job_manifest(), NOW, saving=60)
+    await begun(server)
+    server.pass_time(5)
+    server.set_policy(**order)
+    with_pods = 0
+    for _ in range(20):
+        outcome = await reconciler(server).reconcile(KEY)
+        with_pods += bool(server.pods and not server.children)
+        assert not server.pods or list(server.network_policies) == [FIRST]
+        server.pass_time(min(outcome.after or 5, 5))
+    assert with_pods
+    assert not server.pods
+    if "suspend" in order:
+        server.set_policy(suspend=False)
+        for _ in range(5):
+            await reconciler(server).reconcile(KEY)
+        assert list(server.network_policies) == list(server.children) == [SECOND]
+    else:
+        assert (server.network_policies, server.children) == ({}, {})
 
 
 async def test_an_operator_that_starts_again_keeps_the_nonce_of_the_attempt() -> None:

@@ -85,10 +85,13 @@ class AttemptObjects:
         return child
 
     async def remove(self, job: StoredJob, child: ChildObservation) -> None:
-        """Delete the ConfigMap, the NetworkPolicy and the child of an attempt that ended. The garbage collector deletes
-        the pods of the child."""
+        """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes the pods of the
+        child.
+
+        The NetworkPolicy stays, because the pods may run on for the length of their grace period. It is deleted when
+        the next attempt begins, or by `settled.py`.
+        """
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
-        await self._network_policies.delete(job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
@@ -119,8 +122,9 @@ class AttemptObjects:
         """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # Delete the ConfigMap and the NetworkPolicy of the previous attempt. These objects still exist where
-            # somebody else deleted the child of the previous attempt, or where that child was never created.
+            # Delete the ConfigMap and the NetworkPolicy of the previous attempt, whose pods have ended. The ConfigMap
+            # still exists where somebody else deleted the child of the previous attempt, or where that child was never
+            # created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)

@@ -1,8 +1,8 @@
 """Creates and deletes the NetworkPolicies of attempts. An installation can do without these policies.
 
 `attempt_objects.py` creates the policy of an attempt before the child object, so that no pod of the attempt starts
-without the policy. The same module deletes the policy together with the attempt's ConfigMap. `settled.py` deletes the
-policy of the last attempt.
+without the policy. The same module deletes the policy when the next attempt begins. `settled.py` deletes the policy of
+the last attempt.
 """
 
 from __future__ import annotations
