@@ -120,7 +120,7 @@ class StoredJob:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        """Fields that every log line about this job carries."""
+        """Fields for log lines about this job."""
         return {"job": str(self.key), "uid": self.uid, "attempt": self.status.attempts.started}
 
     def condition_is(self, kind: ConditionType, value: str) -> bool:
