@@ -18,7 +18,7 @@ Span = tuple[datetime, datetime]
 def usage_until(
     now: datetime, counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus: int
 ) -> UsageStatus:
-    """Return the usage until ``now``: the usage ``counted`` plus what the pods have used since it was counted.
+    """Return the usage until ``now``: the usage ``counted`` plus what the pods have used since the last count.
 
     ``counted`` is `status.usage`; None where nothing is counted yet. Where ``counted.last_update_time`` is later than
     ``now``, the usage until that later time is returned, so that no number decreases. ``pods`` are the pods of all

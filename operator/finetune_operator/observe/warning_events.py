@@ -37,9 +37,9 @@ class WarningReader:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
         The hint is emptied where no attempt is current, and where the attempt trains, is ending or has a suspended
-        child. Otherwise the hint is kept for ten seconds after each read of events. Where these are over, the hint is
-        emptied if the attempt started less than five seconds ago or if its pods exist and none waits to start; else
-        events are read.
+        child. Otherwise the hint is kept for ten seconds after each read of events. After these ten seconds, the hint
+        is emptied if the attempt started less than five seconds ago, or if it has pods of which none waits to start.
+        Else events are read.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended

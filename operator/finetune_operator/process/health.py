@@ -3,8 +3,8 @@
 /healthz fails when the API server has sent nothing for three resync periods: no watch event and no list of jobs to the
 leader, or no Lease to a replica that waits for the Lease. The kubelet then restarts the operator, because its
 connections may hang. /readyz succeeds for the leader once it has listed the jobs of every served namespace, except
-namespaces that are deleted or forbidden, and of at least one. For a replica that waits for the Lease, /readyz succeeds
-once the replica has read the Lease.
+namespaces that are deleted or forbidden; if all are, /readyz fails. For a replica that waits for the Lease, /readyz
+succeeds once the replica has read the Lease.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ HEADER_FIELD_BYTES: Final = 8190
 service accounts have one to three KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
-"""Half of the number of bytes after which aiohttp reads no more of a body until the request's handler takes some."""
+"""Half of the number of bytes that aiohttp reads of a body before the request's handler takes any of them."""
 LINGER_SECONDS: Final = 2.0
 """Seconds for which the body of a refused request is read and dropped, so that the client can read the answer."""
 

@@ -188,7 +188,7 @@ class LeaderElector:
         return self._clock() - self._renewed_at if self._renewed_at is not None else 0.0
 
     async def acquire(self, lease_read: Callable[[], None]) -> None:
-        """Wait without limit until this process holds the Lease. Calls ``lease_read`` after each try without an error."""
+        """Wait without limit until this process holds the Lease; call ``lease_read`` after tries without an error."""
         logged = ""
         while not await self._try():
             state = self._lease.last_error or f"{self._lease.holder} holds it"

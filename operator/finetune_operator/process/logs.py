@@ -45,8 +45,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Log every record of at least ``level`` (for example ``"info"``) to standard output, and to nowhere else. Less is
-    logged of some libraries."""
+    """Log records of at least ``level`` (for example ``"info"``), but fewer records of some libraries, to standard
+    output and to nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

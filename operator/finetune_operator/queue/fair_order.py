@@ -15,8 +15,8 @@ from finetune_operator.queue.key import Key
 
 RESYNC_PATIENCE_SECONDS: Final = 60.0
 """Seconds after which a key of the resync no longer waits for all keys with news. While the next key of the resync has
-waited longer, every second key that is taken is a key of the resync, so that an endless stream of news does not stop
-the resync."""
+waited longer than that, every second key that is taken is a key of the resync. So an endless stream of news does not
+stop the resync."""
 
 
 class Precedence(IntEnum):
