@@ -61,7 +61,7 @@ before a change of the job's objects."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Acted:
-    """The result of the action of a decision, which creates or deletes objects."""
+    """What came of creating or deleting the objects that a decision names."""
 
     child: ChildObservation | None = None
     """The child object as it is after the action; None where it does not exist or was deleted by the action."""
@@ -295,7 +295,7 @@ class Reconciler:
     ) -> _Acted:
         """Create or delete the objects that ``decision.action`` names, and return what came of it.
 
-        The stored status already contains the decision.
+        The stored status already contains what must be written first (`Decision.must_be_written_first`).
         """
         match decision.action:
             case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:

@@ -1,7 +1,7 @@
 """A FineTuneJob as one reconcile reads it from the API server: manifest, status, time and what the operator remembers.
 
 `reconcile.py` parses the manifest once with `parse_stored_job` and `parse_spec`, and gives the result to `observe/`,
-`act/` and `status/`.
+`act/`, `status/` and `settled.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import JobMemory
 
 _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
-"""Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
-for the status as a whole."""
+"""Fields of the status that the operator must be able to read as a whole before it decides about attempts. The empty
+name stands for the whole status. Of the conditions, the operator needs only parts (`_is_bookkeeping`)."""
 _ALWAYS = ("conditions", "observedGeneration")
 """Fields of the status that are always written, even where this version can't read all of their stored content."""
 
@@ -43,7 +43,7 @@ class StoredJob:
     manifest: dict[str, Any]
     """The whole object as the API server returned it."""
     status: FineTuneJobStatus
-    """The stored `status`; an empty status where the job has none yet."""
+    """The stored `status`, as far as this version can read it; an empty status where the job has none yet."""
     unread: tuple[str, ...] = ()
     """Paths in the stored status that this version can't read, for example `plan.zeroStage`."""
     now: datetime
@@ -65,7 +65,8 @@ class StoredJob:
     def ended_at(self) -> datetime | None:
         """When the job ended; None while it goes on.
 
-        Where `status.completionTime` can't be read, the time of the condition `Succeeded` is returned.
+        Where `status.completionTime` is absent or can't be read, this is the time since which the condition `Succeeded`
+        is True or False.
         """
         ends = (item for item in self.status.conditions if item.type == ConditionType.SUCCEEDED)
         by_condition = (item.last_transition_time for item in ends if item.status in ("True", "False"))
@@ -75,19 +76,18 @@ class StoredJob:
     def unread_bookkeeping(self) -> str:
         """Path of a part of the status that this version can't read but would need for its decisions; empty if none.
 
-        A job with such a part is left as it is: an operator that can't read which attempt runs must neither end nor
-        repeat that attempt.
+        For a job with such a part, nothing is created or deleted unless `runPolicy` orders to cancel or suspend the
+        job: an operator that can't read which attempt runs must neither end nor repeat that attempt.
         """
         return next((path for path in self.unread if _is_bookkeeping(path)), "")
 
     @property
     def left_alone(self) -> dict[str, Any]:
-        """The fields of the status that could be read only in part, by name, with the values that could be read.
+        """The fields of the status that could not be read, or only in part, by name, with what could be read of each.
 
-        The operator leaves these fields as they are stored, because the installed CRD gives them another shape. Fields
-        in `_ALWAYS` are excepted, because they are always written. Fields in `_BOOKKEEPING` are excepted as well: a job
-        whose bookkeeping can't be read is changed only by an order to cancel or suspend, and then these fields are
-        written.
+        The operator leaves these fields as they are stored, because another version gave them another shape. Fields in
+        `_ALWAYS` are excepted, because they are always written. Fields in `_BOOKKEEPING` are excepted as well. Where
+        they can't be read, they change only after an order to cancel or suspend the job, and then they are written.
         """
         names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
         return {name: getattr(self.status, name) for name in names}
@@ -120,7 +120,7 @@ class StoredJob:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        """Fields that every log line about this job carries."""
+        """Fields for log lines about this job."""
         return {"job": str(self.key), "uid": self.uid, "attempt": self.status.attempts.started}
 
     def condition_is(self, kind: ConditionType, value: str) -> bool:
@@ -138,7 +138,7 @@ class ParsedJob(StoredJob):
 
 def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
     """Return the job ``key`` as ``manifest`` stores it. Values of the status that this version can't read are left out,
-    and their paths are listed in `unread`."""
+    and their paths are listed in `unread`. Counts of attempts that are too low are corrected."""
     now = now.replace(microsecond=0)
     status, unread = read_section(FineTuneJobStatus, manifest.get("status") or {}, now)
     status = status.model_copy(update={"attempts": _counted(status.attempts)})
@@ -161,11 +161,12 @@ def _is_bookkeeping(path: str) -> bool:
 
 
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
-    """Return ``attempts`` with counts that are at least as large as its list of attempts shows.
+    """Return ``attempts`` with counts that are at least as large as the attempts in `current` and `recent` show.
 
-    Another version of the operator may have left out counts and uids. The counts are corrected, because no second
-    attempt may get a number that is used already. Pod records without a uid are removed, because each would look like a
-    pod that vanished.
+    Another version of the operator may have left out counts, the number of the current attempt, and uids of pods. The
+    counts are corrected, because no second attempt may get a number that is used already, and because retries are
+    limited. A missing number of the current attempt is taken from `started`. Pod records without a uid are removed,
+    because each would look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:

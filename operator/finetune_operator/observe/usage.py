@@ -1,7 +1,7 @@
 """Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
 
-`usage_until` is a pure function of the stored count and of the times in the status of the pods, so that the result does
-not depend on how often the operator reconciles the job. `observer.py` calls `usage_until`.
+`usage_until` is a pure function of the current time, the stored count and the times in the manifests of the pods. So
+the result does not depend on how often the operator reconciles the job. `observer.py` calls `usage_until`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Span = tuple[datetime, datetime]
 def usage_until(
     now: datetime, counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus: int
 ) -> UsageStatus:
-    """Return the usage until ``now``: ``counted`` (from the status) plus what the pods have used since then.
+    """Return the usage until ``now``: the usage ``counted`` plus what the pods have used since the last count.
 
-    Where ``counted`` reaches beyond ``now``, the usage until that later time is returned, so that no number decreases.
-    ``pods`` are the pods of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
-    until its training container has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held
-    its GPUs until ``now``.
+    ``counted`` is `status.usage`; None where nothing is counted yet. Where ``counted.last_update_time`` is later than
+    ``now``, the usage until that later time is returned, so that no number decreases. ``pods`` are the pods of all
+    attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node until its training container
+    has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
@@ -50,9 +50,9 @@ def usage_until(
 def _started_at(pod: PodObservation) -> datetime | None:
     """Return when the training container began to run; None where it never ran.
 
-    The result is None also for a container that its runtime could not start, for which the kubelet gives a start in the
-    year 1970. A start before the pod was created, or bound to its node, comes from a node whose clock is behind; the
-    time of the binding or creation is then returned.
+    The result is None also for a container that its runtime could not start: for many runtimes, the kubelet gives such
+    a container a start in the year 1970. A start before the pod was bound to its node comes from a node whose clock is
+    behind. The time of the binding is then returned, or the time of the pod's creation where no binding is known.
     """
     if pod.container is None or pod.container.started_at is None or pod.container.never_ran:
         return None
@@ -63,8 +63,10 @@ def _end(pod: PodObservation, now: datetime) -> datetime:
     """Return until when the pod counts as using its GPUs: the end of its training container, or else ``now``.
 
     An end after ``now`` comes from a node whose clock is ahead. Such an end counts as ``now``, because the time until
-    that end would otherwise be counted again by every call. A pod that is being deleted counts at most until its grace
-    period ends, because its kubelet may be dead.
+    that end would otherwise be counted again by every call. Where a pod has ended and its manifest does not give the
+    time, the end is when the pod's deletion was requested, else when the pod was disrupted, else when it was created.
+    A pod that is being deleted and has not ended counts at most until its grace period ends, because its kubelet may be
+    dead.
     """
     if pod.ended:
         return min(now, pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at)

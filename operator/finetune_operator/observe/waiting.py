@@ -14,9 +14,9 @@ _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIm
 
 
 def why_pod_waits(pod: PodObservation, warning: str) -> str:
-    """Return why ``pod`` does not run; empty where the reason is not known.
+    """Return why ``pod`` does not run; empty where it runs, and where the reason is not known.
 
-    ``warning`` is the newest warning event about a pod of the job that waits; it may be empty.
+    ``warning`` is the newest warning event about a waiting pod of the same job; it may be empty.
     """
     if pod.unschedulable:
         return pod.unschedulable
@@ -24,8 +24,8 @@ def why_pod_waits(pod: PodObservation, warning: str) -> str:
     if container is None or container.state is not ContainerState.WAITING:
         return ""
     if container.reason in _IMAGE_REASONS:
-        # Only the end of the message is used, which is the same for both reasons: the kubelet alternates between
-        # ErrImagePull and ImagePullBackOff.
+        # The kubelet alternates between the reasons ErrImagePull and ImagePullBackOff. Only the end of the message is
+        # used, because it is the same for both reasons.
         return messages.image_pull(container.message.split("ErrImagePull: ")[-1] or container.reason)
     if container.reason == "ContainerCreating":
         return warning

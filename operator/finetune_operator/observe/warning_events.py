@@ -1,7 +1,7 @@
 """Reads Kubernetes' warning events about pods that do not start.
 
 Some causes appear in these events only, such as a Secret that can't be mounted or a quota that is used up.
-`observer.py` calls `WarningReader` in every reconcile of a job that has not ended. The newest warning is kept in
+`observer.py` calls `WarningReader` whenever it reads the objects of a job. The newest warning is kept in
 `JobMemory.hint` and becomes part of the messages of the job's conditions.
 """
 
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class WarningReader:
-    """Reads the newest warning event about the pods that a job waits for, at most once in ten seconds for each job."""
+    """Reads the newest warning event about the pods that a job waits for, or about the child object while it has no
+    pods. Events are read at most once in ten seconds for each job."""
 
     def __init__(self, cluster: KubeClient, clock: Callable[[], float]) -> None:
         """Read with ``cluster``; ``clock`` returns monotonic seconds."""
@@ -35,8 +36,10 @@ class WarningReader:
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        The hint is emptied where no attempt is current, and where the attempt trains, is ending, has a suspended child,
-        has pods of which none waits to start, or was recorded just now.
+        The hint is emptied where no attempt is current, and where the attempt trains, is ending or has a suspended
+        child. Otherwise the hint is kept for ten seconds after each read of events. After these ten seconds, the hint
+        is emptied if the attempt started less than five seconds ago, or if it has pods of which none waits to start.
+        Else events are read.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended

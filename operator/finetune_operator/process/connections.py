@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 TLS_BUFFER_BYTES: Final = 8 * 1024
 """Size of the buffer in which asyncio receives the data of a TLS connection, also of the operator's own connections to
-the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
+the API server. A large record of TLS, which may have 16 KiB, then takes several reads."""
 SEND_BUFFER_BYTES: Final = 64 * 1024
 """Size of the buffer in which the kernel keeps what a client has not received yet. The kernel reserves twice this size.
 Without a fixed size the buffer would grow to several megabytes for a client that does not read, and would count as
@@ -35,9 +35,9 @@ SHUTDOWN_SECONDS: Final = 2.0
 """Time in seconds within which a client must answer the end of a TLS connection. After this time the connection is
 closed without the answer."""
 FILES_LEFT: Final = 512
-"""Number of file descriptors that the connections of one server leave to the rest of the process. The report server
-thus leaves half of this number to the health server, and half to the process itself, for example for its connections to
-the API server."""
+"""Number of file descriptors that the connections of one server leave to the rest of the process. Of what the report
+server leaves, the connections of the health server take 256 at most. The rest is for the process itself, for example
+for its connections to the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
 """Seconds to wait before connections are accepted again, after the system lacked a file descriptor or memory for a
 connection."""
@@ -70,10 +70,11 @@ class ConnectionLimits:
     """Largest number of bytes that a client may send before its request is answered. Bytes of further requests count
     too."""
     request_seconds: float = 60.0
-    """Time in all to answer a request whose header is complete. `reports/server.py` has a shorter limit for reading the
-    body, and `kube/client.py` for each request to the API server."""
+    """Time from the end of a request's header until the answer is ready to be sent. Within this time, reading the body
+    (`reports/server.py`) and each request to the API server (`kube/client.py`) have shorter limits."""
     idle_seconds: float = 30.0
-    """Time that a connection may wait for its next request."""
+    """Time from the moment when an answer is ready until the first byte of the connection's next request. The answer is
+    sent within this time, so a client that reads too slowly does not get the whole answer."""
     requests_per_second: float = 64.0
     """Largest number of requests per second of one address, on average. A burst may have four times as many."""
     handshakes_per_second: float = 100.0
@@ -139,7 +140,7 @@ class Connection(asyncio.Protocol):
             self._inner.data_received(data)
 
     def _header_bytes(self, data: bytes) -> int:
-        """Return how many bytes of ``data`` belong to the header of a request; note where the header ends.
+        """Return how many bytes of ``data`` belong to the header of a request, and note it if the header ends in them.
 
         The caller adds the number of bytes that were received before ``data`` to the result, and compares the sum with
         the limit of a header. Once the header has ended, the result is the negative of that number, so that the sum is

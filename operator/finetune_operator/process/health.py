@@ -1,9 +1,10 @@
 """The paths /healthz, /readyz and /metrics over plain HTTP, for the kubelet and Prometheus.
 
-/healthz fails when the API server has sent nothing (no watch event, no list of jobs, no Lease) for three resync
-periods, so that the kubelet restarts an operator whose watches have stopped without an error. /readyz succeeds for the
-leader once it has listed the jobs of every served namespace, except namespaces that are deleted or forbidden. For a
-replica that waits for the Lease, /readyz succeeds once the replica has read the Lease.
+/healthz fails when the API server has sent nothing for three resync periods: no watch event and no list of jobs to the
+leader, or no Lease to a replica that waits for the Lease. The kubelet then restarts the operator, because its
+connections may hang. /readyz succeeds for the leader once it has listed the jobs of every served namespace, except
+namespaces that are deleted or forbidden; if all are, /readyz fails. For a replica that waits for the Lease, /readyz
+succeeds once the replica has read the Lease.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ thousands of jobs. Requests in between get the text of the last rendering."""
 
 
 class WatchActivity:
-    """Records when the API server last sent something: a watch event, a list of jobs, or the Lease."""
+    """Records when the API server last sent something: a watch event or a list of jobs to the leader, or the Lease to a
+    replica that waits for it."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Take the start of the process as the last activity, so that /healthz succeeds at first.
@@ -50,7 +52,7 @@ class WatchActivity:
         self._last_activity = self._clock()
 
     def lease_read(self) -> None:
-        """Record that a replica without the Lease has read it, so that the replica counts as ready to take over."""
+        """Record that this replica, which does not lead yet, has read the Lease. So it counts as ready to take over."""
         self.event_received()
         self.ready = True
 
@@ -81,7 +83,7 @@ class HealthServer(HttpServer):
     """Serves /healthz, /readyz and /metrics."""
 
     # Connections without TLS are cheap. Many connections are accepted in a second, because the kubelet restarts an
-    # operator whose probes get no connection. No limit on one address is stricter than the limit on all addresses
+    # operator whose probes get no connection. One address may make nearly as many connections as all addresses
     # together, because the kubelet shares its address with pods in the host's network and with pods whose address is
     # translated.
     limits = ConnectionLimits(

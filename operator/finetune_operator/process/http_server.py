@@ -27,7 +27,7 @@ HEADER_FIELD_BYTES: Final = 8190
 service accounts have one to three KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
-"""Bytes of a body that are read before the request's handler asks for them."""
+"""Half of the number of bytes that aiohttp reads of a body before the request's handler takes any of them."""
 LINGER_SECONDS: Final = 2.0
 """Seconds for which the body of a refused request is read and dropped, so that the client can read the answer."""
 
@@ -38,7 +38,7 @@ _logger.addFilter(lambda record: not _is_about_a_bad_request(record))
 
 
 def _is_about_a_bad_request(record: logging.LogRecord) -> bool:
-    """Return whether a log record only says that a client sent something other than HTTP.
+    """Return whether ``record`` only says that aiohttp could not parse a request, for example because it is not HTTP.
 
     aiohttp logs each such request with a traceback, so that any client could fill the log.
     """

@@ -2,8 +2,8 @@
 
 `reconcile.py` and `status/writer.py` pass in the newest status. A job's series are exported until the job is deleted,
 or until an hour after its end, so that ended jobs do not pile up in Prometheus. The jobs of a namespace are not
-exported while the operator may not list them (`controller.py`). The labels are `job_namespace` and `job_name`, because
-Prometheus itself sets `namespace` and `job` for the scraped target.
+exported where the API server has refused to list them for more than a resync period (`controller.py`). The labels are
+`job_namespace` and `job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class JobMetricsCollector(Collector):
         return None in self._hidden or key.namespace in self._hidden
 
     def collect(self) -> Iterable[Metric]:
-        """Yield all metric families with a sample for each job; a number that is None gets no sample."""
+        """Yield all metric families with the samples of the exported jobs. A number that is None gets no sample."""
         now = self._now()
         jobs = list(self._jobs.items())
         exported = [(key, job) for key, job in jobs if not (self._is_hidden(key) or _is_expired(job, now))]

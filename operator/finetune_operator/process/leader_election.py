@@ -1,7 +1,8 @@
 """Leader election among the replicas of the operator by a Lease, after the model of client-go's leaderelection.
 
 Candidates wait until they acquire the Lease. A leader that can't renew the Lease in time, or finds another holder, ends
-its process at once. `application.py` calls `LeaderElector`; `LeaderElector.check` is called before every write.
+its process at once. `application.py` calls `LeaderElector`. `LeaderElector.check` is called before every write, except
+the writes of the Lease itself.
 
 The Kubernetes client library implements the election. This module adds a time limit for every call, treats an error as
 a failed renewal (the library would end the election unnoticed), and measures time with the monotonic clock. That clock
@@ -33,7 +34,7 @@ RENEW_DEADLINE_SECONDS: Final = 10.0
 """Seconds without a renewal after which a leader ends its process: five seconds before another replica may lead."""
 RETRY_SECONDS: Final = 2.0
 CALL_SECONDS: Final = 3.0
-"""Time limit in seconds of each request to the API server about the Lease."""
+"""Time limit in seconds of each call that reads or writes the Lease."""
 LOST_EXIT_CODE: Final = 1
 
 
@@ -63,7 +64,8 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
         """Read the Lease; return (True, record), or (False, ApiException) where the call failed.
 
-        Also remembers, by the monotonic clock of this process, when the record was last seen to change.
+        Also remembers, by the monotonic clock of this process, when the record was last seen to change, and since when
+        the Lease has been missing.
         """
         try:
             async with asyncio.timeout(CALL_SECONDS):
@@ -127,7 +129,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     async def clear_holder(self) -> None:
         """Remove this process as holder of the Lease, so that another candidate need not wait until the Lease expires.
 
-        Raises the exceptions of the client library where a call fails.
+        Raises the exceptions of the client library where a request fails, and TimeoutError after three seconds.
         """
         async with asyncio.timeout(CALL_SECONDS):
             lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
@@ -186,7 +188,7 @@ class LeaderElector:
         return self._clock() - self._renewed_at if self._renewed_at is not None else 0.0
 
     async def acquire(self, lease_read: Callable[[], None]) -> None:
-        """Wait without limit until this process holds the Lease; call ``lease_read`` after each successful read."""
+        """Wait without limit until this process holds the Lease; call ``lease_read`` after tries without an error."""
         logged = ""
         while not await self._try():
             state = self._lease.last_error or f"{self._lease.holder} holds it"
@@ -221,7 +223,7 @@ class LeaderElector:
     def check(self) -> None:
         """End the process unless it is the leader and has renewed the Lease within the last 10 s.
 
-        `kube/fencing.py` calls this method before every write.
+        `kube/fencing.py` calls this method before every write, except the writes of the Lease itself.
         """
         if self.is_leader and self.age() < RENEW_DEADLINE_SECONDS:
             return

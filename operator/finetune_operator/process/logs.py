@@ -45,14 +45,15 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Log every record of at least ``level`` (for example ``"info"``) to standard output, and to nowhere else."""
+    """Log records of at least ``level`` (for example ``"info"``), but fewer records of some libraries, to standard
+    output and to nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # The client library's election is silenced, because it logs a traceback for every failed call.
     # `leader_election.py` logs each cause once instead.
     logging.getLogger("kubernetes.aio.leaderelection").setLevel(logging.CRITICAL)
-    # These loggers log warnings only, because a line for each HTTP request and each watch event would hide the lines
-    # that a person looks for.
+    # Of these loggers nothing below a warning is logged, because a line for each HTTP request and each watch event
+    # would hide the lines that a person looks for.
     for noisy in ("aiohttp.access", "kopf.objects", "kopf._core", "kopf._cogs"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -1,7 +1,7 @@
 """Token buckets, one for each client, that bound how often something may happen.
 
-`connections.py` bounds the new connections of an address, `http_server.py` the requests of an address, and
-`reports/server.py` the tokens, reports and log lines.
+`connections.py` bounds the new connections of an address and of all addresses together, `http_server.py` the requests
+of an address, and `reports/server.py` the tokens, reports and log lines.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ class Settings:
     report_connections: int
     """Largest number of connections of the report server in all. A training job keeps one connection open."""
     report_connections_per_address: int
-    """Largest number of connections of one address. More are needed where many training pods share an address."""
+    """Largest number of connections of the report server with one address. A larger number is needed where many
+    training pods share an address."""
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
     pod_name: str

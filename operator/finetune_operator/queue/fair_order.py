@@ -14,8 +14,9 @@ from typing import Final
 from finetune_operator.queue.key import Key
 
 RESYNC_PATIENCE_SECONDS: Final = 60.0
-"""Seconds after which a key of the resync no longer waits for all keys with news. From then on every second key that is
-taken is a key of the resync, so that an endless stream of news does not stop the resync."""
+"""Seconds after which a key of the resync no longer waits for all keys with news. While the next key of the resync has
+waited longer than that, every second key that is taken is a key of the resync. So an endless stream of news does not
+stop the resync."""
 
 
 class Precedence(IntEnum):
@@ -25,9 +26,10 @@ class Precedence(IntEnum):
     """The reconcile of the job has just written to the API server, and the next step follows. So a job in the middle of
     a change comes before the other jobs of its namespace."""
     NEWS = 1
-    """A watch event or a report has arrived, or the delay of the key is over."""
+    """A watch event or a report has arrived, the delay of the key is over, or the job has got a preflight slot."""
     RESYNC = 2
-    """The resync has listed the job. Nothing new is known of the job."""
+    """The resync has listed the job, or has found the job only in the operator's memory. No event about the job has
+    arrived."""
 
 
 class _Lane:

@@ -1,5 +1,5 @@
-"""In-memory state of each job between two reconciles: the newest report of the current attempt, the pods that may send
-reports, and the time of the last status write.
+"""In-memory state of each job between two reconciles, for example the newest report of the current attempt, the pods
+that may send reports, and the time of the last status write.
 
 The state belongs to the uid of a job, because a job that was deleted and created again under the same name is another
 job. The new job must not show the progress of the deleted job, and must not wait for the back-off of the deleted job.
@@ -80,7 +80,8 @@ class JobMemory:
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the annotations of the job's pods."""
     settled_version: str = ""
-    """`metadata.resourceVersion` at which the job had ended and nothing was left to remove; empty before that."""
+    """`metadata.resourceVersion` at which the job had ended and every object whose removal was due was removed. Empty
+    before that."""
     problem: RetryableError | None = None
     """Why nothing can be created for the job at present: the error of the last try to create its objects, or BadInput
     where its spec or status can't be read or run. None before the first try, and after a try that succeeded."""
@@ -104,7 +105,8 @@ class JobMemory:
         return max(0.0, max(earliest, self.progress_write_at or 0.0, self.reported_write_at or 0.0) - now)
 
     def reserve_reported_turn(self, now: float) -> float:
-        """Return in how many seconds the job may be reconciled for the sake of a report; reserve that turn."""
+        """Return in how many seconds the job may be reconciled for the sake of a report. Reserves a turn where none is
+        reserved yet."""
         if self.reported_write_at is None:
             self.reported_write_at = self.reported_writes.reserve(now)
         return max(0.0, self.reported_write_at - now)
@@ -161,7 +163,7 @@ class Memory:
         return job
 
     def has_read(self, key: Key, resource_version: str) -> bool:
-        """Return whether a reconcile has already read the job with this ``metadata.resourceVersion``."""
+        """Return whether the last reconcile of the job ``key`` has read it with this `metadata.resourceVersion`."""
         job = self._jobs.get(key)
         return job is not None and job.resource_version == resource_version
 
@@ -218,7 +220,8 @@ class Memory:
         return turn if more else max(turn, job.seconds_to_progress_write(now))
 
     def reserve_reported_turn(self, key: Key, uid: str) -> float:
-        """Return in how many seconds ``key`` may be reconciled for the sake of a report; reserve that turn."""
+        """Return in how many seconds the job ``key`` may be reconciled for the sake of a report. Reserves a turn where
+        none is reserved yet."""
         return self.job(key, uid).reserve_reported_turn(self._clock())
 
     def begin_reconcile(self, key: Key) -> None:
@@ -228,7 +231,7 @@ class Memory:
             job.begin_reconcile(self._clock())
 
     def has_settled(self, key: Key, resource_version: str) -> bool:
-        """Return whether the job has ended, and nothing was left to do for it at this ``metadata.resourceVersion``."""
+        """Return whether the job ``key`` has ended, and nothing was due for it at this `metadata.resourceVersion`."""
         job = self._jobs.get(key)
         return job is not None and job.settled_version == resource_version
 

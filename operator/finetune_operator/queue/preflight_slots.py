@@ -62,7 +62,8 @@ class PreflightSlots:
         return key in self._held
 
     def release(self, key: Key) -> None:
-        """Take back the slot, or the place in the line, of the job ``key``, which has no pod and wants none now."""
+        """Take back the slot of the job ``key``, or its place in the line, because no preflight pod of the job uses a
+        slot or is about to be created."""
         self._waiting.pop(key, None)
         if self._held.pop(key, None) is not None:
             self._drop_expired()

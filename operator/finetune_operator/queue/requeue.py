@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 LEAST_PAUSE_SECONDS: Final = 1.0
-"""Shortest time in seconds between a reconcile of a job that has written nothing and the next reconcile of the job.
-Each reconcile rounds its time down to whole seconds, so a reconcile within the same second would see the same time."""
+"""Shortest pause in seconds that a reconcile without a `Write` can ask for. Each reconcile rounds its time down to
+whole seconds, so another reconcile within the same second would see the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,17 @@ class Requeue:
     """When a job is to be reconciled again even if no watch event comes."""
 
     write: Write | None = None
-    """What this reconcile has written; None where it has written nothing. After a write the job is reconciled again at
-    once, because its state has changed."""
+    """The write of this reconcile after which the next step is due, so that the job is reconciled again at once. None
+    where no step is due at once, even if something was written."""
     pause: float | None = None
-    """Seconds until the next reconcile where nothing was written. Less than `LEAST_PAUSE_SECONDS` counts as
+    """Seconds until the next reconcile where `write` is None. Less than `LEAST_PAUSE_SECONDS` counts as
     `LEAST_PAUSE_SECONDS`. None means to wait for the next watch event or resync."""
     gone: bool = False
     """Whether the job no longer exists."""
 
     @property
     def after(self) -> float | None:
-        """Seconds until the job is to be reconciled again: 0 means at once; None means at the next watch event."""
+        """Seconds until the job is to be reconciled again: 0 means at once; None means at the next event or resync."""
         if self.write is not None:
             return 0.0
         return None if self.pause is None else max(LEAST_PAUSE_SECONDS, self.pause)

@@ -33,7 +33,7 @@ def backoff_seconds(failures: int, *, jitter: float, base: float = BASE_DELAY_SE
     The delay is ``base`` after the first failure, doubles with each further failure, and is at most 300 s. ``jitter``
     (0 to 1) shortens the delay by up to a quarter, so that keys which failed together are not retried together.
     """
-    # The exponent is bounded, because 2.0 ** n overflows for a key that has failed for weeks.
+    # The exponent is bounded, because 2.0 ** n overflows for a key that has failed for days.
     delay = min(MAX_DELAY_SECONDS, base * 2.0 ** min(failures - 1, 40))
     return delay * (1 - jitter / 4)
 
