@@ -79,6 +79,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         steps.wait_for_job(installed, namespace, "held", "the queue", says(Reason.QUEUED), 60)
         pods_gone(installed, namespace)
         first_stop = newest_step(installed, f"{namespace}/held/{job.metadata.uid}", run=1)
+        wait_for("no pod to be active", lambda: not kueue.is_active(child), 60)
         kueue.admit(child, PodSetInfo(labels={"kueue.x-k8s.io/podset": "worker"}))
         job = steps.wait_for_job(installed, namespace, "held", "more steps", stepped(120), 300)
         assert job.status is not None
