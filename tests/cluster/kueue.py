@@ -69,7 +69,7 @@ class Kueue:
         job as stored."""
 
         def admitted(job: Manifest) -> None:
-            # A write of which no answer came may have been carried out, so a second try must not take the changed parts.
+            # A write without an answer may have been carried out. A second try must not take the parts it changed.
             self._originals.setdefault(name, copy.deepcopy(job["spec"]["pytorchReplicaSpecs"]))
             for replica in job["spec"]["pytorchReplicaSpecs"].values():
                 _merge(replica["template"], info)
