@@ -61,9 +61,14 @@ class Course:
     """When the kubelet removed the other pod."""
 
 
-def pod(index: int, phase: str = "Running", *, reason: str = "", ended: Any = None, **metadata: Any) -> PodObservation:
-    """Return the pod of worker ``index`` as the operator reads its manifest. ``ended`` is the state `terminated` of its
-    container; None while the container runs."""
+def pod(
+    index: int, phase: str = "Running", *, reason: str = "", ended: Any = None, deletion: Any = None
+) -> PodObservation:
+    """Return the pod of worker ``index`` as the operator reads its manifest.
+
+    ``ended`` is the state `terminated` of its container; None while the container runs. ``deletion`` holds the fields
+    of `metadata` about its deletion; None where nobody has requested it.
+    """
     state = {"running": {"startedAt": text(-60)}} if ended is None else {"terminated": ended}
     manifest = {
         "metadata": {
@@ -72,7 +77,7 @@ def pod(index: int, phase: str = "Running", *, reason: str = "", ended: Any = No
             "resourceVersion": "17",
             "creationTimestamp": text(-100),
             "labels": {ATTEMPT: "1", REPLICA_INDEX: str(index)},
-            **metadata,
+            **(deletion or {}),
         },
         "spec": {"nodeName": "node-a", "containers": [{"name": TRAINING_CONTAINER}]},
         "status": {"phase": phase, "containerStatuses": [{"name": TRAINING_CONTAINER, "state": state}]},
@@ -94,23 +99,30 @@ def terminated(code: int, finished: float | None) -> dict[str, Any]:
     return {"exitCode": code, "reason": "Error" if times else "ContainerStatusUnknown", **times}
 
 
+def deleting(requested: float) -> dict[str, Any]:
+    return {"deletionTimestamp": text(requested + GRACE), "deletionGracePeriodSeconds": GRACE}
+
+
+def removing(now: float) -> dict[str, Any]:
+    return {"deletionTimestamp": text(now), "deletionGracePeriodSeconds": 0}
+
+
 def states(course: Course) -> Iterator[State]:
     """Yield the states of the attempt, oldest first."""
     mine, other = course.evicted, 1 - course.evicted
     end = terminated(course.code, 0 if course.known_end else None)
     evicted = pod(mine, "Failed", reason="Evicted", ended=end)
-    deleting = {"deletionTimestamp": text(course.deleted + GRACE), "deletionGracePeriodSeconds": GRACE}
-    removing = {"deletionTimestamp": text(course.removed), "deletionGracePeriodSeconds": 0}
+    asked, last = deleting(course.deleted), removing(course.removed)
     peer_end = terminated(course.peer_code, course.peer_ended)
     yield State((pod(0), pod(1)))
     if course.reported_late:
         yield State((pod(other), pod(mine, ended=end)))
     yield State((pod(other), evicted))
     yield State((pod(other), evicted), child_failed=True)
-    yield State((pod(other, **deleting), evicted), child_failed=True)
-    yield State((pod(other, ended=peer_end, **deleting), evicted), child_failed=True)
-    yield State((pod(other, "Failed", ended=peer_end, **deleting), evicted), child_failed=True)
-    yield State((pod(other, "Failed", ended=peer_end, **removing), evicted), child_failed=True)
+    yield State((pod(other, deletion=asked), evicted), child_failed=True)
+    yield State((pod(other, ended=peer_end, deletion=asked), evicted), child_failed=True)
+    yield State((pod(other, "Failed", ended=peer_end, deletion=asked), evicted), child_failed=True)
+    yield State((pod(other, "Failed", ended=peer_end, deletion=last), evicted), child_failed=True)
     yield State((evicted,), child_failed=True)
 
 
@@ -168,15 +180,13 @@ def test_an_eviction_is_charged_as_such_in_whichever_state_it_is_seen_first(cour
 def test_a_pod_that_a_person_deletes_is_no_eviction_in_the_moment_of_its_removal() -> None:
     """The kubelet's last write hides when the deletion was requested, and no look came before."""
     for code in (143, 137):
-        removing = {"deletionTimestamp": text(6), "deletionGracePeriodSeconds": 0}
-        removed = pod(1, "Failed", ended=terminated(code, 4), **removing)
+        removed = pod(1, "Failed", ended=terminated(code, 4), deletion=removing(6))
         look = State((pod(0), removed))
         assert end_of([(look, look)]) == (Verdict.FREE, "PodDeleted")
 
 
 def test_an_evicted_pod_that_a_person_then_deletes_stays_evicted() -> None:
-    removing = {"deletionTimestamp": text(6), "deletionGracePeriodSeconds": 0}
-    evicted = pod(1, "Failed", reason="Evicted", ended=terminated(143, 4), **removing)
+    evicted = pod(1, "Failed", reason="Evicted", ended=terminated(143, 4), deletion=removing(6))
     for failed in (False, True):
         look = State((pod(0), evicted), child_failed=failed)
         assert end_of([(look, look)]) == (Verdict.CHARGED, "Evicted")
@@ -184,7 +194,6 @@ def test_an_evicted_pod_that_a_person_then_deletes_stays_evicted() -> None:
 
 def test_an_eviction_after_a_deletion_is_no_cause() -> None:
     """A pod that is already being deleted fills its disk with its last checkpoint."""
-    deleting = {"deletionTimestamp": text(GRACE), "deletionGracePeriodSeconds": GRACE}
-    evicted = pod(1, "Failed", reason="Evicted", ended=terminated(143, 4), **deleting)
+    evicted = pod(1, "Failed", reason="Evicted", ended=terminated(143, 4), deletion=deleting(0))
     look = State((pod(0), evicted))
     assert end_of([(look, look)]) == (Verdict.FREE, "PodDeleted")
