@@ -25,8 +25,8 @@ __all__ = ["cluster"]
 # keep a processor busy. torch reads the variable when it is imported, which is later.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A property test draws the same values in each run, so that a test that fails points at the change. `make test-long`
-# draws new values in each run.
+# A property test draws the same values in each run. So if a test fails that succeeded before, a change of the code is
+# the cause. `make test-long` draws new values in each run.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
@@ -35,17 +35,20 @@ FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they need the most CPU
 time and can run at the same time. The tests of most other folders spend most of their time waiting."""
 FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
-"""The same for `make unit`. The tests of `operator` are the largest group then, and one worker needs longer for them
-than the other one for all files that come after those of `trainer`."""
+"""The same for `make unit`. There the tests of `operator`, which run in one worker, are the group that takes longest.
+If they did not start first, they would still run when the other worker has no more files to run."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import all test files without the garbage collector, which would look again and again at all that the imports
-    make and would need half of the time. It does not look at these objects later either, because all of them stay until
-    the end. Children that tests fork share them with this process for longer."""
+    """Import all test files while the garbage collector is switched off. It would look at the imported objects again
+    and again, and this would take half of the time.
+
+    `gc.freeze` excludes the imported objects from later collections too, because all of them stay until the end. As the
+    collector then does not write to these objects, forked processes share their memory with this process for longer.
+    """
     gc.disable()
     try:
         return (yield)
@@ -56,8 +59,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests so that the folders of `FIRST` come first, or those of `FIRST_WITHOUT_CLUSTER` where no test uses
-    a cluster. The hook is called after the one in which pytest takes away the tests that are not asked for."""
+    """Sort the tests so that the folders of `FIRST` come first. If no test uses a cluster, the folders of
+    `FIRST_WITHOUT_CLUSTER` come first instead. pytest calls this hook last, when it has already removed the tests that
+    are not to run."""
     first = FIRST if any(item.get_closest_marker("cluster") for item in items) else FIRST_WITHOUT_CLUSTER
     items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0], first))
 

@@ -58,6 +58,6 @@ def test_a_room_whose_tests_all_need_the_cluster_says_how_to_run_them() -> None:
     ["core/finetune_core", "operator/finetune_operator", "trainer_image/finetune_trainer", "cli/finetune_cli"],
 )
 def test_no_two_modules_of_a_package_have_the_same_name(package: str) -> None:
-    """A name that is said without its folder must lead to one file."""
+    """The name of a module without its folder must identify a single file in the package."""
     names = Counter(path.stem for path in Path(REPOSITORY, package).rglob("*.py") if not path.stem.startswith("__"))
     assert [name for name, count in names.items() if count > 1] == []

@@ -50,7 +50,7 @@ def test_it_installs_without_a_warning(cluster: Cluster, server: Server) -> None
 
 def test_every_field_is_explained(cluster: Cluster, server: Server) -> None:
     explain: list[str | Path] = [cluster.layout.programs / "kubectl", "explain", "ftj.spec", "--recursive"]
-    # The test waits, because the API server publishes the schema of a new CRD some seconds after it begins to serve it.
+    # The test waits, because the API server publishes the schema of a new CRD some seconds after it serves the CRD.
     wait_for("the schema to be published", lambda: cluster.run(explain, check=False).returncode == 0, 60)
     text = cluster.run(explain).stdout
     for path in PLACES_WITH_FIELDS:

@@ -1,9 +1,9 @@
 """The command of `make bench`, which runs all measurements of the project, or only the measurement that ``--only``
 names.
 
-The measurements print tables or lines. Most of these compare this project with another program, or compare two settings
-of this project. The two sides of a comparison run close together in time, because other work on the machine changes
-absolute times.
+The measurements print tables or lines. Most measurements compare this project with another program, or compare two
+settings of this project. The two sides of a comparison run close together in time, because other work on the machine
+changes absolute times.
 
     python -m tests.bench --only fleet
 """

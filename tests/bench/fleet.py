@@ -3,9 +3,10 @@ requirements with a limit.
 
 First `floor.py` measures how long a client alone takes to make the writes for 1000 new jobs. Then 1000 PyTorchJobs run
 with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator (R3).
-Then the operator is restarted twice: beside the 1000 ended jobs (R2), and beside these and 4000 suspended jobs (R4). No
-real pod runs: a stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets another
-number instead of 1000, and the number of suspended jobs is four times that number.
+Then the operator is restarted twice: first with the 1000 ended jobs in the cluster (R2), and then with these jobs and
+4000 suspended jobs in the cluster (R4). No real pod runs: a stub node sets the status of each pod. The results are two
+tables. `FINETUNE_BENCH_JOBS` sets another number instead of 1000, and the number of suspended jobs is four times that
+number.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def child_is_over(manifest: Manifest) -> bool:
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
     """Return the manifest of a FineTuneJob with one pod. ``words`` is the script (see stub_node.py) that determines how
-    the stub node ends the pods. It has one word for each attempt."""
+    the stub node ends the pods. The script has one word for each attempt."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest

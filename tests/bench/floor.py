@@ -2,9 +2,9 @@
 docs/performance.md limits the time that the operator needs for these writes. The time of the bare client is about the
 shortest possible time.
 
-The bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
-first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status
-that names the PyTorchJob. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside
+The bare client reads and watches nothing. It creates each job, and then makes the writes that the operator makes until
+the first attempt runs: the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status that
+names the PyTorchJob. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside
 those of R3.
 """
 
@@ -38,8 +38,8 @@ _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "
 
 @dataclass(frozen=True)
 class Sample:
-    """The objects that the operator wrote for one sample job, as JSON text. `of` makes from one of these texts the same
-    object for another job."""
+    """The objects that the operator wrote for one sample job, as JSON text. `of` converts one of these texts into the
+    same object for another job."""
 
     namespace: str
     uid: str

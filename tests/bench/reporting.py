@@ -88,7 +88,7 @@ async def token_of(admin: Admin, pod: Manifest, job_uid: str) -> str:
 async def report_forever(admin: Admin, number: int, pod: Manifest, job_uid: str, reporting: Reporting) -> None:
     """Send a report of ``pod`` every three seconds. All reports go over one connection until it ends, and then over a
     new connection. Each reporter has a source address of its own, as each pod has. ``number`` is the number of the
-    reporter."""
+    reporter, which determines the address and the time of the first report."""
     name, pod_uid = pod["metadata"]["labels"][JOB_NAME], pod["metadata"]["uid"]
     token = await token_of(admin, pod, job_uid)
     path = report_path(pod["metadata"]["namespace"], name, int(pod["metadata"]["labels"][ATTEMPT]))

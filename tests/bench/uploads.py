@@ -86,7 +86,7 @@ def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
     with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
         proxy.bytes_per_second = BYTES_PER_SECOND
         # Every second pair starts with the run without checkpoints. The first run of a pair may make the second run
-        # faster or slower, and with this order it affects both kinds of runs equally.
+        # faster or slower. With this order, this effect is about the same for both kinds of runs.
         names = [
             (f"uploads-{number}-{every}", every)
             for number in range(PAIRS)

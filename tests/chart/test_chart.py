@@ -33,14 +33,15 @@ def _helm_is_there() -> None:
 
 def rendered(values: Manifest | None = None) -> list[Manifest]:
     """Render the chart with ``values`` for a release in the namespace `system`, and return its objects."""
-    # The loader of libyaml makes the same objects as the one in Python, which takes longer than helm for the CRD.
+    # The loader of libyaml returns the same objects as PyYAML's own loader. PyYAML's own loader, which is written in
+    # Python, would take longer for the CRD than helm takes to render the chart.
     return [item for item in yaml.load_all(rendered_text(json.dumps(values or {})), Loader=yaml.CSafeLoader) if item]
 
 
 @functools.cache
 def rendered_text(values: str) -> str:
-    """Return the text that helm makes of the chart with ``values``, which is JSON. Many tests ask for the same values,
-    and no template has a random part."""
+    """Return the text that helm renders from the chart with ``values``, which is JSON. The results are cached, because
+    many tests use the same values, and because no template has a random part."""
     return helm("template", "finetune-operator", str(CHART), "--namespace", "system", "--values", "-", stdin=values)
 
 

@@ -35,8 +35,8 @@ class Ended:
 
 
 def run_finetune(arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> Ended:
-    """Run `finetune` with ``arguments`` in the folder ``folder``, which gets two files with what it wrote. The program
-    has only the environment variables in ``environment``.
+    """Run `finetune` with ``arguments`` in the folder ``folder``, and write its output into two files in this folder.
+    The program has only the environment variables in ``environment``.
 
     Raises AssertionError if the command still runs after `SECONDS`.
     """

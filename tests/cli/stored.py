@@ -16,8 +16,8 @@ FOLDER = Path(__file__).parent / "jobs"
 
 
 def stored(name: str | None = None) -> dict[str, Any]:
-    """Return the quickstart job as the API server's JSON. Its status is that of `jobs/<name>.yaml`, or absent without
-    ``name``."""
+    """Return the quickstart job as the API server's JSON, with the status in `jobs/<name>.yaml`. Without ``name`` the
+    job has no status."""
     found: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
     found["metadata"] |= {"namespace": "research", "uid": "u", "generation": 1, "resourceVersion": "7"}
     if name is not None:
@@ -26,6 +26,6 @@ def stored(name: str | None = None) -> dict[str, Any]:
 
 
 def job(name: str | None = None) -> FineTuneJob:
-    """Return the quickstart job as a FineTuneJob. Its status is that of `jobs/<name>.yaml`, or absent without
-    ``name``."""
+    """Return the quickstart job as a FineTuneJob, with the status in `jobs/<name>.yaml`. Without ``name`` the job has
+    no status."""
     return FineTuneJob.model_validate(stored(name))

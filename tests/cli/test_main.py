@@ -28,7 +28,8 @@ def environment(kubeconfig: Path | str = "/nonexistent") -> dict[str, str]:
 
 
 def finetune(folder: Path, *arguments: str, kubeconfig: Path | str = "/nonexistent") -> Ended:
-    """Run the program `finetune` in a process of its own, which is forked from one that has imported the program."""
+    """Run the program `finetune` in a process of its own, which is forked from a process that has already imported the
+    program."""
     return run_finetune(arguments, environment(kubeconfig), folder)
 
 

@@ -50,8 +50,8 @@ OWN_CODES = re.compile(r"\x1b\[[0-9;?]*[mKAhlG]|\r")
 
 
 def hostile_job(name: str) -> dict[str, Any]:
-    """Return the stored job ``name`` with a hostile text in place of each text of its status for which the models
-    accept one.
+    """Return the stored job ``name``. A hostile text replaces each text in the job's status, if the models accept a
+    hostile text there.
 
     The type of the condition `Succeeded` stays, because a job without that condition shows no text of its status.
     """

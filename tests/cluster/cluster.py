@@ -157,8 +157,8 @@ class Cluster:
     def popen(
         self, argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start a program inside the cluster's namespaces, with KUBECONFIG set, and return without waiting. If it still
-        runs when the cluster ends, it is killed."""
+        """Start a program inside the cluster's namespaces, with KUBECONFIG set, and return without waiting. A program
+        that still runs when the cluster ends is killed."""
         variables = {**self._environment(os.environ), **(environment or {})}
         return subprocess.Popen(self.namespaces.command([str(argument) for argument in argv]), env=variables, **options)
 

@@ -37,8 +37,9 @@ def network() -> None:
     """Configure the loopback interface and the bridge to which pods are connected. No route leads out of the network
     namespace."""
     run("ip", "link", "set", "lo", "up")
-    # The cluster runs no kube-proxy. The API server and CoreDNS therefore listen on the cluster IPs of their Services,
-    # which become addresses of the loopback interface here.
+    # The cluster runs no kube-proxy, which would forward connections from the cluster IP of a Service to its pods. So
+    # the API server and CoreDNS listen on the cluster IPs of their Services themselves. To make this possible, these
+    # cluster IPs become addresses of the loopback interface.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
         run("ip", "address", "add", f"{address}/32", "dev", "lo")
     # The bridge gets a fixed MAC address. Without this setting it would use the lowest MAC address of its ports, which

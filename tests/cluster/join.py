@@ -1,8 +1,8 @@
 """The process that holds the namespaces of a second node. It makes the node's mounts, connects the node to the
 cluster's network, and then waits until it is killed.
 
-`second_node.py` starts it inside the cluster's namespaces as ``unshare --net --mount -- python -m tests.cluster.join
-STATE_FOLDER``.
+`second_node.py` starts this process inside the cluster's namespaces as ``unshare --net --mount -- python -m
+tests.cluster.join STATE_FOLDER``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def leave_the_first_node() -> None:
 
 
 def network() -> None:
-    """Connect the second node to the first node's bridge by a veth pair, and add the routes by which the pods of one
-    node reach the pods of the other."""
+    """Connect the second node to the first node's bridge by a veth pair. Add a route to the cluster IPs of Services on
+    the second node, and a route to the second node's pods on the first node."""
     # Prefix of the commands that run in the first node's network namespace, which is the network namespace of the
     # process with PID 1.
     first_node = ("nsenter", "--net=/proc/1/ns/net", "--")

@@ -59,8 +59,9 @@ class Authority:
         """Make a key and a certificate for ``name``, valid for clients and servers. Write them as ``<file>.key`` and
         ``<file>.crt``.
 
-        ``hosts`` are the DNS names and IP addresses under which a server is reached. With ``old_format`` the key is an
-        RSA key instead of an elliptic-curve key.
+        ``organizations`` are the groups to which the client belongs, for example ``"system:masters"``. ``hosts`` are
+        the DNS names and IP addresses under which a server is reached. With ``old_format`` the key is an RSA key
+        instead of an elliptic-curve key.
         """
         key: PrivateKey = (
             rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())

@@ -53,8 +53,8 @@ class Server:
     address: str = "127.0.0.1:5000"
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return a command that runs ``argv`` in the registry's network namespace. Over the network such a program
-        reaches only this registry."""
+        """Return a command that runs ``argv`` in the registry's network namespace. In this namespace the program can
+        reach no other server than the registry."""
         return ["nsenter", f"--net=/proc/{self.namespaces.pid}/ns/net", "--", *argv]
 
     def serves(self) -> bool:

@@ -172,7 +172,7 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill all processes of the node that are found. Return True if none was found.
+        """Kill all processes of the node that are found. Return True if no process was found.
 
         `stop` calls this method until it returns True. One call may not be enough, because containerd runs a process
         beside each container (the shim), and the shim may start another process during the call.
@@ -186,8 +186,8 @@ class SecondNode:
         return not left
 
     def processes(self) -> set[int]:
-        """Return the process ids of the node and of its pods. These are all processes in the node's cgroup folder or in
-        its mount namespace, except the process that holds the namespaces."""
+        """Return the ids of the processes of the node's programs and pods, which are all processes in the node's cgroup
+        folder or in its mount namespace, except the process that holds the namespaces."""
         anchor = self._anchor.pid
         own = Path(f"/proc/{anchor}/ns/mnt").readlink()
         found = cgroups.processes(self._cgroup)

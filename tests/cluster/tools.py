@@ -35,8 +35,8 @@ class Tool:
     ``folder`` is the folder below ``tools/`` with the go.mod file, and ``package`` is the Go package to compile.
     ``stamps_version`` writes the Kubernetes version into the binary, because clients and the kubelet compare versions.
     ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. The files are taken from the
-    Go module that contains the package ``data_from`` or, if that is None, the package ``package``. ``data_from`` is
-    needed if ``package`` is a package of this project.
+    Go module that contains the package ``data_from``. If ``data_from`` is None, they are taken from the Go module that
+    contains ``package``. ``data_from`` is needed if ``package`` is a package of this project.
     """
 
     name: str

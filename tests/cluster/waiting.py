@@ -44,17 +44,17 @@ are those of Go's net packages, of etcd's client and of apimachinery's `errors.N
 NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """Errors of Python's own clients for a connection that was refused, broken or too slow."""
 NO_WAY = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET})
-"""Numbers of the errors for a server to which no packet gets, for example while a node is cut off. Python has no class
-of its own for them."""
+"""Numbers of the errors for a server to which no packet gets, for example while a node is cut off. Python raises these
+errors as plain OSError."""
 
 
 def was_not_answered(error: BaseException) -> bool:
     """Return whether ``error`` says that a server did not answer.
 
     The errors of urllib, urllib3 and requests wrap the error of the socket. For errors of these libraries, the function
-    therefore also checks the ``reason`` and the cause. It does not do this for other errors, because an assertion that
-    fails in the handler of a broken connection is still a failed assertion. A response with an HTTP status code is an
-    answer, no matter which code it is.
+    therefore also checks the ``reason`` and the cause. For other errors the function does not check the cause, because
+    an assertion that fails in the handler of a broken connection is still a failed assertion. A response with an HTTP
+    status code is an answer, no matter which code it is.
     """
     if isinstance(error, (UnreachableError, *NOT_ANSWERED)):
         return True

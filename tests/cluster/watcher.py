@@ -120,7 +120,7 @@ def end_namespaces(process: subprocess.Popen[bytes], cgroup: str) -> None:
 
 def keep_logs(layout: Layout) -> None:
     """Copy the logs of the cluster's programs and pods into the folder that the environment variable FINETUNE_KEEP_LOGS
-    names. If it is not set, do nothing."""
+    names. If the variable is not set, do nothing."""
     wanted = os.environ.get(KEEP_LOGS_VARIABLE)
     if not wanted:
         return

@@ -35,10 +35,10 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 def pip() -> list[str]:
     """Return the command of the first pip that is found.
 
-    The pip of this Python is tried first. A virtual environment that uv made has no pip. Then the virtual environment
-    in which `make` installed uv is tried, which has a pip. Last, the Python below this virtual environment and the
-    Pythons on the PATH are tried, which may have a pip. Debian's Python has a pip only if the package python3-pip is
-    installed.
+    The Python that runs this program is tried first. It has no pip if uv made its virtual environment. The Python of
+    the virtual environment in which `make` installed uv is tried next. If `make` has installed uv, this Python has a
+    pip. Last, the Python from which the virtual environment of this program was made and the Pythons on the PATH are
+    tried. If they are Debian's, they have a pip only if the package python3-pip is installed.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

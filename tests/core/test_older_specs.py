@@ -17,7 +17,7 @@ from finetune_core.tasks import TASKS
 from tests.core.jobs import EXAMPLES, quickstart
 
 OLDER = ("2433999", "5b68d5f")
-"""Commits of older versions, of which jobs may still be stored."""
+"""Commits of older versions. Clusters may still have jobs that were stored with the CRDs of these versions."""
 
 
 def types(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

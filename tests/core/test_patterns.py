@@ -39,7 +39,7 @@ ALL = dict(patterns(openapi_schema(FineTuneJobSpec)))
 
 
 def accepted(tokens: Any) -> set[int]:
-    """Return the control characters that a text may contain and still match ``tokens``, a parsed regular expression."""
+    """Return the control characters that can occur in a text that matches ``tokens``, a parsed regular expression."""
     found: set[int] = set()
     for operation, value in tokens:
         name = str(operation)

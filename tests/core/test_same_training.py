@@ -105,7 +105,8 @@ def test_machines_and_policies_do_not_define_the_training(change: dict[str, Any]
 
 
 def test_where_model_and_scratch_folder_lie_changes_nothing_that_a_pod_is_told() -> None:
-    """So a trainer image of an older version reads the run file of a job with a cache, and trains without a cache."""
+    """The run file does not contain the cache and the volume of the scratch folder. So a trainer image of an older
+    version can read the run file of a job with a cache, and trains without the cache."""
     storage, volume = quickstart()["spec"]["storage"], {"size": "9Gi", "storageClassName": "fast"}
     plain = example()
     assert example(storage=storage | {"cache": {"claimName": "models"}}) == plain

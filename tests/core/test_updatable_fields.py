@@ -26,7 +26,8 @@ def spec_schema() -> Mapping[str, Any]:
 def fields_without_a_rule(
     schema: Mapping[str, Any], ruled: set[tuple[str, ...]], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the paths below ``path`` that no rule of ``ruled`` covers and that `MUTABLE` does not name."""
+    """Yield the paths of the fields below ``path`` that are neither covered by ``ruled`` nor by `MUTABLE`. ``ruled``
+    holds the paths of the fields and sections for which a rule forbids updates."""
     if path in ruled or path in MUTABLE:
         return
     if "properties" not in schema:

@@ -1,5 +1,5 @@
-"""Functions that read the objects in the bucket that the runs of a job wrote. Tests compare these objects with the
-job's status."""
+"""Functions that read the objects that the runs of a job have written into the bucket. Tests compare these objects with
+the job's status."""
 
 from __future__ import annotations
 

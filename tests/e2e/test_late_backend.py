@@ -1,6 +1,6 @@
-"""Jobs are created before Kubeflow is installed. Their status names the missing training-operator, and they run after
-its installation. In the second test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created ten
-minutes after the jobs that need them.
+"""Jobs are created before Kubeflow is installed. The status of each job names the missing training-operator, and the
+jobs run after the training-operator was installed. In the second test, a Secret, a PersistentVolumeClaim, an image and
+a bucket are also created ten minutes after the jobs that need them.
 
 The tests need a cluster of their own, because all other tests need Kubeflow from the start.
 """
@@ -111,7 +111,7 @@ def after_ten_minutes(
     creates the missing object.
 
     Within ``patience`` seconds the message of the condition Accepted must contain ``words``, which name the missing
-    object. After the ten minutes it must still contain them, and no attempt may have been charged.
+    object. After the ten minutes the message must still contain these words, and no attempt may have been charged.
     """
 
     def named(job: Manifest) -> bool:
@@ -134,8 +134,8 @@ def after_ten_minutes(
 
 
 def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
-    """Return the test case of a job with ``spec`` whose bucket is created late. This job runs the real trainer, because
-    the scripted trainer of the other cases would not look for the bucket."""
+    """Return the test case of a job with ``spec`` whose bucket ``make`` creates ten minutes after the job. This job
+    runs the real trainer, because the scripted trainer of the other cases would not look for the bucket."""
 
     def artifact_is_there(stage: Stage, job: Manifest) -> None:
         with stage.cluster.enter():

@@ -1,5 +1,5 @@
 """A job loses no step when it is suspended, evicted by its queue, or deleted and created again: it resumes from the
-checkpoint that its pods commit after SIGTERM. A cancelled job keeps that checkpoint."""
+checkpoint that its pods commit after SIGTERM. A cancelled job keeps the checkpoint that its pods commit."""
 
 from __future__ import annotations
 

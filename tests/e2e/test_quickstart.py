@@ -187,7 +187,8 @@ def test_full_fine_tuning_ends_with_a_model_that_is_judged_by_its_scores_and_lat
 
 
 def _judged(job: FineTuneJob) -> list[RequirementStatus]:
-    """Return the judgements in the status of ``job``, after a check that the verdict on the job follows from them."""
+    """Return the judgements in the status of ``job``, one for each required score. Assert that the status shows the
+    evaluation as passed exactly if all required scores are passed."""
     assert job.status is not None
     evaluation = job.status.evaluation
     assert evaluation is not None

@@ -100,7 +100,7 @@ def test_a_job_without_status_and_uid_resumes_its_run_and_settles_once_it_is_don
     with installed.enter():
         assert len(folder.runs()) == 2, "nothing was trained again"
 
-    # Another seed, and then other data: the job trains anew by itself.
+    # A job with another seed, and then a job with other data, does not take over the former run and trains anew.
     lose(installed, namespace, "restored")
     other_seed = {**manifest, "spec": {**manifest["spec"], "training": {**manifest["spec"]["training"], "seed": 7}}}
     for changed, data in ((other_seed, content), (manifest, content + b'{"question": "And?", "answer": "No."}\n')):

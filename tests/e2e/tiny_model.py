@@ -1,5 +1,5 @@
-"""Make a Llama model of about 250,000 parameters with random weights. With it, jobs of tests that need no useful model
-run within seconds.
+"""Make a Llama model of about 250,000 parameters with random weights. Tests that need no useful model use it, so that
+their jobs run within seconds.
 
 The model's folder has the files that `model.s3` of a job needs. The tokenizer works on bytes, so that it accepts any
 text.
@@ -19,7 +19,8 @@ VOCABULARY = 320
 
 def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
     """Create the tiny model in ``folder`` and upload it to `TINY_MODEL`. Generate training rows and upload them to the
-    place that examples/quickstart.yaml names."""
+    place that examples/quickstart.yaml names. Also create the bucket, and the Service through which pods reach the
+    object store under the host name in examples/quickstart.yaml."""
     steps.make_bucket(cluster)
     steps.name_object_store(cluster)
     steps.put_base_model(cluster, make_tiny_model(folder), "models/tiny")

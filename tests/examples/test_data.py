@@ -1,4 +1,4 @@
-"""The jobs in examples/data: each takes the rows that its comment shows."""
+"""Each job in examples/data is valid, and can read rows such as the row that the job's comment shows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ CONVERSATIONS = {
         ["No, it is 7 * 13.<|im_end|>"],
     ],
 }
-"""What Qwen3's template makes of the conversations: the learned texts of each example."""
+"""The texts that are learned from the conversation in the comment of a job file, by the name of the file. The
+conversation is rendered by Qwen3's chat template and becomes one or more examples, and each example has a list of
+learned texts."""
 
 
 def row_in_comment(path: Path) -> dict[str, Any]:

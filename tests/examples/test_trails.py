@@ -1,5 +1,5 @@
 """examples/trails generates the same rows on every machine. No training row has the same function and attributes as a
-held-out row, and no training row has the same name."""
+held-out row, and no training row has the same name as a held-out row."""
 
 from __future__ import annotations
 

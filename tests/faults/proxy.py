@@ -70,8 +70,8 @@ class Kill:
     namespace: str = ""
     """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the proxy sends the answer to the write to the operator before the kill, so that the victim may have read
-    the answer."""
+    """Whether the proxy passes the API server's answer to the write on before it kills the operator. The operator may
+    then have read the answer. Otherwise the answer is never sent."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""
@@ -118,8 +118,8 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_LARGEST_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        # With `handler_cancellation`, the handler of a request is cancelled when the client closes the connection. This
-        # ends watches. `_handle` protects all other forwarded requests from the cancellation.
+        # With `handler_cancellation`, the handler of a request is cancelled when the client closes the connection. So a
+        # watch ends at this moment. `_handle` protects all other forwarded requests from the cancellation.
         self._runner = web.AppRunner(
             application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
         )

@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 CONVERGED_SECONDS = 30
 FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
 FIRST = "2433999"
-"""Commit of the first version that ran jobs. It had no leader election, no `runPolicy.cancel` and an older status."""
+"""Commit of the first version that ran jobs. This version had no leader election and no `runPolicy.cancel`, and its
+status had other fields."""
 LATER = "5b68d5f"
 """Commit of a later version, which obeys `runPolicy.cancel` and runs the preflight check before a job's first
 attempt."""
@@ -188,7 +189,7 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
 
 
 def without_empty_objects(value: Any) -> Any:
-    """Return ``value`` without the fields of objects whose value is an empty object."""
+    """Return ``value``, a JSON value, without all fields whose value is an empty object, at any depth."""
     if isinstance(value, dict):
         kept = {key: without_empty_objects(inner) for key, inner in value.items()}
         return {key: inner for key, inner in kept.items() if inner != {}}

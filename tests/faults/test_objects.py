@@ -115,7 +115,7 @@ def poison_among(world: World, good: int) -> None:
     """Create a job that the operator can't parse, and as many valid jobs as ``good`` says. Assert that the valid jobs
     end as usual.
 
-    For this the CRD accepts any value of one field for a while, as the CRD of another version could.
+    To make this possible, the CRD accepts any value of one field for a while, as the CRD of another version could.
     """
     crd = world.call("GET", CRD)
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]

@@ -24,8 +24,8 @@ Outage = Callable[[World], AbstractContextManager[None]]
 
 
 def answering(*answers: Answer, path: str = "") -> Outage:
-    """Return an outage in which the proxy answers every request whose path matches ``path`` with the error in
-    ``answers``."""
+    """Return an outage in which the proxy answers every request whose path matches the regular expression ``path`` with
+    the first error in ``answers``."""
     return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
 
 
@@ -50,7 +50,9 @@ OUTAGES: dict[str, tuple[Outage, float, int]] = {
 
 
 def go_through(world: World, outage: Outage, seconds: float) -> int:
-    """Delete a PyTorchJob during an outage, and wait after the outage until the job's second attempt has started.
+    """Start five jobs, and delete the PyTorchJob of one job during ``outage``, which lasts ``seconds``. Assert that
+    requests with the same verb and path failed at most once per second on average. Wait after the outage until this
+    job's second attempt has started.
 
     Return how often the operator ended during the outage.
     """

@@ -97,8 +97,9 @@ class World:
         return self.loop.run(self.admin.list_all(f"/api/v1/namespaces/{namespace}/pods"))
 
     def wait(self, what: str, reached: Callable[[], Any], timeout: float = 60, interval: float = 0.2) -> Any:
-        """Wait until ``reached`` returns a true value, and return the value. After ``timeout`` seconds raise an error.
-        Its message contains ``what``, such as "five attempts", and the end of the operator's log."""
+        """Wait until ``reached`` returns a true value, and return the value. After ``timeout`` seconds raise
+        ClusterError with a message that contains ``what``, such as "five attempts", and the end of the operator's
+        log."""
         return wait_for(what, reached, timeout, evidence=self.evidence, interval=interval)
 
     def wait_job(

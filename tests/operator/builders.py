@@ -36,8 +36,8 @@ def at(seconds: float) -> datetime:
 def job_manifest(**spec: Any) -> dict[str, Any]:
     """Return the manifest of examples/quickstart.yaml with a namespace, uid, generation and resourceVersion.
 
-    What else the API server adds to a stored object, such as the defaults of the CRD, is missing. ``spec`` replaces
-    whole sections of the manifest's spec.
+    Other values that the API server adds to a stored object, such as the defaults of the CRD, are missing. ``spec``
+    replaces whole sections of the manifest's spec.
     """
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
@@ -78,9 +78,12 @@ def former_run(
     outcome: Literal[Outcome.COMPLETED, Outcome.GATE_FAILED] = Outcome.COMPLETED,
     template_date: date | None = None,
 ) -> str:
-    """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
-    artifact is committed, with ``outcome``; else the run has checkpoints only. ``template_date`` is the day that the
-    run's chat template got as today's date."""
+    """Return the termination message of a preflight check that found a run in the bucket.
+
+    With ``done`` the run's artifact is committed, with ``outcome``; else the run has checkpoints only. ``run_id`` names
+    the folder of the run, and ``uid`` is the uid of the job that wrote into it. ``template_date`` is the day that the
+    run's chat template got as today's date.
+    """
     committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=outcome)
     found = FoundRun(
         run_id=run_id,
@@ -131,7 +134,7 @@ def pod(
         "delete_deadline": None if deleted is None else at(deleted + grace),
         "container": container,
     }
-    # In ``changes``, `reason_` and `message_` stand for the pod's own fields `reason` and `message`, because the
+    # In ``changes``, the names `reason_` and `message_` set the pod's own fields `reason` and `message`, because the
     # parameters `reason` and `message` set the fields of the container.
     return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
 

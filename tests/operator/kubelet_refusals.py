@@ -21,8 +21,8 @@ KUBELET_REFUSALS = frozenset(
         "OutOfmemory",
         "OutOfephemeral-storage",
         "OutOfpods",
-        "OutOfnvidia.com/gpu",  # "OutOf" and the name of any extended resource
-        # names of the scheduler's plugins that AdmissionCheck and generalFilter run: pkg/scheduler/eventhandlers.go
+        "OutOfnvidia.com/gpu",  # an example: the reason is "OutOf" and the name of the extended resource
+        # pkg/scheduler/eventhandlers.go: the names of the scheduler's plugins that AdmissionCheck and generalFilter run
         "NodeAffinity",
         "NodeName",
         "NodePorts",

@@ -1,4 +1,4 @@
-"""An in-memory model of the API server and of training-operator, which stands in for `KubeClient` in tests.
+"""An in-memory model of the API server and of training-operator, which tests use in place of `KubeClient`.
 
 The model is complete enough for the whole life of one job, and lets the operator crash after any chosen write. Tests
 with the real servers are in test_on_cluster.py.
@@ -21,8 +21,8 @@ _OWN = set(ConditionType)
 
 
 def copied(value: Json) -> Json:
-    """Return a copy of the JSON value ``value``. The server copies whatever it takes and gives, and `copy.deepcopy`
-    would take most of the time of the tests with large statuses."""
+    """Return a copy of the JSON value ``value``. The model server copies every object that it stores or returns.
+    `copy.deepcopy` is not used, because it would take most of the time of the tests with large statuses."""
     return cast(Json, _copied(value))
 
 

@@ -27,8 +27,8 @@ def certificates() -> CertificateSet:
 def api_configuration(host: str) -> kubernetes_client.Configuration:
     """Return what `KubeClient` needs for an API server at the address ``host``, such as `http://127.0.0.1:8001`.
 
-    As in a pod, the client trusts one certificate authority. It would otherwise read those of the machine, which takes
-    longer than most tests, although no server here speaks TLS.
+    The configuration contains one certificate authority, as in a pod. Without it, the client would read all certificate
+    authorities of the machine, even for a server without TLS. Reading them takes longer than most tests.
     """
     configuration = kubernetes_client.Configuration(host=host)
     configuration.ca_cert_data = certificates().ca_certificate
@@ -63,7 +63,7 @@ async def connect(port: int, source: str = "127.0.0.1") -> Streams:
 
 def request(path: str | bytes, token: str | None = None, body: str = "", *more: str) -> bytes:
     """Return the bytes of a POST request with ``path`` unchanged. HTTP clients would quote or resolve parts of the
-    path."""
+    path. ``more`` are additional lines of the header, such as ``"Connection: close"``."""
     target = path.encode() if isinstance(path, str) else path
     fields = ["Host: operator", f"Content-Length: {len(body.encode())}", *more]
     if token is not None:

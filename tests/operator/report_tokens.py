@@ -1,4 +1,4 @@
-"""Makes report tokens for tests, and stands in for the API server that reviews such tokens."""
+"""Functions that make report tokens for tests, and a stand-in for the API server that reviews these tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_core.contract import report_audience
 from tests.operator.builders import UID
 
 VALID = "valid"
-"""Signature of tokens that the stand-in for the API server takes as its own."""
+"""Signature of the tokens that the stand-in for the API server accepts."""
 
 
 def report_token(

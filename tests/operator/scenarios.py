@@ -1,5 +1,6 @@
-"""Whole lives of a job against `ModelServer`, each as a script: what the pods do, what a person orders, and how the job
-ends. `run_to_end` plays a scenario, with or without a crash of the operator.
+"""Scenarios for a job from its creation to its end, with `ModelServer` in place of the API server. A scenario says what
+the pods do, what a person orders, and how the job must end. `run_to_end` runs a scenario, with or without a crash of
+the operator.
 """
 
 from __future__ import annotations

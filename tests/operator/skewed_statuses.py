@@ -1,6 +1,8 @@
-"""A status with every field, and what an operator of another version may have made of it.
+"""Functions that make a job's status with a value in every field, and that change a status as an operator of another
+version might have written it.
 
-`test_version_skew.py` stores such statuses, and the operator must get on with each.
+`test_version_skew.py` stores the changed statuses. The operator must be able to read each of them and to manage the
+job.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ ENUMS = ("status", "reason", "verdict", "kind", "action", "rows")
 
 
 def plain(annotation: Any) -> Any:
-    """Return the type in ``annotation`` without bounds and without None."""
+    """Return the type in ``annotation`` without bounds and without None, for example `int` for
+    ``Annotated[int, Ge(0)] | None``."""
     while get_args(annotation) and get_origin(annotation) is not list:
         annotation = get_args(annotation)[0]
     return annotation
@@ -40,7 +43,8 @@ def sample(annotation: Any) -> Json:
 
 
 def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
-    """Return ``known`` with a sample value in every field of ``model`` that it lacks, at every depth."""
+    """Return ``known`` with a sample value in every field of ``model`` that is missing or empty in ``known``. Objects
+    in ``known`` are filled in the same way."""
     result = dict(known)
     for name, info in model.model_fields.items():
         key, kind = info.alias or name, plain(info.annotation)
@@ -66,8 +70,9 @@ def with_doubled_lists(value: Json) -> Json:
 
 
 def with_each_value(change: Callable[[str, Json], Json], value: Json, key: str = "") -> Json:
-    """Return ``value`` with ``change(key, value)`` in place of each value in it that is no object and no list. The key
-    of an item of a list is that of the list."""
+    """Return a copy of ``value`` in which every inner value that is neither an object nor a list is replaced by the
+    result of ``change``. ``change`` gets the key of the inner value, and the inner value. Items of a list have the key
+    of the list."""
     if isinstance(value, dict):
         return {name: with_each_value(change, inner, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -76,30 +81,33 @@ def with_each_value(change: Callable[[str, Json], Json], value: Json, key: str =
 
 
 def new_word(key: str, value: Json) -> Json:
-    """Return a word that no version knows for a field that `ENUMS` names."""
+    """Return a word that no version knows if `ENUMS` contains ``key``. Otherwise return ``value``."""
     return "Novel7: x" if key in ENUMS else value
 
 
 def long_text(key: str, value: Json) -> Json:
-    """Return a much longer text, except for names, times and words from a list."""
+    """Return a text that is 3000 times as long as the text ``value``. Names, times, words from a list and values that
+    are no text are returned unchanged."""
     named = key in ("name", "uid", "type", "holders", "kind", *ENUMS) or key.lower().endswith("time")
     return value * 3000 if isinstance(value, str) and not named else value
 
 
 def large_number(key: str, value: Json) -> Json:
-    """Return a much larger number, except for numbers of attempts, indexes of pods and the active seconds."""
+    """Return a number that is 10 million times as large as the integer ``value``. The numbers and the count of
+    attempts, the indexes of pods, the active seconds and values that are no integer are returned unchanged."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value * 10**7 if is_count and key not in ("number", "index", "started", "activeSeconds") else value
 
 
 def other_time(time: str, key: str, value: Json) -> Json:
-    """Return ``time`` in place of a time, except for the time at which the job ended."""
+    """Return ``time`` if ``value`` is a time, but not if it is the time at which the job ended. Otherwise return
+    ``value``."""
     is_time = isinstance(value, str) and key.lower().endswith("time") and key != "completionTime"
     return time if is_time else value
 
 
 def with_each_time(time: str) -> Callable[[Json], Json]:
-    """Return a function that returns a status with ``time`` in place of its times."""
+    """Return a function that gets a status, and returns it with ``time`` in place of its times (see `other_time`)."""
     return partial(with_each_value, partial(other_time, time))
 
 
@@ -161,7 +169,8 @@ SKEWS: dict[str, Callable[[Json], Json]] = {
 
 
 def leaves(value: Json, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Yield the paths of all values in ``value``, also of objects and lists."""
+    """Yield the path of every value in ``value``, also of objects and lists, for example ``("conditions", 0, "type")``.
+    A path is the keys and indexes that lead to the value."""
     if path:
         yield path
     if isinstance(value, dict):

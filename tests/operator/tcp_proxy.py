@@ -50,7 +50,7 @@ class TcpProxy:
         self._open.set()
 
     async def serve(self, ready: threading.Event) -> None:
-        """Accept connections until cancelled."""
+        """Accept connections until this task is cancelled. Set ``ready`` as soon as the proxy listens."""
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         ready.set()

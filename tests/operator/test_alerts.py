@@ -1,7 +1,8 @@
-"""The alert rules of the chart in Prometheus' own rule engine, with the series that the operator really serves.
+"""The alert rules of the chart, run by Prometheus' own rule engine on the metrics that the operator serves.
 
-Each scenario plays four hours, minute by minute: it sets what the replicas know, and the rendered metrics of each
-minute become the input of `promtool test rules`. A rule that fires in no scenario fails a test.
+Each scenario lasts four hours. For every minute, the scenario sets the state of the operator's replicas, and the
+metrics that the replicas then serve become the input of `promtool test rules`. A rule that fires in no scenario fails a
+test.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def status(
     reported: float = 0,
     ended: float | None = None,
 ) -> FineTuneJobStatus:
-    """Return a status. Times are minutes of the scenario; ``running_since`` is None while the job does not run."""
+    """Return a status. ``succeeded``, ``accepted`` and ``checkpoint`` are the status and the reason of a condition.
+    Times are minutes of the scenario; ``running_since`` is None while the job does not run."""
     runs = running_since is not None
     conditions = [
         condition(ConditionType.ACCEPTED, *accepted, minute(0)),
@@ -106,7 +108,8 @@ def healthy(number: int) -> World:
 
 
 def one_leader(make: Callable[[int], FineTuneJobStatus]) -> Play:
-    """Return the play of one leader, whose job has the status that ``make`` returns for a minute."""
+    """Return a `Play` with one replica, the leader. In each minute its job has the status that ``make`` returns for
+    this minute."""
     return lambda number: {"one": Replica(number).leads().shows(make(number))}
 
 
@@ -297,7 +300,7 @@ def samples(world: World) -> dict[str, float]:
 @functools.cache
 def stored_name(series: str, pod: str) -> str:
     """Return the name under which Prometheus stores ``series`` of ``pod``, with all labels; an empty text for series
-    that no rule reads. The same few series stand in the scrapes of all minutes."""
+    that no rule reads. The results are cached, because the scrapes of all minutes contain the same few series."""
     (family,) = text_string_to_metric_families(f"{series} 0\n")
     (sample,) = family.samples
     if sample.name.endswith(("_bucket", "_created")):

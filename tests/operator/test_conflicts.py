@@ -29,7 +29,7 @@ LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost 
 
 
 class Conflicting(ModelServer):
-    """Answers one of the creations with 409, and creates nothing then."""
+    """Answers one creation with 409, and does not create the object of this creation."""
 
     def __init__(self, scenario: Scenario, number: int, reason: str) -> None:
         """Answer creation ``number``, counted from 1, with 409 and ``reason``."""

@@ -1,7 +1,7 @@
-"""Clients that do nothing, or too much, are disconnected, and others are served meanwhile.
+"""The operator's servers disconnect clients that do nothing, or too much, and serve other clients meanwhile.
 
-The servers are the operator's own, on this machine. Where a test waits for the server to end a connection, the limits
-of the server are short; nothing depends on how long the test itself takes.
+The tests run these servers on this machine. Where a test waits for the server to end a connection, the limits of the
+server are short. No test depends on how long the test itself takes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ async def reports(limits: ConnectionLimits, reviews: Reviews | None = None) -> A
 
 
 async def reported(streams: Streams) -> int:
-    """Send a good report and return the status of the answer; 0 where there is none."""
+    """Send a valid report and return the HTTP status of the answer, or 0 if the server does not answer."""
     return (await exchange(streams, request(PATH, report_token(), body())))[0]
 
 
@@ -262,7 +262,7 @@ def uncollected() -> Iterator[None]:
 @pytest.mark.timeout(50)
 @pytest.mark.usefixtures("uncollected")
 async def test_a_flood_of_connections_leaves_an_honest_client_served() -> None:
-    """300 tasks connect five times each, a third of them without TLS, while one client reports on its one
+    """300 tasks connect five times each, a third of them without TLS, while one client sends reports over one
     connection."""
     async with reports(ConnectionLimits(per_address=8)) as server:
         honest = await connect(server.port, "127.0.0.2")

@@ -1,7 +1,8 @@
-"""The operator crashes after each single write in turn, and the job must end as it does without a crash.
+"""For each write of each scenario, the operator crashes right after this write. The job must end as it does without a
+crash.
 
 No attempt may be doubled or lost. The tests run `Reconciler` against `ModelServer`, an in-memory API server. Further
-tests play parts of a job's life that no scenario has.
+tests cover parts of a job's life that are in no scenario.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     memory.store_report(KEY, UID, report_of(20), server.now)
     await operator.reconcile(KEY)
     while memory.job(KEY, UID).reported_writes.take(server.now.timestamp()):
-        pass  # takes every token of the job
+        pass  # takes all tokens from the job's token bucket
     memory.store_report(KEY, UID, report_of(20, 46), server.now)
     # The pods end while the newest report must wait for its status write, because the job's token bucket is empty.
     server.pods = []

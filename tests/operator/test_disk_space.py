@@ -35,7 +35,8 @@ def check_pod(**spec: Any) -> dict[str, Any]:
 
 
 def disk(spec: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Return request and limit of `ephemeral-storage`."""
+    """Return the request and the limit of `ephemeral-storage` of the container in the pod spec ``spec``. An amount that
+    the container does not have is None."""
     amounts = spec["containers"][0]["resources"]
     return amounts["requests"].get("ephemeral-storage"), amounts["limits"].get("ephemeral-storage")
 
@@ -108,7 +109,7 @@ def test_the_claim_of_the_cache_is_mounted_where_the_trainer_looks_for_it() -> N
 
 
 def test_a_volume_for_the_model_is_made_for_training_pods_only() -> None:
-    """The check has nothing to put there, and waits for no volume."""
+    """The pod of the preflight check stores no model, so it must not wait for a volume."""
     spec: dict[str, Any] = {
         "storage": STORAGE | {"cache": {"ephemeral": {"size": "500Gi"}}},
         "resources": {"scratch": EPHEMERAL},

@@ -94,7 +94,7 @@ def test_a_cache_on_the_disk_of_the_node_is_shared_by_jobs_and_a_quota_on_the_di
     assert condition(job, "Succeeded")["reason"] == "Completed", job["status"]
     assert (job["status"]["preflight"]["modelBytes"], job["status"]["preflight"]["dataBytes"]) == (3 * GIB, GIB)
 
-    # The second job names a size, and finds what the first one left.
+    # The second job sets `resources.scratch.size`, and finds the file that the first job left in the cache.
     reads = then(f"test -s {MODEL_CACHE_FOLDER}/kept", last=RUNS)
     sized = ONE_POD | {"scratch": {"size": "9Gi"}}
     second = small_job(stand_in(reads), resources=sized, runPolicy=RUN, storage=storage)

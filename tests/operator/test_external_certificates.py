@@ -135,7 +135,8 @@ def test_a_certificate_that_somebody_keeps_is_waited_for_served_and_exchanged(
     print(f"a renewed certificate is presented after {took:.1f} s (load {os.getloadavg()[0]:.1f})")
     assert attempt.post() == 204, "the running attempt trusts the CA that signed the renewed certificate"
 
-    # A certificate for another host, such as a wrong Certificate object produces, is not loaded.
+    # The server does not load a certificate for another host. A Certificate object with a wrong host name would produce
+    # such a certificate.
     write_secret(cluster, host, company.issue("elsewhere.example.com"))
     release.until_logged(f"tls.crt must name {host}")
     assert attempt.post() == 204

@@ -1,5 +1,5 @@
-"""The next attempt prefers other nodes than those that ended the newest two attempts. A job ends if no node can start
-its pods."""
+"""The next attempt avoids, if possible, the nodes that ended earlier attempts. Of the attempts that were ended by a
+node, the newest two count. A job ends if no node can start its pods."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def refused(attempt: int) -> list[PodObservation]:
 
 
 def _until_the_end(policy: RunPolicySpec, checkpoint_in: int = 0) -> tuple[AttemptsStatus, JobEnd]:
-    """Play attempts of an image that no node can start, until the job ends; return `status.attempts` and the job's end.
-    Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
+    """Simulate attempts of an image that no node can start, until the job ends. Return `status.attempts` and the job's
+    end. If ``checkpoint_in`` is not 0, the attempt with this number commits a checkpoint."""
     attempts, checkpoints = AttemptsStatus(), list[CheckpointStatus]()
     for number in range(1, 100):
         started = number * 1000.0

@@ -25,7 +25,7 @@ FOLDER = "s3://finetune/runs/team/quickstart"
 
 
 async def settle(server: ModelServer) -> None:
-    """Reconcile until the operator asks for no further reconcile at once."""
+    """Reconcile until the operator no longer asks for another reconcile without a pause."""
     operator = reconciler(server)
     for _ in range(20):
         if (await operator.reconcile(KEY)).after != 0:

@@ -58,7 +58,7 @@ IMPOSSIBLE = {
     "Kubeflow's path": f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs/{OTHERS_SECRET}/status",
     "another server": "http://evil.example/v1/namespaces/team/finetunejobs/x%2F/attempts/1/report",
 }
-"""Paths that can belong to no job, by what is wrong with them."""
+"""Paths that can't be the report path of any job. Each key says what is wrong with the path."""
 
 
 @dataclass
@@ -143,7 +143,8 @@ REFUSED_TOKENS = {
     "a blank in the signature": report_token(signature="x y"),
     "another alphabet in the signature": report_token(signature="\u00e9"),
 }
-"""Tokens whose claims fit no report for a job of the namespace `team`."""
+"""Tokens that the report server must refuse without a TokenReview: the form of the token is wrong, or its claims fit no
+report for a job of the namespace `team`."""
 
 
 @pytest.mark.parametrize("token", REFUSED_TOKENS.values(), ids=REFUSED_TOKENS.keys())
@@ -220,8 +221,8 @@ CALLERS: dict[str, Callable[[int], str | None]] = {
     "many guessed jobs": lambda number: report_token(job_uid=f"guess-{number}", signature="forged"),
     "another namespace": lambda _: report_token(namespace="other"),
 }
-"""By name of a caller without a valid token for the namespace: a function that returns the token of the caller's
-request with the given number."""
+"""Callers without a valid token for the namespace, by name. Each caller is a function that gets the number of a request
+and returns the token that the caller sends with this request, or None for no token."""
 
 
 @pytest.mark.parametrize("token", CALLERS.values(), ids=CALLERS.keys())

@@ -144,7 +144,8 @@ async def running(server: ModelServer, memory: Memory | None = None) -> None:
 
 
 async def pass_minutes(server: ModelServer, minutes: float, memory: Memory | None = None) -> None:
-    """Reconcile the job whenever the operator asks for it and every 5 s, for ``minutes``."""
+    """Reconcile the job whenever the operator asks for it and at least every 5 s, until ``minutes`` have passed. Each
+    reconcile is made by a new operator. If ``memory`` is given, all these operators use it."""
     end = server.now.timestamp() + 60 * minutes
     while server.now.timestamp() < end:
         outcome = await reconciler(server, memory=memory).reconcile(KEY)

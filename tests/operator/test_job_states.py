@@ -1,6 +1,7 @@
-"""Walks of a job through the operator's state machine, each of which may take only transitions of `TRANSITIONS`.
+"""Walks through the operator's state machine. A walk is a series of events that leads a job from state to state.
 
-Each walk runs the whole reconciler against the model API server. Together the walks take every transition.
+Each walk runs the whole reconciler against the model API server. A walk may take only transitions of `TRANSITIONS`, and
+together the walks take every transition.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def sets(**policy: Any) -> Action:
 
 
 def ends(exit_code: int, message: str = "") -> Action:
-    """Return the action that ends every running training container."""
+    """Return the action that ends every running training container with ``exit_code`` and the termination message
+    ``message``."""
     return lambda server: server.end_pods(exit_code, message)
 
 
@@ -101,7 +103,8 @@ class Walk:
     pods_run: bool = True
     """Whether pods run as soon as they are created."""
     one_reconcile: bool = False
-    """Whether only one reconcile follows each event. Otherwise reconciles follow until none is due at once."""
+    """Whether only one reconcile follows each event. Otherwise reconciles follow until the operator asks for no further
+    reconcile without a pause."""
 
 
 CHECKED, SUSPENDED, CANCELLED = {"preflight": "Run"}, {"suspend": True}, {"cancel": True}
@@ -188,7 +191,7 @@ REACHED = {
     "Running": Walk(events=[NOTHING], states="Opened Running"),
     "Held": Walk(events=[NOTHING, (holds,)], states="Opened Running Held"),
 }
-"""By name of a state in which an attempt exists: the walk that leads a job into this state."""
+"""Walks that end in a state in which an attempt exists, by the name of this state."""
 
 ENDS = {
     "Ending": (deletes_a_pod,),
@@ -196,7 +199,7 @@ ENDS = {
     "Succeeded": (ends(0, DONE),),
     "Failed": (ends(64),),
 }
-"""By name of a state that may follow: the event that leads into this state while pods run."""
+"""Events that, while pods run, lead a job into a further state, by the name of this further state."""
 
 
 async def walked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[JobState]:

@@ -93,7 +93,8 @@ def candidate(server: OneLease, clock: Clock) -> LeaderElector:
 
 
 def nothing() -> None:
-    """Do nothing; passed as the callback for a Lease that could be read."""
+    """Do nothing. The tests pass this function to `LeaderElector.acquire`, which calls it each time after it has read
+    the Lease."""
 
 
 async def test_an_empty_lease_is_taken_at_once(candidate: LeaderElector, server: OneLease) -> None:

@@ -231,7 +231,7 @@ def annotated(installed: Installed, namespace: str) -> bool:
 
 
 def pod_of(installed: Installed, namespace: str, name: str) -> dict[str, str]:
-    """Return the settings that tell the operator that its own pod is the pod ``name``, which is created here."""
+    """Create a pod ``name``, and return the settings with which the operator takes this pod for its own pod."""
     return {"FINETUNE_POD_NAME": name, "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace)}
 
 

@@ -192,10 +192,8 @@ def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
 def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """Kueue resumes the PyTorchJob while old pods still exist, so that the operator must start a new attempt.
-
-    The reason is training-operator, which counts the old pods as failed for good.
-    """
+    """Kueue resumes the PyTorchJob while old pods still exist. training-operator then counts the old pods as failed and
+    fails the PyTorchJob, so the operator must start a new attempt."""
     kueue = Kueue(installed.cluster, namespace)
     with suspending_webhook(installed.cluster, namespace):
         installed.apply(small_job(stand_in(SAVES), runPolicy={"queueName": "gpu"}), namespace)

@@ -1,4 +1,4 @@
-"""What a kubelet or a container runtime refuses is never charged to the job."""
+"""An attempt gets the verdict Free if it ends because a kubelet or a container runtime refused to start a pod."""
 
 from __future__ import annotations
 

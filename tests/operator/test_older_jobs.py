@@ -21,8 +21,9 @@ OTHER_TYPE = "failed to create typed live object (team/job): .spec.dataset.task:
 
 
 async def written(answers: dict[str, tuple[int, str]]) -> tuple[str | ApiError, list[tuple[str, Any]]]:
-    """Write a status to a server that answers a content type with a status code and a message. Return the
-    resourceVersion or the error, and content type and body of each request."""
+    """Write a status to a server that answers a request with the status code and the message that ``answers`` holds for
+    the request's content type. Return the new resourceVersion or the error, and the content type and the body of each
+    request."""
     requests: list[tuple[str, Any]] = []
 
     async def answer(request: web.BaseRequest) -> web.Response:

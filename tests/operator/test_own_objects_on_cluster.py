@@ -1,7 +1,7 @@
 """The operator's own objects on the real cluster: Lease, certificate Secret and EndpointSlice.
 
-The chart is installed as Argo CD does with its default settings, that is, without some kinds. The tests then delete the
-operator's objects, and the operator must create each of them again.
+The chart is installed as Argo CD with its default settings would install it, that is, without objects of some kinds.
+The tests then delete the operator's objects, and the operator must create each of them again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class OwnObjects:
     program: OperatorProgram
 
     def find(self, kind: str, name: str) -> dict[str, Any] | None:
-        """Return an object of the release's namespace; None where kubectl fails, mostly because it does not exist."""
+        """Return an object of the release's namespace, or None if kubectl fails, mostly because the object does not
+        exist."""
         try:
             found: dict[str, Any] = self.cluster.get(kind, name, "-n", NAMESPACE)
         except ClusterError:
@@ -66,7 +67,7 @@ def release(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> I
     text = cluster.helm("template", ACCOUNT, chart, "-n", NAMESPACE, "--values", "-", stdin=values)
     objects = [item for item in yaml.safe_load_all(text) if item and not is_excluded(item)]
     cluster.kubectl("create", "namespace", NAMESPACE)
-    # No namespace is given here, because the chart has cluster-wide objects too; the others name their namespace.
+    # No namespace is given here, because the chart has cluster-wide objects too. All others name their own namespace.
     bundle = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     cluster.kubectl("apply", "-f", "-", stdin=bundle)
     cluster.run(["ip", "address", "replace", f"{ADDRESS}/32", "dev", BRIDGE])

@@ -99,8 +99,8 @@ FLOODS: dict[str, Values] = {
     "incidents": lambda n: [_incident(n)],
     "result": lambda n: Result(outcome=list(Outcome)[n % len(Outcome)], message=str(n), step=n, artifact=artifact()),
 }
-"""By field of a report: a function that returns the field's value in report number n. The value differs from that in
-the report before."""
+"""For each field of a report, a function that returns the field's value in report number n. The value differs from the
+field's value in the report before."""
 FIXED = {"version", "pod_uid"}
 """Fields of a report that a flood can't change, because the report server rejects a report with another value."""
 
@@ -115,14 +115,14 @@ def test_every_field_of_the_status_has_an_urgency() -> None:
 
 
 def test_what_must_be_written_before_objects_change_is_written_at_once() -> None:
-    """The parameters of `bookkeeping` are named after the fields of the status that its values come from."""
+    """Each parameter of `bookkeeping` has the name of the status field from which its value comes."""
     assert set(inspect.signature(bookkeeping).parameters) <= set(OWN_FIELDS)
 
 
 @pytest.mark.parametrize("field", FLOODS)
 def test_a_report_whose_status_need_not_wait_for_the_limit_of_all_jobs_is_reconciled_as_soon(field: str) -> None:
-    """`Memory` says when to reconcile, and `status/urgency.py` whether that reconcile may write. Both must agree, or
-    news would wait as numbers do."""
+    """`Memory.store_report` returns when a report is reconciled, and `status/urgency.py` decides whether this reconcile
+    may write the status. If the two disagreed, news such as a new checkpoint could wait as long as new numbers."""
     for number in range(1, 8):
         first, second = (a_report(**{field: FLOODS[field](each)}) for each in (number, number + 1))
         stored = a_status(report=first, reported_at=NOW)
@@ -158,7 +158,7 @@ class CountingServer(ModelServer):
 
 
 class Flood:
-    """A job whose attempt runs, and a pod of it that reports without pause."""
+    """A job whose attempt runs, and a pod of this attempt that reports without pause."""
 
     def __init__(self) -> None:
         self.server = CountingServer(job_manifest(), NOW)

@@ -129,7 +129,7 @@ async def test_after_a_429_no_request_of_the_client_is_sent_until_the_pause_is_o
         first = asyncio.ensure_future(client.get_job(Key("team", "a")))
         while not times:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.1)  # the answer arrives; a longer time would only make the test weaker
+        await asyncio.sleep(0.1)  # the answer arrives in this time, and most of the pause of 1 s is still to come
         others = [client.get_job(Key("team", f"b-{number}")) for number in range(10)]
         writes = [client.create_event("team", {"metadata": {"name": f"e-{number}"}}) for number in range(10)]
         await asyncio.gather(first, *others, *writes)

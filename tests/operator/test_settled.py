@@ -121,7 +121,8 @@ def test_the_ttl_is_read_from_a_spec_that_need_not_be_readable(raw: dict[str, ob
 
 
 async def _ended_with_an_orphan(**policy: object) -> ModelServer:
-    """Return a server whose job has ended because of one pod, after somebody had deleted the child without its pods."""
+    """Return a server with an ended job and two orphaned pods. Somebody deleted the PyTorchJob without its pods, and
+    then one pod ended with exit code 64, which ended the job."""
     server = ModelServer(job_manifest(runPolicy=policy), NOW)
     for _ in range(4):
         await reconciler(server).reconcile(KEY)

@@ -1,7 +1,7 @@
 """An operator that was set back to an older version can't read all of a spec that a newer version has accepted.
 
-What it can't read starts nothing and ends nothing, and every order of `runPolicy` is obeyed. The tests run `Reconciler`
-against `ModelServer`, an in-memory API server.
+While the operator can't read a spec, it starts nothing for the job and ends no attempt, but it obeys every order and
+every deadline of `runPolicy`. The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ END: dict[str, Any] = {"progressPercentage": 100, "estimatedRemainingSeconds": 0
 
 
 def merged(*bodies: dict[str, Any], seconds_per_step: float | None = 3.0) -> FineTuneJobStatus:
-    """Return the status that results when stock reports with the fields ``bodies`` are merged, one after another."""
+    """Return the status that results when stock reports with the fields ``bodies`` are merged, one after another.
+    ``seconds_per_step`` is the speed that the operator has measured, or None if it has measured no speed yet."""
     status = FineTuneJobStatus()
     for body in bodies:
         text = json.dumps({"trainerStatus": {"lastUpdatedTime": NOW.isoformat()} | body})

@@ -1,4 +1,5 @@
-"""Test on a real cluster: an unmodified Trainer of transformers reports into a FineTuneJob, crashes, resumes and ends.
+"""Test on a real cluster: an unmodified Trainer of transformers sends reports as the pod of a FineTuneJob, crashes,
+resumes and ends.
 
 The Trainer adds KubeflowCallback by itself. The operator and the callback's HTTPS client are real.
 """
@@ -27,7 +28,8 @@ CRASH_AT = 40
 
 
 def variables_of_the_pod(installed: Installed, namespace: str, pod: str, folder: Path) -> dict[str, str]:
-    """Return the Kubeflow variables of ``pod``; the files that they name are copied to ``folder``."""
+    """Return the environment variables of ``pod`` whose names begin with KUBEFLOW_TRAINER_. The files that two of these
+    variables name are copied into ``folder``, and the returned values are the paths of the copies."""
     kubectl = installed.cluster.kubectl
     lines = kubectl("exec", pod, "-n", namespace, "--", "env").splitlines()
     found = dict(line.split("=", 1) for line in lines if line.startswith("KUBEFLOW_TRAINER_"))

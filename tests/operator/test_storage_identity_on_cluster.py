@@ -1,6 +1,6 @@
 """The token of `storage.identity` on the real cluster: MinIO accepts it, the operator and the API server do not.
 
-MinIO is set up as docs/storage.md says, takes the token of a real pod, and gives an access key for it.
+MinIO is set up as docs/storage.md says. It accepts the token of a real pod and returns an access key.
 """
 
 from __future__ import annotations

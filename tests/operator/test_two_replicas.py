@@ -172,7 +172,8 @@ def reporting(replicas: Replicas, namespace: str, stand_in: StandIn) -> Reportin
 def apply_new_jobs(installed: Installed, namespace: str, prefix: str) -> list[str]:
     """Create jobs whose pods find no node; return the names of the jobs.
 
-    The operator writes the objects and the status of such jobs as of any other, but they need no resources of the node.
+    For such a job the operator creates the same objects and writes the same status as for any other job, but none of
+    the job's pods takes resources of the node.
     """
     resources = {"nodes": 1, "gpusPerNode": 16, "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifests = []
@@ -271,7 +272,8 @@ def test_the_other_replica_takes_over_and_no_write_of_the_former_leader_is_accep
 
 
 def late_writes(log: Path, offset: int, former: str, successor: str) -> list[Call]:
-    """Return the accepted writes of the former leader after its successor had acquired the Lease."""
+    """Return the accepted writes of the former leader after its successor had acquired the Lease. ``former`` and
+    ``successor`` identify the tokens of the two replicas (see `Call.credential`)."""
     seen = list(calls(log, USER, offset=offset))
     taken = [
         call.answered

@@ -157,7 +157,8 @@ def test_usage_never_goes_back_and_never_exceeds_the_time_that_passed(seed: int)
 
 
 def test_a_start_by_a_clock_that_is_behind_is_no_earlier_than_the_pod() -> None:
-    """The status was not written for hours, because a queue held the job, so nothing else bounds the start."""
+    """A queue held the job for hours, and the status was not written meanwhile. So only the times at which the pod was
+    created and scheduled show that its container can't have started as early as the node's clock says."""
     waited = usage_until(at(0), None, [], gpus=8)
     late = holding(0, scheduled=7200, started=3600, created_at=at(7190))
     assert usage_until(at(7260), waited, [late], gpus=8).active_seconds == 60

@@ -1,4 +1,5 @@
-"""Which verdict an attempt gets. Tables list pods and PyTorchJob of an attempt, and the expected verdict and reason."""
+"""Which verdict an attempt gets. `TABLE` lists the pods of attempts with the expected verdict and reason. `CASES` adds
+other evidence, such as the PyTorchJob."""
 
 from __future__ import annotations
 

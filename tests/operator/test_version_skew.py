@@ -1,7 +1,7 @@
-"""An operator that was set back to an older version looks after the jobs that a newer version has started.
+"""An operator that was set back to an older version manages the jobs that a newer version has started.
 
 The stored status may hold longer lists, new values, new fields and fields of another shape, and may lack what this
-version would have written. `test_spec_skew.py` has the specs of another version. The tests run `Reconciler` against
+version would have written. `test_spec_skew.py` tests the specs of another version. The tests run `Reconciler` against
 `ModelServer`, an in-memory API server.
 """
 

@@ -36,7 +36,8 @@ APIS: dict[str, dict[str, str]] = {
 
 
 class ApiServer:
-    """Has one FineTuneJob. Answers the first two lists of FineTuneJobs with 429 and a given `Retry-After`."""
+    """A stand-in for the API server with one FineTuneJob. It answers the first two requests for a list of FineTuneJobs
+    with 429 and a given `Retry-After`."""
 
     def __init__(self, retry_after: str) -> None:
         self.retry_after = retry_after

@@ -12,13 +12,13 @@ from tests.operator.builders import CHILD_UID, NOW, child, current
 
 
 def ruled(pods: list[Any], **changes: Any) -> tuple[str, str] | None:
-    """Judge an attempt of two pods, and return verdict and reason; None while the attempt goes on."""
+    """Judge an attempt of two pods, and return its verdict and reason, or None if no rule ends the attempt."""
     ruling = judged(pods, **changes)
     return (str(ruling.verdict), ruling.reason) if ruling else None
 
 
 def judged(pods: list[Any], **changes: Any) -> Ruling | None:
-    """Judge an attempt of two pods, and return the ruling; None while the attempt goes on."""
+    """Judge an attempt of two pods, and return the ruling, or None if no rule ends the attempt."""
     return judge(evidence_of(pods, **changes))
 
 

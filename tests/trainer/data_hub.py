@@ -83,7 +83,8 @@ def served(hub: Hub) -> Iterator[Hub]:
             headers = {"Content-Length": str(len(body)), **headers}
             for key, value in headers.items():
                 self.send_header(key, value)
-            # Behind a body of another length than was announced, nothing more can be read from the connection.
+            # Where the body has another length than announced, a client can't find the next response, so the connection
+            # is closed.
             self.close_connection = headers["Content-Length"] != str(len(body))
             self.end_headers()
             if self.command != "HEAD":

@@ -3,8 +3,8 @@
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
 and `examples` are the tokenised texts to score. The rank writes perplexities and answers as JSON to the path in the
 field `out`. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
-At the end rank 0 is told to stop while all prompts are answered in one batch. The field `cut` has the answers if the
-ranks did stop.
+At the end rank 0 is told to stop while all prompts are answered in one batch. Where the ranks stop, the output has a
+field `cut` with the batches of answers that were returned before the stop.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from finetune_trainer.ranks import process
 
 
 class StopSoon:
-    """A callable that says whether this process received SIGTERM. It says yes from the fourth call on after `armed` was
-    set."""
+    """A callable that stands in for the check whether this process received SIGTERM. The result is True from the fourth
+    call on after `armed` was set."""
 
     def __init__(self) -> None:
         self.armed, self.asked = False, 0

@@ -1,5 +1,5 @@
-"""Any bytes as a key of a bucket, a path on the Hugging Face Hub or a name on a volume: the file is read, left out, or
-the user gets a sentence. The clients are the real ones."""
+"""A file may have any bytes as its key in a bucket, its path on the Hugging Face Hub or its name on a volume. The file
+is then read or left out, or the user gets a sentence. The clients are the real ones."""
 
 from __future__ import annotations
 

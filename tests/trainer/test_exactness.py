@@ -345,9 +345,9 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     case = Case(2, "Full", 3, micro=1, data="chunks")
     found = run([case], store, model, tmp_path, rows=rows, scored=scored, **changes)[case]
     torch.set_num_threads(1)
-    # The plain loop computes in fp64 here, because its losses in fp32 differ by 4.4e-6 from those in fp64. In fp32 it
-    # computes all logits of a row at once, and Adam amplifies its rounding errors: Adam divides the gradients of 40,000
-    # rarely seen tokens by their own magnitude.
+    # The plain loop computes in fp64 here, because its losses in fp32 differ by 4.4e-6 from those in fp64. The plain
+    # loop computes all logits of a row at once, and in fp32 Adam amplifies the rounding errors: Adam divides the
+    # gradients of 40,000 rarely seen tokens by their own magnitude.
     plain = plain_run(model, "Full", rows, scored, global_batch_size=2, dtype=torch.float64)
     print(f"largest relative difference {max(abs(a - b) / b for a, b in zip(found, plain.losses, strict=True)):.2g}")
     assert found == pytest.approx(plain.losses, rel=1e-6)

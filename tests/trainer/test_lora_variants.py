@@ -37,7 +37,7 @@ LLAMA = "llama"
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of LoRA: what the job says, and what plain peft must be told to train the same."""
+    """A variant of LoRA: the settings of the job (``lora``), and the settings with which plain peft trains the same."""
 
     lora: Mapping[str, Any]
     peft: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +85,8 @@ FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3),
 ROUNDED = [("three", 3), ("plus", 1), ("nf4", 2), ("experts", 2), ("experts", 3)]
 RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
 WITHOUT_GRADIENTS_AT_THE_INPUT = [("dora", 3), ("shared", 3), ("head", 3), ("dora-embedding", 3)]
-"""Runs in which ZeRO-3 gathers trained modules as a whole, of which some read what no trained weight has changed."""
+"""Runs in which ZeRO-3 gathers each trained module as a whole. In each run, the input of some trained module does not
+depend on a trained weight."""
 ROWS = tiny.rows(20, seed=1)
 
 
@@ -190,8 +191,8 @@ def test_variants_and_experts_train_as_with_plain_peft(
 def test_trained_modules_whose_input_has_no_gradient_train_as_with_plain_peft(
     store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Gradient checkpointing lets the output of the embedding require a gradient. Without it, the first trained module
-    reads what has none."""
+    """Gradient checkpointing makes the output of the embedding require a gradient. Without gradient checkpointing, the
+    input of the first trained module has no gradient."""
     torch.set_num_threads(1)
     cases = [(name, stage, "direct") for name, stage in WITHOUT_GRADIENTS_AT_THE_INPUT]
     train(cases, store, models, tmp_path, optimization__gradientCheckpointing=False)

@@ -1,6 +1,7 @@
 """The preflight checks find in advance what would end the training, and report it in the training's own sentences.
 
-Errors in the spec are final. What is missing outside of the job may still appear, so it is not final.
+Findings about errors in the spec are final. Findings about something that is missing outside of the job are not,
+because it may still appear.
 """
 
 from __future__ import annotations
@@ -400,7 +401,8 @@ def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
 def test_the_column_of_a_grader_is_fetched_of_a_large_parquet_file(
     check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The format does not read the column, and a date is graded as the text that templates show."""
+    """The column that the grader reads is no column of the format. The date in this column is graded as the text that
+    templates show."""
     monkeypatch.setattr("finetune_trainer.preflight.row_check.WHOLE_FILE_BYTES", 100_000)
     rows = [{"question": "w1", "reply": "w2", "day": date(2026, 3, 1), "more": "x" * 9000} for _ in range(100)]
     folder = tmp_path / "graded"

@@ -56,7 +56,8 @@ class Bench:
         return dict(zip([row.step for row in rows], losses_of(self.store, name.lower()), strict=True))
 
     def copy(self, name: str, target: str) -> None:
-        """Copy a job's files in the bucket to another job name. So several jobs can resume from one interrupted run."""
+        """Copy a job's files in the bucket to another job name, so that several jobs can resume from one interrupted
+        run."""
         prefix = f"runs/default/{name.lower()}/uid-1/"
         for key in self.store.keys(prefix):
             to = key.replace(f"/{name.lower()}/", f"/{target.lower()}/")

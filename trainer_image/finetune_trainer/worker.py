@@ -72,7 +72,8 @@ def main() -> int:
 
 
 def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
-    """Join the other ranks and train. Rank 0 also sends reports to the operator, the last of them with the result."""
+    """Join the other ranks, train, and return the job's result. Rank 0 also sends reports to the operator; its last
+    report contains the result."""
     from finetune_trainer.ranks import process
 
     leave_out_bitsandbytes(plan.config)

@@ -43,8 +43,8 @@ def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
 
 
 def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> Measured:
-    """Run the contender ``command`` in a process of its own and return its figures. If it fails, end this program with
-    the contender's output."""
+    """Run the contender ``command`` in a process of its own and return its figures. If the contender fails, end this
+    program and print the contender's output."""
     module, *rest = command
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(

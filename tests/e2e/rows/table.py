@@ -46,9 +46,9 @@ from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
 ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
-"""Possible reasons of an attempt one of whose pods was deleted and removed at once. It depends on chance what the
-operator sees first: the pod's deletionTimestamp, that the pod is missing, or the new pod that the training-operator has
-created in its place."""
+"""Possible reasons of an attempt that ends because a pod was deleted, if the API server removes this pod at once. It
+depends on chance what the operator sees first: the pod's deletionTimestamp, that the pod is missing, or the new pod
+that the training-operator has created instead."""
 PENDING_SECONDS = ACTIVE_SECONDS = 60.0
 """The values of `pendingDeadlineSeconds` and of `activeDeadlineSeconds` in the test cases. The API allows no shorter
 deadlines."""
