@@ -14,7 +14,7 @@ import copy
 import json
 import ssl
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,9 +24,12 @@ from typing import Any
 from finetune_operator.reports.certificates import load_certificate, renew_if_due, server_context
 from tests.cluster.cluster import Cluster
 from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.waiting import ClusterError, wait_for
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 FIELD_MANAGER = "kueue-admission"
+CONFLICT = "Error from server (Conflict)"
+"""What kubectl says where somebody else has changed an object since it was read."""
 
 Manifest = dict[str, Any]
 
@@ -64,20 +67,26 @@ class Kueue:
     def admit(self, name: str, info: PodSetInfo) -> Manifest:
         """Admit the PyTorchJob ``name``: merge ``info`` into its pod templates and set `suspend` to false. Return the
         job as stored."""
-        job = self.get(name)
-        self._originals[name] = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"])
-        for replica in job["spec"]["pytorchReplicaSpecs"].values():
-            _merge(replica["template"], info)
-        job["spec"]["runPolicy"]["suspend"] = False
-        return self._update(job)
+
+        def admitted(job: Manifest) -> None:
+            # A write without an answer may have been carried out. A second try must not take the parts it changed.
+            self._originals.setdefault(name, copy.deepcopy(job["spec"]["pytorchReplicaSpecs"]))
+            for replica in job["spec"]["pytorchReplicaSpecs"].values():
+                _merge(replica["template"], info)
+            job["spec"]["runPolicy"]["suspend"] = False
+
+        return self._update(name, admitted)
 
     def evict(self, name: str) -> Manifest:
         """Evict the PyTorchJob ``name``: restore the pod templates from before its admission and set `suspend` to true.
         Return the job as stored."""
-        job = self.get(name)
-        job["spec"]["pytorchReplicaSpecs"] = self._originals.pop(name)
-        job["spec"]["runPolicy"]["suspend"] = True
-        return self._update(job)
+        originals = self._originals.pop(name)
+
+        def evicted(job: Manifest) -> None:
+            job["spec"]["pytorchReplicaSpecs"] = originals
+            job["spec"]["runPolicy"]["suspend"] = True
+
+        return self._update(name, evicted)
 
     def is_active(self, name: str) -> bool:
         """Return whether the PyTorchJob ``name`` has active pods according to its status. Kueue admits an evicted
@@ -85,14 +94,28 @@ class Kueue:
         replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
         return any(status.get("active") for status in replicas.values())
 
-    def _update(self, job: Manifest) -> Manifest:
-        """Replace the object ``job`` and return it as stored. If somebody else has changed the object since it was
-        read, the API server refuses the old resourceVersion, and this method raises ClusterError."""
-        job.pop("status", None)
-        job["metadata"].pop("managedFields", None)
-        arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
-        stored: Manifest = json.loads(self._cluster.kubectl(*arguments, stdin=json.dumps(job)))
-        return stored
+    def _update(self, name: str, change: Callable[[Manifest], None]) -> Manifest:
+        """Read the PyTorchJob ``name``, let ``change`` change the object, replace it, and return it as stored.
+
+        training-operator may write the status between the reading and the replacing. The API server then refuses the
+        old resourceVersion, and this method reads and changes the object anew, as Kueue does.
+        """
+
+        def replaced() -> Manifest | None:
+            job = self.get(name)
+            change(job)
+            job.pop("status", None)
+            job["metadata"].pop("managedFields", None)
+            arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
+            try:
+                stored: Manifest = json.loads(self._cluster.kubectl(*arguments, stdin=json.dumps(job)))
+            except ClusterError as error:
+                if CONFLICT not in str(error):
+                    raise
+                return None
+            return stored
+
+        return wait_for(f"a write of the PyTorchJob {name} without a conflict", replaced, 60)
 
 
 def _merge(template: Manifest, info: PodSetInfo) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.api import answers
+from tests.cluster.kueue import Kueue, PodSetInfo
 from tests.cluster.layout import BRIDGE, BRIDGE_MAC, GPU_PRODUCT, HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.waiting import UnreachableError
@@ -236,3 +237,32 @@ def test_a_wait_goes_on_while_the_api_server_is_down_or_hangs(cluster: Cluster) 
 def test_helm_talks_to_the_cluster(cluster: Cluster) -> None:
     assert "NAME" in cluster.helm("list", "--all-namespaces")
     assert cluster.registry.startswith(HOST_ADDRESS)
+
+
+class Overtaken(Kueue):
+    """The stand-in for Kueue, into whose first change of a PyTorchJob another writer comes."""
+
+    overtaken = False
+
+    def get(self, name: str) -> dict[str, Any]:
+        found = super().get(name)
+        if not self.overtaken:
+            self.overtaken = True
+            self._cluster.kubectl("annotate", "pytorchjob", name, "-n", self._namespace, "written=meanwhile")
+        return found
+
+
+def test_the_stand_in_for_kueue_repeats_a_change_that_another_writer_made_stale(
+    cluster: Cluster, namespace: str
+) -> None:
+    manifest = pytorchjob("held", "exit 0", workers=1)
+    manifest["spec"]["runPolicy"]["suspend"] = True
+    cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
+    kueue = Overtaken(cluster, namespace)
+    admitted = kueue.admit("held", PodSetInfo(labels={"podset": "worker"}))
+    assert kueue.overtaken
+    assert admitted["metadata"]["annotations"]["written"] == "meanwhile"
+    assert admitted["spec"]["runPolicy"]["suspend"] is False
+    assert admitted["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"]["podset"] == "worker"
+    evicted = kueue.evict("held")
+    assert "metadata" not in evicted["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]

@@ -12,6 +12,11 @@ Manifest = dict[str, Any]
 MakeJob = Callable[..., Manifest]
 """A function that returns the manifest of a job. Its arguments are the job's name and changes to
 examples/quickstart.yaml, such as ``spec__training__maxSteps=300``."""
+STARTED_SECONDS = 300
+"""Limit of a wait in which a preflight check runs or a trainer starts. Both import torch, which alone takes more than a
+minute on a machine with four busy processes for each processor."""
+LEFT_SECONDS = 180
+"""Limit of a wait in which pods end. They have 90 s to save a checkpoint after SIGTERM."""
 JobPredicate = Callable[[FineTuneJob], bool]
 """A function that gets a job, and returns whether the job has the status that a test waits for."""
 

@@ -16,9 +16,9 @@ from tests.cluster import Cluster
 from tests.cluster.kueue import Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
+from tests.e2e.jobs import LEFT_SECONDS, STARTED_SECONDS, JobPredicate, MakeJob, has_checkpoint
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
 STEPS = 300
 # With these changes no checkpoint is due before the job's last step, which is step 300. A checkpoint of an earlier step
@@ -51,7 +51,7 @@ def patch(cluster: Cluster, namespace: str, name: str, **policy: Any) -> None:
 
 
 def pods_gone(cluster: Cluster, namespace: str) -> None:
-    wait_for("the pods to be gone", lambda: cluster.get("pods", "-n", namespace)["items"] == [], 120)
+    wait_for("the pods to be gone", lambda: cluster.get("pods", "-n", namespace)["items"] == [], LEFT_SECONDS)
 
 
 def newest_step(cluster: Cluster, folder: str, run: int) -> int:
@@ -69,23 +69,24 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
     with suspending_webhook(installed, namespace):
         manifest = tiny_job("held", **QUIET_RUN, spec__runPolicy={"queueName": "gpu", "maxRetries": 0})
         steps.apply(installed, manifest, namespace)
-        job = steps.wait_for_job(installed, namespace, "held", "the queue", says(Reason.QUEUED), 60)
+        job = steps.wait_for_job(installed, namespace, "held", "the queue", says(Reason.QUEUED), STARTED_SECONDS)
         child = attempt_name("held", job.metadata.uid, 1)
         wait_for("the child", lambda: kueue.is_held(child), 30)
         kueue.admit(child, PodSetInfo(labels={"kueue.x-k8s.io/podset": "worker"}))
-        steps.wait_for_job(installed, namespace, "held", "some steps", stepped(30), 300)
+        steps.wait_for_job(installed, namespace, "held", "some steps", stepped(30), STARTED_SECONDS)
 
         kueue.evict(child)
         steps.wait_for_job(installed, namespace, "held", "the queue", says(Reason.QUEUED), 60)
         pods_gone(installed, namespace)
         first_stop = newest_step(installed, f"{namespace}/held/{job.metadata.uid}", run=1)
+        wait_for("no pod to be active", lambda: not kueue.is_active(child), 60)
         kueue.admit(child, PodSetInfo(labels={"kueue.x-k8s.io/podset": "worker"}))
-        job = steps.wait_for_job(installed, namespace, "held", "more steps", stepped(120), 300)
+        job = steps.wait_for_job(installed, namespace, "held", "more steps", stepped(120), STARTED_SECONDS)
         assert job.status is not None
         assert (job.status.attempts.started, job.status.attempts.charged, job.status.attempts.free) == (1, 0, 0)
 
         patch(installed, namespace, "held", suspend=True)
-        job = steps.wait_for_job(installed, namespace, "held", "the rest", says(Reason.SUSPENDED), 60)
+        job = steps.wait_for_job(installed, namespace, "held", "the rest", says(Reason.SUSPENDED), LEFT_SECONDS)
         pods_gone(installed, namespace)
         second_stop = newest_step(installed, f"{namespace}/held/{job.metadata.uid}", run=2)
         shown = has_checkpoint(second_stop)
@@ -123,7 +124,7 @@ def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact
     manifest = tiny_job("again", **QUIET_RUN)
     manifest["spec"]["storage"]["runId"] = "study-7"
     steps.apply(installed, manifest, namespace)
-    first = steps.wait_for_job(installed, namespace, "again", "some steps", stepped(30), 300)
+    first = steps.wait_for_job(installed, namespace, "again", "some steps", stepped(30), STARTED_SECONDS)
     installed.kubectl("delete", "finetunejob", "again", "-n", namespace)
     pods_gone(installed, namespace)
 
@@ -143,7 +144,7 @@ def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact
     installed.kubectl("delete", "finetunejob", "again", "-n", namespace)
     pods_gone(installed, namespace)
     steps.apply(installed, manifest, namespace)
-    third = steps.wait_for_condition(installed, namespace, "again", ConditionType.SUCCEEDED, timeout=180)
+    third = steps.wait_for_condition(installed, namespace, "again", ConditionType.SUCCEEDED, timeout=STARTED_SECONDS)
     assert third.status is not None
     assert third.status.artifact == second.status.artifact
     assert third.status.attempts.started == 0, "the preflight check finds the artifact, and no attempt is needed"
@@ -153,14 +154,14 @@ def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact
 
 def test_cancel_commits_a_checkpoint_and_keeps_it(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     steps.apply(installed, tiny_job("given-up", **QUIET_RUN), namespace)
-    job = steps.wait_for_job(installed, namespace, "given-up", "some steps", stepped(30), 300)
+    job = steps.wait_for_job(installed, namespace, "given-up", "some steps", stepped(30), STARTED_SECONDS)
     patch(installed, namespace, "given-up", cancel=True)
 
     def ended(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
         return any(item.type == ConditionType.STALLED and item.status == "True" for item in conditions)
 
-    job = steps.wait_for_job(installed, namespace, "given-up", "the end", ended, 150)
+    job = steps.wait_for_job(installed, namespace, "given-up", "the end", ended, LEFT_SECONDS)
     assert job.status is not None
     (succeeded,) = [item for item in job.status.conditions if item.type == ConditionType.SUCCEEDED]
     assert (succeeded.status, succeeded.reason) == ("False", Reason.CANCELLED)

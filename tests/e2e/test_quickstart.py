@@ -19,7 +19,7 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import RequirementStatus
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import MakeJob
+from tests.e2e.jobs import STARTED_SECONDS, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -172,7 +172,9 @@ def test_full_fine_tuning_ends_with_a_model_that_is_judged_by_its_scores_and_lat
     steps.delete_job(installed, namespace, "full")
     manifest["spec"]["evaluation"]["require"] = [better, perfect]
     steps.apply(installed, manifest, namespace)
-    stricter = steps.wait_for_condition(installed, namespace, "full", ConditionType.SUCCEEDED, "False", timeout=120)
+    stricter = steps.wait_for_condition(
+        installed, namespace, "full", ConditionType.SUCCEEDED, "False", timeout=STARTED_SECONDS
+    )
     ended = condition(stricter, ConditionType.SUCCEEDED)
     assert ended is not None
     assert ended.reason == "GateFailed", ended

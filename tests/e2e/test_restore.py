@@ -17,7 +17,7 @@ from finetune_core.layout import run_root_of
 from tests.cluster import Cluster
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob, Manifest, has_started
+from tests.e2e.jobs import STARTED_SECONDS, JobPredicate, MakeJob, Manifest, has_started
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -106,7 +106,7 @@ def test_a_job_without_status_and_uid_resumes_its_run_and_settles_once_it_is_don
     for changed, data in ((other_seed, content), (manifest, content + b'{"question": "And?", "answer": "No."}\n')):
         steps.put_file(installed, rows, data)
         steps.apply(installed, changed, namespace)
-        anew = steps.wait_for_job(installed, namespace, "restored", "attempt 1", has_started(1), 120)
+        anew = steps.wait_for_job(installed, namespace, "restored", "attempt 1", has_started(1), STARTED_SECONDS)
         assert anew.status is not None
         assert anew.status.preflight is not None
         assert anew.status.preflight.taken_over is None

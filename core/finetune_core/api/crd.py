@@ -24,9 +24,11 @@ from finetune_core.api.job import (
     FineTuneJob,
     printer_columns,
 )
+from finetune_core.api.older_specs import OTHER_TYPES
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.api.status import NOT_OBSERVED, FineTuneJobStatus
+from finetune_core.api.tolerant_rules import tolerate_other_types
 
 CRD_FILE = f"{GROUP}_{PLURAL}.yaml"
 
@@ -41,7 +43,7 @@ def custom_resource_definition() -> dict[str, Any]:
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
-            "spec": openapi_schema(FineTuneJobSpec),
+            "spec": tolerate_other_types(openapi_schema(FineTuneJobSpec), OTHER_TYPES),
             "status": openapi_schema(FineTuneJobStatus) | {"default": {"observedGeneration": NOT_OBSERVED}},
         },
         **cel(NAME_RULE),

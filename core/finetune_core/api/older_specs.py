@@ -2,7 +2,7 @@
 
 The API server does not convert stored objects of the same API version. So after an upgrade it returns a job as the
 older version stored the job, and this version has to understand the older type. A test compares the types of all fields
-with those of older CRDs.
+with those of older CRDs. `tolerant_rules.py` makes the rules of the CRD hold for such jobs.
 """
 
 from __future__ import annotations

@@ -83,13 +83,14 @@ class Evidence:
 
     @cached_property
     def decisive_failure(self) -> PodObservation | None:
-        """The failed pod whose exit code explains most (see _LATE_CODES); None where no pod failed.
+        """The failed pod whose end explains most (see _LATE_CODES); None where no pod failed.
 
-        Of several such pods, the pod with the lowest index is returned.
+        Of several such pods, the pod with the lowest index is returned. The exit code of an evicted pod explains
+        nothing, because the kubelet has ended that pod.
         """
 
         def rank(pod: PodObservation) -> tuple[int, int]:
-            code = pod.container.exit_code if pod.container else None
+            code = pod.container.exit_code if pod.container and pod.reason != Cause.EVICTED else None
             return (_LATE_CODES.index(ExitCode(code)) + 1 if code in _LATE_CODES else 0, pod.index)
 
         return min(self.failures, key=rank, default=None)
@@ -154,8 +155,8 @@ class Evidence:
         deletion_came_first = all_stopped or (self.child is not None and not self.child.failed)
         times = [finished_at(pod) for pod in self.failures]
         first_failure = min((time for time in times if time is not None), default=None)
-        # The kubelet reports the eviction of a pod before the pod's container has ended. So the time of the eviction is
-        # not known, and a deletion before the end of the container may still have come after the eviction.
+        # No field gives the time of an eviction, and the evicted container ends some time later. So a deletion before
+        # the end of the container may still have come after the eviction.
         evicted = any(pod.reason == Cause.EVICTED for pod in self.failures)
         if first_failure is None or None in times or (evicted and time is not None and time < first_failure):
             return deletion_came_first
@@ -207,8 +208,7 @@ def finished_at(pod: PodObservation) -> datetime | None:
 def _stopped(pod: PodObservation) -> bool:
     """Return whether the trainer in ``pod`` ended with exit code 143, which it has only after SIGTERM, and no eviction
     caused the SIGTERM."""
-    code = pod.container.exit_code if pod.container else None
-    return code == ExitCode.STOPPED and pod.reason != Cause.EVICTED
+    return _signalled(pod) and pod.container is not None and pod.container.exit_code == ExitCode.STOPPED
 
 
 def is_refused(pod: PodObservation) -> bool:
@@ -260,9 +260,14 @@ def _failed_by_itself(pod: PodObservation) -> bool:
     # Where the container ended in the same second in which a disturbance happened, the disturbance is taken to explain
     # the exit codes of signals, 137 and 143. A disruption even explains any exit code, because the kubelet sets its own
     # DisruptionTarget condition in the second in which it kills the container.
-    signalled = container.exit_code in _SIGNALLED or pod.disrupted_at == finished
+    signalled = _signalled(pod) or pod.disrupted_at == finished
     first = min(disturbances)
     return finished < first or (finished == first and not signalled)
+
+
+def _signalled(pod: PodObservation) -> bool:
+    """Return whether the container of ``pod`` was killed or obeyed SIGTERM, and no eviction explains this."""
+    return pod.container is not None and pod.container.exit_code in _SIGNALLED and pod.reason != Cause.EVICTED
 
 
 def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, int]:
@@ -281,6 +286,6 @@ def _ended_before_deletion(pod: PodObservation) -> bool:
     finished = finished_at(pod)
     if finished is None or pod.delete_requested_at is None or pod.container is None:
         return False
-    if pod.container.exit_code in _SIGNALLED:
+    if _signalled(pod):
         return finished < pod.delete_requested_at
     return finished <= pod.delete_requested_at

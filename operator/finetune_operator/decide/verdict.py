@@ -17,6 +17,8 @@ TEXT_LIMIT = 1024
 """Largest number of characters of a message in `status.attempts` and `status.preflight`. Longer messages are cut."""
 CONSEQUENCES = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
 """Reasons that may be no more than a consequence of another pod's crash (exit codes 75 and 143)."""
+_EXPLANATIONS = (Cause.CRASHED, Cause.EVICTED, Cause.NODE_REFUSED, Cause.NODE_LOST)
+"""Reasons that replace a recorded consequence."""
 
 
 class Verdict(StrEnum):
@@ -69,11 +71,11 @@ def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
     """Return whether ``ruling`` replaces ``recorded``, the attempt's recorded cause; True where no cause is recorded.
 
     The cause that was recorded first stays, because later evidence is often its consequence. There are two exceptions.
-    A permanent ruling replaces every cause that is not permanent. A crash, a node that refused a pod and a lost node
-    replace the exit codes 75 and 143, which may be their consequences.
+    A permanent ruling replaces every cause that is not permanent. A crash, an eviction, a node that refused a pod and a
+    lost node replace the exit codes 75 and 143, which may be their consequences.
     """
     if recorded is None:
         return True
     if ruling.verdict is Verdict.PERMANENT:
         return recorded.verdict != Verdict.PERMANENT
-    return recorded.reason in CONSEQUENCES and ruling.reason in (Cause.CRASHED, Cause.NODE_REFUSED, Cause.NODE_LOST)
+    return recorded.reason in CONSEQUENCES and ruling.reason in _EXPLANATIONS

@@ -120,7 +120,8 @@ class PodObservation:
     scheduled_at: datetime | None = None
     """When the scheduler bound the pod to a node. From then on the pod holds its GPUs."""
     delete_requested_at: datetime | None = None
-    """When the deletion was requested: `metadata.deletionTimestamp` minus the grace period."""
+    """When the deletion was requested: `metadata.deletionTimestamp` minus the grace period. Where that period is 0, the
+    time is at the latest the end of the training container (see `_delete_requested_at`)."""
     delete_deadline: datetime | None = None
     """`metadata.deletionTimestamp`, which is the end of the grace period."""
     disruption: str = ""
@@ -229,6 +230,7 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
     scheduled = conditions.get("PodScheduled", {})
     deadline = parse_time(metadata.get("deletionTimestamp"))
     grace = timedelta(seconds=min(metadata.get("deletionGracePeriodSeconds") or 0, LONGEST_GRACE_SECONDS))
+    container = _parse_container(status.get("containerStatuses", []))
     return PodObservation(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -241,15 +243,30 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
         version=whole_number(metadata.get("resourceVersion", "")) or 0,
         created_at=parse_time(metadata["creationTimestamp"]) or EARLIEST,
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
-        delete_requested_at=deadline - grace if deadline else None,
+        delete_requested_at=_delete_requested_at(deadline, grace, container),
         delete_deadline=deadline,
         disruption=disruption.get("reason", "") or "DisruptionTarget" if disrupted else "",
         disrupted_at=parse_time(disruption.get("lastTransitionTime")) if disrupted else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
-        container=_parse_container(status.get("containerStatuses", [])),
+        container=container,
         memory_limit=_memory_limit(spec.get("containers", [])),
         checkpoint_time=metadata.get("annotations", {}).get(LAST_CHECKPOINT_TIME, ""),
     )
+
+
+def _delete_requested_at(
+    deadline: datetime | None, grace: timedelta, container: ContainerObservation | None
+) -> datetime | None:
+    """Return when the deletion of a pod was requested; None where nobody has requested it.
+
+    Once the containers have ended, the kubelet removes the pod: it sets the grace period to 0 and `deadline` to the
+    present time, so that the time of the request is lost. A request that made the container end came no later than the
+    end. Without this limit, such a container would seem to have ended before anybody asked for it.
+    """
+    if deadline is None:
+        return None
+    finished = container.finished_at if container is not None else None
+    return min(deadline, finished) if not grace and finished is not None else deadline - grace
 
 
 def _memory_limit(containers: list[Mapping[str, Any]]) -> str:
