@@ -91,7 +91,10 @@ class TrainingLoop:
         status.checkpoint = saver.last.uri if saver.last else None
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
-        self._evaluation_missing = state is not None and state.perplexity is None and self._evaluation_due()
+        # SIGTERM may also come after an evaluation. The step log then has the scores of the step, although its
+        # checkpoint does not, and an evaluation must not count twice against `evaluation.patience`.
+        evaluated = state is not None and (state.perplexity is not None or replayed.evaluated_step == state.step)
+        self._evaluation_missing = state is not None and not evaluated and self._evaluation_due()
         if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
             progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
@@ -263,7 +266,9 @@ class TrainingLoop:
         """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is due, and
         report both.
 
-        With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing.
+        With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing. A
+        checkpoint that is due after the step is then saved again, because the scores of the first one are missing, and
+        without them it could not become the artifact.
         """
         perplexity = task_score = None
         if self._validation is not None and self._evaluation_due():
@@ -274,8 +279,7 @@ class TrainingLoop:
         if self._progress is not None and not catching_up:
             self._progress.log_step()
         improved = perplexity is not None and self._selection.best_step == self.step
-        periodic = self._saver.due(self.step) and not catching_up
-        if periodic or improved or self.step == self.total_steps or self._selection.exhausted:
+        if self._saver.due(self.step) or improved or self.step == self.total_steps or self._selection.exhausted:
             self._save(perplexity, task_score, best=improved)
         self._report_checkpoints()
 
