@@ -1,7 +1,7 @@
 """One rank that scores a model with several batch sizes and ZeRO stages: `python -m tests.trainer.score_many FILE`.
 
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
-and `examples` are the tokenised texts to score. The rank writes perplexities and answers as JSON to the path in the
+and `examples` are the tokenised texts to score. `context` is the longest text that the model can read. The rank writes perplexities and answers as JSON to the path in the
 field `out`. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
 At the end rank 0 is told to stop while all prompts are answered in one batch. The field `cut` has the answers if the
 ranks did stop.
@@ -81,7 +81,7 @@ def main() -> None:
                 suppressed=asked["suppressed"],
                 batch_size=size,
                 max_new_tokens=asked["newTokens"],
-                context=128,
+                context=asked["context"],
             )
             prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
             own: dict[int, str] = {}
