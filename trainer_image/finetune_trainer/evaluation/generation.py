@@ -65,9 +65,7 @@ def generate_answers(
         engine.train()
 
 
-def _batches(
-    gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
-) -> Iterator[tuple[Sequence[int], int]]:
+def _batches(gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[tuple[Sequence[int], int]]:
     """Yield this rank's batches: the indexes of their prompts, and the longest answer in tokens. Every rank gets
     equally many batches.
 
