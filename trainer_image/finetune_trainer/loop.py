@@ -73,6 +73,7 @@ class TrainingLoop:
         self._selection = replayed.selection
         self._monitor = replayed.monitor
         self._data_sha256 = data.summary.data_sha256
+        self._validation_sha256 = data.summary.evaluation_sha256.get("validation")
         optimization = plan.config.optimization
         self._rows = rows = len(data.train)
         self._steps_per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
@@ -97,6 +98,11 @@ class TrainingLoop:
         self._evaluation_missing = state is not None and not evaluated and self._evaluation_due()
         if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
             progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
+        if state is not None and state.validation_sha256 != self._validation_sha256 and progress is not None:
+            progress.notice(
+                "the validation rows are not those that the checkpoint was made with, so the scores of earlier"
+                " evaluations can't be compared with later ones"
+            )
 
     def description(self, start: RunStart) -> str:
         """Return the first line of the run's log: method, parameters, ranks, rows, steps, and where the run resumes."""
@@ -311,6 +317,7 @@ class TrainingLoop:
             zero_stage=optimization.zero_stage,
             rows=self._rows,
             data_sha256=self._data_sha256,
+            validation_sha256=self._validation_sha256,
             perplexity=perplexity,
             task_score=task_score,
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,

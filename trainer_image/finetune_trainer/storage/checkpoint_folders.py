@@ -55,6 +55,8 @@ class TrainerState(ContractModel):
     data_sha256: str | None = None
     """`PreparationSummary.data_sha256`, the digest of the training rows. If a resuming run has another digest, the data
     has changed."""
+    validation_sha256: str | None = None
+    """The digest of the validation rows in `PreparationSummary.evaluation_sha256`. None if the job has none."""
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
