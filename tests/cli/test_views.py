@@ -193,7 +193,7 @@ def test_watching_ends_with_the_job() -> None:
     assert any("artifact of step 100 (9.8 MB)" in line for line in written)
     told = [line.partition("tuned model")[2] for line in written if "tuned model" in line]
     assert told == [
-        " on 40 test rows: perplexity 1.002, right answers 0.975, strict 0.975, function 1",
+        " on 40 test examples: perplexity 1.002, right answers 0.975, strict 0.975, function 1",
     ]
     assert any("LossSpike at step 31 (RollBack): went back to step 25" in line for line in written)
     assert ending(job("failed")) == show_until_ended([job("failed")], LineView(written.append))

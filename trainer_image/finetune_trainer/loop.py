@@ -97,7 +97,7 @@ class TrainingLoop:
         evaluated = state is not None and (state.perplexity is not None or replayed.evaluated_step == state.step)
         self._evaluation_missing = state is not None and not evaluated and self._evaluation_due()
         if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
-            progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
+            progress.notice(f"the {rows} training examples are not the {state.rows} that the checkpoint was made with")
         if state is not None and state.validation_sha256 != self._validation_sha256 and progress is not None:
             progress.notice(
                 "the validation rows are not those that the checkpoint was made with, so the scores of earlier"
@@ -105,7 +105,8 @@ class TrainingLoop:
             )
 
     def description(self, start: RunStart) -> str:
-        """Return the first line of the run's log: method, parameters, ranks, rows, steps, and where the run resumes."""
+        """Return the first line of the run's log: method, parameters, ranks, examples, steps, and where the run
+        resumes."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
@@ -113,8 +114,8 @@ class TrainingLoop:
         return (
             f"run {start.run}: {self._config.method.value}, {self._trained_parameters:,} trained parameters,"
             f" {optimization.precision}, ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
-            f" {torch.get_num_threads()} threads each; {self._rows} rows, {self.total_steps} steps of"
-            f" {optimization.global_batch_size} examples{resumed}{lowered}"
+            f" {torch.get_num_threads()} threads each; {self._rows} examples, {self.total_steps} steps of"
+            f" {optimization.global_batch_size}{resumed}{lowered}"
         )
 
     def run(self) -> bool:

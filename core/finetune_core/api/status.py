@@ -373,8 +373,8 @@ class EvaluationStatus(StatusModel):
     rows: ScoredRows
     """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
-    """Number of rows in the evaluation set. Answers are generated for at most `evaluation.generation.maxExamples` of
-    these rows."""
+    """Number of examples in the evaluation set, as the tuned model reads them. A row may be several examples. Answers
+    are generated for at most `evaluation.generation.maxExamples` of them."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None

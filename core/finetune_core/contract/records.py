@@ -102,8 +102,8 @@ class EvaluationRecord(ContractModel):
 
     rows: ScoredRows
     examples: Count
-    """Number of rows in the evaluation set. `base.graded` and `tuned.graded` are the numbers of graded answers, which
-    may be smaller."""
+    """Number of examples in the evaluation set, as the tuned model reads them. `base.graded` and `tuned.graded` are the
+    numbers of graded answers, which may be smaller."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Count | None = None

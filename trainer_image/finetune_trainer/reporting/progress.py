@@ -163,8 +163,8 @@ class Progress:
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
-                rows = f"{evaluation.examples} {evaluation.rows.lower()} rows"
-                log_line(f"{name} model on {rows}: {score_text(record, task)}")
+                examples = f"{evaluation.examples} {evaluation.rows.lower()} examples"
+                log_line(f"{name} model on {examples}: {score_text(record, task)}")
         self._publish(urgent=True)
 
     def incident(self, incident: Incident) -> None:

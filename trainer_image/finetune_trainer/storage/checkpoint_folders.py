@@ -51,7 +51,7 @@ class TrainerState(ContractModel):
     world_size: int
     zero_stage: int
     rows: int
-    """Number of training rows. The notice that the data has changed since the checkpoint names this number."""
+    """Number of training examples. The notice that the data has changed since the checkpoint names this number."""
     data_sha256: str | None = None
     """`PreparationSummary.data_sha256`, the digest of the training rows. If a resuming run has another digest, the data
     has changed."""
