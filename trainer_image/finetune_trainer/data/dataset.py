@@ -3,12 +3,12 @@ row): it is skipped, or it raises an error with file and line. `dataset.longRows
 example that is too long. Such a row may also be split or truncated.
 
 The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher and the
-preflight checks call `check_columns`.
+preflight checks call `check_columns` and `check_tools_of_mix`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -82,6 +82,22 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
         if column.name not in found.names:
             seen = _shortened(", ".join(repr(name[:100]) for name in found.names[:12]))
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
+
+
+def check_tools_of_mix(sources: Mapping[str, Path], form: DatasetFormat) -> None:
+    """Raise UserError if none of the first rows of all sources of a mix has the column that `toolsField` names. A
+    source without tools is allowed in a mix, so `check_columns` says nothing about a single source.
+
+    ``sources`` are the data sources by their paths in the spec. Sources that belong to no mix are left out.
+    """
+    mix = {field: path for field, path in sources.items() if field.startswith("dataset.train.mix[")}
+    for column in tools_column(form, "dataset.train") if mix else ():
+        heads = [
+            head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
+            for field, path in mix.items()
+        ]
+        if all(head.parsed and column.name not in head.names for head in heads):
+            raise UserError(column.field, f"no column {column.name!r} in the {len(mix)} sources of dataset.train.mix")
 
 
 def columns_read(dataset: DatasetSpec, field: str, base_prompt: str | None, graded: Collection[str]) -> set[str]:

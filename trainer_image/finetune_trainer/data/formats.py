@@ -61,8 +61,8 @@ def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
     nothing.
 
     If the job names another column than the default, at least one row of `dataset.train` must have it, because a
-    misspelled name would make all tools vanish. A single row need not have tools. Nor need the sources of a mix, or the
-    validation and test rows.
+    misspelled name would make all tools vanish. A single row need not have tools. Nor need a single source of a mix
+    (see `check_tools_of_mix`), or the validation and test rows.
     """
     if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
         return []
