@@ -160,10 +160,10 @@ def _check_inputs(
     """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
     data in the object store are left out."""
     _hide_torch()
-    from finetune_trainer.evaluation.graders import load_grading
-    from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.data.dataset import check_tools_of_mix
     from finetune_trainer.data.files.index import INDEX_FILE
+    from finetune_trainer.evaluation.graders import load_grading
+    from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.row_check import check_rows
     from finetune_trainer.preflight.task_check import TaskCheck
 
