@@ -17,7 +17,9 @@ PYTEST := $(PYTHON) -m pytest
 unexport PYTHONDONTWRITEBYTECODE
 # Two groups of tests (tests/conftest.py) run at the same time, because most tests with a cluster wait more than they compute.
 TEST_WORKERS ?= 2
-PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
+# The tests without a cluster wait for a fifth of their time, so three groups at a time keep two processors busy.
+UNIT_WORKERS ?= 3
+PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .PHONY: help
 help: ## Show this list
@@ -87,12 +89,12 @@ demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: a
 .PHONY: unit
 unit: venv ## Run the tests that need no cluster (ROOM=graders: only those of one folder of a package or of tests/)
 	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); \
-	  $(PYTEST) -m "not cluster and not long" $(if $(ROOM),,$(PARALLEL)) $$files
+	  $(PYTEST) -m "not cluster and not long" $(if $(ROOM),,--numprocesses $(UNIT_WORKERS) $(PARALLEL)) $$files
 
 .PHONY: test
 test: lint ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
-	@$(PYTEST) -m "not long" $(PARALLEL) --durations 15
+	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) $(PARALLEL) --durations 15
 
 .PHONY: test-long
 test-long: venv ## Run the tests that take many minutes

@@ -1,9 +1,9 @@
 """The fixture `cluster` for all tests, and the order and the groups in which `make test` runs the tests with
 pytest-xdist.
 
-pytest-xdist runs the tests in two processes (workers). All tests of a group run in the same worker. A group is either a
-folder whose tests share a cluster, or a file whose tests share servers and processes. The folders that take longest
-start first, so that both workers end at about the same time.
+pytest-xdist runs the tests in two processes (workers), and those of `make unit` in three. All tests of a group run in
+the same worker. A group is either a folder whose tests share a cluster, or a file whose tests share servers and
+processes. The folders that take longest start first, so that all workers end at about the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
 time and can run at the same time. The tests of most other folders spend most of their time waiting."""
 FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
 """The same for `make unit`. There the tests of `operator`, which run in one worker, are the group that takes longest.
-If they did not start first, they would still run when the other worker has no more files to run."""
+If they did not start first, they would still run when the other workers have no more files to run."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
 """Folders of `tests/` in each of which all tests share one cluster."""
 

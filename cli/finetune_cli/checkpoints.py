@@ -1,5 +1,5 @@
-"""`finetune checkpoints`: lists the checkpoints of a job that are in the bucket. The list comes from the bucket and not
-from the job's status, because the status may be older.
+"""`finetune checkpoints`: lists the checkpoints of a job that are in the bucket. The list is made from the bucket and
+not from the job's status, because the status may be out of date.
 
 The input is a client of the object store, and the address of the folder of all runs of the job. The output has one
 entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
@@ -34,11 +34,12 @@ class CheckpointFolder:
     run: int
     step: int
     state: str
-    """`committed`, `damaged` (the folder differs from its manifest) or `unfinished` (COMMIT is missing, as during an
-    upload)."""
+    """`committed`, `damaged` (the folder differs from its manifest) or `unfinished` (COMMIT is missing, for example
+    because the upload still runs)."""
     uri: str
     bytes: int
     files: int
+    """Number of files in the manifest. For a damaged or unfinished folder, number of all objects in the folder."""
     time: datetime
     """Time of the commit. For an unfinished checkpoint, the time at which its newest object was written."""
     manifest_sha256: str = ""
@@ -137,7 +138,8 @@ def _manifest(encoded: bytes) -> Manifest:
 
 def _perplexity(encoded: bytes) -> float | None:
     """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. Return None where
-    ``encoded`` contains no finite number as the perplexity: anybody with a key for the bucket may have written it."""
+    ``encoded`` contains no finite number as the perplexity. ``encoded`` may be any bytes, because everybody with a key
+    for the bucket can write the object."""
     try:
         value = json.loads(encoded).get("perplexity")
         perplexity = float(value) if isinstance(value, int | float) else math.nan

@@ -1,7 +1,7 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every file.
 
 The input is the artifact in a FineTuneJob's status, and a client of the job's object store. The output is a folder that
-peft or transformers loads, which appears only after the whole artifact was verified. `main.py` and the demo call
+peft or transformers loads. The folder appears only after the whole artifact was verified. `main.py` and the demo call
 `download`.
 """
 

@@ -14,7 +14,7 @@ value."""
 
 
 def size(count: int) -> str:
-    """Return a number of bytes in decimal units, for example `999 B` or `11.2 MB`."""
+    """Return ``count``, a number of bytes, in decimal units, for example `999 B` or `11.2 MB`."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -24,7 +24,8 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in its two largest units, for example `42 s`, `1 min 05 s`, `3 h 20 min` or `2 d 4 h`."""
+    """Return ``seconds``, a time span, in at most two units, for example `42 s`, `1 min 05 s`, `3 h 20 min` or `2 d 4
+    h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -36,8 +37,8 @@ def duration(seconds: float) -> str:
 
 
 def number(value: str | float) -> str:
-    """Return a measured value with four significant digits, for example `0.5723`, `1.004` or `242.7`. A value of 1000
-    or more is rounded to a whole number, for example `12345`."""
+    """Return ``value``, a measured number, with at most four significant digits, for example `0.5723`, `1.004` or
+    `242.7`. A value of 1000 or more is rounded to a whole number, for example `12345`."""
     quantity = float(value)
     if not math.isfinite(quantity):
         return str(quantity)

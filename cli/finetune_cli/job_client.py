@@ -1,8 +1,9 @@
 """Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI sends requests to the API
 server.
 
-The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
-commands, the demo and the end-to-end tests use `JobClient`.
+The client is configured by a kubeconfig, as kubectl is, or by the service account of the pod that the program runs in.
+Problems that a user can correct are raised as UserError. The commands, the demo and the end-to-end tests use
+`JobClient`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class ConnectionLostError(Exception):
 
 
 def load_client() -> tuple[client.ApiClient, str]:
-    """Return a client of the API server and the default namespace. Both come from KUBECONFIG, ~/.kube/config or the
-    pod's service account. Raises UserError where none of them can be loaded."""
+    """Return a client of the API server and the default namespace. The client is configured by the kubeconfig
+    (KUBECONFIG or ~/.kube/config) or, where no kubeconfig exists, by the pod's service account. Raises UserError where
+    the kubeconfig can't be read, and where neither of the two exists."""
     try:
         config.load_config()
     except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
@@ -79,7 +81,7 @@ class JobClient:
 
     def get(self, name: str) -> FineTuneJob:
         """Return the job ``name``. Raises UserError where the job does not exist, where the user may not read it, or
-        where it does not fit this version of the program. Raises ConnectionLostError where the API server can't be
+        where the job does not fit this version of the program. Raises ConnectionLostError where the API server can't be
         reached or has a problem of its own."""
         try:
             return parse(
@@ -98,8 +100,8 @@ class JobClient:
         """Yield the job now and after each change. The iterator does not end when the job has ended. ``notify`` is
         called with a sentence when the connection is lost.
 
-        If ``give_up_after`` is given, raises TimeoutError after this number of seconds. Raises UserError when the job
-        does not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
+        If ``give_up_after`` is given, raises TimeoutError after that many seconds. Raises UserError when the job does
+        not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
         ConnectionLostError when no API server answers at the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
@@ -123,7 +125,8 @@ class JobClient:
         raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
 
     def secret(self, name: str) -> dict[str, str]:
-        """Return the decoded values of a Secret. Raises UserError where the Secret is missing or may not be read."""
+        """Return the values of the Secret ``name`` by their keys, decoded from base64. Raises UserError where the
+        Secret is missing or may not be read."""
         found = self._read(
             self._core.read_namespaced_secret,
             f"Secret {self._namespace}/{name}",
@@ -136,7 +139,8 @@ class JobClient:
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
     def config_map(self, name: str) -> dict[str, str]:
-        """Return the values of a ConfigMap. Raises UserError where the ConfigMap is missing or may not be read."""
+        """Return the values of the ConfigMap ``name`` by their keys. Raises UserError where the ConfigMap is missing or
+        may not be read."""
         found = self._read(
             self._core.read_namespaced_config_map,
             f"ConfigMap {self._namespace}/{name}",
@@ -147,8 +151,9 @@ class JobClient:
 
     def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
         """Return the object ``name``, fetched with ``read``, a method of the Kubernetes client. Where the API server
-        answers with an error, raises UserError about ``subject``. Its text is the sentence in ``sentences`` for the
-        HTTP status code or, if there is none, the API server's message."""
+        answers with an error, raises UserError about ``subject``. The text of the error is the sentence in
+        ``sentences`` for the HTTP status code. Where ``sentences`` has no sentence for this code, the text is the
+        message of the API server."""
         try:
             return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
@@ -158,7 +163,8 @@ class JobClient:
 
     def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
         """Return the result of `_list`. Where no API server answers, try again for ten minutes, which is long enough
-        for most restarts of an API server."""
+        for most restarts of an API server, and then raise UserError. ``notify`` is called with a sentence about the
+        outage."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
@@ -245,8 +251,8 @@ class JobClient:
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
-    """Return a stored object as a FineTuneJob. Raises UserError where the object does not fit this version of the
-    program, for example because the cluster runs a newer version."""
+    """Return ``stored``, an object as the API server returned it, as a FineTuneJob. Raises UserError where the object
+    does not fit this version of the program, for example because the cluster runs a newer version."""
     try:
         return FineTuneJob.model_validate(present_manifest(stored))
     except ValidationError as error:
@@ -256,8 +262,8 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
 
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the reason of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
-    reason."""
+    """Return the cause of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
+    cause."""
     reason = getattr(error, "reason", None)
     return str(reason if reason is not None else error)
 

@@ -24,15 +24,15 @@ from finetune_cli.state import (
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""A line about the progress is written when at least this percentage of all steps was trained since lines were last
-written. At the last step a line is always written."""
+"""Smallest advance, in percent of all steps, for which a line about the progress is written. The advance is counted
+from the state for which lines were last written. The last step always gets a line."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
     """Return the lines about all differences between ``job``, the newest state of the job, and ``shown``, the state for
     which lines were last written.
 
-    Where only the step has changed, there is a line only after each five percent of the steps, so that the log of a
+    Where only the step has changed, a line is returned only after each five percent of all steps, so that the log of a
     long run stays readable.
     """
     return [
@@ -72,7 +72,7 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     if before is not None and progress.step == before.step:
         return
     advanced = progress.percentage - (before.percentage if before else 0)
-    # A step that is lower than before is shown at once, because it means that the job has resumed from a checkpoint.
+    # A step that is lower than before is shown at once. Such a step means that the job has resumed from a checkpoint.
     if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
         return
     words = [f"step {progress.step}/{progress.total_steps}"]

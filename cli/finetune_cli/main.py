@@ -157,8 +157,10 @@ def list_checkpoints(options: argparse.Namespace) -> int:
 
 
 def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> ObjectStoreReader:
-    """Return a reader of the job's object store, with the access key from the environment or else from the Secret that
-    the job names. ``endpoint`` replaces the address of the store. Raises UserError where no access key is found."""
+    """Return a reader of the job's object store. The access key is that of the environment variables or, where these
+    hold no key, that of the Secret that the job names. ``endpoint``, where it is given, replaces the address of the
+    store. Raises UserError where no access key is found, and where the CA certificates that the job names are
+    missing."""
     storage = job.spec.storage
     keys = access_key_from(os.environ)
     if keys is None:

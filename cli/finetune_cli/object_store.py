@@ -33,7 +33,7 @@ manifests, are far smaller."""
 TRIES = 3
 """Largest number of times that `fetch` tries to download an object, the first time included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-"""The S3 error codes that mean that the object store refuses the access key."""
+"""The S3 error codes with which an object store refuses an access key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class AccessKey:
 
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
-    """Return the access key in ``values``, the data of a Secret or the environment variables. None where the access key
-    id or the secret key is missing."""
+    """Return the access key in ``values``, the data of a Secret or the environment variables. Return None where the
+    access key id or the secret key is missing."""
     access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
@@ -162,7 +162,7 @@ class ObjectStoreReader:
         raise AssertionError("the last try returns or raises")
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:
-        """Read an object and call ``add`` with each chunk of it. Raises urllib3's error when the transfer breaks
+        """Read an object in chunks and call ``add`` with each chunk. Raises urllib3's error when the transfer breaks
         off."""
         with self._explained(f"s3://{bucket}/{key}"):
             response = self._minio.get_object(bucket, key)
@@ -175,8 +175,8 @@ class ObjectStoreReader:
 
     @contextmanager
     def _explained(self, subject: str) -> Iterator[None]:
-        """Turn the error of a request that fails in the `with` block into a UserError. ``subject`` is the `s3://`
-        address that the request is about."""
+        """Return a context manager that turns the error of a failed request in its `with` block into a UserError.
+        ``subject`` is the `s3://` address that the request is about."""
         try:
             yield
         except S3Error as error:
@@ -201,8 +201,8 @@ class ObjectStoreReader:
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
     """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where ``certificates`` is None,
-    the context trusts the CA certificates in the file that the environment variable SSL_CERT_FILE names, or else those
-    of the library certifi."""
+    the context trusts the CA certificates in the file that the environment variable SSL_CERT_FILE names, or else the CA
+    certificates of the library certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

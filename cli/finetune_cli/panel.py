@@ -1,7 +1,8 @@
 """The panel that `finetune watch` shows on a terminal: a pure function from a FineTuneJob to a renderable of the
 library rich.
 
-`watch.py` calls `render` four times a second, so that the shown durations grow also while the job does not change.
+`watch.py` calls `render` four times a second, so that the shown durations are current even while the job does not
+change.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def _evaluation(evaluation: EvaluationStatus, task: str | None) -> RenderableTyp
 
 
 def _ungraded(evaluation: EvaluationStatus) -> list[RenderableType]:
-    """Return a line for each model of which answers could not be graded."""
+    """Return a line about the base model and a line about the tuned model, each only where some answers of that model
+    could not be graded."""
     models = (("base", evaluation.base), ("tuned", evaluation.tuned))
     texts = [(name, ungraded_text(scores)) for name, scores in models]
     return [Text(f"  {name} model: {text}", style="yellow") for name, text in texts if text]
@@ -194,8 +196,8 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and how each ended. Return None if every ended attempt has succeeded and the
-    status names no cause for an end of the current attempt."""
+    """Return a table of the attempts and how each ended. Return None where there is nothing to explain: every ended
+    attempt has succeeded, and the status names no cause for an end of the current attempt."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)

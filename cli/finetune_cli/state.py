@@ -21,7 +21,7 @@ NOT_SEEN_MESSAGE = "no operator has looked at it yet; `kubectl get pods -A -l ap
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a job ended: whether it succeeded, and reason and message of its condition `Succeeded`."""
+    """How a job ended: whether the job succeeded, and the reason and message of the condition `Succeeded`."""
 
     succeeded: bool
     reason: str
@@ -64,7 +64,7 @@ def state_message(job: FineTuneJob) -> str:
 
 def blocking_message(job: FineTuneJob) -> str:
     """Return why an unfinished job can't go on. The result is empty where nothing stops the job, and where
-    `state_message` returns the same sentence."""
+    `state_message` returns the same sentence already."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
@@ -84,7 +84,7 @@ def ending(job: FineTuneJob) -> Ending | None:
 
 
 def metric(job: FineTuneJob, name: str) -> MetricValue | None:
-    """Return the newest value of the metric ``name``, for example of `loss`. None where the status has no such
+    """Return the newest value of the metric ``name``, for example of `loss`. Return None where the status has no such
     metric."""
     return next((found for found in status_of(job).metrics if found.name == name), None)
 

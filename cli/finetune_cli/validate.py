@@ -24,7 +24,8 @@ from finetune_core.validation.validate_job import is_job, validate_job
 STDIN = "-"
 """File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Largest size of a file in bytes. A file may contain many jobs. The API server accepts at most 3 MB in one request."""
+"""Largest size of a file in bytes. A file may be larger than the 3 MB that the API server accepts in one request,
+because a file may contain many jobs."""
 
 
 _REFUSED_LATER = {
@@ -98,7 +99,8 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 
 def check_file(name: str) -> FileReport:
-    """Check the file ``name`` and return every problem of its jobs. Objects of other kinds in the file are ignored."""
+    """Check the file ``name``, or the standard input where ``name`` is `-`. Return the names of the jobs in the file,
+    and every problem of the file and the jobs. Objects of other kinds in the file are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -145,7 +147,7 @@ def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
 
 def _is_meant_as_job(document: dict[str, Any]) -> bool:
     """Return whether ``document`` is probably meant as a FineTuneJob, because its kind or its API group is that of a
-    FineTuneJob. Capital and small letters count as equal."""
+    FineTuneJob. Upper and lower case make no difference."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 

@@ -59,7 +59,7 @@ class LiveView(View):
         self._job, self._notice = job, ""
 
     def show_notice(self, sentence: str) -> None:
-        """Draw a notice below the panel until the next change of the job."""
+        """Draw ``sentence`` below the panel until the next change of the job."""
         self._notice = sentence
 
     def _renderable(self) -> RenderableType:
@@ -100,7 +100,8 @@ def view_for(console: SafeConsole) -> Iterator[View]:
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
-    """Show each state of a job in ``view`` until the job has ended, and return how the job ended."""
+    """Show each of ``jobs``, the states of a job, in ``view`` until the job has ended, and return how the job ended.
+    Raises EOFError where there are no more states before the job has ended."""
     for job in jobs:
         view.show_job(job)
         if end := ending(job):

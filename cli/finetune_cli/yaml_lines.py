@@ -23,10 +23,10 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Largest number of nested levels inside of a refused value or key. These levels are skipped. Where there are more
-levels, parsing stops, because the time that the parser needs grows with the square of the depth."""
+"""Largest number of nested levels inside of a refused value or key. Up to this number the levels are skipped. Beyond
+this number parsing stops, because the time that the parser needs grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values in a document. Where an alias is used, all values of its anchor count again."""
+"""Largest number of values in a document. Each use of an alias adds the number of values that the alias stands for."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -265,7 +265,7 @@ def _key(value: Any) -> str | None:
 
 
 def _resolve(event: Any) -> Any:
-    """Return the value of a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
+    """Return the value of ``event``, a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
     text: str = event.value
     tag = event.tag
     if tag is not None and tag != "!":
@@ -279,8 +279,8 @@ def _resolve(event: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a plain (unquoted) scalar as kubectl reads it. Raises ValueError for a number that is not
-    finite."""
+    """Return the value of ``text``, a plain (unquoted) scalar, as kubectl reads it. Raises ValueError for a number that
+    is not finite."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:
@@ -298,15 +298,16 @@ def _plain(text: str) -> Any:
 
 
 def _number(value: float) -> int | float:
-    """Return a number as kubectl sends it. JSON has one kind of number, so `2.0` is sent as 2."""
+    """Return ``value`` as kubectl sends it to the API server. JSON has only one kind of number, so `2.0` is sent as 2.
+    Raises ValueError for infinity."""
     if value in (math.inf, -math.inf):
         raise ValueError("must be a finite number")
     return int(value) if value.is_integer() and abs(value) < 1e21 else value
 
 
 def _integer(number: str) -> int | float:
-    """Return an integer in the notation of YAML 1.1: binary (0b), hexadecimal (0x), octal (0o or a leading 0) or
-    decimal."""
+    """Return the value of ``number``, an integer in the notation of YAML 1.1: binary (0b), hexadecimal (0x), octal (0o
+    or a leading 0) or decimal."""
     sign = -1 if number[0] == "-" else 1
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():

@@ -10,7 +10,8 @@ All keys of a job lie in one folder, the folder of all runs of the job:
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
   evaluation/<run>.json           scores
-  model-digests/<digest>.json     sha256 of a model file whose ETag is no digest, only with a cache for models
+  model-digests/<digest>.json     sha256 of a model file whose source states no digest of the content; only with
+                                  `storage.cache.claimName`
   preflight/<token>               written, read back and deleted by a preflight check
   ARTIFACT                        names the job's artifact; created with If-None-Match, so that the first writer wins
 """
@@ -31,13 +32,14 @@ COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
 TRAINER_FILE = "trainer.json"
 """Name of the file in a checkpoint that contains everything except tensors: the step, the position in the data, the
-perplexity and other numbers."""
+perplexity and other values."""
 MODEL_DIGESTS = "model-digests"
 """Name of the folder, below the folder of all runs of a job, with the sha256 of model files."""
 BASES = "_bases"
-"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each of these models
-is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. The folder can't
-be confused with them, because the name of a namespace has no underscore."""
+"""Name of the folder, directly below `storage.uri`, with the extended base models: copies of base models with embedding
+rows for `model.addedTokens` or with an untied output head. Each copy is stored once for all jobs. All other folders
+directly below `storage.uri` are named after namespaces. No namespace has the name of this folder, because the name of a
+namespace has no underscore."""
 
 
 class Location(NamedTuple):
@@ -124,7 +126,8 @@ def probe_key(token: str) -> str:
 
 
 class ManifestFile(ContractModel):
-    """A file of a checkpoint or an artifact: its name in the folder, its size, and its sha256 in hexadecimal."""
+    """A file of a checkpoint, an artifact or an extended base model: its name in the folder, its size, and its sha256
+    in hexadecimal."""
 
     name: str
     bytes: int
@@ -132,12 +135,12 @@ class ManifestFile(ContractModel):
 
 
 class Manifest(ContractModel):
-    """The list of the files of a checkpoint or of an artifact. The object COMMIT in the same folder holds the sha256 of
-    the stored manifest."""
+    """The list of the files of a checkpoint, an artifact or an extended base model. The object COMMIT in the same
+    folder holds the sha256 of the stored manifest."""
 
     version: int = 1
     kind: str
-    """What the files make up: `Checkpoint` or `Artifact`."""
+    """What the files make up: `Checkpoint`, `Artifact` or `Base` (an extended base model)."""
     run: int
     step: int
     files: list[ManifestFile]

@@ -1,4 +1,4 @@
-"""Names of the Kubernetes objects that the operator creates for a job.
+"""Names of the Kubernetes objects that the operator and training-operator create for a job.
 
 Each name is computed from the job and from the number of the attempt or of the try. An operator that restarts after a
 crash therefore finds the objects that it has already created.
@@ -10,7 +10,7 @@ import hashlib
 
 
 def attempt_name(job_name: str, job_uid: str, attempt: int) -> str:
-    """Return the name of an attempt's PyTorchJob and ConfigMap.
+    """Return the name of an attempt's PyTorchJob, ConfigMap and NetworkPolicy.
 
     The name has at most 53 characters (40 + 1 + 8 + 1 + 3). So `<name>-worker-<2 digits>`, the name of a pod and of its
     Service, fits into the 63 characters of a DNS label. The name contains a digest of the job's uid, so that it differs

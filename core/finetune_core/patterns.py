@@ -1,7 +1,7 @@
 """The regular expressions of users (`dataset.task.pattern`, `lora.targetModules`), in the syntax of RE2.
 
 RE2 searches in time proportional to the length of a text, whatever the pattern. The trainer uses these patterns, and
-`finetune validate` compiles them too. The operator does not: its image has no RE2.
+`finetune validate` compiles them too. The operator does not compile them, because its image has no RE2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Judges whether the tuned model reached the scores of `evaluation.require`.
 
-The functions are pure. The trainer derives the job's outcome from the judgements, and the operator shows them in the
-status. A
-judgement follows from the requirements and the scores alone, so a later job with other requirements judges the scores
-of a finished run anew.
+The functions are pure. The trainer derives the job's outcome from the judgements, and the operator shows the judgements
+in the status. A judgement depends only on the requirements and the scores. So a later job with other requirements can
+judge the scores of a finished run anew.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class Judgement:
 
     requirement: RequirementSpec
     base: float | None
-    """Score of the base model. None where it was not measured."""
+    """Score of the base model. None where this score was not measured."""
     tuned: float | None
-    """Score of the tuned model. None where it was not measured."""
+    """Score of the tuned model. None where this score was not measured."""
     problem: str
     """Why the score was not reached, for example `exact must be at least 0.8 and is 0.75`. Empty where it was
     reached."""
@@ -37,15 +36,16 @@ class Judgement:
 
     @property
     def difference(self) -> float | None:
-        """Score of the tuned model minus the score of the base model. None where one of the two was not measured."""
+        """Score of the tuned model minus the score of the base model. None where one of the two scores was not
+        measured."""
         return None if self.base is None or self.tuned is None else self.tuned - self.base
 
 
 def judge(requirements: Sequence[RequirementSpec] | None, evaluation: EvaluationRecord | None) -> list[Judgement]:
     """Return the judgement of each of ``requirements``.
 
-    Scores are rounded to six significant digits before they are compared, because results and the status hold no more.
-    A score that was not measured is not reached.
+    Scores are rounded to six significant digits before they are compared, because results and the status contain no
+    more digits. A score that was not measured is not reached.
     """
     rounded = evaluation.rounded() if evaluation is not None else None
     found = []
@@ -59,8 +59,9 @@ def judge(requirements: Sequence[RequirementSpec] | None, evaluation: Evaluation
 
 
 def judged(result: Result, requirements: Sequence[RequirementSpec] | None) -> Result:
-    """Return ``result``, which names a committed artifact, with the outcome GateFailed where the tuned model did not
-    reach one of ``requirements``, and with a message that names the scores that it did not reach."""
+    """Return ``result`` unchanged where it names no committed artifact, or where the tuned model reached all of
+    ``requirements``. Otherwise return ``result`` with the outcome GateFailed, and with a message that begins with the
+    scores that were not reached."""
     failed = [judgement.problem for judgement in judge(requirements, result.evaluation) if not judgement.passed]
     if not failed or result.artifact is None:
         return result

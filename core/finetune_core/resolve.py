@@ -2,8 +2,8 @@
 
 The operator calls `resolve` before the preflight check and before each attempt. Most defaults are fixed values in the
 models of `api/`. This module chooses the defaults that depend on other fields, such as the learning rate, which depends
-on the method. Only a value that depends on the model or the data, such as the number of steps in one epoch, is left to
-the trainer.
+on the method. The trainer itself computes the values that depend on the model or the data, such as the number of steps
+in one epoch.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def resolve(
     """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
 
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
-    uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
-    templates in all other jobs: the day (UTC) on which attempt 1 started.
+    uses the former job's folder in the bucket. Where the check found runs that the job continues, the record also names
+    the date that chat templates got in them, and the job uses that date. Otherwise chat templates get the date
+    ``today``, the day (UTC) on which attempt 1 started.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -125,7 +126,8 @@ def resolve(
 
 
 def _lora(lora: LoRASpec | None) -> LoRASpec:
-    """Return the adapters' settings. A variant that is switched off is absent, so that both are the same training."""
+    """Return the adapters' settings. `rs_lora` and `do_ra` become None where they are false, so that a job that sets
+    them to false and a job that does not set them have the same `settings_digest`."""
     lora = lora or LoRASpec()
     return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
 

@@ -2,8 +2,9 @@
 for a column of the row.
 
 `{{` and `}}` are braces, as in Python's format strings. `{#name}...{/name}` is a part that is shown only where the
-column has a value, and `{^name}...{/name}` is shown only where it has none, as in Mustache. Nothing else has a meaning,
-and no line break is removed. The operator, the trainer and `finetune validate` parse templates with this module.
+column has a value, and `{^name}...{/name}` is a part that is shown only where the column has none, as in Mustache.
+Nothing else has a meaning, and no line break is removed. The operator, the trainer and `finetune validate` parse
+templates with this module.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any, NamedTuple
 from finetune_core.errors import valid_text
 
 HALF_PAIR = "half of a surrogate pair"
-"""What JSON can contain, but no tokenizer accepts."""
+"""Name, in messages, of a character that a JSON text can contain, but that no tokenizer accepts."""
 
 WELL_FORMED_PATTERN = "^([^{}]|[{][{]|[}][}]|[{][#^/]?[^{}#^/\\n\\r][^{}\\n\\r]*[}])*$"
-"""Regular expression of RE2 that a template matches if each of its braces is doubled or encloses a name. Whether the
-optional parts are nested well is not regular, and only `parse` checks it."""
+"""Regular expression of RE2 that a template matches if each of its braces is doubled or encloses a name. A regular
+expression can't check whether optional parts are nested well, so only `parse` checks the nesting."""
 SHOWS_A_COLUMN_PATTERN = "(^|[^{])([{][{])*[{][^{}#^/]"
 """Regular expression of RE2 that a well-formed template matches if it shows a column."""
 
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
 
     text: str
     from_row: bool
-    """Whether the text is the value of a column, and not a text of the template itself."""
+    """Whether the text is the value of a column. False for a text of the template itself."""
 
 
 class _Kind(Enum):
@@ -64,12 +65,13 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True)
 class RowTemplate:
-    """A parsed template. The aliases in it are replaced: its tokens name the columns of the row, for example `question`
-    where the template has `{prompt}`."""
+    """A parsed template. Aliases in the template are replaced: the tokens name the columns of the row, for example
+    `question` where the template has `{prompt}`."""
 
     tokens: Sequence[_Token]
     names: Mapping[str, str]
-    """All columns that the template reads, in their order, each with the name by which the template calls it."""
+    """For each column that the template reads, the name by which the template calls the column. The columns are in the
+    order in which the template first names them."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -88,13 +90,14 @@ class RowTemplate:
 
     @property
     def ending(self) -> str:
-        """The text behind the last column. Empty if the template ends with a column or with an optional part."""
+        """The text at the end of the template, behind the last column or optional part. Empty if the template ends with
+        a column or with an optional part."""
         last = self.tokens[-1] if self.tokens else None
         return last.value if last is not None and last.kind is _Kind.TEXT else ""
 
     def pieces(self, row: Mapping[str, Any]) -> list[Piece]:
-        """Return the rendered text in pieces. Empty pieces are left out. Raises RowError where the row lacks a column
-        that must be shown, or where the column holds something that is no text (`text_of`)."""
+        """Return, in pieces, the text that the template makes of ``row``. Empty pieces are left out. Raises RowError
+        where the row lacks a column that must be shown, or where `text_of` can't show the value of such a column."""
         found: list[Piece] = []
         open_parts: list[bool] = []
         """For each optional part that encloses the current token, whether the part is shown for this row."""
@@ -170,18 +173,20 @@ def parse(text: str, aliases: Mapping[str, str] | None = None) -> RowTemplate:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a column has no value: it is missing, null or false, a text of nothing but white space, an empty
-    list or an empty object. 0 is a value."""
+    """Return whether ``value``, the value of a column, counts as no value: it is missing, null or false, a text of
+    nothing but white space, an empty list or an empty object. 0 counts as a value."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value is False or (isinstance(value, Sequence | Mapping) and not value)
 
 
 def text_of(column: str, value: Any) -> str:
-    """Return a value of a row as text: a text as it is; numbers, true and false as JSON writes them; decimals without
-    an exponent; dates and times of parquet files as in ISO 8601.
+    """Return ``value``, the value of the column ``column`` in a row, as text. A text stays as it is. Numbers, true and
+    false are written as in JSON. Of the types in parquet files, decimals are written without an exponent, and dates and
+    times as in ISO 8601.
 
-    Raises RowError for null and for a missing column, and for everything else, such as a list or an object.
+    Raises RowError where ``value`` is None, because the column is missing or null, where ``value`` is a text with half
+    of a surrogate pair or a number that can't be written, and where ``value`` is anything else, such as a list.
     """
     if value is None:
         raise RowError(f"has no {column!r}")
@@ -204,7 +209,8 @@ def text_of(column: str, value: Any) -> str:
 
 
 def text_or_none(value: Any) -> str | None:
-    """Return the text that a template shows for a value of a row (`text_of`); None where it can show none."""
+    """Return the text that a template shows for ``value``, a value of a row, as `text_of` returns it. Return None where
+    a template can't show the value."""
     try:
         return text_of("", value)
     except RowError:

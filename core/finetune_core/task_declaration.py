@@ -31,7 +31,7 @@ UNGRADED_REASON_LENGTH = 160
 """Largest number of characters of a reason why an answer could not be graded."""
 
 PERPLEXITY = "perplexity"
-"""Label of a model's perplexity in tables of scores, and its name in `evaluation.require`."""
+"""Name in `evaluation.require` of the perplexity over the supervised tokens, whose loss training minimises."""
 ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
 """Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
 MEASURED = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
@@ -44,15 +44,17 @@ ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What the value of a score for one answer is, and therefore what its mean over all graded answers is. The value of
-    the enum is the text that docs/tasks.md shows for this mean."""
+    """What kind of value a score has for one answer. The mean over all graded answers has a meaning that follows from
+    this kind. For RIGHT_OR_WRONG and PARTIAL_CREDIT, the member's own text is this meaning as docs/tasks.md shows it,
+    for example "share of right answers"."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
     PARTIAL_CREDIT = "mean over the answers"
     """The grader returns a number from 0 to 1, for example the share of words that are right."""
     VALUE = "value"
-    """The grader returns any finite number, for example a length or a reward."""
+    """The grader returns any finite number, for example a length or a reward. docs/tasks.md shows the aggregation for
+    such a score, for example "mean over the answers"."""
 
 
 class Aggregation(StrEnum):
@@ -64,8 +66,8 @@ class Aggregation(StrEnum):
     MAXIMUM = "Maximum"
 
     def of(self, values: Sequence[float]) -> float:
-        """Return the reported value for ``values``, which must be finite and at least one. The result is finite too.
-        The order of ``values`` makes no difference."""
+        """Return the reported value for ``values``, which are one or more finite numbers. The result is finite too. The
+        order of ``values`` makes no difference."""
         match self:
             case Aggregation.MEAN:
                 return _mean(values)
@@ -80,7 +82,7 @@ class Aggregation(StrEnum):
 def _mean(values: Sequence[float]) -> float:
     try:
         return fsum(values) / len(values)
-    except OverflowError:  # the sum is larger than every float
+    except OverflowError:  # the sum, or a part of it, is out of the range of floats
         return float(sum(map(Fraction, values)) / len(values))
 
 
@@ -88,13 +90,14 @@ def _mean(values: Sequence[float]) -> float:
 class Score:
     """One of the scores that a task's grader gives to every answer. A higher value is better.
 
-    `unit` and `aggregation` may be given as the texts of the enums. Raises ValueError for other texts.
+    `unit` and `aggregation` may also be given as texts, which are the values of the enums. Raises ValueError for other
+    texts.
     """
 
     name: str
     """Name in camelCase as the status and the CLI show it, for example ``orderFree``."""
     meaning: str = ""
-    """Sentence that says when an answer gets the score."""
+    """Text for docs/tasks.md that says when an answer gets the score, or what the score is a share of."""
     unit: Unit = Unit.RIGHT_OR_WRONG
     aggregation: Aggregation = Aggregation.MEAN
     """How the values of the graded answers become the reported value."""
@@ -117,25 +120,26 @@ class Column:
     """A column of the evaluation set that a grader reads, in addition to the generated answer."""
 
     name: str
-    """Name under which the grader reads the column, for example ``mr``. It is a key of `dataset.task.fields`."""
+    """Name under which the grader reads the column, for example ``mr``. In `dataset.task.fields` this name is the key
+    of the column."""
     meaning: str = ""
     """Sentence that says what the column must hold."""
     example: object = ""
     """A value of the column, shown in docs/tasks.md."""
     is_completion: bool = False
-    """Whether the column holds the right answer. `dataset.task.fields` may name any column of the rows for it. Where
-    that field names none, the right answer is the completion of `dataset.format`: the value of `completionField`, or
-    the text of the template `completion`. A column that does not hold the right answer is then the column of the rows
-    that is called ``name``."""
+    """Whether the column holds the right answer. This matters where `dataset.task.fields` does not say which column of
+    the rows holds the grader's column. For a column with the right answer, the grader then reads the completion of
+    `dataset.format`: the column that `completionField` names, or the text of the template `completion`. For any other
+    column, the grader then reads the column of the rows that is called ``name``."""
     optional: bool = False
     """Whether rows may lack the column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
-    score has other characters than allowed, is too long, forbidden or used twice, where `main` is not the name of a
-    score, or where there are too many columns or two of one name."""
+    """The declaration of a task. Raises ValueError where there are no scores or too many, or too many columns. Raises
+    ValueError also where the name of a score is empty or too long, has a forbidden character, is one of `MEASURED` or
+    is used twice, where a column's name is used twice, and where `main` is not the name of a score."""
 
     name: str
     """Value of `dataset.task.name`, for example ``GSM8K``; for an own grader the name of its entry point."""
@@ -156,12 +160,14 @@ class Task:
     """Arguments with which the grader grades the example, by the names of the fields of `dataset.task`. None where the
     example needs no arguments."""
     arguments: tuple[str, ...] = ()
-    """Names of the fields of `dataset.task`, in camelCase, that set something for this task."""
+    """Names of the fields of `dataset.task`, in camelCase, that a job with this task may set in addition to the fields
+    that all tasks have."""
     required_arguments: tuple[str, ...] = ()
     """Those of `arguments` that a job must set."""
     one_line: bool = False
-    """Whether every right answer is one line. Of the base model's answer only the first line counts then, because a
-    base model often goes on with another example behind its answer."""
+    """Whether every right answer is one line. Then only the first line of the base model's answer counts, because a
+    base model often goes on with another example behind its answer. A job can decide otherwise with
+    `dataset.task.oneLine`."""
 
     def __post_init__(self) -> None:
         names = self.score_names
@@ -187,15 +193,15 @@ class Task:
 
     @property
     def main_score(self) -> Score:
-        """Return the score that `main` names. It is used where only one number can be shown or compared."""
+        """Return the score that `main` names. Callers use this score where only one number can be shown or compared."""
         return next(score for score in self.scores if score.name == self.main)
 
     def columns_of_rows(self, fields: Mapping[str, str], completion: str | None) -> dict[str, str]:
         """Return for each column that the grader reads, by the grader's own name, the column of the rows that holds it.
 
-        ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. Where the
-        completion is a text of several columns, ``completion`` is None, and the columns that get this text are not in
-        the result. An optional column is in the result even where the rows lack it.
+        ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. It is None
+        where the completion is the text of a template that holds more than one single column. The grader's columns that
+        get this text are then not in the result. An optional column is in the result even where the rows lack it.
         """
         found = {
             column.name: fields.get(column.name, completion if column.is_completion else column.name)

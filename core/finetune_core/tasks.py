@@ -1,8 +1,8 @@
 """Declares the tasks whose generated answers can be graded. Each value of `dataset.task.name` has one declaration.
 
-The declarations in `TASKS` determine the allowed values of `dataset.task.name`, the columns and arguments that the
-fields of `dataset.task` may set, the descriptions of API fields, the names of the scores, the label of the main score
-in the CLI, and docs/tasks.md. The trainer has a grading function for each task
+The declarations in `TASKS` determine the allowed values of `dataset.task.name`, the columns and arguments that
+`dataset.task` may name, the descriptions of API fields, the names of the scores, the label of the main score in the
+CLI, and docs/tasks.md. The trainer has a grading function for each task
 (`finetune_trainer/evaluation/graders/__init__.py`).
 """
 
@@ -266,7 +266,7 @@ TASKS: Mapping[str, Task] = {
 """Every task that `dataset.task.name` can name, by its name, in the order in which the API lists the names."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema(list(TASKS)))]
-"""Type of `dataset.task.name`. It behaves as a Literal of the names of all tasks."""
+"""Type of `dataset.task.name`, which behaves as a Literal of the names of all tasks."""
 
 
 def task_name_text() -> str:
@@ -290,8 +290,9 @@ def score_names_text() -> str:
 def main_score_text(task: str | None, value: float, *, answers: int | None = None) -> str:
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
-    ``task`` is the name of a task, or of the entry point of an own grader. ``value`` is the value over the graded
-    answers. ``answers`` is the number of graded answers. Where it is None, the text does not say how many there are.
+    ``task`` is the name of a task, or of the entry point of an own grader. None means a task of right and wrong
+    answers. ``value`` is the value over the graded answers. ``answers`` is the number of graded answers. Where
+    ``answers`` is None, the text does not say how many answers there are.
     """
     declared = TASKS.get(task) if task is not None else None
     graded = f"{answers} answers" if answers is not None else "the answers"
@@ -304,15 +305,17 @@ def main_score_text(task: str | None, value: float, *, answers: int | None = Non
 
 
 def main_value_text(task: str | None, value: float) -> str:
-    """Return a value of the main score of ``task`` alone, for example ``90.0%``."""
+    """Return ``value``, a value of the main score of ``task``, without the name of the score, for example ``90.0%``.
+    ``task`` is as for `main_score_text`."""
     return f"{value:.4g}" if task is not None and task not in TASKS else f"{value:.1%}"
 
 
 def main_score_label(task: str | None) -> str | None:
     """Return the label under which a table of scores shows the main score of ``task``, for example ``right answers``.
+    ``task`` is as for `main_score_text`.
 
-    Returns None where an answer can be more than right or wrong for the main score. Tables then show that score only
-    under its own name.
+    Returns None for an own grader, and where an answer can be more than right or wrong for the main score. Tables then
+    show that score only under its own name.
     """
     declared = TASKS.get(task) if task is not None else None
     if declared is None:

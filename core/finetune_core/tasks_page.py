@@ -144,7 +144,7 @@ Run `make unit ROOM=graders` while you write, and in the end
 
 
 def tasks_page() -> str:
-    """Return the text of docs/tasks.md: an introduction, a section for each task, and how to add a task."""
+    """Return the text of docs/tasks.md: an introduction, a section for each task, and how to add a grader or a task."""
     parts = [_INTRODUCTION]
     for task in TASKS.values():
         parts += _section(task)

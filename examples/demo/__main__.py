@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
     # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that both signals remove the cluster at any
-    # time. Python's default handler of SIGINT does this already. It is set anyway, because a shell that starts the
-    # program in the background makes the program ignore SIGINT.
+    # time. The handler is set for SIGINT too, although Python's default handler does the same, because a shell that
+    # starts the program in the background makes the program ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
@@ -80,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases of the demo and return 0. Raises ClusterError where this machine can't run a cluster, and where a
-    phase fails."""
+    """Run all phases of the demo and return 0. ``method`` is `LoRA` or `Full`, the results are written into the folder
+    ``output``, and ``command`` is the command that the measurements name. ``keep`` leaves the cluster up until Ctrl-C.
+    Raises ClusterError where this machine can't run a cluster, and where a phase fails."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)
@@ -117,8 +118,8 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
 
 
 def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], measured: Measurements) -> None:
-    """Fill the object store, install the operator, and create the job's namespace. ``measured`` records the seconds of
-    each phase."""
+    """Put the files of ``model`` and the rows into the object store, install the operator with ``values`` for its Helm
+    chart, and create the job's namespace. ``measured`` records the seconds of each phase."""
     with measured.phase("object store"):
         steps.make_bucket(cluster)
         with step("base model into MinIO"):
@@ -151,7 +152,7 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
 
 
 def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
-    """Download the artifact as `finetune download` does."""
+    """Download the artifact of ``job`` into the new folder ``folder``, as `finetune download` does."""
     keys = AccessKey(cluster.minio.access_key, cluster.minio.secret_key)
     with cluster.enter():
         store = ObjectStoreReader(job.spec.storage, keys, cluster.minio.endpoint)
@@ -161,7 +162,8 @@ def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
 
 def compare_answers(model: Path, output: Path) -> dict[str, Any]:
     """Return the answers of base model and tuned model to the held-out rows, and for each model the share of answers
-    that are exactly right."""
+    that are exactly right. ``model`` is the folder of the base model, and ``output`` is the folder of the demo's
+    results."""
     file = output / "answers.json"
     arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
     command = [sys.executable, "-m", "examples.demo.answers", *map(str, arguments), "--output", str(file)]

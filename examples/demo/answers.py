@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
-"""Prompt template, equal to the one in the quickstart job files."""
+"""Template that makes the same prompts as the template in the quickstart job files."""
 MAX_NEW_TOKENS = 28
 """Largest number of tokens in a generated answer. The longest reference answer has 25 tokens, its end token
 included."""
@@ -45,7 +45,8 @@ def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in ``folder``. Where it has no padding token, the end token is used for padding."""
+    """Return the tokenizer in ``folder``. Where the tokenizer has no padding token, the end token is used for
+    padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

@@ -1,8 +1,8 @@
 """Measures the duration of each phase of the demo, the memory of the operator, and the sizes of checkpoints and
 artifact.
 
-The input is the code of each phase (in a `with` block) and the states of the job. The output is the file
-`measurements.json`, from which docs/performance.md takes its figures. `__main__.py` uses this module.
+The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`, from
+which docs/performance.md takes its figures. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from kubernetes import client
 
 from examples.demo.steps import kubernetes_client, operator_memory
 from finetune_cli.state import ending, status_of
-from finetune_core.api.job import FineTuneJob
+from finetune_core.api.job import GROUP, FineTuneJob
 from tests.cluster import Cluster
 from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+"""Label of the pods of an attempt. The pod of the preflight check does not have it."""
 """Seconds between two queries for the pods."""
 
 
@@ -89,8 +91,9 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. While the context manager is active, a
-    thread watches the job's pods. `observe` takes the other milestones from the states of the job."""
+    """Records when the job reaches its milestones, such as its first step. Inside the `with` block a thread watches the
+    job's pods, of which there are ``pods`` in an attempt. `observe` takes the other milestones from the states of the
+    job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -133,13 +136,16 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has all pods of an attempt, and the time at which all of these pods
-        run. The thread asks the API server for the pods again and again, because the job's status shows the state of
-        the pods later."""
+        """Record the time at which all pods of an attempt exist, and the time at which all of these pods run.
+
+        The thread asks the API server for the pods again and again, because the job's status shows the state of the
+        pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):
-                found = core.list_namespaced_pod(self._namespace, _request_timeout=10).items
+                found = core.list_namespaced_pod(
+                    self._namespace, label_selector=ATTEMPT_LABEL, _request_timeout=10
+                ).items
                 if len(found) >= self._pods:
                     self._record("podsCreated")
                 if sum(pod.status.phase == "Running" for pod in found) >= self._pods:

@@ -49,8 +49,8 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # The client gets a connection pool of its own, because minio's default pool obeys Retry-After. A MinIO that has
-    # just started asks clients to wait a minute, and is ready much earlier.
+    # The client gets a connection pool of its own, because the default pool of the library minio obeys Retry-After. A
+    # MinIO server that has just started asks clients to wait a minute, although it is ready much earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
     )
@@ -75,7 +75,7 @@ def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
 
 
 def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket: str = BUCKET) -> None:
-    """Upload the files in ``folder``, a model, into the bucket below ``key``."""
+    """Upload the files in ``folder``, a model, into ``bucket``, each below ``key``."""
     with cluster.enter():
         store = object_store(cluster)
         for file in sorted(folder.iterdir()):
@@ -83,8 +83,8 @@ def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket:
 
 
 def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BUCKET) -> None:
-    """Upload the training rows and the validation rows into the bucket. The held-out rows are not uploaded, so that no
-    job can read them."""
+    """Upload the training rows and the validation rows into ``bucket``, as files below ``key``. The held-out rows are
+    not uploaded, so that no job can read them."""
     with tempfile.TemporaryDirectory() as folder:
         write(rows, Path(folder))
         for name in ("train.jsonl", "validation.jsonl"):
@@ -99,9 +99,9 @@ def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -
 
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
     """Make the cluster's MinIO, which runs outside of Kubernetes, reachable for pods under the name
-    `minio.storage.svc`. The quickstart job files contain this name.
+    `minio.<namespace>.svc`. By default this is `minio.storage.svc`, the name in the quickstart job files.
 
-    The Service has no selector. It gets MinIO's address from an EndpointSlice.
+    The Service has no selector. An EndpointSlice contains the address of MinIO.
     """
     port = {"name": "http", "port": MINIO_PORT, "protocol": "TCP"}
     metadata = {"name": "minio", "namespace": namespace}
@@ -158,7 +158,7 @@ def make_namespace(cluster: Cluster, namespace: str) -> None:
 
 
 def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:
-    """Run `kubectl apply` with the file or the object ``manifest``."""
+    """Run `kubectl apply` with ``manifest``, which is an object or the path of a file, relative to the repository."""
     place = ["--namespace", namespace] if namespace else []
     if isinstance(manifest, Path):
         cluster.kubectl("apply", *place, "--filename", str(REPOSITORY / manifest))
@@ -167,8 +167,8 @@ def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str |
 
 
 def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return the content of the job file ``path`` with ``changes``. The keyword `spec__training__maxSteps=10`, for
-    example, sets the field `spec.training.maxSteps` to 10."""
+    """Return the content of the job file ``path``, which is relative to the repository, with ``changes``. For example,
+    the keyword argument `spec__training__maxSteps=10` sets the field `spec.training.maxSteps` to 10."""
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
     for place, value in changes.items():
         *parents, last = place.split("__")
@@ -237,7 +237,8 @@ def wait_for_condition(
 
 
 def diagnostics(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
-    """Return text that helps to explain a failure: the list of all pods, and the end of the operator's log."""
+    """Return text that helps to explain a failure: the list of all pods, and the end of the log of the operator in
+    ``namespace``."""
     pods = cluster.run(["kubectl", "get", "pods", "--all-namespaces", "--output=wide"], check=False).stdout
     selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
     log = cluster.run(["kubectl", "logs", "--namespace", namespace, selector, "--tail=40"], check=False)

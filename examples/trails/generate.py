@@ -6,7 +6,8 @@ the fields `sentence` and `meaning`. `make demo` and the end-to-end tests call `
     python -m examples.trails.generate --output /tmp/trails
 
 The task resembles ViGGO (Juraska et al. 2019), but has a vocabulary of its own with five functions and six attributes.
-A meaning lists its attributes in a fixed order. Their order in the sentence may differ.
+A meaning lists its attributes in a fixed order. A sentence may name the attributes in
+another order.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""A function, and the names of the attributes that a row has in addition to `name`."""
+"""A function, and the names of the attributes that a row has in addition to `name`, for example `("inform", ("length",
+"view"))`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,8 @@ def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list
 
 
 def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
-    """Return ``number`` trails with different meanings. The shapes are used one after the other, again and again, so
-    that all shapes are about equally frequent."""
+    """Return ``number`` trails with different meanings. ``shapes`` are used in turn, so that all of them are about
+    equally frequent. Names and values are chosen at random."""
     trails: dict[str, Trail] = {}
     turns = itertools.cycle(shapes)
     while len(trails) < number:

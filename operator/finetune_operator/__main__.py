@@ -26,8 +26,8 @@ def main() -> None:
 def _exempt_imports_from_collection() -> None:
     """Exempt every object that exists now from Python's garbage collection.
 
-    Most objects belong to imported modules and live until the end of the process. A full collection would visit them
-    all, and the event loop would stand still meanwhile.
+    Most of these objects belong to imported modules and live until the end of the process. A full collection would
+    visit all of them, and the event loop would stand still meanwhile.
     """
     gc.collect()
     gc.freeze()

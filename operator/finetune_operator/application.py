@@ -39,7 +39,7 @@ class Replica:
     """One process of the operator, which waits for the Lease and then leads until it is stopped."""
 
     def __init__(self, settings: Settings, configuration: Any) -> None:
-        """Create all parts without sending a request; ``configuration`` configures the Kubernetes client."""
+        """Create all parts without sending a request. ``configuration`` is what `load_configuration` returned."""
         self._settings = settings
         self._configuration = configuration
         self._lease_client = lease_client(configuration)
@@ -98,7 +98,10 @@ class Replica:
         await _until_first_ends(self._lead(), self._leadership.renew_forever())
 
     async def _lead(self) -> None:
-        """Do what only the leader does: receive reports, watch objects, and reconcile jobs."""
+        """Do what only the leader does: receive reports, watch objects, and reconcile jobs.
+
+        Returns or raises when the first of these parts ends or fails.
+        """
         settings = self._settings
         await self._certificates.load_with_retries()
         await self._reports.start(settings.report_port, settings.pod_ip, self._context)
@@ -144,7 +147,7 @@ class Replica:
         )
 
     def _announcements(self) -> list[Coroutine[None, None, None]]:
-        """Return, as a list, the coroutine that keeps the EndpointSlice of the report Service pointing to this pod.
+        """Return a list with the coroutine that keeps the report Service's EndpointSlice pointing to this pod.
 
         The list is empty where the operator runs outside a cluster. Training pods then send reports to `--report-host`.
         """

@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 RECONCILE_SECONDS = 60.0
 """Time limit in seconds of one reconcile, so that a request that hangs does not block a worker."""
 RESYNC_RETRY_SECONDS = 10.0
-"""Seconds after a failed list of the jobs of a namespace until they are listed again."""
+"""Seconds from a failed request for the list of a namespace's jobs to the next request."""
 REFUSED: Final = (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND)
-"""HTTP status codes with which the API server answers a list of jobs where the namespace, or the operator's Role in it,
-does not exist."""
+"""HTTP status codes with which the API server answers the request for a list of jobs where the namespace, or the
+operator's Role in the namespace, does not exist."""
 
 
 class _Listed:
-    """Records for which namespaces the resync has listed the jobs, and marks the operator as ready after the last."""
+    """Records for which namespaces the resync has listed the jobs. Marks the operator as ready once at least one list
+    has succeeded, and the list of every other namespace has succeeded or was refused."""
 
     def __init__(self, namespaces: Collection[str | None], activity: WatchActivity, metrics: Metrics) -> None:
         self._waits = set(namespaces)
@@ -77,7 +78,11 @@ class Controller:
         activity: WatchActivity,
         metrics: Metrics,
     ) -> None:
-        """Reconcile the keys of ``queue`` with ``reconciler``; ``activity`` and ``metrics`` record what happens."""
+        """Reconcile the keys of ``queue`` with ``reconciler``. The resync lists jobs with ``cluster``.
+
+        ``activity`` and ``metrics`` record what happens. ``memory`` says which jobs were known before, and which ended
+        jobs need no reconcile.
+        """
         self._memory = memory
         self._queue = queue
         self._reconciler = reconciler
@@ -95,11 +100,12 @@ class Controller:
                 self._queue.done(key)
 
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
-        """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns.
+        """Queue the jobs as `_list` does, at once and then every ``seconds`` seconds, because a watch may lose events.
+        Never returns.
 
-        The jobs of each of ``namespaces`` are listed by a request of their own, so that a deleted or forbidden
-        namespace does not hold up the others. Where ``namespaces`` is empty, one list covers all namespaces. The
-        operator is ready once at least one list has succeeded and every other list has succeeded or was refused.
+        The jobs of each namespace in ``namespaces`` are listed apart, so that a deleted or forbidden namespace does not
+        hold up the other namespaces. Where ``namespaces`` is empty, one list covers all namespaces. The operator is
+        ready once at least one list has succeeded and every other list has succeeded or was refused.
         """
         unlisted: set[str | None] = set(namespaces or (None,))
         listed = _Listed(unlisted, self._activity, self._metrics)
@@ -108,10 +114,10 @@ class Controller:
                 loops.create_task(self._resync(namespace, seconds, listed))
 
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
-        """Queue every job of ``namespace`` (None: of all namespaces) now and again every ``seconds``.
+        """Queue the jobs of ``namespace`` (None: of all namespaces) at once, and then every ``seconds`` seconds.
 
-        Where the list has been refused for ``seconds``, nothing is known of the jobs any more. The metrics of these
-        jobs are then not exported until a list succeeds.
+        ``listed`` is informed about every list. Where the list has been refused for more than ``seconds`` seconds,
+        nothing is known of the jobs any more, so their metrics are not exported until a list succeeds.
         """
         problem, refusals = "", 0
         while True:
@@ -135,10 +141,10 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list(self, namespace: str | None) -> None:
-        """Queue every job of ``namespace`` that exists, and every one that is only in memory.
+        """Queue the jobs of ``namespace`` that exist, and those that exist only in the operator's memory.
 
-        Jobs that are only in memory are queued because the watch may have lost the event of their deletion. An ended
-        job is left out if it has not changed since a reconcile left nothing to do for it.
+        A job that exists only in memory is queued because the watch may have lost the event of the job's deletion. An
+        ended job is left out if nothing was left to do for it at its last reconcile and it has not changed since.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):
@@ -149,7 +155,8 @@ class Controller:
             self._queue.add_for_resync(key)
 
     async def _reconcile(self, key: Key) -> None:
-        """Reconcile a job once, and queue it again where needed. After a failure the job waits for its own back-off."""
+        """Reconcile the job ``key`` once, and queue the key again where needed. If the reconcile fails, the key is
+        queued after a back-off."""
         started = time.monotonic()
         set_log_fields(job=str(key))
         try:

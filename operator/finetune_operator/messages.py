@@ -43,7 +43,7 @@ EXIT_CODE_SENTENCES = {
 def exit_sentence(exit_code: int | None, reason: str) -> str:
     """Return the sentence about a training container that ended without a message of its own.
 
-    ``reason`` is the reason that the kubelet gives, such as "Error".
+    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error".
     """
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
@@ -79,25 +79,32 @@ def pods_replaced(names: Sequence[str]) -> str:
 
 
 def pod_disrupted(name: str, reason: str) -> str:
-    """Return the sentence about a pod that the cluster removed, or whose node was lost; ``reason`` says why."""
+    """Return the sentence about a pod that the cluster removed, or whose node was lost.
+
+    ``reason`` is the reason as one word, for example "PreemptionByScheduler".
+    """
     return f"pod {name} was removed by the cluster ({reason})"
 
 
 def pod_failed(name: str, reason: str, message: str) -> str:
-    """Return the sentence about a pod that failed without an exit code."""
+    """Return the sentence about a pod that failed without an exit code.
+
+    ``reason`` and ``message`` are fields of the pod's status, for example "Evicted" and a sentence of the kubelet.
+    Either may be empty.
+    """
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
 
 
 def container_lost(name: str, node: str) -> str:
-    """Return the sentence about a pod whose container is gone without anybody knowing how the container ended.
+    """Return the sentence about the pod ``name``, whose container is gone although nobody knows how it ended.
 
-    ``node`` may be empty.
+    ``node`` is the name of the pod's node; it may be empty.
     """
     return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
 
 
 def node_refused(name: str, node: str, reason: str, message: str) -> str:
-    """Return the sentence about a pod that its node did not start.
+    """Return the sentence about the pod ``name``, which the node ``node`` did not start.
 
     ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
     ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
@@ -137,9 +144,10 @@ def waiting_pod(name: str, detail: str) -> str:
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:
-    """Return how the message of attempt 2 or later begins: by saying why the attempt before ended.
+    """Return the beginning of a message about attempt 2 or later, which says why the previous attempt ended.
 
-    Empty for attempt 1, and where ``last_cause`` is empty.
+    ``number`` is the number of the attempt, and ``last_cause`` is why the previous attempt ended. The text is empty for
+    attempt 1, and where ``last_cause`` is empty.
     """
     return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
 
@@ -147,8 +155,9 @@ def attempt_prefix(number: int, last_cause: str) -> str:
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
     """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    ``next_start`` is None where the time of the next start is not decided yet. The sentence contains this time and not
-    the seconds until then, because a number of seconds would change the sentence in every reconcile.
+    ``ended`` is the number of the ended attempt, and ``cause`` says why it ended. ``next_start`` is the time of the
+    next start; None where it is not decided yet. The sentence contains this time and not the seconds until then,
+    because a number of seconds would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
@@ -165,7 +174,8 @@ def retries_exhausted(charged: int, cause: str) -> str:
 def stopped(cause: str, newest_checkpoint: str) -> str:
     """Return the sentence about a job that ended for ``cause`` before its artifact was committed.
 
-    The sentence names the newest checkpoint, if there is one, because a new job can resume from it.
+    ``newest_checkpoint`` is the address of the newest checkpoint; empty if there is none. The sentence contains this
+    address, because a new job can resume from the checkpoint.
     """
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
@@ -176,7 +186,7 @@ def pods_end(cause: str, pods: int) -> str:
 
 
 def active_deadline(seconds: int) -> str:
-    """Return the sentence about a job whose pods have run for `runPolicy.activeDeadlineSeconds`."""
+    """Return the sentence about a job whose pods have run for the ``seconds`` of `runPolicy.activeDeadlineSeconds`."""
     return f"its pods have run for the {seconds} s of `runPolicy.activeDeadlineSeconds`"
 
 
@@ -189,10 +199,10 @@ def pending_deadline(seconds: int, waiting_for: str) -> str:
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check.
+    """Return the sentence about a preflight pod that ended without a result, and about how to skip the check.
 
-    ``reason`` is the reason that the kubelet gives, and ``last_line`` the last line of the pod's log; either may be
-    empty.
+    ``exit_code`` is the exit code of its container. ``reason`` is the reason that the kubelet gives, and ``last_line``
+    the last line of the pod's log; either may be empty.
     """
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
@@ -205,7 +215,10 @@ def preflight_turn(limit: int) -> str:
 
 
 def preflight_out_of_memory(limit: str) -> str:
-    """Return the sentence about a preflight pod that the kernel killed at its memory limit, for example "1Gi"."""
+    """Return the sentence about a preflight pod that the kernel killed at its memory limit.
+
+    ``limit`` is the memory limit, for example "1Gi"; empty where it is unknown.
+    """
     amount = f" of {limit}" if limit else ""
     return (
         f"the preflight pod was killed at its memory limit{amount}: a row, the tokenizer or the header of a weight file"
@@ -227,7 +240,7 @@ def preflight_ran_on(seconds: int, command: str) -> str:
 def preflight_gives_up(tries: int, cause: str) -> str:
     """Return the sentence about a preflight check that ends the job, because ``tries`` tries could not be carried out.
 
-    ``cause`` says why the last of them could not.
+    ``cause`` says why the last try could not be carried out.
     """
     return f"{tries} tries of the preflight check failed in this way: {cause}"
 
@@ -242,7 +255,7 @@ def preflight_deadline(seconds: int, waiting_for: str) -> str:
 
 
 def queued(queue: str) -> str:
-    """Return the sentence about an attempt that waits until Kueue admits it."""
+    """Return the sentence about an attempt that waits in the LocalQueue ``queue`` until Kueue admits the attempt."""
     return f"waits for admission by the queue {queue}"
 
 
@@ -267,7 +280,7 @@ def waiting_for_reports(nodes: int, running: int) -> str:
 
 
 def running(nodes: int, attempt: int) -> str:
-    """Return the sentence about an attempt that trains."""
+    """Return the sentence about attempt number ``attempt``, which trains on ``nodes`` pods."""
     return f"attempt {attempt} trains on {nodes} pod{'s' if nodes > 1 else ''}"
 
 
@@ -283,10 +296,11 @@ def gate_failed(step: int, uri: str) -> str:
 
 
 def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
-    """Return the sentence about a former run that the job takes over: which one, from when, and how to train anew.
+    """Return the sentence about a former run that the job takes over: its folder, its start, and how to train anew.
 
-    ``uid`` is that of the job that last wrote to the folder ``run_id``; empty where it is not known. ``done`` says
-    whether the run's artifact is committed, so that nothing is left to train.
+    ``uid`` is the uid of the job that last wrote to the folder ``run_id``; empty where it is not known. The run began
+    at ``began``, and its newest checkpoint or its artifact is of ``step``. ``done`` says whether the run's artifact is
+    committed, so that nothing is left to train.
     """
     what = f"takes over the artifact of step {step}" if done else f"resumes from the checkpoint of step {step}"
     job = f" of the job with uid {uid}" if uid and uid != run_id else ""
@@ -305,11 +319,16 @@ def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
     """Return the sentence about a job whose newest checkpoint is older than the job asks for.
 
     ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer checkpoint was
-    committed. The age is given in whole minutes, so that the message does not change with every report.
+    committed. ``age_seconds`` is the time since the newest checkpoint of the run or, before the first one, since the
+    trainer was ready to save checkpoints. The sentence gives this time in whole minutes, so that the sentence does not
+    change with every report.
     """
     return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
 
 
 def checkpoint_damaged(what: str, step: int, damage: str) -> str:
-    """Return the sentence about a damaged checkpoint; ``what`` is the sentence about the undamaged checkpoints."""
+    """Return the sentence about the checkpoint of ``step``, which is damaged; ``damage`` says what is wrong with it.
+
+    ``what`` is the sentence about the undamaged checkpoints.
+    """
     return f"{what}; that of step {step} is damaged: {damage}"

@@ -1,9 +1,9 @@
 """Brings one FineTuneJob a step further: observe, decide, write what must be written first, act, write the status.
 
 The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call creates or deletes objects
-for at most one attempt or the preflight check; when it creates an attempt, it also deletes what is left of the attempt
-before. It writes the status at most once. A crash after any write is harmless, because the next call starts from what
-the API server holds.
+for at most one attempt or the preflight check. A call that creates an attempt also deletes what is left of the previous
+attempt. Each call writes the status at most once. A crash after any write is harmless, because the next call starts
+from what the API server holds.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ RUNNING_RESYNC_SECONDS = 60.0
 """Largest number of seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even
 where a watch event is lost, the operator acts within a minute."""
 RETRY_SECONDS = 10.0
-"""Seconds until the next reconcile of a job whose status had to be written before its objects change, where the API
-server answered that this write changed nothing."""
+"""Seconds until the next reconcile of a job after a status write that changed nothing, although the write was needed
+before a change of the job's objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class _Acted:
     """The result of the action of a decision, which creates or deletes objects."""
 
     child: ChildObservation | None = None
-    """The child object as it is after the action; None where it does not exist."""
+    """The child object as it is after the action; None where it does not exist or was deleted by the action."""
     problem: RetryableError | None = None
     """Why the attempt's objects could not be created; None where nothing failed."""
     missing: str = ""
@@ -77,7 +77,7 @@ class _Acted:
 
 
 class Reconciler:
-    """Reconciles jobs, one in each call. What it remembers between calls (reports, back-offs and such) may be lost."""
+    """Reconciles jobs, one in each call. What is kept in memory between calls, such as back-offs, may be lost."""
 
     def __init__(
         self,
@@ -100,10 +100,12 @@ class Reconciler:
     ) -> None:
         """Create the parts. ``now`` returns the wall-clock time, ``clock`` monotonic seconds.
 
-        ``trainer_image`` is the image of jobs that name no image. ``ca_bundle`` returns the CA certificates of the
-        report server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs
-        without `runPolicy.preflight`; ``preflight_slots`` limits how many checks run at the same time, over all jobs in
-        ``namespaces`` (all namespaces where that is empty).
+        ``trainer_image`` is the image of jobs that name no image. ``report_base_url`` is the address of the report
+        server, and ``ca_bundle`` returns its CA certificates. ``instance`` is the name of the operator's pod.
+        ``preflight`` ("Run" or "Skip") applies to jobs without `runPolicy.preflight`. ``preflight_slots`` limits how
+        many checks run at the same time, over all jobs in ``namespaces``; an empty ``namespaces`` means all namespaces.
+        ``checkpoint_annotations`` and ``network_policies`` say whether pods are annotated with the time of the newest
+        checkpoint, and whether attempts get NetworkPolicies.
         """
         self._cluster = cluster
         self._memory = memory
@@ -135,9 +137,10 @@ class Reconciler:
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:
-        """Bring the job a step further, and return when to call again.
+        """Bring the job ``key`` a step further, and return when to call again.
 
-        Raises ApiError where the API server refuses a request, or where the job has changed since it was read.
+        Raises one of `REQUEST_ERRORS` where a request fails, for example ApiError (409) where the job has changed since
+        it was read.
         """
         self._memory.begin_reconcile(key)
         manifest = await self._cluster.get_job(key)
@@ -186,10 +189,12 @@ class Reconciler:
         invalid: str,
         config: RunConfig | None = None,
     ) -> Requeue:
-        """Act on ``decision``, and write the status. A decision that must be written first is only written.
+        """Act on ``decision``, and write the status. A decision that must be written first is only written, and the
+        next reconcile acts on the decision.
 
-        The next reconcile then acts on it. ``image`` is the image of the job's pods; None where this version can't read
-        the spec. ``invalid`` says why this version can't run or read the spec; empty where it can.
+        ``image`` is the image of the job's pods; None where this version can't read the spec. ``invalid`` says why this
+        version can't run or read the spec; empty where it can. ``config`` is the run file; None where no pod is about
+        to start.
         """
         if decision.must_be_written_first(job.status):
             given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
@@ -233,7 +238,7 @@ class Reconciler:
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
-        """Remove those objects of an ended job that are due, and accept no more reports of the job."""
+        """Remove those objects of an ended job whose removal is due, and accept no more reports of the job."""
         self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._preflight_turns.forget(stored.key)
         self._metrics.jobs.update(stored.key, stored.manifest.get("spec") or {}, stored.status)
@@ -243,10 +248,10 @@ class Reconciler:
         return requeue
 
     def _has_foreign_child(self, stored: StoredJob) -> bool:
-        """Return whether another version runs the current attempt by an object of a kind that this version can't see.
+        """Return whether another version runs the current attempt by a child of a kind that this version does not know.
 
-        In that case the lack of a PyTorchJob says nothing about the attempt. The answer is False where a person orders
-        to cancel or suspend the job, because such an order is obeyed in any case.
+        In that case the lack of a PyTorchJob says nothing about the attempt. The answer is False where `runPolicy`
+        orders to cancel or suspend the job, because such an order is obeyed in any case.
         """
         child = stored.status.child
         if child is None or stored.status.attempts.current is None or stored.policy.cancel or stored.policy.suspend:
@@ -288,7 +293,10 @@ class Reconciler:
     async def _act(
         self, job: StoredJob, seen: JobObservation, decision: Decision, image: str | None, config: RunConfig | None
     ) -> _Acted:
-        """Create or delete the objects that ``decision.action`` names. The stored status already has the decision."""
+        """Create or delete the objects that ``decision.action`` names, and return what came of it.
+
+        The stored status already contains the decision.
+        """
         match decision.action:
             case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:
                 try:
@@ -309,7 +317,10 @@ class Reconciler:
         return _Acted(child=seen.child)
 
     async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
-        """Create the preflight pod of try ``number``. Where it can't be created, give the job's slot to other jobs."""
+        """Create the preflight pod of try ``number``, and return what came of it.
+
+        Where the pod can't be created, the slot of the job is given to other jobs.
+        """
         try:
             await self._preflight_objects.create(job, number, image, config)
         except RetryableError as problem:
@@ -325,7 +336,7 @@ class Reconciler:
     # ---- specs that can't be read or run, and statuses that can't be read ----
 
     async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
-        """Record that the spec can't be run. The job ends, unless one of its attempts has ended already.
+        """Record that the spec can't be run, as ``message`` says. The job ends, unless one of its attempts has ended.
 
         A job with an ended attempt waits instead, because its spec could be run before, and a person may undo the
         change.
@@ -339,8 +350,9 @@ class Reconciler:
     async def _refuse_for_now(self, stored: StoredJob, message: str) -> Requeue:
         """Start nothing, write why, and reconcile again after a back-off.
 
-        Used where this version can't read the spec or the status, which another version of the operator may be able to
-        read, and where a person may undo a change of the spec of a job that has had an attempt.
+        There are two such cases. Either this version can't read the spec or the status, which another version of the
+        operator may be able to read. Or the spec of a job that has had an attempt can't be run any more, and a person
+        may undo the change of the spec. ``message`` says what is wrong.
         """
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)
@@ -349,9 +361,10 @@ class Reconciler:
 
 
 def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:
-    """Return the job with its parsed spec, and why the spec can't be run; that text is empty where it can.
+    """Return the job with its parsed spec, and a text that says why the spec can't be run.
 
-    The job is None where this version can't read the spec. The text then says which field it can't read.
+    The text is empty where the spec can be run. The job is None where this version can't read the spec, and the text
+    then says which field can't be read.
     """
     try:
         job = parse_spec(stored)

@@ -1,7 +1,7 @@
 """Removes the objects that an ended job leaves behind, each when it is due. Nothing is created for such a job.
 
-`reconcile.py` calls `SettledJobs.tidy` for each job whose condition `Succeeded` is True or False. The stored manifest
-is used instead of the parsed spec, because this version may not be able to read the spec of an old job.
+`reconcile.py` calls `SettledJobs.tidy` for each job that has ended. The stored manifest is used instead of the parsed
+spec, because this version may not be able to read the spec of an old job.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class SettledJobs:
         preflight_objects: PreflightObjects,
         attempt_objects: AttemptObjects,
     ) -> None:
-        """Delete ConfigMaps with ``cluster``, and each other kind of object with the argument that is named after it.
+        """Delete ConfigMaps with ``cluster`` and child objects with ``backend``.
 
-        ``writer`` removes a deleted child from the status.
+        ``network_policies`` deletes NetworkPolicies, ``preflight_objects`` the objects of preflight checks, and
+        ``attempt_objects`` pods without a child. ``writer`` removes a deleted child from the status.
         """
         self._attempt_objects = attempt_objects
         self._cluster = cluster
@@ -54,16 +55,20 @@ class SettledJobs:
     async def tidy(self, job: StoredJob) -> float | None:
         """Remove those objects of the job whose time of removal has come, and then bring the job's status up to date.
 
-        The status then says that the newest generation of the job is observed, for example after an edit of its TTL. It
-        no longer names the child object once all objects are removed. Return in how many seconds the next object has to
-        be removed; None if no other removal will follow.
+        The status then says that the newest generation of the job is observed, for example after an edit of its TTL.
+        Once all objects are removed, the status no longer names the child object. Return in how many seconds the next
+        object has to be removed; None if no other removal will follow.
         """
         after, all_removed = await self._remove_due(job)
         await self._writer.write_settled(job, without_child=all_removed)
         return after
 
     async def _remove_due(self, job: StoredJob) -> tuple[float | None, bool]:
-        """Remove what is due. Return in how many seconds the next is due, and whether everything was removed."""
+        """Remove the objects whose removal is due.
+
+        Return in how many seconds the next removal is due (None if none follows), and whether the TTL of the job is
+        over, so that all objects of its last attempt were removed.
+        """
         ended, started = job.ended_at, job.status.attempts.started
         if ended is None:
             return None, False

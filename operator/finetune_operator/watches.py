@@ -28,8 +28,8 @@ from finetune_operator.queue.work_queue import WorkQueue
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 15.0
-"""Largest number of seconds that kopf may take to end. It waits two seconds for its workers and five for tasks that
-hang; a busy machine may need twice as long."""
+"""Largest number of seconds that kopf may take to end. kopf waits two seconds for its workers and five for tasks that
+hang. On a busy machine the end may take twice as long."""
 WATCH_EXIT_CODE: Final = 1
 """Exit code of the process where one watch has ended and the other watches did not end in time."""
 
@@ -51,7 +51,8 @@ class _EndlessBackoff:
 class _NoDiffs(kopf.DiffBaseStorage):
     """Makes kopf keep no earlier states of objects, because handlers of `on.event` do not compare states.
 
-    kopf's default copies each object twice for such comparisons. That took a quarter of the CPU time with 1,000 jobs.
+    kopf's default copies each object twice for such comparisons. These copies took a quarter of the CPU time with 1,000
+    jobs.
     """
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> Any:
@@ -107,8 +108,8 @@ class _Login:
     def session(self, info: kopf.ConnectionInfo) -> kopf.AiohttpSession:
         """Return the credentials ``info`` with a session; for the credentials of the last call, return the same object.
 
-        After a 401, kopf compares the new credentials with the refused ones, and ends where they are equal. With
-        another object each time it would log in again and again without a pause.
+        After a 401, kopf compares the new credentials with the refused credentials, and ends where both are equal. If
+        this method returned another object each time, kopf would log in again and again without a pause.
         """
         if self._known is None or self._known[0] != info:
             session = watch_session(info.as_http_headers(), info.as_ssl_context())
@@ -153,10 +154,11 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 async def watch(
     *, queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
-    """Watch jobs, child objects and pods until SIGTERM; raise where a watch failed, so that the process ends.
+    """Watch jobs, child objects and pods in ``namespaces`` until SIGTERM. An empty tuple means all namespaces.
 
-    When one watch ends, kopf cancels the others and waits for them without a time limit. A watch may miss its
-    cancellation, and the operator would then go on without watches. So the process is ended where kopf takes too long.
+    Raises where a watch failed, so that the process ends. When one watch ends, kopf cancels the other watches and waits
+    for them without a time limit. A watch may miss its cancellation, and the operator would then go on without watches.
+    So the process is ended where kopf takes too long.
     """
     others = asyncio.all_tasks()
     roots = await kopf.spawn_tasks(

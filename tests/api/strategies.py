@@ -57,8 +57,8 @@ def jobs(force: SchemaPath = ()) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def leaves(schema: Schema = SPEC, path: SchemaPath = ()) -> Iterator[tuple[SchemaPath, Schema]]:
-    """Yield the path and the schema of every place below ``path``: of fields, sections, lists, list items and map
-    values."""
+    """Yield the path and the schema of every place in ``schema``: fields, sections, lists, list items and map values.
+    ``path`` is the path of ``schema`` itself, which is yielded too unless it is the whole spec (an empty path)."""
     if path:
         yield path, schema
     for name, child in schema.get("properties", {}).items():

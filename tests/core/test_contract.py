@@ -81,9 +81,16 @@ def test_a_missing_variable_is_named(variable: str) -> None:
         Identity.from_environment(environment)
 
 
-def test_a_malformed_attempt_is_named() -> None:
-    with pytest.raises(UserError, match="FTJ_ATTEMPT: must be a whole number"):
-        Identity.from_environment({**ENVIRONMENT, "FTJ_ATTEMPT": "two"})
+@pytest.mark.parametrize("text", ["two", "0", "-1", "1000", "1.5", "\u00b2", "9" * 5000])
+def test_a_malformed_attempt_is_named(text: str) -> None:
+    with pytest.raises(UserError, match="FTJ_ATTEMPT: must be a whole number from 1 to 999"):
+        Identity.from_environment({**ENVIRONMENT, "FTJ_ATTEMPT": text})
+
+
+@pytest.mark.parametrize("text", ["one", "-1", "1.5", "\u00b2"])
+def test_a_malformed_rank_is_named(text: str) -> None:
+    with pytest.raises(UserError, match="PET_NODE_RANK: must be a whole number"):
+        Identity.from_environment({**ENVIRONMENT, "PET_NODE_RANK": text})
 
 
 def _report(**changes: object) -> str:

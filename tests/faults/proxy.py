@@ -70,8 +70,8 @@ class Kill:
     namespace: str = ""
     """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the proxy sends the answer to the write to the operator before the kill, so that the victim may have read
-    the answer."""
+    """Whether the proxy passes the API server's answer to the write on before it kills the operator. The operator may
+    then have read the answer. Otherwise the answer is never sent."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""

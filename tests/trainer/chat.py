@@ -55,11 +55,13 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
 def renderer(
     tokenizer: PreTrainedTokenizerFast, ends: Sequence[str] = (), today: date | None = None, **form: Any
 ) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
-    """Return a function that makes the examples of a row. ``ends`` are the tokens at which the model stops, besides
-    `<eos>`.
+    """Return a function that makes the examples of a row, or the phrase with which the row is refused.
 
-    All rows are rendered in one process, as in a job. The process is a fork of the process of the tests, which is
-    large, so that a fork takes far longer than the rendering of a row. The process ends with the function.
+    ``ends`` are the tokens at which the model stops, besides `<eos>`. ``today`` is the date that the chat template
+    gets, and ``form`` has fields of `dataset.format.messages`.
+
+    The function renders all rows in one child process, as in a job, because a fork of the large test process takes far
+    longer than the rendering of a row. The child process ends when the function is deleted.
     """
     stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
     template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=stops), ends=stops, today=today)
@@ -73,11 +75,11 @@ def rendered(
     today: date | None = None,
     **form: Any,
 ) -> Sequence[Example] | str:
-    """Return the examples of the single row ``row``, see `renderer`."""
+    """Return what the function of `renderer` returns for the single row ``row``."""
     return renderer(tokenizer, ends, today, **form)(row)
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example] | str) -> list[list[str]]:
-    """Return the learned texts of each example."""
+    """Return, for each example, the texts that are learned."""
     assert not isinstance(examples, str), examples
     return [[tokenizer.decode(list(example.ids[a:b])) for a, b in example.spans] for example in examples]

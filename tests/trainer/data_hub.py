@@ -71,6 +71,8 @@ def served(hub: Hub) -> Iterator[Hub]:
     """Serve ``hub`` while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
+        # The body of an answer is sent at once, instead of after the client's word that it has the head.
+        disable_nagle_algorithm = True
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -83,7 +85,8 @@ def served(hub: Hub) -> Iterator[Hub]:
             headers = {"Content-Length": str(len(body)), **headers}
             for key, value in headers.items():
                 self.send_header(key, value)
-            # Behind a body of another length than was announced, nothing more can be read from the connection.
+            # Where the body has another length than announced, a client can't find the next response, so the connection
+            # is closed.
             self.close_connection = headers["Content-Length"] != str(len(body))
             self.end_headers()
             if self.command != "HEAD":

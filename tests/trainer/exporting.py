@@ -1,4 +1,4 @@
-"""Writes artifacts of tiny models without a training: with values that a test chooses."""
+"""Writes artifacts of tiny models that were not trained, but whose values a test has changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def change_values(model: torch.nn.Module, seed: int = 5) -> None:
 
 
 def options_of(base: Path, *, kind: Export = "Adapter", **changes: Any) -> ExportOptions:
-    """Return the options of an export of a model that was trained from the one in ``base``."""
+    """Return the options for the export of a model that was trained from the model in ``base``. ``changes`` replaces
+    fields of the options."""
     if "names" not in changes:
         changes["names"] = TensorNames(read_structure(base).model, WeightFiles.of(base).shapes)
     given: dict[str, Any] = {

@@ -46,7 +46,7 @@ SHAPE: Mapping[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-"""The sizes of every tiny model. A family takes those that its configuration has."""
+"""The sizes of every tiny model. Sizes that the configuration of a family does not have are left out."""
 
 MAMBA_2: Mapping[str, Any] = {
     "mamba_n_heads": 4,
@@ -86,13 +86,13 @@ class Family:
     whole: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration that belong to no part."""
     architecture: str = ""
-    """Class of the model that is published. Empty where this is the class that `AutoModelForCausalLM` makes."""
+    """Class of the published model. Empty where `AutoModelForCausalLM` makes a model of this class."""
     prefixes: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of the tensor names that transformers writes, each with the beginning that published files have
     instead."""
     bytes: bool = False
-    """Whether the tokenizer is byte-level. transformers reads the tokenizers of some families as such, whatever their
-    files say."""
+    """Whether the tokenizer is byte-level. For some families transformers makes a byte-level tokenizer, whatever the
+    tokenizer's files say."""
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensors of published files that transformers does not read, with their shapes."""
 
@@ -123,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "deepseek-v2": Family("deepseek_v2", {"head_dim": 8, "num_key_value_heads": 2}),
-    # The published files have one more layer than the configuration says. It predicts the token after the next.
+    # The published files have one more layer than the configuration says, which predicts the token after the next.
     "deepseek-v3": Family(
         "deepseek_v3", {"num_key_value_heads": 2}, unused={"model.layers.2.eh_proj.weight": (32, 64)}
     ),
@@ -390,8 +390,8 @@ def _sized(model_type: str, shape: Mapping[str, Any]) -> dict[str, Any]:
 def write_family(name: str, folder: Path, *, seed: int = 7) -> Path:
     """Write the tiny model ``name`` and its tokenizer to ``folder``, and return the folder.
 
-    The names of the tensors are those that the family publishes. The weights are drawn so that each layer changes what
-    the model says: with the small weights that transformers draws, a broken layer could not be seen in the logits.
+    The names of the tensors are those that the family publishes. The weights are large enough for each layer to change
+    the logits: with the small weights that transformers draws, the logits would not show a broken layer.
     """
     import torch
     import transformers

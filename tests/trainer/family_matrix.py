@@ -1,6 +1,6 @@
-"""Trains the tiny model of a family in every way that the documentation promises, and says what came out:
-`python -m tests.trainer.family_matrix NAME...` writes the findings into `family_results.json`, without names for all
-families.
+"""Trains the tiny model of a family in every way that the documentation promises, and compares the results with those
+of plain transformers. `python -m tests.trainer.family_matrix NAME...` writes the findings about the named families into
+`family_results.json`. Without a name, all families are trained.
 
 `docs/models.md` is made from that file, and `test_families.py` compares the file with new runs.
 """
@@ -52,7 +52,8 @@ WAYS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 """The runs of each method on two ranks: padded first, then packed."""
 
 Findings = dict[str, str]
-"""What was found, by the name of a check. An empty text means that the check passed; other texts say what is wrong."""
+"""What was found, by the name of a check. An empty text means that the check passed; other texts say what is wrong. The
+entry `kernel` names the attention kernels of the runs."""
 
 
 def examine(name: str, store: ObjectStore, folder: Path) -> Findings:
@@ -87,7 +88,7 @@ def _run_name(name: str, method: str, run: str) -> str:
 
 
 def _preflight(name: str, store: ObjectStore, folder: Path) -> str:
-    """Return the sentence of the preflight check of a LoRA job; empty where nothing was found."""
+    """Run the preflight check of a LoRA job, and return its findings as one text, which is empty without findings."""
     config = _job(name, "LoRA", store, "preflight", {"world__nodes": 1, "storage__artifact": "Both"})
     pods = start_pods(config, folder, credentials=store.credentials, arguments=("preflight",), forked=True)
     try:
@@ -101,8 +102,8 @@ def _preflight(name: str, store: ObjectStore, folder: Path) -> str:
 
 
 def _train(name: str, method: str, store: ObjectStore, model: Path, folder: Path) -> Findings:
-    """Train the model with ``method``: padded, packed, and padded with a stop in between; and compare all with a plain
-    loop."""
+    """Train the model in ``model`` with ``method`` three times: padded, packed, and padded with a stop in between.
+    Compare the losses with those of a plain loop, and the artifact with that of the stopped run."""
     folder.mkdir()
     inputs = Inputs(model=model, train=tiny.write_jsonl(folder / "train.jsonl", TRAIN))
     padded, packed = WAYS[method]
@@ -143,7 +144,8 @@ def _train(name: str, method: str, store: ObjectStore, model: Path, folder: Path
 
 
 def _reloaded(name: str, method: str, base: Path, artifact: Path, plain: Any, ids: torch.Tensor) -> Findings:
-    """Load what was published with plain transformers and peft, and compare its logits with those of ``plain``."""
+    """Load the artifact with plain transformers and peft, and compare its logits with those of ``plain``, the model of
+    the plain loop."""
     loads: dict[str, Callable[[], Any]] = (
         {
             "adapter": lambda: PeftModel.from_pretrained(_loaded(base), artifact, autocast_adapter_dtype=False),
@@ -240,7 +242,7 @@ def _download(store: ObjectStore, name: str, target: Path) -> Path:
 
 
 def stored_results() -> dict[str, Findings]:
-    """Return the findings of the newest committed run, by family."""
+    """Return the findings in `family_results.json`, by family."""
     return dict(json.loads(RESULTS.read_text())) if RESULTS.is_file() else {}
 
 

@@ -1,8 +1,8 @@
 """Scripted faults of a training run.
 
 A fault is injected inside a rank by patching the trainer: wrong targets, a learning rate that is too high, an infinite
-gradient, a kill. A fault of the learning rate stays away after a rollback, as if the rollback's lower rate had cured
-it.
+gradient, a kill. A learning rate that is too high returns to normal after a rollback, as if the rollback's lower rate
+had been the cure.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ from finetune_trainer.sources.content_digest import ContentDigest, hub_digest
 from finetune_trainer.storage.model_digests import ModelDigests
 
 WATCHED = ("open", "os.rename", "os.remove", "os.utime")
-"""Names of the events at which a process can be killed. Python raises one for each call of the function."""
+"""Names of Python's audit events at which a process can be killed. Python raises the event `os.rename`, for example, at
+each call of the function `os.rename`."""
 
 
 class FolderSource:
-    """A source of model files that is a local folder. It notes the names of all files that were fetched from it."""
+    """A source of model files that is a local folder. The name of each fetched file is added to a log."""
 
     field = "model.s3.uri"
 
@@ -44,7 +45,7 @@ class FolderSource:
         return (self._folder / name).read_bytes()[start : start + length]
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Copy files in two halves."""
+        """Copy each file in two halves, so that a kill can leave half a file."""
         for name in names:
             content = (self._folder / name).read_bytes()
             (folder / name).write_bytes(content[: len(content) // 2])
@@ -55,15 +56,17 @@ class FolderSource:
 
 
 class NoDigests(ModelDigests):
-    """Own digests of a job whose source states all digests. Nobody may ask for them."""
+    """The digests that a job keeps in its bucket: none here, because the source of the test states the digests of all
+    files."""
 
     def __init__(self) -> None:
-        """Have no folder in the bucket."""
+        """Start without a folder of the bucket, which the class above would need."""
 
 
 def fetch(source: Path, log: Path, folder: Path, cache: Path, pace: Pace, output: Path, die_at: int | None) -> None:
-    """Fetch the model in ``source``. With ``die_at``, the process is killed before the watched event of this number,
-    counted from 0. The number of events is written to the file ``output`` with the suffix `.events`."""
+    """Fetch the model in ``source`` through ``cache`` into ``folder``. With ``die_at``, the process is killed before
+    the watched event of this number, counted from 0. The process prints to the file ``output``, and writes the number
+    of events to the same path with the suffix `.events`."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -56,8 +56,8 @@ def _git_id(content: bytes) -> str:
 
 
 def _listed(path: Path) -> dict[str, Any]:
-    """Return the entry of a file in the file tree. As on the hub, weights lie in Git LFS: their Git id is that of a
-    pointer file, which names the sha256 of the content."""
+    """Return the entry of a file in the file tree. As on the hub, weights are in Git LFS: the Git id in their entry is
+    that of a pointer file, which names the sha256 of the content."""
     content = path.read_bytes()
     entry: dict[str, Any] = {"type": "file", "path": path.name, "size": len(content), "oid": _git_id(content)}
     if path.suffix == ".safetensors":
@@ -69,6 +69,9 @@ def _listed(path: Path) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     folders: Mapping[str, Path]
     hub: Hub
 

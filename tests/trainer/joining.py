@@ -25,7 +25,7 @@ def main() -> None:
         first=rank == 0, nodes=nodes, address="127.0.0.1", port=port, key=lambda: os.environ["KEY"].encode()
     ) as rendezvous:
         while not (folder / "join").exists():
-            # Pause between two checks. The test ends this process where its own time is over.
+            # Pause between two checks. The test ends this process when the time of the test is over.
             time.sleep(0.05)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous.address, str(rendezvous.port)
         gang = gangs.Gang(device=torch.device("cpu"))
@@ -35,7 +35,7 @@ def main() -> None:
         gang.check_stop()
         print("stop requested:", gang.stop_requested(), flush=True)
         gang.final_barrier()
-        # A worker ends before its launcher, so its connection closes before the gate does.
+        # Close the connection of the gang before the gate. In a pod, the worker ends before its launcher.
         del gang
     os._exit(0)
 

@@ -32,10 +32,11 @@ def minio_binary() -> Path | None:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface on which nobody listens, below those that the kernel gives to clients.
+    """Return a port of the loopback interface on which nobody listens. The port is below the range of ports that the
+    kernel gives to clients.
 
     A client that tries again and again to reach a port of the kernel's range, before its server listens, may get that
-    very port for its own end. It is then connected with itself, and the server can't open the port any more.
+    very port for its own end. The client is then connected with itself, and the server can't open the port any more.
     """
     first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
@@ -65,8 +66,8 @@ class ObjectStore:
             response.release_conn()
 
     def upload(self, prefix: str, folder: Path, *, replacing: bool = False) -> None:
-        """Upload the files of ``folder``. Many tests share the bucket, so unless ``replacing`` is true, an object with
-        another content must not be there already."""
+        """Upload the files of ``folder`` to keys that begin with ``prefix``. Many tests share the bucket, so the upload
+        fails where it would change the content of an object, unless ``replacing`` is true."""
         there = set(self.keys(f"{prefix}/"))
         for path in folder.iterdir():
             key = f"{prefix}/{path.name}"

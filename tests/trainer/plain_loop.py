@@ -24,8 +24,8 @@ DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 class PlainExample(NamedTuple):
-    """The token ids of an example, and for each token whether it is learned. The first token never is, because nothing
-    predicts it."""
+    """The token ids of an example, and for each token whether it is learned. The first token is never learned, because
+    there is no token before it that could predict it."""
 
     ids: Sequence[int]
     learned: Sequence[bool]

@@ -139,7 +139,8 @@ class Attempt:
         return "\n".join(pod.output for pod in self.pods)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-        """Wait until ``condition`` holds. Fail after ``seconds``, or if all pods exit before it holds."""
+        """Wait until ``condition`` holds. Fail after ``seconds``, or if all pods exit before. ``what`` names the
+        condition in the message of a failure."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}:\n{self.output}"

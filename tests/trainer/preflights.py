@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,14 @@ class Ended:
         return int(found)
 
 
-def run_program(paths: Paths, **environment: str) -> Ended:
-    """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
+def run_program(paths: Paths, *, interpreter: Sequence[str] = (), **environment: str) -> Ended:
+    """Run `python -m finetune_trainer preflight` as a pod does, and return its result. ``interpreter`` are options of
+    Python, for example ``["-X", "importtime"]``."""
     options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
     options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
     options |= {"volumes": paths.volumes}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "preflight", *arguments]
+    command = [sys.executable, *interpreter, "-m", "finetune_trainer", "preflight", *arguments]
     home = {"HOME": str(paths.scratch), "PATH": "/nonexistent"}
     log = paths.termination_log.with_suffix(".log")
     with log.open("wb") as stream:

@@ -23,7 +23,7 @@ def properties(stream: object) -> list[object]:
 
 
 def state() -> dict[str, object]:
-    """Return what the program finds."""
+    """Return the properties of this process that `test_zygote.py` compares."""
     return {
         "arguments": sys.argv[1:],
         "name": __name__,
@@ -52,7 +52,7 @@ def state() -> dict[str, object]:
 def start_worker() -> int:
     """Start this program as a launcher starts a worker, with handlers of signals, a thread and an open file that the
     worker must not have. Return the exit status of the worker."""
-    # Only here, because these imports take a third of a second in a started program.
+    # These imports are not at the top of the file, because they take a third of a second in a started program.
     from finetune_trainer import processes
     from finetune_trainer.pod.signals import STOP_SIGNALS
 

@@ -21,13 +21,13 @@ class Line(NamedTuple):
     template: str = "qwen3"
     """Name of a published chat template, or the text of one."""
     learned: Sequence[str] = ()
-    """Texts that are learned of the row. Empty if the row is refused."""
+    """Texts of the row that are learned. Empty if the row is refused."""
     shown: str = ""
-    """A text that the model gets before the last answer."""
+    """A text that the model reads before the last answer."""
     hidden: str = ""
-    """A text that no example has."""
+    """A text of the row that is in no example."""
     refused: str = ""
-    """Beginning of the phrase with which the row is refused."""
+    """Beginning of the phrase with which the row is refused. Empty if the row is used."""
 
 
 USER = {"role": "user", "content": "Hi"}
@@ -44,19 +44,18 @@ NAMES = (
 
 
 def asked(*more: Mapping[str, Any], **changes: Any) -> list[Mapping[str, Any]]:
-    """Return a question, its answer with the fields ``changes``, and the messages ``more`` behind it."""
+    """Return a conversation: a question, its answer with the fields ``changes``, and then the messages ``more``."""
     return [USER, {"role": "assistant", "content": "Yo", **changes}, *more]
 
 
 def called(**changes: Any) -> list[Mapping[str, Any]]:
-    """Return a question, a tool call, and the result of the tool with the fields ``changes``."""
+    """Return a conversation: a question, a tool call, and the result of the tool with the fields ``changes``."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "9", **changes}
     return [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result]
 
 
 def human(*, more: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str, Any]:
-    """Return a row of ShareGPT with the further columns ``changes``. The messages ``more`` are between question and
-    answer."""
+    """Return a row of ShareGPT: a question, the messages ``more``, and an answer. ``changes`` are further columns."""
     talk = [{"from": "human", "value": "Hi"}, *more, {"from": "gpt", "value": "Yo"}]
     return {"conversations": talk, **changes}
 

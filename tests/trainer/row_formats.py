@@ -48,8 +48,8 @@ TOOLS = (
 
 
 def write_model(folder: Path) -> Path:
-    """Write a tiny model to ``folder``. Its tokenizer has the chat template APPENDING, and its file REWRITING_FILE is
-    REWRITING."""
+    """Write a tiny model to ``folder``. The tokenizer of the model has the chat template APPENDING, and the folder has
+    a file REWRITING_FILE with the chat template REWRITING."""
     tiny.write_model(folder, WORDS)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": APPENDING}))
@@ -66,7 +66,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowFormat:
-    """A format of rows. Two entries are never equal."""
+    """An entry for a format of rows. Two entries count as equal only if they are the same object."""
 
     name: str
     form: Mapping[str, Any]
@@ -102,8 +102,8 @@ def _plain_text(rng: random.Random, number: int) -> str:
 
 
 def _skipped_text(rng: random.Random, number: int) -> Made:
-    """Make a row of text that is skipped if it is too long. `<end>` in the text becomes the control token, because the
-    format has `allowSpecialTokens`."""
+    """Make a row of text that is skipped if it is too long. The text of row 1 contains `<end>`, which becomes the
+    control token, because the format has `allowSpecialTokens`."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     return Made({"text": text}, [] if number % 3 == 2 else [[(f"{text} <end>", True)]])
 
@@ -119,8 +119,8 @@ def _split_text(rng: random.Random, number: int) -> Made:
 
 
 def _cut_text(rng: random.Random, number: int) -> Made:
-    """Make a row of text that is truncated if it is too long. `<end>` in the text is read as ordinary text of three
-    words, none of which the tiny model knows."""
+    """Make a row of text that is truncated if it is too long. The text of row 1 contains `<end>`, which is read as
+    ordinary text of three words, none of which the tiny model knows."""
     text = "w1 <end> w2" if number == 1 else _plain_text(rng, number)
     shown = f"{text.replace('<end>', '<unk> <unk> <unk>')} <end>"
     return Made({"body": text, "other": "unused"}, [[(" ".join(shown.split()[:LONGEST]), True)]])
@@ -156,7 +156,7 @@ def _messages(turns: Sequence[tuple[str, str]], names: Sequence[str] = ("user", 
 
 def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = None) -> Text:
     """Return a conversation as one example, up to the last answer that is learned. ``learned`` says for each answer
-    whether it is learned. Without it all answers are learned."""
+    whether it is learned. Where ``learned`` is None, all answers are learned."""
     learned = learned or [True] * len(turns)
     parts = []
     for (question, answer), flag in zip(turns, learned, strict=True):
@@ -167,8 +167,8 @@ def _shown(turns: Sequence[tuple[str, str]], learned: Sequence[bool] | None = No
 
 
 def _appended(rng: random.Random, number: int) -> Made:
-    """Make a conversation with a system message. Every second one ends with a question, and row 1 has a control
-    token."""
+    """Make a conversation with a system message. Every second conversation ends with a question, and row 1 has a
+    control token."""
     turns = _turns(rng, number)
     if number == 1:
         turns[0] = (turns[0][0], "w1 <end> w2")
@@ -200,8 +200,8 @@ def _everything(rng: random.Random, number: int) -> Made:
 
 
 def _tools(rng: random.Random, number: int) -> Made:
-    """Make a conversation in which the assistant calls a tool, and answers with its result. Every third row has no
-    tools."""
+    """Make a conversation in which the assistant calls a tool, and answers after the tool's result. Every third row has
+    no tools."""
     ((question, answer),) = _turns(rng, 0)
     if number % 3 == 2:
         return Made({"dialogue": _messages([(question, answer)])}, [_shown([(question, answer)])])

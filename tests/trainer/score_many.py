@@ -4,7 +4,8 @@ FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch siz
 and `examples` are the tokenised texts to score. `context` is the longest text in tokens that the model can read. The
 rank writes perplexities and answers as JSON to the path in the field `out`. `test_evaluation.py` starts one or two
 ranks and compares their figures with those of plain transformers. At the end rank 0 is told to stop while all prompts
-are answered in as few batches as possible. The field `cut` has the answers if the ranks did stop.
+are answered in as few batches as possible. Where the ranks stop, the output has a field `cut` with the batches of
+answers that were returned before the stop.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from finetune_trainer.ranks import process
 
 
 class StopSoon:
-    """A callable that says whether this process received SIGTERM. It says yes from the fourth call on after `armed` was
-    set."""
+    """A callable that stands in for the check whether this process received SIGTERM. The result is True from the fourth
+    call on after `armed` was set."""
 
     def __init__(self) -> None:
         self.armed, self.asked = False, 0

@@ -1,9 +1,9 @@
 """An HTTP/1.1 proxy in front of a real object store that injects faults which a healthy server does not have.
 
-The proxy counts the requests. For each request it calls the test's plan, a function that returns None (forward the
-request) or a fault: answer with an error, cut the connection before or after the store has handled the request, hang,
-or flip a bit. The proxy can also throttle the transfer or refuse all connections. It runs in a thread of the test
-process, and the trainer sees an ordinary endpoint.
+The proxy counts the requests. For each request the proxy calls the test's plan, a function that returns None (forward
+the request) or a fault: answer with an error, cut the connection before or after the store has handled the request,
+hang, or flip a bit. The proxy can also throttle the transfer or refuse all connections. The proxy runs in a thread of
+the test process, and the trainer sees an ordinary endpoint.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class StoreProxy:
     answer."""
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
-    """While it is not set, hanging requests wait. Once it is set, their connections are closed."""
+    """While this event is not set, hanging requests wait. Once the event is set, the connections of these requests are
+    closed."""
     _upstream: tuple[str, int] = ("", 0)
     _free_at: float = 0.0
 

@@ -1,5 +1,5 @@
-"""LoRA goes where the weights of the text are: into linear layers and experts, never into a router that is not named,
-and never into a part that no text goes through."""
+"""LoRA adapts the linear layers and experts that a text goes through, but no router that the job does not name, and no
+part of the model that no text goes through."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_the_changed_weights_compute_what_the_adapters_compute(name: str, lora: 
     targets = choose_targets(structure_of(base), LoRASpec.model_validate({"rank": 2, **lora}), added_tokens=added)
     assert set(changes) == set(targets.weight_names)
     before, wanted = logits_of(base), logits_of(tuned)
-    # The embeddings of the tiny models share their weight in some families, where each side has a change of its own.
+    # The embedding and the output head each have a change of their own, so they must not share one weight.
     if added:
         base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     with torch.no_grad():

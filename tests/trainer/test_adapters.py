@@ -134,11 +134,11 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
-    """The adapter computes the trainer's logits bit for bit.
+    """On the extended base model, the adapter computes the trainer's logits bit for bit.
 
-    This holds on the extended base model. With untied embeddings it also holds on the plain base model, once the
-    embedding rows from the adapter's folder are added to this model. The adapter is loaded under another random seed,
-    so that a row that was not saved would be noticed.
+    With untied embeddings the adapter also computes these logits on the plain base model, once the embedding rows from
+    the adapter's folder are added to this model. The adapter is loaded under another random seed, so that a row that
+    was not saved would be noticed.
     """
     for name in ("untied", "untied-bf16", "tied-bf16"):
         run, dtype = trained[name], torch.bfloat16 if "bf16" in name else torch.float32

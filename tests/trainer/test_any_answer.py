@@ -1,5 +1,5 @@
-"""Whatever the object store or the Hugging Face Hub answers is a result, an outside failure or a sentence for the user:
-never a crash. The clients are the real ones, and the servers answer anything."""
+"""Any answer of the object store or of the Hugging Face Hub becomes a result, an outside failure or a sentence for the
+user, and never a crash. The clients are the real ones, and the servers give random answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     longer: int = 0
-    """By how many bytes the announced length of the body is wrong."""
+    """By how many bytes the announced length exceeds the length of the body. May be negative."""
 
 
 class AnyStore(ThreadingHTTPServer):
@@ -46,6 +46,9 @@ class AnyStore(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer: Answer = self.server.answer  # type: ignore[attr-defined]
@@ -218,7 +221,7 @@ def test_what_has_a_meaning_of_its_own_passes_a_boundary_as_it_is(error: BaseExc
 
 
 def no_store() -> Any:
-    """Return None where the signature asks for a store, because a model on the hub needs none."""
+    """Return None in place of a store, because a model on the hub needs no store."""
     return None
 
 
@@ -262,7 +265,8 @@ HUB_ANSWERS = st.tuples(
 
 
 class MovingHub(Hub):
-    """A hub that answers the next `honest` requests as a hub does, and all later ones with `odd`."""
+    """A hub that answers the next `honest` requests as a hub does, and all later requests with the response `odd`:
+    status, headers and body."""
 
     honest = 0
     odd: tuple[int, dict[str, str], bytes] = (200, {}, b"")

@@ -1,4 +1,4 @@
-"""Any conversation and a template of any usual kind: either the row is refused, or each answer follows exactly the
+"""For any conversation and any template of a usual kind, either the row is refused, or each answer follows exactly the
 tokens that the model gets at inference, and no word of the row is lost."""
 
 from __future__ import annotations
@@ -84,12 +84,13 @@ TOOL = {"type": "function", "function": {"name": "W#", "description": "W#"}}
 
 
 def numbered(value: Any, numbers: Iterator[int]) -> Any:
-    """Return a JSON value with a number of its own for each `#` in its texts, so that each word occurs once."""
+    """Return the JSON value ``value``, with each `#` in its texts replaced by the next of ``numbers`` and an `x`, so
+    that each word occurs once."""
     return json.loads(re.sub(r"#", lambda _: f"{next(numbers)}x", json.dumps(value)))
 
 
 def conversation(made: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages in OpenAI's form."""
+    """Return the messages ``made`` in OpenAI's form."""
     found = []
     for message in made:
         new = dict(message)
@@ -105,7 +106,7 @@ def conversation(made: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def words(messages: Sequence[Message], *, thoughts: bool) -> set[str]:
-    """Return the words of messages, with or without those in thoughts of the assistant."""
+    """Return the words of ``messages``. Without ``thoughts``, the words in the assistant's thoughts are left out."""
     found = set()
     for message in messages:
         kept = {key: value for key, value in message.items() if thoughts or key != "reasoning_content"}
@@ -148,7 +149,7 @@ def test_each_answer_stands_behind_the_tokens_of_inference_and_no_word_is_lost(
 
 
 def asked(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None) -> Iterator[str]:
-    """Yield what the model gets at inference, in each form that templates read."""
+    """Yield the text that the model gets at inference, for each form of ``messages`` that the template can read."""
     for form in _forms(messages):
         try:
             yield tokenizer.apply_chat_template(

@@ -1,5 +1,5 @@
-"""Any bytes as a key of a bucket, a path on the Hugging Face Hub or a name on a volume: the file is read, left out, or
-the user gets a sentence. The clients are the real ones."""
+"""A file may have any bytes as its key in a bucket, its path on the Hugging Face Hub or its name on a volume. The file
+is then read or left out, or the user gets a sentence. The clients are the real ones."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Bucket(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    disable_nagle_algorithm = True
+
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         objects: Mapping[bytes, bytes] = self.server.objects  # type: ignore[attr-defined]

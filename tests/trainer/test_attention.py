@@ -125,7 +125,7 @@ def test_a_model_that_can_not_recompute_refuses_gradient_checkpointing() -> None
 def test_what_the_code_of_a_model_can_not_do_is_found_before_a_weight_is_read(
     name: str, changes: dict[str, Any], sentence: str, empty_store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The preflight check and the start of a training run the same checks."""
+    """The checks of `check_base` run in the preflight check and again when a training starts."""
     folder = write_family(name, tmp_path)
     check_base(JobBase(folder, RunConfig.model_validate(run_config(empty_store, "attention"))))
     with pytest.raises(UserError, match=f"^{sentence}"):
@@ -149,8 +149,8 @@ WITHOUT_SEPARATION = {"openai-gpt"}
 
 
 def _assert_separate(name: str, folder: Path) -> None:
-    """Assert that packed examples of the family are separate with every kernel, or that the model is known to carry a
-    state over the borders."""
+    """Assert that packed examples have the logits of examples alone with every kernel. For a model with a state, and
+    for the families WITHOUT_SEPARATION, assert that the logits differ."""
     model = load_base(write_family(name, folder), torch.float32)
     objective = Objective(model)
     abilities = ModelAbilities.of(read_structure(folder).model)
@@ -185,7 +185,7 @@ def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None:
-    """FlashAttention has no sinks, whatever the class of the model says."""
+    """The class of gpt-oss says that it supports FlashAttention, but FlashAttention can't compute its sinks."""
     engine = OneProcess(load_base(write_family("gpt-oss", tmp_path), torch.float32))
     chosen = check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[Kernel.FLASH, Kernel.EAGER])  # type: ignore[arg-type]
     assert chosen.kernel is Kernel.EAGER

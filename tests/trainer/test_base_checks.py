@@ -1,5 +1,6 @@
-"""What the preflight check passes, the trainer can prepare and load: models of all families, and models that
-are broken in many ways. What the preflight check refuses, it refuses in a sentence that names the field.
+"""The trainer can prepare and load every model that the preflight check accepts, and no other. The models are those of
+all families, and models that are broken in many ways. A refusal of the preflight check is a sentence that names the
+field.
 
 The preflight check reads only the headers of the weight files. The trainer gets the same folder through the launcher's
 own functions.
@@ -72,8 +73,8 @@ class Job:
         return ""
 
     def trained(self) -> tuple[str, Any]:
-        """Fetch, prepare and load the model like the launcher and a worker. Return the sentence with which they end, or
-        an empty text, and the model."""
+        """Fetch, prepare and load the model like the launcher and a worker. Return an empty text and the model, or the
+        sentence of the refusal and None."""
         try:
             plan = self.plan()
             prepare_node(plan, graded=())
@@ -92,7 +93,8 @@ class Job:
 
 
 def job(tmp_path: Path, **changes: Any) -> Job:
-    """Return a job whose model lies in the folder ``model`` of the volume in ``tmp_path``."""
+    """Return a job whose model is in the folder `model` of a volume below ``tmp_path``. ``changes`` are those of
+    `run_config`."""
     write_credentials(tmp_path / "credentials", "key", "secret")
     rows = tmp_path / "volumes" / "claim" / "train.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
@@ -216,14 +218,14 @@ def stop_at_a_new_token(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Broken:
-    """A model that no job can train, and what is said of it."""
+    """A model that is damaged so that no job can train it, and the finding about it."""
 
     damage: Callable[[Path], Any]
     sentence: str
-    """A part of the finding."""
+    """A text that the finding must contain."""
     family: str = "llama-2"
     changes: dict[str, Any] = field(default_factory=dict)
-    """Changes of the run file."""
+    """Fields of the run file that the test replaces."""
 
 
 BROKEN: dict[str, Broken] = {
@@ -350,7 +352,7 @@ def test_a_broken_model_is_refused_by_the_preflight_check_and_by_the_trainer(kin
 
 
 def test_a_table_that_the_model_has_in_integers_is_no_quantised_weight(tmp_path: Path) -> None:
-    """The files name the table otherwise than the model that transformers builds."""
+    """The table has another name in the files than in the model that transformers builds."""
     folder = write_family("deepseek-v4", model_folder(tmp_path))
     integers = [name for name, tensor in load_file(folder / SINGLE).items() if not tensor.is_floating_point()]
     assert [name.rpartition(".")[2] for name in integers] == ["tid2eid"] * len(integers) != []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_core.api.dataset import DatasetFormat, MessagesFormat
+from finetune_core.api.dataset import KNOWN_ROLES, DatasetFormat, MessagesFormat
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import conversation_renderer
 from finetune_trainer.data.piece_tokens import PieceTokenizer
@@ -59,8 +59,8 @@ def test_the_second_of_two_calls_is_not_lost_in_the_template_of_gpt_oss() -> Non
 
 
 def test_what_a_template_shows_in_one_conversation_may_be_left_out_in_another() -> None:
-    """A renderer remembers which fields the template has shown. It checks a field again where the roles of the messages
-    differ."""
+    """A renderer remembers which fields the template has shown, but checks a field again in a conversation with other
+    roles."""
     template = "{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + APPENDING.replace(
         "{{ m.content }}", "{{ m.content if loop.first or loop.previtem.role != 'user' or m.role != 'user' }}"
     )
@@ -127,7 +127,7 @@ def test_thoughts_that_the_generation_prompt_has_closed_are_part_of_the_prompt()
     refused = rendered(byte_tokenizer(thinking), {"messages": [USER, {**ANSWER, "thinking": "Greet"}]})
     assert isinstance(refused, str)
     assert refused.startswith("has a message 2 that the model's chat template does not put unchanged behind")
-    # Thoughts that are still open must be closed by the answer, and this template does not tell how.
+    # Thoughts that are still open must be closed by the answer, and this template has no text that closes them.
     tokenizer = byte_tokenizer(template.replace("<channel|>", ""))
     refused = rendered(tokenizer, {"messages": [USER, ANSWER]})
     assert isinstance(refused, str)
@@ -218,6 +218,15 @@ def test_names_of_sharegpt_mean_what_the_job_says() -> None:
     assert "<|im_start|>observation\n9" in tokenizer.decode(list(examples[0].ids))
 
 
+@pytest.mark.parametrize("name", sorted(KNOWN_ROLES))
+def test_every_known_role_means_what_the_job_says(name: str) -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    row = {"messages": [{"role": name, "content": "Hi"}, ANSWER]}
+    examples = rendered(tokenizer, row, roles={name: "critic"})
+    assert not isinstance(examples, str)
+    assert "<|im_start|>critic\nHi" in tokenizer.decode(list(examples[0].ids))
+
+
 def test_the_same_thoughts_under_two_names_are_no_more_than_thoughts() -> None:
     tokenizer = byte_tokenizer(published("qwen3"))
     twice = {**ANSWER, "reasoning": "Greet", "reasoning_content": "Greet"}
@@ -236,8 +245,8 @@ def test_a_list_of_parts_is_text_also_for_a_template_that_writes_it_as_json() ->
 
 
 def test_a_template_that_can_not_show_calls_is_refused_with_its_own_reason() -> None:
-    """The first form that is tried has no content beside the calls. Its error is about the missing content, and not the
-    reason that the template gives."""
+    """The first form of the message that is tried has no content beside the calls, and fails because of the missing
+    content. The row must be refused with the reason that the template itself gives."""
     tokenizer = byte_tokenizer(
         "{% for m in messages %}{{ m.content + raise_exception('No tools, please') }}{% endfor %}"
     )

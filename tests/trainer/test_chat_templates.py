@@ -1,4 +1,5 @@
-"""The chat templates of published models: what is trained is, token for token, what the model sees at inference."""
+"""The chat templates of published models: the tokens around each learned answer are those that the model sees at
+inference."""
 
 from __future__ import annotations
 
@@ -57,9 +58,9 @@ class Difference:
     """A difference between what trl's training variant of a template marks and what is learned here."""
 
     marked: str
-    """Regular expression of what trl marks."""
+    """Regular expression for the text that trl marks."""
     learned: str
-    """What is learned in its place."""
+    """The text that is learned in place of the marked text."""
     why: str
 
 
@@ -79,7 +80,7 @@ TURN = Difference(r"^It is 9", "<|turn>model\nIt is 9", "no generation prompt co
 
 @dataclass(frozen=True)
 class Family:
-    """How one published template is read."""
+    """What is expected of one published template."""
 
     ends: tuple[str, ...]
     """Tokens at which the model stops, besides EOS."""
@@ -173,8 +174,8 @@ def cases(*, refused: bool) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def family_of() -> FamilyOf:
-    """A function that returns tokenizer and renderer of the family with a name. The tests of a family follow each
-    other, so that one process renders for all of them."""
+    """A function that returns the tokenizer and the renderer of the family with the given name. The tests of a family
+    follow each other, so one renderer is used for all tests of the family."""
 
     @functools.lru_cache(maxsize=1)
     def find(name: str) -> tuple[PreTrainedTokenizerFast, Render]:
@@ -225,7 +226,7 @@ def test_a_conversation_that_a_template_can_not_show_is_refused_by_name(
     "name", [name for name in FAMILIES if (template_folder() / f"{name}_training.jinja").is_file()]
 )
 def test_what_is_learned_is_what_the_training_variant_of_the_template_marks(name: str, family_of: FamilyOf) -> None:
-    """Each conversation is cut behind each of its answers, and the last answer is compared."""
+    """Each conversation is cut behind each of its answers in turn, and the last answer of each part is compared."""
     family, marked = FAMILIES[name], published(f"{name}_training")
     tokenizer, render = family_of(name)
     needed = set()

@@ -1,7 +1,8 @@
-"""The trainer runs in a restricted pod, and its result says so when the kernel kills it for lack of memory.
+"""The trainer works in a restricted pod. When the kernel kills a worker for lack of memory, the result of the pod says
+so.
 
 The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. The
-tests have no container. They create the namespaces and cgroups that a container would have, so they need root.
+tests have no container, but create the namespaces and cgroups that a container would have, so they need root.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).parents[2]
 USER = "65532"
-"""User id of the trainer image. It has no entry in /etc/passwd."""
+"""User id of the trainer image, which has no entry in /etc/passwd."""
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -58,10 +59,10 @@ exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-a
 """
 """Shell script that confines its own process and then becomes Python.
 
-Its arguments are: the repository, the folder of Python packages in it, the only writable folder, the user id, Python's
-installation prefix, and the name of the Python binary. The seventh argument is the Python that the launcher's command
-line names. The script drops it and runs the same Python from a mount that any user can read, with all further
-arguments.
+The arguments of the script are: the repository, the folder of Python packages in it, the only writable folder, the user
+id, Python's installation prefix, and the name of the Python binary. The seventh argument is the Python that the
+launcher's command line names. The script drops the seventh argument and runs the same Python from a mount that any user
+can read, with all further arguments.
 """
 
 
@@ -81,10 +82,8 @@ def anywhere() -> Iterator[Path]:
 
 
 def everything(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return the run file of a short job with all features for which DeepSpeed would compile code.
-
-    These are ZeRO-3 and the offload of optimizer and parameters, in one process.
-    """
+    """Return the run file of a short job in one process with all features for which DeepSpeed would compile code:
+    ZeRO-3, and the offload of optimizer and parameters."""
     options = {
         "world__nodes": 1,
         "method": "Full",
@@ -136,8 +135,8 @@ def test_nothing_is_compiled_where_a_compiler_is_at_hand(
 ) -> None:
     """Programs that pretend to be compilers are on PATH, and record their calls.
 
-    DeepSpeed would compile its shared-memory operator and its CPU optimizer with them, but the trainer must prevent
-    this.
+    DeepSpeed would call these programs to compile its shared-memory operator and its CPU optimizer, but the trainer
+    must prevent this.
     """
     trace, programs = tmp_path / "compiled", tmp_path / "programs"
     programs.mkdir()

@@ -1,4 +1,5 @@
-"""Conversations: what is learned of them, which templates and arguments they are rendered with, and what is refused."""
+"""Conversations: which of their tokens are learned, with which templates and arguments they are rendered, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def test_the_last_answer_alone_or_every_token_can_be_learned() -> None:
     (example,) = examples
     whole = tokenizer.apply_chat_template(TALK, return_dict=False)
     assert list(example.ids) == whole[: len(example.ids)]
-    assert list(example.spans) == [(0, len(whole) - 1)]  # without the line break behind the end
+    assert list(example.spans) == [(0, len(whole) - 1)]  # The line break behind the last end token is not learned.
     asked = rendered(tokenizer, {"messages": TALK[:1]}, learn="Everything")
     assert learned(tokenizer, asked) == [["<|im_start|>user\nHi<|im_end|>\n"]]
 
@@ -216,7 +217,7 @@ def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens
 
 
 def test_thoughts_in_a_content_that_the_template_removes_are_not_lost_without_a_word() -> None:
-    """Templates remove the thoughts of earlier answers. The answer that is learned must keep its own."""
+    """A template may remove the thoughts of earlier answers, but the answer that is learned must keep its thoughts."""
     removing = APPENDING.replace("m.content", "m.content.split('</think>')[-1]")
     row = {"messages": [TALK[0], {"role": "assistant", "content": "<think>Greet</think>Yo"}]}
     refused = rendered(byte_tokenizer(removing), row)
@@ -238,8 +239,8 @@ def test_values_that_are_nested_too_deeply_are_named(place: str) -> None:
 
 
 def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:
-    """Qwen's template writes the arguments as an object. DeepSeek's template joins them with text, so they must be
-    text."""
+    """Qwen's template writes the arguments as an object. DeepSeek's template joins the arguments with text, so it needs
+    them as text."""
     for name, text in (("qwen2_5", '"arguments": {"side": 3}'), ("deepseekv3", '```json\n{"side": 3}\n```')):
         tokenizer = byte_tokenizer(published(name))
         for arguments in ('{"side": 3}', {"side": 3}):
@@ -333,7 +334,7 @@ def test_a_template_or_an_argument_that_can_not_be_used_is_refused(
 
 
 def test_a_name_that_transformers_keeps_is_no_argument_also_where_the_template_reads_it() -> None:
-    """transformers would take the argument for itself, and the template would not get it."""
+    """transformers has a parameter `max_length` of its own, so it would not pass this argument to the template."""
     tokenizer = byte_tokenizer("{{ max_length }}" + APPENDING)
     refused = rendered(tokenizer, {"messages": TALK, "chat_template_kwargs": {"max_length": 5}})
     assert refused == "has an argument 'max_length' for the chat template that is set by the trainer"

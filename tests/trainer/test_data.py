@@ -111,8 +111,8 @@ def test_rows_are_in_the_order_of_their_digests(equal_bytes: int, rows: int, nam
 
 
 def test_the_order_of_many_rows_takes_little_memory() -> None:
-    """Every rank of a node holds an order, so a list of Python objects, of 118 bytes for each row while it is sorted,
-    would need more memory than the tokens of short rows."""
+    """Every rank of a node holds the order of all rows. A list of Python objects would take 118 bytes for each row
+    while it is sorted, which is more than the tokens of a short row take."""
     rows = 100_000
     tracemalloc.start()
     try:

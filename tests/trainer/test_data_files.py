@@ -1,5 +1,6 @@
-"""Data files of every kind become rows. A fault in one row costs this row. A fault after which nobody can tell where
-the next row begins costs the file. Whatever a file contains, reading it ends with rows or with a sentence."""
+"""Data files of every kind become rows. A fault in one row makes a bad row. After a fault that hides where the next row
+begins, the whole file is refused. Whatever a file contains, the reader returns rows or raises an error with a sentence
+for the user."""
 
 from __future__ import annotations
 
@@ -96,6 +97,11 @@ def test_a_byte_that_is_no_utf8_costs_its_row_in_every_text_file(tmp_path: Path)
     assert problems(read(tmp_path, "a.txt", b"one\n\xe9\ntwo")) == {2: "is not UTF-8 text (byte 1 of the row)"}
     with pytest.raises(UserError, match=r"^dataset.train: a.txt is UTF-16 text: it must be saved as UTF-8$"):
         read(tmp_path, "a.txt", "one".encode("utf-16"))
+
+
+def test_the_sign_of_a_long_number_is_no_digit(tmp_path: Path) -> None:
+    lines = b'{"a": -' + b"1" * 4300 + b'}\n{"a": -' + b"1" * 4301 + b"}\n{}"
+    assert problems(read(tmp_path, "a.jsonl", lines)) == {2: "has a number of more than 4300 digits"}
 
 
 def test_a_key_that_stands_twice_in_an_object_costs_its_row(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_any_bytes_as_a_file_of_any_kind_are_rows_or_a_sentence(
         honest = CONTENTS[kind]
     honest = COMPRESS[compression if compression in COMPRESS else ""](honest)
     at = data.draw(st.integers(0, len(honest)))
-    # Random bytes alone seldom pass the first check of a format, so they are also put into an honest file.
+    # Random bytes alone seldom pass the first check of a format, so they are also put into a valid file.
     for content in (noise, honest[:at] + noise + honest[at + len(noise) :], honest[:at]):
         sentence, rows = "", []
         try:
@@ -432,8 +438,8 @@ def test_a_compressed_file_may_have_several_parts_and_a_window_of_128_mebibytes(
 
 
 PEAK = 'int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10'
-"""An expression for the largest resident memory of a process in MiB. What `getrusage` returns may be the memory of the
-process that started it."""
+"""A Python expression for the largest resident memory of the process in MiB. `getrusage` is not used, because it may
+return the memory of the process that started this one."""
 MEASURED = """
 import json, sys
 from pathlib import Path
@@ -499,7 +505,7 @@ except UserError as error:
 print(json.dumps({"found": found, "peak": PEAK}))
 """
 CHARACTERS = 64 * MIB
-"""Largest number of characters of a row."""
+"""Largest number of characters of a row. A row with a character beyond U+FFFF may have half as many."""
 
 
 @pytest.mark.parametrize(

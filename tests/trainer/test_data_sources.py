@@ -162,7 +162,7 @@ def on_volume(path: str) -> DataSource:
 
 
 def places(source: DataSource, paths: Paths, folder: Path) -> list[str]:
-    """Return the place of each row of ``source``."""
+    """Return the place of each row of ``source``, for example `claim/rows/a.txt line 1`."""
     local = data_file(source, "dataset.train", paths, no_store(), folder)
     return [row.place(source_name(source)) for row in read_rows(local, "dataset.train")]
 
@@ -295,7 +295,7 @@ def test_what_a_glob_does_not_name_is_not_in_its_way(volume: Path, paths: Paths,
     (volume / "models" / "out").symlink_to(tmp_path)
     for number, glob in enumerate(("r*/*.txt", "rows/*.txt", "*/a.txt", "**/a.[!m]*")):
         if glob.startswith("**"):
-            # Files in all folders may match, so a link that leads nowhere or out of the volume may be meant.
+            # This glob names files in all folders, so links that lead nowhere or out of the volume would be refused.
             for link in ("models/gone/link", "models/out", "rows/gone.md"):
                 (volume / link).unlink()
         found = places(on_volume(glob), paths, tmp_path / f"rows-{number}")
@@ -510,7 +510,7 @@ ANSWERS = st.fixed_dictionaries(
 
 
 class AnyHub(Hub):
-    """A hub that answers every question with the same document."""
+    """A hub that answers every request with the JSON value `document`."""
 
     document: object = None
 

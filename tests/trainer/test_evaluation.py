@@ -327,10 +327,8 @@ def runs(
 def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """The model overfits the rows, and so also learns the end token.
-
-    It must end each answer itself, exactly as the reference answer ends.
-    """
+    """The model overfits the rows, and so also learns the end token. Each generated answer must therefore end by itself
+    and equal the reference answer."""
     for name in ("by-score", "with-tokens"):
         scores = scores_of(store, name)
         assert scores.tuned_answers

@@ -34,8 +34,8 @@ from tests.trainer.hub import COMMIT, TOKEN, running_hub
 
 QUICK = ["deepseek-v3", "gemma-3-vision", "gpt-2", "gpt-neox", "llama-3-tied", "mixtral", "qwen3-moe"]
 NOT_COMPARED = {"bailing-hybrid", "deepseek-v2", "zaya"}
-"""Families whose logits are not compared. transformers computes none for the first two tiny models, and overwrites some
-values of the third when it loads it."""
+"""Families whose logits are not compared. transformers can't compute logits of the first two tiny models, and
+overwrites some values of the third model when it loads the model."""
 
 
 def families(*, among: Collection[str] = tuple(FAMILIES), without: Collection[str] = ()) -> list[object]:

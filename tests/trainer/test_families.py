@@ -17,15 +17,16 @@ from tests.trainer.objectstore import ObjectStore
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 SHOWN = re.compile(r"<!-- generated: families -->\n.*?<!-- end -->", re.DOTALL)
-QUICK = ("apertus", "gpt-oss", "qwen3.5-vision")
-"""Families that differ most from Llama: weights of a single number, which two ranks can not share; experts, sinks and
-layers with sliding windows; a text inside of a larger model, with layers that carry a state."""
+QUICK = ("apertus", "qwen3.5-vision")
+"""Families that differ most from Llama. apertus has weights of a single number, which two ranks can't share.
+qwen3.5-vision is a text model inside of a larger model, with layers that carry a state. `test_lora_variants.py` trains
+families with experts."""
 SECONDS = 600
 
 
 def line_of(name: str, findings: Findings) -> str:
     """Return the line of the page's table about the family ``name``."""
-    # A model that was trained at all had a kernel.
+    # The findings about a family name a kernel if a model of the family was trained.
     refused = "kernel" not in findings
     failed = bool(findings.get("lora") or findings.get("full"))
     packed = [findings.get(f"{method} packed", "") for method in ("lora", "full")]
@@ -80,8 +81,7 @@ def test_a_family_does_what_the_page_says(name: str, empty_store: ObjectStore, t
 
 
 def test_a_finding_of_the_preflight_check_is_what_the_trainer_refuses() -> None:
-    """The check before the first attempt has a finding exactly where the trainer refuses the job with a sentence about
-    a field."""
+    """The preflight check has a finding exactly where the trainer refuses the job with a sentence about a field."""
     differ = {
         name: (findings["preflight"], findings.get("lora", ""))
         for name, findings in stored_results().items()

@@ -67,7 +67,7 @@ def made(
 
 
 def learned(examples: ExampleSet, tokenizer: Any) -> list[list[str]]:
-    """Return the supervised words of each example."""
+    """Return the words of each example that are learned."""
     return [
         [tokenizer.decode([int(example.ids[at])]) for first, last in example.spans for at in range(max(first, 1), last)]
         for example in examples
@@ -269,8 +269,8 @@ def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: An
 
 
 def test_rows_are_kept_with_the_values_that_templates_show(tmp_path: Path, tokenizer: Any) -> None:
-    """The trainer grades the rows that it has kept, and the preflight check grades rows from the file. Both must have
-    the same values."""
+    """The trainer grades the rows that it has kept, and the preflight check grades rows from the file. The values of
+    the kept rows must equal those from the file."""
     when = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
     odd = {"day": when.date(), "when": when, "price": Decimal("1E+2"), "bytes": b"x", "list": [Decimal("1.50")]}
     path = tmp_path / "odd.parquet"

@@ -1,7 +1,7 @@
-"""The preflight check finds what a former job of the same namespace, name and training has done, and nothing else.
+"""The preflight check finds the run of a former job with the same namespace, name and training, and no other run.
 
-One real job is trained. Most tests copy its folder in the bucket to a job name of their own, change something in the
-copy, and then check a job with this name and another uid. The object store is a real MinIO.
+One real job is trained. Most tests copy the folder of this job in the bucket to a job name of their own, change
+something in the copy, and then check a job with this name and another uid. The object store is a real MinIO.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def test_a_finished_run_comes_before_newer_ones_and_the_newest_before_older_ones
 
 
 def _let_a_second_pass(bucket: Bucket) -> None:
-    """Write an object again and again until the store gives its last change the time of a later second."""
+    """Write an object again and again until the store records a later second as the time of the change."""
     root, first = bucket.root("clock"), None
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

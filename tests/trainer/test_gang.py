@@ -1,4 +1,4 @@
-"""When a rank exits while other ranks wait for it, these ranks leave too, each with the right error message."""
+"""When a rank exits while other ranks wait for it, the waiting ranks leave too, each with the right error message."""
 
 from __future__ import annotations
 

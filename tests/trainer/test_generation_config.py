@@ -1,4 +1,4 @@
-"""The generation configuration of an artifact can be loaded and saved, whatever that of the base model holds."""
+"""An artifact's generation configuration can be loaded and saved, whatever the base model's configuration holds."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ KILLED = -9
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     """Return the fault that kills a rank in round ``round_``.
 
-    Each round uses the next point of `POINTS`. The count is random. The rank is random too, unless only rank 0 reaches
-    the point.
+    Each round uses the next point of `POINTS`. `count`, the visit of the point at which the rank is killed, is random.
+    The rank is random too, unless only rank 0 reaches the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
@@ -121,7 +121,8 @@ When PID 1 ends, the kernel kills all other processes of its PID namespace.
 
 
 def is_gone(process: int) -> bool:
-    """Return whether a process has exited, including zombies that their parent has not reaped."""
+    """Return whether the process with the id ``process`` has exited. A zombie, which its parent has not reaped yet,
+    has exited too."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:

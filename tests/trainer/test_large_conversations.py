@@ -1,4 +1,4 @@
-"""Conversations of thousands of messages, calls or keys are read in seconds, and their sentences stay short."""
+"""Conversations of thousands of messages, calls or keys are read in seconds, and the messages about them stay short."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPEC = DatasetSpec.model_validate(
 
 
 def problem(row: dict[str, Any], template: str = APPENDING) -> str:
-    """Return what is wrong with the only row of a data source."""
+    """Return the error for a data source that holds only ``row``."""
     tokenize = tokenize_functions(byte_tokenizer(template))
     with pytest.raises(UserError) as caught:
         make_examples([Row(1, row)], "a.jsonl", "dataset.train", SPEC, tokenize, limit=length_limit(SPEC, None))
@@ -40,7 +40,7 @@ def problem(row: dict[str, Any], template: str = APPENDING) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that has the number of messages of each rendering."""
+    """A list that gets, at each rendering of a template, the number of rendered messages."""
     numbers: list[int] = []
     text = chat_template.ChatTemplate.text
 
@@ -54,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("template", [APPENDING, published("qwen3")])
 def test_a_row_of_thousands_of_turns_is_too_long_after_its_first_ones(template: str, asked: list[int]) -> None:
-    """Each answer renders all messages before it, so all answers of such a row would take hours."""
+    """For each answer, all messages before the answer are rendered, so all answers of such a row would take hours."""
     sentence = problem({"messages": TALK * 1000}, template)
     assert sentence.startswith("dataset.train: a.jsonl line 1 has ")
     assert int(sentence.split()[5]) > 10 * 4096

@@ -46,7 +46,7 @@ def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
         **changes,
     )
     config["evaluation"]["generation"] = {"maxNewTokens": 30, "batchSize": 2}
-    # The task only makes the job generate answers.
+    # The job has a task only so that it generates answers.
     return config
 
 
@@ -88,7 +88,7 @@ def test_trap_21_told_at_some_moment_one_process_makes_all_leave(
     moment: str, whom: str, pod: int, store: ObjectStore, pods: StartPods
 ) -> None:
     name = f"told-{moment.split()[0]}-{whom[0]}{pod}".lower().replace("/", "")
-    # A SIGTERM before the first step must arrive while the workers import torch. Forked workers have imported it
+    # A SIGTERM before the first step must arrive while the workers import torch. Forked workers have imported torch
     # already, so only the pods that get SIGTERM later are forked.
     attempt = pods(long_run(store, name), forked=moment.startswith("step"))
     attempt.wait_for(lambda: moment in attempt.pods[0].output, moment)

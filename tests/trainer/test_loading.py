@@ -1,6 +1,5 @@
-"""Loading a model: incomplete files are named in the error, and under ZeRO-3 no rank ever holds the whole model.
-
-A rank holds only its shard, and the pages of one weight file.
+"""Loading a model: incomplete files are named in the error, and under ZeRO-3 a rank never holds the whole model, but
+only its shard and the pages of one weight file.
 """
 
 from __future__ import annotations

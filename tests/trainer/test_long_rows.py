@@ -1,4 +1,5 @@
-"""A text that is too long becomes examples that learn each of its tokens once, or loses its end with a notice."""
+"""A text that is too long is either split into examples, in which each token of the text is learned once, or cut off
+with a notice."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ LLAMA = "llama"
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of LoRA: what the job says, and what plain peft must be told to train the same."""
+    """A variant of LoRA: the settings of the job (``lora``), and the settings with which plain peft trains the same."""
 
     lora: Mapping[str, Any]
     peft: Mapping[str, Any] = field(default_factory=dict)
@@ -80,12 +80,19 @@ VARIANTS = {
         {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
     ),
 }
-FEW = [("rs", 2), ("dora", 0), ("dora", 3), ("plus", 0), ("plus", 2), ("plus", 3), ("three", 1)]
-FEW += [("nf4", 1), ("nf4", 2), ("nf4-dora", 2), ("experts", 2), ("experts", 3), ("shared", 0), ("shared", 3)]
-ROUNDED = [("three", 3), ("plus", 1), ("nf4", 2), ("experts", 2), ("experts", 3)]
-RESUMED = [("three", 3), ("nf4", 2), ("plus", 2), ("experts", 3)]
-WITHOUT_GRADIENTS_AT_THE_INPUT = [("dora", 3), ("shared", 3), ("head", 3), ("dora-embedding", 3)]
-"""Runs in which ZeRO-3 gathers trained modules as a whole, of which some read what no trained weight has changed."""
+Cases = list[tuple[str, int]]
+"""Names of variants, each with the ZeRO stage at which it is trained."""
+FEW = [("rs", 2), ("dora", 3), ("plus", 2), ("three", 1), ("nf4-dora", 2), ("experts", 3), ("shared", 0)]
+"""Each kind of variant once, and each stage."""
+FURTHER = [("dora", 0), ("plus", 0), ("plus", 3), ("nf4", 1), ("nf4", 2), ("experts", 2), ("shared", 3)]
+ROUNDED = [("three", 3), ("nf4", 2), ("experts", 2)]
+ROUNDED_FURTHER = [("plus", 1), ("experts", 3)]
+RESUMED = [("three", 3), ("nf4", 2)]
+RESUMED_FURTHER = [("plus", 2), ("experts", 3)]
+WITHOUT_GRADIENTS_AT_THE_INPUT = [("shared", 3), ("head", 3)]
+"""Runs in which ZeRO-3 gathers each trained module as a whole. In each run, the input of some trained module does not
+depend on a trained weight."""
+WITHOUT_GRADIENTS_FURTHER = [("dora", 3), ("dora-embedding", 3)]
 ROWS = tiny.rows(20, seed=1)
 
 
@@ -175,27 +182,36 @@ def train(
     train_all(configs, inputs, folder / "gang", credentials=store.credentials, faults=faults)
 
 
+def few_and_further(few: Cases, further: Cases) -> pytest.MarkDecorator:
+    """Run a test with the cases ``few``, and in `make test-long` with the cases ``further`` too."""
+    return pytest.mark.parametrize(
+        "cases", [pytest.param(few, id="few"), pytest.param(further, id="further", marks=pytest.mark.long)]
+    )
+
+
+@few_and_further(FEW, [*FEW, *FURTHER])
 def test_variants_and_experts_train_as_with_plain_peft(
-    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+    cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    train([(name, stage, "exact") for name, stage in FEW], store, models, tmp_path)
-    plain = {name: plain_peft(VARIANTS[name], models[VARIANTS[name].family]) for name in dict(FEW)}
-    for name, stage in FEW:
+    train([(name, stage, "exact") for name, stage in cases], store, models, tmp_path)
+    plain = {name: plain_peft(VARIANTS[name], models[VARIANTS[name].family]) for name in dict(cases)}
+    for name, stage in cases:
         found = losses_of(store, f"exact-{name}-{stage}")
         assert found == pytest.approx(plain[name], rel=1e-5), (name, stage)
     assert len({round(losses[-1], 4) for losses in plain.values()}) == len(plain), "each variant trains differently"
 
 
+@few_and_further(WITHOUT_GRADIENTS_AT_THE_INPUT, WITHOUT_GRADIENTS_FURTHER)
 def test_trained_modules_whose_input_has_no_gradient_train_as_with_plain_peft(
-    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+    cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Gradient checkpointing lets the output of the embedding require a gradient. Without it, the first trained module
-    reads what has none."""
+    """Gradient checkpointing makes the output of the embedding require a gradient. Without gradient checkpointing, the
+    input of the first trained module has no gradient."""
     torch.set_num_threads(1)
-    cases = [(name, stage, "direct") for name, stage in WITHOUT_GRADIENTS_AT_THE_INPUT]
-    train(cases, store, models, tmp_path, optimization__gradientCheckpointing=False)
-    for name, stage in WITHOUT_GRADIENTS_AT_THE_INPUT:
+    runs = [(name, stage, "direct") for name, stage in cases]
+    train(runs, store, models, tmp_path, optimization__gradientCheckpointing=False)
+    for name, stage in cases:
         plain = plain_peft(VARIANTS[name], models[VARIANTS[name].family])
         assert losses_of(store, f"direct-{name}-{stage}") == pytest.approx(plain, rel=1e-5), (name, stage)
 
@@ -216,23 +232,25 @@ def test_each_parameter_has_the_learning_rate_that_peft_gives_it_in_lora_plus(ti
     assert set(found.values()) == {RATE, RATE * 16}
 
 
+@few_and_further(ROUNDED, ROUNDED_FURTHER)
 def test_variants_and_experts_train_in_bf16_and_with_packing_too(
-    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+    cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    cases = [(name, stage, "bf16") for name, stage in ROUNDED]
-    train(cases, store, models, tmp_path, optimization__precision="bf16", dataset__packing=True)
-    for name, stage in ROUNDED:
+    runs = [(name, stage, "bf16") for name, stage in cases]
+    train(runs, store, models, tmp_path, optimization__precision="bf16", dataset__packing=True)
+    for name, stage in cases:
         plain = plain_peft(VARIANTS[name], models[VARIANTS[name].family])
         assert losses_of(store, f"bf16-{name}-{stage}") == pytest.approx(plain, rel=1e-2), (name, stage)
 
 
+@few_and_further(RESUMED, RESUMED_FURTHER)
 def test_a_resumed_training_with_variants_is_the_same_bits(
-    store: ObjectStore, models: dict[str, Path], tmp_path: Path
+    cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    cases = [(name, stage, kind) for name, stage in RESUMED for kind in ("whole", "cut")]
+    runs = [(name, stage, kind) for name, stage in cases for kind in ("whole", "cut")]
     faults: list[dict[str, Any] | None] = [None, {"kind": "stop", "step": CUT + 1}]
-    train(cases, store, models, tmp_path, faults * len(RESUMED))
-    train([case for case in cases if case[2] == "cut"], store, models, tmp_path / "again")
-    for name, stage in RESUMED:
+    train(runs, store, models, tmp_path, faults * len(cases))
+    train([run for run in runs if run[2] == "cut"], store, models, tmp_path / "again")
+    for name, stage in cases:
         assert losses_of(store, f"cut-{name}-{stage}") == losses_of(store, f"whole-{name}-{stage}")
         assert artifact_files(store, f"cut-{name}-{stage}") == artifact_files(store, f"whole-{name}-{stage}")

@@ -113,8 +113,8 @@ def test_the_order_of_a_million_rows_takes_few_bytes_a_row() -> None:
 
 @pytest.mark.parametrize("capacity", [None, 64])
 def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(capacity: int | None) -> None:
-    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as a run without a break.
-    This includes the examples of a small source that come again."""
+    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as a run without a break,
+    also where the examples of a small source come again."""
     examples = example_set([Example(tuple(range(2 + row % 7)), ((1, 2 + row % 7),)) for row in range(23)])
     mixture = Mixture.of([20, 3], ["1", "1"])
     optimization = OptimizationConfig(

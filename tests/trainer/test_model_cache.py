@@ -1,5 +1,5 @@
-"""The files of a model are fetched once for all pods that share a cache, and whatever lies in the cache, no pod gets
-another file than its source states."""
+"""The files of a model are fetched once for all pods that share a cache. Whatever the cache holds, no pod gets a file
+that is not the one in the source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.trainer.storeproxy import StoreProxy, proxy_before
 
 MIB = 1 << 20
 QUICK = Pace(beat_seconds=0.02, dead_seconds=0.4, look_seconds=0.02)
-"""A pace for a volume that knows of changes at once."""
+"""The pace of these tests, whose local folder shows a change to all processes at once."""
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ class Pods:
         return self.folders[-1]
 
     def fetch(self) -> list[str]:
-        """Fetch the model as one more pod, check its files, and return the names of those that came from the source."""
+        """Fetch the model as one more pod, check the files, and return the names of the files that came from the
+        source."""
         before = len(self.fetched())
         folder = self.new_folder()
         folder.mkdir()
@@ -97,7 +98,7 @@ class Pods:
         return self.log.read_text().split() if self.log.exists() else []
 
     def cached(self) -> dict[str, Path]:
-        """Return the files of the cache by the name of the model's file."""
+        """Return, by the name of each file of the model, the path that the file has in the cache."""
         files = FolderSource(self.source, self.log)
         return {name: self.cache / FOLDER / digest_of(files, name).name for name in files.sizes}
 
@@ -218,7 +219,7 @@ def test_a_folder_in_the_place_of_a_file_costs_only_time(pod: Pods) -> None:
 
 
 def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
-    """Four processes race for the same files. A pod that does not get a turn waits for the file."""
+    """Four processes race for the same files. Only the process that gets the turn fetches a file; the others wait."""
     patient = Pace(beat_seconds=0.1, dead_seconds=60, look_seconds=0.02)
     processes = [pod.start(pace=patient) for _ in range(4)]
     for process in processes:
@@ -231,8 +232,8 @@ def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
 
 
 def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
-    """A process is killed before each of its calls to the file system in turn, with an empty cache. What it leaves is
-    either no file or the right one, and the next pod gets all files."""
+    """For each call to the file system, a process with an empty cache is killed before this call. Each file that the
+    killed process leaves in the cache is whole, and the next pod gets all files."""
     (pod.source / "model.safetensors").write_bytes(b"weights")
     whole = pod.start(pace=Pace(beat_seconds=60))
     whole.join(30)
@@ -255,7 +256,7 @@ def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
 
 @contextmanager
 def in_turn(pod: Pods, names: list[str]) -> Iterator[ModelCache]:
-    """Have the turn to fetch ``names`` as a living pod does, while the block runs."""
+    """While the block runs, hold the turn to fetch ``names``, with the signs of life of a pod."""
     files = FolderSource(pod.source, pod.log)
     turn_name = hashlib.sha256("\n".join(digest_of(files, name).name for name in names).encode()).hexdigest()
     with ModelCache(pod.cache, QUICK) as opened:
@@ -287,7 +288,7 @@ def test_a_pod_waits_for_the_one_that_fetches_and_takes_its_file(pod: Pods) -> N
 
 
 def test_a_pod_that_only_pretends_to_fetch_does_not_hold_others_up_for_ever(pod: Pods) -> None:
-    """The other process shows its signs of life, but its download would take too long."""
+    """The process that holds the turn shows signs of life, but has held the turn longer than a download may take."""
     with in_turn(pod, ["model.safetensors"]):
         hurried = Pace(beat_seconds=0.02, dead_seconds=0.4, look_seconds=0.02, least_bytes_per_second=100 * MIB)
         waiting = pod.start(pace=hurried)
@@ -341,7 +342,7 @@ def test_a_model_that_is_larger_than_the_volume_is_fetched_and_displaces_no_othe
 
 
 def test_a_disk_that_fills_up_while_a_file_is_written_leaves_no_half_of_it(small_volume: Path, pod: Pods) -> None:
-    """The cache finds enough room, and another writer takes it before the file is there."""
+    """The cache finds enough room for the file, but another writer fills this room before the file is written."""
     with ModelCache(small_volume) as opened:
         digest = digest_of(FolderSource(pod.source, pod.log), "model.safetensors")
         opened._make_room = lambda size, keep: (small_volume / "ballast").write_bytes(bytes(50 * MIB))  # type: ignore
@@ -452,7 +453,7 @@ def model_downloads(proxy: StoreProxy, prefix: str) -> Counter[str]:
 def fetched_by_pods(
     store: ObjectStore, proxy: StoreProxy, cache: Path, folder: Path, prefix: str, jobs: list[str]
 ) -> Counter[str]:
-    """Fetch the model below ``prefix`` by one pod for each name in ``jobs``, which is the name of the pod's job. Return
+    """Let one pod for each name in ``jobs`` fetch the model below ``prefix``. The name is that of the pod's job. Return
     how often each object was downloaded."""
     client = Store(proxy.endpoint, "us-east-1", store.credentials)
     config = run_config(store, "any", model={"s3": {"uri": f"s3://{BUCKET}/{prefix}"}})
@@ -533,8 +534,8 @@ def test_a_malformed_record_of_a_digest_counts_as_none(content: bytes, store: Ob
 
 
 class OtherEtags(FolderSource):
-    """A store with ETags of its own kind. ``damaged`` lists the numbers of the downloads of the weights that arrive
-    with another content."""
+    """A source whose ETags look like digests, but are none. ``damaged`` lists the downloads of the weights, counted
+    from 0, that arrive with another content."""
 
     damaged: tuple[int, ...] = ()
     downloads = 0
@@ -577,7 +578,8 @@ def test_where_an_etag_is_no_digest_without_a_word_two_downloads_must_agree(
 def test_the_digests_of_the_hub_are_verified(
     tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ObjectStore
 ) -> None:
-    """The second pod asks the hub only which files there are. A wrong file in the cache is fetched anew."""
+    """The second pod asks the hub only for the list of files. The third pod finds a wrong file in the cache, and
+    fetches this file anew."""
     token = tmp_path / "token"
     token.write_text(TOKEN)
     spec = RunConfig.model_validate(run_config(store, "hub", model={"huggingFace": {"repo": "team/tiny"}})).model

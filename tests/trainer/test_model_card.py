@@ -1,4 +1,5 @@
-"""The model card of an artifact can be read by the Hugging Face Hub, and holds nothing but what the job is made of."""
+"""The Hugging Face Hub can read the model card of an artifact. The card says what the model was made of and holds no
+secret, and a name that a user chose can't change the card's structure."""
 
 from __future__ import annotations
 

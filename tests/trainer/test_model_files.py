@@ -57,7 +57,7 @@ KINDS = ("bytes", "llama", "unigram")
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like that of T5 or Gemma. It has a normalizer, and puts the BOS token in front of a text."""
+    """Return a tokenizer like that of T5 or Gemma, which has a normalizer and puts the BOS token in front of a text."""
     inner = Tokenizer(Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -237,7 +237,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutated(document: Any, data: st.DataObject) -> Any:
-    """Return ``document``, in which one value is then replaced, renamed or removed. ``data`` draws the value and the
+    """Replace, rename or remove one value in ``document``, and return ``document``. ``data`` draws the value and the
     change."""
     place = data.draw(st.sampled_from(list(places(document))))
     parent = document

@@ -53,7 +53,7 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         ([said(0, PEER), WorkerExit(1, KILLED, None)], True, 66),
         # A kill at the cgroup's memory limit explains a worker that ended by signal 9, but no other end of a worker.
         ([WorkerExit(0, 3, None)], True, 1),
-        # Rank 1 did not end after rank 0, so the launcher killed it. Its end is then a consequence and not the cause.
+        # Rank 1 did not end after rank 0, so the launcher killed rank 1. The end of rank 1 is no cause.
         ([said(0, MEMORY), WorkerExit(1, KILLED, None, killed_by_launcher=True)], True, 66),
         ([done(0), WorkerExit(1, KILLED, None, killed_by_launcher=True)], False, 0),
     ],

@@ -211,7 +211,7 @@ def test_what_an_own_grader_returns_becomes_a_grade(returned: object, scores: Ma
 
 
 class OddError(Exception):
-    """An exception that can't be shown."""
+    """An exception that can't be printed, because its message can't be made."""
 
     def __str__(self) -> str:
         raise RuntimeError

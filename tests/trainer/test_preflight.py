@@ -1,6 +1,7 @@
 """The preflight checks find in advance what would end the training, and report it in the training's own sentences.
 
-Errors in the spec are final. What is missing outside of the job may still appear, so it is not final.
+Findings about errors in the spec are final. Findings about something that is missing outside of the job are not,
+because it may still appear.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ def test_nothing_is_found_where_nothing_is_wrong_and_nothing_is_left_behind(chec
 
 def test_the_sizes_of_model_and_data_are_told(paths: Paths, store: ObjectStore, tiny_model: Path) -> None:
     paths.run_file.write_text(json.dumps(run_config(store, "sizes", world__nodes=1)))
-    ended = run_program(paths)
-    assert ended.result.sizes is not None
-    assert ended.result.sizes.model_bytes == sum(path.stat().st_size for path in tiny_model.iterdir())
+    findings = Findings()
+    entrypoint.run_checks(findings, paths)
+    sizes = findings.result.sizes
+    assert sizes is not None
+    assert sizes.model_bytes == sum(path.stat().st_size for path in tiny_model.iterdir())
     data = [store.read(f"data/{name}.jsonl") for name in ("train", "validation")]
-    assert ended.result.sizes.data_bytes == sum(map(len, data))
+    assert sizes.data_bytes == sum(map(len, data))
 
 
 def test_a_cache_that_nobody_can_write_to_is_a_notice_and_no_finding(paths: Paths, store: ObjectStore) -> None:
@@ -408,7 +411,8 @@ def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
 def test_the_column_of_a_grader_is_fetched_of_a_large_parquet_file(
     check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The format does not read the column, and a date is graded as the text that templates show."""
+    """The column that the grader reads is no column of the format. The date in this column is graded as the text that
+    templates show."""
     monkeypatch.setattr("finetune_trainer.preflight.row_check.WHOLE_FILE_BYTES", 100_000)
     rows = [{"question": "w1", "reply": "w2", "day": date(2026, 3, 1), "more": "x" * 9000} for _ in range(100)]
     folder = tmp_path / "graded"
@@ -531,7 +535,7 @@ def test_a_model_that_is_too_large_for_the_last_checks_is_a_notice(
 def test_the_data_is_checked_without_torch(paths: Paths, store: ObjectStore) -> None:
     """torch takes hundreds of MiB, which the child that reads the data may need for the data."""
     paths.run_file.write_text(json.dumps(run_config(store, "light", model={"s3": {"uri": f"s3://{BUCKET}/data"}})))
-    ended = run_program(paths)
+    ended = run_program(paths, interpreter=["-X", "importtime"])
     assert ended.code == 64, ended.log
     modules = {line.rsplit("|", 1)[-1].strip() for line in ended.log.splitlines() if line.startswith("import time:")}
     assert "transformers" in modules

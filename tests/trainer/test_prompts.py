@@ -37,8 +37,9 @@ ALPACA = "### Instruction:\n{instruction}{#input}\n\n### Input:\n{input}{/input}
 
 @cache
 def byte_level(*, bos: bool = True, eos: bool = False, lstrip: bool = False) -> PreTrainedTokenizerBase:
-    """Return a byte-level tokenizer like that of Llama 3 or Qwen. With ``bos`` it puts BOS before every text, and with
-    ``eos`` it puts EOS behind it. With ``lstrip`` the token `<sep>` includes the white space before it."""
+    """Return a byte-level tokenizer like that of Llama 3 or Qwen. With ``bos`` the tokenizer puts BOS before every
+    text, and with ``eos`` EOS behind every text. With ``lstrip`` the token `<sep>` includes the white space before
+    it."""
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -108,7 +109,7 @@ def plain(text: str) -> list[Piece]:
     return [Piece(text, from_row=True)]
 
 
-# Token ids of text without control tokens: as a tokenizer alone would give them for the whole text.
+# Text without control tokens has the token ids that a tokenizer alone gives for the whole text.
 
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["it", " is", "\n", " ", "w1", "ask", "é"]))
 PIECES = st.lists(st.tuples(WORDS, st.booleans()))
@@ -140,7 +141,8 @@ def test_a_template_with_control_tokens_has_the_ids_of_the_whole_text(parts: lis
     assert PieceTokenizer(tokenizer).follow(pieces) == (tokenizer(whole, add_special_tokens=False)["input_ids"], ())
 
 
-# Control tokens.
+# The name of a control token becomes this token in a template, and stays ordinary text in a row.
+
 
 CONTROLS = ["<s>", "</s>", "<|im_end|>", "<sep>", "<tool>", "<unk>", "<end>"]
 
@@ -208,7 +210,7 @@ def test_a_control_token_of_a_row_is_read_as_if_the_tokenizer_did_not_know_it(
 
 
 def _joined(parts: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Return ``parts`` with neighbours of the same kind as one."""
+    """Return ``parts``, with neighbours of the same kind joined."""
     joined: list[tuple[str, bool]] = []
     for text, from_row in parts:
         if joined and joined[-1][1] is from_row:
@@ -343,7 +345,7 @@ def test_no_row_can_write_what_stands_for_a_control_token() -> None:
     assert len(set(marks)) == 2
 
 
-# Templates of rows.
+# Templates of prompts and completions, in which the names of columns stand in braces.
 
 
 def test_alpaca_rows_are_one_line_of_yaml(tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ def test_the_columns_of_the_base_prompt_are_needed_in_the_scored_rows_only() -> 
     assert [column.name for column in base_prompt_columns(dataset, "dataset.test", "{x}{prompt}")] == ["x", "prompt"]
 
 
-# Where answers end.
+# The tokens at which an answer ends.
 
 
 @pytest.mark.parametrize(

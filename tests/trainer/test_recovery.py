@@ -60,7 +60,7 @@ def artifact_files(store: ObjectStore, name: str) -> dict[str, bytes]:
 def undisturbed(
     store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], dict[str, bytes]]]:
-    """The losses and artifact files of an undisturbed job for each method. The tests compare with them."""
+    """The losses and artifact files of an undisturbed job for each method, with which the tests compare."""
     folder = tmp_path_factory.mktemp("undisturbed")
     inputs = Inputs(
         model=tiny_model,

@@ -1,4 +1,5 @@
-"""What a run needs only at its end is tried before its first step, so that no training is lost at the export."""
+"""Before its first step, a run tries everything that it needs only at its end, so that no training is lost at the
+export."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStor
 from tests.trainer.pods import run_config
 
 WITHOUT_DO_SAMPLE = {"eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}
-"""The generation configuration of some models of the Llama 2 kind. transformers reads it, and refuses to save it once
-it has changed."""
+"""The generation configuration of some models of the Llama 2 kind. transformers reads such a configuration, but refuses
+to save it after a change."""
 TWO_ENDS = {"do_sample": True, "temperature": 0.7, "eos_token_id": [1, 5]}
 DOCUMENTED = ["GetObject", "PutObject", "DeleteObject", "ListBucketMultipartUploads", "AbortMultipartUpload"]
 """The actions that docs/storage.md asks for, beside ListBucket."""
@@ -52,7 +53,7 @@ def fetched(store: ObjectStore, name: str, target: Path, file: str = "generation
 
 
 def saves_after_a_change(folder: Path) -> GenerationConfig:
-    """Load the generation configuration in ``folder`` as a user does, and save it after a change."""
+    """Load the generation configuration in ``folder`` as a user does, change and save it, and return it."""
     config = GenerationConfig.from_pretrained(folder)
     config.max_new_tokens = 7
     config.save_pretrained(folder / "changed")

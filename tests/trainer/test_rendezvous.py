@@ -50,7 +50,8 @@ class Ranks:
         join: bool = True,
         foreign_keys_beats: int = FOREIGN_KEYS_BEATS,
     ) -> None:
-        """Start ``world`` ranks. Without ``join`` they open the rendezvous, but do not join before `join` is called."""
+        """Start ``world`` ranks, with the attempt's key of each rank in ``keys``. Without ``join`` the ranks open the
+        rendezvous, but do not join before `join` is called."""
         self.folder, self.port, self.processes = folder, free_port(), list[Forked]()
         if join:
             self.join()

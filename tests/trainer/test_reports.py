@@ -109,7 +109,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     token.write_text("the-token\n")
     config = run_config(store, "reported", world__nodes=1, evaluation__everySteps=3)
     config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
-    report_server.fail = True  # The server refuses the first reports. This must never stop the training.
+    report_server.fail = True  # The server refuses the first reports, which must never stop the training.
     files = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
     attempt = pods(config, arguments=files, forked=True)
     attempt.wait_for(lambda: bool(report_server.reports), "the first report")
@@ -273,7 +273,7 @@ def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
 
 
 def test_trap_27_padding_does_not_count_as_throughput() -> None:
-    """Half of the batch's positions are padding, so per second half as many real tokens as positions are computed."""
+    """Half of the batch's positions are padding, so the rate of real tokens is half the rate of computed positions."""
     lengths = (2, 10, 2, 6)
     examples = example_set([Example(range(length), [(1, length)]) for length in lengths])
     batches = MicroBatcher(examples, rank=0, world_size=1, pad=0, capacity=None)

@@ -20,7 +20,7 @@ from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.test_recovery import artifact_files
 
-STEPS, INTERRUPTED = 14, 4
+STEPS, INTERRUPTED = 9, 4
 RATE, DECAY = 1e-3, 0.1
 Changed = tuple[str, int, int, int]
 """Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run."""
@@ -56,7 +56,8 @@ class Bench:
         return dict(zip([row.step for row in rows], losses_of(self.store, name.lower()), strict=True))
 
     def copy(self, name: str, target: str) -> None:
-        """Copy a job's files in the bucket to another job name. So several jobs can resume from one interrupted run."""
+        """Copy a job's files in the bucket to another job name, so that several jobs can resume from one interrupted
+        run."""
         prefix = f"runs/default/{name.lower()}/uid-1/"
         for key in self.store.keys(prefix):
             to = key.replace(f"/{name.lower()}/", f"/{target.lower()}/")

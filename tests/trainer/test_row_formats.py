@@ -67,17 +67,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """How a format is trained and resumed."""
+    """How a format is trained and resumed. ``run`` is the training without a stop."""
 
     run: Run
     moved: Run
-    """How the job is resumed with other settings."""
+    """The run that resumes a copy of the stopped job with other settings."""
     repeated: bool = True
     """Whether the job is also trained without a stop, and resumed with the same settings."""
 
     @property
     def cut(self) -> Run:
-        """The run that is stopped. The run that resumes it with the same settings is equal to it."""
+        """The run that is stopped. The run that resumes the job with the same settings has the same `Run`."""
         return replace(self.run, job=f"{self.run.job}-cut")
 
 
@@ -88,7 +88,7 @@ def few_cases() -> Iterator[Case]:
         method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
         run = Run(form, method, stage, packing, 2, "few")
         moved = Run(form, method, (stage + 1 + number // 4) % 4, not packing, 1, "few-moved")
-        yield Case(run, moved, repeated=number % 3 == 0)
+        yield Case(run, moved, repeated=number % 6 == 0)
 
 
 FEW = list(few_cases())
@@ -188,7 +188,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def plain(self, form: RowFormat, method: str) -> Plain:
-        """Return the results of the plain loop."""
+        """Return the results of the plain training loop on the rows of ``form``."""
         train = self.examples(form)
         validation = [self.example(text) for text in texts(form.rows(VALIDATION_ROWS, 2))]
         torch.set_num_threads(1)
@@ -251,12 +251,13 @@ class Trained:
     """What the runs of a case consumed: the numbers of the examples, by step."""
 
     whole: dict[int, list[int]]
+    """Examples of the run that was not stopped."""
     before: dict[int, list[int]]
-    """The same for the run that was stopped."""
+    """Examples of the run that was stopped."""
     after: dict[int, list[int]]
-    """The same for the run that resumed with the same settings."""
+    """Examples of the run that resumed with the same settings."""
     moved: dict[int, list[int]]
-    """The same for the run that resumed with other ranks, another ZeRO stage and other packing."""
+    """Examples of the run that resumed with other ranks, another ZeRO stage and other packing."""
 
 
 def train_cases(cases: Sequence[Case], bench: Bench, folder: str) -> dict[Case, Trained]:

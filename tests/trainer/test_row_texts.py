@@ -1,5 +1,5 @@
-"""Control tokens in what people wrote into a conversation: they are text, wherever they stand and whatever a chat
-template makes of the text around them."""
+"""The text of a control token in a row is read as ordinary text, in every field of a conversation and whatever a chat
+template does with the text around it."""
 
 from __future__ import annotations
 

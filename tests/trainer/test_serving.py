@@ -1,5 +1,5 @@
-"""What comes out of a job can be served: vLLM takes the adapters that docs/serving.md says it takes, and plain
-transformers and peft write the same texts from an adapter as from the merged model."""
+"""The artifact of a job can be served. By the rules in `vllm_rules.py`, vLLM takes the adapters that docs/serving.md
+says it takes. Plain transformers and peft write the same texts from an adapter as from the merged model."""
 
 from __future__ import annotations
 

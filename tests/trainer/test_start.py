@@ -1,4 +1,4 @@
-"""Tests from which checkpoint a starting run resumes, whatever happened to the bucket before.
+"""A starting run resumes from the right checkpoint, whatever happened to the bucket before.
 
 The tests use a real object store.
 """
@@ -210,9 +210,9 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     result = publish(root, 2, 14, [tmp_path / "adapter"])
     before = {entry.key for entry in root.list_objects("")}
 
-    # Run 1 can still upload files, which do not count without COMMIT. It can write one COMMIT, if it froze between its
-    # check that no later run has started (the fence) and this COMMIT. The checkpoint then belongs to a branch that was
-    # left, from which no later run resumes.
+    # Run 1 can still upload files, which do not count without COMMIT. Run 1 can also write one COMMIT, if it froze
+    # between its check that no later run has started (the fence) and this COMMIT. The checkpoint then belongs to an
+    # abandoned branch, from which no later run resumes.
     frozen = checkpoint_folder(1, 15)
     root.write(f"{frozen}/{MANIFEST}", b"{}")
     assert root.create(f"{frozen}/{COMMIT}", digest(b"{}").encode())

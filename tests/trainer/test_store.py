@@ -108,7 +108,7 @@ def test_a_damaged_run_record_is_named_and_no_fault_of_the_job(
 
 
 def test_only_keys_that_a_run_can_write_take_a_run_number(root: RunRoot) -> None:
-    """A number that no run can have taken would otherwise end every run."""
+    """If other keys counted too, a number that no run has taken could end every run."""
     for key in ("1", "0000001", "00001", "\N{ARABIC-INDIC DIGIT ONE}" * 6, "9" * 200, "000002.json", "x/000003"):
         root.write(f"runs/{key}.json", b"{}")
     assert read_records(root) == {}
@@ -173,8 +173,8 @@ def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committe
         # Run 2 resumed from step 5 and has not committed a checkpoint yet, so step 10 belongs to an abandoned branch.
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10)], [(1, 5)]),
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10), (2, 8)], [(2, 8), (1, 5)]),
-        # The parent of run 3, step 12 of run 2, was deleted, and step 20 of run 2 lies beyond it. So step 5 of run 1 is
-        # next.
+        # The parent of run 3, step 12 of run 2, was deleted. Step 20 of run 2 is later than the parent, so the next
+        # checkpoint of the lineage is step 5 of run 1.
         ({1: None, 2: (1, 10), 3: (2, 12)}, [(1, 5), (2, 20)], [(1, 5)]),
         # A run that started from the base model abandons all earlier checkpoints.
         ({1: None, 2: None}, [(1, 5)], []),

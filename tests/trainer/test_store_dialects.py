@@ -1,7 +1,5 @@
-"""Variants of S3, each against a MinIO server that is configured for it.
-
-They are: TLS with a private CA, the bucket name in the host name, regions, session tokens, web identity, and encryption
-at rest.
+"""Variants of S3, each against a MinIO server that is configured for it: TLS with a private CA, the bucket name in the
+host name, regions, session tokens, web identity, and encryption at rest.
 """
 
 from __future__ import annotations
@@ -63,8 +61,8 @@ CLUSTER_AUDIENCE = "minio"
 CLUSTER_ROLE = "arn:minio:iam:::role/" + base64.urlsafe_b64encode(
     hashlib.sha1(CLUSTER_AUDIENCE.encode(), usedforsecurity=False).digest()
 ).decode().rstrip("=")
-"""The role that MinIO makes for an OpenID provider with a role policy. Its name is the SHA-1 of the client id in
-base64."""
+"""The role that MinIO makes for an OpenID provider with a role policy. The name of the role is the SHA-1 of the client
+id in base64."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Issuer:
     key: rsa.RSAPrivateKey
 
     def token(self, **claims: Any) -> str:
-        """Return a signed token that is valid for an hour. ``claims`` are added to its claims or replace them."""
+        """Return a signed token that is valid for an hour. ``claims`` are added to the usual claims or replace them."""
         now = int(time.time())
         payload = {"iss": self.url, "aud": CLIENT_ID, "sub": "pod", "iat": now, "exp": now + 3600, **claims}
         parts = [_encoded(json.dumps(part).encode()) for part in ({"alg": "RS256", "kid": "1", "typ": "JWT"}, payload)]

@@ -18,9 +18,10 @@ from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, 
 from finetune_trainer.pod.errors import Damaged, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
 from finetune_trainer.storage.checkpoint_folders import apply_retention, committed, fetch_folder
-from finetune_trainer.storage.client import LONGEST_DELAY_SECONDS, Store
+from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number
+from finetune_trainer.storage.retries import LONGEST_DELAY_SECONDS
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,
@@ -74,7 +75,8 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
-    """Upload and commit a checkpoint, and delete older ones, in one thread. A run's ranks do this in the background."""
+    """Upload and commit a checkpoint, and delete older ones, as the background threads of a run do, but in one
+    thread."""
     target = checkpoint_folder(1, step)
     for last_try in (False, False, True):
         uploaded = upload_files(root, target, files)

@@ -1,8 +1,8 @@
 """Every declared task has a grader, which reads the columns and gives the scores that the task declares. No grader has
 one of the known holes.
 
-A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested by one mutation
-of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
+A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested with one answer.
+The other files `test_tasks_*.py` test each grader in depth.
 """
 
 from __future__ import annotations
@@ -345,16 +345,17 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),
         ("SQL", SORTED, "SELECT name FROM boat", set()),
-        # The whole answer counts, and a text is not found inside of a longer word.
+        # ExactMatch compares the whole answer, except white space at its ends. Contains does not find the right answer
+        # inside of a longer word.
         ("ExactMatch", TOWN, " Lyon\n", {"exact"}),
         ("ExactMatch", TOWN, "Lyon, France", set()),
         ("ExactMatch", TOWN, "lyon", set()),
         ("Contains", {"answer": "72"}, "There are 172.", set()),
         ("Contains", TOWN, "It is Lyon.", {"contains", "found"}),
-        # One number, and no other.
+        # The answer must state the right number and no other number.
         ("Number", {"answer": "1,000"}, "It costs $1000.", {"exact"}),
         ("Number", {"answer": "1,000"}, "10 or 1000", set()),
-        # Values of JSON, not texts, and nothing behind them.
+        # JSON is compared as values and not as text, and nothing may follow the value.
         ("JSON", {"answer": '{"a": 1, "b": [1, 2]}'}, '{"b": [1.0, 2], "a": 1}', {"equal", "keys"}),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": true}', set()),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": 1} {"a": 1}', set()),

@@ -1,5 +1,5 @@
-"""One reader reads the numbers of answers. It reads a number however the number is written, and it reads no number
-where a text states several."""
+"""The reader of numbers in answers reads a number however the number is written, and reads no number where a text
+states several."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ JOINTS = st.sampled_from(
 def test_several_numbers_in_one_statement_are_no_number(one: int, joint: str, other: int, form: str) -> None:
     text = form.format(f"{one}{joint}{other}")
     read = read_number_behind("####", text)
-    if joint in (",", "."):  # one number after all: `1,234` and `1.5`
+    if joint in (",", "."):  # Both joints can make one number, like `1,234` and `1.5`.
         assert read in (None, Decimal(f"{one}{joint}{other}".replace(",", "")))
     elif joint.startswith(";"):
         assert read == one
@@ -174,8 +174,8 @@ def test_no_text_makes_the_reader_fail(text: str) -> None:
     ids=lambda text: text[:12],
 )
 def test_the_time_of_the_reader_is_in_proportion_to_the_text(text: str) -> None:
-    """The bound is a hundred times what a linear reader takes, because the machine may be busy. A quadratic one takes
-    minutes."""
+    """The bound is a hundred times the time of a linear reader, because the machine may be busy. A quadratic reader
+    takes minutes."""
     began = time.process_time()
     read_number_behind("####", text)
     read_only_number(text)

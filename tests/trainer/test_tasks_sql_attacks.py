@@ -19,8 +19,8 @@ from finetune_trainer.evaluation.graders.sql import GRADE_SECONDS, PROBLEM, Judg
 BOATS = "CREATE TABLE boat (id INTEGER, name TEXT, length REAL)"
 GOLD = "SELECT name FROM boat"
 SECONDS = 5 * GRADE_SECONDS
-"""Bound for one grade and the start of a child process. On an idle machine both together take little more than
-GRADE_SECONDS; the bound holds on a busy one too."""
+"""Bound in seconds for one grade and the start of a child process. On an idle machine both together take little more
+than GRADE_SECONDS. The bound also holds on a busy machine."""
 MEMORY_MIB = 512
 ANSWERS = (
     "SELECT printf('%.*c',900000000,'x')",

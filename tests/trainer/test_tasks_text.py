@@ -174,7 +174,7 @@ def test_an_answer_contains_all_texts_and_no_parts_of_longer_words(
     ],
 )
 def test_the_time_of_a_grader_is_in_proportion_to_the_answer(name: str, answer: str, reference: str) -> None:
-    """The bound is a hundred times what a linear grader takes, because the machine may be busy."""
+    """The bound is a hundred times the time of a linear grader, because the machine may be busy."""
     began = time.process_time()
     arguments = {"ignore": IGNORABLE} if name == "ExactMatch" else {}
     grade(name, answer, {"answer": reference, "mr": reference}, **arguments)
@@ -316,6 +316,7 @@ TOWNS = ["London", "Paris", "Rome"]
         "the answer is Paris",
         "Option B",
         "The correct answer is option B",
+        "So the answer is my choice: the answer is option B",
         "I choose B",
         "B - Paris",
         "(B) \u2013 Paris",

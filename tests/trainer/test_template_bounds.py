@@ -1,5 +1,5 @@
-"""Chat templates are programs of strangers. Whatever a template does, the result is an example, a sentence about the
-row, or a sentence about the job, within bounds of time and memory."""
+"""A chat template is a program that a stranger may have written. Whatever a template does, the result is an example, a
+sentence about the row, or a sentence about the job, within bounds of time and memory."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_template_that_is_nested_too_deeply_is_a_sentence() -> None:
 
 def ended_by(number: int) -> Callable[[], None]:
     def end() -> None:
-        # Shells start programs in the background with SIGQUIT ignored, and a forked process inherits this.
+        # A shell starts a program in the background with SIGQUIT ignored, and forked processes ignore SIGQUIT too.
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -137,7 +137,7 @@ def test_whatever_ends_the_process_of_a_template_is_told_apart() -> None:
     for number in (signal.SIGTRAP, signal.SIGQUIT):
         with pytest.raises(ValueError, match=rf"^it ends the process that reads it \({number.name}\)$"):
             TemplateProcess(ended_by(number), seconds=9).call()
-    # The kernel ends processes in this way where a pod has no memory left.
+    # The kernel ends processes with SIGKILL where a pod has no memory left.
     with pytest.raises(MemoryError):
         TemplateProcess(ended_by(signal.SIGKILL), seconds=9).call()
     with pytest.raises(TemplateLimitError, match=r"^takes more than 9 s$"):

@@ -48,8 +48,8 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
         kept = take_snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
         own = [name for name, owner in assign_owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
-        # While the engine gathers a parameter, the preceding one is still alive. So at most two are alive at once,
-        # beside the copies that the snapshot keeps.
+        # While the engine gathers a parameter, the tensors of the parameter before are still alive. So the tensors of
+        # at most two parameters are alive at once, beside the copies that the snapshot keeps.
         assert engine.peak <= 2 * largest
 
 

@@ -16,14 +16,19 @@ from tests.trainer.pods import run_config
 PROGRAM = """
 import sys
 from finetune_core.contract import RunConfig
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 leave_out_bitsandbytes(RunConfig.model_validate_json(sys.stdin.read()))
-import peft
+with importing():
+    import peft
 print(sys.modules.get("bitsandbytes") is not None)
 """
 
 
-@pytest.mark.parametrize(("lora", "imported"), [({"quantization": "NF4"}, True), ({}, False), (None, False)])
+@pytest.mark.parametrize(
+    ("lora", "imported"),
+    [({"quantization": "NF4"}, True), ({}, False), pytest.param(None, False, marks=pytest.mark.long)],
+)
 def test_bitsandbytes_is_imported_only_where_the_base_model_is_quantized(
     store: ObjectStore, lora: dict[str, Any] | None, imported: bool
 ) -> None:

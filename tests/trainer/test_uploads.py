@@ -32,7 +32,7 @@ def snapshot(number: int, *, best: bool = False) -> Snapshot:
 class Store:
     """A callable in place of the upload and commit of a snapshot.
 
-    It waits until the test allows the commit, and then records the snapshot in `committed`.
+    A call waits until the test allows the commit, and then records the snapshot in `committed`, or raises `failure`.
     """
 
     def __init__(self) -> None:

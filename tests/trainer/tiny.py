@@ -57,7 +57,7 @@ def write_model(
 
 
 def write_word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
-    """Write a tokenizer with one token for each of ``words`` to ``folder``, and return how many tokens it has. Token 1
+    """Write a tokenizer with one token for each of ``words`` to ``folder``, and return its number of tokens. Token 1
     ends an answer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -72,8 +72,8 @@ def write_word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
 
 
 def write_byte_tokenizer(folder: Path) -> int:
-    """Write a byte-level tokenizer like that of GPT-2 and Qwen to ``folder``, and return how many tokens it has. Token
-    1 ends an answer."""
+    """Write a byte-level tokenizer like that of GPT-2 and Qwen to ``folder``, and return its number of tokens. Token 1
+    ends an answer."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -95,8 +95,8 @@ def write_byte_tokenizer(folder: Path) -> int:
 
 
 def write_llama_tokenizer(folder: Path) -> Path:
-    """Write a small BPE tokenizer like that of Llama 2: with a space mark before words, and byte tokens for unknown
-    characters."""
+    """Write a small BPE tokenizer like that of Llama 2 to ``folder``, and return the folder. The tokenizer has a space
+    mark before words, and byte tokens for unknown characters."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer

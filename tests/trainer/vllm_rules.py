@@ -1,4 +1,4 @@
-"""What vLLM 0.33.0 demands of a LoRA adapter before it serves it, in our own words.
+"""The conditions under which vLLM 0.33.0 serves a LoRA adapter, written down from its code.
 
 vLLM is not installed, because it needs a GPU and its own torch. The rules come from its Python files:
 `vllm/lora/peft_helper.py` (the configuration), `vllm/config/lora.py` (the steps of the rank), `vllm/lora/utils.py` (the
@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 RANK_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that `--max-lora-rank` can have. The rank of an adapter may lie between two of them."""
+"""The values that `--max-lora-rank` can have. The rank of an adapter may be any number up to the chosen value."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Ways to draw the first values of an adapter that leave the base model as it is."""
 DENSE = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -25,7 +25,7 @@ DENSE = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM knows of the base model that it serves."""
+    """What vLLM knows about the base model that it serves."""
 
     modules: frozenset[str]
     """Last parts of the names of the modules that can have an adapter: the linear layers, and the embeddings if the
@@ -37,17 +37,17 @@ class Served:
 
 
 def llama(vocabulary: int) -> Served:
-    """Return what vLLM knows of a Llama (`llama.py`), whose embeddings can have adapters."""
+    """Return what vLLM knows about a Llama (`llama.py`), whose embeddings can have adapters."""
     return Served(DENSE | {"embed_tokens", "lm_head"}, vocabulary)
 
 
 def qwen2(vocabulary: int) -> Served:
-    """Return what vLLM knows of a Qwen2 (`qwen2.py`), whose embeddings can't have adapters."""
+    """Return what vLLM knows about a Qwen2 (`qwen2.py`), whose embeddings can't have adapters."""
     return Served(DENSE, vocabulary)
 
 
 def qwen3_moe(vocabulary: int, experts: int) -> Served:
-    """Return what vLLM knows of a Qwen3-MoE (`qwen3_moe.py`), which expects one adapter for each expert."""
+    """Return what vLLM knows about a Qwen3-MoE (`qwen3_moe.py`), which expects one adapter for each expert."""
     each = {f"experts.{number}.{name}" for number in range(experts) for name in ("gate_proj", "up_proj", "down_proj")}
     return Served(DENSE | {"embed_tokens", "lm_head", "gate"}, vocabulary, frozenset(each))
 
@@ -59,7 +59,8 @@ def needed_rank(adapter: Path) -> int:
 
 
 def refusals(adapter: Path, served: Served, *, max_lora_rank: int = 16) -> list[str]:
-    """Return why vLLM refuses the adapter in the folder ``adapter``. Empty if it serves the adapter."""
+    """Return the reasons why vLLM refuses the adapter in the folder ``adapter``. The list is empty if vLLM serves the
+    adapter."""
     assert max_lora_rank in RANK_STEPS
     config = json.loads((adapter / "adapter_config.json").read_text())
     return [*_configuration_refusals(config, max_lora_rank), *_tensor_refusals(adapter, served)]
@@ -100,7 +101,7 @@ def _tensor_refusals(adapter: Path, served: Served) -> Iterator[str]:
             module, kind = found.groups()
             inside = module.partition(".experts")[2]
             if ".experts" in module:
-                # One tensor for all experts is only read for families that keep their experts so.
+                # One tensor for all experts is read only for a family that has `experts` among `modules`.
                 part = f"experts{inside}".removesuffix(".base_layer")
                 if part not in served.expert_modules and part not in served.modules:
                     yield f"{module} is no module that can have an adapter"

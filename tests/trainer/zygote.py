@@ -1,7 +1,7 @@
 """Starts Python programs as forks of a process that has already imported torch (`zygote_process.py`).
 
-A forked program starts within a fraction of a second, while one that imports torch itself needs five seconds of
-processor time. Tests of the start itself, such as those in which a signal arrives during the imports, start an
+A forked program starts within a fraction of a second, while a program that imports torch itself needs five seconds of
+processor time. Tests that are about the start of a program, for example about a signal during the imports, start an
 interpreter instead.
 """
 
@@ -34,7 +34,7 @@ tests."""
 
 
 class Zygote:
-    """The test's handle on the process that forks programs."""
+    """Sends orders to the process that forks programs, and reads the answers of this process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -67,7 +67,8 @@ class Zygote:
         return forked
 
     def listen(self, seconds: float) -> None:
-        """Learn which programs have started or ended. Wait for news for at most ``seconds``."""
+        """Read which programs have started or ended, and note it in their `Forked`. Wait for the next line of the
+        forking process for at most ``seconds``."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, seconds))
         if not ready:
@@ -105,7 +106,7 @@ class Zygote:
 
 
 class Forked:
-    """A forked program. Its methods are those of `subprocess.Popen`."""
+    """A forked program, with the methods of `subprocess.Popen` that the tests use."""
 
     def __init__(self, zygote: Zygote, arguments: list[str]) -> None:
         self._zygote, self.args = zygote, arguments
@@ -156,10 +157,10 @@ def ends_of(ranks: Sequence[Forked], seconds: float = END_SECONDS) -> list[int]:
 
 @functools.cache
 def zygote() -> Zygote:
-    """Return the process that forks programs. It is started at the first call and runs until the tests end."""
+    """Return the process that forks programs. The first call starts the process, which runs until the tests end."""
     command = [sys.executable, "-m", "tests.trainer.zygote_process"]
-    # The process begins a session, and so a process group, of its own. `kill` ends the whole group, which the forked
-    # programs belong to.
+    # The process begins a session of its own, and with it a process group, to which all forked programs belong.
+    # `Zygote.kill` ends the whole group.
     process = subprocess.Popen(
         command,
         env={**os.environ, **OF_RANKS},

@@ -1,13 +1,14 @@
 """The process that has imported torch and forks programs: `python -m tests.trainer.zygote_process`. `zygote.py` starts
 the process and sends it orders.
 
-The process reads one JSON line from standard input for each program to start. It writes one JSON line with the process
-id when a program has been forked, and one with the exit status when a program has ended.
+The process reads one JSON line from standard input for each program to start. When a program has been forked, the
+process writes one JSON line with the process id. When a program has ended, the process writes one JSON line with the
+exit status.
 
 A forked program finds what a started Python interpreter finds: the environment, arguments, working folder and files
 that it was given, the signal handlers and the signal mask of a new process, and a single thread. There is one
-difference: the modules in `PRELOADED` have been imported already. A value that such a module makes of an environment
-variable at its import, for example in `huggingface_hub.constants`, is that of this process.
+difference: the modules in `PRELOADED` have been imported already. If one of these modules read an environment variable
+when it was imported, as `huggingface_hub.constants` does, it has the value of the forking process.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 from finetune_trainer import processes
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.ranks import process
 
 PRELOADED = (
@@ -53,15 +55,16 @@ peft and transformers import while they train the tiny model."""
 def main() -> None:
     """Fork programs and report their ends until standard input ends."""
     process.prepare_environment(Path(tempfile.mkdtemp(prefix="zygote-")))
-    for module in PRELOADED:
-        importlib.import_module(module)
+    with importing():
+        for module in PRELOADED:
+            importlib.import_module(module)
     # Each program configures its own log, as a started process does.
     logging.root.handlers.clear()
     logging.getLogger("finetune_trainer").setLevel(logging.NOTSET)
-    # A launcher forks its workers too.
+    # A launcher that was forked here forks its workers too, where it would otherwise start them.
     processes.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[attr-defined, assignment]
-    # The garbage collector then never looks at the objects of this process, so that the kernel copies fewer of their
-    # pages for the forked programs.
+    # `freeze` makes the garbage collector ignore all objects that exist so far. In the forked programs the collector
+    # then writes to fewer pages of memory, so the kernel copies fewer pages.
     gc.collect()
     gc.freeze()
     _serve()
@@ -103,8 +106,8 @@ def _tell(**values: int) -> None:
 def fork(program: Callable[[], None]) -> int:
     """Fork a process that calls ``program`` and then ends. Return its process id.
 
-    The forked process has the standard streams and the signal mask of this process, as a started process has. It has
-    neither the other open files nor the signal handlers of this process. It never returns to the caller.
+    The forked process has the standard streams and the signal mask of this process, as a started process has, but
+    neither the other open files nor the signal handlers. In the forked process this function never returns.
     """
     child = os.fork()
     if not child:

@@ -49,8 +49,8 @@ def finish(
 ) -> Result:
     """Publish the artifact and return the job's result, on every rank. Raises StopAgreed after SIGTERM.
 
-    The tuned model's scores and the artifact come from the chosen checkpoint in the bucket, whose files are verified,
-    and not from the weights in memory.
+    The tuned model's scores and the artifact come from the chosen checkpoint, which is downloaded from the bucket and
+    verified, and not from the weights in memory.
     """
     chosen = saver.chosen(plan.config.evaluation.artifact_from)
     source = plan.folder / "chosen"
@@ -111,7 +111,7 @@ def export_files(
 
     An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens,
     the extended copy is uploaded to the bucket first, and the configuration names the address of the copy.
-    ``digests`` are those of the base model.
+    ``digests`` holds the sha256 of the base model and of the extended copy.
     """
     options = export_options(plan, data.structure, data.stop_ids)
     options = replace(options, added_rows=data.summary.added_rows, base_sha256=digests.base_sha256)
@@ -129,8 +129,8 @@ def write_cards(
     step: int,
     evaluation: EvaluationRecord | None,
 ) -> None:
-    """Write a model card into each folder of the artifact in ``target``, which is the model of optimizer step
-    ``step``."""
+    """Write a model card into the artifact's folder ``target``, and into its folder of the merged model where there is
+    one. The artifact is the model of optimizer step ``step``."""
     config = plan.config
     facts = CardFacts(
         identity=plan.identity,
@@ -154,7 +154,7 @@ def result_message(
     """Return the sentence of the final result, such as `the artifact is the model of step 60, validation perplexity
     1.479`.
 
-    ``task`` is the name of the job's task, None where it has none, and ``patience`` is `evaluation.patience` where the
+    ``task`` is the name of the job's task, None where the job has none. ``patience`` is `evaluation.patience` where the
     run stopped early, else None.
     """
     text = f"the artifact is the model of step {chosen.step}"

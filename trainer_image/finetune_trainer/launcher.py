@@ -84,7 +84,7 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     if prepared is None and config.world.nodes == 1:
         raise Stopped("told to stop before training began: there is nothing to save")
     # The workers of the other pods wait for the workers of this pod. So this pod's workers are started even after
-    # SIGTERM, but they only report the stop to the other ranks. They read no inputs, so the paths in `inputs` are
+    # SIGTERM. Then the workers read no inputs and only report the stop to the other ranks, so the paths in `inputs` are
     # placeholders.
     inputs = prepared or Inputs(model=folder, train=folder)
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)

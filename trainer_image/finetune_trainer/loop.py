@@ -144,7 +144,7 @@ class TrainingLoop:
     def _train_step(self, step: int) -> Alarm | None:
         """Train on the global batch of ``step``. Return an alarm where the loss or the gradient is suspicious.
 
-        The update is applied only where loss and gradient are finite. After SIGTERM raises StopAgreed, always before
+        The update is applied only where loss and gradient are finite. Raises StopAgreed after SIGTERM, always before
         the update.
         """
         started, started_cpu, stopwatch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
@@ -301,7 +301,8 @@ class TrainingLoop:
     def _save(self, perplexity: float | None, task_score: float | None, *, best: bool = False) -> None:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
-        Where too many copies wait for their upload, those that are not ``required`` are dropped first.
+        ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, the
+        new copy replaces the waiting copies, except the one of the best model.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()

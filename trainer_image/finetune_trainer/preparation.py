@@ -46,22 +46,23 @@ from finetune_trainer.sources.inputs import source_name
 
 
 class PreparationSummary(ContractModel):
-    """What `prepare_node` wrote on one node. Every rank of the gang receives the summary."""
+    """What `prepare_node` found and wrote on one node. Every rank of the gang receives the summary."""
 
     notices: list[str]
     """Sentences for the log and the reports, for example one for each kind of row that was skipped."""
     context: int
     """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
-    """sha256 over the training rows: over their token ids, and over the ranges of supervised tokens in each row. Of a
-    mix also over the number of examples of each source."""
+    """sha256 over the token ids of the training rows, and over the ranges of supervised tokens in each row. For a mix,
+    the number of examples of each source is included."""
     evaluation_sha256: dict[str, str] = {}
-    """sha256 over the validation and the test rows, by `validation` and `test`: over their token ids, and over the
-    columns that graders read."""
+    """For `validation` and `test`, if the job has such rows: sha256 over their token ids, over the ranges of supervised
+    tokens, and over the columns that graders read."""
     mix_sizes: list[int] = []
     """Number of examples of each source of `dataset.train.mix`. Empty without a mix."""
     model_context: int
-    """Longest text in tokens that the model can read; `dataset.maxLength` where the model has no limit."""
+    """Length in tokens of the longest text that the model can read, or `dataset.maxLength` where the model has no
+    limit."""
     added_rows: AddedRows | None = None
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
@@ -120,7 +121,7 @@ class TrainingData:
 def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummary:
     """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
 
-    ``graded`` are all columns that the job's grader reads, and empty where the job has no task.
+    ``graded`` holds all columns that the job's grader reads. It is empty where the job has no task.
 
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
@@ -238,8 +239,8 @@ def load_model(plan: WorkerPlan) -> Any:
         sharded=sharding is not None,
         quantization=config.lora.quantization if config.lora is not None else None,
     )
-    # This attribute keeps alive the object that switches sharding on. transformers holds only a weak reference to the
-    # object, and still needs it in `generate`.
+    # Keep a reference to the object that switches sharding on. transformers holds only a weak reference to this object,
+    # and still needs the object in `generate`.
     model.sharding = sharding
     if config.optimization.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -276,8 +277,8 @@ def _job_tokenizer(plan: WorkerPlan) -> Any:
 
 
 def job_tokenize_functions(plan: WorkerPlan) -> TokenizeFunctions:
-    """Return the functions that make token ids of rows as the trained model reads them, with the added tokens of the
-    job."""
+    """Return the functions that turn rows into the token ids of the trained model, whose tokenizer has the added tokens
+    of the job."""
     config, tokenizer = plan.config, _job_tokenizer(plan)
     ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
     return tokenize_functions(tokenizer, config.model.added_tokens, ends=ends, today=config.template_date)
@@ -301,7 +302,8 @@ class _Part(NamedTuple):
 
 
 def _data_sets(plan: WorkerPlan) -> dict[str, list[_Part]]:
-    """Return the sources of each data set that the job has, the training rows first. Only a mix has several."""
+    """Return the sources of each data set that the job has, by the name of the data set (`train`, `validation` or
+    `test`), `train` first. A data set has several sources only where it is a mix."""
     inputs = plan.inputs
     left: dict[str, list[Path | None]] = {
         "train": [*(inputs.mix or [inputs.train])],
@@ -341,13 +343,13 @@ def _files_notice(part: _Part, rows: int) -> list[str]:
 
 
 class _Counter:
-    """Counts rows while they are read."""
+    """Counts the rows that pass through `counted`."""
 
     def __init__(self) -> None:
         self.rows = 0
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield ``rows``."""
+        """Yield the items of ``rows``, and count each in the attribute `rows`."""
         for row in rows:
             self.rows += 1
             yield row
@@ -358,9 +360,8 @@ def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> 
     if not plan.config.model.added_tokens:
         return None
     ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
-    # Where the base model's output head is tied to the input embedding, the rows of the input embedding are enough.
-    # They are also enough where the head was untied for LoRA, because the head then begins as a copy of the input
-    # embedding.
+    # The rows of the input embedding are enough where the base model's output head is tied to the input embedding. The
+    # same holds where the head was untied for LoRA, because an untied head begins as a copy of the input embedding.
     stored_once = structure.tied or structure.output_name is None
     extended = base_model_folder(plan)
     names = TensorNames(read_structure(extended).model, WeightFiles.of(extended).shapes)

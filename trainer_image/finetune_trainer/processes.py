@@ -74,8 +74,8 @@ class WorkerProcesses:
     ) -> list[WorkerExit]:
         """Start one worker per environment, wait for all workers, and return their exits in the order of ranks.
 
-        With ``stop_at_once`` the workers receive SIGTERM directly after their start. Such workers only report the stop
-        to the ranks of the other pods.
+        With ``stop_at_once`` the workers receive SIGTERM directly after their start, and only report the stop to the
+        ranks of the other pods.
         """
         with _collect_signals() as received:
             self._start(plan, environments)

@@ -117,14 +117,14 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang, grading: Grading | None
 
 def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
     """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON.
-    ``graded`` are all columns that the job's grader reads."""
+    ``graded`` holds all columns that the job's grader reads."""
     summary = prepare_node(plan, graded)
     notices = [*summary.notices, *prepare_base_model_set(plan, graded)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
 
 
 def _load_grading(plan: WorkerPlan, gang: Gang) -> Grading | None:
-    """Return how the answers of the job are graded, on every rank; None where the job has no task.
+    """Return the job's `Grading`, which grades generated answers, on every rank; None where the job has no task.
 
     Raises UserError on every rank where the grader or its columns do not exist.
     """
@@ -147,10 +147,11 @@ def _load_grading(plan: WorkerPlan, gang: Gang) -> Grading | None:
 def _try_rows(
     plan: WorkerPlan, gang: Gang, data: TrainingData, grading: Grading | None, progress: Progress | None
 ) -> Grading | None:
-    """Return ``grading``, which from now on knows the job's tokenizer.
+    """Check that rows of the job can be graded, and return a `Grading` that also reads answers with the job's
+    tokenizer. Return None where the job has no task.
 
     Raises UserError on every rank where no row can be graded although `evaluation.bestBy` or `evaluation.require` needs
-    a score of the task. Where nothing needs such a score, a notice says that no row can be graded.
+    a score of the task. Where neither needs a score, a notice says that no row can be graded.
     """
     form, evaluation = plan.config.dataset.format.prompt_completion, plan.config.evaluation
     if grading is None or form is None:

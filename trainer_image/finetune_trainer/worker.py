@@ -19,6 +19,7 @@ from pathlib import Path
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
@@ -72,14 +73,16 @@ def main() -> int:
 
 
 def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
-    """Join the other ranks and train. Rank 0 also sends reports to the operator, the last of them with the result."""
+    """Join the other ranks, train, and return the job's result. Rank 0 also sends reports to the operator; its last
+    report contains the result."""
     from finetune_trainer.ranks import process
 
     leave_out_bitsandbytes(plan.config)
     process.prepare_environment(plan.paths.scratch)
-    from finetune_trainer.ranks.gang import Gang
-    from finetune_trainer.reporting.progress import Progress
-    from finetune_trainer.train import train
+    with importing():
+        from finetune_trainer.ranks.gang import Gang
+        from finetune_trainer.reporting.progress import Progress
+        from finetune_trainer.train import train
 
     device = process.select_device(plan.config.world)
     stall_seconds = plan.config.stability.stall_timeout_seconds

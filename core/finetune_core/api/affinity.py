@@ -58,7 +58,8 @@ class PreferredNode(ApiModel):
     """A preference for nodes that match a term."""
 
     weight: Weight
-    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
+    """Weight of the preference, 1 to 100. For each node, the scheduler adds the weights of the preferences that the
+    node fulfils."""
     preference: NodeSelectorTerm
     """The term that preferred nodes match."""
 
@@ -116,7 +117,8 @@ class PreferredPods(ApiModel):
     """A preference of the scheduler to place the job's pods near other pods, or away from other pods."""
 
     weight: Weight
-    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
+    """Weight of the preference, 1 to 100. For each node, the scheduler adds the weights of the preferences that the
+    node fulfils."""
     pod_affinity_term: PodAffinityTerm
     """The pods and the topology domain that the preference is about."""
 
@@ -125,9 +127,11 @@ class PodAffinity(ApiModel):
     """Rules that place the job's pods near other pods (`podAffinity`) or away from other pods (`podAntiAffinity`)."""
 
     required_during_scheduling_ignored_during_execution: Annotated[list[PodAffinityTerm], Field(max_length=8)] = []
-    """Terms that must hold for a pod to be scheduled."""
+    """Terms that must hold for a pod to be scheduled. Under `podAffinity` the pod must be near pods of each term, and
+    under `podAntiAffinity` it must not be near any pod of a term."""
     preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredPods], Field(max_length=8)] = []
-    """Terms that the scheduler tries to satisfy."""
+    """Preferences that the scheduler satisfies where it can: for nodes near pods of a term under `podAffinity`, and for
+    nodes away from such pods under `podAntiAffinity`."""
 
 
 class Affinity(ApiModel):

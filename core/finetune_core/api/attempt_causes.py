@@ -1,5 +1,5 @@
-"""The reasons with which an attempt can end (`status.attempts`), each with its verdict, its meaning and advice to
-users. Reasons that also end the whole job are members of `Reason` in `conditions.py`.
+"""The reasons with which an attempt can end although the job may go on (`status.attempts`), each with its verdict, its
+meaning and advice to users. Reasons that also end the whole job are members of `Reason` in `conditions.py`.
 
 `reference.py` writes these reasons as a table into docs/api.md. tests/operator/test_states.py checks that each reason
 has the verdict that the operator gives it.
@@ -112,9 +112,13 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
     ),
 }
 """For each reason: its verdict, its meaning and advice to users. A Charged attempt counts against
-`runPolicy.maxRetries`, a Free attempt does not. There is one exception: after three Free attempts in a row without a
-new checkpoint, the next attempt without a new checkpoint counts too. Further attempts that end with NodeRefused then
-also count until a checkpoint is committed. Suspended and ResumedTooEarly attempts never count."""
+`runPolicy.maxRetries`, a Free attempt does not.
+
+There is one exception. Where three Free attempts in a row made no new checkpoint, the next Free attempt without a new
+checkpoint counts too. If that attempt ended with NodeRefused, each later attempt that ends with NodeRefused counts as
+well, until a checkpoint is committed or an attempt with another reason counts. Suspended and ResumedTooEarly attempts
+never count, and the three attempts may have such attempts between them.
+"""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
     "PreemptionByScheduler": "A pod of higher priority took the pod's place.",

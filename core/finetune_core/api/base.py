@@ -52,8 +52,8 @@ def cel(*rules: tuple[str, str]) -> dict[str, Any]:
 
 
 def join(*extensions: dict[str, Any]) -> dict[str, Any]:
-    """Return one schema extension with the CEL rules of all ``extensions``. Each of these is a result of `cel`, or of a
-    function that calls `cel`."""
+    """Return one schema extension with the CEL rules of all ``extensions``. Each extension is a result of `cel`, or of
+    a function that calls `cel`."""
     rules = [rule for extension in extensions for rule in extension["x-kubernetes-validations"]]
     return {"x-kubernetes-validations": rules}
 
@@ -107,33 +107,34 @@ def _without_null(values: Any) -> Any:
 
 
 ENTRIES = BeforeValidator(_without_null)
-"""Validator for a map. It drops entries with a null value, as the API server does."""
+"""Validator for a map. Entries with a null value are dropped, as the API server drops them."""
 UNIQUE = AfterValidator(_unique)
-"""Validator for a list of scalars. It refuses a list in which a value occurs twice, as the API server does because of
-the schema extension `SET`."""
+"""Validator for a list of scalars. A list in which a value occurs twice is refused. The API server refuses such a list
+because of the schema extension `SET`."""
 UNIQUE_NAMES = AfterValidator(_unique_names)
-"""Validator for a list of objects. It refuses a list in which a `name` occurs twice, as the API server does because of
-the schema extension `by_key("name")`."""
+"""Validator for a list of objects. A list in which a `name` occurs twice is refused. The API server refuses such a list
+because of the schema extension `by_key("name")`."""
 
 DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
-"""A decimal number from 0 on, for example `"1e-4"` or `"0.05"`. It is a string, because Kubernetes' API conventions
-forbid floats."""
+"""A decimal number from 0 on, as a string because Kubernetes' API conventions forbid floats, for example `"1e-4"` or
+`"0.05"`."""
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-"""`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, PriorityClass or ServiceAccount."""
+"""`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, StorageClass, PriorityClass or ServiceAccount."""
 
 SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
 _CONTROL = r"\x00-\x20\x7f-\xa0"
 """Ranges of characters that addresses and names must not contain, for use between `[` and `]` in a regular expression.
-The ranges hold the control characters C0, DEL and C1, the space and the no-break space. Control characters are refused
-because a terminal that shows the text would obey them."""
+The ranges contain the control characters (C0, DEL and C1), the space and the no-break space. Control characters are
+refused because a terminal that shows the text would obey them."""
 WORD_PATTERN = f"^[^{_CONTROL}]+$"
 """Regular expression for a text without blanks and control characters, for example the name of a container image."""
 HTTP_ADDRESS_PATTERN = f"^https?://[^/@?#{_CONTROL}]+/?$"
 """Regular expression for an `http://` or `https://` address without user, path and query, for example
-`http://minio:9000`. A slash at its end is allowed, because people write addresses so."""
+`http://minio:9000`. A slash after host and port is allowed, because many people write addresses with a slash at the
+end."""
 S3_URI_PATTERN = f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$"
 """Regular expression for an address in an object store, for example `s3://bucket/key`."""
 WEIGHT_PATTERN = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$"
@@ -175,7 +176,8 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Largest number of characters in a field that takes an integer or a string, such as the quantity `1.5Gi`."""
+"""Largest number of characters of a string in a field that takes an integer or a string. An example of such a string is
+the quantity `1.5Gi`."""
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys
@@ -183,7 +185,8 @@ of a map. Where the keys must be valid, CEL rules check them, for example in `po
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 """Regular expression that the value of a label must match. The value may be empty."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-"""Regular expression that a DNS label (RFC 1123) must match, for example the name of a namespace or of a volume."""
+"""Regular expression that a DNS label (RFC 1123) must match. Names of namespaces and volumes, for example, are DNS
+labels."""
 LABEL_LENGTH = 63
 """Largest number of characters of a label's value, and of a DNS label."""
 

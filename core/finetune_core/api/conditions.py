@@ -65,20 +65,20 @@ class Reason(StrEnum):
 
 
 def valid_reason(text: str) -> str:
-    """Return ``text`` without the characters that the API server does not accept in a reason. The result has only
-    letters, digits and underscores, begins with a letter, and has at most 64 characters. Where no character is left,
-    the result is `Unknown`.
+    """Return ``text`` as a reason that the API server accepts. The result consists of the letters, digits and
+    underscores of ``text``, begins with a letter, and is cut after 64 characters. Where no character is left, the
+    result is `Unknown`.
 
-    The operator calls this function for reasons that it takes from the stored status, because another version may have
-    written them.
+    The operator calls this function for the reason of every condition, because some reasons come from the stored
+    status, and another version may have written that status.
     """
     letters = re.sub(r"[^A-Za-z0-9_]", "", text).lstrip("0123456789_")
     return letters[:REASON_LENGTH] or "Unknown"
 
 
 class Condition(ApiModel):
-    """A condition. Its bounds are those of Kubernetes' metav1.Condition, because other programs may also write
-    conditions into the status."""
+    """A condition in a job's status. The bounds of the fields are those of Kubernetes' metav1.Condition, because other
+    programs may also write conditions into the status."""
 
     type: Annotated[str, Field(max_length=316)]
     """Type of the condition, for example `Succeeded`."""

@@ -87,8 +87,9 @@ def chart_template() -> str:
     chart's value `crds.enabled` is true.
 
     The CRD is a template because Helm never upgrades CRDs that are in the `crds/` folder of a chart. Where the chart's
-    value `crds.keep` is true, an annotation makes Helm keep the CRD when the chart is uninstalled. Double braces in
-    the manifest, which stand in descriptions of templates, become an expression that Helm renders as double braces.
+    value `crds.keep` is true, an annotation makes Helm keep the CRD when the chart is uninstalled. Helm would read `{{`
+    in the descriptions of fields as the beginning of an expression. So each `{{` is replaced by an expression that Helm
+    renders as `{{`.
     """
     header, _, manifest = crd_yaml().replace("{{", '{{ "{{" }}').partition("\n")
     keep = "metadata:\n{{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n{{- end }}\n"

@@ -18,8 +18,8 @@ TemplateText = Annotated[str, Field(max_length=8192)]
 
 
 def template_rules(field: str, example: str, *, optional: bool = False) -> tuple[tuple[str, str], ...]:
-    """Return the CEL rules about a field that holds a template, with their messages. ``example`` is the name of a
-    column that the messages show."""
+    """Return the CEL rules about the field ``field``, which holds a template, each with its message. ``example`` is the
+    name of a column that the messages show. ``optional`` says that the field may be absent."""
     absent = f"!has(self.{field}) || " if optional else ""
     return (
         (
@@ -53,22 +53,22 @@ class PromptCompletionFormat(ApiModel):
     template: TemplateText = "{prompt}"
     """Text before the completion, in which `{name}` stands for the column `name` of the row: `"Question: {prompt}
     Answer: "` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that is shown only where the column has
-    a value, `{^name}...{/name}` is shown only where it has none, and `{{` and `}}` are braces. The completion follows
-    without a space in between. docs/prompts.md has the rules."""
+    a value, `{^name}...{/name}` is a part that is shown only where the column has none, and `{{` and `}}` are braces.
+    No space is added between this text and the completion. docs/prompts.md has the rules."""
     completion: TemplateText | None = None
-    """The completion, as a template like `template`, for example `"{reasoning}\\n#### {answer}"`. Absent: the column
-    `completionField`."""
+    """The completion, as a template like `template`, for example `"{reasoning}\\n#### {answer}"`. Absent: the value of
+    the column `completionField`."""
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
     """Text after the completion, for example `<END_A>`. The model learns the suffix like the completion, and generated
     answers end at the suffix."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in a column. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in
-    `completionSuffix` control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
+    """How the text of a control token of the model, such as `</s>`, is read in a column. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token. In the templates and
+    in `completionSuffix` such a text is always the control token. `model.addedTokens` are tokens everywhere."""
 
     @property
     def aliases(self) -> dict[str, str]:
-        """The columns that `{prompt}` and `{completion}` stand for, by these names."""
+        """For each of the names `prompt` and `completion`, the column that the name stands for in templates."""
         return {"prompt": self.prompt_field, "completion": self.completion_field}
 
 
@@ -85,15 +85,18 @@ class ChatTemplate(ApiModel):
     """The template itself."""
 
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles in rows of ShareGPT, and the roles of chat templates that they stand for."""
+KNOWN_ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}
+"""Names of roles in published rows, each with the role of the chat template that the name stands for, unless the job
+lists the name in `roles`. Two more names, `observation` and `function_call`, are not listed here, because they are read
+only in messages with `from`."""
 
 
 class MessagesFormat(ApiModel):
-    """Rows with a conversation, rendered with a chat template. Each answer of the assistant is learned behind exactly
-    the tokens that the model gets before such an answer at inference. A conversation becomes one example where the
-    template only appends messages, and one for each answer where the template changes earlier messages, for example by
-    removing their thoughts. docs/data.md lists the fields of rows and messages."""
+    """Rows with a conversation, rendered with a chat template. An answer of the assistant is learned behind exactly the
+    tokens that the model gets before such an answer at inference. A conversation becomes one example where the template
+    only appends messages, and several examples where the template changes earlier messages, for example by removing
+    their thoughts. With `learn: Everything` a conversation is always one example. docs/data.md lists the fields of rows
+    and messages."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -104,27 +107,28 @@ class MessagesFormat(ApiModel):
     messages_field: FieldName = "messages"
     """Column that holds the list of messages, each with `role` and `content`, or with `from` and `value`."""
     tools_field: FieldName = "tools"
-    """Column that holds the list of tools that the assistant may call, as JSON Schema. Rows without it have none."""
+    """Column that holds the list of tools that the assistant may call, as JSON Schema. A row without this column has no
+    tools."""
     chat_template: ChatTemplate | None = None
-    """Replaces the chat template of the model, and becomes the template of the artifact. Without it the model's own
-    template is used."""
+    """Chat template that replaces the one of the model, and becomes the template of the artifact. Absent: the chat
+    template of the model."""
     template_arguments: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=16), ENTRIES] = {}
-    """Variables that the chat template reads, for example `enable_thinking: "false"`. A value that is JSON is passed as
-    that JSON value, and any other value as text. Pass the same arguments at inference. A name that the template does
+    """Variables that the chat template reads, for example `enable_thinking: "false"`. A text that is JSON is passed as
+    the JSON value, and any other text as a string. Pass the same arguments at inference. A name that the template does
     not read is refused."""
     learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
-    """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
-    one. Both leave out messages with `weight: 0`. Everything: all tokens of the conversation; a row with `weight: 0` is
-    then a bad row."""
+    """What is learned of a conversation. AllAssistant: every message of the assistant, except messages with
+    `weight: 0`. LastAssistant: only the last message that AllAssistant would learn. Everything: all tokens of the
+    conversation; a row that has a message with `weight: 0` is then a bad row."""
     roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {}
-    """For names of roles in the rows, the role of the chat template that each stands for, for example `{bot:
-    assistant}`. A name that is not listed is passed to the template as it is, except for those of ShareGPT: `human`
-    stands for `user`, and `gpt` for `assistant`. In messages with `from` and `value`, `observation` stands for `tool`,
-    and `function_call` for an answer that calls tools."""
+    """For each name of a role in the rows, the role of the chat template that the name stands for, for example `{bot:
+    assistant}`. A name that is not listed is passed to the template as it is, except for the following names.
+    `human` stands for `user`, `gpt` for `assistant`, and `function` for `tool`. In messages with `from` and `value`, as
+    in rows of ShareGPT, `observation` stands for `tool`, and `function_call` for an answer that calls tools."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are
-    tokens."""
+    """How the text of a control token of the model, such as `</s>`, is read in a message. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token. `model.addedTokens`
+    are always tokens."""
 
 
 class TextFormat(ApiModel):
@@ -133,9 +137,9 @@ class TextFormat(ApiModel):
     text_field: FieldName = "text"
     """Column that holds the text."""
     allow_special_tokens: bool | None = None
-    """What a control token of the model, such as `</s>`, means where it stands in the text. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has
-    rendered already. `model.addedTokens` always are tokens."""
+    """How the text of a control token of the model, such as `</s>`, is read in a row. false or absent: as ordinary
+    text, and `status.notices` has the number of rows with such a text. true: as the control token, which suits texts
+    that a chat template has rendered already. `model.addedTokens` are always tokens."""
 
 
 class DatasetFormat(ApiModel):
@@ -189,13 +193,13 @@ class DatasetSpec(ApiModel):
     packing: bool = False
     """true puts several short examples of a global batch into one sequence of at most `maxLength` tokens, which saves
     padding. The computed gradient stays the same. Before the first step the trainer checks that the model's attention
-    keeps the examples of one sequence apart, and the job fails where it does not."""
+    keeps the examples of one sequence apart, and the job fails where the attention does not keep them apart."""
     long_rows: Literal["Fail", "Skip", "Split", "Truncate"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
     before training. Skip: the rows are left out. Split: a row becomes several examples, and each of its tokens is
-    learned exactly once. Each further example begins with the last token of the example before it, which is its context
-    and is not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and
-    Truncate are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
+    learned exactly once. Each further example begins with the last token of the example before, as context that is not
+    learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and Truncate are
+    for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows that can't be read, lack a field, hold something other than the format asks for, or have
     nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and

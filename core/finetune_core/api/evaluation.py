@@ -1,5 +1,5 @@
-"""`evaluation`: when validation rows are scored, how answers are generated, and which checkpoint becomes the
-artifact."""
+"""`evaluation`: when validation rows are scored, how answers are generated, which checkpoint becomes the artifact, and
+which scores the tuned model must reach."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ScoredRows = Literal["Validation", "Test"]
 `dataset.test`."""
 
 LOWER_IS_BETTER = MEASURED
-"""Scores that every evaluation gives. A lower value of such a score is better. Of a task's score, a higher value is
-better."""
+"""Names of the two perplexities, which base model and tuned model are scored with even where the job has no task. For a
+perplexity a lower value is better. For a score of a task a higher value is better."""
 REQUIREMENT_LIMIT = 8
 """Largest number of requirements of `evaluation.require`."""
 SignedDecimalString = Annotated[str, Field(max_length=32, pattern=r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
@@ -35,7 +35,8 @@ class GenerationSpec(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Longest generated answer in tokens."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Largest number of validation or test rows for which answers are generated. Absent: all rows."""
+    """Largest number of rows of `dataset.validation`, and of `dataset.test`, for which answers are generated. The first
+    rows are taken. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """Number of answers that one process generates at once."""
 
@@ -59,12 +60,13 @@ class RequirementSpec(ApiModel):
     at_most: SignedDecimalString | None = None
     """Highest value that passes."""
     better_than_base: bool | None = None
-    """true: the tuned model must be better than the base model, which means a lower perplexity, or a higher score of
-    the task. Equal is not better."""
+    """true: the tuned model must be better than the base model. For a perplexity, better means lower. For a score of
+    the task, better means higher. An equal score is not better."""
 
     def out_of_reach(self, *, is_share: bool) -> tuple[str, str] | None:
-        """Return the field whose bound no model can reach, and what the field must be. None where a model can reach all
-        bounds. ``is_share`` says whether the score is a share, from 0 to 1."""
+        """Return the name of a field whose bound no model can reach, and a phrase that says what the field must be.
+        Where `atLeast` is greater than `atMost`, no model can reach both bounds, and the field is `atLeast`. Return
+        None where no such field is found. ``is_share`` says whether the score is a share, from 0 to 1."""
         least = None if self.at_least is None else Decimal(self.at_least)
         most = None if self.at_most is None else Decimal(self.at_most)
         if least is not None and most is not None and least > most:
@@ -79,7 +81,8 @@ class RequirementSpec(ApiModel):
 
 
 class EvaluationSpec(ApiModel):
-    """When the validation rows are scored, and which checkpoint becomes the artifact."""
+    """When the validation rows are scored, how answers are generated, which checkpoint becomes the artifact, and which
+    scores the tuned model must reach."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -92,13 +95,14 @@ class EvaluationSpec(ApiModel):
     )
 
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Optimizer steps between two evaluations. Absent: the steps of one epoch. The last step of the training is always
-    evaluated too."""
+    """Optimizer steps between two evaluations. Absent: the number of steps in one epoch. The last step of the training
+    is always evaluated too."""
     generation: GenerationSpec | None = None
     """Limits of generated answers. Only with a `dataset.task`."""
     base_prompt: TemplateText | None = None
-    """Template like `dataset.format.promptCompletion.template` for the base model's score. Absent: that template.
-    Useful where the base model needs an instruction that the tuned model has learned."""
+    """Template of the prompts for the base model, written like `dataset.format.promptCompletion.template`. Useful where
+    the base model needs an instruction that the tuned model has learned. Absent: base model and tuned model get the
+    same prompts."""
     best_by: BestBy = "Perplexity"
     """Score that makes a checkpoint the best: the lowest validation perplexity, or the highest main score of
     `dataset.task`."""
@@ -115,5 +119,5 @@ class EvaluationSpec(ApiModel):
         None
     )
     """Scores that the tuned model must reach on the test rows, or on the validation rows where there are no test rows.
-    Where it does not reach one of them, the job ends with `Succeeded=False` and the reason GateFailed. The artifact is
-    committed all the same."""
+    Where the tuned model does not reach one of these scores, the job ends with `Succeeded=False` and the reason
+    GateFailed. The artifact is committed all the same."""

@@ -21,15 +21,15 @@ SHORT_NAME = "ftj"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX_LENGTH = 40
 NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
-"""Pattern of the names of namespaces (a DNS label), as the API server checks it."""
+"""Pattern that the name of a namespace must match, as in the API server. The name is a DNS label."""
 NAME_RULE = (
     f"self.metadata.name.matches('{NAME_PATTERN}') && self.metadata.name.size() <= {NAME_MAX_LENGTH}",
     "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"
     f" {NAME_MAX_LENGTH} characters",
 )
 """CEL rule about `metadata.name`, and the message for a name that violates the rule. The rule is stricter than
-Kubernetes' rule for names, because the names of the job's pods and Services begin with the job's name, and these names
-may have at most 63 characters."""
+Kubernetes' rule for names, because the names of the job's Services begin with the job's name. The name of a Service
+must begin with a letter and have at most 63 characters."""
 
 
 class Metadata(BaseModel):

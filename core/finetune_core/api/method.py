@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 Quantization = Literal["NF4"]
-"""How the frozen weights of the base model are held: NF4 is the 4-bit NormalFloat of QLoRA."""
+"""How the linear layers of the base model are held in memory. NF4 is the 4-bit NormalFloat of QLoRA."""
 
 
 class LoRASpec(ApiModel):
@@ -39,30 +39,35 @@ class LoRASpec(ApiModel):
     alpha: Annotated[int, Field(ge=1, le=1024)] = 16
     """Scale of the adapters: the low-rank update is multiplied by alpha / rank, or by alpha / √rank with `rsLoRA`."""
     dropout: DecimalString = "0"
-    """Dropout probability on the input of each adapter, from 0 to less than 1, for example `"0.05"`. Must be 0 where
-    experts get an adapter, because peft has no dropout for them."""
+    """Dropout probability on the input of each adapter, from 0 to less than 1, for example `"0.05"`. Adapters of
+    embeddings have no dropout. Must be 0 where the weights of experts get an adapter, or the weights of other modules
+    that peft can't adapt as a whole, because peft has no dropout for such weights."""
     rs_lora: Annotated[bool | None, Field(alias="rsLoRA")] = None
     """Whether the low-rank update is multiplied by alpha / √rank (rank-stabilized LoRA, Kalajdzievski 2023, arXiv
     2312.03732), which suits ranks above about 32. Absent: false."""
     do_ra: Annotated[bool | None, Field(alias="doRA")] = None
-    """Whether each adapter also trains the norm of every row of its weight (DoRA, Liu et al. 2024, arXiv 2402.09353).
-    Takes more time and memory. Must not be true where experts get an adapter, because peft has no DoRA for them.
-    Absent: false."""
+    """Whether each adapter also trains one norm for each output of its layer: the norm of the weights that make up this
+    output (DoRA, Liu et al. 2024, arXiv 2402.09353). DoRA takes more time and memory. Must not be true where the
+    weights of experts get an adapter, or the weights of other modules that peft can't adapt as a whole, because peft
+    has no DoRA for such weights. Absent: false."""
     lora_plus_ratio: DecimalString | None = None
-    """Learning rate of an adapter's matrix B, and of the norms of DoRA, as a multiple of `training.learningRate`, for
-    example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Adapters of embeddings train at the plain rate.
-    Absent: all train at the same rate."""
+    """Learning rate of the matrices B of the adapters, and of the norms of DoRA, as a multiple of
+    `training.learningRate`, for example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). The matrices B of adapters
+    of embeddings are an exception: they are trained at `training.learningRate`. Absent: everything is trained at the
+    same rate."""
     quantization: Quantization | None = None
-    """NF4: the linear layers of the base model are held in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314),
-    quantized twice by bitsandbytes, and computed in `training.precision`. Their weights take about a quarter of the
-    memory in bf16, and a step takes longer. Embeddings and output head stay as they are. Only with `zeroStage` 1, 2 or
-    Auto, with `storage.artifact` Adapter, and with models without experts. Absent: the base model is not quantized."""
+    """NF4: bitsandbytes holds the linear layers of the base model in 4 bits, also quantizes the scales of the 4-bit
+    weights (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), and computes in `training.precision`. The weights of these
+    layers take about a quarter of the memory that they would take in bf16, and a step takes longer. Embeddings and
+    output head stay as they are. Only with `zeroStage` 1, 2 or Auto, with `storage.artifact` Adapter, and with models
+    without experts. Absent: the base model is not quantized."""
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
     r"""Which modules get an adapter. An entry is the name of a module or of an expert weight, or the end of such names,
     for example `q_proj` or `experts.down_proj`; or a regular expression (RE2) that fits whole names, for example
-    `model\.layers\.[0-7]\..*`; or `all-linear`, all linear layers and experts. An entry with other characters than
-    letters, digits, `_` and `.` is a regular expression. Empty: `all-linear` and, with `model.addedTokens`, also the
-    input embedding and the output head. Only what a text goes through gets an adapter, so never a vision or audio
-    tower, and a router only where a name stands for it."""
+    `model\.layers\.[0-7]\..*`; or `all-linear`, which stands for all linear layers and experts, without the output
+    head and without routers. Any other entry with a character that is no letter, no digit, no `_` and no `.` is a
+    regular expression. Empty: `all-linear` and, with `model.addedTokens`, also the input embedding and the output head.
+    Only what a text goes through gets an adapter, so never a vision or audio tower. A router gets an adapter only where
+    an entry is its name, or a regular expression that fits nothing but routers."""

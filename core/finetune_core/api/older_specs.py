@@ -12,20 +12,22 @@ from typing import Any
 
 
 def _task(stored: Any) -> Any:
-    """Return `dataset.task`, which was the name of a task or `None` (the default)."""
+    """Return ``stored``, the value of `dataset.task`, in the type of this version. Older versions stored the name of a
+    task, or the text `None` for no task."""
     if not isinstance(stored, str):
         return stored
     return None if stored == "None" else {"name": stored}
 
 
 OTHER_TYPES: Mapping[str, Callable[[Any], Any]] = {"dataset.task": _task}
-"""For the path in the spec of each field that had another type: a function that returns the value as this version's
-type. The function returns a value of this version unchanged, and None where the field is to be absent."""
+"""For each field that had another type, by its path in the spec: a function that returns the stored value in the type
+of this version. A value that already has this type is returned unchanged. None is returned where the field is to be
+left out."""
 
 
 def present_manifest(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a FineTuneJob with the fields of its spec in the types of this version. ``stored`` is not
-    changed."""
+    """Return ``stored``, the manifest of a FineTuneJob as the API server returned it, with the fields of its spec in
+    the types of this version. ``stored`` itself is not changed."""
     manifest = dict(stored)
     for path, convert in OTHER_TYPES.items():
         *parents, name = ["spec", *path.split(".")]

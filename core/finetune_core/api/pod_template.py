@@ -28,6 +28,7 @@ from finetune_core.api.storage import ConfigMapKeyRef
 
 RESERVED_FOLDERS = (
     "/etc/finetune",
+    "/etc/finetune-storage",
     "/var/run/finetune",
     "/var/run/secrets",
     "/run",
@@ -37,8 +38,10 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Folders at which, and below which, a user's volume must not be mounted (`mountPath`). In some of these folders the
-operator mounts files of its own. The container needs the other folders to start."""
+"""Folders at which, and below which, a user's volume must not be mounted (`mountPath`). The operator mounts volumes of
+its own at `/etc/finetune`, `/etc/finetune-storage`, `/scratch`, `/tmp` and `/dev/shm`, and below the two folders in
+`/var/run`. In many images
+`/var/run` is a link to `/run`. The container runtime needs `/dev`, `/proc` and `/sys` to start the container."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables of users that begin with `AWS_` could override the credentials of the object store."""
@@ -103,9 +106,9 @@ class EnvVarSource(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("secretKeyRef", "configMapKeyRef"))
 
     secret_key_ref: SecretKeyRef | None = None
-    """A key of a Secret, which holds the value."""
+    """The key of a Secret under which the value is stored."""
     config_map_key_ref: ConfigMapKeyRef | None = None
-    """A key of a ConfigMap, which holds the value."""
+    """The key of a ConfigMap under which the value is stored."""
 
 
 class EnvVar(ApiModel):
@@ -196,7 +199,8 @@ class Volume(ApiModel):
     mount_path: Annotated[str, Field(max_length=512, pattern=r"^(/[A-Za-z0-9_][-._A-Za-z0-9]*)+$")]
     """Absolute path in the trainer's container, for example `/cache`."""
     read_only: bool | None = None
-    """true mounts the volume read-only. Absent: the volume is writable."""
+    """true mounts the volume read-only. Absent: the volume is writable, except for a ConfigMap or a Secret, which
+    Kubernetes always mounts read-only."""
     persistent_volume_claim: ClaimVolume | None = None
     """A volume that a PersistentVolumeClaim provides."""
     config_map: ConfigMapVolume | None = None
@@ -232,12 +236,12 @@ class PodTemplateSpec(ApiModel):
     ] = []
     """Secrets of type `kubernetes.io/dockerconfigjson` that are used to pull the image."""
     service_account_name: ObjectName = "default"
-    """ServiceAccount of the pods. Its token for the API server is not mounted."""
+    """ServiceAccount of the pods. No token for the API server is mounted into the pods."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Additional tolerations of the pods. The operator itself adds tolerations for nodes that are not ready or
-    unreachable, each for a limited time."""
+    """Additional tolerations of the pods. The operator itself tolerates, for a limited time, that the node of a pod is
+    not ready or unreachable."""
     affinity: Affinity | None = None
     """Rules about the nodes that the pods run on, and about their distance to other pods."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}

@@ -1,5 +1,5 @@
 """Reads sections of a stored FineTuneJob that the models of this version may refuse, because another version of the
-operator wrote the section or another version of the CRD allowed it.
+operator wrote them or another version of the CRD allowed them.
 
 The bounds of the models apply when a section is written. When a section is read here, bounds and closed lists of values
 do not apply, unknown fields are ignored, and a value of the wrong type is left out while all other values are kept.
@@ -22,8 +22,9 @@ from finetune_core.api.base import ApiModel
 
 Section = TypeVar("Section", bound=ApiModel)
 _EMPTY: dict[type, Any] = {str: "", int: 0, bool: False, list: []}
-"""For each type, the value that replaces a required field that is absent. This version always writes required fields,
-so only another version can have left one out."""
+"""For each of these four types, the value that replaces a required field that is absent or can't be read.
+`_Reader.absent` makes the values of other types. This version always writes required fields, so only another version
+can have left out a required field."""
 
 
 class _UnreadableError(ValueError):
@@ -48,7 +49,8 @@ class _Reader:
             self.unread.append(path)
 
     def section(self, model: type[BaseModel], value: Any, path: str) -> Any:
-        """Return the object ``value`` as ``model``, without the fields that can't be read."""
+        """Return the object ``value`` as ``model``, without the fields that can't be read. A required field that is
+        absent or can't be read gets the value that `absent` returns."""
         if not isinstance(value, dict):
             raise _UnreadableError
         values: dict[str, Any] = {}
@@ -63,8 +65,8 @@ class _Reader:
         return model.model_construct(**values)
 
     def absent(self, annotation: Any, path: str) -> Any:
-        """Return the value that replaces a required field that is absent: zero, an empty value or, for a time,
-        `now`."""
+        """Return the value that replaces a required field of the type ``annotation`` that is absent or can't be read:
+        zero, an empty value or, for a time, `now`."""
         kind = _plain(annotation)
         if kind is datetime:
             return self.now
@@ -104,7 +106,8 @@ class _Reader:
         return found
 
     def first_that_fits(self, annotations: tuple[Any, ...], value: Any, path: str) -> Any:
-        """Return ``value`` read as the first type in ``annotations`` that it fits."""
+        """Return ``value`` as a value of the first type in ``annotations`` that ``value`` has. Raises
+        `_UnreadableError` where ``value`` has none of these types."""
         for annotation in annotations:
             try:
                 return self.value(annotation, value, path)
@@ -139,9 +142,9 @@ def read_section(model: type[Section], stored: Any, now: datetime) -> tuple[Sect
     """Return the section ``stored``, as the API server holds it, as an object of ``model``, and the paths of the values
     that could not be read.
 
-    A field that could not be read has its default. A required field has no default: it is then zero or empty or, for a
-    time, ``now``. Where ``stored`` is not an object at all, the result is the section of an empty object, and one of
-    the paths is the empty text, which means the whole section.
+    A field that could not be read has its default. A required field has no default. Where a required field is absent or
+    could not be read, it is zero or empty or, for a time, ``now``. Where ``stored`` is not an object at all, the result
+    is the section of an empty object, and one of the paths is the empty text, which means the whole section.
     """
     try:
         return model.model_validate(stored, extra="ignore"), []

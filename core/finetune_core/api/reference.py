@@ -59,8 +59,9 @@ def reference() -> str:
 
 
 def _sections(schema: Schema, path: str) -> Iterator[str]:
-    """Yield the Markdown lines about the section at ``path``: its heading, description, table of fields and rules, and
-    then the same for each of its subsections."""
+    """Yield the Markdown lines about the section at ``path``, whose schema is ``schema``: its heading, description,
+    table of fields and rules, and then the same for each of its subsections. `reference` writes the headings of `spec`
+    and `status`. The subsections of a section in FOLDED have no lines of their own."""
     if path.count(".") > 0:
         yield f"\n### {path}\n"
     yield schema.get("description", "") + "\n"

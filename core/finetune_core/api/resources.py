@@ -35,25 +35,26 @@ VolatileMemory = Annotated[
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_VOLATILE)],
     WithJsonSchema(int_or_string(_VOLATILE, least=MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""The size limit of a folder in memory or on disk, for example `16Gi`. The smallest string is `1M`. An integer is a
-number of bytes, at least 1 MiB."""
+"""The size of a volume, or the size limit of a folder in memory or on disk, for example `16Gi`. The smallest string is
+`1M`. An integer is a number of bytes, at least 1 MiB."""
 
 
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Largest number of nodes of a job, because the name of a pod has room for an index of two digits."""
+"""Largest number of nodes of a job. The limit is 99, because the name of a pod has room for an index of two digits."""
 
 
 class ScratchSpec(ApiModel):
-    """The scratch folder of each pod. It holds the downloaded model and data, the tokenised rows, and the files of
-    checkpoints and of the artifact until they are uploaded."""
+    """The scratch folder of each pod. The folder contains the downloaded model and data, the tokenised rows, and the
+    files of checkpoints and of the artifact until they are uploaded."""
 
     size: VolatileMemory
-    """Size of the folder, for example `200Gi`. On the node's own disk the kubelet evicts a pod that uses more."""
+    """Size of the folder, for example `200Gi`. Where the folder is on the node's own disk, the kubelet evicts a pod
+    that uses more."""
     storage_class_name: ObjectName | None = None
-    """StorageClass of a volume that is made for each pod and deleted with it (a generic ephemeral volume). Absent: the
-    folder is on the disk that the node gives to its pods (an emptyDir), and `size` is part of the pod's request and
+    """StorageClass of a volume that is made for each pod and deleted with the pod (a generic ephemeral volume). Absent:
+    the folder is on the disk that the node gives to its pods (an emptyDir), and `size` is part of the pod's request and
     limit of `ephemeral-storage`."""
 
 
@@ -85,12 +86,12 @@ class ResourcesSpec(ApiModel):
     memory: Memory = "64Gi"
     """Memory request and limit of each pod, at least `100M`."""
     shared_memory: VolatileMemory = "16Gi"
-    """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
-    than `memory`."""
+    """Size of /dev/shm in each pod, a folder in memory that NCCL and data loading use. The content of the folder counts
+    towards `memory`, and the size must be less than `memory`."""
     scratch: ScratchSpec | None = None
     """Size and place of the scratch folder of each pod. Absent: the disk that the node gives to its pods, with a
     request and a limit of `ephemeral-storage` that follow from the sizes of model and data, which the preflight check
-    finds. Without a check 1 GiB is requested, and there is no limit."""
+    finds. Where these sizes are not known, 1 GiB is requested, and there is no limit."""
 
     @property
     def processes_per_node(self) -> int:

@@ -30,15 +30,16 @@ class RunPolicySpec(ApiModel):
     """true makes the pods save a checkpoint and ends the job with `Succeeded=False` and the reason Cancelled. A
     cancelled job can't be resumed, because `cancel` can't change back to false."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """Largest number of retries after failed attempts, over the whole job. Attempts that ended because a pod or a node
-    was lost are retried too and do not count, except after three such attempts in a row without a new checkpoint."""
+    """Largest number of retries after failed attempts, over the whole job. Attempts that ended through no fault of the
+    job, for example because a pod or a node was lost, are retried too and do not count, except after three such
+    attempts in a row without a new checkpoint."""
     active_deadline_seconds: Seconds | None = None
     """Largest number of seconds in which pods of the job may run, added up over all attempts. After this time the job
     ends as failed. Absent: no limit."""
     pending_deadline_seconds: Seconds | None = None
-    """Largest number of seconds that the preflight check may wait for something outside the job. The same number limits
-    the time until all pods of an attempt run. For each attempt this time begins anew at the attempt's start or, with a
-    queue, when the queue admits the attempt. Absent: no limit."""
+    """Largest number of seconds that the preflight check may take, all its tries and waits together. The same number
+    limits the time until all pods of an attempt run. For each attempt this time begins anew at the attempt's start or,
+    with a queue, when the queue admits the attempt. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
     Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""

@@ -1,9 +1,9 @@
 """Makes the structural OpenAPI 3.0 schema of a pydantic model. The CRD and the API reference are generated from this
 schema, and `finetune validate` evaluates the CEL rules in it.
 
-Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
-numeric exclusive bounds. This module rewrites or drops these parts. For a model that can't be expressed as a structural
-schema, the functions raise ValueError.
+Pydantic's JSON schema has parts that the API server refuses, such as references, nullable unions, `const` and numeric
+exclusive bounds, and parts that no reader of the CRD needs, such as titles. This module rewrites or drops these parts.
+For a model that can't be expressed as a structural schema, the functions raise ValueError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class _KubernetesJsonSchema(GenerateJsonSchema):
 
 def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
     """Return ``node``, a part of pydantic's JSON schema, as a part of a structural schema. References are replaced by
-    their ``definitions``. Parts that a structural schema must not contain are rewritten or dropped."""
+    their ``definitions``. ``path`` contains the names of the definitions in which ``node`` lies, from the outermost on.
+    Parts that a structural schema must not contain are rewritten or dropped."""
     if isinstance(node, list):
         return [_structural(item, definitions, path) for item in node]
     if not isinstance(node, dict):

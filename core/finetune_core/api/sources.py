@@ -68,11 +68,15 @@ class HuggingFaceDataSource(ApiModel):
     revision: Revision | None = None
     """Branch, tag or commit. With a commit every run loads the same rows. Absent: the branch `main`."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Name of the data set's configuration, for example `main`. Absent: the configuration `default`, or the only one of
-    the data set."""
+    """Name of the data set's configuration, for example `main`. Absent: the configuration that the data card marks as
+    the default, else the one called `default`, else the only one. Where the data card lists no configurations, `subset`
+    is the name of a folder that contains the files, and is needed only if the files of the split lie in several
+    folders."""
     split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Name of the split, for example `train`. The data card says which files belong to it, as for the hub's own viewer,
-    or else their names do."""
+    """Name of the split, for example `train`. The split consists of the files that the data card lists for the split,
+    as in the viewer of the hub. Where the data card lists no files, the split consists of the data files whose own name
+    or folder contains the name of the split as a word. If no data file is named after any split, all data files belong
+    to the split `train`."""
     path: Annotated[str, Field(max_length=1024, pattern=PATH_PATTERN)] | None = None
     """A file, folder or glob in the repository instead of a split, for example `data/*.parquet`."""
     token_secret_ref: SecretKeyRef | None = None
@@ -93,8 +97,8 @@ class VolumeSource(ApiModel):
     claim_name: ObjectName
     """`metadata.name` of the PersistentVolumeClaim in the job's namespace."""
     path: Annotated[str, Field(max_length=1024, pattern=PATH_PATTERN)]
-    """Path inside the volume, without a leading slash: of the model's folder, or of a data file, a folder with data
-    files, or a glob such as `rows/*.jsonl`."""
+    """Path inside the volume, without a leading slash. For a model this is the path of the model's folder. For data
+    this is the path of a file, of a folder with data files, or a glob such as `rows/*.jsonl`."""
 
 
 class ModelSpec(ApiModel):
@@ -111,9 +115,9 @@ class ModelSpec(ApiModel):
     added_tokens: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    """Tokens that are added to the tokenizer, for example `["<START_Q>"]`. The initial values of their embedding rows
-    are random, with the seed `training.seed`. The artifact contains the tokens. With LoRA the input embedding and the
-    output head get an adapter unless `lora.targetModules` is set."""
+    """Tokens that are added to the tokenizer, for example `["<START_Q>"]`. The embedding row of each token begins with
+    random values, with the seed `training.seed`. The artifact contains the tokens. With LoRA the input embedding and
+    the output head get an adapter unless `lora.targetModules` is set."""
 
 
 class DataSource(ApiModel):
@@ -121,10 +125,10 @@ class DataSource(ApiModel):
 
     A file is read by its suffix: `.jsonl`, `.json` (an array of objects, or objects one behind the other), `.csv`,
     `.tsv`, `.parquet` or `.txt` (each line that is not blank is a row with the column `text`), each also with `.gz` or
-    `.zst` behind it. The files of a folder or a glob must be of one kind, and are read in the order of their paths.
-    Other files are left out with a notice. Files and folders whose names begin with `.` or `_` are left out without
-    one. In a glob `*` and `?` stand for characters of one part of the path, and `**` for any number of parts, also
-    none.
+    `.zst` behind it. The data files of a folder or a glob must be of one kind, and are read in the order of their
+    paths. Files that are no data files are left out with a notice. Files and folders whose names begin with `.` or `_`
+    are left out without a notice, unless the glob itself has the `.` or `_`. In a glob, `*` stands for any characters
+    of one part of the path, `?` for one character, and `**` for any number of parts, also none.
     """
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
@@ -138,18 +142,18 @@ class DataSource(ApiModel):
 
 
 MIX_LIMIT = 8
-"""Largest number of sources of a mix. `status.metrics` has room for one count of each."""
+"""Largest number of sources of a mix. `status.metrics` has room for a count of examples for each source."""
 Weight = Annotated[str, Field(max_length=16, pattern=WEIGHT_PATTERN)]
-"""A decimal number above 0, for example `"0.5"`. It is a string, because Kubernetes' API conventions forbid floats."""
+"""A decimal number above 0, as a string because Kubernetes' API conventions forbid floats, for example `"0.5"`."""
 
 
 class WeightedSource(DataSource):
     """A source of a mix. Exactly one of `huggingFace`, `s3` and `volume` must be set."""
 
     weight: Weight | None = None
-    """Share of the examples that come from this source, relative to the weights of the other sources: of `"3"` and
-    `"1"`, three in four examples. Absent in all sources of the mix: the number of the source's examples, so that each
-    is used once in an epoch."""
+    """Share of the examples that come from this source, relative to the weights of the other sources. With the weights
+    `"3"` and `"1"`, three of four examples come from the first source. Absent in all sources of the mix: the weight of
+    each source is its number of examples, so that each example is used once in an epoch."""
 
 
 class TrainingSource(DataSource):
@@ -170,8 +174,8 @@ class TrainingSource(DataSource):
     mix: Annotated[list[WeightedSource], Field(min_length=1, max_length=MIX_LIMIT, json_schema_extra=ATOMIC)] | None = (
         None
     )
-    """Several sources, from which the examples of each global batch are taken in fixed shares. An epoch is as many
-    examples as all sources have together. Each source is gone through in an order of its own, and an example of a
-    source comes again only after all others of this source. Which examples a step takes follows from the seed and the
-    number of the step alone. `status.metrics` has the number of examples that the training has gone through of each
-    source, with those of batches that a rollback skips: `mix0Examples` for the first one."""
+    """Several sources, from which the examples of each global batch are taken in fixed shares. An epoch has as many
+    examples as all sources have together. Each source has its own random order, and an example is used again only after
+    all other examples of its source. Which examples a step takes depends only on the seed and on the number of the
+    step. `status.metrics` has, for each source, the number of examples that the training has gone through, for example
+    `mix0Examples` for the first source. This number includes the examples of batches that a rollback skips."""

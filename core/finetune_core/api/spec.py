@@ -40,7 +40,8 @@ def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
     after the job is created.
 
     For an optional field the rule first compares whether the field is set in the old and in the new spec. Without this
-    comparison the rule would fail where the field is absent, and the API server counts a rule that fails as violated.
+    comparison the rule could not be evaluated where the field is absent, and the API server counts a rule that can't be
+    evaluated as violated.
     """
     rule = f"self.{section} == oldSelf.{section}"
     if optional:
@@ -145,7 +146,7 @@ class FineTuneJobSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=cel(*_BETWEEN_SECTIONS, *_UNCHANGEABLE))
 
     model: ModelSpec
-    """The base model: a folder with `config.json`, `tokenizer.json` and safetensors. Used are `model.safetensors`, or
+    """The base model: a folder with `config.json`, tokenizer files and safetensors. Used are `model.safetensors`, or
     else the weight files that `model.safetensors.index.json` names; adapters and other checkpoints beside them are left
     out. Quantised weights are refused."""
     dataset: DatasetSpec
@@ -159,7 +160,8 @@ class FineTuneJobSpec(ApiModel):
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     """How DeepSpeed shards the training state over the processes."""
     evaluation: EvaluationSpec = EvaluationSpec()
-    """When the validation rows are scored, and which checkpoint becomes the artifact."""
+    """When the validation rows are scored, how answers are generated, which checkpoint becomes the artifact, and which
+    scores the tuned model must reach."""
     stability: StabilitySpec = StabilitySpec()
     """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
     resources: ResourcesSpec = ResourcesSpec()

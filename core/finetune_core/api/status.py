@@ -16,29 +16,29 @@ from finetune_core.task_declaration import SCORE_LIMIT, UNGRADED_LIMIT, UNGRADED
 from finetune_core.tasks import score_names_text
 
 ATTEMPT_LIMIT = 999
-"""Largest number that an attempt can have, because names of pods have room for three digits."""
+"""Largest number that an attempt can have. The limit is 999, because the names of pods have room for three digits."""
 METRIC_LIMIT = 32
 """Largest number of entries in `status.metrics`."""
 HISTORY_LIMIT = 60
 """Largest number of points in `status.history`, which holds the curves of training loss and validation perplexity."""
 CHECKPOINT_LIMIT = 100
-"""Largest number of entries in `status.checkpoints`. The newest ones are kept."""
+"""Largest number of entries in `status.checkpoints`. The newest checkpoints are kept."""
 RECENT_ATTEMPTS_LIMIT = 20
-"""Largest number of ended attempts in `status.attempts.recent`. The newest ones are kept."""
+"""Largest number of ended attempts in `status.attempts.recent`. The newest attempts are kept."""
 NOTICE_LIMIT = 8
-"""Largest number of sentences in `status.notices`. The newest ones are kept."""
+"""Largest number of sentences in `status.notices`. The newest sentences are kept."""
 INCIDENT_LIMIT = 20
-"""Largest number of entries in `status.incidents`. The newest ones are kept."""
+"""Largest number of entries in `status.incidents`. The newest incidents are kept."""
 NOT_OBSERVED = -1
-"""`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
-CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus treats it
-as in progress."""
+"""`status.observedGeneration` of a job whose status the operator has not written yet. This value is the field's default
+in the CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus
+treats a new job as in progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
 """Largest number of pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the
 previous attempt, which may still be terminating."""
 
 Decimal = Annotated[str, Field(max_length=32)]
-"""A decimal number, for example `"1.25"`. It is a string, because Kubernetes' API conventions forbid floats."""
+"""A decimal number, as a string because Kubernetes' API conventions forbid floats, for example `"1.25"`."""
 Text = Annotated[str, Field(max_length=1024)]
 """A sentence for people, or an `s3://` address."""
 Digest = Annotated[str, Field(max_length=64)]
@@ -68,8 +68,8 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class StatusModel(ApiModel):
-    """The base class of all sections of the status. Unknown fields are ignored, so that an operator that was set back
-    to an older version can read the status that the newer version wrote."""
+    """The base class of the sections of the status, except for `Condition`. Unknown fields are ignored, so that an
+    operator that was set back to an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -80,8 +80,8 @@ class StatusModel(ApiModel):
 
 
 class PodRecord(StatusModel):
-    """The first pod that the operator saw with a given replica index in an attempt. A pod with another uid under the
-    same index means that the first pod was replaced."""
+    """The first pod that the operator saw with a given replica index since the current attempt was admitted. A pod with
+    another uid under the same index means that the first pod was replaced."""
 
     index: Count
     """Replica index of the pod in the PyTorchJob, from 0 on."""
@@ -114,13 +114,14 @@ class CurrentAttempt(StatusModel):
     start_time: datetime
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
-    """Time at which the attempt was admitted. Without a queue, it is the time at which the attempt was started. With a
-    queue, it is the time at which the queue resumed the PyTorchJob. Absent while the queue holds the attempt."""
+    """Time at which the attempt was admitted. Without a queue, the attempt is admitted when it is started. With a
+    queue, the attempt is admitted when the queue resumes the PyTorchJob. Absent while the PyTorchJob is suspended, by
+    the queue or by a person."""
     running_time: datetime | None = None
     """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt was running or
     had run. Absent until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
-    """For each replica index, the first pod that the operator saw with this index."""
+    """For each replica index, the first pod that the operator saw with this index since the attempt was admitted."""
     cause: AttemptCause | None = None
     """Why the attempt will end. Absent while the operator knows no cause for an end."""
 
@@ -151,7 +152,8 @@ class AttemptsStatus(StatusModel):
     free: Count = 0
     """Number of attempts that ended through no fault of the job and do not count against `runPolicy.maxRetries`."""
     current: CurrentAttempt | None = None
-    """The attempt that exists now. Absent between two attempts."""
+    """The attempt that exists now. Absent before the first attempt, between two attempts, and after the last
+    attempt."""
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
@@ -160,8 +162,8 @@ class AttemptsStatus(StatusModel):
 
 
 class TakenOverStatus(StatusModel):
-    """The run of a former job with the same name and training. This job resumes from the checkpoints of that run, or
-    takes over its artifact."""
+    """The run of a former job: of one with the same name and training, or of one that wrote into the folder
+    `storage.runId`. This job resumes from the checkpoints of that run, or takes over the artifact of that run."""
 
     run_id: Annotated[str, Field(max_length=63)]
     """Name of the folder in the bucket that holds the runs of the former job: the last part of
@@ -184,11 +186,11 @@ class PreflightStatus(StatusModel):
     tries: Count = 0
     """Number of ended tries of the check."""
     aborted: Count = 0
-    """Number of tries in a row that had no result, because each was killed at its memory limit or did not end in time.
-    After three tries in a row without a result the job ends as failed."""
+    """Number of tries, since the last try with a result, that were killed at their memory limit or did not end in time.
+    After three such tries the job ends as failed."""
     verdict: Annotated[str, Field(max_length=32)] = ""
-    """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
-    missing). Empty before the first result."""
+    """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is missing,
+    or the try broke off; another try follows). Empty until the first try has ended."""
     message: Text = ""
     """What the last try found, as a sentence for people."""
     next_try_time: datetime | None = None
@@ -199,9 +201,9 @@ class PreflightStatus(StatusModel):
     """The day that chat templates got as today's date in the runs that this job continues, for example `2026-11-29`.
     Empty where the check found no runs, or runs that read no conversations."""
     model_bytes: Count | None = None
-    """Size of the base model's files in bytes. Absent where the check did not find out."""
+    """Size of the base model's files in bytes. Absent where the check did not find the size."""
     data_bytes: Count | None = None
-    """Size of all data files together in bytes, as they are stored. Absent where the check did not find out."""
+    """Size of all data files together in bytes, as they are stored. Absent where the check did not find the size."""
 
 
 class ProgressStatus(StatusModel):
@@ -213,7 +215,7 @@ class ProgressStatus(StatusModel):
     """Number of global batches of the whole training. Where the trainer reports only a percentage, `totalSteps` is 100
     and `step` is the percentage."""
     epoch: Decimal = "0"
-    """Passes over the training examples that are done, for example `"1.25"`."""
+    """Number of completed passes over the training examples, for example `"1.25"`."""
     percentage: Annotated[int, Field(ge=0, le=100)] = 0
     """step / totalSteps in percent, rounded down."""
     eta_seconds: Count | None = None
@@ -226,7 +228,8 @@ class ProgressStatus(StatusModel):
     of the GPUs' peak FLOP/s."""
     checkpoint_age_seconds: Count | None = None
     """Seconds from the commit of this run's newest checkpoint (without one: from the run's start) to the last report. A
-    lost pod would cost the training of this time, and also what was trained while that checkpoint was uploaded."""
+    lost pod would cost the training of this time, and also the training that went on while that checkpoint was
+    uploaded."""
     last_update_time: datetime | None = None
     """Time at which the trainer last reported."""
 
@@ -270,21 +273,22 @@ class CheckpointStatus(StatusModel):
     perplexity: Decimal | None = None
     """Validation perplexity at this step. Absent where no evaluation followed the step."""
     task_score: Decimal | None = None
-    """Main score of `dataset.task` at this step. Absent where `evaluation.bestBy` compares checkpoints by
-    perplexity."""
+    """Main score of `dataset.task` at this step. Absent where no evaluation followed the step, and where
+    `evaluation.bestBy` compares checkpoints by perplexity."""
     time: datetime
     """Time at which the checkpoint was committed."""
     last: bool = False
-    """true for the newest checkpoint that is not damaged."""
+    """true for the newest of the checkpoints that are not damaged."""
     best: bool = False
-    """true for the best checkpoint, by `evaluation.bestBy`, that is not damaged."""
+    """true for the best, by `evaluation.bestBy`, of the checkpoints that are not damaged."""
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Why the trainer can't resume from the checkpoint: the name of the damaged object, and how the object differs from
-    the manifest. Empty when no damage is known."""
+    """Why the trainer can't resume from the checkpoint: the name of the damaged object, and how this object differs
+    from the manifest. Empty where no damage is known."""
 
 
 class PlanStatus(StatusModel):
-    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
+    """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
+    leaves them open, and what follows from these settings."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage of DeepSpeed."""
@@ -293,7 +297,7 @@ class PlanStatus(StatusModel):
     micro_batch_size: Annotated[int, Field(ge=1)]
     """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
-    """Micro-batches per optimizer step."""
+    """Micro-batches of one process per optimizer step."""
     attention: Annotated[str, Field(max_length=32)] | None = None
     """The kernel that computes attention, for example `SDPA`: what `training.attention` asks for, or what the trainer
     chose. Absent: the trainer has not loaded the model yet."""
@@ -312,17 +316,17 @@ class NamedScore(StatusModel):
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Value over the graded answers: their mean, unless the task says otherwise. Where an answer is either right or
-    wrong for this score, the mean is the share of right answers."""
+    """Value of the score over all graded answers, which is the mean unless the task declares another aggregation. Where
+    an answer is either right or wrong for this score, the mean is the share of right answers."""
 
 
 class UngradedAnswers(StatusModel):
-    """Answers that could not be graded for the same reason."""
+    """Answers that could not be graded, all for the same reason."""
 
     reason: Annotated[str, Field(max_length=UNGRADED_REASON_LENGTH)]
     """Why the answers could not be graded, for example `the gold row has no number after ####`."""
     answers: Count
-    """Number of such answers."""
+    """Number of the answers that could not be graded for this reason."""
 
 
 class Scores(StatusModel):
@@ -330,7 +334,7 @@ class Scores(StatusModel):
 
     perplexity: Decimal | None = None
     """Perplexity over supervised tokens, which are the tokens whose loss training minimises. The perplexity is exp of
-    the mean loss of these tokens. Lower is better."""
+    the mean loss of these tokens. A lower perplexity is better."""
     all_token_perplexity: Decimal | None = None
     """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
     it."""
@@ -358,11 +362,12 @@ class RequirementStatus(StatusModel):
     better_than_base: bool | None = None
     """Whether the tuned model had to be better than the base model."""
     base: Decimal | None = None
-    """Score of the base model. Absent where it was not measured."""
+    """Score of the base model. Absent where this score was not measured."""
     tuned: Decimal | None = None
-    """Score of the tuned model. Absent where it was not measured."""
+    """Score of the tuned model. Absent where this score was not measured."""
     difference: Decimal | None = None
-    """Score of the tuned model minus the score of the base model. Absent where one of the two was not measured."""
+    """Score of the tuned model minus the score of the base model. Absent where one of the two scores was not
+    measured."""
     passed: bool
     """Whether the score was reached."""
 
@@ -373,8 +378,8 @@ class EvaluationStatus(StatusModel):
     rows: ScoredRows
     """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
-    """Number of examples in the evaluation set, as the tuned model reads them. A row may be several examples. Answers
-    are generated for at most `evaluation.generation.maxExamples` of them."""
+    """Number of examples in the evaluation set. A row may be several examples. Answers are generated for at most
+    `evaluation.generation.maxExamples` of them."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
@@ -383,7 +388,7 @@ class EvaluationStatus(StatusModel):
     """Optimizer step of the checkpoint that the artifact was made from."""
     passed: bool | None = None
     """Whether the tuned model reached every score of `evaluation.require`. Absent where the job requires none, and
-    before the artifact is committed. So true means that the job has succeeded."""
+    before the artifact is committed. true means that the job has succeeded."""
     requirements: Annotated[list[RequirementStatus], Field(max_length=REQUIREMENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """The scores of `evaluation.require`, and whether the tuned model reached them."""
 
@@ -428,7 +433,8 @@ class ArtifactStatus(StatusModel):
     """The committed result of the job."""
 
     uri: Text
-    """Folder of the artifact in the bucket, which peft (adapter) or transformers (model) loads."""
+    """Address of the artifact's folder in the bucket. The folder has the files that peft (for an adapter) or
+    transformers (for a model) can load."""
     step: Count
     """Optimizer step of the checkpoint that was exported."""
     bytes: Count
@@ -438,7 +444,8 @@ class ArtifactStatus(StatusModel):
 
 
 class ChildStatus(StatusModel):
-    """The child object: the PyTorchJob of the current attempt."""
+    """The child object: the PyTorchJob that the operator created for the current attempt or, where the job has ended,
+    for its last attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
     """Kind of the child object: PyTorchJob."""
@@ -455,14 +462,14 @@ class FineTuneJobStatus(StatusModel):
     """`metadata.generation` of the spec from which the status was computed. -1 until the operator has written the
     status for the first time."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
-    """All conditions. Each is present as soon as the operator has written the status for the first time."""
+    """All conditions. Each condition is present as soon as the operator has written the status for the first time."""
     preflight: PreflightStatus | None = None
     """The check of object store, model and data before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
     """The job's attempts: how many there were, and how they ended."""
     image: Annotated[str, Field(max_length=704)] | None = None
-    """Trainer image of all attempts, fixed when attempt 1 starts. The operator adds the digest once a node has pulled
-    the image from its registry."""
+    """Trainer image of the preflight check and of all attempts. The operator fixes the image before the check, and adds
+    the digest once a node has pulled the image from its registry for an attempt."""
     start_time: datetime | None = None
     """Time at which the first attempt was started."""
     completion_time: datetime | None = None
@@ -479,10 +486,11 @@ class FineTuneJobStatus(StatusModel):
     listed."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
-    that could not be resumed from. Where there are more than 8, only the newest 8 are listed; all of them are in the
-    log of the trainer."""
+    that could not be resumed from. Where there are more than 8, only the newest 8 are listed; the log of the trainer
+    has all messages."""
     plan: PlanStatus | None = None
-    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
+    """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
+    leaves them open, and what follows from these settings."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """Training steps whose loss or gradient norm was not finite or far too high, oldest first. Where there are more
     than 20, only the newest 20 are listed."""
@@ -493,4 +501,4 @@ class FineTuneJobStatus(StatusModel):
     usage: UsageStatus | None = None
     """GPU time and running time that the job has used."""
     child: ChildStatus | None = None
-    """The child object of the current attempt: its PyTorchJob."""
+    """The child object of the current attempt or, where the job has ended, of its last attempt: the PyTorchJob."""

@@ -41,8 +41,8 @@ class CredentialsSecretRef(ApiModel):
 
 
 class IdentitySpec(ApiModel):
-    """A token of the pods' service account, which the pods exchange for a temporary access key with the request
-    AssumeRoleWithWebIdentity. `podTemplate.serviceAccountName` names the service account."""
+    """A token of the pods' service account, whose name is `podTemplate.serviceAccountName`. The pods exchange the token
+    for a temporary access key with the request AssumeRoleWithWebIdentity."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -54,14 +54,14 @@ class IdentitySpec(ApiModel):
     )
 
     audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
-    """Audience of the token, for example `minio`. The store accepts only tokens with one audience, which is a setting
-    of the store. MinIO calls this setting client id."""
+    """Audience of the token, for example `minio`. The store must be configured to accept this audience. MinIO calls
+    that setting client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
     token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""
     role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
     """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the claims in the token decide what
-    the pods may do. MinIO can be configured in this manner."""
+    the pods may do, which MinIO supports."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -74,8 +74,8 @@ class ConfigMapKeyRef(ApiModel):
 
 
 class CheckpointSpec(ApiModel):
-    """How often checkpoints are saved, and how many of them are kept. The last step, and each evaluation that improves
-    the best score, make a checkpoint too."""
+    """How often checkpoints are saved, and how many of them are kept. A checkpoint is also saved after each evaluation
+    that improves the best score, when the pods are told to stop (SIGTERM), and at the end of the training."""
 
     model_config = ConfigDict(json_schema_extra=at_most_one_of("everySteps", "everyMinutes"))
 
@@ -86,8 +86,8 @@ class CheckpointSpec(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of newest checkpoints that are kept in the bucket. A change takes effect with the next attempt."""
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Number of best checkpoints that are kept in addition to the newest. A change takes effect with the next
-    attempt."""
+    """Number of best checkpoints that are kept in the bucket even if they are not among the newest. A change takes
+    effect with the next attempt."""
 
 
 class S3ManagedKey(ApiModel):
@@ -113,7 +113,7 @@ class EncryptionSpec(ApiModel):
 
 
 class EphemeralVolumeSpec(ApiModel):
-    """A volume that is made for each pod and deleted with it (a generic ephemeral volume)."""
+    """A volume that is made for each pod and deleted with the pod (a generic ephemeral volume)."""
 
     size: VolatileMemory
     """Size of the volume, for example `500Gi`."""
@@ -127,13 +127,14 @@ class CacheSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("claimName", "ephemeral"))
 
     claim_name: ObjectName | None = None
-    """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which the pods of all jobs that name it
-    keep the files of models. A file that is there already is not fetched again, by whatever pod, attempt or job. With
-    several nodes the claim must have the access mode ReadWriteMany. Every pod copies the files into its scratch folder,
-    and compares them with the digests that the model's source states."""
+    """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which all jobs that name this claim keep
+    the files of models. A file that is on the claim already is not fetched again, no matter which pod, attempt or job
+    put the file there. Only a file for which the source states no digest of the content, such as an object that is
+    encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the access mode
+    ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their digests."""
     ephemeral: EphemeralVolumeSpec | None = None
-    """A volume of each pod that holds the files of the model instead of the scratch folder. It saves space in the
-    scratch folder and no downloads: every pod of every attempt has a new volume."""
+    """A volume of each pod that holds the files of the model instead of the scratch folder. This volume saves space in
+    the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume."""
 
 
 class StorageSpec(ApiModel):
@@ -142,8 +143,9 @@ class StorageSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=at_most_one_of("credentialsSecretRef", "identity"))
 
     uri: S3Uri
-    """`s3://bucket/prefix`, for example `s3://finetune/runs`. The job writes below
-    `<uri>/<namespace>/<name>/<runId>/`."""
+    """`s3://bucket/prefix`, for example `s3://finetune/runs`. The job writes below `<uri>/<namespace>/<name>/<runId>/`.
+    A LoRA job also writes below `<uri>/_bases/` if its adapter needs a changed copy of the base model, for example with
+    `model.addedTokens`."""
     endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of MinIO or another S3-compatible store, for example `http://minio.storage.svc:9000`. Absent: Amazon S3
     in `region`."""
@@ -153,7 +155,8 @@ class StorageSpec(ApiModel):
     """Secret that holds the access key. Absent: the access key comes from `identity` or, without that field, from the
     platform: a web identity such as IRSA, EKS Pod Identity, or the node's role."""
     identity: IdentitySpec | None = None
-    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this. Absent: no token is mounted."""
+    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this exchange. Absent: the
+    operator mounts no token for the object store."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
     """ConfigMap key that holds the CA certificates (PEM) with which the object store's certificate is verified. Absent:
     the CA certificates in the image."""
@@ -170,9 +173,9 @@ class StorageSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
-    """Where the files of a base model from the Hugging Face Hub or the object store are kept, so that not every pod of
-    every attempt fetches them. Must be absent with `model.volume`, because such a model is used where it lies. Absent:
-    each pod fetches the files into its scratch folder."""
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept: on a claim, so that not
+    every pod of every attempt fetches them, or on a volume of each pod. Must be absent with `model.volume`, because
+    such a model is used where it lies. Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

@@ -13,7 +13,7 @@ from finetune_core.task_declaration import COLUMN_LIMIT
 from finetune_core.tasks import TASKS, TaskName, task_name_text, tasks_with
 
 Ignorable = Literal["Case", "WhiteSpace", "Punctuation", "UnicodeForm"]
-"""What makes no difference between an answer and the right text."""
+"""A kind of difference between an answer and the right text that a grader can ignore."""
 
 PATTERN_LENGTH = 1024
 """Largest number of characters of `dataset.task.pattern`."""
@@ -27,7 +27,7 @@ FIELDS_RULE_BEGINNING = "`fields` must only have the keys"
 """Beginning of the messages of the rules about the keys of `dataset.task.fields`."""
 
 _ARGUMENTS = ("ignore", "pattern", "tolerance", "relativeTolerance", "marker")
-"""The fields of `dataset.task` that set something for some of the tasks only."""
+"""The fields of `dataset.task` that only some of the tasks take."""
 
 
 def _or(values: list[str]) -> str:
@@ -39,8 +39,8 @@ def _quoted(values: Iterable[str]) -> str:
 
 
 def _task_rules() -> Iterator[tuple[str, str]]:
-    """Yield the CEL rules that follow from the declared tasks: which fields each task takes, which ones it needs, and
-    which columns its grader reads."""
+    """Yield the CEL rules of `dataset.task`: which fields each declared task takes, which fields it needs, which
+    columns its grader reads, and two rules about `entryPoint`."""
     for argument in _ARGUMENTS:
         names = tasks_with(argument)
         yield (
@@ -66,7 +66,8 @@ def _task_rules() -> Iterator[tuple[str, str]]:
         "!has(self.arguments) || has(self.entryPoint)",
         "`arguments` must be absent unless `entryPoint` is set",
     )
-    # Status, CLI and docs name a grader by its name alone.
+    # Status, CLI and docs show only the name of a task or of an entry point. So an entry point must not have the name
+    # of a task.
     yield (
         f"!has(self.entryPoint) || !(self.entryPoint in [{_quoted(TASKS)}])",
         "`entryPoint` must not be the name of a task of this project, which `name` chooses",
@@ -74,14 +75,15 @@ def _task_rules() -> Iterator[tuple[str, str]]:
 
 
 class TaskSpec(ApiModel):
-    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` one of your trainer image."""
+    """What grades generated answers. `name` chooses a grader of the project, `entryPoint` chooses a grader in your
+    trainer image."""
 
     model_config = ConfigDict(json_schema_extra=join(exactly_one_of("name", "entryPoint"), cel(*_task_rules())))
 
     name: Annotated[TaskName, Field(description=task_name_text())] | None = None
     entry_point: Annotated[str, Field(min_length=1, max_length=64, pattern=ENTRY_POINT_PATTERN)] | None = None
-    """Name of an entry point of the group `finetune_trainer.graders` in the trainer image, which names an own
-    grader."""
+    """Name of your own grader: the name of an entry point in the group `finetune_trainer.graders` of the trainer
+    image."""
     fields: (
         Annotated[
             dict[str, Annotated[str, Field(min_length=1, max_length=128)]],
@@ -90,20 +92,24 @@ class TaskSpec(ApiModel):
         ]
         | None
     ) = None
-    """Columns of the rows that the grader reads: its own name of a column, and the column in your rows, for example
-    `{answer: solution}`. A column that is not named here is the completion of `format` where it holds the right answer
-    (the text of `completion` without `completionSuffix`, where the format has that template), else the column of the
-    grader's own name."""
+    """The columns of your rows that the grader reads. A key is the grader's own name of a column, and its value is the
+    name of the column in your rows, for example `{answer: solution}`. Where a column with the right answer is not named
+    here, the grader reads the completion of `format`: the column `completionField`, or the text of the template
+    `completion`, without `completionSuffix`. Where any other column is not named here, the grader reads the column of
+    your rows that has the grader's own name."""
     one_line: bool | None = None
-    """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: for an
-    own grader what it declares, true for ViGGO and SQL, and false for all other tasks."""
+    """Whether right answers are one line, so that only the first line of the base model's answer counts. Absent: true
+    for ViGGO and SQL, false for the other values of `name`, and what an own grader declares."""
     ignore: Annotated[list[Ignorable], Field(max_length=4, json_schema_extra=SET), UNIQUE] | None = None
-    """What makes no difference between the answer and the right text. Absent: only white space around the answer."""
+    """Differences between the answer and the right text that are ignored. Absent: only white space around the answer is
+    ignored."""
     pattern: Annotated[str, Field(min_length=1, max_length=PATTERN_LENGTH)] | None = None
-    """Regular expression in the syntax of RE2. What its first group finds in the answer is compared, or the whole match
-    where the expression has no group."""
+    """Regular expression in the syntax of RE2. What the expression finds in the answer is compared with what it finds
+    in the right text, or with the whole right text where it finds nothing there. The expression finds its first group
+    or, where it has no group, the whole match."""
     tolerance: DecimalString | None = None
-    """Largest difference between the number of the answer and the right one. Absent: 0."""
+    """Largest difference between the number of the answer and the right one. Where `relativeTolerance` is set too, an
+    answer within one of the two limits is right. Absent: 0."""
     relative_tolerance: DecimalString | None = None
     """Largest difference between the number of the answer and the right one, as a multiple of the right one. Absent:
     0."""
@@ -122,5 +128,5 @@ class TaskSpec(ApiModel):
 
     @property
     def named_columns(self) -> Mapping[str, str]:
-        """`fields`, empty where it is absent."""
+        """The entries of `fields`. Empty where `fields` is absent."""
         return self.fields or {}

@@ -1,4 +1,5 @@
-"""`tracking`: experiment trackers that get the metrics in addition to the status."""
+"""`tracking`: experiment trackers that get the metrics in addition to the status. This version of the operator refuses
+every job with this section (`NOT_YET` in validation/runnable.py)."""
 
 from __future__ import annotations
 

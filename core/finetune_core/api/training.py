@@ -10,13 +10,13 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
 Schedule = Literal["Linear", "Cosine", "Constant"]
-"""How the learning rate changes after the warm-up."""
+"""How the learning rate changes after the warm-up. `TrainingSpec.schedule` explains the values."""
 Precision = Literal["bf16", "fp32"]
 """Number format of the computation."""
 Attention = Literal["Auto", "SDPA", "Flash", "Flex", "Eager"]
-"""The kernel that computes attention."""
+"""The kernel that computes attention. `TrainingSpec.attention` explains the values."""
 StabilityAction = Literal["Record", "RollBack", "Fail"]
-"""What the trainer does about an unstable step: record it, roll back to an earlier checkpoint, or fail."""
+"""What the trainer does about an unstable step: it records the step, rolls back to an earlier checkpoint, or fails."""
 
 
 class TrainingSpec(ApiModel):
@@ -46,16 +46,16 @@ class TrainingSpec(ApiModel):
     """Peak learning rate. Absent: 1e-4 with LoRA and 5e-6 with Full, as in Anyscale's study of LoRA (September
     2023)."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Passes over the training examples. A row may be several examples. Of a mix (`dataset.train.mix`), one epoch is as
-    many examples as all sources have together."""
+    """Passes over the training examples. A row may be several examples. With a mix (`dataset.train.mix`), one epoch has
+    as many examples as all sources have together."""
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Optimizer steps after which the training ends."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: with
-    `gradientAccumulationSteps`, the process's share of the global batch divided by that number. Without it, the
-    process's share of the global batch, at most 8."""
+    `gradientAccumulationSteps`, the process's share of the global batch divided by that number. Without
+    `gradientAccumulationSteps`, the process's share of the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Micro-batches of one process per optimizer step. Absent: the number that follows from `microBatchSize` and the
     process's share of the global batch. When set, this number times `microBatchSize` times the number of processes must
@@ -64,7 +64,7 @@ class TrainingSpec(ApiModel):
     """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
     a half cosine, Constant stays at the peak."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Steps in which the learning rate rises from zero to its peak in a straight line."""
+    """Number of steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"
     """Decoupled weight decay of AdamW."""
     gradient_clipping: DecimalString = "1.0"
@@ -75,12 +75,12 @@ class TrainingSpec(ApiModel):
     gradient_checkpointing: bool = False
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     attention: Attention = "Auto"
-    """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: FlashAttention for
-    sequences of several examples, as torch has it (the image does not have the package flash-attn); needs GPUs and
-    bf16. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager: plain matrix
-    products, for models that nothing else supports. Auto: the fastest kernel that keeps packed examples apart and that
-    model and device support; `status.plan.attention` names the kernel. All kernels compute the same function, so
-    losses differ by rounding only."""
+    """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: the FlashAttention of
+    torch (and not of the package flash-attn) for sequences of several examples; needs bf16, and GPUs of the generation
+    Ampere or newer. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager:
+    plain matrix products, for models that support no other kernel. Auto: the fastest kernel that keeps packed examples
+    apart and that model and device support; `status.plan.attention` names the kernel. All kernels compute the same
+    function, so losses differ only by rounding."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed from which the order of the rows, the initial values of new weights, and dropout follow."""
 
@@ -124,12 +124,14 @@ class StabilitySpec(ApiModel):
     """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
 
     on_non_finite: StabilityAction = "Fail"
-    """What follows a loss or gradient that is not a finite number. Such a gradient is never applied. Record: the step
-    is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
-    lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as Diverged."""
+    """What follows a loss or gradient that is not a finite number. A gradient that is not finite is never applied.
+    Record: the step is skipped and recorded in `status.incidents`. RollBack: training continues from the last good
+    checkpoint, with a lower learning rate and without the batches that may be the cause. A job that has made three
+    rollbacks ends as Diverged instead of a fourth. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
-    """What follows a loss or gradient norm that is finite and far too high: compared with the steps before, or, for the
-    loss, with the job's first steps. Absent: only values that are not finite raise an alarm."""
+    """What follows a finite loss that is far too high compared with the steps before or with the job's first steps, and
+    a finite gradient norm that is far too high while the loss rises. Record, RollBack and Fail are as with
+    `onNonFinite`, but with Record the step is not skipped. Absent: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
-    """Seconds without progress, for example in one optimizer step, after which the trainer exits. The attempt then ends
-    and is retried."""
+    """Seconds without progress, for example in one optimizer step, after which the trainer exits. Work that has time
+    limits of its own, such as requests to the object store, gets more time. The attempt then ends and is retried."""

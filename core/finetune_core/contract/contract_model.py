@@ -18,8 +18,9 @@ RESULT_LIMIT_BYTES = 1024
 containers of a pod."""
 
 LARGEST_NUMBER: Final = 10**15
-"""Largest count of steps, bytes or seconds in a message. A pod can send any number in its messages. If the API server
-can't store a number, the operator can't write the whole status."""
+"""Largest count of steps, bytes or seconds in a message. The bound exists because a pod can send any number. If the
+operator wrote a number into the status that the API server can't store, the API server would refuse the whole
+status."""
 Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 _EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)

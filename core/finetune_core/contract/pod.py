@@ -1,6 +1,6 @@
 """Environment variables and file paths that a training pod gets from the operator, in addition to the run file.
 
-The operator's `objects/` sets the variables and mounts the files, and the trainer reads both when a pod starts.
+The operator's `objects/` sets the variables and mounts the files and folders, and the trainer uses them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from finetune_core.api.status import ATTEMPT_LIMIT
 from finetune_core.contract.contract_model import ContractModel
@@ -36,8 +36,8 @@ WEB_IDENTITY_FILE = "/var/run/secrets/finetune.dev/identity/token"
 WEB_IDENTITY_FILE_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
 ROLE_ARN_VARIABLE = "AWS_ROLE_ARN"
-"""The three names above are environment variables of the AWS SDKs. Their values are the path of the service-account
-token, the address of the security token service, and the role."""
+"""The three names above are environment variables of the AWS SDKs: for the path of the service-account token, for the
+address of the security token service, and for the role."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
 certificates in the image are used."""
@@ -51,14 +51,14 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. It contains downloaded
-files, and the files of checkpoints until they are uploaded."""
+"""Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. The folder contains
+downloaded files, and the files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
-of the claim>`."""
+"""Folder below which PersistentVolumeClaims with the model or with data files are mounted read-only, each at `<this
+folder>/<name of the claim>`."""
 MODEL_CACHE_FOLDER = "/var/run/finetune/model-cache"
-"""Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job has no
-cache."""
+"""Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job does not
+set this field."""
 MODEL_VOLUME_FOLDER = "/var/run/finetune/model"
 """Path at which the volume of `storage.cache.ephemeral` is mounted. Where the folder does not exist, the files of the
 model are put into the scratch folder."""
@@ -77,17 +77,25 @@ class Identity(ContractModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
-        """Read the identity from ``environment``. Raises UserError with the name of a missing or malformed variable."""
+        """Return the identity in ``environment``, the environment variables of the process. Raises UserError with the
+        name of the variable where a variable is missing, or where the attempt is no whole number from 1 to
+        ATTEMPT_LIMIT or the rank no whole number."""
         values: dict[str, str] = {}
         for field, variable in IDENTITY_VARIABLES.items():
             value = environment.get(variable)
             if not value:
                 raise UserError(f"environment variable {variable}", "must be set (the operator sets it in every pod)")
             values[field] = value
-        for number in ("attempt", "node_rank"):
-            if not values[number].isdigit():
-                raise UserError(f"environment variable {IDENTITY_VARIABLES[number]}", "must be a whole number")
-        return cls.model_validate(values)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            wrong = {part for problem in error.errors() for part in problem["loc"]}
+            field, wanted = (
+                ("attempt", f"a whole number from 1 to {ATTEMPT_LIMIT}")
+                if "attempt" in wrong
+                else ("node_rank", "a whole number")
+            )
+            raise UserError(f"environment variable {IDENTITY_VARIABLES[field]}", f"must be {wanted}") from error
 
 
 IDENTITY_VARIABLES: Mapping[str, str] = {
@@ -103,4 +111,5 @@ IDENTITY_VARIABLES: Mapping[str, str] = {
 MASTER_ADDR_VARIABLE = "PET_MASTER_ADDR"
 MASTER_PORT_VARIABLE = "PET_MASTER_PORT"
 MASTER_PORT = 23456
-"""TCP port at which rank 0 listens for the rendezvous of torch.distributed."""
+"""TCP port of the pod of rank 0 for the rendezvous of torch.distributed. With several nodes the launcher of this pod
+listens there, and forwards the connections of the other pods to rank 0. With one node rank 0 itself listens there."""

@@ -23,7 +23,7 @@ from finetune_core.contract.same_training import Sha256
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""
 PREFLIGHT_SECONDS = 120
-"""Largest number of seconds that all checks may take together, measured from the start of the program."""
+"""Largest number of seconds that all checks together may take, measured from the start of the preflight program."""
 
 FINDING_LIMIT = 2048
 """Largest number of characters of a finding's message."""
@@ -63,14 +63,15 @@ class FoundRun(ContractModel):
     run_id: RunId
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
     uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
-    """uid of the job that last wrote to the folder. Empty if no record in the folder names a job."""
+    """uid of the job that began the newest run in the folder. Empty if the record of this run names no job or can't be
+    read."""
     time: Time
     """Time at which the first run in the folder began, by the clock of the object store."""
     step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
-    """The committed artifact. None where no run in the folder is finished. The job then resumes from the checkpoint of
-    ``step``."""
+    """The committed artifact. None where no run in the folder is finished. A job that takes over the folder then
+    resumes from the checkpoint of step ``step``."""
     evaluation: EvaluationRecord | None = None
     template_date: date | None = None
     """The day that chat templates got as today's date in the runs of the folder."""
@@ -94,9 +95,11 @@ class PreflightResult(TerminationMessage):
     notices: list[str] = []
     """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
-    """The former run that the job takes over instead of training anew. None where the check found no such run."""
+    """The runs that the job continues, or whose artifact becomes the job's own: the runs in the job's folder in the
+    bucket, or those of a former job. None where the check found neither a checkpoint nor an artifact."""
     sizes: InputSizes | None = None
-    """The sizes of model and data. None where one of them was not found, and in results of older trainer images."""
+    """The sizes of model and data. None where the size of the model or of the data was not found, and in results of
+    older trainer images."""
 
     @property
     def exit_code(self) -> int:

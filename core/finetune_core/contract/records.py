@@ -32,8 +32,9 @@ class CheckpointRecord(ContractModel):
     task_score: float | None = None
     time: Time
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Name of a damaged object of the checkpoint, and how the object differs from the manifest. The trainer finds
-    damage when it tries to resume from the checkpoint. Empty where no damage is known."""
+    """What is wrong with the checkpoint, for example that an object is missing or differs from the manifest. At the
+    start of a run the trainer checks all files of the checkpoint that it wants to resume from. Of the other checkpoints
+    it checks only the manifest, the sizes of the files, and trainer.json. Empty where no damage is known."""
 
 
 class CheckpointName(ContractModel):
@@ -60,18 +61,19 @@ class ScoreRecord(ContractModel):
     """Scores of the base model or of the tuned model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """Perplexity: exp of the mean loss (in nats) over all supervised tokens. These are the tokens whose loss training
+    """Perplexity: exp of the mean loss (in nats) over all supervised tokens, which are the tokens whose loss training
     minimises, such as the tokens of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: float | None = None
-    """Value of the task's main score over the graded answers: their mean, unless the task says otherwise. Where an
-    answer is either right or wrong for this score, the mean is the share of right answers. None where no answers were
-    graded."""
+    """The task's main score over all graded answers: the mean of their values, unless the task declares another
+    aggregation. Where an answer is either right or wrong for this score, the mean is the share of right answers. None
+    where no answers were graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """For each score of the task, by name, its value over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Count = 0
-    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
+    """Number of graded answers. An answer can't be graded, for example, where its row has no reference answer that can
+    be used."""
     not_graded: Count = 0
     """Number of answers that could not be graded."""
     ungraded: Annotated[
@@ -81,8 +83,8 @@ class ScoreRecord(ContractModel):
     first."""
 
     def value_of(self, score: str) -> float | None:
-        """Return the value of ``score``, the name of a score as `evaluation.require` has it. Return None where the
-        score was not measured."""
+        """Return the value of the score named ``score``, which is a name that `evaluation.require` accepts. Return None
+        where the score was not measured."""
         measured = {PERPLEXITY: self.perplexity, ALL_TOKEN_PERPLEXITY: self.all_token_perplexity}
         return measured[score] if score in measured else self.scores.get(score)
 
@@ -102,7 +104,7 @@ class EvaluationRecord(ContractModel):
 
     rows: ScoredRows
     examples: Count
-    """Number of examples in the evaluation set, as the tuned model reads them. `base.graded` and `tuned.graded` are the
+    """Number of examples in the evaluation set. A row may be several examples. `base.graded` and `tuned.graded` are the
     numbers of graded answers, which may be smaller."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
@@ -110,8 +112,7 @@ class EvaluationRecord(ContractModel):
     """Optimizer step of the exported checkpoint, whose scores `tuned` holds."""
 
     def rounded(self) -> EvaluationRecord:
-        """Return the record with all scores rounded to six significant digits, because a termination message has no
-        room for more."""
+        """Return the record with the scores of both models as `ScoreRecord.rounded` returns them."""
         base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
         return self.model_copy(update={"base": base, "tuned": tuned})
 

@@ -44,8 +44,8 @@ class Report(ContractModel):
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: PositiveCount
-    """Number of ranks that have joined the process group. It is always the world size, because rank 0 sends its first
-    report only after all ranks have joined."""
+    """Number of ranks that have joined the process group. This number is always the world size, because rank 0 sends
+    its first report only after all ranks have joined."""
     step: Count
     total_steps: Count
     epoch: Annotated[float, Field(ge=0)]
@@ -53,7 +53,8 @@ class Report(ContractModel):
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
-    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the device's peak FLOP/s is not known."""
+    """Model FLOPs utilisation of the newest step that changed the weights, from 0 to 1. None before the first such
+    step, and where the FLOPs of the model or the device's peak FLOP/s are not known."""
     attention: Annotated[str, Field(max_length=32)] = ""
     """The kernel that computes attention, for example `SDPA`. Empty until the model is loaded."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
@@ -69,7 +70,7 @@ class Report(ContractModel):
     checkpoint_age_seconds: Count | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
-    and also what was trained while the newest checkpoint was uploaded."""
+    and also the training that went on while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """A problem with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't be
     deleted. Empty where there is no problem."""
@@ -100,15 +101,17 @@ class Report(ContractModel):
         return body
 
     def _shortened(self, excess: int) -> Report:
-        """Return the report with its longest list, or the message of its result, at least ``excess`` bytes shorter.
+        """Return the report without the oldest items of its longest list, or with a shorter message of its result.
 
-        Fewer bytes are cut in two cases: where the whole list is shorter than ``excess``, and where the characters of
-        the message take fewer than 6 bytes each. Raises ValueError where nothing is left to cut.
+        The JSON becomes at least ``excess`` bytes shorter, except in two cases: where the whole list or message has
+        fewer bytes, and where the characters of the message take fewer than 6 bytes each. Raises ValueError where
+        nothing is left to cut.
         """
         sizes = {name: _sizes(getattr(self, name)) for name in _LISTS}
         longest = max(_LISTS, key=lambda name: sum(sizes[name]))
         if self.result is not None and len(self.result.message.encode()) > sum(sizes[longest]):
-            # A character takes at most 6 bytes in JSON, so at least this number of characters must be cut.
+            # The number of characters to cut is computed as if each took 6 bytes in JSON, the most that is possible. So
+            # hardly more is cut than necessary. Where the characters take fewer bytes, `to_body` calls this again.
             message = self.result.message[: -(excess // 6 + 1)]
             return self.model_copy(update={"result": self.result.model_copy(update={"message": message})})
         dropped = freed = 0
@@ -121,7 +124,7 @@ class Report(ContractModel):
 
 
 _LISTS: Final = ("checkpoints", "incidents", "notices", "history")
-"""The fields of a report that may lose items where the report is too long. Each is a list with the oldest item
+"""The fields of a report that may lose items where the report is too long. Each field is a list with the oldest item
 first."""
 
 

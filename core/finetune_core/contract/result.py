@@ -22,10 +22,10 @@ class ExitCode(IntEnum):
     DIVERGED = 65
     OUT_OF_MEMORY = 66
     OUTSIDE_FAILURE = 75
-    """The object store, another rank, or the credentials failed for longer than the trainer waits, or a step took too
-    long."""
+    """Something outside of the job failed or was missing for longer than the trainer waits, such as the object store,
+    the Hugging Face Hub, the credentials or another rank, or the trainer made no progress for too long."""
     STOPPED = 143
-    """The trainer received SIGTERM, committed a checkpoint, and ended."""
+    """The trainer received SIGTERM and ended. All steps that it had finished are in a committed checkpoint."""
 
 
 class Outcome(StrEnum):
@@ -34,7 +34,7 @@ class Outcome(StrEnum):
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
     GATE_FAILED = "GateFailed"
-    """The artifact is committed as with the two outcomes above, but the tuned model did not reach a score of
+    """The artifact is committed as after the two outcomes above, but the tuned model did not reach a score of
     `evaluation.require`."""
     BAD_INPUT = "BadInput"
     DIVERGED = "Diverged"
@@ -85,8 +85,8 @@ class Result(TerminationMessage):
         excess = len(text.encode()) - RESULT_LIMIT_BYTES
         message = self.message
         while excess > 0 and message:
-            # Each round cuts as many characters as are too many if each takes 6 bytes in JSON, the most that a
-            # character can take (\u0000). Each character takes at least 1 byte, so a few rounds are enough.
+            # A character takes from 1 to 6 bytes in JSON, 6 for example for \u0000. Each round cuts one character for 6
+            # bytes of excess, so hardly more than necessary is cut. For a message in ASCII this takes dozens of rounds.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES

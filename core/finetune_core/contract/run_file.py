@@ -70,7 +70,7 @@ class GenerationConfig(ContractModel):
 
 class EvaluationConfig(ContractModel):
     """The `evaluation` section with its defaults resolved. Where `every_steps` is None, the trainer uses the number of
-    steps in one epoch, which it knows once it has counted the rows. `base_prompt` and `patience` are None where the job
+    steps in one epoch, because only the trainer can count the rows. `base_prompt` and `patience` are None where the job
     does not set them."""
 
     every_steps: int | None = None
@@ -89,14 +89,16 @@ class StabilityConfig(ContractModel):
 
     on_non_finite: StabilityAction = "Fail"
     on_exploding_loss: StabilityAction | None = None
-    """What the trainer does about a loss or gradient norm that is finite and far too high: compared with the steps
-    before, or, for the loss, with the job's first steps. None: only values that are not finite raise an alarm."""
+    """What the trainer does about a finite loss that is far too high compared with the steps before or with the job's
+    first steps, and about a finite gradient norm that is far too high while the loss rises. None: only values that are
+    not finite raise an alarm."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
-    """The `storage` section with every default resolved. The run file does not contain the credentials. The pod gets
-    them as files, or has an identity of its own."""
+    """The settings of the `storage` section that the trainer needs, with every default resolved but that of
+    `addressing`. The run file does not contain the credentials. The pod gets the credentials as files, or has an
+    identity of its own."""
 
     uri: str
     """`s3://` address of the folder of all runs of the job: `<storage.uri>/<namespace>/<name>/<runId>`."""
@@ -140,6 +142,6 @@ class RunConfig(ContractModel):
     storage: StorageConfig
     report: ReportConfig | None = None
     template_date: date | None = None
-    """The day (UTC) that a chat template gets as today's date. It is the day on which attempt 1 started or, where the
-    job continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same
-    tokens. None where no conversations are read."""
+    """The day (UTC) that a chat template gets as today's date: the day on which attempt 1 started or, where the job
+    continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same tokens.
+    None where no conversations are read."""

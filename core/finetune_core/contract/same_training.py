@@ -1,9 +1,9 @@
 """Two values by which the trainings of two jobs can be compared: a digest of the settings that define the training, and
 the identities of the base model and the data.
 
-The trainer stores both values for each run in the bucket. Where a job has no status yet, for example in a cluster that
-was built anew, the preflight check looks in the bucket for a run of a former job with equal values, and the job then
-takes that run over.
+The trainer stores both values for each run in the bucket. The preflight check of a new job without `storage.runId`
+looks in the bucket for runs of a former job with the same name and namespace, and with equal values. The job takes over
+the runs that the check finds. So a job in a cluster that was built anew does not repeat its training.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ NOT_THE_TRAINING = (
     "storage.keep_last",
     "storage.keep_best",
 )
-"""Fields of the run file that do not define what is trained. They contain the machines, the division of the work, the
-place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the references to
-access tokens, and the day on which the job began: a job that continues a run takes over the day of that run. All other
-fields define what is trained. This includes fields that later versions add. A path through a list means the fields of
-all its items."""
+"""Fields of the run file that do not define what is trained. Among them are the machines, the division of the work, the
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, and the references to
+access tokens. The day on which the job began is among them too, because a job that continues a run takes over the day
+of that run. All other fields define what is trained. This includes fields that later versions add. A path through a
+list means the fields of all its items."""
 
 
 class TrainingRecord(ContractModel):
@@ -83,8 +83,8 @@ def settings_digest(config: RunConfig) -> str:
 
 
 def digest_of_fields(run_file: Mapping[str, Any]) -> str:
-    """Return the same digest as `settings_digest`, for a run file that is given as a mapping of JSON values. The keys
-    of ``run_file`` are the names of the fields in Python (snake_case), and fields that are None are left out."""
+    """Return the same digest as `settings_digest`, for a run file in the form of a mapping of JSON values. The keys of
+    ``run_file`` are the names of the fields in Python (snake_case), and fields that are None are left out."""
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")

@@ -8,9 +8,9 @@ sets in `podTemplate.env`. `reports/server.py` serves `ROUTE` and parses the bod
 
 KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
 wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
-reports no step. Each of its reports has only the newest metrics. Therefore the operator does not write the client's
-remaining time into the status. It writes the client's percentage only where the percentage is 100 or the client has
-never reported steps. Values that a report leaves out stay as they are in the status.
+reports no step. Each report of the client has only the newest metrics. Therefore the operator does not write the
+client's remaining time into the status. The operator writes the client's percentage only where the percentage is 100 or
+the client has never reported steps. Values that a report does not contain stay as they are in the status.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RuntimeStatus(_WireModel):
 
 class StockReport(Report):
     """A report in Kubeflow's protocol. A field whose name begins with `reported_` is None where the client did not send
-    the value. The value in the status then stays as it is."""
+    the value. The value in the status is then not changed."""
 
     reported_step: int | None
     reported_total: int | None
@@ -120,8 +120,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
 def _number(metric: Metric) -> float | None:
     """Return the value of ``metric`` as a number, or None where the value is not a number.
 
-    Raises ValueError where the number is infinite or NaN. The project's own reports must not contain these values
-    either.
+    Raises ValueError where the number is infinite or NaN, because the project's own reports must not contain such
+    numbers either.
     """
     try:
         value = float(metric.value)

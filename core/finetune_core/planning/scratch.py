@@ -1,7 +1,7 @@
 """Computes how much scratch space a training pod needs, from the sizes of model and data.
 
-The operator's pod template makes a request and a limit of `ephemeral-storage` from the result, where a job sets no
-`resources.scratch`.
+The operator's `objects/disk_space.py` makes a request and a limit of `ephemeral-storage` from the result for jobs that
+do not set `resources.scratch`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ from dataclasses import dataclass
 GIBIBYTE = 1 << 30
 """Number of bytes in one GiB."""
 BASE_BYTES = GIBIBYTE
-"""Room for `/tmp`, the logs and all small files. It is all that is requested where the sizes are not known."""
+"""Room for `/tmp`, the logs and all small files. Where the sizes of model and data are not known, only this room is
+requested."""
 TOKENISED = 2
-"""Data files and the tokens of their rows together, as a multiple of the files. A token takes 4 bytes, and so does the
-text of a token on average."""
+"""Size of the data files and of the tokens of their rows together, as a multiple of the size of the data files. The
+factor is 2, because a token takes 4 bytes, and the text of a token takes about as many."""
 FULL_STATE = 6
-"""A checkpoint of a full training, as a multiple of a model in 16 bits: three numbers of 32 bits for each parameter
-(DeepSpeed's master weights and the two moments of AdamW)."""
+"""Size of a checkpoint where every parameter is trained, as a multiple of the size of the model in 16 bits. The
+checkpoint has three numbers of 32 bits for each parameter: DeepSpeed's master weight and the two moments of AdamW."""
 ADAPTER_SHARE = 0.1
-"""Checkpoint and artifact of a LoRA training, as a share of the model. Adapters of rank 64 on all layers with their
-moments are about a twentieth."""
+"""Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model. Adapters of rank 32
+on all linear layers of a model with 7 billion parameters take nearly this share. A higher rank or a smaller model takes
+a larger share, for which the limit has room (`SPARE_BYTES`)."""
 LIMIT_FACTOR = 3
-"""The limit as a multiple of the request: a pod that resumes has a downloaded checkpoint, one that is being written and
-one that is being uploaded."""
+"""The limit as a multiple of the request. The factor is 3, because a pod that has resumed may hold three checkpoints at
+once: a downloaded one, one that is being written, and one that is being uploaded."""
 EXPANSION = 20
-"""Bytes of tokens for each byte of a data file in the limit. Compressed rows may expand so far."""
+"""Number of bytes that the limit allows in addition for each byte of a data file, because a compressed file may have
+rows with far more tokens than `TOKENISED` assumes."""
 SPARE_BYTES = 32 * GIBIBYTE
-"""What the limit leaves in addition. The limit is to end a pod that fills the node's disk, and no training that is
-larger than expected."""
+"""Number of bytes that the limit allows in addition for every pod. The limit must end a pod that fills the node's disk,
+but not a training that needs more space than expected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +53,9 @@ def scratch_need(
 ) -> ScratchNeed:
     """Return how much scratch space each of ``nodes`` pods needs.
 
-    ``trains_all`` says that every parameter is trained and not only adapters, and ``writes_model`` that a pod writes a
-    model of the base model's size: an extended base model or a merged one. ``model_is_elsewhere`` says that the base
-    model lies on a volume and not in the scratch folder.
+    ``trains_all`` says that every parameter is trained, and not only adapters. ``writes_model`` says that a pod writes
+    a model of the base model's size, such as a merged model. ``model_is_elsewhere`` says that the files of the base
+    model are on a volume, and not in the scratch folder.
     """
     models = (not model_is_elsewhere) + (trains_all or writes_model)
     state = FULL_STATE / nodes if trains_all else ADAPTER_SHARE

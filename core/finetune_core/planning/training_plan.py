@@ -1,6 +1,7 @@
 """Chooses values that a job may leave open: the ZeRO stage, the micro-batch size and the number of optimizer steps.
 
-`resolve.py` calls these functions to make the run file. The trainer calls `total_steps` once it has counted the rows.
+`resolve.py` calls `zero_stage` and `micro_batch_size` to make the run file. The trainer calls `total_steps` once it has
+counted the rows.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def micro_batch_size(
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:
-    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller than the others,
-    but is never dropped."""
+    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller than the other
+    batches. This batch is trained too."""
     if max_steps is not None:
         return max_steps
     return -(-rows // global_batch_size) * (epochs or 1)

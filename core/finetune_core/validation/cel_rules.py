@@ -1,9 +1,9 @@
 """Evaluates the CEL rules in the schema (`x-kubernetes-validations`), as the API server does.
 
 The input is an object whose defaults are filled in, and the object's schema. For an update the old object is an input
-too. The result lists the violated rules by the paths of their fields and their messages. The CEL library is cel-python.
-There is a faster library in Rust, but its `size()` of a string is the number of bytes, and CEL defines it as the number
-of characters.
+too. The result lists the violated rules, each with the path of its field and its message. The CEL library is
+cel-python. A faster library, written in Rust, is not used, because its `size()` counts the bytes of a string, whereas
+CEL defines `size()` as the number of characters.
 """
 
 from __future__ import annotations

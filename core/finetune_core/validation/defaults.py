@@ -1,6 +1,6 @@
 """Fills in the defaults that a schema has, as the API server does.
 
-`validate_job.py` calls `defaulted` for a spec that the pydantic models refuse. It then checks the CEL rules of those
+`validate_job.py` calls `defaulted` for a spec that the pydantic models refuse, and then checks the CEL rules of those
 sections of the spec that have no structural problem.
 """
 

@@ -1,6 +1,7 @@
 """Names the entry of a list or a map that violates a CEL rule.
 
-A rule of the schema has one fixed message for all values. `finetune validate` also says which entry is wrong.
+A rule of the schema has one fixed message for all values. For the rules about `evaluation.require` and
+`dataset.task.fields`, `finetune validate` also says which entry is wrong.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 
 def precise(problem: Problem, spec: dict[str, Any]) -> list[Problem]:
-    """Return ``problem``, the violation of a CEL rule, as one problem for each wrong entry of ``spec``, where the rule
-    is about entries of a list or a map. Otherwise return ``problem`` alone."""
+    """Return the problems to report in place of ``problem``, which says that ``spec`` violates a CEL rule. If the rule
+    is about the names of the scores in `evaluation.require`, or about the keys of `dataset.task.fields`, there is one
+    problem for each wrong entry. For any other rule, ``problem`` itself is returned."""
     found: list[Problem] = []
     if problem.message == SCORE_RULE_MESSAGE:
         found = list(_scores(spec))

@@ -1,5 +1,5 @@
-"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and which component
-refuses the job."""
+"""The model of a problem that makes a job invalid: the path of the field, what is wrong with the field, and which
+component refuses the job."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class Refusal(StrEnum):
     OPERATOR = "operator"
     """The operator refuses the job: the job ends with `Accepted=False` and `Stalled=True`."""
     CHECK = "check"
-    """The check before the first attempt refuses the job in the same way, before GPUs are held."""
+    """The preflight check before the first attempt refuses the job: the job ends with `Succeeded=False` before it gets
+    GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem with one field of a job. ``message`` says what the field must be."""
+    """A problem with one field of a job. ``message`` says what the field must be, or that there is no such field."""
 
     path: FieldPath
     message: str

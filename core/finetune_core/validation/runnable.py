@@ -1,8 +1,9 @@
 """Finds the reasons why the operator can't run a job that the schema accepts.
 
-`resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
-`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields of which this version does not
-support all values. Remove a field's entry when you add the support.
+`resolve.py`, the operator's `reconcile.py` and `finetune validate` call `unrunnable`. In the cluster, a job for which
+`unrunnable` finds a problem before an attempt has ended gets `Accepted=False` and ends. The message names the field's
+path. `NOT_YET` lists the fields of which this version does not support all values. Remove the entry of a field when you
+add support for all its values.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _attention_problems(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return a problem where the kernel of `training.attention` can't compute on the device of the job, or in its
-    number format. The trainer knows which kernels a model supports."""
+    """Return a list with one problem where the kernel of `training.attention` can't compute on the device of the job,
+    or in its number format. Otherwise return an empty list. Whether the model supports the kernel is not checked here,
+    because only the trainer knows the model."""
     kernel, precision = spec.training.attention, spec.training.precision
     if kernel in ("Flash", "Flex") and spec.resources.device == "CPU":
         return [UserError("spec.training.attention", f"must not be {kernel} on CPUs: it trains on GPUs only")]

@@ -1,7 +1,8 @@
 """Checks a spec against the pydantic models as strictly as the API server checks it against the CRD's schema.
 
 The input is the spec as parsed from YAML or JSON. The result is the spec as a pydantic model with all defaults, or a
-list of all problems. Each problem has its path, and a sentence that is made from the schema.
+list of problems, at most one for each field. A problem has the path of the field, and a sentence that is mostly made
+from the schema.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from finetune_core.validation.pattern_meanings import PATTERN_MEANINGS
 from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
-"""Largest number of nested levels that a spec may have. A job needs about a dozen levels, and JSON parsers fail at some
-depth beyond 100."""
+"""Largest number of nested levels that a spec may have. The spec itself is the first level, and a value that is neither
+a list nor an object counts as a level too. A job needs about a dozen levels, and JSON parsers fail at some depth beyond
+100."""
 
 Schema = dict[str, Any]
 
@@ -52,8 +54,9 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
 
 
 def _unreadable(root: Any) -> Iterator[Problem]:
-    """Yield a problem for each value in ``root`` that JSON can't express or that is nested too deep. The function uses
-    a list as a stack and no recursion, because deep nesting would overflow Python's call stack."""
+    """Yield a problem for each key or value in ``root`` that JSON can't express, and for each value that is nested too
+    deep. The function uses a list as a stack and no recursion, because deep nesting would overflow Python's call
+    stack."""
     stack: list[tuple[Any, FieldPath]] = [(root, ("spec",))]
     while stack:
         node, path = stack.pop()
@@ -92,7 +95,7 @@ def _problem(schema: Schema, error: Any) -> Problem:
 
 def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath, Schema]:
     """Return the path of the field that an error is about, and the schema at that path. For an unknown field, return
-    the schema of the section that contains it.
+    the schema of the section that contains the field.
 
     Where pydantic reports an error about a union, the last part of ``location`` names a member of the union. This part
     is not a field, so the path leaves it out.
@@ -120,7 +123,8 @@ def _unknown_field(name: str, parent: Schema) -> str:
 
 
 def expectation(node: Schema, value: Any = None) -> str:
-    """Return what a value must be according to its schema, for example `must be between 1 and 512`."""
+    """Return what a value must be according to its schema ``node``, for example `must be between 1 and 512`. ``value``
+    is the value that was refused. The text may depend on it: a number in place of a text must be put in quotes."""
     kind = node.get("type")
     if node.get("x-kubernetes-int-or-string"):
         text = PATTERN_MEANINGS[node["pattern"]]

@@ -2,7 +2,8 @@
 of a chat template. `runnable.py` calls `template_problems` and `argument_problems`.
 
 The CEL rules of the schema refuse most wrong templates already. This module checks what CEL can't check: the nesting of
-optional parts, and the templates of a job in relation to each other. It also names the argument that is wrong.
+optional parts, and the templates of a job in relation to each other. The arguments of a chat template are checked here
+and not by a CEL rule, so that the message can name the wrong argument.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def argument_problems(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _answers_in_prompts(parsed: dict[str, RowTemplate]) -> list[UserError]:
-    """Return a problem for each prompt template that shows all columns of the completion, because a prompt made from it
-    contains the answer."""
+    """Return a problem for each prompt template that shows all columns of the completion, because a prompt that is made
+    from such a template contains the answer."""
     answer = parsed[f"{FORMAT}.completion"]
     return [
         UserError(path, "must not show every column of the completion: the prompt would give the answer away")

@@ -1,7 +1,7 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-The regular expression `dataset.task.pattern` is compiled here too. In a cluster neither the API server nor the operator
-compiles it, but the check before the first attempt does.
+The regular expressions in `dataset.task.pattern` and `lora.targetModules` are compiled here too. In a cluster the API
+server and the operator do not compile these expressions, but the check before the first attempt does.
 
 The input is the parsed document, and for an update also the stored spec. The result lists the problems with their
 paths. Where the API server would accept the job, the result also contains the spec as the API server would store it.
@@ -40,7 +40,7 @@ METADATA_FIELDS = frozenset(
         "managedFields", "selfLink",
     }
 )  # fmt: skip
-"""The fields of Kubernetes' ObjectMeta. The API server refuses any other field below `metadata`."""
+"""The fields of Kubernetes' ObjectMeta. The API server refuses any other field in `metadata`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ def is_job(document: Any) -> bool:
 
 
 def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Check ``document``, a whole job. The result contains the problems for which the API server or the operator would
-    refuse the job, and the spec that the API server would store. With ``old_spec``, the document is checked as an
-    update of a stored job that has this spec."""
+    """Check ``document``, a whole job. The result contains the problems for which the API server, the operator or the
+    preflight check would refuse the job, and the spec that the API server would store. With ``old_spec``, the document
+    is checked as an update of a stored job that has this spec."""
     problems = [
         Problem((key,), "unknown field")
         for key in document
@@ -74,9 +74,9 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Check ``spec``, which may be any parsed value. The result contains the problems for which the API server or the
-    operator would refuse a job with this spec, and the spec that the API server would store. With ``old_spec``,
-    ``spec`` is checked as an update of this stored spec."""
+    """Check ``spec``, which may be any parsed value. The result contains the problems for which the API server, the
+    operator or the preflight check would refuse a job with this spec, and the spec that the API server would store.
+    With ``old_spec``, ``spec`` is checked as an update of this stored spec."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:

@@ -1,8 +1,9 @@
 """Creates and deletes the objects of an attempt: a ConfigMap with the run file, a NetworkPolicy, and the
 backend's child object.
 
-`reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. Where the API server refuses an
-object, for example because of a quota, the error is kept in memory and the creation is tried again after a back-off.
+`reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. `settled.py` calls `remove_orphans`
+for a job that has ended. Where the API server refuses an object, for example because of a quota, the error is kept in
+memory and the creation is tried again after a back-off.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class AttemptObjects:
     ) -> None:
         """Send requests with ``cluster`` and ``backend``.
 
-        ``ca_bundle`` returns the CA certificates of the report server as PEM text. ``nonce`` returns a new
-        random text for the ConfigMap of an attempt.
+        ``report_base_url`` is the address of the report server, for example
+        ``"https://finetune-operator.finetune-system.svc:8443"``. ``ca_bundle`` returns the CA certificates of the
+        report server as PEM text. ``nonce`` returns a new random text for the ConfigMap of an attempt.
         """
         self._cluster = cluster
         self._backend = backend
@@ -65,9 +67,11 @@ class AttemptObjects:
     ) -> ChildObservation:
         """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
-        The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
-        Raises RetryableError where one of the objects can't be created, and while the back-off after such a failure
-        lasts.
+        ``image`` is the image of the pods, and ``config`` becomes the run file in the ConfigMap. The scheduler is asked
+        to prefer any other node to ``avoided_nodes``.
+
+        Raises RetryableError where the API server refuses an object or another owner has an object of the same name,
+        and while the back-off after such a failure lasts.
         """
         self._backoff.check(job.memory)
         try:
@@ -82,7 +86,7 @@ class AttemptObjects:
 
     async def remove(self, job: StoredJob, child: ChildObservation) -> None:
         """Delete the ConfigMap, the NetworkPolicy and the child of an attempt that ended. The garbage collector deletes
-        its pods."""
+        the pods of the child."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
         await self._network_policies.delete(job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
@@ -91,7 +95,8 @@ class AttemptObjects:
     async def remove_orphans(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Delete ``pods``, which still exist although their attempt has ended and somebody has deleted their child.
 
-        A pod whose deletion is refused, for example by an admission policy, is remembered and no longer waited for.
+        A pod whose deletion is refused, for example by an admission policy, is remembered in
+        `JobMemory.undeletable_pods`, so that nothing waits for the pod any longer.
         """
         for pod in pods:
             try:
@@ -107,15 +112,15 @@ class AttemptObjects:
     async def _create(
         self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...]
     ) -> ChildObservation:
-        """Create the ConfigMap, the NetworkPolicy and the child, in this order. Their names are deterministic, so that
-        a retry finds them again.
+        """Create the ConfigMap, the NetworkPolicy and the child, in this order.
 
-        The nonce is random. A retry keeps the nonce of the ConfigMap that exists already.
+        The names of the three objects are deterministic, so that a retry finds the objects that exist already. The
+        nonce is random, and a retry keeps the nonce of an existing ConfigMap.
         """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # ConfigMap and NetworkPolicy of the attempt before are deleted here. They still exist where somebody else
-            # deleted the child of that attempt, or where that child was never created.
+            # Delete the ConfigMap and the NetworkPolicy of the previous attempt. These objects still exist where
+            # somebody else deleted the child of the previous attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)

@@ -1,6 +1,7 @@
-"""The back-off of a job after the API server refused to create one of its objects, for example because of a quota.
+"""The back-off of a job after one of its objects could not be created, for example because of a quota.
 
 `attempt_objects.py`, `preflight_objects.py` and `reconcile.py` share the back-off, which is kept in `JobMemory`.
+`reconcile.py` also uses it for a job whose spec or status can't be used at the moment.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ class CreationBackoff:
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, base=FIRST_RETRY_SECONDS)
 
     def reset(self, memory: JobMemory) -> None:
-        """Forget the problem, because a creation succeeded or another attempt begins."""
+        """Forget the problem, because it is solved or because another attempt begins."""
         memory.problem, memory.failures = None, 0
 
     def forget_refusal(self, memory: JobMemory) -> None:
-        """Forget the problem if it was in the job itself (BadInput), because the job can be read and run now.
+        """Forget the problem if the spec or the status of the job was the problem (BadInput).
 
-        A person may have corrected the job, and must not wait for the back-off of the corrected problem.
+        The caller has found that the job can be read and run now. A person may have corrected the job, and must not
+        wait for the back-off of the corrected problem.
         """
         if memory.problem is not None and memory.problem.reason is Reason.BAD_INPUT:
             self.reset(memory)

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
     """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z".
 
-    The text is empty where there is no checkpoint. It is also empty where the stored time is so close to the first or
-    the last possible datetime that it can't be converted to UTC. No trainer reports such a time, but another program
-    may have stored it.
+    The text is empty where there is no checkpoint, and where the stored time is so close to the first or the last
+    possible datetime that it can't be converted to UTC. No trainer reports such a time, but another program may have
+    stored one.
     """
     if not checkpoints:
         return ""
@@ -46,19 +46,22 @@ class CheckpointAnnotations:
     """Keeps the annotation `volcano.sh/last-checkpoint-time` of running pods up to date."""
 
     def __init__(self, cluster: KubeClient, *, enabled: bool, clock: Callable[[], float]) -> None:
-        """Annotate pods with ``cluster``. Where ``enabled`` is False, do nothing: the chart then grants no permission.
+        """Annotate pods with ``cluster``.
 
-        ``clock`` returns monotonic seconds.
+        Where ``enabled`` is False no pod is annotated, because the chart then grants no permission for it. ``clock``
+        returns monotonic seconds.
         """
         self._cluster = cluster
         self._enabled = enabled
         self._clock = clock
 
     async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Annotate the running pods with the time of the newest checkpoint in the stored status.
+        """Write the time of the newest checkpoint, as the stored status of ``job`` has it, into the annotation of its
+        running pods. Of ``pods``, only those of the current attempt are annotated.
 
-        Annotations have the same rate limit as the status writes that reports cause, because reports contain the time
-        of the newest checkpoint. A later reconcile annotates the pods that are left out now.
+        A token bucket limits how often the pods of a job are annotated, because the time comes from reports. Its rate
+        is the same as for the status writes that reports cause. Where it holds no token, a later reconcile annotates
+        the pods.
         """
         current = job.status.attempts.current
         if not self._enabled or current is None:
@@ -72,8 +75,8 @@ class CheckpointAnnotations:
                 await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except REQUEST_ERRORS as error:
                 # A failure is only logged, because nothing of the job depends on the annotation and a later reconcile
-                # tries again. It is not even logged where the pod is gone (404), or where a new pod with another uid
-                # has its name (409).
+                # tries again. There is not even a log line where the pod is gone (404), or where a new pod with another
+                # uid has the same name (409).
                 if not (isinstance(error, ApiError) and (error.is_not_found or error.is_conflict)):
                     logger.warning(
                         "pod %s was not annotated: %s", pod.name, describe_error(error), extra=job.log_fields

@@ -13,7 +13,10 @@ from finetune_operator.kube.manifest import Manifest
 
 
 async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
-    """Create the ConfigMap, or accept the existing one of the same job. Raises the errors of `create_owned`."""
+    """Create the ConfigMap ``manifest``, or accept the existing ConfigMap of this name if the same job owns it.
+
+    Raises the errors of `create_owned`.
+    """
     await create_owned(manifest, client.create_config_map, client.get_config_map)
 
 

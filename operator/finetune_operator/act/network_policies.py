@@ -1,8 +1,8 @@
-"""Creates and deletes the NetworkPolicies of attempts. An installation can switch them off.
+"""Creates and deletes the NetworkPolicies of attempts. An installation can do without these policies.
 
-`attempt_objects.py` creates the policy of an attempt before the child object, so that no pod of the attempt ever runs
-without the policy. It deletes the policy together with the attempt's ConfigMap. `settled.py` deletes the policy of the
-last attempt.
+`attempt_objects.py` creates the policy of an attempt before the child object, so that no pod of the attempt starts
+without the policy. The same module deletes the policy together with the attempt's ConfigMap. `settled.py` deletes the
+policy of the last attempt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune_operator.kube.manifest import Manifest
 
 
 class NetworkPolicies:
-    """The NetworkPolicies of attempts, or nothing where the setting `--network-policies` is off."""
+    """Creates and deletes NetworkPolicies; does nothing where the setting `--network-policies` is off."""
 
     def __init__(self, client: KubeClient, *, enabled: bool) -> None:
         """Send requests with ``client``. Where ``enabled`` is False no request is sent, because the chart then grants
@@ -22,9 +22,9 @@ class NetworkPolicies:
         self._enabled = enabled
 
     async def create(self, manifest: Manifest) -> None:
-        """Create the NetworkPolicy, or accept the existing one of the same job. Raises the errors of `create_owned`.
+        """Create the NetworkPolicy ``manifest``, or accept the existing one of this name if the same job owns it.
 
-        The attempt does not start without its policy.
+        Raises the errors of `create_owned`, so that the attempt does not start without its policy.
         """
         if self._enabled:
             await create_owned(manifest, self._client.create_network_policy, self._client.get_network_policy)

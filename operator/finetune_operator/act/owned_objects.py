@@ -1,4 +1,4 @@
-"""Creates and deletes objects that belong to a job and whose names are deterministic, whatever their kind is.
+"""Creates and deletes objects of any kind that belong to a job and whose names are deterministic.
 
 `config_maps.py` and `network_policies.py` call the two functions with the requests for their kind.
 """
@@ -17,16 +17,19 @@ from finetune_operator.queue.retryable import RetryableError
 Create = Callable[[Manifest], Awaitable[Manifest]]
 """A request that creates an object."""
 Get = Callable[[str, str], Awaitable[Manifest | None]]
-"""A request that returns the object with a namespace and a name, or None where it does not exist."""
+"""A request that returns the object with the given namespace and name, or None where no such object exists."""
 Delete = Callable[[str, str, str], Awaitable[None]]
-"""A request that deletes the object with a namespace, a name and a uid."""
+"""A request that deletes the object with the given namespace, name and uid."""
 
 
 async def create_owned(manifest: Manifest, create: Create, get: Get) -> None:
-    """Create the object, or accept the existing one where an earlier reconcile of the same job has created it.
+    """Create the object ``manifest``, or accept an existing object of the same name and owner.
 
-    Raises RetryableError where the API server refuses the object, or where an object of that name belongs to another
-    owner. Raises ApiError (409) where the existing object is being deleted, so that the job is soon reconciled again.
+    An existing object with that owner comes from an earlier reconcile of the same job. ``create`` and ``get`` send the
+    requests for the kind of the object. Raises RetryableError where the API server refuses the object, or where an
+    object of that name belongs to another owner. Raises ApiError (409) where the existing object is being deleted or
+    has just been deleted, so that the job is soon reconciled again. Raises any other ApiError that the API server
+    answers.
     """
     kind, metadata = manifest["kind"], manifest["metadata"]
     try:
@@ -46,7 +49,10 @@ async def create_owned(manifest: Manifest, create: Create, get: Get) -> None:
 
 
 async def delete_owned(namespace: str, name: str, owner_uid: str, get: Get, delete: Delete) -> None:
-    """Delete the object if it exists and its owner is the job with the uid ``owner_uid``."""
+    """Delete the object ``namespace/name`` if it exists and its owner is the job with the uid ``owner_uid``.
+
+    ``get`` and ``delete`` send the requests for the kind of the object.
+    """
     existing = await get(namespace, name)
     if existing is not None and controller_uid(existing) == owner_uid:
         await delete(namespace, name, existing["metadata"]["uid"])

@@ -33,14 +33,15 @@ class PreflightObjects:
     """Creates and deletes the ConfigMap and the pod of each try of the preflight check."""
 
     def __init__(self, cluster: KubeClient, backoff: CreationBackoff) -> None:
-        """Create objects with ``cluster``, but none for a job whose ``backoff`` still lasts."""
+        """Create and delete objects with ``cluster``, but create none for a job whose ``backoff`` still lasts."""
         self._cluster = cluster
         self._backoff = backoff
 
     async def create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
-        """Create ConfigMap and pod of try ``number``.
+        """Create ConfigMap and pod of try ``number``. The pod runs ``image``; the ConfigMap has ``config`` as run file.
 
-        Raises RetryableError where one of the two can't be created, and while the back-off after such a failure lasts.
+        Raises RetryableError where the API server refuses one of the two objects or another owner has an object of the
+        same name, and while the back-off after such a failure lasts.
         """
         self._backoff.check(job.memory)
         try:
@@ -74,10 +75,13 @@ class PreflightObjects:
         return write
 
     async def _create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
-        """Create the ConfigMap, then the pod. Their names are deterministic, so that a retry finds them again."""
+        """Create the ConfigMap, then the pod.
+
+        The names of both objects are deterministic, so that a retry finds an object that exists already.
+        """
         if number > 1:
-            # The ConfigMap of the try before is deleted here. It still exists where somebody else deleted the pod of
-            # that try.
+            # Delete the ConfigMap of the previous try. This ConfigMap still exists where somebody else deleted the pod
+            # of that try.
             before = preflight_name(job.key.name, job.uid, number - 1)
             await delete_config_map(self._cluster, job.key.namespace, before, job.uid)
         name = preflight_name(job.key.name, job.uid, number)
@@ -99,7 +103,7 @@ class PreflightObjects:
                 raise
 
     async def _accept_existing(self, job: ParsedJob, pod: Manifest) -> None:
-        """Accept the existing pod with the name of ``pod`` where this job owns it; raise RetryableError otherwise."""
+        """Accept the existing pod that has the name of ``pod``; raise RetryableError unless this job owns that pod."""
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
         ours = [item for item in found if item["metadata"]["name"] == pod["metadata"]["name"]]
         if not ours or controller_uid(ours[0]) != job.uid:

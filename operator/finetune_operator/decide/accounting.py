@@ -25,9 +25,9 @@ charged, so that a job that makes no progress ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
-"""Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob, or because a queue
-resumed the PyTorchJob too early. Such attempts are never charged and never make the back-off longer, however many there
-are."""
+"""Reasons of attempts that ended because `runPolicy.suspend` was set, or because a queue resumed the suspended
+PyTorchJob too early. Attempts with these reasons are never charged and never make the back-off longer, however many
+there are."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:
@@ -50,10 +50,14 @@ def close(
 ) -> AttemptsStatus:
     """Return ``attempts`` with ``current`` moved to `recent`, and counted where it is charged or free.
 
+    ``cause`` is why ``current`` ended, and ``now`` is the time of its end. ``checkpoints`` are the job's committed
+    checkpoints.
+
     A free attempt without a new checkpoint is charged where FREE_IN_A_ROW free attempts without a new checkpoint came
-    right before it. If it ended with NodeRefused, the attempts right after it that end with NodeRefused are charged
-    too, until a checkpoint is committed. The cause may be an image that no node can start. No attempt is counted twice,
-    because `attempts.current` is None afterwards.
+    right before it. Once an attempt with the reason NodeRefused was charged in this way, each further attempt with that
+    reason is charged too, until a checkpoint is committed or an attempt is charged for another reason. The reason for
+    such a row of refusals may be an image that no node can start. No attempt is counted twice, because
+    `attempts.current` is None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
@@ -82,10 +86,11 @@ def close(
 
 
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
-    """Return the pause before the next attempt: 10 s, doubled for each further attempt in a row without a new
-    checkpoint.
+    """Return the pause before the next attempt, from 10 s to 300 s.
 
-    The pause is 300 s at most. Attempts that ended by a suspension are left out of the row.
+    The pause is 10 s where the last attempt committed a checkpoint or is the first attempt in a row without a new
+    checkpoint. Each further attempt in the row doubles the pause. Attempts that ended by a suspension are left out of
+    the row. ``checkpoints`` are the committed checkpoints of the job.
     """
     row = 0
     for past in reversed(attempts.recent):

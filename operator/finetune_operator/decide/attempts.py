@@ -1,7 +1,8 @@
 """The life of attempts: when an attempt may start, what is recorded while it exists, and when it is closed.
 
-Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes their result into the status
-before it creates or deletes an object, so that a restart after a crash repeats nothing.
+Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes what these functions return
+into the status before it creates or deletes an object, so that an operator that restarts after a crash starts no
+attempt twice and counts none twice.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ LEAVE_TOGETHER = timedelta(seconds=10)
 """How long at most an attempt stays open after the cause of its end was recorded. In this time the operator still
 observes why the other pods of the attempt end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
-"""A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
+"""The job no longer waits for a pod whose grace period ended this long ago, because the pod's kubelet counts as dead.
 
 A trainer that still runs in such a pod does not damage the next attempt. Before each commit the trainer looks in the
-bucket for a higher run number, and stops writing once the next attempt has taken one. What the trainer commits before
-that is a normal checkpoint of the job.
+bucket for a higher run number, and stops writing once the next attempt has taken a higher number. What the trainer
+commits earlier is a normal checkpoint of the job.
 """
 ORPHAN_LIMIT = timedelta(seconds=60)
 """Time after the end of an attempt at which the operator itself deletes pods that have no child object any more.
 
-Normally the garbage collector deletes the pods of a deleted child within seconds. It leaves them where somebody deleted
-the child with `--cascade=orphan`.
+Normally the garbage collector deletes the pods of a deleted child within seconds. But the pods stay where somebody
+deleted the child with `--cascade=orphan`.
 """
 _ORPHAN_SECONDS = 5.0
 """Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods."""
@@ -50,8 +51,8 @@ _DELETION_SECONDS = 1.0
 def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
     """Return the decision while no attempt is current.
 
-    First the objects of the last attempt are removed and its pods waited for. Then the job ends, rests because it is
-    suspended, waits for its back-off, or gets its next attempt.
+    First the objects of the last attempt are removed, and the job waits until the pods of that attempt are gone. Then
+    the job ends, is suspended, waits for its back-off, or gets its next attempt.
     """
     if seen.child is not None and not seen.child.deleting:
         return Decision(
@@ -115,7 +116,7 @@ def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
 def _ended_long_ago(attempts: AttemptsStatus, now: datetime) -> bool:
     """Return whether the last attempt ended so long ago that the garbage collector would have deleted its pods.
 
-    True also where no ended attempt is recorded.
+    The result is True also where no ended attempt is recorded.
     """
     return not attempts.recent or now - attempts.recent[-1].end_time >= ORPHAN_LIMIT
 
@@ -131,7 +132,8 @@ def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
 
 
 def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobObservation) -> Decision:
-    """Return the decision while an attempt is current: record its pods, and close it once a rule says that it ends."""
+    """Return the decision while an attempt is current: create its objects and record its pods. Once a rule says that
+    the attempt ends, record the cause, and close the attempt at once or after the wait of `_ending`."""
     pods = seen.pods_of(current)
     current = _with_observed_pods(current, pods, seen)
     ruling = judge(_evidence(current, pods, seen))
@@ -179,7 +181,7 @@ def _evidence(current: CurrentAttempt, pods: Sequence[PodObservation], seen: Job
 
 
 def _state_of_attempt(current: CurrentAttempt, seen: JobObservation, *, never_created: bool) -> JobState:
-    """Return the state of an attempt that goes on."""
+    """Return the state of an attempt that goes on. ``never_created`` says whether its child was never created."""
     if never_created:
         return JobState.OPENED
     if seen.held:
@@ -199,14 +201,15 @@ def _with_observed_pods(
 ) -> CurrentAttempt:
     """Return ``current`` with records of its pods, and the times at which it was admitted and at which all pods ran.
 
-    While the child is suspended, for example by a queue, pods and times are empty, so that no pending deadline runs.
+    ``pods`` are the pods of the attempt. While the child is suspended, for example by a queue, the records of pods and
+    the times are empty, so that no pending deadline runs.
     """
     if seen.held:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
     resumed_at = seen.child.resumed_at if seen.child is not None else None
     if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):
         # The queue suspended the attempt and admitted it anew, perhaps before any reconcile saw the child suspended.
-        # Pods and times are recorded anew, because the recorded ones belong to the earlier admission.
+        # Pods and times are recorded anew, because the recorded values belong to the earlier admission.
         current = current.model_copy(update={"pods": [], "admitted_time": resumed_at, "running_time": None})
     all_ran = sum(pod.running or pod.ended for pod in pods) >= seen.nodes
     return current.model_copy(
@@ -219,7 +222,10 @@ def _with_observed_pods(
 
 
 def _pod_records(records: Sequence[PodRecord], pods: Sequence[PodObservation]) -> list[PodRecord]:
-    """Return ``records`` with the first pod seen for each worker index; its node is filled in once the pod has one."""
+    """Return ``records``, and a record of each pod in ``pods`` whose worker index is not recorded yet.
+
+    A record without a node gets the node of its pod once the scheduler has bound the pod to a node.
+    """
     known = {record.index: record for record in records}
     for pod in pods:
         record = known.get(pod.index)
@@ -237,14 +243,14 @@ def _ending(
     pods: Sequence[PodObservation],
     seen: JobObservation,
 ) -> Decision:
-    """Return the decision once the cause of the attempt's end is recorded.
+    """Return the decision once the cause of the attempt's end is recorded. ``pods`` are the pods of the attempt.
 
-    The attempt is closed when all pods have ended or 10 s have passed. A permanent cause closes the attempt at once,
-    because no later evidence can replace that cause.
+    The attempt is closed when all pods have ended, or when 10 s have passed since the cause was recorded. A permanent
+    cause closes the attempt at once, because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    # The pause is subtracted from the time of this reconcile and not added to the recorded time, because the sum could
-    # exceed the largest time that a datetime can hold.
+    # LEAVE_TOGETHER is subtracted from the time of this reconcile and not added to the time of the cause, because the
+    # sum could exceed the largest time that a datetime can hold.
     left = seconds_of_pause(cause.time, seen.now - LEAVE_TOGETHER, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)

@@ -2,8 +2,8 @@
 current attempt, and the record of the preflight check.
 
 `decision.py` calls `bookkeeping` to find out whether the status must be written before an object is changed. All values
-come from fields that `status/urgency.py` lists among those that are written at once. So a decision that must be written
-first never waits.
+come from fields that the operator computes itself (`OWN_FIELDS` in `status/urgency.py`), and none from a field that a
+report fills in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finetune_core.api.status import AttemptsStatus, PreflightStatus
 def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
     """Return those values of the status that must be written before any object is created or deleted.
 
-    The callers only compare the values of two statuses with each other.
+    The caller only compares the result for one status with the result for another status.
     """
     current = attempts.current
     return (

@@ -21,7 +21,7 @@ class Action(Enum):
     """What the reconciler does with the job's objects, once the decision is recorded in the status."""
 
     NONE = auto()
-    """Change no object, for example because a pod runs, something is waited for, or the job has ended."""
+    """Change no object, for example because a pod runs, or because the job waits or has ended."""
     CREATE_PREFLIGHT_POD = auto()
     """Create ConfigMap and pod of the next try of the preflight check."""
     REMOVE_PREFLIGHT_PODS = auto()
@@ -88,7 +88,7 @@ class Decision:
 
     @property
     def starts_pods(self) -> bool:
-        """Whether the decision leads to new pods, for which the whole spec is needed."""
+        """Whether `action` leads to new pods, for which the whole spec is needed."""
         return self.action in (Action.OPEN_ATTEMPT, Action.CREATE_ATTEMPT, Action.CREATE_PREFLIGHT_POD)
 
     def starts_check(self, stored: FineTuneJobStatus) -> bool:

@@ -1,8 +1,8 @@
 """What is known about an attempt when `rules.py` asks whether it ends: its pods, its child object, its job's policy.
 
-The properties here find out what came first where several pods failed or were deleted. The times alone do not show
-this, because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first
-failure.
+The properties here find out what came first where several pods failed or were deleted. The times alone do not show the
+order, because Kubernetes stores times in whole seconds, and training-operator deletes the other pods right after the
+first failure.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
 """Exit codes that may be no more than a consequence of another pod's failure: 75 and 143. Every other exit code
 explains more than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
-"""A child object may fail within this time after its queue resumed it. The reason may then be that pods of its earlier
-admission were still ending, so the job need not be at fault."""
+"""Time after the queue resumed a child object. If the child fails within this time, the reason may be that pods of the
+child's earlier admission were still ending, and the job need not be at fault."""
 
 
 START_PATIENCE_SECONDS = 120.0
@@ -83,7 +83,10 @@ class Evidence:
 
     @cached_property
     def decisive_failure(self) -> PodObservation | None:
-        """The failed pod whose exit code explains most (see _LATE_CODES); of several, the pod with the lowest index."""
+        """The failed pod whose exit code explains most (see _LATE_CODES); None where no pod failed.
+
+        Of several such pods, the pod with the lowest index is returned.
+        """
 
         def rank(pod: PodObservation) -> tuple[int, int]:
             code = pod.container.exit_code if pod.container else None
@@ -95,7 +98,7 @@ class Evidence:
     def lost(self) -> PodObservation | None:
         """The pod whose node lost the container, for example in a restart of the node; None if there is none.
 
-        An evicted pod does not count. Its container looks lost as well, because the kubelet has removed it.
+        An evicted pod does not count, although its container looks lost too: the kubelet itself removed the container.
         """
         return next(
             (
@@ -110,8 +113,9 @@ class Evidence:
     def refused(self) -> PodObservation | None:
         """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
 
-        Of several, the pod with the lowest index. A pod that has not failed counts too, once its container runtime has
-        refused to create the container for START_PATIENCE_SECONDS.
+        Of several such pods, the pod with the lowest index is returned. A pod that has not failed counts too, once its
+        container runtime has refused to create the container for START_PATIENCE_SECONDS, unless somebody disrupted or
+        deleted the pod.
         """
         stuck = [
             pod
@@ -183,9 +187,10 @@ class Evidence:
 
     @property
     def artifact_result(self) -> Result | None:
-        """The trainer's result that names the committed artifact, once every pod ended with 0 or no pod is left.
+        """The trainer's result that names the committed artifact, once every pod ended with exit code 0 or no pod is
+        left.
 
-        None before that, and where no result names an artifact.
+        The value is None before, and where no result names an artifact.
         """
         done = [pod for pod in self.pods if pod.container is not None and pod.container.exit_code == 0]
         if len(done) == self.nodes == len(self.pods):
@@ -200,8 +205,8 @@ def finished_at(pod: PodObservation) -> datetime | None:
 
 
 def _stopped(pod: PodObservation) -> bool:
-    """Return whether the trainer in ``pod`` ended with the code that it has only after SIGTERM, and the SIGTERM did not
-    come from an eviction."""
+    """Return whether the trainer in ``pod`` ended with exit code 143, which it has only after SIGTERM, and no eviction
+    caused the SIGTERM."""
     code = pod.container.exit_code if pod.container else None
     return code == ExitCode.STOPPED and pod.reason != Cause.EVICTED
 
@@ -209,9 +214,9 @@ def _stopped(pod: PodObservation) -> bool:
 def is_refused(pod: PodObservation) -> bool:
     """Return whether ``pod`` failed because its kubelet refused or killed it, or because the runtime did not start it.
 
-    Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
-    recognised by what all refusals have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and
-    its container never ran.
+    Every admission handler of the kubelet may refuse a pod with a reason of its own, and new versions of the kubelet
+    add handlers. So a refusal is recognised by what all refusals have in common (`rejectPod` in
+    `pkg/kubelet/kubelet.go`): the pod has a reason, and its container never ran.
     """
     container = pod.container
     if container is not None and container.never_ran:
@@ -224,8 +229,8 @@ def is_refused(pod: PodObservation) -> bool:
     if container is not None and container.state is not ContainerState.WAITING:
         return False
     if pod.reason == Cause.EVICTED:
-        # A kubelet that refuses a pod because of the node's own pressure leaves no status of containers. A pod that it
-        # evicted later has such a status.
+        # The status of a pod that the kubelet refused because of the node's own pressure lists no containers. The
+        # status of a pod that the kubelet evicted later lists the containers.
         return container is None
     return pod.reason not in ("", POD_DEADLINE)
 
@@ -263,8 +268,9 @@ def _failed_by_itself(pod: PodObservation) -> bool:
 def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, int]:
     """Return a sort key: the pod that was disrupted or deleted first comes first, undisturbed pods come last.
 
-    After somebody deleted a pod, training-operator deletes the others a moment later, often in the same second. Within
-    one second the lowest resourceVersion comes first, because it belongs to the pod that somebody else deleted.
+    After somebody deleted a pod, training-operator deletes the other pods a moment later, often in the same second.
+    Within one second the pod with the lowest resourceVersion comes first, because that pod was changed first and so is
+    the pod that somebody else deleted.
     """
     times = [time for time in (pod.disrupted_at, pod.delete_requested_at) if time is not None]
     return (not times, min(times, default=pod.created_at), pod.version)

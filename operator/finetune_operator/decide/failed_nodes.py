@@ -18,13 +18,14 @@ NODE_FAULTS: Final = frozenset(
 """Reasons of attempts that a node ended: the node refused a pod, no longer answers, no longer exists, shut down or ran
 out of a resource."""
 ATTEMPTS_BACK: Final = 2
-"""How many of the newest ended attempts count. They are few, so that a repaired node is soon used again."""
+"""How many of the newest ended attempts count. The number is small, so that a repaired node is soon used again."""
 
 
 def nodes_to_avoid(recent: Sequence[PastAttempt]) -> tuple[str, ...]:
-    """Return the names of the nodes that ended the newest two attempts of ``recent``, each name once.
+    """Return the names of the nodes that ended the newest two attempts in ``recent``, each name once.
 
-    Attempts that ended by a suspension say nothing about nodes and are skipped.
+    ``recent`` lists ended attempts, the oldest first. Attempts that ended by a suspension say nothing about nodes and
+    are skipped.
     """
     looked_at = [past for past in recent if past.reason not in SUSPENSIONS][-ATTEMPTS_BACK:]
     return tuple(sorted({past.node for past in looked_at if past.node and past.reason in NODE_FAULTS}))

@@ -2,8 +2,9 @@
 of a former job, and whether the job ends because the artifact is committed already. `preflight.py` calls these
 functions.
 
-The check runs in the job's namespace, whose users could forge its answer. So the address of an artifact is never taken
-from the answer, but made from the spec and the name of the run's folder.
+The preflight check runs in the job's namespace, whose users could forge the result of the check. So the result has no
+address of an artifact. The address is made of the folder that the spec names, and of the folder name and the run number
+in the result, so that a forged result can't lead out of that folder.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from finetune_operator.observe.observation import PreflightObservation
 def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
     """Return the record of the run that the job takes over; None if ``found`` is the job's own run in its own folder.
 
-    A job that took a run over and then lost its status finds its own uid in the folder of the former job. It gets the
-    record again, because without the record it would not use that folder.
+    ``found`` is the run that the preflight check found in the bucket. If this job took the run over earlier and then
+    lost its status, the folder of the former job names the uid of this job. In that case the job gets the record again,
+    because it would not use that folder without the record.
     """
     if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
         return None
@@ -37,7 +39,8 @@ def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus |
 def end_with_artifact(found: FoundRun, former: TakenOverStatus | None, seen: PreflightObservation) -> JobEnd | None:
     """Return how the job ends where the artifact of ``found`` is committed; None where training is left to do.
 
-    None also where the address of the artifact can't be made. An attempt then finds the artifact by itself.
+    ``former`` is the record of the run that the job takes over; None for the job's own run. The result is None also
+    where the address of the artifact can't be made. An attempt then finds the artifact by itself.
     """
     if found.artifact is None or not seen.runs_folder:
         return None

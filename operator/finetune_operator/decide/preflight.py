@@ -2,7 +2,8 @@
 
 Pure functions on `status.preflight`, called by `state_machine.py`. A try is one run of the pod. First the verdict of a
 try is recorded, then the objects of the try are removed. Only then does the verdict take effect: attempt 1 is opened,
-the job ends, or another try follows.
+the job ends, or another try follows. There is one exception: if the check finds the job's artifact committed already,
+the job ends when the verdict is recorded.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from finetune_operator.queue.work_queue import MAX_DELAY_SECONDS, backoff_second
 
 RUN_SECONDS = PREFLIGHT_SECONDS + 120
 """Seconds for which the container of a try may run. The program of the trainer image ends by itself after
-PREFLIGHT_SECONDS. The other 120 s are for its start and for clocks that differ."""
+PREFLIGHT_SECONDS. The other 120 s are for the start of the program and for clocks that differ."""
 TURN_SECONDS = 60.0
-"""Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
+"""Seconds after which a job that waits for the turn of its check is reconciled again, even if nothing wakes the job."""
 GIVE_UP_TRIES = 3
 """The job ends after this many tries that could not be carried out because of the job itself (`_Outcome.aborted`). A
 try with a result sets the count back to 0."""
@@ -70,8 +71,8 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
 def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
     """Return ``decision``, which would start a check, changed so that nothing is done while the job waits for its turn.
 
-    ``limit`` is how many checks may run at the same time. The stored record of the check is kept as it is; there is
-    none while the job waits for its first turn.
+    ``limit`` is how many checks may run at the same time. ``stored`` is the job's stored status, whose record of the
+    check is kept as it is. A job that waits for its first turn has no record yet.
     """
     return replace(
         decision,
@@ -85,7 +86,12 @@ def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) ->
 def _during_try(
     attempts: AttemptsStatus, record: PreflightStatus, seen: JobObservation, alive: Sequence[PodObservation]
 ) -> Decision:
-    """Return the decision while no verdict is recorded for the current try: watch its pod, create the pod, or wait."""
+    """Return the decision while no verdict is recorded for the current try.
+
+    The try's pod is created or waited for, and the verdict is recorded once the pod has ended or must end. After the
+    pending deadline the pods are removed, and then the job fails. ``alive`` are the preflight pods that are not being
+    deleted.
+    """
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
     outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
@@ -166,14 +172,14 @@ def _passed(record: PreflightStatus | None) -> bool:
 
 
 def _missing(record: PreflightStatus) -> str:
-    """Return, as a sentence, what the last try found missing outside the spec; empty unless its verdict is Waiting."""
+    """Return the message of the last try, which says why another try is needed; empty unless its verdict is Waiting."""
     return record.message if record.verdict == PreflightVerdict.WAITING else ""
 
 
 def _with_verdict(record: PreflightStatus, outcome: _Outcome, now: datetime) -> PreflightStatus:
     """Return ``record`` with one more try, which had ``outcome``. The pod of that try is then to be removed.
 
-    The verdict is Impossible once GIVE_UP_TRIES tries were aborted, because nothing outside the job will change that.
+    The verdict is Impossible once GIVE_UP_TRIES tries were aborted, because the cause of such tries is the job itself.
     """
     verdict, message = outcome.verdict, outcome.message
     aborted = record.aborted + 1 if outcome.aborted else 0 if outcome.has_result else record.aborted
@@ -200,9 +206,9 @@ class _Outcome:
     has_result: bool = False
     """Whether the check was carried out, so that `message` holds its findings or notices."""
     found: FoundRun | None = None
-    """What the check found in the bucket: the job's own run, or that of a former job. None where it found neither."""
+    """The run that the check found in the bucket, of the job itself or of a former job. None if it found no run."""
     sizes: InputSizes | None = None
-    """Sizes of model and data. None where the check did not find them out."""
+    """Sizes of model and data. None where the check did not determine these sizes."""
     aborted: bool = False
     """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""
@@ -247,8 +253,8 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
 def _ran_on(pod: PodObservation, now: datetime) -> bool:
     """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline.
 
-    A start that is earlier than the binding of the pod to its node comes from a node whose clock is behind. The time of
-    the binding counts instead.
+    A container can seem to start before its pod was bound to the node, because the clock of the node is behind. The
+    time of the binding then counts as the start.
     """
     container = pod.container
     if container is None or container.started_at is None or container.never_ran:

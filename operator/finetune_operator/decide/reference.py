@@ -15,7 +15,10 @@ from finetune_operator.decide.states import MEANINGS, state_diagram
 
 
 def verdict_table() -> str:
-    """Return a Markdown table with one line for each rule of `RULES`, in the order in which the rules are asked."""
+    """Return a Markdown table with one line for each rule of `RULES`, in the order in which the rules are asked.
+
+    A sentence about the rules for orders of `runPolicy` follows the table.
+    """
     rows = [f"| `{rule.name}` | {rule.when} | {_verdict(rule)} |" for rule in RULES]
     orders = "An order of `runPolicy` is obeyed only while no other cause of the attempt's end is recorded."
     return "\n".join(["| rule | evidence | verdict |", "|---|---|---|", *rows, "", orders])
@@ -40,7 +43,7 @@ SECTIONS = {"verdicts": verdict_table, "states": states_section}
 def with_generated_sections(page: str) -> str:
     """Return ``page`` with fresh text in each section between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
-    Raises ValueError where the page lacks a section or has one twice.
+    Raises ValueError where the page lacks a section or has a section twice.
     """
     for name, make in SECTIONS.items():
         start, end = f"<!-- generated: {name} -->", "<!-- end -->"

@@ -1,9 +1,9 @@
 """Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
 
 Each rule is a function that takes the evidence and returns a `Ruling` (why the attempt ends and what this means), or
-None where the rule does not match. `attempts.py` calls `judge` in every reconcile. The first ruling is recorded and
-mostly kept, because later evidence is often only its consequence. `reference.py` writes `RULES` as a table into
-docs/architecture.md.
+None where the rule does not match. While an attempt is current, `attempts.py` calls `judge` in every reconcile. The
+first ruling is recorded and mostly kept, because later evidence is often only a consequence of what happened first.
+`reference.py` writes `RULES` as a table into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune_operator.objects.observations import PodObservation
 
 
 def artifact_committed(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Succeeded where a result names the committed artifact."""
+    """Return the verdict Succeeded where a result names the committed artifact and no required score was missed."""
     result = evidence.artifact_result
     if result is None or result.artifact is None or result.outcome is Outcome.GATE_FAILED:
         return None
@@ -175,8 +175,9 @@ def node_lost(evidence: Evidence) -> Ruling | None:
 def pod_deleted(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where somebody deleted a pod before the first failure.
 
-    After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. In that
-    case the reason is that pods are missing, and the message names the missing pods as well.
+    After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. So where
+    recorded pods are missing, the ruling has the reason PodVanished or PodReplaced, and its message names the missing
+    pods.
     """
     pod = _disturbed(evidence, Disturbance.DELETED)
     if pod is None:
@@ -224,7 +225,7 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
 def node_refused(evidence: Evidence) -> Ruling | None:
     """Return the verdict Free where a node did not start a pod, or its kubelet killed the pod for the node's own sake.
 
-    The pods of the other workers then fail only because that pod is missing.
+    If the pods of other workers fail as well, their failures are a consequence of the missing pod.
     """
     pod = evidence.refused
     if pod is None:

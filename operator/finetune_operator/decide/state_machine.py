@@ -1,7 +1,7 @@
 """Decides what happens next to a job that has not ended: one state machine for the preflight check and all attempts.
 
-`reconcile.py` calls `decide` once for each reconcile. `attempts.py` holds the transitions of attempts, `preflight.py`
-those of the check that comes before attempt 1, and `states.py` the table of all transitions.
+`reconcile.py` calls `decide` once in each reconcile of such a job. `attempts.py` decides about attempts, and
+`preflight.py` about the check that comes before attempt 1. `states.py` has the table of all transitions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from finetune_operator.observe.observation import JobObservation
 
 
 def decide(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
-    """Return what to record and what to do next for a job with the stored status ``stored``, in view of ``seen``."""
+    """Return what to record and what to do next for a job.
+
+    ``stored`` is the job's stored status, and ``seen`` is what this reconcile has read.
+    """
     attempts = stored.attempts
     if attempts.current is not None:
         decision = during_attempt(attempts, attempts.current, seen)

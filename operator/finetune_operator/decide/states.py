@@ -1,8 +1,8 @@
 """The states of a job, and every transition between them that one reconcile may make.
 
-Each `Decision` of `state_machine.py` names the state of the job. tests/operator/test_job_states.py leads jobs through
-the whole reconciler and checks that they make only the transitions of the table `TRANSITIONS`. `reference.py` draws the
-diagram in docs/architecture.md from that table.
+Each `Decision` of `state_machine.py` names the state of the job. The test tests/operator/test_job_states.py runs jobs
+through the whole reconciler and checks that the jobs make only the transitions of the table `TRANSITIONS`.
+`reference.py` draws the diagram in docs/architecture.md from that table.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MEANINGS: Mapping[JobState, str] = {
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED})
 _STARTS = frozenset({JobState.CHECKING, JobState.OPENED, JobState.SUSPENDED, JobState.FAILED})
-"""States that may follow New, CleaningUp and Suspended. No attempt is current in these three states."""
+"""States that may follow New, CleaningUp and Suspended, three states in which no attempt is current."""
 _ENDS = frozenset({JobState.ENDING, JobState.CLEANING_UP, JobState.SUCCEEDED, JobState.FAILED})
 """States that may follow every state in which an attempt exists and goes on."""
 ATTEMPT_STATES = (JobState.OPENED, JobState.PENDING, JobState.RUNNING, JobState.HELD)

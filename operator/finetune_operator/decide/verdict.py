@@ -53,11 +53,11 @@ class Ruling:
     message: str
     """Sentence for people, for example "pod a-worker-0 was deleted"."""
     node: str = ""
-    """Name of the node on which the deciding pod ran; empty where no pod decided."""
+    """Name of the node of the pod that decided; empty where no pod decided or the pod had no node."""
     result: Result | None = None
-    """The trainer's result that names the committed artifact; None where the attempt ends without one."""
+    """The trainer's result that names the committed artifact; None where the attempt ends without an artifact."""
     ordered: bool = False
-    """Whether `runPolicy` ended the attempt. The attempt is closed at once, because no later evidence can matter."""
+    """Whether `runPolicy` ended the attempt. Such an attempt is closed at once, because no later evidence matters."""
 
 
 @dataclass(frozen=True, slots=True)

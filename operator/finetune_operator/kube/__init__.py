@@ -1,5 +1,6 @@
 """Access to the Kubernetes API server: the client with one method per request, the table of RBAC permissions, and the
 fencing that keeps a former leader from writing.
 
-Objects pass through here as dictionaries. Code that knows what their fields mean for a job belongs in `objects/`.
+Objects pass through here as dictionaries. Code that knows what the fields of an object mean for a job belongs in
+`objects/`.
 """

@@ -1,4 +1,4 @@
-"""What an answer of the API server that is no success means, and errors of requests as sentences."""
+"""What an error answer of the API server means to the operator, and the text of a failed request for a log line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ApiError(Exception):
 
     @property
     def is_name_taken(self) -> bool:
-        """Whether an object was not created because one of the same name exists: 409 with the reason AlreadyExists.
+        """Whether an object was not created because an object of that name exists: 409 with the reason AlreadyExists.
 
         No other 409 means that an object exists. A ResourceQuota that was changed meanwhile answers a creation with 409
         and the reason Conflict, and a webhook may answer 409 with any reason.
@@ -39,8 +39,9 @@ class ApiError(Exception):
     def is_conflict(self) -> bool:
         """Whether the answer is a 409 that does not mean that the name is taken.
 
-        The request changed nothing. Mostly somebody else has changed an object meanwhile: a precondition (uid,
-        resourceVersion) does not hold, or another request changed a quota. The caller reads anew and tries again.
+        The request changed nothing. The usual reason is that somebody else has changed an object meanwhile: a
+        precondition (uid, resourceVersion) does not hold, or another request changed a quota. The caller reads the
+        object anew and tries again.
         """
         return self.status == HTTPStatus.CONFLICT and not self.is_name_taken
 
@@ -51,7 +52,8 @@ class ApiError(Exception):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the object itself was refused, for example by a quota, a policy or a webhook.
+        """Whether the object itself was refused, for example by a quota, a policy or a webhook, or because a webhook
+        did not answer.
 
         Such a request would fail again if it were repeated at once.
         """
@@ -74,9 +76,10 @@ again later catches all of them."""
 
 
 def going_away(error: ApiError, kind: str, name: str) -> ApiError:
-    """Return the conflict to raise where an object was not created because one that is being deleted has its name.
+    """Return the error for an object that could not be created because an object of that name is being deleted.
 
-    ``error`` is the answer to the creation. The caller raises the conflict, so that the job is reconciled again soon.
+    ``error`` is the answer to the creation. The returned error is a conflict. The caller raises the conflict, so that
+    the job is reconciled again soon.
     """
     return ApiError(error.status, "Conflict", f"{kind} {name} was deleted while it was created")
 
@@ -87,7 +90,10 @@ def describe_error(error: Exception) -> str:
 
 
 def error_of(status: int, body: bytes) -> ApiError:
-    """Return the ApiError for an answer. Its ``body`` is a Status object or, from a proxy or webhook, plain text."""
+    """Return the ApiError for an answer with the HTTP status ``status``.
+
+    ``body`` is the answer's body: a Status object in JSON or, from a proxy or webhook, plain text.
+    """
     content = json_object(body)
     if content is not None:
         return ApiError(status, str(content.get("reason") or ""), str(content.get("message") or ""))
@@ -95,7 +101,7 @@ def error_of(status: int, body: bytes) -> ApiError:
 
 
 def json_object(body: bytes) -> Manifest | None:
-    """Return the JSON object in ``body``; None where it holds anything else, such as JSON that is nested too deep."""
+    """Return the JSON object in ``body``; None where ``body`` is no JSON object, or is nested too deep."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):

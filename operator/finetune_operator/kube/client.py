@@ -33,7 +33,7 @@ REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
 """Largest number of requests at the same time, so that a restart with many jobs does not flood the API server."""
 TRIES_IF_OVERLOADED: Final = 4
-"""How often a request is sent at most while the API server answers it with 429, because the server is overloaded."""
+"""Largest number of times that one request is sent while the API server answers it with 429 (too many requests)."""
 LIST_CHUNK: Final = 500
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 """Accept header that asks for a list with metadata only. A list of thousands of jobs with spec and status would have
@@ -43,7 +43,7 @@ METHODS: Final = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT"
 
 
 async def load_configuration(kubeconfig: Path | None) -> Any:
-    """Return the client configuration from the file ``kubeconfig``; where None, from the pod's service account."""
+    """Return the client configuration from the file ``kubeconfig``. None means the pod's service account."""
     configuration = kubernetes_client.Configuration()
     if kubeconfig is None:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
@@ -69,7 +69,8 @@ class KubeClient:
     def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
         """Keep ``configuration``, which `load_configuration` returned; no connection is opened yet.
 
-        ``fence`` is called right before every write. It must end the process if this process is no longer the leader.
+        The function ``fence`` is called right before every write, and must end the process if this process is no longer
+        the leader.
         """
         self._client = fenced_client(configuration, fence)
         self._limit = LoadLimit(time.monotonic)
@@ -83,7 +84,7 @@ class KubeClient:
         return await self._get_or_none(Permission.GET_JOB, key.namespace, key.name)
 
     async def list_jobs(self, namespace: str | None) -> AsyncIterator[ListedJob]:
-        """Yield all FineTuneJobs in ``namespace``; where None, in all namespaces. The list is paged."""
+        """Yield all FineTuneJobs in ``namespace``; None means all namespaces. The list is read page by page."""
         token = ""
         while True:
             query = {"limit": str(LIST_CHUNK)} | ({"continue": token} if token else {})
@@ -98,14 +99,14 @@ class KubeClient:
                 return
 
     async def apply_status(self, key: Key, resource_version: str, status: Manifest) -> str:
-        """Replace the status of the job by server-side apply, and return the resourceVersion that the job has then.
+        """Replace the status of the job ``key`` by ``status``, and return the resourceVersion that the job has then.
 
-        The resourceVersion stays the same where the status does not differ from the stored one. Raises ApiError (409)
-        where the job's resourceVersion is no longer ``resource_version``.
+        The status is written by server-side apply. The resourceVersion stays the same where ``status`` equals the
+        stored status. Raises ApiError (409) where the job's resourceVersion is no longer ``resource_version``.
 
-        The API server can't apply anything to an object of which a stored field has another type than in the CRD. An
-        older version of the CRD may have accepted the field. The status is then replaced by a patch, which does not
-        keep the conditions of other field managers.
+        The API server can't apply anything to an object of which a stored field has another type than in the CRD. Such
+        a field may come from the time of another version of the CRD. The status is then replaced by a JSON patch, which
+        does not keep the conditions of other field managers.
         """
         try:
             return await self._apply_status(key, resource_version, status)
@@ -152,9 +153,10 @@ class KubeClient:
         return await self._create(Permission.CREATE_CHILD, manifest)
 
     async def delete_child(self, namespace: str, name: str, uid: str) -> None:
-        """Delete the PyTorchJob with this ``uid``; the garbage collector deletes its pods later.
+        """Delete the PyTorchJob ``namespace/name`` if it has this ``uid``.
 
-        A PyTorchJob that does not exist any more is no error. Raises ApiError (409) where another one has its name.
+        The garbage collector deletes the pods of the PyTorchJob later. A PyTorchJob that does not exist any more is no
+        error. Raises ApiError (409) where the PyTorchJob of this name has another uid.
         """
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         await self._delete(Permission.DELETE_CHILD, namespace, name, body)
@@ -168,9 +170,10 @@ class KubeClient:
         return await self._create(Permission.CREATE_CONFIG_MAP, manifest)
 
     async def delete_config_map(self, namespace: str, name: str, uid: str) -> None:
-        """Delete the ConfigMap with this ``uid``. A ConfigMap that does not exist any more is no error.
+        """Delete the ConfigMap ``namespace/name`` if it has this ``uid``.
 
-        Raises ApiError (409) where another ConfigMap has its name.
+        A ConfigMap that does not exist any more is no error. Raises ApiError (409) where the ConfigMap of this name has
+        another uid.
         """
         await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {"preconditions": {"uid": uid}})
 
@@ -183,7 +186,11 @@ class KubeClient:
         return await self._create(Permission.CREATE_NETWORK_POLICY, manifest)
 
     async def delete_network_policy(self, namespace: str, name: str, uid: str) -> None:
-        """Delete the NetworkPolicy with this ``uid``. A NetworkPolicy that does not exist any more is no error."""
+        """Delete the NetworkPolicy ``namespace/name`` if it has this ``uid``.
+
+        A NetworkPolicy that does not exist any more is no error. Raises ApiError (409) where the NetworkPolicy of this
+        name has another uid.
+        """
         await self._delete(Permission.DELETE_NETWORK_POLICY, namespace, name, {"preconditions": {"uid": uid}})
 
     async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
@@ -200,16 +207,17 @@ class KubeClient:
         return await self._create(Permission.CREATE_POD, manifest)
 
     async def delete_pod(self, namespace: str, name: str, uid: str) -> bool:
-        """Delete the pod with this ``uid``; return False where it does not exist any more.
+        """Delete the pod ``namespace/name`` if it has this ``uid``; return False where no pod of this name exists.
 
-        Raises ApiError (409) where another pod has its name.
+        Raises ApiError (409) where the pod of this name has another uid.
         """
         return await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
 
     async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
-        """Set ``annotations`` on the pod with this ``uid``.
+        """Set ``annotations`` on the pod ``namespace/name`` if it has this ``uid``.
 
         The patch goes to the pod's `status` subresource, so that the operator needs no permission to change pod specs.
+        Raises ApiError (404) where no pod of this name exists, and ApiError (409) where the pod has another uid.
         """
         await self._request(
             Permission.ANNOTATE_POD,
@@ -238,7 +246,7 @@ class KubeClient:
         return True
 
     async def review_token(self, token: str, audience: str) -> Manifest:
-        """Return `status` of a TokenReview of ``token`` for ``audience``."""
+        """Return the `status` of a TokenReview: what the API server says about ``token`` for ``audience``."""
         body = {
             "apiVersion": TOKEN_REVIEWS.api_version,
             "kind": "TokenReview",
@@ -257,7 +265,10 @@ class KubeClient:
         return await self._create(Permission.CREATE_CERTIFICATES, manifest)
 
     async def update_secret(self, manifest: Manifest) -> Manifest:
-        """Replace the operator's certificate Secret; raises ApiError (409) where its resourceVersion has changed."""
+        """Replace the operator's certificate Secret by ``manifest``, and return the new Secret.
+
+        Raises ApiError (409) where the Secret's resourceVersion differs from the resourceVersion in ``manifest``.
+        """
         return await self._update(Permission.UPDATE_CERTIFICATES, manifest)
 
     async def get_endpoint_slice(self, namespace: str, name: str) -> Manifest | None:
@@ -270,7 +281,10 @@ class KubeClient:
         return await self._request(Permission.CREATE_ENDPOINT_SLICE, namespace, body=manifest)
 
     async def update_endpoint_slice(self, manifest: Manifest) -> Manifest:
-        """Replace the EndpointSlice of the report Service; raises ApiError (409) where its resourceVersion changed."""
+        """Replace the EndpointSlice of the report Service by ``manifest``, and return the new EndpointSlice.
+
+        Raises ApiError (409) where the slice's resourceVersion differs from the resourceVersion in ``manifest``.
+        """
         return await self._update(Permission.UPDATE_ENDPOINT_SLICE, manifest)
 
     async def _create(self, permission: Permission, manifest: Manifest) -> Manifest:
@@ -290,13 +304,16 @@ class KubeClient:
             raise
 
     async def _delete(self, permission: Permission, namespace: str, name: str, body: Manifest) -> bool:
-        """Delete an object; return False where it does not exist any more."""
+        """Delete an object; return False where it does not exist any more.
+
+        ``body`` holds the options of the deletion, such as a precondition on the uid.
+        """
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
             # A 409 mostly means that the object is gone and a new object has its name, so that the uid precondition
-            # failed. It is raised nevertheless, because a 409 can also have other causes, and the next reconcile reads
-            # what exists.
+            # failed. The 409 is raised nevertheless, because it can also have other causes, and the next reconcile
+            # reads what exists.
             if not error.is_not_found:
                 raise
             return False
@@ -313,11 +330,12 @@ class KubeClient:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
-        """Send the request that ``permission`` names and return the decoded answer.
+        """Send the request that ``permission`` names and return the JSON object in the answer.
 
         No request is sent while the API server asks for a pause. A request that is answered with 429 was not carried
-        out, and is sent again after the pause, `TRIES_IF_OVERLOADED` times in all. Raises ValueError, and sends
-        nothing, where ``namespace`` or ``name`` is no possible name.
+        out, and is sent again after the pause, at most `TRIES_IF_OVERLOADED` times in all. Raises ApiError for any
+        answer that is not 2xx or is no JSON object. Raises ValueError, and sends nothing, where ``namespace`` or
+        ``name`` is no possible name.
         """
         rule = permission.value
         for tries_left in reversed(range(TRIES_IF_OVERLOADED)):

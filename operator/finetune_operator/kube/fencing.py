@@ -54,7 +54,10 @@ def fenced_client(configuration: Any, fence: Callable[[], None]) -> Any:
 
 
 def lease_client(configuration: Any) -> Any:
-    """Return an API client for the Lease. It has no fence, because a candidate writes the Lease to become leader."""
+    """Return an API client for the Lease.
+
+    This client has no fence, because a candidate that is not the leader writes the Lease to become the leader.
+    """
     client = ApiClient(configuration)
     client.rest_client = _ShortLivedConnections(_without_environment(configuration))
     return client

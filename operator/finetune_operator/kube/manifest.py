@@ -1,6 +1,6 @@
-"""The type `Manifest` of a Kubernetes object as a dictionary. The client and the modules that build objects share it.
+"""The type `Manifest` of a Kubernetes object as a dictionary, for the client and for the modules that build objects.
 
-It has a module of its own, so that pure modules can use the type without importing the client.
+The type has a module of its own, so that pure modules can use the type without importing the client.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of RBAC permissions that the operator needs: one entry for each verb on each resource.
 
-`client.py` names an entry of the table in each request. A test compares the table with the roles in the Helm chart,
-so that the chart grants exactly these permissions.
+`client.py` names an entry of the table in each request. kopf's watches and the leader election need the other entries.
+A test compares the table with the roles in the Helm chart, so that the chart grants exactly these permissions.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RoleScope(StrEnum):
     CLUSTER = "cluster"
     """A ClusterRole in every installation, because the resource is cluster-scoped."""
     DISCOVERY = "discovery"
-    """A ClusterRole on CRDs, granted only where all namespaces are served. With it kopf notices CRDs that are
-    installed later."""
+    """A ClusterRole on CRDs, granted only where all namespaces are served. With this permission kopf notices CRDs that
+    are installed later."""
     OWN = "own"
     """A rule in the Role of the operator's own namespace, limited to one object by `resourceNames`."""
     OWN_NEW = "own-new"

@@ -34,9 +34,10 @@ class Resource:
         """Return the request path of one object, or of the collection where ``name`` is None.
 
         Example: ``"/apis/kubeflow.org/v1/namespaces/team-a/pytorchjobs/viggo-1"``. ``namespace`` is None for a list
-        over all namespaces and for cluster-scoped resources.
+        over all namespaces and for cluster-scoped resources. ``subresource`` is for example ``"status"``; empty for the
+        object itself.
 
-        This is the only place that builds paths of the API server. Every segment is quoted, so that no text can lead
+        No other place builds the paths of `KubeClient`'s requests. Every segment is quoted, so that no text can lead
         the operator's credentials to another path. Raises ValueError where ``namespace`` or ``name`` can be no segment
         of a path at all.
         """
@@ -51,8 +52,8 @@ class Resource:
 def _segment(text: str) -> str:
     """Return ``text`` quoted as one segment of a path; raise ValueError for a text that is no segment even when quoted.
 
-    An empty segment would turn the path of an object into that of a collection, or that of a namespace into that of
-    all namespaces. Clients and servers resolve the segments "." and "..", even where their dots are quoted.
+    An empty segment would turn the path of an object into the path of a collection, or the path of a namespace into the
+    path of all namespaces. Clients and servers resolve the segments "." and "..", even where their dots are quoted.
     """
     if text in ("", ".", ".."):
         raise ValueError(f"{text!r} names no object of the API server")

@@ -1,7 +1,8 @@
-"""Makes all requests of a client wait while the API server asks for less load: by an answer 429, or by `Retry-After`.
+"""Makes all requests of a client wait while the API server asks for less load.
 
-`client.py` owns one `LoadLimit`. An overloaded API server answers some requests with 429. If only those requests
-waited, thousands of other jobs would keep asking.
+The API server asks for less load by an answer with 429, or by an answer with 503 and `Retry-After`. An overloaded API
+server gives such an answer to some requests only. If no other request waited, the reconciles of thousands of jobs would
+go on sending requests. `client.py` owns one `LoadLimit`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 DEFAULT_SECONDS: Final = 1.0
-"""Pause in seconds after a 429 that has no readable `Retry-After`."""
+"""Pause in seconds after a 429 without a readable `Retry-After`, and after a 503 whose `Retry-After` is unreadable."""
 MOST_SECONDS: Final = 300.0
 """Longest pause that is obeyed, so that a proxy with a wrong answer does not stop the operator for hours."""
 
 
 LONGEST_TEXT: Final = 64
-"""Longest `Retry-After` in characters that is read. A date has 29 characters."""
+"""Largest number of characters of a `Retry-After` that is read. A date has 29 characters."""
 
 
 def pause_seconds(status: int, headers: Mapping[str, str], now: datetime) -> float | None:
-    """Return for how many seconds the answer asks the client to send nothing; None where the answer does not ask.
+    """Return for how many seconds an answer asks the client to send nothing; None where the answer does not ask.
 
-    Every 429 asks for a pause; a 503 does if it has a `Retry-After`. The header's value is a number of seconds, or a
-    date as RFC 9110 allows.
+    The answer has the HTTP status ``status`` and the header fields ``headers``, and arrived at ``now``. Every 429 asks
+    for a pause; a 503 asks for a pause if it has a `Retry-After`. The value of `Retry-After` is a number of seconds, or
+    a date as RFC 9110 allows.
     """
     value = headers.get("Retry-After")
     if status != HTTPStatus.TOO_MANY_REQUESTS and (status != HTTPStatus.SERVICE_UNAVAILABLE or value is None):
@@ -60,7 +62,7 @@ class LoadLimit:
         self._until = 0.0
 
     async def wait(self) -> None:
-        """Return once no pause lasts any more. A pause that begins while this call waits is waited for as well."""
+        """Return once no pause lasts any more. A pause that begins while this call waits prolongs the wait."""
         while (left := self._until - self._clock()) > 0:
             await self._sleep(left)
 

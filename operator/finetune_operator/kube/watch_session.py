@@ -1,7 +1,7 @@
-"""The HTTP session of the watches, which kopf runs: kopf obeys every `Retry-After`, so it is given a bounded one.
+"""The HTTP session of the watches, which kopf runs. The session replaces `Retry-After` of a 429 by a bounded number.
 
-kopf would end with an error where a 429 has a date as its `Retry-After`, which RFC 9110 allows. It would send the
-request again without a pause where the value is 0, and would watch nothing for years where the value is huge.
+kopf itself would end with an error where the value is a date, which RFC 9110 allows. kopf would send the request again
+without a pause where the value is 0, and would watch nothing for years where the value is huge.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _BoundedResponse(aiohttp.ClientResponse):
 
     @property
     def headers(self) -> Any:
-        """The header fields of the answer, whose names have no upper or lower case."""
+        """The header fields of the answer, in a mapping whose keys ignore upper and lower case."""
         headers = super().headers
         if self.status != HTTPStatus.TOO_MANY_REQUESTS:
             return headers
@@ -37,10 +37,10 @@ class _BoundedResponse(aiohttp.ClientResponse):
 
 
 def watch_session(headers: Mapping[str, str], context: ssl.SSLContext) -> aiohttp.ClientSession:
-    """Return a session that sends ``headers`` with every request and connects with ``context``.
+    """Return a session that sends ``headers`` with every request and uses ``context`` for TLS.
 
-    The number of connections is not limited, because each watch keeps one. Proxy variables and `.netrc` are ignored, as
-    in the other requests of the operator.
+    The number of connections is not limited, because each watch keeps a connection open. Proxy variables and `.netrc`
+    are ignored, as in the other requests of the operator.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=context),

@@ -1,8 +1,8 @@
 """Builds the ConfigMap of an attempt: the run file that the trainer reads, the CA of the report server, and a nonce.
 
-The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates it before the child object. It is deleted
-right before the child or, where the child is gone already, before the next attempt gets its ConfigMap. `settled.py`
-removes the last ConfigMap of an ended job.
+The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates the ConfigMap before the child object, and
+deletes it right before the child or, where the child is gone already, before the next attempt gets its ConfigMap.
+`settled.py` removes the last ConfigMap of an ended job.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def build_config_map(
 ) -> Manifest:
     """Return the ConfigMap of an attempt.
 
-    It holds ``config`` as the run file, ``ca_bundle`` as a PEM file, and ``nonce``, a random text by which the pods of
-    the attempt recognise each other.
+    The ConfigMap holds ``config`` as the run file, ``ca_bundle`` as a PEM file, and ``nonce``, a random text by which
+    the pods of the attempt recognise each other.
     """
     return run_config_map(
         job,
@@ -41,7 +41,7 @@ def build_config_map(
 
 
 def run_config_map(job: FineTuneJob, *, name: str, labels: dict[str, str], data: dict[str, str]) -> Manifest:
-    """Return the manifest of an immutable ConfigMap that ``job`` owns."""
+    """Return the manifest of an immutable ConfigMap that ``job`` owns; ``data`` is its content by key."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

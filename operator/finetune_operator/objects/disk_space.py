@@ -1,6 +1,6 @@
-"""Builds the volumes on which a training pod writes files: the scratch folder and the volumes of `storage.cache`, with
-the request and limit of `ephemeral-storage` that belongs to them. The functions are pure, and `pod_template.py` calls
-them.
+"""Builds the volumes on which a training pod writes files: the scratch folder and the volumes of `storage.cache`. Also
+computes the request and the limit of `ephemeral-storage` for these volumes. The functions are pure, and
+`pod_template.py` calls them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ MODEL_CACHE_VOLUME: Final = "model-cache"
 MODEL_VOLUME: Final = "model"
 EPHEMERAL_STORAGE: Final = "ephemeral-storage"
 ROOM_BESIDE_SCRATCH = 2048 * MEBIBYTE
-"""Bytes of `ephemeral-storage` in addition to `resources.scratch.size`, for `/tmp` and the logs."""
+"""Bytes of `ephemeral-storage` for `/tmp` and the logs, in addition to those for the scratch folder."""
 
 
 def sizes_of_inputs(preflight: PreflightStatus | None) -> InputSizes | None:
-    """Return the sizes of model and data that the preflight check has found; None where it found none."""
+    """Return the sizes of model and data that the preflight check has recorded; None where it recorded no sizes.
+
+    ``preflight`` is the job's `status.preflight`.
+    """
     if preflight is None or preflight.model_bytes is None or preflight.data_bytes is None:
         return None
     return InputSizes(model_bytes=preflight.model_bytes, data_bytes=preflight.data_bytes)
 
 
 def disk_amounts(job: FineTuneJob, sizes: InputSizes | None) -> tuple[Manifest, Manifest]:
-    """Return the request and the limit of `ephemeral-storage` of the training container. ``sizes`` are those of model
-    and data, or None where nobody knows them. Without a limit the second mapping is empty."""
+    """Return the request and the limit of `ephemeral-storage` of the training container, as two mappings.
+
+    ``sizes`` are the sizes of model and data; None where they are not known. Without a limit the second mapping is
+    empty.
+    """
     scratch = job.spec.resources.scratch
     if scratch is not None:
         on_node = to_bytes(scratch.size) if scratch.storage_class_name is None else 0
@@ -46,8 +52,10 @@ def disk_amounts(job: FineTuneJob, sizes: InputSizes | None) -> tuple[Manifest, 
 
 
 def disk_volumes(job: FineTuneJob, sizes: InputSizes | None) -> list[Manifest]:
-    """Return the volumes for the scratch folder and for `storage.cache`. ``sizes`` are those of model and data, or None
-    where nobody knows them."""
+    """Return the volumes for the scratch folder and for `storage.cache`.
+
+    ``sizes`` are the sizes of model and data; None where they are not known.
+    """
     scratch, cache = job.spec.resources.scratch, job.spec.storage.cache
     volumes: list[Manifest] = []
     if scratch is None:
@@ -76,7 +84,7 @@ def cache_mounts(job: FineTuneJob) -> list[Manifest]:
 
 
 def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
-    """Return the scratch space that follows from ``sizes``, or None without them."""
+    """Return the scratch space that the job needs, computed from ``sizes``; None where ``sizes`` is None."""
     if sizes is None:
         return None
     spec = job.spec
@@ -92,7 +100,7 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
 
 
 def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifest:
-    """Return a volume that Kubernetes makes for the pod and deletes with it."""
+    """Return a generic ephemeral volume: Kubernetes creates and deletes the volume together with the pod."""
     claim: Manifest = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": str(size)}}}
     if storage_class is not None:
         claim["storageClassName"] = storage_class
@@ -100,6 +108,6 @@ def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifes
 
 
 def _quantity(amount: int) -> str:
-    """Return ``amount`` bytes as a quantity in GiB, or in MiB where it is no whole number of GiB."""
+    """Return ``amount`` bytes, rounded up to whole MiB, as a quantity such as "5Gi" or "5121Mi"."""
     mebibytes = -(-amount // MEBIBYTE)
     return f"{mebibytes // 1024}Gi" if mebibytes % 1024 == 0 else f"{mebibytes}Mi"

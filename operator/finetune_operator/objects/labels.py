@@ -1,6 +1,6 @@
 """Labels, annotations and owner references of the objects that the operator creates.
 
-The builders in `objects/` set the labels. `watches.py` reads them to find the job to which a watched object belongs.
+The builders in `objects/` set the labels. `watches.py` finds the job to which a watched object belongs by its labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Builds the NetworkPolicy of an attempt: only pods of the same attempt may open connections to its pods.
 
-The ranks of an attempt talk to each other in clear text, and gloo and NCCL accept any connection. The policy is
-owned by the job. `act/network_policies.py` creates and deletes it together with the attempt's ConfigMap.
+The policy is needed because the ranks of an attempt talk to each other in clear text, and gloo and NCCL accept any
+connection. The job owns the policy. `act/network_policies.py` creates and deletes the policy together with the
+attempt's ConfigMap.
 """
 
 from __future__ import annotations

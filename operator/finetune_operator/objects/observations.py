@@ -47,8 +47,8 @@ sums with a duration and conversions to another time zone stay within the range 
 NUMBER_DIGITS = 19
 """Largest number of digits of a text that is read as a whole number. No number of the Kubernetes API has more."""
 LONGEST_GRACE_SECONDS = 10 * 365 * 24 * 3600
-"""Longest grace period in seconds that is taken as true. Anybody may delete their own pod with a grace period of a
-trillion seconds, and a datetime that lies so long before the end of that period does not exist."""
+"""Longest grace period in seconds that the operator believes. Anybody may delete their own pod with a grace period of a
+trillion seconds, and the subtraction of so many seconds would leave the range of datetime."""
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
 process when containerd starts. The kubelet writes ContainerStatusUnknown (137) for a container that its runtime no
@@ -93,7 +93,10 @@ class ContainerObservation:
 
     @property
     def result(self) -> Result | None:
-        """The result that the trainer wrote as termination message; None where there is none or the container runs."""
+        """The result that the trainer wrote as termination message.
+
+        None where the container has not ended, or where the termination message is no result.
+        """
         return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
 
 
@@ -163,7 +166,7 @@ class ChildObservation:
     """Whether the child is suspended, for example by Kueue. Right after a resume this is still True, until the
     backend's controller has acted on the resume."""
     resumed_at: datetime | None = None
-    """When the backend last resumed the child after a suspension."""
+    """When the backend last resumed the child after a suspension; None where the child was never resumed."""
     failed_at: datetime | None = None
     replicas: int
     """Number of workers in the child's spec."""

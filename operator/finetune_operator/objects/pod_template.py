@@ -1,8 +1,8 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
 The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
-for reports and, with `storage.identity`, one for the object store. The writable folders are emptyDirs, what
-`disk_space.py` makes of `resources.scratch` and `storage.cache`, and volumes in `podTemplate`.
+for reports and, with `storage.identity`, one for the object store. The writable folders are emptyDirs, the volumes that
+`disk_space.py` builds for `resources.scratch` and `storage.cache`, and writable volumes of `podTemplate`.
 Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
 `pod_template`.
 """
@@ -75,8 +75,7 @@ SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """The values from which, together with the job, the child object, ConfigMap and NetworkPolicy of an attempt are
-    built."""
+    """What the builders of an attempt's child object, ConfigMap and NetworkPolicy need to know besides the job."""
 
     number: int
     """Number of the attempt, from 1."""
@@ -88,7 +87,8 @@ class AttemptSpec:
     avoided_nodes: tuple[str, ...] = ()
     """Names of nodes on which the scheduler is to place the pods only where no other node can take them."""
     sizes: InputSizes | None = None
-    """Sizes of model and data, by which scratch space is requested. None where the preflight check did not tell."""
+    """Sizes of model and data, from which the scratch space is computed. None where the preflight check did not record
+    these sizes."""
 
 
 def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -213,8 +213,9 @@ def _node_selector(job: FineTuneJob) -> dict[str, str]:
 def _affinity(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty without either.
 
-    The nodes are named by their object name, because the label `kubernetes.io/hostname` of a node may differ from it.
-    A requirement on a field takes one value only, so each node has a requirement, and all must hold.
+    The nodes are named by `metadata.name`, because the label `kubernetes.io/hostname` of a node may differ from the
+    node's name. A requirement on a field takes one value only. So the preference has one requirement for each avoided
+    node, and a node is preferred if it meets all of them.
     """
     template = job.spec.pod_template
     affinity: Manifest = template.affinity.to_json() if template.affinity is not None else {}

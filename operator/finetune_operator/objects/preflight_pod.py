@@ -33,9 +33,9 @@ RESOURCES = {
 the model take 750 MiB, and 300 MiB of that are mapped files of torch. The limit leaves room for a large tokenizer. On
 disk the pod has the small files of the model, the headers of its weight files and the first rows of the data files."""
 PREFLIGHT_GRACE_SECONDS = 2
-"""terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
+"""terminationGracePeriodSeconds of the preflight pod. This time is short, because the pod has no checkpoint to save."""
 PREFLIGHT_POD_SECONDS = 1800
-"""activeDeadlineSeconds of the preflight pod; the time to pull its image counts too. This deadline ends the pod even
+"""activeDeadlineSeconds of the preflight pod; the time to pull the image counts too. The deadline ends the pod even
 while no operator works. A working operator ends a long check much earlier (`decide/preflight.py`)."""
 GPU_TOLERATION = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
 """The toleration that the admission plugin ExtendedResourceToleration gives to pods that ask for GPUs. The preflight
@@ -46,7 +46,7 @@ ONLY_FOR_TRAINING = (REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreflightSpec:
-    """The values from which, together with the job, a preflight pod and its ConfigMap are built."""
+    """What the builders of a preflight pod and its ConfigMap need to know besides the job."""
 
     number: int
     """Number of the try, from 1."""
@@ -58,9 +58,9 @@ class PreflightSpec:
 def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     """Return the pod of one try of the preflight check.
 
-    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. Neither GPUs nor `gpuProduct` are asked
-    for, because no GPU is to be held while the job is checked. Volumes that would be made for the pod are left out too,
-    because the check has little to write.
+    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. No GPU and no `gpuProduct` is asked for,
+    because no GPU is to be held while the job is checked. The ephemeral volumes of `resources.scratch` and
+    `storage.cache` are left out too, because the check has little to write.
     """
     resources, storage = job.spec.resources, job.spec.storage
     is_for_each_pod = storage.cache is not None and storage.cache.ephemeral is not None
@@ -109,9 +109,10 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
 
 
 def _is_bound_to_gpu_nodes(job: FineTuneJob) -> bool:
-    """Return whether the pod may have to run on a node with GPUs, because of labels or of a volume of that node.
+    """Return whether the preflight pod of a job with GPUs may have to run on a node with GPUs.
 
-    Nodes with GPUs often have a taint that keeps away pods which ask for none.
+    The reason may be `podTemplate`'s node selector or required node affinity, or a volume that exists only on such a
+    node. Nodes with GPUs often have a taint that keeps away pods which ask for no GPU.
     """
     template = job.spec.pod_template
     nodes = template.affinity.node_affinity if template.affinity is not None else None

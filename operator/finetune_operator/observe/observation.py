@@ -18,15 +18,15 @@ class PreflightObservation:
     """What was read for the preflight check, which runs before attempt 1."""
 
     enabled: bool = False
-    """Whether the job is to be checked, by `runPolicy.preflight` or, if that is absent, by the operator's default."""
+    """Whether the job is to be checked. `runPolicy.preflight` decides or, if it is absent, the operator's default."""
     pods: Sequence[PodObservation] = ()
-    """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
+    """Preflight pods of the job. The `index` of each of these pods is the number of the try, counted from 1."""
     problem: str = ""
     """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
     """`metadata.uid` of the job, which distinguishes the job's own run from the run of a former job."""
     chosen_run_id: str = ""
-    """`storage.runId`; empty where it is absent."""
+    """`storage.runId`; empty where the field is absent, or where this version can't read the spec."""
     runs_folder: str = ""
     """`s3://` address of the folder that holds the folders of all jobs of this name. Empty where this version can not
     read the spec."""
@@ -47,9 +47,9 @@ class JobObservation:
     """Uid of the current attempt's child as the status records it. Empty between two attempts, and where no child was
     seen yet."""
     pods: Sequence[PodObservation]
-    """All pods of the job that still exist, of whichever attempt."""
+    """The pods of all attempts of the job that still exist. Preflight pods are in `preflight`."""
     undeletable: frozenset[str] = frozenset()
-    """Uids of pods whose child is gone and whose deletion the API server has refused. They are not waited for."""
+    """Uids of pods whose child is gone and whose deletion the API server has refused. Nothing waits for such pods."""
     checkpoints: Sequence[CheckpointStatus]
     """Committed checkpoints as the stored status lists them, oldest first."""
     usage: UsageStatus

@@ -1,7 +1,7 @@
 """Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
 
-`reconcile.py` calls `Observer.observe` once for each reconcile. The observer also stores in memory which pods may send
-reports, so that the report server can refuse reports of other pods.
+`reconcile.py` calls `Observer.observe` once in each reconcile of a job that has not ended. The observer also stores in
+memory which pods may send reports, so that the report server can refuse reports of other pods.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Observer:
         # answers 409 to the creation of the child.
         child = found if found is not None and found.owner_uid == job.uid else None
         if child is not None and child.finished and not any(pod.ended for pod in pods):
-            # The pods are read again, because the child ended between the two reads and the first pods do not show why.
+            # The pods are read again. The child ended between the two reads, so the pods of the first read do not show
+            # why.
             pods = pods_of_attempts(await self._list_pods(job), job, self._backend, found)
         pods = self._with_start_errors(job, pods)
         self._expect_reports(job, pods)
@@ -92,8 +93,8 @@ class Observer:
     async def count_attempts(self, job: StoredJob) -> StoredJob:
         """Return ``job`` with `status.attempts.started` raised to the highest attempt number that its objects show.
 
-        Used where an order to cancel or suspend is to be obeyed although the attempts in the status can't be read. With
-        the number, the operator finds the pods that the order ends.
+        `reconcile.py` calls this method where an order to cancel or suspend is to be obeyed although the attempts in
+        the status can't be read. With the number, the operator finds the pods that the order ends.
         """
         pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         started = max(job.status.attempts.started, newest_attempt(pods, job, self._backend))
@@ -125,7 +126,7 @@ class Observer:
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem
         if problem is not None and problem.reason is Reason.BAD_INPUT:
-            problem = None  # it lay in the spec or in the status, and this reconcile can read both
+            problem = None  # the problem was in the spec or in the status, and this reconcile can read both
         return PreflightObservation(
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,
@@ -136,9 +137,9 @@ class Observer:
         )
 
     def _with_start_errors(self, job: StoredJob, pods: Sequence[PodObservation]) -> list[PodObservation]:
-        """Return ``pods`` with the seconds for which each has waited with an error of its container runtime.
+        """Return ``pods`` with the seconds for which each pod has waited with an error of its container runtime.
 
-        A pod's status does not contain this time, so it is measured here. After a restart of the operator the
+        The status of a pod does not contain this time, so the operator measures it. After a restart of the operator the
         measurement starts at 0.
         """
         now, known = self._clock(), job.memory.start_errors
@@ -150,7 +151,7 @@ class Observer:
         ]
 
     def _expect_reports(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Store in memory which pods may send reports: those of the newest attempt.
+        """Store in memory which pods may send reports: the pods of the newest attempt.
 
         The pods of an attempt that has ended may report until no pod is left, because they may still save a checkpoint.
         """
@@ -167,8 +168,9 @@ class Observer:
 def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:
     """Return, as a sentence, what the attempt waits for.
 
-    The sentence is made from the attempt's pods. Where there are none, or where the job is not accepted, it is the
-    message of a stored condition. Empty where no condition has a message.
+    The sentence is made from the attempt's pods. Where the attempt has no pods, or where the job is not accepted, the
+    result is the message of the stored condition `Accepted` or else `Running`, if that condition is False. The result
+    is empty where there is no such message.
     """
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]

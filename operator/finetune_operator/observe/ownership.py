@@ -1,7 +1,7 @@
 """Finds out which of the pods with a job's labels are the job's own, because anybody may copy labels.
 
-Pure functions on what the API server has sent. `observer.py` calls them, so that no other pod changes a decision, adds
-to the used GPU time, may report, or is deleted.
+Pure functions on what the API server has sent. `observer.py`, `settled.py` and `act/preflight_objects.py` call these
+functions, so that no other pod changes a decision, adds to the used GPU time, may report, or is deleted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def pods_of_attempts(
     A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
     is the child of the attempt. Where the status records the uid of that child, the controller must have this uid.
     Otherwise the controller's name decides, because the name of a child contains a digest of the job's uid. ``found``
-    is the object that now has the name of the newest child. Where ``found`` has another owner than the job, its pods do
-    not belong to the job.
+    is the object that now has the name of the newest child; None where no object has this name. Where ``found`` has
+    another owner than the job, the pods of ``found`` do not belong to the job.
 
     A pod without a controller belongs to its attempt where the status records the uid of the pod: somebody deleted the
     child and kept its pods (`--cascade=orphan`).
@@ -51,8 +51,9 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
 def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> list[PodObservation]:
     """Return the pods in ``manifests`` that the last attempt of ``job``, which has ended, left without an owner.
 
-    The status of an ended job records no pods any more. So a pod counts if it has the name of a pod of that attempt,
-    which contains a digest of the job's uid, and if it was created before the job ended.
+    The status of an ended job records no pods any more. So a pod counts if its name is the name of a pod of that
+    attempt and it was created before the job ended. Such a name contains a digest of the job's uid. Pods that are being
+    deleted already are left out.
     """
     ended, started = job.ended_at, job.status.attempts.started
     child = attempt_name(job.key.name, job.uid, started)
@@ -110,7 +111,7 @@ def _recorded_child(status: FineTuneJobStatus, attempt: int) -> str:
 
 
 def _recorded_pods(status: FineTuneJobStatus) -> set[str]:
-    """Return the uids of all pods that the status records: those of the current attempt, and those that hold GPUs."""
+    """Return the uids of all pods that the status records: pods of the current attempt, and pods that hold GPUs."""
     current = status.attempts.current
     holders = status.usage.holders if status.usage is not None else []
     return {*holders, *(record.uid for record in (current.pods if current is not None else []))}

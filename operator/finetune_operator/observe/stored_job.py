@@ -82,11 +82,12 @@ class StoredJob:
 
     @property
     def left_alone(self) -> dict[str, Any]:
-        """The fields of the status that could be read only in part, with the values that could be read.
+        """The fields of the status that could be read only in part, by name, with the values that could be read.
 
-        The operator leaves them as they are stored, because the installed CRD gives them another shape. Fields in
-        `_ALWAYS` are not among them, because they are always written. Nor are fields in `_BOOKKEEPING`: a job whose
-        bookkeeping can't be read is changed only by an order to cancel or suspend, which writes these fields.
+        The operator leaves these fields as they are stored, because the installed CRD gives them another shape. Fields
+        in `_ALWAYS` are excepted, because they are always written. Fields in `_BOOKKEEPING` are excepted as well: a job
+        whose bookkeeping can't be read is changed only by an order to cancel or suspend, and then these fields are
+        written.
         """
         names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
         return {name: getattr(self.status, name) for name in names}
@@ -98,7 +99,8 @@ class StoredJob:
 
     @cached_property
     def policy(self) -> RunPolicySpec:
-        """`spec.runPolicy`, read by itself, so that its orders and deadlines hold where nothing else can be read."""
+        """`spec.runPolicy`, read apart from the rest of the spec. So the orders and deadlines of `runPolicy` hold even
+        where this version can't read the rest."""
         return self._section("runPolicy", RunPolicySpec)
 
     @cached_property
@@ -135,7 +137,8 @@ class ParsedJob(StoredJob):
 
 
 def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
-    """Return the stored job. Values of its status that this version can't read are left out, and listed in `unread`."""
+    """Return the job ``key`` as ``manifest`` stores it. Values of the status that this version can't read are left out,
+    and their paths are listed in `unread`."""
     now = now.replace(microsecond=0)
     status, unread = read_section(FineTuneJobStatus, manifest.get("status") or {}, now)
     status = status.model_copy(update={"attempts": _counted(status.attempts)})
@@ -148,7 +151,11 @@ def _field_of(path: str) -> str:
 
 
 def _is_bookkeeping(path: str) -> bool:
-    """Return whether ``path`` leads to a field in `_BOOKKEEPING`, or to a condition whose type or status is unread."""
+    """Return whether the unread value at ``path`` is needed for decisions.
+
+    Decisions need the fields in `_BOOKKEEPING`, the list of conditions, each condition in it, and the type and the
+    status of each condition.
+    """
     decisive = path.endswith(("]", ".type", ".status")) or path == "conditions"
     return _field_of(path) in _BOOKKEEPING or (_field_of(path) == "conditions" and decisive)
 
@@ -156,8 +163,9 @@ def _is_bookkeeping(path: str) -> bool:
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
     """Return ``attempts`` with counts that are at least as large as its list of attempts shows.
 
-    Pod records without a uid are removed, because each would look like a pod that vanished. Another version may have
-    left out counts and uids. Counts matter, because no second attempt may get a number that is used already.
+    Another version of the operator may have left out counts and uids. The counts are corrected, because no second
+    attempt may get a number that is used already. Pod records without a uid are removed, because each would look like a
+    pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:

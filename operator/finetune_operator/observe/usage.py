@@ -1,7 +1,7 @@
 """Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
 
-`usage_until` is a pure function of the stored count and of the times that the pods themselves carry, so that the result
-does not depend on how often the operator reconciles the job. `observer.py` calls it.
+`usage_until` is a pure function of the stored count and of the times in the status of the pods, so that the result does
+not depend on how often the operator reconciles the job. `observer.py` calls `usage_until`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def usage_until(
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
-    # The clock of the leader before may have been ahead. Time that it has counted already is not counted a second time.
+    # The clock of the previous leader may have been ahead. Time that the previous leader has counted is not counted
+    # again.
     now = now if since is None else max(now, since)
     held = [span for pod in pods if (span := _uncounted(pod.scheduled_at, _end(pod, now), since))]
     ran = [span for pod in pods if (span := _uncounted(_started_at(pod), _end(pod, now), since))]
@@ -49,8 +50,9 @@ def usage_until(
 def _started_at(pod: PodObservation) -> datetime | None:
     """Return when the training container began to run; None where it never ran.
 
-    For a container that its runtime could not start, the kubelet gives a start in the year 1970, which is left out.
-    A start before the pod was created, or bound to its node, comes from a node whose clock is behind.
+    The result is None also for a container that its runtime could not start, for which the kubelet gives a start in the
+    year 1970. A start before the pod was created, or bound to its node, comes from a node whose clock is behind; the
+    time of the binding or creation is then returned.
     """
     if pod.container is None or pod.container.started_at is None or pod.container.never_ran:
         return None
@@ -60,9 +62,9 @@ def _started_at(pod: PodObservation) -> datetime | None:
 def _end(pod: PodObservation, now: datetime) -> datetime:
     """Return until when the pod counts as using its GPUs: the end of its training container, or else ``now``.
 
-    An end after ``now`` comes from a node whose clock is ahead. It counts as ``now``, because the time until that end
-    would otherwise be counted again by every call. A pod that is being deleted counts at most until its grace period
-    ends, because its kubelet may be dead.
+    An end after ``now`` comes from a node whose clock is ahead. Such an end counts as ``now``, because the time until
+    that end would otherwise be counted again by every call. A pod that is being deleted counts at most until its grace
+    period ends, because its kubelet may be dead.
     """
     if pod.ended:
         return min(now, pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at)
@@ -70,7 +72,10 @@ def _end(pod: PodObservation, now: datetime) -> datetime:
 
 
 def _uncounted(start: datetime | None, end: datetime, since: datetime | None) -> Span | None:
-    """Return the part of the time from ``start`` to ``end`` that lies after ``since``; None where that is empty."""
+    """Return the part of the time from ``start`` to ``end`` that lies after ``since``; None where this part is empty.
+
+    ``start`` is None for a time that has not begun; ``since`` is None where the whole time is uncounted.
+    """
     if start is None:
         return None
     start = max(start, since) if since is not None else start

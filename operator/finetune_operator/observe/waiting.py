@@ -16,7 +16,7 @@ _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIm
 def why_pod_waits(pod: PodObservation, warning: str) -> str:
     """Return why ``pod`` does not run; empty where the reason is not known.
 
-    ``warning`` is the newest warning event about a pod that waits, or empty.
+    ``warning`` is the newest warning event about a pod of the job that waits; it may be empty.
     """
     if pod.unschedulable:
         return pod.unschedulable
@@ -35,7 +35,8 @@ def why_pod_waits(pod: PodObservation, warning: str) -> str:
 def why_attempt_waits(pods: Sequence[PodObservation], nodes: int, warning: str) -> str:
     """Return, as one sentence, what an attempt waits for: pods that do not run yet, or the first report.
 
-    The attempt needs ``nodes`` pods and has ``pods``. ``warning`` is the newest warning event about them, or empty.
+    The attempt needs ``nodes`` pods and has ``pods``. ``warning`` is the newest warning event about these pods or,
+    without pods, about the child object; it may be empty.
     """
     if not pods:
         return warning or messages.NO_PODS

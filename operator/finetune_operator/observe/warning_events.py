@@ -1,8 +1,8 @@
 """Reads Kubernetes' warning events about pods that do not start.
 
 Some causes appear in these events only, such as a Secret that can't be mounted or a quota that is used up.
-`observer.py` calls `WarningReader` in every reconcile. The newest warning is kept in `JobMemory.hint` and becomes part
-of the messages of the job's conditions.
+`observer.py` calls `WarningReader` in every reconcile of a job that has not ended. The newest warning is kept in
+`JobMemory.hint` and becomes part of the messages of the job's conditions.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class WarningReader:
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        The hint is emptied where no attempt is current, and where the attempt runs, is ending, has a suspended child,
-        or was recorded just now.
+        The hint is emptied where no attempt is current, and where the attempt trains, is ending, has a suspended child,
+        has pods of which none waits to start, or was recorded just now.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended

@@ -28,16 +28,19 @@ TLS_BUFFER_BYTES: Final = 8 * 1024
 """Size of the buffer in which asyncio receives the data of a TLS connection, also of the operator's own connections to
 the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
 SEND_BUFFER_BYTES: Final = 64 * 1024
-"""Size of the buffer in which the kernel keeps what a client has not received yet; the kernel takes twice as much.
+"""Size of the buffer in which the kernel keeps what a client has not received yet. The kernel reserves twice this size.
 Without a fixed size the buffer would grow to several megabytes for a client that does not read, and would count as
 memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
-"""Time in seconds within which a client must answer the end of a TLS connection. Then the connection is closed."""
+"""Time in seconds within which a client must answer the end of a TLS connection. After this time the connection is
+closed without the answer."""
 FILES_LEFT: Final = 512
-"""Number of files that are left to the process besides the connections of one server: half of them for the connections
-of the other server, and half for the process itself, for example for its connections to the API server."""
+"""Number of file descriptors that the connections of one server leave to the rest of the process. The report server
+thus leaves half of this number to the health server, and half to the process itself, for example for its connections to
+the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
-"""Seconds to wait before connections are accepted again, after the system lacked a file or memory for a connection."""
+"""Seconds to wait before connections are accepted again, after the system lacked a file descriptor or memory for a
+connection."""
 BACKLOG: Final = 128
 _ALL: Final = "all"
 """Key of the one token bucket that limits the new connections of all addresses together."""
@@ -98,7 +101,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, inner: asyncio.Protocol, client: str, limits: ConnectionLimits, listener: Listener) -> None:
         """Hand data to ``inner``, the HTTP protocol. ``client`` is what `client_of` returns for the client's address.
 
-        asyncio limits the time of the TLS handshake; the other deadlines are those of ``limits``.
+        asyncio ends a TLS handshake that takes too long. This class ends the connection at the other deadlines of
+        ``limits``. The connection informs ``listener`` whether it is busy, idle or lost.
         """
         self.client = client
         self.task: asyncio.Task[None] | None = None
@@ -122,7 +126,8 @@ class Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of the header and of the whole request, and hand the data on."""
+        """Count the bytes of the header and of the whole request, and hand the data on. Above a limit, end the
+        connection."""
         if not self._begun:
             self._begun = True
             self._end_after(self._limits.header_seconds)
@@ -136,8 +141,9 @@ class Connection(asyncio.Protocol):
     def _header_bytes(self, data: bytes) -> int:
         """Return how many bytes of ``data`` belong to the header of a request; note where the header ends.
 
-        Once the header has ended, the number of bytes before ``data`` is returned as a negative number, so that the sum
-        of both, which the caller checks, is 0.
+        The caller adds the number of bytes that were received before ``data`` to the result, and compares the sum with
+        the limit of a header. Once the header has ended, the result is the negative of that number, so that the sum is
+        0.
         """
         if not self._in_header:
             return -self._received
@@ -188,8 +194,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         elif self.task is not None:
-            # The task takes its first step before it is cancelled. Otherwise its socket would stay open until the next
-            # full garbage collection.
+            # The task takes its first step before it is cancelled. Otherwise the socket of the connection would stay
+            # open until the next full garbage collection.
             asyncio.get_running_loop().call_soon(self.task.cancel)
         self._listener.forget(self)
 
@@ -203,8 +209,9 @@ class Listener:
     """Accepts connections on one port within limits.
 
     Where a new connection would exceed the limit of its address, the connection of that address that has been idle for
-    longest is closed in its favour. Where it would exceed the limit of all addresses, the connection that has been idle
-    for longest of all is closed. Where no such connection is idle, the new connection is closed at once.
+    longest is closed. Where a new connection would exceed the limit of all addresses, the connection that has been idle
+    for longest of all is closed. Where no connection is idle that could be closed, the new connection is closed at
+    once.
     """
 
     def __init__(
@@ -213,7 +220,10 @@ class Listener:
         limits: ConnectionLimits,
         context: ssl.SSLContext | None,
     ) -> None:
-        """Speak the protocol that ``make_protocol`` makes for each connection, over TLS where ``context`` is given."""
+        """Prepare to accept connections, with TLS where ``context`` is given.
+
+        ``make_protocol`` returns a new HTTP protocol, to which a connection hands its data.
+        """
         if context is not None:
             # asyncio has no public setting for the size of the buffer in which it receives the data of a TLS
             # connection. By default the buffer has 256 KiB for each connection.
@@ -230,7 +240,7 @@ class Listener:
         self._handshakes = RateLimiter(limits.handshakes_per_second, 5 * limits.handshakes_per_second)
         self._by_client = RateLimiter(limits.per_address / 2, 2 * limits.per_address)
         self._clients: dict[str, dict[Connection, None]] = {}
-        self._idle: dict[Connection, None] = {}  # the one that has been idle for longest comes first
+        self._idle: dict[Connection, None] = {}  # the connection that has been idle for longest comes first
         self._count = 0
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,7 +255,7 @@ class Listener:
         return int(self._sockets[0].getsockname()[1])
 
     def start(self, port: int, address: str) -> None:
-        """Listen on ``port`` of ``address``; of all addresses of IPv4 and IPv6 where ``address`` is empty."""
+        """Listen on ``port`` of the IP address ``address``; an empty ``address`` means all IPv4 and IPv6 addresses."""
         self._sockets = [_listening(address, port)] if address else _listening_everywhere(port)
         for listening in self._sockets:
             self._keep(self._accept_forever(listening))
@@ -305,13 +315,16 @@ class Listener:
         connection.task = self._keep(self._connect(connection, accepted))
 
     def _make_room(self, client: str) -> bool:
-        """Return whether there is room for one more connection of ``client``, after closing an idle one if needed."""
+        """Return whether there is room for one more connection of ``client``. If needed, close an idle connection."""
         if len(self._clients.get(client, {})) >= self._limits.per_address:
             return _end_first(connection for connection in self._idle if connection.client == client)
         return self._count < self._most or _end_first(self._idle)
 
     async def _connect(self, connection: Connection, accepted: socket.socket) -> None:
-        """Do the TLS handshake. The client may break off at any time, which is no error of the server."""
+        """Do the TLS handshake, if the listener uses TLS, and connect ``connection`` with the socket ``accepted``.
+
+        The client may break off at any time, which is no error of the server.
+        """
         secure = self._context is not None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -354,7 +367,7 @@ def _listening(address: str, port: int) -> socket.socket:
 
 
 def _listening_everywhere(port: int) -> list[socket.socket]:
-    """Return a listening socket for IPv4, and one for IPv6 where this machine has IPv6."""
+    """Return a listening socket for IPv4, and a second socket for IPv6 where this machine has IPv6."""
     sockets = [_listening("0.0.0.0", port)]  # noqa: S104  (probes and Prometheus come from other machines)
     if socket.has_ipv6:
         with contextlib.suppress(OSError):  # the kernel has IPv6 switched off

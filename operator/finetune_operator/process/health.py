@@ -25,8 +25,8 @@ from finetune_operator.queue.work_queue import WorkQueue
 STALE_RESYNC_PERIODS = 3
 """Number of resync periods after which /healthz fails if the API server has sent nothing."""
 PIECE_BYTES = 32 * 1024
-"""Bytes of /metrics that are sent at once. Otherwise several megabytes would be copied for each client that does not
-read them."""
+"""Bytes of /metrics that are sent at once. If the whole text were sent at once, several megabytes would be copied for
+each client that does not read the text."""
 METRICS_SECONDS = 1.0
 """Shortest time in seconds between two renderings of /metrics, because a rendering takes half a second of CPU time with
 thousands of jobs. Requests in between get the text of the last rendering."""
@@ -36,7 +36,10 @@ class WatchActivity:
     """Records when the API server last sent something: a watch event, a list of jobs, or the Lease."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the start of the process as the last activity, so that /healthz succeeds at first."""
+        """Take the start of the process as the last activity, so that /healthz succeeds at first.
+
+        ``clock`` returns monotonic seconds.
+        """
         self._clock = clock
         self._last_activity = clock()
         self.ready = False
@@ -52,7 +55,7 @@ class WatchActivity:
         self.ready = True
 
     def started_leading(self) -> None:
-        """Record that this replica is now the leader. It is not ready until it has listed all jobs."""
+        """Record that this replica is now the leader, and so is not ready until it has listed all jobs."""
         self.event_received()
         self.ready = False
 
@@ -66,7 +69,7 @@ class WatchActivity:
         self.ready = self.ready or of_all_namespaces
 
     def last_namespace_refused(self) -> None:
-        """Record that the only namespaces without a list are deleted or forbidden, so that the leader is ready."""
+        """Record that the leader is ready, because all namespaces without a list of jobs are deleted or forbidden."""
         self.ready = True
 
     def age(self) -> float:
@@ -77,9 +80,10 @@ class WatchActivity:
 class HealthServer(HttpServer):
     """Serves /healthz, /readyz and /metrics."""
 
-    # Connections without TLS are cheap. Many are accepted in a second, because the kubelet restarts an operator whose
-    # probes get no connection. No limit of an address is stricter than that of all addresses together, because the
-    # kubelet shares its address with pods in the host's network and with those whose address is translated.
+    # Connections without TLS are cheap. Many connections are accepted in a second, because the kubelet restarts an
+    # operator whose probes get no connection. No limit on one address is stricter than the limit on all addresses
+    # together, because the kubelet shares its address with pods in the host's network and with pods whose address is
+    # translated.
     limits = ConnectionLimits(
         connections=256, per_address=2000, handshakes_per_second=1000.0, requests_per_second=1000.0
     )
@@ -133,8 +137,8 @@ class HealthServer(HttpServer):
         async with self._rendering:
             if self._clock() - self._rendered_at >= METRICS_SECONDS:
                 self._set_gauges()
-                # The text is rendered in a thread, because with thousands of jobs it would block the event loop for
-                # long.
+                # The text is rendered in a thread, because with thousands of jobs the rendering would block the event
+                # loop for long.
                 self._rendered = await asyncio.to_thread(self._metrics.render)
                 self._rendered_at = self._clock()
             text = self._rendered

@@ -23,13 +23,13 @@ LINE_BYTES: Final = 2048
 """Largest number of bytes of the first line of a request. The longest path to which a pod may send a report has fewer
 than 300 bytes."""
 HEADER_FIELD_BYTES: Final = 8190
-"""Largest number of bytes of one header field, such as the one with the token. The tokens of service accounts have one
-to three KiB."""
+"""Largest number of bytes of one header field, for example of Authorization, which holds the token. The tokens of
+service accounts have one to three KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
 """Bytes of a body that are read before the request's handler asks for them."""
 LINGER_SECONDS: Final = 2.0
-"""Seconds for which the body of a refused request is read and dropped, so that its client can read the answer."""
+"""Seconds for which the body of a refused request is read and dropped, so that the client can read the answer."""
 
 STOP_SECONDS: Final = 5.0
 """Longest time in seconds that the server waits for running requests when it stops."""
@@ -108,9 +108,9 @@ class HttpServer(ABC):
 
     @web.middleware
     async def _note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note the beginning and the end of the request, for the deadlines of its connection.
+        """Note the beginning and the end of the request, for the deadlines of the request's connection.
 
-        A request is answered with 429 where its client sends too many.
+        A request is answered with 429 where its client sends too many requests.
         """
         assert self._listener is not None, "start() comes first"
         connection = self._listener.by_transport.get(request.transport) if request.transport is not None else None

@@ -1,9 +1,9 @@
 """Prometheus metrics of the jobs, collected from the newest status of each job.
 
 `reconcile.py` and `status/writer.py` pass in the newest status. A job's series are exported until the job is deleted,
-or until an hour after its end, so that ended jobs do not pile up in Prometheus. Jobs whose namespace the operator may
-not list are not exported while that lasts (`controller.py`). The labels are `job_namespace` and
-`job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
+or until an hour after its end, so that ended jobs do not pile up in Prometheus. The jobs of a namespace are not
+exported while the operator may not list them (`controller.py`). The labels are `job_namespace` and `job_name`, because
+Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONDITION_LABELS: Final = ("type", "status", "reason")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobMetrics:
-    """The exported numbers of one job. They are kept instead of the whole status, because a status is large."""
+    """What is exported of one job. These values are kept instead of the whole status, because a status is large."""
 
     step: float | None = None
     total_steps: float | None = None
@@ -41,7 +41,7 @@ class JobMetrics:
     tokens_per_second: float | None = None
     mfu: float | None = None
     running_since: datetime | None = None
-    """Time since which the condition Running is True; None while it is not."""
+    """Time since which the condition Running is True; None while the condition is not True."""
     checkpoint_time: datetime | None = None
     report_time: datetime | None = None
     preflight_tries: float | None = None
@@ -60,8 +60,8 @@ class JobMetrics:
 def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetrics:
     """Return what is exported of a job with ``spec``, as the API server stores it, and ``status``.
 
-    A number that the status lacks is None, and 0 for the counts of attempts and GPU seconds. A part of the spec that
-    this version does not know gives an empty text.
+    A number that the status lacks is None; counts of attempts and GPU seconds that the status lacks are 0. A part of
+    the spec that this version does not know gives an empty text.
     """
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: _number(metric.value) for metric in status.metrics}
@@ -139,11 +139,11 @@ class JobMetricsCollector(Collector):
         self._jobs.pop(key, None)
 
     def hide(self, namespace: str | None) -> None:
-        """Export no job of ``namespace``, or of any namespace where it is None, until the call of `show`."""
+        """Export no job of ``namespace`` until `show` is called for it. None means the jobs of all namespaces."""
         self._hidden.add(namespace)
 
     def show(self, namespace: str | None) -> None:
-        """Export the jobs of ``namespace`` again."""
+        """Export the jobs of ``namespace`` again after `hide` with the same ``namespace``."""
         self._hidden.discard(namespace)
 
     def _is_hidden(self, key: Key) -> bool:

@@ -41,7 +41,10 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     """Reads and writes the Lease for the client library. No call takes longer than three seconds."""
 
     def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
-        """Use the Lease ``namespace/name`` with ``identity`` as the holder identity. The Lease need not exist yet."""
+        """Use the Lease ``namespace/name`` with ``identity`` as the holder identity. The Lease need not exist yet.
+
+        ``client`` is what `lease_client` returns. ``clock`` returns monotonic seconds.
+        """
         super().__init__(name, namespace, identity, client)
         self._clock = clock
         self._is_mine = False
@@ -82,9 +85,10 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
         """Create the missing Lease with this process as holder; return False where that is too early or fails.
 
-        The process that held the Lease creates it again at once after a deletion. Every other process waits until the
-        Lease has been missing for 15 s. By then a leader that could not reach the API server has ended, so that there
-        are never two leaders. The first start of a new installation waits as long.
+        ``election_record`` contains the holder and the times for the Lease. The process that held the Lease creates it
+        again at once after a deletion. Every other process waits until the Lease has been missing for 15 s. By then a
+        leader that could not reach the API server has ended, so that there are never two leaders. The first start of a
+        new installation takes these 15 s as well.
         """
         missing_since = self._clock() if self._missing_since is None else self._missing_since
         if not self._is_mine and self._clock() - missing_since < LEASE_SECONDS:
@@ -103,10 +107,13 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
-        """Acquire or renew the Lease; return False where that fails, or where another replica holds or took it."""
+        """Acquire or renew the Lease; return False where that fails, or where another replica holds or took the Lease.
+
+        ``updated_record`` contains the new holder and times of the Lease.
+        """
         is_held_by_another = self.holder not in (None, "", self.identity)
         if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
-            return False  # the library compares wall clock times, and would take over where that clock was set forward
+            return False  # the library compares wall clock times, and a clock that is set forward would mislead it
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))
@@ -149,7 +156,8 @@ class LeaderElector:
     ) -> None:
         """Prepare the election; the Lease is not acquired yet.
 
-        ``end`` is called with an exit code when the Lease is lost. It must not return.
+        The function ``end`` is called with an exit code when the Lease is lost, and must not return. ``clock`` returns
+        monotonic seconds.
         """
         self._lease = lease
         self._end = end
@@ -200,7 +208,8 @@ class LeaderElector:
             await asyncio.sleep(RETRY_SECONDS)
             self.check()
             try:
-                # The time-out is what is left until the deadline, so that the process ends then even if a call hangs.
+                # The time-out is the time that is left until the deadline, so that the process ends at the deadline
+                # even if a call hangs.
                 async with asyncio.timeout(RENEW_DEADLINE_SECONDS - self.age()):
                     renewed = await self._try()
             except TimeoutError:

@@ -1,7 +1,7 @@
 """Token buckets, one for each client, that bound how often something may happen.
 
-`connections.py` bounds the new connections of an address, `http_server.py` its requests, and `reports/server.py` the
-tokens, reports and log lines.
+`connections.py` bounds the new connections of an address, `http_server.py` the requests of an address, and
+`reports/server.py` the tokens, reports and log lines.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final
 from finetune_operator.queue.token_bucket import TokenBucket
 
 MOST_BUCKETS: Final = 4096
-"""Largest number of buckets that are kept. The one that was unused for longest is dropped first: it is the likeliest to
-be full, and a full bucket limits no more than a new one."""
+"""Largest number of buckets that are kept. The bucket that was unused for longest is dropped first, because it is the
+likeliest to be full, and a full bucket limits its client no more than a new bucket would."""
 
 
 class RateLimiter:

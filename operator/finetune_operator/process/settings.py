@@ -46,7 +46,7 @@ class Settings:
     """Host name in the report URL and in the certificate. Empty means `<report_service>.<namespace>.svc`."""
     report_port: int
     report_connections: int
-    """Largest number of connections of the report server in all. A training job keeps one."""
+    """Largest number of connections of the report server in all. A training job keeps one connection open."""
     report_connections_per_address: int
     """Largest number of connections of one address. More are needed where many training pods share an address."""
     health_port: int
@@ -73,8 +73,8 @@ class Settings:
     def lease_identity(self) -> str:
         """Return the name of this process as holder of the Lease, for example ``"operator-7d4f_<uid of the pod>"``.
 
-        A container that the kubelet has restarted has the same identity as its predecessor, so it need not wait until
-        the Lease expires. Outside a pod every process has an identity of its own.
+        A container that the kubelet has restarted has the same identity as its predecessor, so the restarted container
+        need not wait until the Lease expires. Outside a pod every process has an identity of its own.
         """
         return f"{self.pod_name}_{self.pod_uid or uuid.uuid4()}"
 
@@ -97,7 +97,10 @@ def _variable(flag: str) -> str:
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Return the settings. Where a setting is missing or malformed, print a usage message and end the process."""
+    """Return the settings from the command line flags ``arguments`` and the variables in ``environment``.
+
+    Where a setting is missing or malformed, print a usage message and end the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python3 -m finetune_operator",
         description="Operator of FineTuneJob: starts the training pods of each job and keeps its status true.",

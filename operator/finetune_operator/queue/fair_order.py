@@ -1,8 +1,8 @@
 """The order in which the work queue hands out waiting keys: keys with news before keys that only the resync has listed.
 
 `work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose reconcile has just written
-comes first, and then the others in the order in which they were queued. One key of each namespace is taken in turn, so
-that a namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
+comes first, and then the other keys in the order in which they were queued. One key of each namespace is taken in turn,
+so that a namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from finetune_operator.queue.key import Key
 
 RESYNC_PATIENCE_SECONDS: Final = 60.0
 """Seconds after which a key of the resync no longer waits for all keys with news. From then on every second key that is
-taken is one of the resync, so that a stream of news without an end does not stop the resync."""
+taken is a key of the resync, so that an endless stream of news does not stop the resync."""
 
 
 class Precedence(IntEnum):
-    """Why a key waits. Of two reasons for one key the lower one counts."""
+    """Why a key waits. If there are two reasons for one key, the reason with the lower number counts."""
 
     AGAIN = 0
-    """The reconcile of its job has just written to the API server, and the next step follows. So a job that is in the
-    middle of a change comes before jobs of its namespace that are not."""
+    """The reconcile of the job has just written to the API server, and the next step follows. So a job in the middle of
+    a change comes before the other jobs of its namespace."""
     NEWS = 1
-    """A watch event, a report or a delay that is over."""
+    """A watch event or a report has arrived, or the delay of the key is over."""
     RESYNC = 2
-    """The job was listed. Nothing new is known of it."""
+    """The resync has listed the job. Nothing new is known of the job."""
 
 
 class _Lane:
@@ -44,7 +44,7 @@ class _Lane:
             keys.move_to_end(key, last=False)
 
     def remove(self, key: Key) -> float:
-        """Remove ``key`` and return since when it has waited."""
+        """Remove ``key`` and return the time since which the key has waited."""
         keys = self._namespaces[key.namespace]
         since = keys.pop(key)
         if not keys:
@@ -74,9 +74,10 @@ class _Lane:
 
 
 class FairOrder:
-    """Waiting keys in two lanes, for news and for the resync. A key waits in one lane only, that of its best reason.
+    """Waiting keys in two lanes, one for news and one for the resync.
 
-    `Precedence` lists the reasons, the best first.
+    A key waits in one lane only. The best reason for which the key waits decides the lane. `Precedence` lists the
+    reasons, the best first.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The name of a job in the work queue and in the memory of the operator."""
+"""The key of a job, which names the job in the work queue and in the memory of the operator."""
 
 from __future__ import annotations
 

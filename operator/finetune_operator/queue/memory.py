@@ -26,9 +26,9 @@ MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Shortest time in seconds from a status write of a job to a write in which only numbers (step, loss, speed) differ."""
 REPORTED_WRITES_PER_SECOND = 0.1
 REPORTED_WRITES_BURST = 3.0
-"""Limit on the writes that the reports of one job may cause: three at once, and then one every ten seconds. It holds
-for writes of the status and, separately, for rounds of annotating the job's pods. A pod with a valid token chooses how
-often it reports and what, so no content of a report is exempt."""
+"""Limit on the writes that the reports of one job may cause: three at once, and then one every ten seconds. The limit
+holds for writes of the status and, separately, for rounds of annotating the job's pods. A pod with a valid token
+chooses how often it reports and what, so no content of a report is exempt."""
 
 
 def _reported_writes() -> TokenBucket:
@@ -57,12 +57,12 @@ class JobMemory:
     """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
     report: Report | None = None
-    """Newest report of the attempt in `reporting`. It is kept after the end of that attempt, until the next attempt may
-    report or the job ends."""
+    """Newest report of the attempt in `reporting`. The report is kept after the end of that attempt, until the next
+    attempt may report or the job ends."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
     """Recent training speed, from the newest reports of the attempt. Until a new attempt has reported two steps, the
-    speed of the attempt before is kept."""
+    speed of the previous attempt is kept."""
     event_created_at: dict[str, float] = field(default_factory=dict)
     """For each event reason that may recur: when an event with this reason was last created."""
     status_written_at: float | None = None
@@ -73,10 +73,10 @@ class JobMemory:
     """Limits the reconciles and status writes that reports of the job cause."""
     reported_write_at: float | None = None
     """Earliest time of the next reconcile and status write for the sake of a report. This reserved time is called a
-    turn. Its token is already taken from `reported_writes`. None where no turn is reserved."""
+    turn. The token for the turn is already taken from `reported_writes`. None where no turn is reserved."""
     has_reported_turn: bool = False
-    """Whether the reconcile that runs now has taken the turn that was reserved in `reported_write_at`. If so, it may
-    write changes that come from a report."""
+    """Whether the reconcile that runs now has taken the turn that was reserved in `reported_write_at`. If so, the
+    reconcile may write changes that come from a report."""
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the annotations of the job's pods."""
     settled_version: str = ""
@@ -91,8 +91,8 @@ class JobMemory:
     undeletable_pods: set[str] = field(default_factory=set)
     """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
-    """When the operator first saw that the container of a pod waits because of an error of the container runtime, by
-    the uid of the pod."""
+    """For each pod, by uid, whose container waits because of an error of the container runtime: when the operator first
+    saw the container wait."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None
@@ -113,14 +113,17 @@ class JobMemory:
         """Give a turn whose time has come to the reconcile that begins now.
 
         The turn is used up even where the reconcile fails or has nothing to write. Otherwise each further report would
-        cause a reconcile at once, until one can write.
+        cause a reconcile at once, until a reconcile can write.
         """
         self.has_reported_turn = self.reported_write_at is not None and self.reported_write_at <= now
         if self.has_reported_turn:
             self.reported_write_at = None
 
     def seconds_to_reported_write(self, now: float) -> float:
-        """Return for how many seconds this reconcile must not write changes from a report; 0.0 where it may now."""
+        """Return for how many seconds this reconcile must not write changes from a report; 0.0 where it may write them.
+
+        Where the reconcile has no turn yet, a turn is reserved.
+        """
         if self.has_reported_turn:
             return 0.0
         left = self.reserve_reported_turn(now)
@@ -149,7 +152,7 @@ class Memory:
     def job(self, key: Key, uid: str) -> JobMemory:
         """Return the state of the job ``key`` with ``uid``.
 
-        An empty state is created where the job has none, and where the state in memory is that of an earlier job of the
+        An empty state is created where the job has none, and where the state in memory belongs to an earlier job of the
         same name, which must have been deleted.
         """
         job = self._jobs.get(key)
@@ -168,14 +171,15 @@ class Memory:
         return job.reporting if job else None
 
     def newest_report(self, key: Key, uid: str) -> Report | None:
-        """Return the newest report of the job ``key`` with ``uid``; None where this job has not reported yet."""
+        """Return the newest report of the job ``key`` with ``uid``; None where the memory has no report of this job."""
         job = self._jobs.get(key)
         return job.report if job is not None and job.uid == uid else None
 
     def set_reporting_attempt(self, key: Key, uid: str, reporting: ReportingAttempt | None) -> None:
-        """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt.
+        """From now on accept only reports of the attempt ``reporting`` of the job ``key`` with ``uid``.
 
-        Where ``reporting`` is None, accept no report, and drop the stored one.
+        A stored report of another attempt is dropped. Where ``reporting`` is None, no report is accepted, and the
+        stored report is dropped.
         """
         job = self.job(key, uid)
         old = job.reporting
@@ -185,7 +189,10 @@ class Memory:
         job.reporting = reporting
 
     def stop_reporting(self, key: Key, uid: str) -> None:
-        """Accept no report until the next attempt. Keep the newest report, so that the status can still show it."""
+        """Accept no report of the job ``key`` with ``uid`` until its next attempt.
+
+        The newest report is kept, so that the status can still show it.
+        """
         job = self.job(key, uid)
         job.reporting = None
         _end_attempt(job)
@@ -193,10 +200,10 @@ class Memory:
     def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
         """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
 
-        Returns the seconds after which the job's status may be written. The caller queues the job for that time,
-        because an earlier reconcile would cost requests and write nothing. Returns None, and stores nothing, where the
-        memory no longer has the state of this job. The job may have been deleted, and created again, while its report
-        was checked.
+        ``received`` is the time at which the report arrived. Returns the seconds after which the job's status may be
+        written. The caller queues the job for that time, because an earlier reconcile would cost requests and write
+        nothing. Returns None, and stores nothing, where the memory no longer has the state of this job. The job may
+        have been deleted, and created again, while its report was checked.
         """
         job = self._jobs.get(key)
         if job is None or job.uid != uid:
@@ -215,7 +222,8 @@ class Memory:
         return self.job(key, uid).reserve_reported_turn(self._clock())
 
     def begin_reconcile(self, key: Key) -> None:
-        """Note that a reconcile of ``key`` begins. It uses up the turn that a report has reserved, if that is due."""
+        """Note that a reconcile of ``key`` begins. The reconcile uses up a turn that a report has reserved and that is
+        due."""
         if (job := self._jobs.get(key)) is not None:
             job.begin_reconcile(self._clock())
 
@@ -230,9 +238,10 @@ class Memory:
 
 
 def _news(report: Report) -> tuple[object, ...]:
-    """Return those parts of ``report`` whose changes need not wait for the limit of all jobs; new numbers wait for it.
+    """Return those parts of ``report`` whose changes are news, and not only new numbers.
 
-    `status/urgency.py` lists the fields and conditions of the status that follow from these parts.
+    A status write with only new numbers waits for the limit of all jobs (`status/writer.py`), and a write of news does
+    not. `status/urgency.py` lists the fields and conditions of the status that follow from the returned parts.
     """
     return (
         report.checkpoints,

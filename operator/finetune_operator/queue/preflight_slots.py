@@ -1,7 +1,7 @@
 """How many preflight checks may run at the same time over all jobs, and which job is the next to get its turn.
 
-`act/preflight_turns.py` asks before a preflight pod is created. A restart of the operator loses the slots; the pods
-that exist are then counted again.
+`act/preflight_turns.py` asks for a slot before a preflight pod is created. A restart of the operator loses the slots.
+The preflight pods that exist are then counted again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_operator.queue.key import Key
 DEFAULT_LIMIT = 20
 """Largest number of preflight checks that run at the same time, where no setting says otherwise."""
 START_SECONDS = 60.0
-"""Seconds for which a job keeps its slot before its preflight pod was seen for the first time."""
+"""Seconds for which a job keeps a new slot although no reconcile has seen a preflight pod of the job."""
 RUN_SECONDS = 300.0
 """Seconds for which a job keeps its slot after the last reconcile that saw its preflight pod. Jobs with such a pod are
 reconciled at least every 10 s."""
@@ -33,7 +33,7 @@ class PreflightSlots:
     ) -> None:
         """Have ``limit`` slots. ``clock`` returns monotonic seconds.
 
-        When a slot becomes free, it goes to a waiting job, and ``wake`` is called with the key of that job.
+        When a slot becomes free, a waiting job gets the slot, and ``wake`` is called with the key of that job.
         """
         self.limit = limit
         self._wake = wake
@@ -41,15 +41,20 @@ class PreflightSlots:
         self._held: dict[Key, float] = {}
         """The time until which each job holds its slot, unless a later reconcile sees its pod again."""
         self._waiting: dict[Key, None] = {}
-        """Jobs that wait, the one that has waited longest first."""
+        """Jobs that wait for a slot; the job that has waited longest comes first."""
 
     def occupy(self, key: Key) -> None:
-        """Keep the slot of a job whose preflight pod was seen, or give it one even where all are taken."""
+        """Keep the slot of the job ``key``, whose preflight pod was seen. A job without a slot gets a slot, even where
+        all slots are taken."""
         self._waiting.pop(key, None)
         self._held[key] = self._clock() + RUN_SECONDS
 
     def acquire(self, key: Key) -> bool:
-        """Return whether the job may create its preflight pod now. If not, the job is woken when its turn comes."""
+        """Return whether the job ``key`` has a slot, and so may create its preflight pod now.
+
+        A job without a slot gets a free slot if its turn has come. Otherwise the job waits, and is woken when its turn
+        comes.
+        """
         self._drop_expired()
         if key not in self._held:
             self._waiting.setdefault(key)
@@ -57,7 +62,7 @@ class PreflightSlots:
         return key in self._held
 
     def release(self, key: Key) -> None:
-        """Take back the slot, or the place in the line, of a job that has no pod and wants none now."""
+        """Take back the slot, or the place in the line, of the job ``key``, which has no pod and wants none now."""
         self._waiting.pop(key, None)
         if self._held.pop(key, None) is not None:
             self._drop_expired()
@@ -73,7 +78,7 @@ class PreflightSlots:
                 self._wake(key)
 
     def _next(self) -> Key:
-        """Return the waiting job whose namespace holds the fewest slots; of several, the one that has waited longest.
+        """Return the waiting job whose namespace holds the fewest slots; of several, the job that has waited longest.
 
         So a namespace with many jobs does not keep the jobs of other namespaces waiting.
         """

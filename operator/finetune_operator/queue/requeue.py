@@ -17,7 +17,7 @@ Each reconcile rounds its time down to whole seconds, so a reconcile within the 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Proof that the API server holds another state than the one that this reconcile has read.
+    """Proof that the API server holds another state than the state that this reconcile has read.
 
     Only the code that sends a write creates a `Write`, once the API server has answered that the object has changed.
     """
@@ -31,7 +31,8 @@ class Requeue:
     """When a job is to be reconciled again even if no watch event comes."""
 
     write: Write | None = None
-    """What this reconcile has written. Then the job is reconciled again at once, because its state has changed."""
+    """What this reconcile has written; None where it has written nothing. After a write the job is reconciled again at
+    once, because its state has changed."""
     pause: float | None = None
     """Seconds until the next reconcile where nothing was written. Less than `LEAST_PAUSE_SECONDS` counts as
     `LEAST_PAUSE_SECONDS`. None means to wait for the next watch event or resync."""

@@ -1,9 +1,9 @@
 """The error after which the operator tries again to create a job's objects, and how long it waits for the first retry
 and between reads of warning events.
 
-The cause is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove such a cause,
-so the error never ends the job. `objects/` and `act/` raise `RetryableError`, and `reconcile.py` uses it for a spec or
-status that can't be used at the moment; `status/` shows it in the conditions.
+The cause of the error is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove
+such a cause, so the error never ends the job. `objects/` and `act/` raise `RetryableError`. `reconcile.py` uses
+`RetryableError` for a spec or status that can't be used at the moment. `status/` shows the error in the conditions.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The operator prefers its own measurement to the trainer's estimates. A resumed trainer starts its estimate anew, and
 Kubeflow's client divides the time since its start by all steps, including the steps of earlier runs. Until a new
-attempt has reported two steps, the speed of the attempt before is assumed. After a restart of the operator, the speed
+attempt has reported two steps, the speed of the previous attempt is assumed. After a restart of the operator, the speed
 is derived from the remaining time in the stored status.
 """
 
@@ -48,8 +48,8 @@ class StepWindow:
     def seconds_per_step(self) -> float | None:
         """Return the seconds per step in this window.
 
-        Where this window has fewer than two steps yet, the value of the window before is returned, or None if that is
-        not known either.
+        Where this window has fewer than two steps yet, the value of the previous window is returned, or None if that
+        value is not known either.
         """
         if len(self._steps) < 2:
             return self._previous_seconds_per_step
@@ -58,7 +58,7 @@ class StepWindow:
 
 
 def eta_seconds(step: int, total: int, seconds_per_step: float | None, stored: ProgressStatus | None) -> int | None:
-    """Return the estimated seconds until the last step ``total``, or None where no speed is known.
+    """Return the estimated seconds from ``step`` to the last step ``total``; None where no speed is known.
 
     Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status. The answer
     is at most LARGEST_NUMBER, because the trainer chooses the numbers of steps.

@@ -11,7 +11,7 @@ from __future__ import annotations
 class TokenBucket:
     """A bucket that starts full. Every action takes a token, and a later action can reserve its token in advance.
 
-    Every method is given ``now``, the seconds of a monotonic clock.
+    Every method takes the current time ``now``, in seconds of a monotonic clock.
     """
 
     def __init__(self, *, per_second: float, burst: float) -> None:
@@ -24,7 +24,8 @@ class TokenBucket:
     def reserve(self, now: float) -> float:
         """Take a token, which the bucket may not hold yet, and return the time from which on the action may happen.
 
-        The caller keeps that time, so a job that has to wait does not take another token at each reconcile.
+        The caller keeps the returned time, so that a job that has to wait does not take another token at each
+        reconcile.
         """
         self._fill(now)
         self._tokens -= 1

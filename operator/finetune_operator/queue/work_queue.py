@@ -1,10 +1,10 @@
 """The work queue of jobs to reconcile, after the model of client-go's workqueue.
 
-The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
-keys; the workers in `controller.py` take keys out.
+The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py`, `reports/server.py` and
+`preflight_slots.py` add keys; the workers in `controller.py` take keys out.
 
-Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and keys with news, such as a watch event,
-before keys that only the resync has listed.
+Keys are taken in a fair order (`fair_order.py`): the namespaces take turns, and keys with news, such as a watch event,
+come before keys that only the resync has listed.
 
 A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker. If the
 key is added meanwhile, it is queued again when the first worker calls `done`. After failures a key waits for a back-off
@@ -47,7 +47,7 @@ class WorkQueue:
     def __init__(
         self, *, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random
     ) -> None:
-        """Create an empty queue. Tests pass their own ``clock`` (seconds) and ``jitter`` (0 to 1)."""
+        """Create an empty queue. ``clock`` returns monotonic seconds, and ``jitter`` a random number from 0 to 1."""
         self._clock = clock
         self._jitter = jitter
         self._ready = FairOrder()
@@ -152,8 +152,8 @@ class WorkQueue:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due, key = heapq.heappop(self._heap)
-            # Obsolete heap entries are skipped. They remain after `discard` and after an `add_after` with an earlier
-            # due time, and `_due` no longer holds their time.
+            # Obsolete heap entries are skipped. An entry is obsolete after `discard`, and after an `add_after` with an
+            # earlier due time: `_due` no longer holds the time of the entry.
             if self._due.get(key) == due:
                 del self._due[key]
                 self.add(key)

@@ -29,7 +29,7 @@ class CertificateSource(Protocol):
 
 
 class CertificateReloader:
-    """Loads the certificate of a source into a TLS context, again and again, so that a renewed one is used."""
+    """Loads the certificate of a source into a TLS context, again and again, so that a renewed certificate is used."""
 
     def __init__(self, source: CertificateSource, context: ssl.SSLContext, metrics: Metrics) -> None:
         """Prepare to load certificates of ``source`` into ``context``. Nothing is loaded yet."""
@@ -39,7 +39,7 @@ class CertificateReloader:
         self._current: ServingCertificate | None = None
 
     def ca_bundle(self) -> str:
-        """Return the PEM text of the CA that the training pods must trust. `load` must have been called before."""
+        """Return the PEM text of the CA that the training pods must trust. A `load` must have succeeded before."""
         assert self._current is not None, "load() comes first"
         return self._current.ca_certificate
 
@@ -55,8 +55,9 @@ class CertificateReloader:
     async def reload_forever(self, seconds: float) -> None:
         """Load the certificate again every ``seconds``. Never returns.
 
-        A failure is retried every 5 s, and the old certificate serves meanwhile. A certificate that the operator has
-        made is then valid for up to 30 days more, because its renewal begins 30 days before its end.
+        A failure is retried every 5 s, and the old certificate serves meanwhile. If the operator can't renew its own
+        certificate, the old certificate is still valid for up to 30 days, because the renewal begins 30 days before its
+        end.
         """
         while True:
             await asyncio.sleep(seconds)
@@ -65,7 +66,7 @@ class CertificateReloader:
     async def load_with_retries(self) -> None:
         """Load the certificate, and retry every 5 s until that succeeds.
 
-        It fails, for example, while the API server is away or the Secret does not exist yet.
+        The load fails, for example, while the API server is away or the Secret does not exist yet.
         """
         while True:
             try:

@@ -1,8 +1,9 @@
 """TLS certificates of the report server, made by the operator or read from a Secret that somebody else maintains.
 
-The operator's own CA is valid for 10 years and goes into every attempt's ConfigMap. Its server certificate is valid for
-90 days and is renewed 30 days before its end. Functions make and renew certificates without any access to the cluster.
-The classes `SelfSignedCertificates` and `ExternalCertificates` access the Secret; `certificate_reloader.py` calls them.
+The operator's own CA is valid for 10 years and goes into every attempt's ConfigMap. The server certificate that this CA
+signs is valid for 90 days and is renewed 30 days before its end. Functions make and renew certificates without any
+access to the cluster. The classes `SelfSignedCertificates` and `ExternalCertificates` access the Secret;
+`certificate_reloader.py` calls them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
 RENEW_BEFORE = timedelta(days=30)
 BACKDATED = timedelta(minutes=10)
-"""A new certificate is valid from this long before its creation, so that nodes whose clocks are slow accept it."""
+"""Time from the beginning of a new certificate's validity to its creation. Nodes whose clocks are slow by up to this
+time accept the certificate."""
 
 CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.key"
 _ALL_KEYS = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
@@ -87,9 +89,9 @@ def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
 def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
     """Return ``old`` where nothing in it is due for renewal, else a renewed set.
 
-    The server certificate is due where it is valid for 30 days or less, or not for ``hostname``. It is renewed with the
-    same CA. Both are made anew where ``old`` is None, or where the CA would end before a new server certificate (90
-    days).
+    The server certificate is due where it is valid for 30 days or less, or is not for ``hostname``. The same CA signs
+    the new server certificate. CA and server certificate are both made anew where ``old`` is None, or where the CA
+    would end before a new server certificate (90 days).
     """
     if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
@@ -133,7 +135,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
 
 
 class SelfSignedCertificates:
-    """Makes and renews the certificates, and stores them in a Secret, which it creates where the Secret is missing."""
+    """Makes and renews the certificates, and stores them in a Secret. A missing Secret is created."""
 
     def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Store certificates for ``hostname`` in the Secret ``namespace/name``."""
@@ -142,8 +144,8 @@ class SelfSignedCertificates:
         self._name = name
         self._hostname = hostname
         self._last: CertificateSet | None = None
-        """The certificates that the last call returned. A deleted Secret gets them back, because running attempts trust
-        their CA; a Secret that somebody emptied gets a new CA."""
+        """The certificates that the last call returned. A Secret that was deleted gets these certificates back, because
+        running attempts trust their CA. A Secret that somebody emptied gets a new CA."""
         self._last_uid = ""
         """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted and created
         again, for example by Helm or Argo CD, which create it empty."""
@@ -155,8 +157,9 @@ class SelfSignedCertificates:
     async def ensure(self, now: datetime) -> CertificateSet:
         """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates.
 
-        Where somebody else has written the Secret meanwhile, its certificates are used. Raises ApiError (409) where the
-        Secret can't be written at the second try either: a webhook may answer 409 for ever.
+        Where somebody else has written the Secret meanwhile, the Secret is read again and its certificates are used.
+        Raises ApiError (409) where the Secret can't be written at the second try either. There is no third try, because
+        a webhook may answer 409 for ever.
         """
         try:
             return await self._ensure(now)
@@ -180,7 +183,10 @@ class SelfSignedCertificates:
         return new
 
     def _new_secret(self, content: CertificateSet) -> Manifest:
-        """Return the Secret to create. It has the type of the chart's Secret, because a Secret's type can't change."""
+        """Return the manifest of the Secret to create, with ``content`` as its data.
+
+        This Secret has the type of the Secret in the Helm chart, because the type of a Secret can't be changed later.
+        """
         metadata = {"namespace": self._namespace, "name": self._name}
         kind = {"apiVersion": SECRETS.api_version, "kind": "Secret", "type": "Opaque"}
         return {**kind, "metadata": metadata, "data": content.to_data()}

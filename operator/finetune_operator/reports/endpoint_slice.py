@@ -45,7 +45,7 @@ class ReportEndpoint:
 
 
 def build_endpoint_slice(endpoint: ReportEndpoint) -> Manifest:
-    """Return the EndpointSlice that leads to ``endpoint``. Its owner is the pod of the endpoint."""
+    """Return the manifest of the EndpointSlice that leads to ``endpoint`` and is owned by the pod of ``endpoint``."""
     version = ipaddress.ip_address(endpoint.address).version
     pod = {"kind": "Pod", "namespace": endpoint.namespace, "name": endpoint.pod_name, "uid": endpoint.pod_uid}
     owner = {"apiVersion": "v1", "kind": "Pod", "name": endpoint.pod_name, "uid": endpoint.pod_uid}

@@ -1,10 +1,11 @@
 """The HTTPS server that receives the progress reports of rank 0.
 
 The server authenticates the pod, parses the report strictly, stores the report in `queue/memory.py`, and queues the job
-for a reconcile. A rejected report is not stored. It is answered with 401 (no valid token), 403 (token of a pod that may
-not report), 404 (no possible job), 408 (body too slow or cut off), 409 (no attempt or another attempt is known, or a
-stock report after a full report), 413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503 (the
-API server did not review the token, or the jobs are not known yet).
+for a reconcile. A rejected report is not stored. The HTTP status of the answer says why: 401 (no valid token), 403
+(token of a pod that may not report), 404 (no job can have this name), 408 (body too slow or cut off), 409 (no attempt
+of the job is known, the path names another attempt, the job was deleted, or a stock report came after a full report),
+413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503 (the API server did not review the token,
+or the jobs are not known yet).
 
 Every pod of the cluster can send requests. Until the API server has reviewed the token, a request changes nothing about
 a job: no key is queued, no state of a job is kept, and the answer is the same whether the job exists or not.
@@ -55,8 +56,8 @@ TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
 """How many tokens for one job and audience are checked in a second. Tokens that are known to be valid do not count."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
-"""How many reports of one pod are accepted in a second. The trainer sends one every three seconds, and a few more when
-something changes."""
+"""How many reports of one pod are accepted in a second. The trainer sends a report every three seconds, and a few more
+when something changes."""
 REPORTS_AT_ONCE: Final = 50.0
 LOG_LINES_PER_SECOND: Final = 5.0
 """Largest number of log lines about rejected reports in a second. The metric `finetune_reports_refused` counts all
@@ -79,7 +80,7 @@ _INVALID_TOKEN: Final = "the token is not valid for this job"  # noqa: S105  (a 
 
 
 def authorize(pod: TokenPod, reporting: ReportingAttempt, key: Key, attempt: str) -> None:
-    """Check that ``pod``, the pod of the request's token, may report for the attempt ``reporting``.
+    """Check that ``pod``, the pod of the request's token, may report for the attempt ``reporting`` of the job ``key``.
 
     ``attempt`` is the attempt's number in the request's path, or empty where the path has none.
 
@@ -107,7 +108,10 @@ def parse_report(body: bytes, pod: TokenPod, _reporting: ReportingAttempt) -> Re
 
 
 def parse_stock_report(body: bytes, pod: TokenPod, reporting: ReportingAttempt) -> Report:
-    """Return the report in ``body``, in Kubeflow's protocol (a stock report); raise RejectedError if malformed."""
+    """Return the report in ``body``, which is in Kubeflow's protocol (a stock report) and was sent by ``pod``.
+
+    Raises RejectedError where the report is malformed.
+    """
     try:
         return stock_reports.to_report(stock_reports.RuntimeStatus.model_validate_json(body), pod.uid, reporting.ranks)
     except ValidationError as error:
@@ -203,7 +207,8 @@ class ReportServer(HttpServer):
         except web.RequestPayloadError:
             return self._reject(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is no body of HTTP")
         except ConnectionError:
-            # aiohttp would log a traceback, so that a pod could fill the log. A pod that is killed ends like this too.
+            # aiohttp would log a traceback, so that a pod could fill the log. The connection of a pod that is killed
+            # ends in the same way.
             return self._reject(HTTPStatus.REQUEST_TIMEOUT, "the client left before its report had arrived")
         except TimeoutError:
             return self._reject(HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
@@ -212,7 +217,7 @@ class ReportServer(HttpServer):
                 logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
         # The memory says in how many seconds the report may cause a reconcile. Such reconciles are limited for each
-        # job, because its pods choose how often they report, and what.
+        # job, because the pods of a job choose how often they report, and what.
         after = self._memory.store_report(key, reporting.uid, report, self._now().replace(microsecond=0))
         if after is None:
             return self._reject(HTTPStatus.CONFLICT, "the job was deleted")
@@ -241,8 +246,8 @@ class ReportServer(HttpServer):
     async def _review(self, request: web.Request, key: Key) -> TokenPod | None:
         """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
 
-        A token that was not reviewed in the last minute passes the same checks in the same order whether the job is
-        known or not. So the answers do not reveal which jobs exist. Raises RejectedError (401, 429) and
+        A token that was not reviewed in the last minute goes through the same checks in the same order whether the job
+        is known or not, so that the answers do not reveal which jobs exist. Raises RejectedError (401, 429) and
         ReviewUnavailableError.
         """
         token, claims = _token_and_claims(request.headers.get("Authorization"))
@@ -276,7 +281,8 @@ class ReportServer(HttpServer):
     def _reporting_attempt(self, key: Key, pod: TokenPod, attempt: str) -> ReportingAttempt:
         """Return the attempt of the job for which ``pod`` may report; ``attempt`` is its number in the path, or empty.
 
-        Raises RejectedError where the job or its attempt is not known, and where the pod belongs to no such attempt.
+        Raises RejectedError where no attempt of the job is known, where the path names another attempt, and where the
+        pod does not belong to the attempt.
         """
         reporting = self._memory.reporting_attempt(key)
         if reporting is None and not self._jobs_are_listed():
@@ -289,7 +295,8 @@ class ReportServer(HttpServer):
             authorize(pod, reporting, key, attempt)
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
-                # The pod may be too new to be known. After a reconcile the operator knows it and accepts its reports.
+                # The pod may be too new to be known. A reconcile makes the pod known, and then its reports are
+                # accepted.
                 self._queue.add_after(key, self._memory.reserve_reported_turn(key, reporting.uid))
             raise
         return reporting
@@ -297,7 +304,7 @@ class ReportServer(HttpServer):
     def _check_same_format(self, key: Key, reporting: ReportingAttempt, report: Report) -> None:
         """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
 
-        The stock report holds less than the stored report. Raises RejectedError (409).
+        Such a stock report is rejected, because it holds less than the stored report. Raises RejectedError (409).
         """
         known = self._memory.newest_report(key, reporting.uid)
         if isinstance(report, stock_reports.StockReport) and not isinstance(known, stock_reports.StockReport | None):

@@ -1,7 +1,7 @@
 """Reads the claims of a report's token (what the token says of itself) before anybody has verified the token.
 
 `server.py` refuses a token whose claims do not fit the request, so that most wrong requests cost no TokenReview.
-Nothing else may follow from the claims: only `token_review.py` says which pod a token belongs to.
+A token is never accepted because of its claims: only `token_review.py` says which pod a token belongs to.
 """
 
 from __future__ import annotations

@@ -69,15 +69,15 @@ class _Cache:
         self._answers: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
 
     def has(self, digest: bytes) -> bool:
-        """Return whether an answer is cached."""
+        """Return whether an answer is cached for ``digest``, the hash of token and audience."""
         return digest in self._answers and self._answers[digest][0] > self._clock()
 
     def get(self, digest: bytes) -> TokenPod | None:
-        """Return the cached answer; None for a refusal, and where no answer is cached."""
+        """Return the answer that is cached for ``digest``; None for a refusal, and where no answer is cached."""
         return self._answers[digest][1] if self.has(digest) else None
 
     def put(self, digest: bytes, pod: TokenPod | None) -> None:
-        """Cache an answer from now on. Where there are too many, the oldest is dropped."""
+        """Cache the answer ``pod`` from now on. Where there are too many answers, the oldest answer is dropped."""
         self._answers.pop(digest, None)
         self._answers[digest] = (self._clock() + CACHE_SECONDS, pod)
         if len(self._answers) > CACHE_ENTRIES:
@@ -85,14 +85,18 @@ class _Cache:
 
 
 class _Line:
-    """The reviews for known jobs, or those for unknown jobs. Few of them run at once, and not too many wait."""
+    """The reviews for known jobs, or the reviews for unknown jobs. Few reviews run at once, and a limited number of
+    reviews waits."""
 
     def __init__(self, at_once: int) -> None:
         self._slots = asyncio.Semaphore(at_once)
         self._inside = 0
 
     async def review(self, client: KubeClient, token: str, audience: str) -> TokenPod | None:
-        """Review a token once a slot is free; raise ReviewUnavailableError where that fails or too many wait."""
+        """Review ``token`` once a slot is free, and return what `parse_review` returns.
+
+        Raises ReviewUnavailableError where the review fails, or where too many reviews wait.
+        """
         if self._inside >= MOST_WAITING:
             raise ReviewUnavailableError(f"{self._inside} tokens wait for their review")
         self._inside += 1
@@ -108,8 +112,8 @@ class _Line:
 class TokenReviewer:
     """Reviews tokens and caches the answers for a minute.
 
-    Refusals are cached too, so that a wrong token that is sent again soon costs no second review. They have a cache of
-    their own, so that many wrong tokens do not push the answers for valid tokens out.
+    Refusals are cached too, so that a wrong token that is sent again soon costs no second review. Refusals have a cache
+    of their own, so that many wrong tokens do not push out the answers for valid tokens.
     """
 
     def __init__(self, client: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,19 +124,22 @@ class TokenReviewer:
         self._running: dict[bytes, asyncio.Task[TokenPod | None]] = {}
 
     def known_pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod to which ``token`` is bound where that is cached, else None. Sends nothing."""
+        """Return the pod to which ``token`` is bound, if the answer for it and ``audience`` is cached; else None.
+
+        Sends nothing.
+        """
         return self._pods.get(_digest(token, audience))
 
     async def pod_of(self, token: str, audience: str, *, job_is_known: bool = True) -> TokenPod | None:
         """Return the pod to which ``token`` is bound; None where it is bound to no pod or not valid for ``audience``.
 
-        ``job_is_known`` says whether ``audience`` is that of a job that the operator knows. Raises
-        ReviewUnavailableError where the review fails, or where too many wait.
+        ``job_is_known`` says whether ``audience`` belongs to a job that the operator knows. Raises
+        ReviewUnavailableError where the review fails, or where too many reviews wait.
         """
         digest = _digest(token, audience)
         if self._pods.has(digest) or self._refusals.has(digest):
             return self._pods.get(digest)
-        # Requests with the same token share one review, even where the client of the first one has gone meanwhile.
+        # Requests with the same token share one review, even where the client of the first request has gone meanwhile.
         task = self._running.get(digest)
         if task is None:
             line = self._known_jobs if job_is_known else self._unknown_jobs

@@ -45,8 +45,8 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
 
 
 def _plan(status: FineTuneJobStatus, given: StatusInput) -> PlanStatus | None:
-    """Return the plan of the newest attempt. What the trainer reported of an earlier attempt still holds, because
-    neither the model nor the adapters of a job change."""
+    """Return the plan of the newest attempt, with the `adaptedShare` that the trainer has reported in any attempt. This
+    share holds for all attempts, because neither the model nor the adapters of a job change."""
     if given.plan is None or status.plan is None:
         return given.plan or status.plan
     return given.plan.model_copy(update={"adapted_share": status.plan.adapted_share})
@@ -81,7 +81,8 @@ def _is_of(repository: str, image: str) -> bool:
 def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildStatus | None:
     """Return `status.child`: the child object of the current attempt, or the last child where the job ends.
 
-    A job that ends keeps its last child in the status, so that a person finds the pods with the logs.
+    ``kind`` is the kind of child objects. A job that ends keeps its last child in the status, so that a person finds
+    the pods with the logs.
     """
     if given.end is not None:
         # The child may not be in the status yet, because the operator may have been away during the whole attempt.
@@ -106,7 +107,8 @@ def _closed(usage: UsageStatus | None) -> UsageStatus | None:
 def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[str, object]:
     """Return the status fields that come from the trainer's result: artifact, scores and progress.
 
-    They are not taken from the last report, because that report may be lost. Empty where the job ends without result.
+    These fields are not taken from the last report, because that report may be lost. The mapping is empty where the job
+    ends without a result.
     """
     result = given.end.result if given.end else None
     if result is None:

@@ -76,7 +76,10 @@ def _condition(kind: ConditionType, state: _State, old: Condition | None, given:
 
 
 def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
-    """Return the condition `Succeeded`, which sums up the job. `kubectl get` shows its reason in the column State."""
+    """Return the condition `Succeeded`, which sums up the job. `kubectl get` shows its reason in the column State.
+
+    ``is_running`` says whether the condition `Running` is True.
+    """
     if given.end is not None:
         return _State("True" if given.end.succeeded else "False", given.end.reason, given.end.message)
     if given.problem is not None:
@@ -151,7 +154,7 @@ def _accepted(given: StatusInput) -> _State:
 
 
 def _accepted_by_check(given: StatusInput) -> _State:
-    """Return the condition `Accepted` of a job that waits for its preflight check, or that ended because of it."""
+    """Return the condition `Accepted` of a job that waits for its preflight check, or that the check has ended."""
     if given.end is not None and given.end.reason == Reason.BAD_INPUT:
         return _State("False", Reason.BAD_INPUT, given.end.message)
     if missing := given.end.message if given.end is not None else given.missing:
@@ -192,7 +195,8 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
 def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _State:
     """Return the condition `CheckpointAvailable`: whether an undamaged checkpoint is committed.
 
-    Its reason and message also show that new checkpoints can't be committed in time, or which checkpoint is damaged.
+    Where new checkpoints can't be committed in time, the reason and the message say so. Otherwise the message names the
+    newest damaged checkpoint, if there is one.
     """
     whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
     what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT

@@ -1,4 +1,7 @@
-"""Creates events about a job after its status was written. `writer.py` calls it; `events.py` says which events."""
+"""Creates events about a job after its status was written.
+
+`writer.py` calls `EventRecorder`. `events.py` decides which events are created.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from finetune_operator.status.events import event_manifest, events_between
 logger = logging.getLogger(__name__)
 
 LEAST_SECONDS_BETWEEN_EVENTS = 60.0
-"""Shortest time in seconds between two events with the same reason about one job. Applies to reasons that may recur."""
+"""Shortest time in seconds between two events with the same reason about one job, for events that may recur."""
 
 
 class EventRecorder:

@@ -44,14 +44,14 @@ class JobEvent:
     note: str
     warning: bool
     occasion: str
-    """What distinguishes two events of the same reason: the attempt's number, or the time of the change. A fixed word
-    where a job has at most one such event."""
+    """What distinguishes two events of the same reason: the attempt's number, the time of the change, or the folder of
+    the former run that is taken over. A fixed word where a job has at most one such event."""
     recurs: bool = False
     """Whether the event may come many times within one attempt. Such an event is created once a minute at most."""
 
 
 def events_between(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> list[JobEvent]:
-    """Return the events to create for the change of the status from ``old`` to ``new``."""
+    """Return the events to create for the change of the status from ``old`` to ``new``; ``now`` is the current time."""
     found: list[JobEvent] = []
     moment = now.isoformat(timespec="seconds")
     known = {past.number for past in old.attempts.recent}
@@ -82,7 +82,11 @@ def _changed(old: Condition | None, new: Condition) -> bool:
 
 
 def _of_condition(condition: Condition, moment: str, attempt: int) -> list[JobEvent]:
-    """Return the event to create for a changed condition; an empty list where the change needs no event."""
+    """Return a list with the event to create for the changed ``condition``; empty where the change needs no event.
+
+    ``moment`` is the time of the change, and ``attempt`` the number of the newest attempt. Either may become the
+    occasion of the event.
+    """
     kind, status = condition.type, condition.status
     if kind == ConditionType.SUCCEEDED and status != "Unknown":
         return [_event(condition.reason, condition.message, status == "False", "settled")]

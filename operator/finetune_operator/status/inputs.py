@@ -1,8 +1,9 @@
 """The inputs from which a job's new status is computed, besides the status stored in the API server.
 
-They are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
+These inputs are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
 
-`reconcile.py` makes a `StatusInput` in each reconcile; `compute.py` and `conditions.py` read it.
+For a job that has not ended, `reconcile.py` makes a `StatusInput` in each reconcile. `compute.py` and `conditions.py`
+compute the status from the `StatusInput`.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class StatusInput:
     image: str | None = None
     """Image that the job's pods are to run."""
     plan: PlanStatus | None = None
-    """`status.plan` of an attempt that is about to start, such as its batch sizes; None in any other reconcile."""
+    """`status.plan` of an attempt that is about to start, with its batch sizes; None in any other reconcile."""
     invalid: str = ""
     """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
     observed: bool = True
     """Whether this reconcile has read the job's objects. If not, the conditions `Scheduled` and `Running` keep their
-    stored values."""
+    stored values, unless the job ends."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None
@@ -91,9 +92,10 @@ def status_input(
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``image`` is that of the job's pods. ``invalid`` says why this version can't run the spec; it keeps a new attempt
-    from starting, but an attempt that runs already goes on. ``created`` is the child object that this reconcile
-    created; ``problem`` says why it could not create a child.
+    ``image`` is the image of the job's pods. ``invalid`` says why this version can't run the spec. A spec that can't be
+    run keeps a new attempt from starting, but an attempt that runs already goes on. ``config`` is the run file; None
+    where no pod is about to start. ``created`` is the child object that this reconcile created or found, and
+    ``problem`` says why it could not create the objects of the attempt.
     """
     current = decision.attempts.current
     return StatusInput(
@@ -129,7 +131,9 @@ def refused_input(
 ) -> StatusInput:
     """Return the inputs for the status of a job whose spec or status this version can't use.
 
-    The attempts and the preflight check in the status stay as they are.
+    The attempts and the preflight check in the status stay as they are. ``invalid`` says what is wrong with the spec or
+    status. ``end`` is how the job ends for this reason; None where the job waits. ``problem`` is why the job waits;
+    None where the job ends.
     """
     return StatusInput(
         now=job.now,
@@ -146,7 +150,7 @@ def refused_input(
 
 
 def _shown_child(seen: JobObservation, decision: Decision, created: ChildObservation | None) -> ChildObservation | None:
-    """Return the child object that `status.child` names: that of the current attempt or, if the job ends, the last."""
+    """Return the child object that `status.child` names: the current attempt's child or, if the job ends, the last."""
     if decision.attempts.current is None and decision.end is None:
         return None
     return created or seen.child

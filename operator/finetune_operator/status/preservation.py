@@ -20,7 +20,7 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
     """Return the status to apply as the field manager ``manager``.
 
     ``manifest`` is the stored FineTuneJob, whose status is replaced. ``read`` is what this version has read of that
-    status, and ``new`` is what the status is to be. What is equal in both stays as it is stored.
+    status, and ``new`` is what the status is to be. What is equal in ``read`` and ``new`` stays as it is stored.
 
     The result leaves out a condition if this version does not know its type and ``manager`` does not own the condition.
     Server-side apply keeps such a condition for its owner. If ``manager`` applied the condition as well, the owner
@@ -36,7 +36,10 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
 
 
 def _merged(stored: Json, read: Json, new: Json) -> Json:
-    """Return ``stored`` where ``read`` and ``new`` are equal, else ``new``; two objects are merged field by field."""
+    """Return ``stored`` where ``read`` and ``new`` are equal, else ``new``. JSON objects are merged field by field.
+
+    ``stored`` is what the API server has, ``read`` is what this version has read of it, and ``new`` is the new value.
+    """
     if new == read:
         return new if stored is None else stored
     if not (isinstance(stored, dict) and isinstance(read, dict) and isinstance(new, dict)):
@@ -55,7 +58,7 @@ def _merged_conditions(stored: Sequence[Json], read: Sequence[Json], new: Sequen
 
 
 def _items(status: Mapping[str, Any]) -> list[Json]:
-    """Return the conditions of ``status`` that have a type, as the API server requires it."""
+    """Return the conditions of ``status``; leave out anything that is no object with a type."""
     items = status.get("conditions")
     known = items if isinstance(items, list) else []
     return [item for item in known if isinstance(item, dict) and isinstance(item.get("type"), str)]

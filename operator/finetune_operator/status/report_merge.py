@@ -99,7 +99,8 @@ def merge_report(
 
 
 def plan_with(plan: PlanStatus, report: Report) -> PlanStatus:
-    """Return ``plan`` with what ``report`` says of the model: its attention kernel, and the share in reach of LoRA."""
+    """Return ``plan`` with what ``report`` says of the model: its attention kernel, and the share of its weights that
+    the LoRA adapters can change."""
     told: dict[str, object] = {"attention": report.attention} if report.attention else {}
     if report.adapted_share is not None:
         told["adapted_share"] = decimal(report.adapted_share)
@@ -109,7 +110,7 @@ def plan_with(plan: PlanStatus, report: Report) -> PlanStatus:
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
     """Return old and new notices, the newest last. Each notice is kept once, because every report repeats its notices.
 
-    Where there are more than NOTICE_LIMIT, the oldest are dropped.
+    Where there are more than NOTICE_LIMIT notices, the oldest notices are dropped.
     """
     return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
@@ -180,14 +181,14 @@ def progress_of(
 
 
 def percentage(step: int, total: int) -> int:
-    """Return ``step`` / ``total`` in whole percent. It is rounded down, so that 100 means that every step is done."""
+    """Return ``step`` / ``total`` in percent, rounded down, so that 100 means that every step is done."""
     return min(100, 100 * step // total) if total else 0
 
 
 def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
-    """Return the loss curve: the ``old`` points up to the step from which the run resumed, then the ``new`` points.
+    """Return the loss curve: the ``old`` points up to the step ``resumed_from_step``, then the ``new`` points.
 
-    Old points after that step are dropped, because the new run trains these steps again.
+    Old points after that step are dropped, because the run resumed from that step and trains the later steps again.
     """
     kept = [point for point in old if point.step <= resumed_from_step]
     reported = [
@@ -221,8 +222,8 @@ def evaluation_of(
     """Return `status.evaluation` for ``record``: the scores of the base model and of the tuned model, and whether the
     tuned model reached ``requirements``.
 
-    Where ``record`` has no room for the reasons why answers could not be graded, those of the ``stored`` status are
-    kept.
+    ``record`` may have no room for the reasons why answers could not be graded. The reasons in ``stored``, the stored
+    `status.evaluation`, are then kept.
     """
     judgements = judge(requirements, record) if record.tuned is not None else []
     return EvaluationStatus(
@@ -268,7 +269,10 @@ def _scores(record: ScoreRecord | None, stored: Scores | None) -> Scores | None:
 
 
 def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> list[IncidentStatus]:
-    """Return old and new incidents, each once. Old ones are kept, because a restarted trainer does not know them."""
+    """Return ``old`` and ``new`` incidents, each once; the oldest are dropped above INCIDENT_LIMIT.
+
+    Old incidents are kept, because a restarted trainer does not know them.
+    """
     reported = [IncidentStatus(**incident.model_dump()) for incident in new]
     return [*(incident for incident in old if incident not in reported), *reported][-INCIDENT_LIMIT:]
 
@@ -277,7 +281,7 @@ def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | 
     """Return `status.checkpoints`. Of the undamaged checkpoints, the newest is marked `last` and the best `best`.
 
     ``named`` is the checkpoint that the trainer reports as the best. Where the trainer reports no best checkpoint, the
-    one with the least perplexity is marked.
+    checkpoint with the lowest perplexity counts as the best.
     """
     records = records[-CHECKPOINT_LIMIT:]
     whole = [record for record in records if not record.damaged]

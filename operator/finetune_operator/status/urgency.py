@@ -30,8 +30,8 @@ REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
 """Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
-"""Fields of which only parts are compared: of a condition its type, status and reason; of the usage the pods that hold
-GPUs, and whether one of them runs."""
+"""Fields of which only parts decide. A change of a condition counts as more than numbers where its type, status or
+reason changes. A change of the usage counts only where the pods that hold GPUs change, or whether one of them runs."""
 REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
 """Conditions that are computed from reports. `Running` is not among them: a report can make it True, but no report
 makes it False again."""

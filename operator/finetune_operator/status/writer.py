@@ -27,8 +27,8 @@ from finetune_operator.status.urgency import Urgency, urgency
 
 WRITES_PER_SECOND: Final = 70.0
 """Limit on the status writes per second over all jobs, after a burst. Only writes of new numbers wait for this limit.
-With it, the numbers in the statuses of a thousand jobs are at most 15 s old, if the API server can take so many writes.
-Without it, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
+With the limit, the numbers in the statuses of a thousand jobs are at most 15 s old, if the API server can take so many
+writes. Without the limit, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
 """Largest number of status writes of all jobs that may come at once. Writes that do not wait use up this number as
 well."""
@@ -62,9 +62,10 @@ class StatusWriter:
 
         Returns the seconds after which the status may be written; None where it was written or does not differ.
 
-        `status/urgency.py` says how soon. The operator's own changes are written at once. Changes from a report are
-        written once the token bucket of the job has a token. Where only numbers differ, the status is also written no
-        earlier than ten seconds after the last write, and within the limit of all jobs.
+        `status/urgency.py` decides how soon a status is written. The operator's own changes are written at once.
+        Changes from a report are written once the token bucket of the job has a token. Where only numbers differ, two
+        more limits hold: ten seconds must have passed since the last write, and the limit of all jobs must allow the
+        write.
 
         Raises ApiError (409) where the job has changed since it was read.
         """
@@ -92,7 +93,7 @@ class StatusWriter:
     async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
         """Write into the status of an ended job that its generation is observed, where that is not written yet.
 
-        With ``without_child``, also remove `status.child`, because the job's PyTorchJob no longer exists. Nothing else
+        With ``without_child``, also remove `status.child`, because the job's PyTorchJob was removed. Nothing else
         changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in progress as
         long as its newest generation is not observed.
         """

@@ -1,5 +1,5 @@
-"""What adapters change in the weights of their base model. `export.py` applies the changes when it merges an
-adapter."""
+"""Computes what an adapter changes in the weights of its base model. `export.py` applies the changes when it merges an
+adapter into the base model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from peft.tuners.lora.layer import ParamWrapper
 PEFT_PREFIX = "base_model.model."
 """Prefix that peft puts before the names of all modules of the base model."""
 WRAPPED = ".base_layer"
-"""What peft appends to a module's name for each wrapper around the module, where it adapts several of its weights."""
+"""Name under which a wrapper of peft holds the module that it wraps. Where peft adapts several weights of one module,
+it wraps the module once for each weight. The names of the inner wrappers then contain this part."""
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What an adapter changes in one weight (O, I) of the base model: it adds scale * B @ A, with A (r, I) and B
-    (O, r).
+    """What an adapter changes in one weight of the base model. To a weight of shape (O, I) it adds scale * B @ A, with
+    A of shape (r, I) and B of shape (O, r).
 
-    The product is transposed for an embedding, and for a layer that stores its weight as (I, O), such as GPT-2's
-    Conv1D.
+    The product is transposed for an embedding, and for a layer that stores its weight in the shape (I, O), such as
+    GPT-2's Conv1D.
     """
 
     a: torch.Tensor
@@ -31,14 +32,15 @@ class WeightDelta:
     scale: float
     transposed: bool = False
     magnitude: torch.Tensor | None = None
-    """With DoRA: the norms (O,) that the rows of the changed weight get."""
+    """The norm that each row of the changed weight gets with DoRA, in the shape (O,). None without DoRA."""
     experts: int | None = None
-    """Number of experts E where the weight is (E, O, I), or (E, I, O) if it is transposed. A is then (E * r, I), with
-    the r rows of each expert together, and B is (O, r * E), with the E columns of each rank together."""
+    """Number of experts E where the weight holds the matrices of all experts, in the shape (E, O, I), or (E, I, O) if
+    it is transposed. A then has the shape (E * r, I), and its row e * r + k belongs to expert e. B has the shape
+    (O, r * E), and its column k * E + e belongs to expert e. None for other weights."""
     replaces: bool = False
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the changed ``weight`` in fp32."""
+        """Return the new value of the weight in fp32. ``weight`` is the value in the base model."""
         changed = weight.float() + (self._product().mT if self.transposed else self._product())
         if self.magnitude is None:
             return changed
@@ -55,8 +57,8 @@ class WeightDelta:
 
 
 def adapter_changes(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
-    """Return what the adapters of ``model`` change in each adapted weight, by the weight's parameter name in the base
-    model. ``weights`` holds the adapters' values by parameter name of ``model``."""
+    """Return what the adapters of ``model`` change in each adapted weight, by the name that the weight has as a
+    parameter of the base model. ``weights`` has the values of the adapters' parameters, by their names in ``model``."""
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -39,8 +39,9 @@ those of Anyscale's and IBM's tools. With this file the adapter can be used with
 the base model that has these rows."""
 MERGED_FOLDER = "merged"
 BASE_DIGEST = "base_model_sha256"
-"""Key in `auto_mapping` of `adapter_config.json` with the sha256 of the base model's weights. peft reads this mapping
-only if the configuration names no task, and warns of keys that it does not know elsewhere."""
+"""Key with the sha256 of the base model's weights, in the mapping `auto_mapping` of `adapter_config.json`. peft reads
+this mapping only if the configuration names no task, and ignores the key there. In any other part of the configuration,
+peft warns of a key that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class ExportOptions:
     stop_ids: Sequence[int]
     """Token ids that end a generated text."""
     names: TensorNames | None = None
-    """The tensors in the files of `base`, and what transformers makes of them. None where only an adapter is
-    exported."""
+    """Which tensors the files of `base` hold, and which parameters of the model transformers makes of them. None where
+    only an adapter is exported."""
     revision: str | None = None
     """Commit, tag or branch of `base_name` on the Hugging Face Hub. None where the base model lies elsewhere."""
     base_sha256: str | None = None
@@ -118,15 +119,15 @@ def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOp
             "parent_library": base.__module__,
             BASE_DIGEST: options.base_sha256,
         }
-    # The names are sorted so that the same run always writes the same bytes. peft keeps the names in a set, whose order
-    # differs between processes.
+    # peft keeps the names of the adapted modules in a set, whose order differs between processes. The names are sorted
+    # so that the same run always writes the same bytes.
     config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(target))
 
 
 def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: ExportOptions) -> Sequence[str]:
-    """Write the tokenizer and the generation configuration into the folder ``target``. Return a sentence for each field
-    in which the generation configuration differs from that of the base model."""
+    """Write the tokenizer and the generation configuration into the folder ``target``. Return sentences about the
+    fields of the base model's generation configuration that had to be repaired or left out."""
     tokenizer.save_pretrained(target)
     config, notices = artifact_generation_config(options.base, options.stop_ids)
     config.save_pretrained(target)
@@ -134,9 +135,9 @@ def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: E
 
 
 def save_model_configuration(target: Path, options: ExportOptions) -> None:
-    """Write `config.json` of the base model into the folder ``target``, with the data type of the artifact. All else is
-    left as the base model's publisher wrote it, because older programs do not know all fields that transformers would
-    write."""
+    """Write `config.json` of the base model into the folder ``target``, with the data type of the artifact, and with
+    `use_cache` set to true where the file has this field. All other fields are left as the base model's publisher wrote
+    them, because older programs do not know all fields that transformers would write."""
     config = json.loads((options.base / CONFIG_FILE).read_text())
     text = config.get("text_config")
     for section in (config, *([text] if isinstance(text, dict) else [])):
@@ -152,7 +153,7 @@ def save_model_configuration(target: Path, options: ExportOptions) -> None:
 def _save_model(
     target: Path, changes: Mapping[str, WeightChange], tokenizer: PreTrainedTokenizerBase, options: ExportOptions
 ) -> None:
-    """Write the base model with ``changes``, by parameter name, into the folder ``target``."""
+    """Write the base model with the changed parameters ``changes`` (by name) into the folder ``target``."""
     assert options.names is not None, "the names of the tensors are needed for a whole model"
     _save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
     save_model_configuration(target, options)
@@ -162,10 +163,11 @@ def _save_model(
 def _save_weights(
     base: WeightFiles, names: TensorNames, changes: Mapping[str, WeightChange], target: Path, dtype: torch.dtype
 ) -> None:
-    """Write the weight files of the model into the folder ``target``: the same files with the same tensors as those of
-    ``base``. Only one weights file, and one group of tensors that belong together, is in memory at a time.
+    """Write the weight files of the model into the folder ``target``. Their names, and the names of the tensors in each
+    of them, are those of ``base``. Only one weight file, and one group of tensors that belong together, is in memory at
+    a time.
 
-    Changes are computed in fp32 and then rounded to ``dtype``. A tensor that the model has no parameter for is copied
+    Changes are computed in fp32 and then rounded to ``dtype``. A tensor of which the model makes no parameter is copied
     as it is.
     """
     names.check_writable(changes)
@@ -184,7 +186,8 @@ def _save_weights(
                 weight = base.tensor(name)
                 written[name] = weight.to(dtype).contiguous() if weight.is_floating_point() else weight
                 continue
-            # The copy lets go of the memory of the whole group.
+            # The tensors may be parts of one larger tensor. Copies of the wanted ones let Python free the larger
+            # tensor.
             written |= {key: tensor.clone().contiguous() for key, tensor in made.items() if key in inside}
         save_file(written, target / file_name, {"format": "pt"})
     if set(base.files.values()) != {SINGLE_FILE}:
@@ -194,7 +197,8 @@ def _save_weights(
 def _changed_tensors(
     base: WeightFiles, names: TensorNames, group: TensorGroup, changes: Mapping[str, WeightChange], dtype: torch.dtype
 ) -> dict[str, torch.Tensor] | None:
-    """Return the tensors of ``group`` after ``changes``, in ``dtype``. None where none of them changes."""
+    """Return the tensors of ``group`` after ``changes``, in ``dtype``, by their names in the files. None where
+    ``changes`` changes none of them."""
     found = {name: changes.get(name) or changes.get(names.canonical(name)) for name in group.parameters}
     if not any(found.values()):
         return None

@@ -1,6 +1,6 @@
-"""How the artifact of a job is written, and the rehearsal of that for a job whose model is not loaded.
+"""Determines how the artifact of a job is written, and tries out the export before the model's weights are loaded.
 
-`preparation.py` and the preflight check call `rehearse_job_export`.
+`preparation.py` calls both functions, and the preflight check calls `rehearse_job_export`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from finetune_trainer.sources.inputs import model_revision, source_name
 def job_export_options(
     config: RunConfig, model: Path, base: Path, structure: ModelStructure, stops: Sequence[int]
 ) -> ExportOptions:
-    """Return how the artifact of the job is written, except for what is only known when the run begins.
+    """Return how the artifact of the job is written. The fields `added_rows` and `base_sha256`, which are known only
+    when the run begins, are None.
 
-    ``model`` is the folder of the base model. ``base`` is that of the extended copy if the run trains one, and the same
-    folder otherwise. ``structure`` is that of the model in ``base``. ``stops`` are the ids at which the trained model
-    stops.
+    ``model`` is the folder of the base model. ``base`` is the folder of the extended base model if the run trains on
+    one, and otherwise the same folder as ``model``. ``structure`` is the structure of the model in ``base``. ``stops``
+    are the ids of the tokens at which the trained model stops.
     """
     only_adapter = config.lora is not None and config.storage.artifact == "Adapter"
     return ExportOptions(
@@ -46,9 +47,11 @@ def job_export_options(
 def rehearse_job_export(
     config: RunConfig, model: Path, base: Path, tokenizer: Any, targets: AdapterTargets, scratch: Path
 ) -> list[str]:
-    """Try out the export of the artifact without its weights, in the new folder ``scratch``. ``targets`` are those of
-    the adapters, and empty for a full run. ``model`` and ``base`` are those of `job_export_options`, and their weight
-    files need only headers. Return notices about it. Raises UserError where the artifact could not be written.
+    """Try out the export of the artifact without its weights, in the new folder ``scratch``. Return notices about the
+    artifact. Raises UserError where the artifact could not be written.
+
+    ``targets`` names what the adapters are added to, and is empty for a full run. ``model`` and ``base`` are the
+    folders that `job_export_options` describes. Only the headers of their weight files are read.
     """
     structure = read_structure(base)
     stops = generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))

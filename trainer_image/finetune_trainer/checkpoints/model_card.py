@@ -1,7 +1,8 @@
-"""The model card of an artifact: a README.md that says what the model was made of, how, and how well it does.
+"""Makes the model card of an artifact: a README.md that says from which model and data the artifact was made, with
+which settings, and with which scores.
 
 `finish.py` writes the card. The card begins with the YAML header that the Hugging Face Hub reads. Names that users or
-other programs chose stand in the card as text: no name can add markup, a link or a field of the header.
+other programs chose appear in the card as plain text: no name can add markup, a link or a field of the header.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from finetune_trainer.pod.errors import one_line
 from finetune_trainer.sources.inputs import source_name
 
 NAME_LENGTH = 300
-"""Longest name in a card, in characters. A longer one is cut off."""
+"""Longest name in a card, in characters. A longer name is cut off."""
 LEFT_OUT = {"overrides", "offload_optimizer", "offload_parameters"}
-"""Settings of the optimization that a card does not show: they don't change what is trained, or are free text."""
+"""Fields of `optimization` that a card does not show. The settings for offloading don't change what is trained, and
+`overrides` is free text."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class CardFacts:
 
     identity: Identity
     base_revision: str | None
-    """Commit, tag or branch of the base model on the Hugging Face Hub."""
+    """Commit, tag or branch of the base model on the Hugging Face Hub. None where the base model lies elsewhere."""
     base_sha256: str | None
     """sha256 of the base model's weights. None where it is not known."""
     data_sha256: str
@@ -106,7 +108,8 @@ def _body(config: RunConfig, facts: CardFacts, form: str) -> Iterator[str]:
 
 
 def _fields(settings: Any, left_out: set[str] | None = None) -> Mapping[str, Any]:
-    """Return all fields of a section of the run file that are set, so that a new field is in the card too."""
+    """Return the fields of ``settings``, a section of the run file, without those that are not set and those in
+    ``left_out``. A field that the section gets later appears in the card without a change of this module."""
     values: Mapping[str, Any] = settings.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=left_out)
     return {name: value for name, value in values.items() if value not in ([], {})}
 
@@ -132,7 +135,7 @@ def _source(source: ModelSpec | DataSource) -> str:
 
 
 def _without_password(address: str) -> str:
-    """Return ``address`` without the user and password that some write before the host."""
+    """Return ``address`` without a user and a password before the host."""
     return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/@]*@", r"\1", address)
 
 
@@ -145,7 +148,8 @@ def _value(value: Any) -> str:
 
 
 def _text(name: str) -> str:
-    """Return the name of an object of Kubernetes, whose characters have no meaning in Markdown."""
+    """Return ``name``, the name of a Kubernetes object. Characters that such a name can't have become `?`, and the
+    others have no meaning in Markdown."""
     return re.sub(r"[^A-Za-z0-9.-]", "?", name)
 
 

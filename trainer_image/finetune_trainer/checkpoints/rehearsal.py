@@ -28,19 +28,19 @@ from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 PROBE = "The model's artifact: 1 + 1 = 2\n"
-"""A text that the saved tokenizer must read as the job's tokenizer does."""
+"""A text of which the saved tokenizer must make the same token ids as the job's tokenizer."""
 
 
 def rehearse_export(
     tokenizer: PreTrainedTokenizerBase, options: ExportOptions, changed: Iterable[str], scratch: Path
 ) -> list[str]:
-    """Write all of an artifact but its weights into the new folder ``scratch``, load it again, and remove the folder.
-    Return a sentence for each field in which the artifact's generation configuration differs from the base model's.
+    """Write all files of an artifact except its weights into the new folder ``scratch``, load these files again, and
+    remove the folder. Return sentences about the fields of the base model's generation configuration that had to be
+    repaired or left out.
 
-    ``options.base`` needs only the text files of the model. No weight is read: ``options.names`` is made of the model
-    on the meta device and of the headers of the weight files. It is None where the artifact is only an adapter.
-    ``changed`` are the parameters of the base model that the artifact has new values for: all trained parameters of a
-    full run, and those that get an adapter where the artifact is a merged model.
+    Of the model in the folder ``options.base`` only the text files are read here. ``options.names`` is None where the
+    artifact is only an adapter. ``changed`` are the parameters of the base model for which the artifact has new values:
+    all trained parameters of a full run, and the parameters that get an adapter where the artifact is a merged model.
 
     Raises UserError where the artifact could not be written, or could not be loaded.
     """
@@ -64,7 +64,7 @@ def _not_exported(error: BaseException) -> UserError:
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the tokenizer ``saved`` differs from the job's."""
+    """Raise UserError where the tokenizer ``saved`` differs from the job's ``tokenizer``."""
     with library_boundary(_not_exported):
         text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
         compared = {

@@ -1,7 +1,7 @@
 """The start of a run: choose the checkpoint to resume from, fetch it, and take the next run number in the bucket.
 
 Rank 0 does this for all ranks. `train.py` calls `start_run` at the start of an attempt and `start_run_after_rollback`
-after a rollback. Both return a `RunStart`, which travels to the other ranks as JSON.
+after a rollback. Both return a `RunStart`, which is sent to the other ranks as JSON.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
 
     An earlier run that is still alive may commit one more checkpoint before the number is taken. The checkpoint to
     resume from is then chosen again, and the new run takes one more number. Raises OutsideFailure where other writers
-    interfere with each of MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
+    interfere with each of MAX_TRIES tries, and UserError where another job has taken over the folder of runs.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):
@@ -184,8 +184,8 @@ def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target
 
 
 def _run_start(root: RunRoot, run: int, choice: ResumeChoice, rollbacks: list[Rollback]) -> RunStart:
-    """Return the `RunStart` of run number ``run``. All committed checkpoints of the job are divided into the chosen
-    checkpoint with those that led to it, and all others."""
+    """Return the `RunStart` of run number ``run``. It lists all committed checkpoints of the job: the chosen checkpoint
+    and the checkpoints that led to it in `ancestors`, and all others in `other_checkpoints`."""
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
     undamaged = [key for key, record in stored.items() if not record.damaged]
     own = [stored[item] for item in reversed(lineage(read_records(root), undamaged))]

@@ -94,7 +94,7 @@ class Saver:
         self._other_checkpoints = tuple(start.other_checkpoints)
         self._uploads = UploadQueue(self._upload)
 
-    # Properties and functions that tell which checkpoints exist
+    # Properties and functions that return which checkpoints exist
 
     @property
     def committed(self) -> list[CheckpointRecord]:
@@ -114,8 +114,8 @@ class Saver:
         return next(iter(best_first(self.lineage, self._best_by)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
-        """Return the checkpoint that the artifact is made of: for `Best` the best checkpoint where one was scored, else
-        the newest.
+        """Return the checkpoint of which the artifact is made. For `Best` this is the best checkpoint if any checkpoint
+        was scored. Otherwise it is the newest checkpoint.
 
         Call this after the checkpoint of the last step was committed, so that there is a checkpoint.
         """
@@ -192,7 +192,7 @@ class Saver:
     def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until every saved checkpoint is committed. All ranks call this together.
 
-        ``stop`` returns whether this rank received SIGTERM. Once any rank has received it, the ranks wait at most
+        ``stop`` returns whether this rank received SIGTERM. Once any rank has received SIGTERM, the ranks wait at most
         ``bound`` seconds more, and then raise OutsideFailure.
         """
         stop_seen_at: float | None = None

@@ -47,7 +47,7 @@ class UploadQueue:
 
     def __init__(self, upload: Callable[[Snapshot], CheckpointRecord]) -> None:
         """Start the background thread. ``upload`` commits a snapshot together with the other ranks, and returns the
-        checkpoint's record; it may take minutes."""
+        checkpoint's record. The call may take minutes."""
         self._upload = upload
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[Snapshot] = []
@@ -69,7 +69,7 @@ class UploadQueue:
 
     @property
     def current_step(self) -> int | None:
-        """The step of the snapshot that is being uploaded, None where none is."""
+        """The step of the snapshot that is being uploaded. None where no upload is under way."""
         current = self._current
         return current.state.step if current is not None else None
 
@@ -160,9 +160,9 @@ class WaitingSnapshots:
         whether the newer snapshot is the best so far. Snapshots up to number ``begun`` are not among them, because some
         rank has begun to upload them.
 
-        The snapshots that were not the best when they were taken may be dropped. Where there are none, only the oldest
-        snapshot may be dropped, which is worse than those behind it. The best snapshot of all is never dropped, because
-        the artifact may have to be made of it.
+        The snapshots that were not the best when they were taken may be dropped. Where there is no such snapshot, only
+        the oldest one may be dropped, because each later snapshot was the best so far when it was taken. The best
+        snapshot of all is never dropped, because the artifact may have to be made of it.
         """
         open_ = [item for item in self._snapshots if item.number > begun]
         others = [item.number for item in open_ if not item.best]

@@ -1,5 +1,5 @@
-"""What a run changes in the weights of its base model: a full run replaces them, and an adapter changes them as
-`adapter_changes.py` says. `export.py` applies the changes when it writes a model."""
+"""What a run changes in the weights of its base model. The trained values of a full run replace the weights. What an
+adapter changes is computed in `adapter_changes.py`. `export.py` applies the changes when it writes a model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class WeightChange(Protocol):
 
 @dataclass(frozen=True)
 class TrainedValue:
-    """The value of a parameter in a checkpoint, which replaces the value in the base model. It is read when it is
-    used."""
+    """The value of a parameter in a checkpoint, which replaces the value in the base model. The value is read from the
+    file only in `applied_to`."""
 
     file: Path
     name: str

@@ -1,9 +1,9 @@
-"""Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
-has a loss. `micro_batches.py` calls `collate`.
+"""Builds the tensors of a micro-batch: the token ids of its sequences, padded on the right, and the target token of
+each position that has a loss. `micro_batches.py` and the checks of the engine (`engine/checks.py`) call `collate`.
 
-No attention mask is built. Padding needs none, because with causal attention a token can't attend to a token on its
-right. Packed examples are separated by their position ids, and by their borders (`model/packed_attention.py`). With a
-mask of ones the model would ignore the position ids.
+No attention mask is built. Padding needs no mask, because it is on the right, and with causal attention a token can't
+attend to a token on its right. Packed examples are kept apart by their position ids and by their borders
+(`model/packed_attention.py`). With a mask of ones, transformers would no longer look for borders in the position ids.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor
     """Token ids of shape (B, T), padded on the right."""
     position_ids: torch.Tensor | None
-    """Positions of shape (B, T), which restart at 0 for each packed example. None if each sequence is one example."""
+    """Positions of shape (B, T), which restart at 0 for each packed example. None without packing, where each sequence
+    is one example."""
     index: torch.Tensor
     """Shape (N,): the position right before each supervised token, as an index into the B * T positions of the
-    flattened batch. The loss needs logits at these positions only, and `LossHead` computes no others unless
-    `Objective.full_logits` is set."""
+    flattened batch. The loss needs logits at these positions only, and `LossHead` computes no others unless full logits
+    are asked for (see `Objective.loss`)."""
     targets: torch.Tensor
     """Shape (N,): the supervised token that follows each position of `index`."""
     dropout_keys: torch.Tensor
@@ -46,10 +47,11 @@ class Batch(NamedTuple):
     real_tokens: int
     """Number of tokens that are not padding. 1 for a dummy micro-batch, although its only token is padding."""
     starts: torch.Tensor | None = None
-    """Shape (S + 1,), int32: the first token of each packed example in the flattened B * T positions, and B * T. The
-    padding behind the last example of a sequence counts as an example. None if each sequence is one example."""
+    """Shape (S + 1,), int32: the first token of each of S packed examples in the flattened B * T positions, and B * T.
+    The padding at the end of a sequence counts as an example. None without packing."""
     longest: int = 0
-    """Number of tokens of the longest packed example. 0 if each sequence is one example."""
+    """Number of tokens of the longest example in `starts`, where padding counts as an example too. 0 without
+    packing."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with all tensors copied to ``device``."""
@@ -77,8 +79,8 @@ def collate(
     pad: int,
     packed: bool,
 ) -> Batch:
-    """Return the tensors of ``sequences``. Each sequence holds one example, or several packed ones. Each example comes
-    with its dropout seed.
+    """Return the tensors of ``sequences``. Each sequence is a list of pairs of an example and its dropout seed.
+    ``packed`` says whether a sequence may have several examples. ``pad`` is the token id of padding.
 
     Without sequences, return a dummy micro-batch of one padding token without loss. Under ZeRO all ranks must compute
     the same number of micro-batches, so a rank that has no examples left computes the dummy.

@@ -1,9 +1,9 @@
-"""Makes the examples of a data file. `dataset.badRows` says what happens to a row that can't become examples (a bad
-row): it is skipped, or it raises an error with file and line. `dataset.longRows` says what happens to a row with an
-example that is too long. Such a row may also be split or truncated.
+"""Makes the examples of a data source. A row that can't become examples (a bad row) is skipped, or ends the job with an
+error that names file and line, as `dataset.badRows` says. `dataset.longRows` says the same about a row with an example
+that is too long, which may also be split or truncated.
 
-The workers and the preflight checks call `make_examples`, the evaluation calls `used_rows`, and the launcher and the
-preflight checks call `check_columns` and `check_tools_of_mix`.
+The workers and the preflight checks call `make_examples`, and the launcher, the workers and the preflight checks call
+`check_columns`. The launcher and the preflight checks also call `check_tools_of_mix`. The evaluation calls `used_rows`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import data_files, head_columns
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
-"""Largest number of bytes of rows, from the beginning of a file, that are searched for the columns."""
+"""About how many bytes of rows, from the beginning of each file, are searched for the columns that the job names."""
 COLUMN_CHECK_ROWS = 100
-"""How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
-none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
+"""How many rows from the beginning of a data source are searched for the columns that the job names. A column that none
+of these rows has is reported as an error of the spec, because its name may be misspelled. The rows do not count as bad
+rows then."""
 LONGEST_PROBLEM = 800
-"""Largest number of characters of what is wrong with a row. The names of the keys of a row can be of any length."""
+"""How many characters are kept of a phrase that says what is wrong with a row. The rest is cut off, because the phrase
+may contain the name of a key, and such names can be of any length."""
 GRADED_FIELDS = ("dataset.validation", "dataset.test")
 """The data sources whose rows are graded, where the job has a task."""
 
@@ -47,11 +49,12 @@ class NoRowsError(UserError):
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The largest allowed length of an example in tokens, which field or model sets it, and the largest token id."""
+    """The largest allowed length of an example in tokens, what sets this length, and how many token ids the model
+    has."""
 
     tokens: int
     origin: str
-    """What sets the limit, as a phrase that follows "more than" in messages: `dataset.maxLength 512`."""
+    """What sets the limit, as a phrase that follows "more than" in messages, for example `dataset.maxLength 512`."""
     rows: int | None = None
     """Number of rows of the model's embedding. A token with an id of this size or more can't be read. None where the
     number is not known."""
@@ -67,9 +70,12 @@ def length_limit(dataset: DatasetSpec, context: int | None, rows: int | None = N
 
 
 def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
-    """Raise UserError if the file has no rows, or if a column that the format ``form`` needs, or a column in
-    ``further``, is in none of the first rows. At most COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
-    ``field`` is the path of the file's source in the spec, for example `dataset.train`, and messages begin with it."""
+    """Raise UserError if a data source has no rows, or if a column that the format ``form`` needs, or a column in
+    ``further``, is in none of its first rows. ``path`` is the file of the source, or the folder with the index of its
+    files. At most COLUMN_CHECK_ROWS rows are read, and about COLUMN_CHECK_BYTES bytes of a file. The columns of a
+    parquet file are those of its schema. ``field`` is the path of the source in the spec, for example `dataset.train`.
+    The message about a missing column begins with the field that names the column. Messages about the files begin with
+    ``field``."""
     found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
     files = data_files(path)
     name = files[0].name if len(files) == 1 else f"the {len(files)} files"
@@ -123,13 +129,14 @@ def make_examples(
     limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and notices: how many bad rows were skipped, what became of rows that are too
-    long, and how many examples the rows became where a row became more than one. A row is skipped as a whole. Another
-    notice says how many of the kept rows have control tokens in their text that were read as ordinary text.
+    """Return the examples of ``rows``, and notices. The notices say how many rows were skipped, what became of rows
+    that are too long, and, if some rows became several examples, how many examples were made. Another notice says how
+    many of the kept rows have control tokens in their text that were read as ordinary text. A row is skipped as a
+    whole, even if only one of its examples is bad.
 
-    ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
-    (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
-    row's columns. Two examples of one row then hold the same row.
+    ``source`` is the name of the data source in messages, for example `s3://bucket/train.jsonl`. ``field`` is the path
+    of the source in the spec, for example `dataset.train`. With ``keep_rows`` the result also has the data row of each
+    example, because graders read the row's columns. Several examples that were made of one row have the same row.
 
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
     row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
@@ -176,7 +183,7 @@ def make_examples(
 def used_rows(
     rows: Iterable[Row], dataset: DatasetSpec, tokenize: TokenizeFunctions, *, limit: LengthLimit
 ) -> Iterator[Row]:
-    """Yield those of ``rows`` that `make_examples` makes examples of, and not those that it skips."""
+    """Yield those of ``rows`` of which `make_examples` makes examples. Rows that it skips or refuses are left out."""
     render = renderer(dataset.format, tokenize, limit.tokens)
     return (row for row in rows if not isinstance(_rendered(row, dataset, render, limit), _Refusal))
 
@@ -193,8 +200,8 @@ class _Refusal(NamedTuple):
 
 
 def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit) -> Sequence[Example] | _Refusal:
-    """Return the examples of a row. They may exceed ``limit`` only where `dataset.longRows` is Split or Truncate,
-    because `make_examples` then makes shorter ones of them."""
+    """Return the examples of a row, or why the row can't be used. Examples are longer than ``limit.tokens`` only where
+    `dataset.longRows` is Split or Truncate, because `make_examples` then makes shorter examples of them."""
     rendered = row.problem or render(row.fields)
     if isinstance(rendered, str):
         return _Refusal("badRows", dataset.bad_rows, _shortened(rendered))
@@ -214,7 +221,7 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
 
 
 def _shortened(text: str) -> str:
-    """Return a text that names something of a row, such as a key, cut off if the row makes it very long."""
+    """Return ``text``. If it has more than LONGEST_PROBLEM characters, `...` takes the place of the others."""
     return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
 
 
@@ -232,7 +239,8 @@ class _Rows:
         self.rows += 1
 
     def notice(self, field: str, what: str, *, total: int) -> str:
-        """Return a notice: how many rows were skipped and how many kept, and the problem of the first skipped row."""
+        """Return a notice about these rows as skipped rows: how many rows were skipped, that ``total`` rows were kept,
+        and the problem of the first skipped row. ``what`` is the reason, for example `badRows: Skip`."""
         rows = "1 row was" if self.rows == 1 else f"{self.rows} rows were"
         return f"{field}: {rows} skipped and {total} kept ({what}); the first: {self.first}"
 

@@ -1,7 +1,7 @@
 """Sets of examples: token ids and the ranges of supervised tokens, in numpy arrays that can be saved and memory-mapped.
 
 On each node one process tokenizes the data files and saves the arrays. All ranks of the node memory-map the saved
-arrays, so time and memory do not grow with the number of GPUs.
+arrays. So the time to tokenize and the memory for the token ids do not grow with the number of GPUs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Example(NamedTuple):
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
     read_as_text: Sequence[str] = ()
-    """The control tokens, such as `</s>`, that stand in the data row and were read as ordinary text. `ExampleSet` does
-    not keep them."""
+    """The control tokens, such as `</s>`, that are in the texts of the data row and were read as ordinary text.
+    `ExampleSet` does not keep this field."""
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that the loss is taken on. The first token of an example never counts, because no position
-        before it predicts it."""
+        """Number of tokens for which a loss is computed. The first token of an example never counts, because the model
+        predicts a token only from the tokens before it."""
         return sum(last - max(first, 1) for first, last in self.spans)
 
     @property
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
 
 class ExampleSet(Sequence[Example]):
-    """The examples of a data file, as an immutable sequence."""
+    """The examples of a data source or of a mix, as an immutable sequence."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
         """Use the given arrays, which `ExampleWriter.finish` made or `load` has read. ``rows`` are the data rows of the
@@ -121,9 +121,9 @@ class ExampleSet(Sequence[Example]):
 
 
 def graded_fields(row: Row) -> dict[str, Any]:
-    """Return the columns of ``row`` as graders get them, which is as values of JSON. A value that JSON can't hold
-    becomes a text: a date or a decimal number becomes the text that templates show, and any other value, such as bytes
-    of a parquet file, what `str` returns."""
+    """Return the columns of ``row`` as JSON values, which graders get. A value that JSON can't hold becomes a text. For
+    a date or a decimal number, it is the text that templates show. For any other value, such as bytes of a parquet
+    file, it is the result of `str`."""
     found: dict[str, Any] = json.loads(json.dumps(row.fields, default=_as_text))
     return found
 

@@ -22,7 +22,7 @@ from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import prompt_columns, render_prompt_completion, render_text
 
 TOOLS_FIELD = MessagesFormat.model_fields["tools_field"].default
-"""The column of tools in jobs that name none."""
+"""The column with the tools in jobs that do not set `toolsField`."""
 
 
 class TokenizeFunctions(NamedTuple):
@@ -32,7 +32,8 @@ class TokenizeFunctions(NamedTuple):
     pieces: PieceTokenizer
     """Tokenizes the pieces of rendered templates."""
     end: int
-    """Id of the end token (EOS). It ends every example, except for a conversation whose answers end with another
+    """Id of the end token (EOS). Every rendered completion and every rendered plain text ends with it. In a
+    conversation it ends an answer only where the chat template writes it, or where the template ends the answer with no
     token."""
     chat: ChatTemplate | None = None
     """Renders conversations. None if the tokenizer has no chat template."""
@@ -57,12 +58,12 @@ def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
 
 
 def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
-    """Return the column `toolsField` if the rows of ``field``, the path of a source in the spec, need it, and else
-    nothing.
+    """Return the column that `toolsField` names, if at least one row of the source ``field`` must have it. Otherwise
+    return no column. ``field`` is the path of the source in the spec.
 
-    If the job names another column than the default, at least one row of `dataset.train` must have it, because a
-    misspelled name would make all tools vanish. A single row need not have tools. Nor need a single source of a mix
-    (see `check_tools_of_mix`), or the validation and test rows.
+    The column is needed only if the job names another column than the default, and only in `dataset.train`, because a
+    misspelled name would make all tools vanish. Of the sources of a mix, one must have the column, which
+    `check_tools_of_mix` checks. The validation rows and the test rows may be without tools.
     """
     if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
         return []
@@ -70,15 +71,15 @@ def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
 
 
 def format_columns(form: DatasetFormat) -> list[str]:
-    """Return all columns that a format reads, also those that a data file need not have."""
+    """Return all columns that a format reads, including the columns that a data file need not have."""
     found = [column.name for column in required_columns(form)]
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
 
 
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int | None = None) -> Render:
     """Return the function that renders rows in the format ``form``. Of a row with an example of more than
-    ``most_tokens`` tokens, other examples may be left out. Raises UserError if the format is chat messages and the
-    tokenizer has no chat template."""
+    ``most_tokens`` tokens, other examples may be left out. Raises UserError if a template of `promptCompletion` is
+    malformed, or if the format is chat messages and the tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:

@@ -1,5 +1,5 @@
-"""Shortens texts that are too long: into several examples (`longRows: Split`), or to their beginning (`longRows:
-Truncate`). `dataset.py` calls the functions for rows of `format.text`, whose tokens are all learned."""
+"""Makes shorter examples of texts that are too long: several examples (`longRows: Split`), or only the beginning
+(`longRows: Truncate`). `dataset.py` uses `LongTexts` for rows of `format.text`, whose tokens are all learned."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ class LongTexts:
     """Makes examples of texts that are too long, and counts them for a notice."""
 
     def __init__(self, policy: Literal["Split", "Truncate"], most_tokens: int) -> None:
-        """Make examples of at most ``most_tokens`` tokens."""
+        """Make examples of at most ``most_tokens`` tokens, or of 2 tokens if ``most_tokens`` is 1, because nothing can
+        be learned of a single token."""
         self._policy, self._most = policy, max(2, most_tokens)
         self.rows = self._examples = self._tokens = self._left_out = 0
         self._first = ""
 
     def pieces(self, example: Example, place: str) -> Sequence[Example]:
-        """Return the examples that are made of ``example``, the text at ``place``."""
+        """Return the examples that are made of ``example``, which is too long. ``place`` is the place of its row for
+        messages.
+        """
         made = split(example, self._most) if self._policy == "Split" else [truncated(example, self._most)]
         self._first = self._first or place
         self.rows += 1
@@ -30,7 +33,7 @@ class LongTexts:
 
     @property
     def notice(self) -> str:
-        """How many rows were too long, and what became of their tokens."""
+        """A phrase that says how many rows were too long, and what became of their tokens."""
         rows = ("1 row is" if self.rows == 1 else f"{self.rows} rows are") + f" longer than {self._most} tokens"
         became = (
             f"split into {self._examples} examples, which learn each of the {self._tokens} tokens once"
@@ -56,6 +59,6 @@ def split(example: Example, most_tokens: int) -> list[Example]:
 
 
 def truncated(example: Example, most_tokens: int) -> Example:
-    """Return the first ``most_tokens`` tokens of ``example``, all of which are learned. The end token is lost with the
-    rest, because the text does not end there."""
+    """Return an example of the first ``most_tokens`` tokens of ``example``, which must be longer. All of them but the
+    first are learned. The end token is lost with the rest, because the text does not end there."""
     return Example(example.ids[:most_tokens], ((0, most_tokens),))

@@ -1,8 +1,8 @@
 """Plans which micro-batches each rank computes of a training step or of an evaluation set, and makes their tensors.
 
 `loop.py` plans one global batch for each optimizer step, and `evaluation/` plans whole example sets. Every rank gets
-the same number of micro-batches, because under ZeRO every rank must run equally many forward passes. A rank that has
-fewer rows gets empty micro-batches in addition.
+the same number of micro-batches, because under ZeRO every rank must run equally many forward passes. A rank whose rows
+fill fewer micro-batches than those of another rank gets empty micro-batches in addition.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MicroBatcher:
     """Largest length of a packed sequence in tokens. None means no packing: each sequence holds one example."""
     seed: int = 0
     mixture: Mixture | None = None
-    """How the examples of several sources are mixed. None if all examples are of one source."""
+    """How the examples of the sources in `dataset.train.mix` are mixed. None if the job has no mix."""
 
     def plan_step(self, step: int, optimization: OptimizationConfig) -> MicroBatchPlan:
         """Return this rank's part of the global batch of optimizer step ``step`` (counted from 1)."""
@@ -62,8 +62,9 @@ class MicroBatcher:
         sequences: Sequence[Sequence[int]] = (
             [[row] for row in rows]
             if self.capacity is None
-            # The capacity is raised to the longest row. Training rows never exceed the capacity, but the base model's
-            # rows can, because `evaluation.basePrompt` may make them longer.
+            # The capacity is raised to the longest row. Training rows never exceed the capacity, but rows in the form
+            # that the base model reads may: `evaluation.basePrompt` may have more text, and the base model reads an
+            # added token as several tokens.
             else pack(
                 rows, lengths, capacity=max(self.capacity, *(lengths[row] for row in rows), 1), ranks=self.world_size
             )
@@ -74,7 +75,7 @@ class MicroBatcher:
         return MicroBatchPlan(rows, sum(self.examples[row].supervised_tokens for row in rows), own)
 
     def tensors(self, plan: MicroBatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yield the tensors of each micro-batch of ``plan``. ``step`` only chooses the dropout masks."""
+        """Yield the tensors of each micro-batch of ``plan``. ``step`` is used only to choose the dropout masks."""
         for micro_batch in plan.micro_batches:
             sequences = [
                 [(self.examples[row], dropout_seed(self.seed, step, row)) for row in sequence]

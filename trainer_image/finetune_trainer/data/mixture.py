@@ -3,9 +3,9 @@ pure functions of seed, step, sizes and weights, as in `order.py`, so a resumed 
 example.
 
 The examples of a mix have one endless order, by their times. The k-th example of source i, counted from k = 0, has the
-time (k + 1/2) / weight(i). So every part of the order holds the sources in their shares as exactly as whole numbers can
-(the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone through again and
-again, each time in another order.
+time (k + 1/2) / weight(i). So the first n examples of the order hold the sources in their shares as exactly as whole
+numbers can, for every n (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is
+gone through again and again, each time in another order.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Mixture:
 
     @classmethod
     def of(cls, sizes: Sequence[int], weights: Sequence[str | None]) -> Mixture:
-        """Return the mixture of sources with ``sizes`` examples. A weight is a decimal number; where it is None, the
-        source's number of examples is its weight. If all weights are None, each example comes once in an epoch."""
+        """Return the mixture of sources with ``sizes`` examples. A weight is a decimal number as text. Where a weight
+        is None, the number of examples of the source is its weight. If all weights are None, each example comes once in
+        an epoch."""
         return cls(
             tuple(sizes),
             tuple(Fraction(size if weight is None else weight) for size, weight in zip(sizes, weights, strict=True)),
@@ -50,8 +51,8 @@ class Mixture:
         """Return how many of the first ``position`` examples of the order come from each source."""
         total = sum(self.weights)
         counts = [int(position * weight / total + Fraction(1, 2)) for weight in self.weights]
-        # The sum of the rounded numbers differs from ``position`` by less than the number of sources, so few
-        # repetitions follow.
+        # The sum of the rounded numbers differs from ``position`` by less than the number of sources, so these loops
+        # repeat only a few times.
         while sum(counts) > position:
             counts[self._extreme([count - 1 if count else None for count in counts], last=True)] -= 1
         while sum(counts) < position:
@@ -59,9 +60,9 @@ class Mixture:
         return tuple(counts)
 
     def _extreme(self, examples: Sequence[int | None], *, last: bool) -> int:
-        """Return the source whose example comes first in the order, or last with ``last``. ``examples`` has the number
-        of one example of each source, or None for a source that does not count. Of examples with equal times, that of
-        the earlier source comes first."""
+        """Return the index of the source whose example comes first in the order, or comes last if ``last`` is set.
+        ``examples`` has the number of one example of each source, or None for a source that does not count. If two
+        examples have equal times, the example of the earlier source comes first."""
         times = [
             (Fraction(2 * example + 1) / weight, source)
             for source, (example, weight) in enumerate(zip(examples, self.weights, strict=True))
@@ -77,7 +78,7 @@ class Mixture:
 
     def global_batch(self, step: int, *, global_batch_size: int, seed: int) -> tuple[int, ...]:
         """Return the numbers of the examples that step ``step`` (counted from 1) consumes on all ranks together, source
-        by source. An example can occur several times if its source has few."""
+        by source. An example can occur several times if its source has few examples."""
         epoch, batch = cursor(step, rows=self.examples, global_batch_size=global_batch_size)
         start = epoch * self.examples + batch * global_batch_size
         end = min(start + global_batch_size, (epoch + 1) * self.examples)
@@ -93,18 +94,18 @@ class Mixture:
 
 
 def mix_digest(digest: str, sizes: Sequence[int]) -> str:
-    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all its examples.
-    It alone does not determine the steps: if an example moves from one source to another, the steps take other
-    examples."""
+    """Return the sha256 of a mix with ``sizes`` examples of each source. ``digest`` is the sha256 of all examples of
+    the mix together. ``digest`` alone does not determine which examples a step takes, because it does not tell at which
+    example the next source begins."""
     return hashlib.sha256(f"{digest} {' '.join(map(str, sizes))}".encode()).hexdigest()
 
 
 def source_order(size: int, *, seed: int, source: int, turn: int) -> npt.NDArray[np.intp]:
-    """Return the order in which a source's examples are taken when the source is gone through for the time ``turn``,
-    counted from 0. The order is an array of shape (size,) of numbers of examples within the source."""
+    """Return the order in which the examples of source number ``source`` are taken after the source was gone through
+    ``turn`` times. The order is an array of shape (size,) with the numbers of the examples within the source."""
     known = _newest_orders(size, seed, source)
     if turn not in known:
-        # At most two orders are kept. A step needs no more, and an order may have millions of numbers.
+        # At most two orders are kept, because an order may have millions of numbers, and a step rarely needs more.
         while len(known) > 1:
             known.pop(next(iter(known)))
         known[turn] = digest_order(size, f"{seed}/{source}/{turn}")

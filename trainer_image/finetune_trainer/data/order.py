@@ -1,9 +1,9 @@
 """Determines which examples each optimizer step consumes, and which rank computes which of them. All functions are pure
 functions of seed, step and sizes.
 
-In this module, a row is an example and not a row of the data file, which may have become several examples. The number
-of the step alone determines the position in the data. So a resumed run continues with exactly the rows that were not
-consumed yet, even with another number of ranks.
+In this module, a row is an example. One row of a data file may have become several of these rows. The number of the
+step alone determines the position in the data. So a resumed run continues with exactly the rows that were not consumed
+yet, even with another number of ranks.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ def digest_order(rows: int, name: str) -> npt.NDArray[np.intp]:
     written to.
 
     No library's random generator is used, so the order is the same on every platform and with every library version.
-    Every rank holds the order, so the digests and the order are arrays of numbers, and no lists of Python objects.
+    The digests and the order are arrays of numbers and not lists of Python objects, which would take more memory on
+    every rank.
     """
     halves = np.empty((2, rows), dtype=np.uint64)
     for start in range(0, rows, HASHED_AT_ONCE):
         numbers = range(start, min(start + HASHED_AT_ONCE, rows))
         digests = b"".join(hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest() for row in numbers)
         halves[:, start : numbers.stop] = np.frombuffer(digests, dtype=">u8").reshape(-1, 2).T
-    # numpy sorts by the last key first: by the first half of a digest, and where two are equal by the second half.
+    # `lexsort` sorts by its last key, which is the first half of a digest here. Digests with equal first halves are
+    # sorted by their second halves.
     order = np.lexsort((halves[1], halves[0]))
     order.flags.writeable = False
     return order

@@ -1,8 +1,8 @@
-"""Packs the examples of a global batch into few sequences, with the best-fit decreasing algorithm. `micro_batches.py`
-calls `pack`.
+"""Packs the examples of a global batch or of an evaluation set into few sequences, with the best-fit decreasing
+algorithm. `micro_batches.py` calls `pack`.
 
-The functions depend only on the lengths, so all ranks compute the same sequences without communication. Each global
-batch is packed by itself, so a step consumes the same examples with and without packing.
+The functions are pure, so all ranks compute the same sequences without communication. Each global batch is packed by
+itself, so a step consumes the same examples with and without packing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put ``rows`` into bins of at most ``capacity`` tokens, and return the bins. The longest row comes first. Each row
-    goes into the fullest bin that has room for it. No row may be longer than ``capacity``.
+    goes into the fullest bin that has room for it, or into a new bin if no bin has room. No row may be longer than
+    ``capacity``.
 
     The result has at most 11/9 of the smallest possible number of bins, plus 4 (Johnson 1973).
     """
@@ -34,12 +35,13 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
-    """Return ``rows`` packed into sequences of at most ``capacity`` tokens. The longest sequence is as short as
-    possible.
+    """Return ``rows`` packed into sequences of at most ``capacity`` tokens. The sequences are made shorter than
+    ``capacity`` where this costs no time.
 
-    The number of sequences that `best_fit_decreasing` needs is rounded up to a multiple of ``ranks``. This costs no
-    time, because otherwise some ranks would have one sequence less and wait for the others. The sequences are then as
-    short as `best_fit_decreasing` can make them with at most this number.
+    The number of sequences that `best_fit_decreasing` needs is rounded up to a multiple of ``ranks``. The further
+    sequences cost no time, because without them some ranks would have one sequence less and wait for the others. A
+    binary search then looks for the smallest capacity with which `best_fit_decreasing` needs at most the rounded number
+    of sequences.
     """
     if not rows:
         return []

@@ -2,7 +2,8 @@
 
 The text is tokenised as a whole, because many tokenizers merge characters across the border of two pieces. A control
 token, such as `</s>`, is a token where it stands in a text of the template, and ordinary text where it stands in a
-column of the row, because people write such texts without meaning the token.
+column of the row, because people write such texts without meaning the token. In a column only `model.addedTokens` are
+tokens, or all control tokens if the job sets `allowSpecialTokens`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PieceIds(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """A control token or an added token that the tokenizer found in a text."""
+    """A control token that the tokenizer found in a text."""
 
     first: int
     """Place of its first character."""
@@ -41,12 +42,12 @@ class PieceTokenizer:
     """Tokenises texts that consist of pieces."""
 
     def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
-        """Take a tokenizer of transformers, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are
-        tokens in columns of the row too, because the user added them for the rows. ``ends`` are the ids at which the
-        model stops.
+        """Take ``tokenizer``, a tokenizer of transformers that already has ``added_tokens`` (`model.addedTokens`).
+        These are read as tokens in columns of the row too, because the user added them for the rows. ``ends`` are the
+        ids at which the model stops.
 
-        This module does not import transformers, because the process that starts the preflight check has to import the
-        formats and must stay small.
+        This module does not import transformers, because `__main__.py` imports it through other modules, and the
+        process that starts the preflight check must stay small.
         """
         self._tokenizer = tokenizer
         # Some models do not mark the token that ends their answers as special.
@@ -56,7 +57,9 @@ class PieceTokenizer:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or number in named
         }
-        """The control tokens by their ids. The model's other added tokens are ordinary words of its vocabulary."""
+        """The control tokens by their ids, including `model.addedTokens`. A token of the tokenizer's
+        `added_tokens_decoder` that is neither special nor a stop token is left out, because it is an ordinary word of
+        the vocabulary."""
         self._all_marked = all(token.special for token in self._tokens.values())
         """Whether the tokenizer marks all control tokens as special."""
         self._everywhere = {number for number, token in self._tokens.items() if token.content in added_tokens}
@@ -70,9 +73,10 @@ class PieceTokenizer:
         return {number: token.content for number, token in self._tokens.items()}
 
     def other_forms(self, text: str) -> list[tuple[int, int]]:
-        """Return the places of the control tokens in ``text`` if one of them may be in another form than its own. A
-        normalizer can make the token `</s>` of `</S>` or `＜/s＞`. A place has the index of the first character and of
-        the one behind the token. Raises RowError as `begin` does."""
+        """Return the places of the control tokens in ``text`` if ``text`` may have one of them in another form. For
+        example, a normalizer can make the token `</s>` of `</S>` or `＜/s＞`. A place has the index of the first
+        character of the token, and the index of the first character behind the token. Raises RowError if ``text`` can't
+        be tokenised."""
         try:
             normal = self._normal(text) if self._normal_forms else ""
             if not any(form in normal for form in self._normal_forms):
@@ -86,7 +90,8 @@ class PieceTokenizer:
 
     @functools.cached_property
     def _normal_forms(self) -> list[str]:
-        """What the tokenizer's normalizer makes of the control tokens that are looked for in normalized text."""
+        """The texts that the tokenizer's normalizer makes of those control tokens that the tokenizer looks for in
+        normalized text. Empty if the tokenizer has no normalizer."""
         if not self._tokenizer.is_fast or self._tokenizer.backend_tokenizer.normalizer is None:
             return []
         found = (self._normal(token.content).strip("▁ ") for token in self._tokens.values() if token.normalized)
@@ -97,17 +102,20 @@ class PieceTokenizer:
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def begin(self, pieces: Sequence[Piece]) -> PieceIds:
-        """Tokenise a text that begins an example. What the tokenizer puts in front of every text, such as BOS, is
-        included. It stands there only once, also where the text itself begins with it. What the tokenizer appends to
-        every text, such as an end token, is left out, because in an example more text follows.
+        """Tokenise a text that begins an example. The tokens that the tokenizer puts in front of every text, such as
+        BOS, are included. If the text itself begins with these tokens, they are not doubled. The tokens that the
+        tokenizer appends to every text, such as an end token, are left out, because more text may follow in the
+        example.
 
-        Raises RowError if a control token in a column can't be read as ordinary text.
+        Raises RowError if the text can't be tokenised, or if a control token in a column can't be read as ordinary
+        text.
         """
         ids, mask, found = self._encode(pieces, specials=True)
         inside = [place for place, around in enumerate(mask) if not around]
         bos = self._tokenizer.bos_token_id
         if not inside:
-            # An empty text: what stands here was put in front, except for an end token behind it.
+            # The text is empty, so the tokenizer has added all tokens: tokens in front, and perhaps an end token
+            # behind.
             return PieceIds(ids[:-1] if ids and ids[-1] == self.end != bos else ids, found)
         front, text = ids[: inside[0]], ids[inside[0] : inside[-1] + 1]
         # Some tokenizers put other tokens than BOS in front, such as GLM's `[gMASK]<sop>`.
@@ -144,15 +152,15 @@ class PieceTokenizer:
             return ids, encoding.special_tokens_mask, ()
         encoding, ids, text = self._as_text(text, kept, specials=specials)
         for match in self._matches(encoding, text):
-            # Some tokenizers find special tokens even then, because their ordinary words contain them.
+            # Some tokenizers still find a control token, because their ordinary vocabulary contains it as a word.
             if match.id != self._tokenizer.unk_token_id:
                 raise RowError(_unreadable(self._tokens[match.id].content))
         names = sorted({self._tokens[match.id].content for match in refused})
         return ids, encoding.special_tokens_mask, names
 
     def _as_text(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
-        """Tokenise ``text`` with no other special tokens than ``kept``. Return the encoding, the ids, and the text that
-        the offsets of the encoding refer to."""
+        """Tokenise ``text``, and read only the control tokens ``kept`` as tokens. Return the encoding, the ids, and the
+        text to which the offsets of the encoding refer."""
         if not kept and self._all_marked:
             call = self._tokenizer(text, add_special_tokens=specials, split_special_tokens=True)
             return call.encodings[0], call.encodings[0].ids, text
@@ -163,7 +171,8 @@ class PieceTokenizer:
     def _matches(self, encoding: Encoding, text: str) -> Iterator[_Match]:
         """Yield the control tokens that are written in ``text``.
 
-        An id alone does not tell: tokenizers also give the id of the unknown token, or of a byte, to ordinary text.
+        An id alone does not show that a control token is written there. Tokenizers also give ordinary text the id of
+        the unknown token or of a byte token such as `<0x0A>`, and both may be control tokens.
         """
         for number, (first, last), around in zip(
             encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True
@@ -171,7 +180,7 @@ class PieceTokenizer:
             token = self._tokens.get(number)
             if token is None or around:
                 continue
-            # Some special tokens include the white space beside them.
+            # Some control tokens include the white space beside them.
             found = text[first:last]
             first += len(found) - len(found.lstrip())
             found, content = found.strip(), token.content.strip()
@@ -182,7 +191,8 @@ class PieceTokenizer:
         self, text: str, pieces: Sequence[Piece], *, specials: bool
     ) -> tuple[list[int], list[int], Sequence[str]]:
         """Tokenise with a tokenizer that is written in Python. It can't read a control token as ordinary text in one
-        place and as a token in another. Raises RowError for a control token in a column."""
+        place and as a token in another. So it raises RowError for a control token in a column, unless the token is one
+        of `model.addedTokens`."""
         own = _own_ranges(pieces)
         for number, token in self._tokens.items():
             place = text.find(token.content)
@@ -196,19 +206,19 @@ class PieceTokenizer:
 
 
 class _LiteralTokenizer:
-    """A copy of a tokenizer that reads special tokens as ordinary text, except for those that `encode` is called with.
+    """A copy of a tokenizer that reads control tokens as ordinary text, except for those that `encode` is called with.
 
-    Before a text is tokenised, the special tokens that stay are replaced by placeholders, which the copy knows as added
-    tokens with the same properties. So the text around them is split as it would be beside the token itself.
+    Before a text is tokenised, the control tokens that stay tokens are replaced by placeholders. Each placeholder is a
+    token of the copy with the properties of its control token. So the text around a placeholder is split as it would be
+    beside the control token itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: dict[int, AddedToken]) -> None:
-        # Nobody can write a placeholder into a row, because it is drawn anew in each process. `encode` never returns
-        # its id.
+        # Nobody can write a placeholder into a row, because this part of it is drawn anew in each process.
         self._mark = secrets.token_hex(8)
         self._tokens = tokens
         self._numbers: dict[str, int] = {}
-        """The ids of the special tokens by the placeholders that stand for them. A placeholder is added when it is
+        """The ids of the control tokens by the placeholders that stand for them. A placeholder is added when it is
         needed first."""
         stored = json.loads(tokenizer.to_str())
         for token in stored["added_tokens"]:
@@ -220,8 +230,9 @@ class _LiteralTokenizer:
         self._copy.encode_special_tokens = True
 
     def encode(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
-        """Return the encoding of ``text`` with placeholders for ``kept``, the ids with ``kept`` in their places, and
-        the text with the placeholders."""
+        """Return the encoding of ``text`` with placeholders for ``kept``, the ids with the ids of ``kept`` in place of
+        the placeholders' ids, and the text with the placeholders. Raises RowError if the copy does not find the
+        placeholders in the text."""
         parts: list[str] = []
         place = 0
         for match in kept:
@@ -236,7 +247,8 @@ class _LiteralTokenizer:
         return encoding, ids, marked
 
     def _placeholder(self, number: int) -> str:
-        """Return the placeholder of a special token, which the copy knows as a token from then on."""
+        """Return the placeholder for the control token with the id ``number``. The first call for an id adds the
+        placeholder to the tokens of the copy."""
         name = f"\ue000{self._mark}-{number}\ue001"
         if name not in self._numbers:
             token = self._tokens[number]
@@ -254,7 +266,8 @@ class _LiteralTokenizer:
 
 
 def _own_ranges(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-    """Return the ranges of characters that are texts of the template. Neighbours are one range."""
+    """Return the ranges of characters that come from the template and not from the row. Ranges without a gap between
+    them are joined."""
     ranges: list[tuple[int, int]] = []
     place = 0
     for piece in pieces:

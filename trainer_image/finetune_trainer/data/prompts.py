@@ -1,5 +1,6 @@
-"""Renders rows of the formats promptCompletion and text as examples: the row fills the job's templates, and the pieces
-of the rendered text are tokenised. `formats.py` calls `render_prompt_completion` and `render_text`.
+"""Renders rows of the formats promptCompletion and text as examples. A row of promptCompletion fills the job's
+templates, and the pieces of the rendered texts are tokenised. Of a row of the format text, one column is tokenised as
+it is. `formats.py` calls `render_prompt_completion` and `render_text`.
 
 A row that can't be rendered raises RowError with the reason.
 """
@@ -31,9 +32,9 @@ def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
 
 
 def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> list[NamedColumn]:
-    """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads in the data file of ``field``
-    (`dataset.test`). Empty if the base model is not scored on the rows of this file. Raises UserError if
-    ``base_prompt`` is malformed."""
+    """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads of the data source at the path ``field``
+    of the spec, for example `dataset.test`. Empty if ``base_prompt`` is None, or if the base model is not scored on the
+    rows of this source. Raises UserError if ``base_prompt`` is malformed."""
     form = dataset.format.prompt_completion
     scored = "dataset.validation" if dataset.test is None else "dataset.test"
     if base_prompt is None or form is None or field != scored:
@@ -42,8 +43,8 @@ def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | Non
 
 
 def completion_ending(form: PromptCompletionFormat) -> str:
-    """Return the text with which every completion ends: the text in `completion` behind its last column, and
-    `completionSuffix`. Raises UserError if `completion` is malformed."""
+    """Return the text with which every completion ends: the text behind the last column of the template `completion`,
+    and behind this text `completionSuffix`. Raises UserError if `completion` is malformed."""
     return _parsed(form)[1].ending + form.completion_suffix
 
 
@@ -77,18 +78,18 @@ def render_prompt_completion(
 def answer_reader(
     form: PromptCompletionFormat, tokenizer: Any, added_tokens: Sequence[str], stop_ids: Sequence[int]
 ) -> Callable[[Iterable[Piece]], str]:
-    """Return a function. It takes the pieces of a rendered `completion`, and returns the text that a generated answer
-    with the same tokens would have. An answer ends at the first token of ``stop_ids`` and at `completionSuffix`, and
-    its text has no control tokens.
+    """Return a function that takes the pieces of a rendered `completion`, and returns the text that a generated answer
+    with the same tokens would have. An answer ends at the first token of ``stop_ids`` or at `completionSuffix`, and its
+    text has no control tokens.
 
-    ``added_tokens`` are those of `model.addedTokens`, which ``tokenizer``, a tokenizer of transformers, has.
+    ``tokenizer`` is a tokenizer of transformers that already has ``added_tokens`` (`model.addedTokens`).
     """
     tokens = {
         token.content: number
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special or number in stop_ids
     }
-    # Of two tokens that begin with the same text, the longer one is found.
+    # Where two tokens begin at the same place, the longer one is found, because it comes first in the expression.
     every = sorted(tokens, key=len, reverse=True)
     added = [token for token in every if token in added_tokens]
 
@@ -112,8 +113,8 @@ def _before(text: str, suffix: str) -> str:
 
 
 def _meant(form: PromptCompletionFormat, made: Iterable[Piece]) -> list[Piece]:
-    """Return the pieces ``made``. If the job allows control tokens in rows, text of the row counts as text of the
-    template."""
+    """Return the pieces ``made``. If the job allows control tokens in rows, pieces from the row are marked as pieces of
+    the template, so that control tokens in them are read as tokens."""
     return [Piece(piece.text, piece.from_row and not form.allow_special_tokens) for piece in made]
 
 
@@ -153,8 +154,9 @@ def _parse(text: str, field: str, form: PromptCompletionFormat) -> RowTemplate:
 
 
 def _named(template: RowTemplate, field: str, form: PromptCompletionFormat) -> list[NamedColumn]:
-    """Return the columns of ``template``. A column that the template calls `{prompt}` or `{completion}` is named by
-    `promptField` or `completionField`."""
+    """Return the columns of ``template``, each with the path of the field that names it. This field is `promptField` or
+    `completionField` for a column that the template calls `{prompt}` or `{completion}`. For any other column it is the
+    template itself, whose path is ``field``."""
     short = {"prompt": "promptField", "completion": "completionField"}
     found = []
     for column, name in template.names.items():

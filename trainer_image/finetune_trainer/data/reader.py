@@ -1,8 +1,9 @@
-"""Reads data files of all kinds row by row. Each row knows its place in the file, so that a user can find a bad row in
-an editor.
+"""Reads data files of all kinds row by row. Each row has its place in the file, so that a user can find a bad row in an
+editor.
 
 A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
-Whatever a library raises about a file as a whole becomes a UserError here.
+Whatever a library raises about a file as a whole becomes a UserError here, or OutsideFailure if the file system refuses
+to read the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_see
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 DEEPEST = 100
-"""How many levels of lists and mappings a column that is read may have."""
+"""How many levels of lists and mappings a column that is read may have. Columns of parquet files are not checked."""
 _TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
     Kind.JSON_LINES: json_lines,
     Kind.JSON: json_rows,
@@ -45,7 +46,8 @@ def data_files(path: Path) -> list[DataFile]:
 
 def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a data source: of the file ``path``, or of the files that the index in the folder ``path``
-    names, one after the other. ``field`` names the source's field in the spec in error messages: `dataset.train`.
+    names, one after the other. ``field`` is the path of the source in the spec for messages, for example
+    `dataset.train`.
 
     A row has those columns of its file that are in ``columns``, or all columns if ``columns`` is None. If a parquet
     file has none of ``columns``, its rows have all its columns. If only the beginning of a file is there, its complete
@@ -63,16 +65,18 @@ class HeadColumns(NamedTuple):
     """The columns of the first rows of a data source."""
 
     names: list[str]
+    """The names of all columns that at least one of these rows has."""
     total: int
-    """Number of rows that were looked at."""
+    """Number of rows that were looked at. Of a parquet file all rows count, because its schema holds for all of
+    them."""
     parsed: int
     """How many of these rows could be parsed."""
 
 
 def head_columns(path: Path, field: str, *, most_rows: int, most_bytes: int) -> HeadColumns:
-    """Return the columns of the first rows of a data source, of at most ``most_rows`` rows and about ``most_bytes``
-    bytes. The columns of a parquet file are those of its schema, and none of its values are read. Errors are those of
-    `read_rows`."""
+    """Return the columns of the first rows of a data source: of at most ``most_rows`` rows, and of rows with about
+    ``most_bytes`` bytes in each file. The columns of a parquet file are those of its schema, and none of its values are
+    read. Raises the same errors as `read_rows`."""
     names: dict[str, None] = {}
     total = parsed = 0
     for file in data_files(path):
@@ -125,8 +129,8 @@ def content_bytes(value: object) -> int:
 
 
 def is_deep(value: object) -> bool:
-    """Return whether lists and mappings in ``value`` are nested deeper than DEEPEST levels. Code that follows such a
-    value by recursion, such as the one that writes JSON, would fail."""
+    """Return whether lists and mappings in ``value`` are nested deeper than DEEPEST levels. Recursive code, such as
+    that of the JSON encoder, fails for a value that is nested much deeper."""
     left = [(value, 0)] if isinstance(value, Mapping | list) else []
     while left:
         value, depth = left.pop()
@@ -154,9 +158,10 @@ def _read_file(file: DataFile, field: str, columns: Collection[str] | None) -> G
 
 @contextmanager
 def _boundary(file: DataFile, field: str, where: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever is raised in the `with` block about ``file`` into UserError or OutsideFailure.
+    """Turn whatever is raised in the `with` block about ``file`` into UserError or OutsideFailure. MemoryError is
+    raised as it is, and HeadEnded only ends the block.
 
-    ``where`` returns the place behind which the file can't be read.
+    ``where`` returns the place behind which the file can't be read, for example `line 12`.
     """
     try:
         yield
@@ -170,7 +175,7 @@ def _boundary(file: DataFile, field: str, where: Callable[[], str]) -> Iterator[
         if isinstance(error, OSError) and error.errno is not None:
             who = f" by the pod's user {os.getuid()}" if isinstance(error, PermissionError) else ""
             raise OutsideFailure(f"{field}: {file.name} can't be read{who}: {error.strerror}") from error
-        # Decoders of compressions and of parquet raise whatever a wrong byte makes their code raise.
+        # The decoders of parquet files and compressed files may raise any exception for a damaged file.
         kind = file.name.rpartition(".")[2].lower()
         reason = first_line(error)
         raise UserError(field, f"{file.name} can't be read as {kind} after {where()}: {reason}") from error

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 SPOOL_BYTES = 16 * 1024 * 1024
-"""Largest number of bytes of a list that are held in memory. More are written to the file."""
+"""As soon as this many bytes of a list are in memory, all of them are written to the file."""
 
 
 class SpooledNumbers:
@@ -36,8 +36,8 @@ class SpooledNumbers:
             self._write()
 
     def finish(self) -> npt.NDArray[np.integer]:
-        """Return all numbers as an array. Few numbers are in memory. Many are memory-mapped from the file, whose space
-        is freed with the array."""
+        """Return all numbers as an array. If the list never became long enough for the file, the array is in memory.
+        Otherwise it is memory-mapped from the file, and the space of the file is freed with the array."""
         if self._file is None:
             return np.array(self._tail, dtype=self._dtype)
         self._write()

@@ -26,27 +26,29 @@ from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 TOKENIZER_FILE = "tokenizer.json"
-"""The file of the tokenizers library, which holds a tokenizer as a whole. A file of sentencepiece or tiktoken (suffix
-`.model`) does not: transformers makes up the rest, and reads the file in another format where the first one fails."""
+"""The file in which the tokenizers library stores a whole tokenizer. A file of sentencepiece or tiktoken (suffix
+`.model`) holds only a part of a tokenizer: transformers makes up the rest, and has to guess the format of the file."""
 
 
 UNKNOWN_PART = "did not match any variant"
-"""What the tokenizers library says of a file of a newer version."""
+"""Part of the error message of the tokenizers library for a file that a newer version of the library wrote."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer, if it can only be guessed
-    from its files, or if the tokenizer has no end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer that can be loaded and be
+    used, if it can only be guessed from its files, or if it has no end token."""
     _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
     with library_boundary(partial(_not_loaded, folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with library_boundary(_unusable):
         end = tokenizer.eos_token_id
-        # Some wrong values in the tokenizer's files raise an error only when they are used, so they are used here.
+        # Some wrong values in the tokenizer's files raise an error only when they are used. The following calls use
+        # them.
         tokenizer("")
         len(tokenizer)
-        # Looking up a token that is in no vocabulary needs the unknown token, which may be such a token itself.
+        # To look up a token that is not in the vocabulary, transformers needs the unknown token, which may itself not
+        # be in the vocabulary.
         list(tokenizer.all_special_ids)
         dict(tokenizer.added_tokens_decoder)
         tokenizer.decode([end] if end is not None else [])
@@ -102,8 +104,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
 
 
 def check_ends(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> None:
-    """Raise UserError where a token that ends an answer has no row in the embedding, which has ``rows`` rows.
-    ``tokenizer`` is that of the model in ``folder``, without added tokens."""
+    """Raise UserError where the end token, or a stop token that the model's files name, has no row in the embedding,
+    which has ``rows`` rows. Stop tokens that the tokenizer does not know are ignored. ``tokenizer`` is the tokenizer of
+    the model in ``folder``, without `model.addedTokens`."""
     known = [number for number in model_stop_ids(folder) if 0 <= number < len(tokenizer)]
     for what, number in [("end token", tokenizer.eos_token_id), *(("stop token", number) for number in known)]:
         if number >= rows:
@@ -137,10 +140,11 @@ def tokenize_functions(
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()) -> list[int]:
     """Return the ids of the tokens at which generation stops. These are the end token, the ids of ``model_stop_ids``
-    that the tokenizer knows, the token that ends an answer of the chat template, and the first added token in what
-    every completion ends with: in the text behind the last column of `completion`, or in `completionSuffix`.
+    that the tokenizer knows, and, for rows that are conversations, the tokens with which the chat template ends an
+    answer. For rows with a prompt and a completion, the first added token (`added_tokens_decoder`) in the text with
+    which every completion ends is a stop token too (see `completion_ending`).
 
-    An ending of ordinary text adds no stop token, because the same token may occur within an answer.
+    The ordinary tokens of that text are no stop tokens, because they may also occur within an answer.
     """
     ending = completion_ending(form.prompt_completion) if form.prompt_completion is not None else ""
     with library_boundary(_unusable):
@@ -158,13 +162,13 @@ def generation_stop_ids(
 ) -> list[int]:
     """Return the ids of the tokens at which the trained model stops, in evaluations and where the artifact is used.
 
-    These are the ids of `stop_ids` and, also where the job's rows are no conversations, the control token that ends an
-    answer of the tokenizer's chat template, because a model with a chat template is asked through it.
+    These are the ids of `stop_ids` and, even if the job's rows are no conversations, the control tokens with which the
+    tokenizer's chat template ends an answer. People usually send prompts to such a model through its chat template.
     """
     ends = set(stop_ids(tokenizer, form, model_stop_ids))
     if form.messages is not None or not tokenizer.chat_template:
         return sorted(ends)
-    # The template is not part of the job, so a template that takes too long, or is none, ends no turn.
+    # The job does not use the template. So a template that takes too long, or can't be parsed, is no error of the job.
     with contextlib.suppress(UserError):
         template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer, ends=sorted(ends)), ends=sorted(ends))
         turn_ends = answer_ends(MessagesFormat(), template, tokenizer.eos_token_id)
@@ -173,12 +177,13 @@ def generation_stop_ids(
 
 
 def model_stop_ids(folder: Path) -> list[int]:
-    """Return the ids at which the model in ``folder`` stops, as its generation_config.json says, or else its
-    config.json. Empty if neither says so in a form that can be read."""
+    """Return the ids of the tokens at which the model in ``folder`` stops. They are those in its
+    generation_config.json, or else those in its config.json. Empty if neither file has ids in a form that can be
+    read."""
     for name in ("generation_config.json", "config.json"):
         try:
             values = json.loads((folder / name).read_bytes())
-            # A model that reads pictures too has the tokens of its text in a part of its configuration.
+            # A model that also reads pictures has the ids for its texts in the part `text_config`.
             declared = [values.get("eos_token_id"), (values.get("text_config") or {}).get("eos_token_id")]
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # `load.py` and the preflight check say what is wrong with the files of a model

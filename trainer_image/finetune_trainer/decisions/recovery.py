@@ -19,14 +19,14 @@ from finetune_trainer.storage.lineage import Rollback
 RATE_FACTOR = 0.3
 MAX_ROLLBACKS = 3
 SKIPPED_STEPS_AFTER_ALARM = 8
-"""How many steps after an alarm a rollback skips too, where the loss and the gradient norm were finite. Bad rows often
-follow each other. PaLM skipped 200 to 500 batches, in a far longer run."""
+"""How many steps after the alarm a rollback also skips, if the alarm was about a finite loss or gradient norm. Bad rows
+often follow each other. PaLM skipped 200 to 500 batches, in a far longer run."""
 DIGITS = ".6g"
 
 
 class RollbackRequired(Exception):  # noqa: N818  (an order, raised on every rank at the same step)
-    """The run has to end, and a new run has to start from an earlier checkpoint. Every rank raises this error at the
-    same step."""
+    """Says that the run has to end, and that a new run has to start from an earlier checkpoint. Every rank raises this
+    error at the same step."""
 
     def __init__(self, rollback: Rollback) -> None:
         """``rollback.step`` is the last step whose weights can be trusted."""
@@ -47,8 +47,8 @@ def plan_recovery(
 ) -> tuple[Incident, RollbackRequired | Diverged | None]:
     """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
 
-    ``rollbacks`` are the earlier rollbacks of the job. Where MAX_ROLLBACKS of them were made already, an alarm that
-    asks for another rollback gives Diverged instead.
+    ``rollbacks`` are the earlier rollbacks of the job. Where the job has made MAX_ROLLBACKS rollbacks already, the
+    error is Diverged even if `spec.stability` asks for another rollback.
     """
     action = recovery_action(alarm, config)
     sentence = alarm.describe()

@@ -1,4 +1,4 @@
-"""Which evaluation is the best so far, and when `evaluation.patience` ends the training early.
+"""Decides which evaluation is the best so far, and whether `evaluation.patience` ends the training early.
 
 The functions are pure. `loop.py` adds every evaluation, and after a resume `replay.py` computes the state again from
 the step log, so that nothing has to be saved.
@@ -21,7 +21,7 @@ class Selection(ContractModel):
     """An evaluation counts as an improvement only where it is better than the best evaluation by more than this
     value."""
     patience: int | None = None
-    """The run stops after this number of evaluations in a row without improvement. None means that the run never stops
+    """Number of evaluations in a row without improvement after which the run stops. None means that the run never stops
     early."""
     best: float | None = None
     """Perplexity or task score of the best evaluation, None before the first."""

@@ -2,10 +2,11 @@
 
 If the job sets `stability.onExplodingLoss`, `loop.py` calls `observe` after every step whose loss and gradient are
 finite. The monitor is a pure function of the losses and gradient norms over all ranks, so every rank has the same
-alarms. Its input is the loss of each global batch and the norm of the gradient before clipping. The monitor compares
-the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the median, and a trimmed mean of
-the differences between neighbouring steps. One odd batch hardly changes these statistics, and neither does the slowly
-falling loss of a normal run. So neither of them raises an alarm.
+alarms. The input of the monitor is the loss of each global batch and the norm of the gradient before clipping. The
+monitor compares the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the median, and a
+trimmed mean of the differences between neighbouring steps. One odd batch hardly changes these statistics, and the
+slowly falling loss of a normal run hardly changes them either. So neither an odd batch nor a falling loss raises an
+alarm.
 """
 
 from __future__ import annotations
@@ -27,18 +28,17 @@ MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
 than MIN_BASELINE."""
 PERSISTENT = 4
-"""How many of the recent steps must stand out for an alarm. The alarm for a drift does not need this number, because it
-compares the mean of the recent steps. A shorter spike usually passes by itself (KillLossSpike of llm-foundry also waits
-for 4)."""
+"""How many of the recent steps must lie above the limit for an alarm. The alarm for a drift does not need this number,
+because a drift is found in the mean of the recent steps. A shorter spike usually passes by itself (KillLossSpike of
+llm-foundry also waits for 4 steps)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
 """A step is a spike if the logarithm of its loss lies above the median of the baseline by more than SPIKE_DEVIATIONS
-standard deviations, and by more than SPIKE_MIN_RISE. DOUBLED describes a second condition. A step that meets it is a
-spike too."""
+standard deviations, and by more than SPIKE_MIN_RISE. A step that meets the condition of DOUBLED is a spike too."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
 """A step is also a spike if its loss is more than twice the median loss of the baseline (the threshold of llm-foundry),
-and if the logarithm of its loss lies above the median by more than DOUBLED_DEVIATIONS standard deviations. This matters
-in a run with noisy batches, where SPIKE_DEVIATIONS standard deviations would be a higher limit."""
+and if the logarithm of its loss lies above the median by more than DOUBLED_DEVIATIONS standard deviations. In a run
+with noisy batches this limit is lower than SPIKE_DEVIATIONS standard deviations."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
 """For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than
 GRADIENT_DEVIATIONS standard deviations, and by more than GRADIENT_MIN_RISE."""
@@ -48,8 +48,8 @@ than this number of standard deviations. A large gradient alone is no fault: the
 first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
 """The steps are a drift, which raises an alarm, if the mean log-loss of the recent steps lies above the median of the
-baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST
-describes a second limit. A mean above the second limit is a drift too."""
+baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by more than DRIFT_MIN_RISE. A mean above
+the limit of ABOVE_BEST is a drift too."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies more than this number of standard
 deviations above the median of the baseline."""
@@ -58,8 +58,8 @@ ABOVE_START = math.log(1.5)
 as large."""
 ABOVE_BEST = math.log(1.5)
 """How far the mean log-loss of the recent steps may lie above the lowest median of any full baseline so far without an
-alarm: the loss may be 1.5 times as large. The limit is DRIFT_DEVIATIONS standard deviations instead where they are more
-than this, as in noisy runs."""
+alarm: the loss may be 1.5 times as large. In noisy runs DRIFT_DEVIATIONS standard deviations can be more than this, and
+are the limit then."""
 MIN_DEVIATION = 0.02
 """Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
 smooth run any small change would otherwise stand out."""
@@ -202,8 +202,8 @@ def _alarm(state: MonitorState) -> Alarm | None:
 
 
 def _above_start(state: MonitorState, recent: Sequence[Observation]) -> Alarm | None:
-    """Return the alarm for a loss far above the losses of the job's first steps, if there is one. So a learning rate
-    that is far too high raises an alarm before there is a baseline to compare with."""
+    """Return the alarm for a loss far above the losses of the job's first steps, if there is one. This alarm reports a
+    learning rate that is far too high, even before there is a baseline to compare with."""
     if len(state.start) < START_STEPS:
         return None
     limit = median(state.start) + ABOVE_START

@@ -2,7 +2,7 @@
 do not attend to each other, and that the loss computed inside of the output head equals the loss of the model's logits.
 
 `train.py` calls `check_model`. The model's code and the attention kernel decide whether examples stay separate. Without
-the checks, no figure of the training would show that they do not.
+the checks, no figure of the training would show that packed examples see each other.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_model(
         except torch.OutOfMemoryError:
             raise
         except (UserError, RuntimeError, ValueError, ImportError) as error:
-            # Kernels raise these errors where they can't compute a model's shapes. A slower one may still do.
+            # Kernels raise these errors where they can't compute a model's shapes. A slower kernel may still work.
             if kernel is kernels[-1]:
                 raise
             notices.append(f"training.attention: {kernel} can't be used for this model: {first_line(error)}")
@@ -86,8 +86,11 @@ def _check_separation(engine: Engine, first: Example, second: Example, pad: int,
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
-    """Raise UserError where packing changes the logits of ``second`` by more than the share LEAK. The logits are
-    compared in three cases: ``second`` alone, packed behind ``first``, and read as the continuation of ``first``."""
+    """Raise UserError where the attention does not keep packed examples apart.
+
+    The logits of ``second`` are computed three times: alone, packed behind ``first``, and read as the continuation of
+    ``first``. The change by packing must be at most LEAK times the change by reading it as a continuation.
+    """
     tokens = len(second.ids) - 1
     alone = collate([[(second, 2)]], pad=pad, packed=True)
     packed = collate([[(first, 1), (second, 2)]], pad=pad, packed=True)
@@ -108,9 +111,10 @@ def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) 
 
 
 def _check_causality(engine: Engine, first: Example, second: Example, pad: int) -> None:
-    """Raise UserError where the logits of ``first`` change by more than the share LEAK of their spread when ``second``
-    follows. Such a model reads a text in both directions, and would be trained to copy. Means are compared, because in
-    bf16 a mixture of experts may send a single token to another expert."""
+    """Raise UserError where the logits of ``first`` change by more than LEAK times their spread when ``second``
+    follows. A model whose logits change so reads a text in both directions, and would be trained to copy. The mean
+    change of all logits is compared and not the largest, because in bf16 a mixture of experts may send a single token
+    to another expert."""
     tokens = len(first.ids) - 1
     longer = Example((*first.ids, *second.ids), [(0, len(first.ids) + len(second.ids))])
     wanted, found = (

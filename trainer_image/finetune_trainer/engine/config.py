@@ -43,12 +43,12 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
         # Gradients accumulate in fp32, because a bf16 sum over many micro-batches loses what the last of them add.
-        # Stage 1 is the exception. There, None selects the dtype of the model, which is DeepSpeed's default. With bf16
+        # Stage 1 is the exception: at stage 1, None selects DeepSpeed's default, the dtype of the model. With bf16
         # parameters and fp32 accumulation DeepSpeed would use its `BF16_Optimizer` at stage 1, which lacks the gradient
         # norm and the gradient buffers that `engine.py` uses.
         "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
-        # torch's AdamW is used even where the optimizer state lies in CPU memory. DeepSpeed's own CPU optimizer would
+        # torch's AdamW is used even where the optimizer state is in CPU memory. DeepSpeed's own CPU optimizer would
         # be compiled at run time, and its updates differ from torch's.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
@@ -66,8 +66,8 @@ def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
-    """At ZeRO stage 3, let transformers shard every model over the ranks while it builds the model. This holds as long
-    as the returned object is referenced. At other stages do nothing and return None."""
+    """At ZeRO stage 3, let transformers shard every model over the ranks while it builds the model. transformers does
+    so as long as the returned object is referenced. At other stages do nothing and return None."""
     if optimization.zero_stage != 3:
         return None
     import deepspeed

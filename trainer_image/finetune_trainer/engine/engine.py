@@ -28,7 +28,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 """AdamW's betas and epsilon: the defaults of torch and of the transformers Trainer."""
 RATE_FACTOR = "rate_factor"
-"""Key of a parameter group of the optimizer: what the learning rate of the group is multiplied by. Absent: 1."""
+"""Key of a parameter group of the optimizer. The value under the key is a factor for the learning rate of the group. A
+group without the key has the factor 1."""
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 """Names of the three tensors that each trained parameter has: its fp32 value, and AdamW's two moments under torch's
 names."""
@@ -105,7 +106,7 @@ class Engine:
 
     @property
     def model(self) -> Any:
-        """The transformers or peft model, which can generate. Under ZeRO-3 each layer gathers its weights when it
+        """The transformers or peft model, which can generate texts. Under ZeRO-3 each layer gathers its weights when it
         computes."""
         return self.module.module
 
@@ -182,7 +183,8 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         """Switch the model to training mode, or to evaluation mode without dropout."""
         self.module.train(mode)
-        # Text is generated without an `Objective`, and so without a micro-batch that notes its own borders.
+        # Forget the borders of the last micro-batch. Text is generated without an `Objective`, which would note the
+        # borders of each batch.
         note_borders(None)
 
     def use_attention(self, kernel: Kernel) -> None:
@@ -216,8 +218,8 @@ class Engine:
     def _link_moments(self) -> None:
         """At ZeRO stages 1 and 2, link every parameter to its AdamW moments, once after the first update.
 
-        DeepSpeed itself links them too early: when it has updated the first parameter group and the other groups have
-        no moments yet.
+        DeepSpeed itself links the parameters too early, when it has updated the first parameter group and the other
+        groups have no moments yet.
         """
         if self._stage in (1, 2) and not self._linked:
             self._optimizer._hp_optimizer_states_linked = False
@@ -262,8 +264,9 @@ class Engine:
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
 
     def _write_shard(self, parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set this rank's shard of a parameter at ZeRO stage 3. DeepSpeed's function for whole tensors fails for a
-        number of values that is no multiple of the number of ranks, because the last shard is then filled up."""
+        """Set this rank's shard of a parameter at ZeRO stage 3 to its part of ``tensors``, which are whole. DeepSpeed
+        has a function for whole tensors, but the function fails where the number of values is no multiple of the number
+        of ranks, because the last shard then has padding."""
         from deepspeed.utils import (
             safe_get_local_fp32_param,
             safe_set_local_fp32_param,
@@ -297,7 +300,7 @@ class Engine:
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Return the shape of ``parameter`` before sharding. This rank may hold only a shard of it."""
+    """Return the shape of ``parameter`` before sharding. This rank may hold only a shard of the parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -321,11 +324,11 @@ def parameter_groups(
     biases, as in GPT-3 and Llama.
 
     With ``lora_plus_ratio`` (LoRA+) the matrices B of adapters and all vectors are in groups of their own, whose
-    learning rate `Engine.step` multiplies by the ratio. These are the parameters that peft's
-    `create_loraplus_optimizer` trains at the higher rate.
+    learning rate `Engine.step` multiplies by the ratio. peft's `create_loraplus_optimizer` trains the same parameters
+    at the higher rate.
 
-    The shape before sharding tells whether a parameter is a matrix. The tensor itself does not tell, because in a model
-    that was built under ZeRO-3 each tensor is an empty vector.
+    The shape before sharding shows whether a parameter is a matrix. The shape of the tensor itself does not, because in
+    a model that was built under ZeRO-3 each tensor is an empty vector.
     """
     parameters = trained_parameters(model)
     if weight_decay == 0 and lora_plus_ratio == 1:

@@ -1,7 +1,7 @@
 """The leaf modules of ZeRO-3: modules whose weights, with those of all modules in them, DeepSpeed gathers together.
 
-ZeRO-3 gathers the weights of a module when the module is called. That is too late or too often for some modules, which
-`engine.py` makes leaf modules before it makes DeepSpeed's engine.
+ZeRO-3 gathers the weights of a module when the module is called. For some modules this moment is too late, or comes too
+often. `engine.py` turns these modules into leaf modules before it makes DeepSpeed's engine.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def make_leaf_modules(model: torch.nn.Module, head: torch.nn.Module | None) -> N
 
 
 def _let_an_input_require_a_gradient(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return ``inputs``, the positional arguments of a trained leaf module, with one that requires a gradient; None
-    where nothing must change.
+    """Return ``inputs``, the positional arguments of a trained leaf module, with the first floating-point tensor among
+    them replaced by an equal tensor that requires a gradient. Return None where nothing must change.
 
     DeepSpeed reduces the gradients of all weights of a leaf module when torch reports that the gradients of the
     module's inputs are computed. Without an input that requires a gradient, torch reports this before any gradient in
-    the module is computed, and DeepSpeed reduces zeros. This happens in a first layer behind a frozen embedding.
+    the module is computed, and DeepSpeed reduces zeros. A first layer behind a frozen embedding has no such input.
     """
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     if not torch.is_grad_enabled() or any(value.requires_grad for value in tensors):
@@ -45,11 +45,12 @@ def _let_an_input_require_a_gradient(_module: torch.nn.Module, inputs: tuple[Any
 
 
 def modules_of_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the mixtures of experts that have the weights of all experts in one inner module, which they call once
-    for each expert that gets a token.
+    """Return the mixtures of experts that have the weights of all experts in one inner module. Such a mixture calls its
+    inner module once for each expert that gets a token.
 
-    ZeRO-3 gathers the weights of a module when the module is called. The ranks compute other tokens and so call the
-    inner module at other times, and would wait for each other. So its weights must be gathered with the whole mixture.
+    ZeRO-3 gathers the weights of a module when the module is called. Each rank computes different tokens, so the ranks
+    would call the inner module at different times and wait for each other. The weights of the inner module must
+    therefore be gathered together with the whole mixture.
     """
     return [
         module
@@ -62,12 +63,12 @@ def modules_of_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
 def modules_that_read_inner_weights(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the outermost modules of peft that read weights of the modules in them without calling these modules.
 
-    ZeRO-3 gathers the weights of a module when the module is called. The weights of these modules must be gathered
-    together with all weights in them. Such modules are the wrappers of expert weights, and layers with DoRA, which
-    compute the norms of the base model's weight.
+    ZeRO-3 gathers the weights of a module when the module is called, so the weights of the inner modules must be
+    gathered together with those of the outer module. The modules found are the wrappers of expert weights, and the
+    layers with DoRA, which compute the norms of the base model's weight.
 
-    Embeddings are left out. They read integers, which can't require a gradient, as the inputs of a trained leaf module
-    must. DeepSpeed gathers the weights that an embedding reads one by one, at the first access to each of them.
+    Embeddings are left out. The input of a trained leaf module must require a gradient, and an embedding reads
+    integers, which can't. DeepSpeed gathers each weight of an embedding at the first access to the weight.
     """
     found: list[torch.nn.Module] = []
     inner: set[torch.nn.Module] = set()

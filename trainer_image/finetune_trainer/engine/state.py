@@ -40,8 +40,8 @@ def state_file(rank: int, world_size: int) -> str:
 
 
 def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Return the part of the training state that this rank stores, as fp32 tensors on the CPU by `<parameter>/<kind>`.
-    All ranks must call this function together.
+    """Return the part of the training state that this rank stores, as fp32 tensors on the CPU. The keys are
+    `<parameter>/<kind>`, where the kind is one of STATE_KINDS. All ranks must call this function together.
 
     Parameters are gathered one after the other, so that memory holds only this rank's part and at most two whole
     parameters.

@@ -64,16 +64,16 @@ class ModelComparison:
 
     @property
     def evaluation(self) -> EvaluationRecord | None:
-        """The scores that are known so far. None before `score_base_model`, and if the job has no rows to score a model
-        on."""
+        """The scores that are known so far. None before the call of `score_base_model`, and also afterwards if the job
+        has neither test nor validation rows."""
         return self._file.evaluation if self._file is not None else None
 
     def score_base_model(self, *, is_base: bool) -> None:
-        """Score the base model, or take the scores that an earlier run of the job wrote for the same rows. A
-        collective.
+        """Score the base model, or take the scores that an earlier run of the job wrote for the same rows. All ranks
+        must call this together.
 
-        ``is_base`` says whether the ranks hold the untrained base model. If the ranks hold a checkpoint, the base model
-        can't be scored, and a notice says so where the bucket has no such scores either.
+        ``is_base`` says whether the ranks hold the untrained base model. If the ranks hold a checkpoint and the bucket
+        has no scores of the base model on these rows, the base model stays without scores, and a notice says so.
         """
         if self._base_set is None or self._tuned_set is None:
             return
@@ -97,8 +97,8 @@ class ModelComparison:
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
-        """Score the tuned model, which the ranks hold: the checkpoint of step ``step``, which becomes the artifact. A
-        collective."""
+        """Score the tuned model, which the ranks hold. It is the checkpoint of step ``step``, and becomes the artifact.
+        Nothing happens if the job has neither test nor validation rows. All ranks must call this together."""
         if self._tuned_set is None or self._file is None:
             return
         record, answers = self._scorer.score(self._tuned_set)

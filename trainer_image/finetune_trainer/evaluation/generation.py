@@ -1,8 +1,8 @@
 """Generates the model's answers to prompts by greedy decoding, in batches that are padded on the left. `scorer.py`
 calls `generate_answers`.
 
-Under ZeRO-3 every forward pass is a collective, in which a rank waits for all others. So all ranks run the same number
-of batches, and under ZeRO-3 the same number of forward passes in each batch.
+All ranks generate together, batch by batch, so all ranks run the same number of batches. Under ZeRO-3 every forward
+pass is a collective, in which a rank waits for all others, so the number of forward passes in a batch is the same too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""The suffix is searched in the last tokens of an answer: in as many tokens as the suffix has, and in this many more.
-Behind other text, the suffix may be split into more tokens."""
+"""The suffix is looked for in the last tokens of an answer: in as many tokens as the suffix alone has, and in
+SUFFIX_SLACK more, because the suffix may be split into more tokens where it follows other text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class Decoding:
 def generate_answers(
     engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, str]]:
-    """Generate the answers to this rank's share of ``prompts`` (token ids). Yield one dictionary per batch, which gives
-    the answer's text by the index of its prompt in ``prompts``.
+    """Generate the answers to this rank's share of ``prompts`` (token ids). Yield a dictionary for each batch: the
+    text of each answer, by the index of its prompt in ``prompts``.
 
-    Every rank yields equally many dictionaries, of which some may be empty. Each batch is a collective. StopAgreed is
-    raised before a batch begins and after the last one if a rank has received SIGTERM. So a caller that gets to the end
-    of the dictionaries has got whole answers only.
+    Every rank yields equally many dictionaries, of which some may be empty. All ranks must take each dictionary
+    together. If a rank has received SIGTERM, StopAgreed is raised before the next batch begins, or after the last
+    batch. So a caller that gets all dictionaries has only whole answers.
     """
     engine.train(False)
     try:
@@ -109,7 +109,7 @@ def _generate(
     if not prompts and not engine.lockstep:
         return []
     # A rank that has no prompt left answers a dummy prompt, because under ZeRO-3 all ranks must run each forward pass.
-    # A prompt without a token becomes the end token, behind which a model begins a new text.
+    # An empty prompt is replaced by the end token, behind which a model begins a new text.
     ids, mask = left_padded([prompt or [pad] for prompt in prompts] or [[pad]], pad)
     width = ids.shape[1]
     config = HuggingFaceConfig(

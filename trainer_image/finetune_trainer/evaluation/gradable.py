@@ -1,5 +1,5 @@
-"""Whether answers to the rows of an evaluation set can be graded at all. The preflight check finds this out for the
-first rows. The trainer does it before its first step, for the rows to which answers are generated.
+"""Finds out whether answers to the rows of an evaluation set can be graded at all. The preflight check does this for
+the first rows. The trainer does this before its first step, for the rows to which answers are generated.
 
 The module does not import torch, because the preflight pod has none.
 """
@@ -18,12 +18,12 @@ from finetune_trainer.evaluation.graders import Grading
 T = TypeVar("T")
 
 TRIED_SECONDS = 60.0
-"""Longest time in seconds for which rows are tried. If none of the rows that were tried can be graded, the others count
-as rows that can't be graded either."""
+"""Time in seconds after which no further row is tried. If no row that was tried until then can be graded, the remaining
+rows count as rows that can't be graded either."""
 
 
 def needed_by(config: EvaluationConfig, field: str, scored: str) -> str:
-    """Return the field of the spec that needs graded answers to the rows of ``field``; empty where none does.
+    """Return the field of the spec that needs graded answers to the rows of ``field``. Empty if no field needs them.
 
     ``field`` is the path of the rows in the spec, such as `dataset.validation`. ``scored`` is the path of the rows on
     which base model and tuned model are scored.
@@ -46,8 +46,8 @@ def why_ungradable(
     seconds: float = TRIED_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Return why no answer to ``rows`` can be graded, with the number of rows that were tried. Empty where an answer to
-    one of them can be graded, and where there are no rows."""
+    """Return why no answer to ``rows`` can be graded, with the number of rows that were tried. Empty if an answer to
+    one of the tried rows can be graded, or if there are no rows. After ``seconds`` no further row is tried."""
     reasons: Counter[str] = Counter()
     deadline = clock() + seconds
     for row in rows:

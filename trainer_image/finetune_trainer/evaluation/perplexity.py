@@ -1,4 +1,4 @@
-"""The perplexity of a model over a whole set of examples.
+"""Computes the perplexity of a model over a whole set of examples.
 
 Losses are summed over the supervised tokens of all ranks, and the mean is taken once at the end. So the perplexity does
 not depend on how examples are grouped into micro-batches. `scorer.py` calls this module.
@@ -15,14 +15,14 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 LARGEST_PERPLEXITY = 1e30
-"""Largest perplexity that is returned, because exp of a large mean loss would overflow."""
+"""Largest perplexity that is returned. Without a limit, the exponential of a very large mean loss would overflow."""
 
 
 def perplexity(engine: Engine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:
-    """Compute exp(summed negative log-likelihood / number of supervised tokens) over all examples of ``batches``.
+    """Return exp(summed negative log-likelihood / number of supervised tokens) over all examples of ``batches``.
 
-    A collective: every rank gets the same value. ``batch_size`` is the number of sequences that a rank computes at
-    once.
+    All ranks must call this together, and all get the same value. ``batch_size`` is the number of sequences that a rank
+    computes at once.
     """
     plan = batches.plan_rows(range(len(batches.examples)), batch_size)
     nll = 0.0

@@ -37,9 +37,9 @@ class TaskScores:
     scores: Mapping[str, float]
     """Value of each score of the task over the graded answers, by the score's name."""
     graded: int
-    """Number of answers that all ranks together graded."""
+    """Number of graded answers on all ranks together."""
     not_graded: int
-    """Number of answers that could not be graded."""
+    """Number of answers on all ranks together that could not be graded."""
     ungraded: Mapping[str, int]
     """For each reason, the number of answers that could not be graded. The most frequent reasons come first."""
     answers: Sequence[AnswerRecord]
@@ -47,8 +47,8 @@ class TaskScores:
 
 
 class Scorer:
-    """Scores the model that the ranks hold. Every method is a collective, and raises StopAgreed between two batches, or
-    after the last batch of answers, if a rank has received SIGTERM."""
+    """Scores the model that the ranks hold. All ranks must call each method together. If a rank has received SIGTERM,
+    the method raises StopAgreed before the next batch, or after the last batch of answers."""
 
     def __init__(
         self,
@@ -62,11 +62,10 @@ class Scorer:
         context: int,
         phase: Callable[[Phase], None],
     ) -> None:
-        """Take what scoring needs.
-
-        ``grading`` is None where the job has no task, so that no answers are generated. ``batches`` makes micro-batches
-        of examples. ``batch_size`` is the number of sequences whose loss a rank computes at once. ``context`` is the
-        longest text in tokens that the model can read. ``phase`` is called when evaluating or generating begins.
+        """``grading`` is None where the job has no task, so that no answers are generated. ``batches`` makes
+        micro-batches of examples. ``batch_size`` is the number of sequences whose loss a rank computes at once.
+        ``context`` is the longest text in tokens that the model can read. ``phase`` is called with the new phase when
+        evaluating or generating begins.
         """
         self._engine = engine
         self._gang = gang
@@ -78,7 +77,7 @@ class Scorer:
         self._phase = phase
 
     def perplexity(self, examples: ExampleSet) -> float:
-        """Compute the model's perplexity over the supervised tokens of ``examples``."""
+        """Return the model's perplexity over the supervised tokens of ``examples``."""
         self._phase(Phase.EVALUATING)
         return perplexity(
             self._engine, self._gang, replace(self._batches, examples=examples), batch_size=self._batch_size

@@ -1,9 +1,9 @@
-"""The evaluation sets: the rows of `dataset.test`, or of `dataset.validation` if there is no test file. Base model and
-tuned model may read these rows in different forms.
+"""The evaluation sets. Base model and tuned model are scored on the rows of `dataset.test`, or of `dataset.validation`
+if there are no test rows. During the training, checkpoints are scored on the validation rows, to choose the best one.
 
-The base model reads them with its own tokenizer, without the job's added tokens, and in the template of
-`evaluation.basePrompt` if the job has one. On each node the first rank writes the rows in this form to the disk
-(`train.py` calls `prepare_base_model_set`). Then every rank loads them.
+The base model reads the rows with its own tokenizer, without the job's added tokens, and in the template of
+`evaluation.basePrompt` if the job has one. If this form differs from that of the tuned model, the first rank of each
+node writes the rows in this form to the disk (`train.py` calls `prepare_base_model_set`), and every rank loads them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class EvaluationSet:
     in the tuned model's set."""
     one_line: bool = False
     """Whether only the first line of an answer counts, because the task says that right answers are one line. A base
-    model often goes on with another example behind its answer."""
+    model often goes on with another example behind its answer. False in the tuned model's set."""
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
@@ -68,7 +68,9 @@ def _scored_rows(config: RunConfig) -> ScoredRows | None:
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
     """Return the format in which the base model reads rows.
 
-    With `evaluation.basePrompt` an answer has no suffix, because the base model never learned `completionSuffix`.
+    Without ``base_prompt`` (`evaluation.basePrompt`), this is the format of the tuned model. Otherwise ``base_prompt``
+    is the template of the prompts, and an answer has no suffix, because the base model never learned
+    `completionSuffix`.
     """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:
@@ -86,8 +88,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
     form. ``graded`` are all columns that the job's grader reads.
 
-    Only rows that the tuned model is scored on are saved, because the scores of both models are compared. Return the
-    notices about them, for example about rows that are too long for the base model and were left out.
+    Only rows on which the tuned model is scored are saved, because the scores of both models are compared. Return
+    notices about the rows, for example about rows that are too long for the base model and were left out.
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -105,8 +107,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
     dataset = config.dataset.model_copy(update={"format": form, "bad_rows": "Skip"})
     limit = trained_limit
     if dataset.long_rows in ("Fail", "Skip"):
-        # `dataset.maxLength` does not apply. `evaluation.basePrompt` may be long, for example because it holds solved
-        # examples, and an added token is several tokens of the base model.
+        # `dataset.maxLength` does not limit these rows. `evaluation.basePrompt` may make them longer, for example
+        # because it has solved examples, and the base model reads an added token as several tokens.
         limit = (
             LengthLimit(context, f"the model's context of {context}", base_rows)
             if context
@@ -126,8 +128,8 @@ def prepare_base_model_set(plan: WorkerPlan, graded: Collection[str]) -> list[st
         keep_rows=config.dataset.task is not None,
     )
     examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
-    # The rows have notices of their own in the form that the tuned model reads, so these notices say which form they
-    # mean.
+    # There are other notices about the same rows in the form that the tuned model reads. So the notices here say that
+    # they are about the form that the base model reads.
     return [notice.replace(f"{scored}: ", f"{scored}, as the base model reads it: ", 1) for notice in notices]
 
 

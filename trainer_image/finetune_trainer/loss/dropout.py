@@ -20,7 +20,7 @@ class DropoutKeys:
     what is dropped. The keys are int64 of shape (batch, length), or (number of tokens,) at the output head."""
 
     def __init__(self) -> None:
-        """Begin without keys. `Objective` sets them before every forward pass."""
+        """Begin without keys. `Objective` sets the keys before every forward pass."""
         self.value: torch.Tensor | None = None
 
 

@@ -2,8 +2,9 @@
 time.
 
 `objective.py` puts a `LossHead` on a model. The logits of a whole batch (batch x length x vocabulary in fp32) would be
-the largest tensor of a training step. So `LossHead` replaces the head's `forward`: it picks the positions that have a
-target, and sums the loss of one chunk of positions before it computes the logits of the next chunk.
+the largest tensor of a training step. So `LossHead` replaces the head's `forward` with a function that picks the
+positions that have a target, and sums the loss of one chunk of positions before it computes the logits of the next
+chunk.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Fused kernels for linear layers with a LoRA adapter, and for the loss of a frozen output head. They make fewer passes
-over memory than torch's autograd.
+"""Fused kernels for linear layers with a LoRA adapter, and for the loss of a frozen output head. The kernels make fewer
+passes over memory than torch's autograd.
 
 `engine/engine.py` fuses the layers, and `head.py` uses the loss. The kernels compute the same values as peft and torch,
 up to rounding. The fused layers are used in training only, so that scores and exports are bit for bit those of peft.

@@ -1,7 +1,7 @@
 """Turns a causal language model into a function from a batch to the summed loss of its supervised tokens.
 
-`engine/engine.py` makes one objective for each engine. The model stays a transformers or peft model, and outside of
-`Objective.loss` it returns logits. So it can still generate text.
+`engine/engine.py` makes one objective for each engine. The model stays a transformers or peft model. Outside of
+`Objective.loss` the model returns logits, so that it can still generate text.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Finds the weights of a model that a LoRA adapter can adapt: its layers, its experts, its routers and its embeddings,
-and which of them the text goes through.
+"""Finds the weights of a model that a LoRA adapter can adapt, in its layers, experts, routers and embeddings. Weights
+that no text goes through, such as those of a vision tower, are left out.
 
 `adapters.py` chooses among these weights. Everything is read from the modules of the model without its weights, so the
 choice is the same before any weight is loaded.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -24,29 +24,29 @@ from transformers.pytorch_utils import Conv1D
 from finetune_trainer.model.structure import ModelStructure
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-"""Parts of module names that mean a router in a model with experts: what chooses the experts of a token, or weighs what
-the shared expert says."""
+"""Parts of module names that mark a router in a model with experts. A router chooses the experts of a token, or weighs
+the output of the shared expert."""
 INDEXERS = frozenset({"indexer"})
-"""Parts of module names that mean the choice of the earlier tokens that a token attends to. No gradient of the loss
-reaches it."""
+"""Parts of module names that mark an indexer, which chooses the earlier tokens that a token attends to. No gradient of
+the loss reaches an indexer."""
 CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention", "cross_attn"})
-"""Parts of module names that mean attention to an encoder. The decoders that have it were half of a translation model,
-and a language model made of one has no encoder."""
+"""Parts of module names that mark attention to an encoder. Decoders with this attention come from translation models. A
+language model that is made of such a decoder has no encoder, so no text goes through the attention."""
 READ_PAST = "whose weight the model reads without calling the layer"
 """Why some linear layers can't have an adapter, as the end of a sentence."""
 OTHER_SENSES = re.compile("Vision|Image|Audio|Video|Speech")
-"""What the name of a class contains that works on something else than text."""
+"""Words in the names of classes whose modules read pictures or sound, and not text."""
 
 
 class Part(Enum):
-    """What a weight is in its model."""
+    """What an adaptable weight is in its model."""
 
     LAYER = auto()
     """A linear layer."""
     EXPERTS = auto()
     """The same layer of all experts, as one tensor of three dimensions."""
     ROUTER = auto()
-    """What chooses experts or tokens."""
+    """A weight that chooses experts or tokens."""
     EMBEDDING = auto()
     """An embedding or the output head."""
 
@@ -61,10 +61,10 @@ class AdaptableWeight:
     part: Part
     elements: int
     parameter: str | None = None
-    """Full name of the parameter, where peft must adapt the parameter instead of its module: peft knows linear layers
-    and embeddings only, and calls every other module with a changed parameter. None where peft adapts the module."""
+    """Full name of the parameter, where peft must adapt the parameter (`target_parameters`) because it can't add the
+    output of an adapter to that of the module. None where peft adapts the module (`target_modules`)."""
     problem: str = ""
-    """Why peft can't adapt the weight, as the end of a sentence. Empty where it can."""
+    """Why peft can't adapt the weight, as the end of a sentence. Empty where peft can adapt the weight."""
 
     def has_name(self, name: str) -> bool:
         """Return whether ``name`` is the full name of this weight or the end of the full name, as peft compares."""
@@ -77,7 +77,7 @@ class TextPath:
     """The modules of a model that a text goes through, and their adaptable weights."""
 
     def __init__(self, structure: ModelStructure) -> None:
-        """Look at the modules of ``structure``."""
+        """Take the modules of ``structure``, and find out later, on demand, which of them a text goes through."""
         self._structure = structure
         self._model = structure.model
         self._modules: dict[str, nn.Module] = dict(self._model.named_modules())
@@ -110,8 +110,9 @@ class TextPath:
         return sum(found.values())
 
     def is_beside(self, name: str) -> bool:
-        """Return whether ``name`` is a module of the model that no text goes through, such as one of a vision tower, or
-        the end of the names of such modules only."""
+        """Return whether no text goes through the modules that ``name`` selects, such as modules of a vision tower.
+        ``name`` selects each module whose full name is ``name`` or ends with it. False where there is no such
+        module."""
         fitting = [full for full in self._modules if full == name or full.endswith(f".{name}")]
         return bool(fitting) and not any(full in self.modules for full in fitting)
 
@@ -128,8 +129,8 @@ class TextPath:
         ]
         if config.get_text_config() is config or not decoder:
             return found
-        # The configuration describes several parts, and the text is one of them. A text goes through the decoder of the
-        # text, and through the output head with what lies around it.
+        # The model has several parts, for example one for text and one for pictures. A text goes through the text
+        # decoder, and through the modules that contain the output head.
         above = [*_parents(decoder), decoder]
         head = self._structure.output_name or ""
         for parent in above[:-1]:
@@ -146,7 +147,7 @@ class TextPath:
             return
         if isinstance(module, nn.Linear | Conv1D):
             is_router = self._is_router(name)
-            # A router that is a linear layer of its own kind returns several tensors. peft can't add a product to them.
+            # A router of a subclass of `nn.Linear` returns several tensors, to which peft can't add a product.
             own = is_router and type(module) is not nn.Linear
             own = own or not _is_plain_product(module)
             yield AdaptableWeight(
@@ -163,13 +164,14 @@ class TextPath:
             yield from self._raw_weight(name, key, value, module)
 
     def _raw_weight(self, name: str, key: str, value: torch.Tensor, module: nn.Module) -> Iterator[AdaptableWeight]:
-        """Yield the weight ``value`` of a module that is no linear layer, where it is one of experts or of a router."""
+        """Yield the parameter ``key`` of a module that is no linear layer, if it is a weight of experts or of a router.
+        ``value`` is the parameter, and ``name`` is the name of the module."""
         full = f"{name}.{key}"
         short = name if key == "weight" else full
         if value.ndim == 3 and min(value.shape) > 1 and self._has_experts:
             yield AdaptableWeight(short, Part.EXPERTS, value.numel(), full)
         elif value.ndim == 2 and key == "weight" and self._is_router(name):
-            # peft's wrapper has no other attribute of the router.
+            # peft replaces the router with a wrapper, which has none of the router's other attributes.
             parent, _, leaf = name.rpartition(".")
             read = re.search(rf"self\.{leaf}\.(\w+)", _source(type(self._modules[parent])))
             problem = f"of which the model also reads {read[1]}" if read else ""
@@ -186,9 +188,9 @@ class TextPath:
     def _moves(self, name: str) -> bool:
         """Return whether peft would take the module ``name`` in `target_modules` for one of a mixture of experts.
 
-        In some families the experts were linear layers before version 5 of transformers. There peft turns names such as
-        `down_proj` into names of expert weights, whenever it reads a configuration. A dense layer of the same name, for
-        example of a shared expert, is then adapted only where the configuration names its parameter.
+        In some families the experts were linear layers before version 5 of transformers. In such a family, peft turns
+        names such as `down_proj` into names of expert weights when it reads a configuration. A dense layer of the same
+        name, for example in a shared expert, is then adapted only where the configuration names its parameter.
         """
         leaf = name.rpartition(".")[2]
         if leaf not in self._moved:
@@ -200,11 +202,13 @@ class TextPath:
         return {}
 
     def _problem(self, name: str) -> str:
-        """Return why peft can't adapt the linear layer ``name``, as the end of a sentence.
+        """Return why peft can't adapt the linear layer ``name``, as the end of a sentence. Empty where peft can adapt
+        the layer.
 
-        peft replaces the forward function of a layer. Some models multiply with the weight of a layer instead of
-        calling the layer, so that an adapter would not be seen. The code of the model tells. peft itself refuses some
-        layers of Mamba, which models call or not, depending on the libraries that are installed.
+        peft replaces the forward function of a layer. Some models multiply with the weight of a layer without calling
+        the layer, so an adapter would have no effect. The source code of the class around the layer shows whether it
+        does so. peft itself refuses some layers of Mamba, because it depends on the installed libraries whether a model
+        calls them.
         """
         parent, _, leaf = name.rpartition(".")
         around = type(self._modules[parent])
@@ -236,9 +240,17 @@ def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
 
 
 def _source(kind: type) -> str:
-    """Return the code of the class ``kind`` and of the classes of transformers that it is made from."""
+    """Return the source code of the class ``kind`` and of its base classes, as far as they are models of
+    transformers."""
     own = [base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")]
-    return "\n".join(inspect.getsource(base) for base in own)
+    return "\n".join(_own_source(base) for base in own)
+
+
+@cache
+def _own_source(kind: type) -> str:
+    """Return the code of the class ``kind`` alone. Python parses the whole module of the class to find the code, which
+    takes a tenth of a second for the module of a large family."""
+    return inspect.getsource(kind)
 
 
 def _peft_moves(leaf: str, model: Any) -> bool:
@@ -247,7 +259,7 @@ def _peft_moves(leaf: str, model: Any) -> bool:
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # peft moves this name together with another one only
+    except ValueError:  # peft turns this name into names of expert weights only together with another name
         return True
     return set(config.target_modules or ()) != {leaf}
 
@@ -265,8 +277,8 @@ def _parents(name: str) -> list[str]:
 def shortest_names(wanted: Collection[str], all_names: Collection[str]) -> list[str]:
     """Return what peft's `target_modules` must contain to select exactly the modules ``wanted`` out of ``all_names``.
 
-    A last part of the names, such as `q_proj`, stands for all modules whose names end so, where all of these are
-    wanted. Otherwise the full names are returned.
+    Where all modules whose names end with the same part, such as `q_proj`, are wanted, this part is returned instead of
+    their full names.
     """
     ends: dict[str, list[str]] = {}
     for name in all_names:

@@ -1,8 +1,8 @@
 """Chooses the modules that get a LoRA adapter, and adds the adapters. Every rank calls these functions through
 `preparation.py`.
 
-The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. They are
-therefore the same at every ZeRO stage, on any number of ranks and on every device.
+The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. So the
+initial weights are the same at every ZeRO stage, on any number of ranks and on every device.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class AdapterTargets:
-    """The weights that get an adapter, and how peft must be told so."""
+    """The weights that get an adapter, and the settings of peft that select these weights."""
 
     names: list[str] = field(default_factory=list)
     """Full names of the adapted modules and expert weights, in the model's order, for example
     `model.layers.0.self_attn.q_proj` and `model.layers.0.mlp.experts.down_proj`."""
     modules: list[str] = field(default_factory=list)
-    """`target_modules` of peft. Short names such as `q_proj` stand where they mean exactly the modules in `names`."""
+    """`target_modules` of peft: short names such as `q_proj` where a short name selects only modules in `names`, else
+    full names."""
     parameters: list[str] = field(default_factory=list)
     """`target_parameters` of peft, as full names."""
     weight_names: list[str] = field(default_factory=list)
@@ -58,11 +59,11 @@ class AdapterTargets:
 def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> AdapterTargets:
     """Return the weights that get an adapter.
 
-    Only weights that a text goes through are chosen. Where the job names none, the result is all linear layers and
-    experts, and also both embeddings where the job adds tokens. A router gets an adapter only where an entry of
-    `lora.targetModules` names it.
+    Only weights that a text goes through are chosen. Where `lora.targetModules` is empty, the result is all linear
+    layers and experts, and also both embeddings where the job adds tokens. A router gets an adapter only where an entry
+    of `lora.targetModules` names the router.
 
-    Raises UserError where an entry fits nothing, and where peft can't add the adapters that the job asks for.
+    Raises UserError where an entry fits no weight, and where peft can't add the adapters that the job asks for.
     """
     path = TextPath(structure)
     linear = [weight for weight in path.weights if weight.part in (Part.LAYER, Part.EXPERTS) and not weight.problem]
@@ -97,7 +98,8 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
 
 
 def _fitting(entry: str, path: TextPath, linear: Sequence[AdaptableWeight]) -> list[AdaptableWeight]:
-    """Return the weights that ``entry`` of `lora.targetModules` selects. ``linear`` is what `all-linear` means."""
+    """Return the weights that ``entry`` of `lora.targetModules` selects. ``linear`` holds the weights that the entry
+    `all-linear` selects."""
     if entry == ALL_LINEAR:
         return list(linear)
     if is_pattern(entry):
@@ -122,7 +124,8 @@ def _fitting(entry: str, path: TextPath, linear: Sequence[AdaptableWeight]) -> l
 
 
 def _check_supported(weights: Sequence[AdaptableWeight], lora: LoRASpec) -> None:
-    """Raise UserError where ``lora`` asks for what peft can't do with a parameter of a module."""
+    """Raise UserError where ``lora`` asks for a kind of adapter that peft has only for whole modules, and one of
+    ``weights`` is adapted as a parameter (`target_parameters`)."""
     parameter = next((weight for weight in weights if weight.parameter is not None), None)
     if parameter is None:
         return
@@ -157,8 +160,8 @@ def add_adapters(
     seed: int,
     base_name: str,
 ) -> PeftModel:
-    """Add LoRA adapters to the modules ``targets`` and the ``parameters`` of ``model``. Both are as peft's
-    `target_modules` and `target_parameters`.
+    """Add LoRA adapters to ``model``. ``targets`` is `target_modules` of peft, and ``parameters`` is
+    `target_parameters`.
 
     ``base_name`` is the base model's name for `adapter_config.json`.
     """

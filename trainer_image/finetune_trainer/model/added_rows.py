@@ -32,7 +32,8 @@ class AddedRows(ContractModel):
 
 
 def find_added_rows(structure: ModelStructure, names: TensorNames, ids: list[int], *, shared: bool) -> AddedRows:
-    """Return where the rows ``ids`` lie in the weight files of an extended base model, whose tensors are ``names``.
+    """Return where the rows ``ids`` lie in the weight files of an extended base model. ``names`` describes the tensors
+    in these files, and ``structure`` is the structure of the base model.
     ``shared`` says that both embeddings begin with the same rows. Raises UserError where the files lack an
     embedding."""
     keys = []
@@ -47,8 +48,8 @@ def find_added_rows(structure: ModelStructure, names: TensorNames, ids: list[int
 
 
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The input
-    embedding's rows have the name INPUT_ROWS, and the output head's rows, where ``rows`` names their tensor,
+    """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The rows of
+    the input embedding have the key INPUT_ROWS. Where ``rows`` names a tensor of the output head, its rows have the key
     OUTPUT_ROWS. Each tensor has the shape (added tokens, hidden size)."""
     weights = WeightFiles.of(base)
     found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}

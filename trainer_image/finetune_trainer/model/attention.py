@@ -1,7 +1,8 @@
-"""Chooses the kernel that computes attention (`training.attention`), and says what a model can not do.
+"""Chooses the kernel that computes attention (`training.attention`), and refuses what the code of a model can't do.
 
-Pure decisions on what the class of a model and a device support. `preparation.py` calls them before it loads the
-model, and `engine/checks.py` tries the kernels in their order. `packed_attention.py` has the kernel Flash.
+The functions look only at what the class of a model and a device support. `base_check.py` calls them before a model is
+loaded, `train.py` calls `kernels` again with the device, and `engine/checks.py` tries the returned kernels in their
+order. `packed_attention.py` holds the kernel Flash.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from finetune_core.errors import UserError
 
 
 class Kernel(StrEnum):
-    """A kernel, under its name in `training.attention`."""
+    """A kernel that computes attention. Its value is its name in `training.attention`."""
 
     FLASH = "Flash"
     SDPA = "SDPA"
@@ -38,13 +39,13 @@ IMPLEMENTATIONS: Mapping[Kernel, str] = {
 FLASH_CAPABILITY = (8, 0)
 """The oldest CUDA architecture that FlashAttention 2 computes on: Ampere."""
 STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "mlp", "moe"}
-"""The types of layers (`layer_types` of a configuration) in which a token reads others through an attention mask, or
-not at all. All other types, such as `linear_attention` or `conv`, carry a state from token to token."""
+"""The types of layers (`layer_types` of a configuration) in which a token reads other tokens through an attention mask,
+or reads no other tokens. All other types, such as `linear_attention` or `conv`, carry a state from token to token."""
 
 
 @dataclass(frozen=True)
 class ModelAbilities:
-    """What the code of a model supports."""
+    """Which attention kernels and other settings the code of a model supports."""
 
     name: str
     """Class of the model, for example `LlamaForCausalLM`."""
@@ -99,7 +100,8 @@ def why_not(kernel: Kernel, model: ModelAbilities, device: DeviceAbilities | Non
     """
     if kernel is Kernel.EAGER:
         return ""
-    # A model whose attention has a soft cap or sinks does not support SDPA. torch's FlashAttention knows neither.
+    # Flash needs the support of SDPA too. A model whose attention has a soft cap or sinks does not support SDPA, and
+    # torch's FlashAttention computes neither soft caps nor sinks.
     supported = {Kernel.SDPA: model.sdpa, Kernel.FLASH: model.flash and model.sdpa, Kernel.FLEX: model.flex}[kernel]
     if not supported:
         return f"transformers' {model.name} does not support it"
@@ -124,7 +126,7 @@ def kernels(
     *,
     packing: bool,
 ) -> list[Kernel]:
-    """Return the kernels that may compute the attention, the fastest first. With Auto there is always one.
+    """Return the kernels that may compute the attention, the fastest first. The list is never empty.
 
     Raises UserError where the kernel that the job names can't be used. ``device`` is None where it is not known yet.
     """
@@ -133,7 +135,7 @@ def kernels(
         if reason := why_not(named, model, device, precision):
             raise UserError("training.attention", f"must not be {named} for this job, because {reason}")
         return [named]
-    # SDPA is as fast as FlashAttention where no mask is needed. For packed examples it needs a mask of all positions.
+    # SDPA is as fast as FlashAttention where no mask is needed. For packed examples SDPA needs a mask of all positions.
     order = [Kernel.FLASH, Kernel.SDPA] if packing else [Kernel.SDPA]
     return [kernel for kernel in (*order, Kernel.FLEX, Kernel.EAGER) if not why_not(kernel, model, device, precision)]
 

@@ -1,9 +1,9 @@
 """Checks that the base model of a job can be loaded, extended and adapted as the job asks for, before any
-weight is read. Everything happens on torch's meta device, from the configuration, the tokenizer and the headers of the
-weight files.
+weight is read. The checks read only the configuration, the tokenizer and the headers of the weight files, and build the
+model on torch's meta device.
 
-`preparation.py` runs the checks before it writes anything, and the preflight check runs the same ones on files that
-hold only the headers. So the preflight check knows what the trainer knows.
+`preparation.py` runs the checks before it writes anything. The preflight check runs the same checks on files that hold
+only the headers. So a model that can't be used is found before the training pods start.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class JobBase:
 
     @cached_property
     def targets(self) -> AdapterTargets:
-        """The weights that get an adapter. There are none where the job trains all weights."""
+        """The weights that get an adapter: none where the job trains all weights."""
         lora, added_tokens = self.config.lora, bool(self.config.model.added_tokens)
         return choose_targets(self.structure, lora, added_tokens=added_tokens) if lora is not None else AdapterTargets()
 
@@ -54,8 +54,8 @@ class JobBase:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model, with the added tokens of the job. The tokens that end an answer have rows in the
-        embedding."""
+        """The tokenizer of the model, with the added tokens of the job. A tokenizer is refused if a token that ends an
+        answer has no row in the embedding."""
         tokenizer = load_tokenizer(self.folder)
         check_ends(tokenizer, self.folder, self.structure.rows)
         add_tokens(tokenizer, self.config.model.added_tokens)
@@ -63,7 +63,7 @@ class JobBase:
 
     @property
     def rows(self) -> int:
-        """Number of rows of the embedding that the job trains: with rows for the added tokens."""
+        """Number of rows of the embedding that the job trains, including the rows of the added tokens."""
         added = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.config.model.added_tokens]
         return max([self.structure.rows, *(number + 1 for number in added)])
 
@@ -102,7 +102,7 @@ def _check_training(base: JobBase) -> None:
     abilities, optimization = ModelAbilities.of(base.structure.model), base.config.optimization
     packing = base.config.dataset.packing
     check_abilities(abilities, packing=packing, gradient_checkpointing=optimization.gradient_checkpointing)
-    # The device is known later, in the worker.
+    # The device is known only later, in the worker.
     kernels(optimization.attention, abilities, None, optimization.precision, packing=packing)
 
 
@@ -121,5 +121,5 @@ CHECKS: tuple[Callable[[JobBase], list[str] | None], ...] = (
     _check_targets,
     _check_extension,
 )
-"""The checks in the order in which they run. A check that fails leaves the later ones out, because most of them need
-what the earlier ones have found to be whole."""
+"""The checks in the order in which they run. After a failed check no later check runs, because most checks need files
+that an earlier check has found to be complete."""

@@ -16,23 +16,24 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 COUNTS = {"num_hidden_layers": 2_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
-"""Fields of a configuration by which transformers repeats parts of a model, and their largest values. The largest
-published models have 126 layers and 512 experts. A model with a billion of them would never be built."""
+"""Fields of a configuration that say how often transformers repeats a part of a model, and their largest values. The
+largest published models have 126 layers and 512 experts. A model with a billion layers would never be built."""
 
 
 ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")
 """Types of models whose configuration has `is_decoder`, although the models do not read it."""
 QUANTISATION_FIELDS = ("quantization_config", "compression_config")
-"""Fields of a configuration that describe quantised weights. compressed-tensors once wrote the second one."""
+"""Fields of a configuration that describe quantised weights. The library compressed-tensors once wrote
+`compression_config`."""
 
 
 def load_configuration(folder: Path, field: str) -> Any:
     """Return the configuration of the model in ``folder``. ``field`` is the path in the spec that messages name.
 
-    Raises UserError if transformers can't read the configuration, or if it describes no causal language model, a
-    quantised one, or a model that nobody can build.
+    Raises UserError if transformers can't read the configuration, or if the configuration describes a model that is no
+    causal language model, that is quantised, or that is too large to be built.
     """
-    # transformers raises whatever a wrong file makes its code raise.
+    # A wrong file can make the code of transformers raise any exception.
     with library_boundary(lambda error: UserError(field, f"its config.json can't be used: {first_line(error)}")):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
@@ -55,8 +56,7 @@ def load_configuration(folder: Path, field: str) -> Any:
 
 
 def _check_kind(config: Any, field: str) -> None:
-    """Raise UserError if ``config`` is not the configuration of a causal language model: of one that continues a
-    text."""
+    """Raise UserError if ``config`` is not the configuration of a causal language model, which continues a text."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(field, f"config.json names model_type {config.model_type!r}, which is no causal language model")
     if getattr(config, "is_encoder_decoder", False):

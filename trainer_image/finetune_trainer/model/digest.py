@@ -55,8 +55,8 @@ class BaseDigests(ContractModel):
 
     @classmethod
     def of(cls, *, adapters: bool, base: Path, extended: Path) -> BaseDigests:
-        """Compute the digests of the base model in ``base`` and of the extended one in ``extended``; both are the same
-        folder where nothing was extended."""
+        """Compute the digests of the base model in ``base`` and of the extended base model in ``extended``. Both are
+        the same folder where the base model was not extended. Without ``adapters`` no digest is computed."""
         if not adapters:
             return cls()
         return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)

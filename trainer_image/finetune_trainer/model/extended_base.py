@@ -36,9 +36,9 @@ GPT-2."""
 
 
 def initial_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
-    """Return the initial embedding row of an added token, a tensor of shape (width,) in fp32. Its values are drawn from
-    a normal distribution with standard deviation ``spread``, as in the model's own initialisation. ``matrix`` names the
-    embedding: `input` or `output`."""
+    """Return the initial embedding row of an added token, a tensor of shape (width,) in fp32. The values of the row are
+    drawn from a normal distribution with standard deviation ``spread``, as in the model's own initialisation.
+    ``matrix`` names the embedding: `input` or `output`."""
     digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.empty(width, dtype=torch.float32).normal_(0, spread, generator=generator)
@@ -129,7 +129,7 @@ def _other_rows(structure: ModelStructure, rows: int) -> str | None:
         return None
     config = copy.deepcopy(structure.model.config)
     config.get_text_config().vocab_size = rows
-    # transformers raises whatever a wrong file makes its code raise.
+    # A wrong file can make the code of transformers raise any exception.
     with (
         library_boundary(lambda error: UserError("model.addedTokens", f"must be empty: {first_line(error)}")),
         torch.device("meta"),
@@ -147,8 +147,8 @@ def _other_rows(structure: ModelStructure, rows: int) -> str | None:
 
 
 def _is_text_file_of_model(path: Path) -> bool:
-    """Return whether ``path`` is a file that transformers reads beside the weights. A folder on a volume may hold
-    anything else too, such as weights in other formats, or an adapter that transformers would add to the model."""
+    """Return whether ``path`` is a file that transformers reads beside the weights. A folder on a volume may hold other
+    files too, such as weights in other formats, or an adapter that transformers would add to the model."""
     return (
         path.is_file()
         and path.suffix in TEXT_SUFFIXES

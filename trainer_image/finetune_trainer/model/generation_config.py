@@ -31,7 +31,7 @@ SAMPLING: Mapping[str, Callable[[float], bool]] = {
 """Fields that only have an effect when a text is drawn at random (`do_sample: true`), and the values with which
 transformers can draw."""
 DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
-"""Fields that decide which other fields transformers takes."""
+"""Fields whose values decide which other fields transformers accepts."""
 
 
 class ArtifactGeneration(NamedTuple):
@@ -70,10 +70,10 @@ def _base_values(base: Path) -> dict[str, Any]:
     """Return the fields of the base model's generation configuration that differ from the defaults."""
     file = GENERATION_CONFIG_FILE
     if not (base / file).is_file():
-        file = CONFIG_FILE  # transformers makes a generation configuration of the model's configuration then
+        file = CONFIG_FILE  # in this case, transformers makes a generation configuration of the model's configuration
     if not (base / file).is_file():
         return {}
-    # transformers raises whatever a wrong file makes its code raise.
+    # A wrong file can make the code of transformers raise any exception.
     with library_boundary(lambda error: UserError("model", f"its {file} can't be used: {first_line(error)}")):
         config = GenerationConfig.from_pretrained(
             base, config_file_name=file, local_files_only=True, _from_model_config=file == CONFIG_FILE
@@ -83,7 +83,8 @@ def _base_values(base: Path) -> dict[str, Any]:
 
 
 def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
-    """Change ``values``, in which `do_sample` is not true, so that no field of sampling lacks `do_sample`."""
+    """Where transformers refuses fields of sampling in ``values`` because `do_sample` is not true, set `do_sample` or
+    delete the fields, and add a notice about this to ``notices``."""
     present = sorted(name for name in SAMPLING if values.get(name) is not None)
     refused = [name for name in present if _refuses({name: values[name]})]
     if not refused:
@@ -112,7 +113,8 @@ def _refused_fields(values: Mapping[str, Any]) -> list[str]:
     alone = next((name for name in others if not _refuses({k: v for k, v in values.items() if k != name})), None)
     if alone is not None:
         return [alone]
-    # Each field is taken in turn if it fits those before it. Fields without which others are refused come first.
+    # Each field is kept if transformers accepts it together with the fields kept before. The fields DECIDING come
+    # first, because without them transformers would refuse others.
     kept: dict[str, Any] = {"eos_token_id": values["eos_token_id"]}
     for name in sorted(others, key=lambda name: name not in DECIDING):
         if not _refuses({**kept, name: values[name]}):
@@ -123,7 +125,7 @@ def _refused_fields(values: Mapping[str, Any]) -> list[str]:
 def _refuses(values: Mapping[str, Any]) -> bool:
     """Return whether transformers refuses to save a configuration with ``values``, or to load it again."""
     try:
-        # Each check of transformers refuses in its own way.
+        # The checks of transformers raise different kinds of exceptions.
         with library_boundary(lambda error: ValueError(first_line(error))):
             config = GenerationConfig(**values)
             config.validate(strict=True)

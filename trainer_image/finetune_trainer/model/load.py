@@ -35,7 +35,8 @@ def nf4_configuration(dtype: torch.dtype) -> BitsAndBytesConfig:
 def load_base(
     folder: Path, dtype: torch.dtype, *, sharded: bool = False, quantization: Quantization | None = None
 ) -> PreTrainedModel:
-    """Load the base model. Raises UserError where its files are not those of a complete causal language model.
+    """Load the base model in ``folder`` and return it with weights in ``dtype``. Raises UserError where the files are
+    not those of a complete causal language model.
 
     With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks. While this
     happens, the memory of the mapped files is freed again and again. With ``quantization`` the linear layers are held
@@ -64,7 +65,7 @@ def load_base(
         raise UserError("model", "its config.json does not fit its weights: they have other shapes") from error
     missing = missing_weights(model, report)
     if missing:
-        # This is an error here, because transformers gives missing weights random values and only warns.
+        # Missing weights are an error here. transformers would give them random values, and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     if quantization is not None:
@@ -80,8 +81,9 @@ def own_dropout(model: torch.nn.Module) -> float:
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Set all rates of dropout in ``model`` to zero. torch draws this dropout from a random stream. So no run could be
-    repeated, and packed and padded examples would have different losses. The configuration keeps its rates."""
+    """Set all rates of dropout in ``model`` to zero. torch draws this dropout from a random stream, with which no run
+    could be repeated, and packed and padded examples would have different losses. The configuration keeps its
+    rates."""
     for module in model.modules():
         for name in _dropout_rates(module):
             setattr(module, name, 0.0)
@@ -91,7 +93,7 @@ def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
     """Return the attributes of ``module`` that are rates of dropout above zero."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return {"p": module.p} if module.p > 0 else {}
-    # Many models keep the rate as a number, and call a function with it.
+    # Many models have no dropout module. They keep the rate as a number, and pass the number to a function.
     return {
         name: value
         for name, value in vars(module).items()
@@ -101,8 +103,8 @@ def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _model_alone(folder: Path) -> Iterator[Path]:
-    """Yield a folder with links to those files in ``folder`` from which the model is loaded. Without it, transformers
-    would also load an adapter that lies in ``folder``."""
+    """Yield a folder with links to those files in ``folder`` from which the model is loaded. From ``folder`` itself,
+    transformers would also load an adapter if there is one."""
     with TemporaryDirectory() as alone:
         weights = WeightFiles.of(folder).names
         index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
@@ -114,7 +116,7 @@ def _model_alone(folder: Path) -> Iterator[Path]:
 
 def missing_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
     """Return the names of the weights that ``model`` did not find in its files, in alphabetical order. ``report`` is
-    what transformers tells about the loading. A weight that is tied to another one is not missing."""
+    transformers' report about the loading. A weight that is tied to another weight is not missing."""
     shared = getattr(model, "all_tied_weights_keys", {})
     return sorted(key for key in report["missing_keys"] if key not in shared)
 

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DONTNEED = 4
-"""`MADV_DONTNEED` of Linux's madvise(2): free the pages. A later access reads them from the file again."""
+"""`MADV_DONTNEED` of Linux's madvise(2), which frees pages. A later access reads the pages from the file again."""
 INTERVAL_SECONDS = 0.05
 
 
 @contextmanager
 def release_mapped_pages(folder: Path) -> Iterator[None]:
-    """While the block runs, free the memory of the weight files in ``folder`` that this process has mapped. This is
-    done every INTERVAL_SECONDS.
+    """While the block runs, free the memory of the weight files in ``folder`` that this process has mapped, once every
+    INTERVAL_SECONDS.
 
     Use this only for files that are read and not written, because changes that were written through a mapping would be
     lost.
@@ -52,8 +52,8 @@ def release_pages(prefixes: set[str]) -> int:
         if len(fields) < 6 or not any(fields[5].startswith(prefix) for prefix in prefixes):
             continue
         start, end = (int(bound, 16) for bound in fields[0].split("-"))
-        # madvise returns an error where the loader has removed the mapping in the meantime. Nothing is left to free
-        # then.
+        # madvise returns an error where the loader has removed the mapping in the meantime, and nothing is left to
+        # free.
         if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED) == 0:
             dropped += end - start
     return dropped

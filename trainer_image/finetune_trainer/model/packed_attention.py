@@ -50,7 +50,7 @@ class _Noted:
 
 def note_borders(starts: torch.Tensor | None, longest: int = 0, *, shape: tuple[int, int] = (0, 0)) -> None:
     """Note the borders of the examples that the model computes from now on. ``shape`` is (B, T), and the other
-    arguments are as in `Borders`. None: each sequence is one example."""
+    arguments are as in `Borders`. Where ``starts`` is None, each sequence is one example."""
     if starts is None:
         _Noted.borders = None
         return
@@ -67,12 +67,12 @@ def install() -> None:
 
 
 def _separated(mask: Any) -> Any:
-    """Return the mask function ``mask`` of transformers, with another argument `mask_function` where borders are
-    noted."""
+    """Return a function that makes the same mask as ``mask``, a mask function of transformers. Where borders are noted,
+    the mask also separates the examples."""
 
     def separated(*args: Any, mask_function: Any, **options: Any) -> Any:
         if _Noted.borders is not None:
-            # The two masks together separate the examples once, also where transformers has separated them already.
+            # The mask of transformers may separate the examples already. Then this mask changes nothing.
             mask_function = and_masks(mask_function, packed_sequence_mask_function(_Noted.borders.numbers))
             options["allow_is_causal_skip"] = False
         return mask(*args, mask_function=mask_function, **options)
@@ -108,7 +108,8 @@ def varlen_attention(
     """Return causal attention inside of each example, (B, T, heads, features), for ``query`` (B, heads, T, features)
     and for ``key`` and ``value``, which may have fewer heads. ``attention_mask`` is what `_window_or_mask` returned.
 
-    Raises ValueError where the model asks for something else.
+    Raises ValueError where the model asks for another kind of attention. Where no borders are noted, return the
+    attention of SDPA.
     """
     borders = _Noted.borders
     if borders is None:
@@ -147,7 +148,7 @@ def _flash(
         borders.longest,
         borders.longest,
         scale=scaling,
-        # torch counts the tokens before the reading one, transformers counts the reading one too.
+        # torch's window counts the tokens before the token that reads. transformers' window counts this token too.
         window_size=(-1, 0) if window is None else (window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -32,7 +32,7 @@ class ModelStructure:
     tied: bool
     """Whether input embedding and output head share one weight."""
     rows: int
-    """Number of rows of the input embedding. Every token id of a text must be smaller."""
+    """Number of rows of the input embedding. Every token id of a text must be smaller than this number."""
     context: int | None
     """Length in tokens of the longest text that the model can read; None where the configuration has no limit."""
 
@@ -41,13 +41,13 @@ def read_structure(folder: Path) -> ModelStructure:
     """Return the structure of the model in ``folder``. Raises UserError where the folder holds no causal language
     model.
 
-    Side effect: unsets transformers' DeepSpeed configuration. An earlier run in this process may have left it set, and
-    it would shard every new model (ZeRO-3). So call this function before `shard_new_models` sets the configuration for
-    this run's model.
+    Side effect: unsets transformers' DeepSpeed configuration. An earlier run in this process may have left the
+    configuration set, with which every new model would be sharded (ZeRO-3). So call this function before
+    `shard_new_models` sets the configuration for this run's model.
     """
     unset_hf_deepspeed_config()
     config = load_configuration(folder, "model")
-    # transformers raises whatever a wrong file makes its code raise.
+    # A wrong file can make the code of transformers raise any exception.
     with (
         library_boundary(lambda error: UserError("model", f"its files can't be loaded: {first_line(error)}")),
         torch.device("meta"),

@@ -34,8 +34,8 @@ class TensorGroup:
     parameter, unless transformers joins or splits the tensors."""
 
     stored: Mapping[str, str]
-    """The names of the tensors in the weight files, in the order in which transformers joins them. The value is the
-    pattern of transformers' conversion that fits the name, and empty where nothing is converted."""
+    """The keys are the names of the tensors in the weight files, in the order in which transformers joins the tensors.
+    Each value is the pattern of transformers' conversion that fits the name, or empty where nothing is converted."""
     parameters: Sequence[str]
     """The names of the parameters in the model, for example `model.layers.0.mlp.experts.gate_up_proj`."""
     target: str
@@ -59,13 +59,13 @@ class TensorNames:
         self._canonical: dict[str, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._canonical[name] = first.setdefault(id(parameter), name)
-        # transformers' conversions raise whatever a wrong file makes their code raise.
+        # A wrong file can make the conversions of transformers raise any exception.
         with library_boundary(self._not_convertible):
             mapping = get_model_conversion_mapping(model)
             self._renamings, self._converters = _kinds(mapping)
             self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
             self._groups = self._find_groups()
-            # `revert_weight_conversion` reverts those conversions that were used, as it does after `from_pretrained`.
+            # `revert_weight_conversion` reverts the conversions in this attribute, which `from_pretrained` sets too.
             model._weight_conversions = [entry for entry in mapping if entry.was_used()]
         self._group_of_stored = {stored: group for group in self._groups for stored in group.stored}
         self._groups_of_parameter: dict[str, list[TensorGroup]] = {}
@@ -82,7 +82,8 @@ class TensorNames:
         groups = []
         for target, members in collected.items():
             if not any(members.values()):
-                # Files that name a tensor twice get both copies back.
+                # Two tensors of the files may become the same parameter. Each then has a group of its own, so that an
+                # artifact has both tensors too.
                 groups += [TensorGroup({stored: ""}, [target], target) for stored in members]
                 continue
             made = self._converted(
@@ -112,8 +113,8 @@ class TensorNames:
         return self._group_of_stored.get(stored)
 
     def copies(self, parameter: str) -> dict[str, str]:
-        """Return the names in the weight files of ``parameter`` and of those that are tied to it, by parameter name.
-        Empty where the files lack them, or where transformers converts them."""
+        """Return the names that ``parameter`` and the parameters tied to it have in the weight files, by parameter
+        name. Parameters that the files lack, or that transformers converts, are left out."""
         groups = self._groups_of_parameter.get(self.canonical(parameter), [])
         return {group.target: stored for group in groups for stored, pattern in group.stored.items() if not pattern}
 
@@ -131,7 +132,8 @@ class TensorNames:
         return name
 
     def parameters(self, group: TensorGroup, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters of ``group`` by name, from its tensors ``stored`` of the weight files."""
+        """Return the parameters of ``group`` by name. ``stored`` has the tensors of the group in the weight files by
+        name, of which the parameters are made."""
         if not any(group.stored.values()):
             return {group.target: next(iter(stored.values()))}
         with library_boundary(self._not_convertible):
@@ -185,8 +187,9 @@ class TensorNames:
 
 
 def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Return for each tensor ``stored`` of the weight files the parameter or buffer of ``model`` that it becomes, or a
-    part of which it becomes. Tensors that the model does not use are left out. ``model`` is on the meta device."""
+    """Return, for each tensor name in ``stored``, the name of the parameter or buffer of ``model`` that is made of the
+    tensor, alone or with other tensors. Tensors that the model does not use are left out. ``model`` is on the meta
+    device."""
     renamings, converters = _kinds(get_model_conversion_mapping(model))
     known = model.state_dict()
     found = {name: _loaded_name(name, renamings, converters, model, known)[0] for name in stored}
@@ -196,8 +199,9 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 def names_lost_in_shards(model: Any, stored: Iterable[str]) -> list[str]:
     """Return those of the tensors ``stored`` that transformers loads only into a whole ``model``, sorted by name.
 
-    transformers gives some tensors names that the model does not have, because their own names look like old ones.
-    Where it loads a whole model, it then tries the own name. Where ZeRO-3 shards the model, it leaves the tensor out.
+    transformers gives some tensors names that the model does not have, because the names in the file look like those of
+    an older version. When transformers loads a whole model, it then tries the name in the file. When ZeRO-3 shards the
+    model, transformers leaves the tensor out.
     """
     renamings, converters = _kinds(get_model_conversion_mapping(model))
     known, prefix = model.state_dict(), model.base_model_prefix
@@ -223,8 +227,9 @@ def _loaded_name(
     model: Any,
     known: Mapping[str, torch.Tensor],
 ) -> tuple[str, str]:
-    """Return the parameter that the tensor ``stored`` becomes a part of, and the pattern of the conversion, as
-    transformers' `from_pretrained` finds them. ``known`` is the state of ``model``."""
+    """Return the name of the parameter that the tensor ``stored`` becomes a part of, and the pattern of the conversion,
+    as transformers' `from_pretrained` finds them. The pattern is empty where nothing is converted. ``known`` is the
+    state of ``model``."""
     prefix = model.base_model_prefix
     name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
     if name not in known and stored in known:

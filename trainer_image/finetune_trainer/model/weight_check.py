@@ -1,8 +1,8 @@
-"""Checks that the weight files of a model hold every weight of the model, with the shape and the kind of numbers that
-its configuration asks for. Only the headers of the files are read.
+"""Checks that the weight files of a model hold every weight of the model, as floating-point numbers and with the shape
+that the model's configuration asks for. Only the headers of the files are read.
 
-The headers pass through transformers' own loading code on torch's meta device. So a tensor that transformers renames,
-joins or leaves out when it loads a model is judged as it will be loaded. `base_check.py` calls `check_weights`.
+The headers pass through transformers' own loading code on torch's meta device. So the check sees each tensor as it will
+be loaded, also where transformers renames, joins or leaves out tensors. `base_check.py` calls `check_weights`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The data types that weights may have in the files, in the words of safetensors. All others have fewer bits, or are no
-floating-point numbers, as in quantised models."""
+"""The data types that weights may have in the files, by their names in safetensors. All other types have fewer bits, or
+are no floating-point numbers, as in quantised models."""
 
 
 def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -> list[str]:
@@ -77,8 +77,8 @@ def check_sharded(structure: ModelStructure, folder: Path) -> None:
 
 
 def _quantised(structure: ModelStructure, headers: Mapping[str, TensorHeader]) -> set[str]:
-    """Return the names of the tensors that are no floating-point numbers of 16 bits or more, except those that are none
-    in the model either, such as tables that assign tokens to experts."""
+    """Return the names of the tensors that are no floating-point numbers of 16 bits or more. Tensors that hold integers
+    in the model too, such as tables that assign tokens to experts, are left out."""
     others = [name for name, header in headers.items() if header.dtype not in DTYPES]
     expected = structure.model.state_dict()
     loaded = loaded_names(structure.model, others)
@@ -86,8 +86,8 @@ def _quantised(structure: ModelStructure, headers: Mapping[str, TensorHeader]) -
 
 
 def _unused_notice(names: Collection[str], headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Return a notice about the tensors ``names`` that the model does not use. Tensors that are no weights, such as the
-    masks in old files, are left out by their number of dimensions."""
+    """Return a notice about the tensors ``names``, which the model does not use. Only tensors with two or three
+    dimensions count, because other tensors, such as the masks in old files, are no weights."""
     unused = sorted(name for name in names if name not in headers or len(headers[name].shape) in (2, 3))
     if not unused:
         return []
@@ -108,7 +108,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _missing_problem(missing: list[str], headers: Mapping[str, TensorHeader], quantised: Collection[str]) -> str:
-    """Return what is wrong where the files lack the weights ``missing``, apart from the tensors ``quantised``."""
+    """Return what is wrong where the model got no tensor for the weights ``missing``. ``quantised`` are the tensors of
+    the files that were left out because they are quantised."""
     if quantised:
         stems = {name.rpartition(".")[0] for name in missing}
         name = next((name for name in sorted(quantised) if name.rpartition(".")[0] in stems), min(quantised))
@@ -133,8 +134,8 @@ def _conversion_problem(headers: Mapping[str, TensorHeader]) -> Callable[[BaseEx
 
 
 def _odd_shape(headers: Mapping[str, TensorHeader]) -> str:
-    """Return a sentence about a tensor that has another shape than most tensors of its kind. Tensors are of one kind
-    where their names differ in numbers only. The sentence is empty where there is no such tensor."""
+    """Return a sentence about a tensor that has another shape than most tensors of its kind. Two tensors are of one
+    kind if their names differ only in numbers. The sentence is empty where there is no such tensor."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in sorted(headers):
         kinds[re.sub(r"(?<=\.)\d+(?=\.)", "0", name)].append(name)

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: finds the file that holds a tensor, checks that the files are complete,
-reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
+"""Reads and checks the safetensors files of a model folder: finds the file that holds a tensor, checks that the files
+are complete, reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
 
 
 class TensorHeader(NamedTuple):
-    """What the header of a weight file says of a tensor."""
+    """What the header of a weight file says about a tensor."""
 
     dtype: str
-    """Data type in the words of safetensors, for example `BF16`."""
+    """Data type by its name in safetensors, for example `BF16`."""
     shape: tuple[int, ...]
 
 
@@ -36,8 +36,8 @@ class WeightFiles:
 
     @classmethod
     def of(cls, folder: Path) -> WeightFiles:
-        """Read from the index, or else from the header of the single weight file, which file holds which tensor. A
-        single weight file comes before an index, as in transformers."""
+        """Read which file holds which tensor of the model in ``folder``. Where there is a single weight file, its
+        header is read, as in transformers. Otherwise the index is read."""
         if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
             return cls(folder, json.loads((folder / INDEX_FILE).read_text())["weight_map"])
         with _open_header(folder / SINGLE_FILE) as file:
@@ -60,7 +60,7 @@ class WeightFiles:
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor ``name``. Its bytes are read from the file when they are used."""
+        """Return the tensor ``name``. The bytes of the tensor are read from the file when they are used."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -84,8 +84,11 @@ def _open_header(path: Path) -> Any:
 
 def check_complete(folder: Path) -> None:
     """Raise UserError where a weight file of the model in ``folder`` is missing, can't be opened, for example because
-    it is shorter than its header says, or lacks a tensor that the index expects in it. An index beside a single weight
-    file must name files that are there too, because it may be that of another model."""
+    it is shorter than its header says, or lacks a tensor that the index expects in it.
+
+    Where the folder holds a single weight file and also an index of other files, the index may be that of another
+    model. Then the files of the index must exist, but only the single file is opened.
+    """
     index = folder / INDEX_FILE
     expected: dict[str, set[str]] = {}
     try:
@@ -116,8 +119,8 @@ def _unreadable(name: str, error: BaseException) -> Exception:
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
-    """Write the index file of a model, which lists in which weights file each tensor lies. ``files`` maps each tensor
-    name to a file name."""
+    """Write the index of a model, which lists the weight file of each tensor. ``files`` maps each tensor name to a file
+    name."""
     size = sum((folder / name).stat().st_size for name in set(files.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -60,7 +60,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
     text = _first_text(root / "memory.max", root / "memory" / "memory.limit_in_bytes")
     if text is None or text.strip() == "max":
         return None
-    # cgroup v1 has no word for "no limit". It writes the largest possible number of bytes in whole pages instead.
+    # cgroup v1 has no word for "no limit". The file then holds the largest possible number of bytes in whole pages.
     return int(text) if int(text) < 1 << 60 else None
 
 
@@ -69,8 +69,8 @@ def threads_per_process(processes: int, *, limit: float | None, cores: int) -> i
     number of worker processes, ``limit`` is the container's CPU limit, and ``cores`` is the number of CPU cores that
     the container may use.
 
-    Threads beyond the CPU limit would be throttled by the kernel. The results of CPU computations also depend on the
-    number of threads. So under a CPU limit, a larger node must not mean more threads.
+    The kernel would throttle threads beyond the CPU limit. The results of CPU computations also depend on the number of
+    threads, so under a CPU limit the number must not grow with the node.
     """
     available = cores if limit is None else min(cores, limit)
     return max(1, math.floor(available / processes))

@@ -38,8 +38,8 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopAgreed(Exception):  # noqa: N818
-    """All ranks know that one of them received SIGTERM, and stop together. Whoever catches this error saves what is not
-    saved yet, and raises `Stopped`."""
+    """All ranks know that one of them received SIGTERM, and stop together. The code that catches this error saves what
+    is not saved yet, and raises `Stopped`."""
 
 
 class NewerRun(OutsideFailure):
@@ -54,12 +54,13 @@ class Damaged(OutsideFailure):
 
 @contextmanager
 def library_boundary(failure: Callable[[BaseException], Exception], *known: type[Exception]) -> Iterator[None]:
-    """Turn whatever another library raises in the `with` block into the exception that ``failure`` makes of it. Put
-    only calls of the library into the block, because this function would also convert an error of the trainer itself.
+    """Turn any exception that another library raises in the `with` block into the exception that ``failure`` returns.
+    Put only calls of the library into the block, because this function would also convert an error of the trainer
+    itself.
 
-    MemoryError, UserError, OutsideFailure and the exceptions ``known`` pass as they are. So do exceptions that end a
-    thread or a process, such as KeyboardInterrupt. A panic of a library that is written in Rust, such as tokenizers, is
-    turned too, although `except Exception` does not catch it.
+    MemoryError, UserError, OutsideFailure and the exceptions ``known`` pass as they are. Exceptions that end a thread
+    or a process, such as KeyboardInterrupt, pass too. A panic of a library that is written in Rust, such as tokenizers,
+    is turned although `except Exception` does not catch a panic.
     """
     passing: tuple[type[BaseException], ...] = (MemoryError, UserError, OutsideFailure, *known)
     try:
@@ -73,7 +74,7 @@ def library_boundary(failure: Callable[[BaseException], Exception], *known: type
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Return whether ``error`` is a panic of Rust code. Each library has its own class for it, which can't be
+    """Return whether ``error`` is a panic of Rust code. Each library has its own class for panics, which can't be
     imported."""
     return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
 

@@ -100,8 +100,8 @@ def read_outcome(folder: Path, rank: int) -> WorkerOutcome | None:
 
 
 def write_heartbeat(folder: Path, rank: int, status: WorkerStatus) -> None:
-    """Write the heartbeat of worker ``rank``: a file whose age shows that the worker is alive, and whose text shows how
-    far it has come. The text is all that is known about a worker that gets killed."""
+    """Write the heartbeat of worker ``rank``: a file whose age shows whether the worker is alive, and whose text shows
+    how far the worker has come. The text is all that is known about a worker that gets killed."""
     _write_atomically(_heartbeat_file(folder, rank), status.where())
 
 
@@ -134,7 +134,8 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
 
 
 def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: int | None) -> WorkerOutcome:
-    """Return the outcome that a worker wrote. If it wrote none, derive its outcome from the way it exited."""
+    """Return the outcome that a worker wrote. If the worker wrote none, derive the outcome from how the process
+    exited."""
     if worker.outcome is not None:
         return worker.outcome
     if worker.killed_by_launcher:

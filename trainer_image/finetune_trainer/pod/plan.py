@@ -1,5 +1,5 @@
-"""The worker plan: what the launcher writes to `plan.json` for its worker processes. It holds the content of the run
-file, the identity of the attempt, and the local paths of model and data.
+"""The worker plan, which the launcher writes to `plan.json` for its worker processes: the content of the run file, the
+identity of the attempt, and the local paths of model and data.
 
 `read_run_file` reads the run file, which the operator mounts into the pod.
 """
@@ -25,7 +25,7 @@ class Inputs(ContractModel):
 
     model: Path
     train: Path
-    """The training rows. For `dataset.train.mix` the folder of all sources."""
+    """The training rows. For `dataset.train.mix` this is the folder that contains all sources."""
     mix: list[Path] = []
     """The sources of `dataset.train.mix`, in their order. Empty without a mix."""
     validation: Path | None = None
@@ -35,8 +35,8 @@ class Inputs(ContractModel):
 
 
 class WorkerPlan(ContractModel):
-    """Everything that a worker process needs to know, except its rank and the number of ranks. These two are in
-    environment variables."""
+    """Everything that a worker process needs to know, except its rank and the number of ranks, which are in environment
+    variables."""
 
     paths: Paths
     identity: Identity

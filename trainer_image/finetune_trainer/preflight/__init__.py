@@ -2,6 +2,6 @@
 before the operator requests GPUs. The findings go into the pod's termination message.
 
 `store_check.py`, `model_check.py` and `row_check.py` check the job, `former_run.py` searches for a run that the job can
-take over, and `entrypoint.py` calls them. torch is imported only in a child process of its own, for the
-checks that the trainer makes of its base model.
+take over, and `entrypoint.py` calls them. torch is imported only in a child process, for the trainer's own checks of
+the base model.
 """

@@ -25,7 +25,7 @@ from typing import Any
 
 MEMORY_BYTES = 512 << 20
 """Largest memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may
-use 1 GiB. The rest of it is for the memory of the parent and for `EXCESS_BYTES`."""
+use 1 GiB, of which the rest is for the memory of the parent and for `EXCESS_BYTES`."""
 EXCESS_BYTES = 192 << 20
 """Memory in bytes that the child may take beyond its limit before the parent looks at the child's memory the next time.
 On a busy machine the parent may look late. So the kernel refuses memory beyond the limit plus this excess
@@ -35,8 +35,8 @@ LOOK_SECONDS = 0.01
 second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _DONE = 93
-"""Exit code of a child that has done its work. It is not 0, because code of a user, such as an own grader, may end the
-child with 0 before the work is done."""
+"""Exit code of a child that has done its work. The code is not 0, because code of a user, such as an own grader, may
+end the child with 0 before the work is done."""
 _MEMORY_REFUSED = 2
 """Exit code of a child to which the kernel has refused memory."""
 
@@ -59,12 +59,12 @@ def run_confined(
     """Call ``work`` in a forked child process, and return how the child ended.
 
     ``work`` gets a function that sends a JSON value to this process. This process calls ``receive`` with each value.
-    The child is killed when it has added more than ``memory_bytes`` to the memory that it had at the fork. It is also
-    killed when an exception is raised in this process, for example at the end of a time limit.
+    The child is killed when it has added more than ``memory_bytes`` to the memory that it had at the fork. The child is
+    also killed when an exception is raised in this process, for example at the end of a time limit.
 
     The kernel refuses memory to the child from `EXCESS_BYTES` above ``memory_bytes`` on. A child that ends with a
-    MemoryError counts as too large. So does a child that ends by any error, such as the abort of a library, after it
-    has added more than ``memory_bytes``.
+    MemoryError counts as too large. A child that ends by another error, such as the abort of a library, counts as too
+    large if it has added more than ``memory_bytes``.
 
     No other thread may run in this process, because a forked child has only the calling thread.
     """
@@ -104,7 +104,7 @@ class _Watched:
     None until the child has sent the number."""
 
     def is_too_large(self, resident: int) -> bool:
-        """Whether a child with ``resident`` bytes of memory has added more than it may."""
+        """Return whether a child with ``resident`` bytes of memory has added more than it may."""
         return self.at_the_fork is not None and resident - self.at_the_fork > self.memory_bytes
 
 
@@ -136,10 +136,10 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memor
 
 
 def _receive_all(reader: int, receive: Callable[[Any], None], child: int, watched: _Watched) -> bool:
-    """Receive values until the child has closed its end of the pipe, and return True. Return False at once when the
-    child is too large.
+    """Pass the values that the child sends to ``receive`` until the child has closed its end of the pipe, and return
+    True. Return False at once when the child is too large.
 
-    The first value is not passed on, because it is the memory of the child at the fork.
+    The first value is not passed to ``receive``, because it is the memory of the child at the fork.
     """
     told = b""
     looked_at = 0.0
@@ -163,8 +163,8 @@ def _receive_all(reader: int, receive: Callable[[Any], None], child: int, watche
 
 
 def _resident_bytes(process: int) -> int:
-    """Return the resident memory of ``process`` in bytes. It is 0 for a child that has ended but was not waited for
-    yet."""
+    """Return the resident memory in bytes of the process with the id ``process``: 0 for a child that has ended but was
+    not waited for yet."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE_BYTES
 
 

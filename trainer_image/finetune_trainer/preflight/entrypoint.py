@@ -1,8 +1,9 @@
 """PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
 `__main__.py` calls `run`.
 
-The pod has little memory, so each part of the checks that needs much runs in a child process of its own, one after the
-other: model and data without torch, and then the trainer's own checks of the model with torch on its meta device.
+The pod has little memory, so the two parts of the checks that need much memory run in child processes, one after the
+other: the checks of model and data without torch, and then the trainer's own checks of the model on torch's meta
+device.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NoReturn
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
 from finetune_core.contract.same_training import settings_digest
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
@@ -37,15 +39,16 @@ from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.root import RunRoot, open_root
 
 HEADERS_FOLDER = "headers"
-"""Folder in the preflight folder with the base model whose weight files hold only headers."""
+"""Name of a folder in the preflight folder. The folder holds the base model, with weight files that hold only their
+headers."""
 TORCH_MEMORY_BYTES = 1100 << 20
-"""Largest memory in bytes that the child which imports torch may add. About 300 MiB of it are the mapped files of
-torch, which the kernel can free at any time, so the pod stays below its 1 GiB."""
+"""Largest memory in bytes that the child which imports torch may add. About 300 MiB of this memory are mapped files of
+torch, which the kernel can free at any time. So the pod stays below its limit of 1 GiB."""
 
 
 class ChecksTimedOut(BaseException):
-    """The checks took longer than their time limit. This is a BaseException, so that no `except Exception` in a check
-    or a library catches it."""
+    """The checks took longer than their time limit. The class is a BaseException, so that no `except Exception` in a
+    check or a library catches the error."""
 
 
 def run(paths: Paths, environment: Mapping[str, str]) -> int:
@@ -104,7 +107,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
 
     _run_confined(findings, check_inputs)
     print(f"model files and data were checked within {_peak_memory()}", flush=True)
-    if (folder / HEADERS_FOLDER).is_dir():  # otherwise something is wrong with the model, and stands in the findings
+    if (folder / HEADERS_FOLDER).is_dir():  # without this folder, the findings contain a problem of the model
         check_for_job = partial(_check_for_job, config, folder / HEADERS_FOLDER)
         end = run_confined(
             lambda send: check_for_job(Findings(send)), findings.receive, memory_bytes=TORCH_MEMORY_BYTES
@@ -160,12 +163,13 @@ def _check_inputs(
     """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
     data in the object store are left out."""
     _hide_torch()
-    from finetune_trainer.data.dataset import check_tools_of_mix
-    from finetune_trainer.data.files.index import INDEX_FILE
-    from finetune_trainer.evaluation.graders import load_grading
-    from finetune_trainer.preflight.model_check import ModelFacts, check_model
-    from finetune_trainer.preflight.row_check import check_rows
-    from finetune_trainer.preflight.task_check import TaskCheck
+    with importing():
+        from finetune_trainer.data.dataset import check_tools_of_mix
+        from finetune_trainer.data.files.index import INDEX_FILE
+        from finetune_trainer.evaluation.graders import load_grading
+        from finetune_trainer.preflight.model_check import ModelFacts, check_model
+        from finetune_trainer.preflight.row_check import check_rows
+        from finetune_trainer.preflight.task_check import TaskCheck
 
     def check_base_model() -> ModelFacts:
         files = model_files(config.model, paths, root.store)
@@ -207,7 +211,8 @@ def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None
     """Run the trainer's checks of the base model, whose folder ``headers`` holds no weights."""
     _limit_threads()
     leave_out_bitsandbytes(config)
-    from finetune_trainer.preflight.model_check import check_for_job
+    with importing():
+        from finetune_trainer.preflight.model_check import check_for_job
 
     findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))
 

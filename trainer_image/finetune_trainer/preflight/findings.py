@@ -26,8 +26,8 @@ class Findings:
     """The findings and notices so far, and what the running check examines."""
 
     def __init__(self, send: Callable[[Any], None] = lambda _: None) -> None:
-        """Begin without findings. ``send`` is called with everything that is added, as JSON values. Another process can
-        pass these values to `receive` of its own `Findings`."""
+        """Begin without findings. Everything that is added is passed to ``send`` as a JSON value. Another process can
+        pass each value to `receive` of its own `Findings`."""
         self._send = send
         self._found: list[Finding] = []
         self._notices: list[str] = []
@@ -52,7 +52,7 @@ class Findings:
         return None
 
     def add(self, kind: FindingKind, sentence: str) -> None:
-        """Add a finding, unless another check has found the same. Its sentence is cut off after `FINDING_LIMIT`
+        """Add a finding, unless another check has found the same. ``sentence`` is cut off after `FINDING_LIMIT`
         characters."""
         sentence = valid_text(sentence)[:FINDING_LIMIT]
         if any(found.message == sentence for found in self._found):
@@ -67,13 +67,14 @@ class Findings:
         self._send({"notices": valid})
 
     def measured(self, *, model_bytes: int | None = None, data_bytes: int = 0) -> None:
-        """Note the size of the base model, or that of the data files of one source, which is added to the others."""
+        """Note the size of the base model, or add the size of the data files of one source to that of the sources
+        before."""
         self._model_bytes = self._model_bytes if model_bytes is None else model_bytes
         self._data_bytes += data_bytes
         self._send({"model_bytes": model_bytes, "data_bytes": data_bytes})
 
     def receive(self, sent: Mapping[str, Any]) -> None:
-        """Add what the `Findings` of another process passed to its ``send`` function."""
+        """Add a value that the `Findings` of another process passed to its function ``send``."""
         self.subject = sent.get("subject", self.subject)
         self.notice(*sent.get("notices", ()))
         self.measured(model_bytes=sent.get("model_bytes"), data_bytes=sent.get("data_bytes", 0))

@@ -1,5 +1,6 @@
-"""Finds what is trained already: in the job's own folder of runs, or in the folder of a former job with the same
-namespace, name and training. `preflight/entrypoint.py` calls `own_folder` and then `former_folders`.
+"""Finds an artifact or a checkpoint that a new job can use: in the job's own folder of runs, or in the folder of a
+former job with the same namespace, name and training. `preflight/entrypoint.py` calls `own_folder` and then
+`former_folders`.
 
 A job loses status and uid where its cluster is built anew from Git or restored from a backup. Without this search the
 job would train everything again. Folders of former jobs are only read, and their content is not trusted: a folder with
@@ -108,8 +109,8 @@ def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
 
 
 def judged_run(found: FoundRun, requirements: Sequence[RequirementSpec] | None) -> FoundRun:
-    """Return ``found``, with the outcome GateFailed where the artifact's model did not reach one of ``requirements``,
-    which is `evaluation.require` of the job that takes the artifact over."""
+    """Return ``found``, with the outcome GateFailed where the artifact's model did not reach one of ``requirements``.
+    ``requirements`` is `evaluation.require` of the job that takes the artifact over."""
     if found.artifact is None or all(judgement.passed for judgement in judge(requirements, found.evaluation)):
         return found
     failed = found.artifact.model_copy(update={"outcome": Outcome.GATE_FAILED})
@@ -149,8 +150,8 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
 
 
 def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]) -> FoundRun | None:
-    """Return the committed artifact of a folder or else its newest checkpoint; None where it holds neither. Raises
-    Damaged where the artifact is not what was committed, or where what is read is malformed."""
+    """Return the committed artifact of a folder or else its newest checkpoint; None where the folder holds neither.
+    Raises Damaged where the artifact is not what was committed, or where an object that is read is malformed."""
     try:
         return _artifact_or_checkpoint(root, records, entries)
     except ValidationError as error:

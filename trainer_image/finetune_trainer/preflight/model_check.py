@@ -19,6 +19,7 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
 from finetune_trainer.pod.errors import first_line
+from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.model_file_names import INDEX_FILE
 from finetune_trainer.sources.model_files import ModelFiles
 from finetune_trainer.sources.model_selection import ModelSelection, select_model_files
@@ -28,8 +29,8 @@ HEADER_PIECE_BYTES = 128 * 1024
 enough.
 """
 LARGEST_HEADER_BYTES = 10_000_000
-"""Longest header in bytes that is accepted. Such a header has room for 80,000 tensors, and a file of a large model has
-a few thousand. As Python objects, a header takes twenty times its length in memory."""
+"""Longest header in bytes that is accepted. A header of this length has room for 80,000 tensors, and a file of a large
+model has a few thousand. As Python objects, a header takes twenty times its length in memory."""
 LARGEST_HEADERS_BYTES = 64_000_000
 """Largest size in bytes of the headers of all weight files together. The headers of a model with a trillion parameters
 have about 20 MB."""
@@ -52,13 +53,13 @@ class ModelFacts:
     added_tokens: Sequence[str] = ()
     """The tokens of `model.addedTokens`, which the tokenizer has."""
     notices: Sequence[str] = ()
-    """What users should know of the model's files although the job can run."""
+    """What users should know about the model's files although the job can run."""
 
 
 def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Sequence[str]) -> ModelFacts:
-    """Check the headers of the weight files. Then copy the small files into ``folder``, and load configuration and
-    tokenizer from there. Last, create the folder ``headers`` for `check_for_job`: a model with links to the small
-    files, whose weight files have their whole length but hold only the headers.
+    """Check the headers of the weight files, copy the small files into ``folder``, and load configuration and tokenizer
+    from there. At the end, create the folder ``headers`` for `check_for_job`: a model with links to the small files,
+    whose weight files have their whole length but hold only the headers.
 
     Raises a UserError that names the file at fault.
     """
@@ -93,8 +94,9 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
 
     torch is imported only here, because it takes seconds and hundreds of megabytes.
     """
-    from finetune_trainer.checkpoints.job_export import rehearse_job_export
-    from finetune_trainer.model.base_check import JobBase, check_base
+    with importing():
+        from finetune_trainer.checkpoints.job_export import rehearse_job_export
+        from finetune_trainer.model.base_check import JobBase, check_base
 
     base = JobBase(headers, config)
     notices = check_base(base)
@@ -135,8 +137,8 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
     """Return the header of a safetensors file, which gives dtype, shape and byte range of each tensor by its name.
 
     The file consists of the header's length in 8 bytes (little endian), the header as JSON, and the bytes of the
-    tensors. Raises UserError if the file has another format or another length than the header tells, or if the header
-    is longer than LARGEST_HEADER_BYTES.
+    tensors. Raises UserError if the file is no safetensors file, if its length is not what the header says, or if the
+    header is longer than LARGEST_HEADER_BYTES.
     """
     return _parse_header(files, name, _header_text(files, name))
 
@@ -159,7 +161,8 @@ def _header_text(files: ModelFiles, name: str) -> bytes:
 
 
 def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any]:
-    """Return the header as a mapping, after its entries were compared with the length of the file."""
+    """Return the header ``text`` as a mapping. Raises UserError if the entries of the header do not fit the length of
+    the file."""
     size = files.sizes[name]
     try:
         header = json.loads(text)

@@ -33,8 +33,8 @@ from finetune_trainer.storage.client import Store
 HEAD_ROWS = 1000
 """Largest number of rows of a data source that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Largest number of bytes that are fetched of the text files of a data source. A text file that is longer is cut off
-after its last whole row."""
+"""Largest number of bytes that are fetched of the text files of a data source together. A file that is longer than the
+rest of these bytes is cut off after its last whole row."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
 """Largest number of bytes of content in the rows that are turned into examples. The content is limited too, because a
 compressed file may hold much content in few bytes."""
@@ -43,8 +43,9 @@ LARGEST_HEAD_EXPANSION = 100
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
 same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
-"""Largest size in bytes of a parquet file that is downloaded as a whole. Of a larger one, the schema is downloaded, and
-of the first row group the columns that the job reads. Each of the two is left out if it has more bytes than this."""
+"""Largest size in bytes of a parquet file that is downloaded as a whole. From a larger file only two parts are
+downloaded: the schema, and the columns of the first row group that the job reads. A part with more bytes than this is
+left out."""
 
 
 MOST_HEADS = 8
@@ -60,7 +61,7 @@ class SourceHead:
     is_whole: bool
     """Whether ``path`` holds all rows of the data source."""
     bytes: int
-    """Size of the local files."""
+    """Size of the local files in bytes."""
     has_schema: bool
     """Whether the columns are known although one of the local files has no rows."""
 

@@ -35,7 +35,7 @@ class TaskCheck:
 
     @property
     def columns_read(self) -> Collection[str]:
-        """All columns that the grader reads of the rows that are graded."""
+        """All columns that the grader reads in the rows that are graded."""
         return self._grading.columns_read if self._grading is not None else ()
 
     def notices(

@@ -18,8 +18,8 @@ from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 
 RETRY_SECONDS = 0.2
-"""Pause in seconds between two tries to open the second connection. The program at its far end may still be starting.
-"""
+"""Pause in seconds between two tries to open the second connection, because the program at its far end may still be
+starting."""
 LAST_BYTES_SECONDS = 2.0
 """For how many seconds after the end of the workers their last bytes are still forwarded."""
 JOIN_SECONDS = 10.0
@@ -36,7 +36,7 @@ class RefusedError(Exception):
 
 
 class Forwarder(ABC):
-    """Serves connections. Opens a second connection for each, and forwards the bytes between the two."""
+    """Serves connections: opens a second connection for each, and forwards the bytes between the two."""
 
     def __init__(self) -> None:
         self._opening: set[asyncio.Task[Any]] = set()
@@ -62,13 +62,13 @@ class Forwarder(ABC):
 
     @abstractmethod
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
-        """Return the second connection. Return None where the first one must not pass, or where the second one can't be
-        opened."""
+        """Return the second connection for the first connection, whose ends are ``reader`` and ``writer``. Return None
+        where the first connection must not pass, or where the second connection can't be opened."""
 
 
 class Target:
-    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens there
-    may still be starting."""
+    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens at the
+    port may still be starting."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class Target:
         self._reached = False
 
     async def connect(self) -> Streams | None:
-        """Return a connection. Return None where the port was reached before and can't be reached any more, or was not
-        reached for PEER_WAIT_SECONDS."""
+        """Return a new connection to the port. Return None where the port was reached before and can't be reached any
+        more, or was not reached for PEER_WAIT_SECONDS."""
         deadline = time.monotonic() + PEER_WAIT_SECONDS
         told = False
         while True:
@@ -174,7 +174,7 @@ def served(forwarder: Forwarder, start: Callable[[Connected], Awaitable[asyncio.
 
 def problem_printer() -> Callable[[asyncio.AbstractEventLoop, Mapping[str, Any]], None]:
     """Return a function that prints a problem of an event loop as one line, if the problem is the first, second,
-    fourth, eighth and so on. Clients can cause many of them, for example if they use up all file descriptors."""
+    fourth, eighth and so on. Clients can cause many problems, for example if they use up all file descriptors."""
     count = 0
 
     def print_problem(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""The gang: all ranks of an attempt, as one rank sees them. `Gang` joins the ranks, adds up numbers of all ranks, tells
-all ranks of a SIGTERM, and runs functions on one rank or on all.
+"""The gang: all ranks of an attempt, as one rank sees them. `Gang` connects the ranks, adds up numbers of all ranks,
+informs all ranks about a SIGTERM, and runs functions on one rank or on all.
 
 The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
 same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
@@ -47,8 +47,8 @@ STORE_WAIT_SECONDS = 1.0
 Python runs no signal handler, so longer waits are made of several short ones."""
 POLL_SECONDS = 0.1
 JOIN_AFTER_STOP_SECONDS = 12.0
-"""For this many seconds after SIGTERM a rank still tries to join the other ranks, because the other ranks would
-otherwise wait for it until they give up."""
+"""For this many seconds after SIGTERM a rank still tries to join the other ranks. Otherwise the other ranks would wait
+for this rank until their timeout."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
 """The timeout of a collective is this many seconds longer than the stall limit of the watchdog. So the watchdog ends a
 hanging process before the collective fails, and writes stack traces, which a failed collective would not do."""
@@ -146,9 +146,9 @@ class Gang:
     def background(self) -> Gang:
         """Return a gang of the same ranks for one background thread on each rank.
 
-        The background gang has its own connection and its own keys in the rendezvous store, and offers only
-        `run_on_rank_0`, `gather` and `run_on_all_ranks`. Collectives are left to the training thread, because all ranks
-        must call collectives in the same order.
+        The background gang has its own connection and its own keys in the rendezvous store. Call only `run_on_rank_0`,
+        `gather` and `run_on_all_ranks` of it. Only the training thread may call collectives, because all ranks must
+        call collectives in the same order.
         """
         clone = copy.copy(self)
         clone._store = self._store.clone()
@@ -202,10 +202,10 @@ class Gang:
     def run_on_rank_0(self, work: Callable[[], Any], *, until_stop: bool = False) -> Any:
         """Let rank 0 call ``work``, and return the result, a JSON value, on every rank.
 
-        An error of rank 0 is raised on every rank. The other ranks raise the same class if `SHARED_ERRORS` names it or
-        it is UserError, else PeerLost. The other ranks wait at the rendezvous store for a bounded time, and raise
-        PeerLost when rank 0 is gone. With ``until_stop`` rank 0 abandons the work once any rank has received SIGTERM,
-        and every rank raises StopAgreed.
+        If ``work`` raises an error, every rank raises an error: the other ranks one of the same class if the class is
+        UserError or in `SHARED_ERRORS`, else PeerLost. The other ranks wait at the rendezvous store for a bounded time,
+        and raise PeerLost when rank 0 is gone. With ``until_stop`` rank 0 abandons the work once any rank has received
+        SIGTERM, and every rank raises StopAgreed.
         """
         with self._allow_long_work():
             return self._run_on_rank_0(work, until_stop)
@@ -258,8 +258,9 @@ class Gang:
     def run_on_all_ranks(self, work: Callable[[], T], *, until_stop: bool = False) -> T:
         """Let every rank call its own ``work``, wait until all ranks are done, and return this rank's own result.
 
-        An error of one rank is raised on every rank. The rank itself raises it at once. The other ranks raise it once
-        rank 0 has the answers of all ranks, or at once if rank 0 itself fails. ``until_stop`` is as in `gather`.
+        If one rank fails, every rank raises an error, as in `run_on_rank_0`. The failed rank raises its error at once.
+        The other ranks raise the error once rank 0 has the answers of all ranks, or at once if rank 0 itself fails.
+        ``until_stop`` is as in `gather`.
         """
         results: list[T] = []
         self.gather(lambda: results.append(work()), until_stop=until_stop)
@@ -326,8 +327,8 @@ class Gang:
     def _wait_for_key(self, key: str, seconds: float, *, raise_if_unset: bool = False) -> str:
         """Return the text at ``key`` of the rendezvous store, waiting at most ``seconds`` for another rank to set it.
 
-        Raises PeerLost when rank 0, which holds the store, is gone. When the time is over, raises PeerLost too, or
-        `_KeyNotSetError` with ``raise_if_unset``.
+        Raises PeerLost when rank 0, which holds the store, is gone. Raises PeerLost also when the time is over, or
+        `_KeyNotSetError` instead with ``raise_if_unset``.
         """
         deadline = time.monotonic() + seconds
         with convert_peer_failures():
@@ -379,8 +380,8 @@ class Gang:
             except (RuntimeError, dist.DistError):
                 # Rank 0 is gone, and with it the rendezvous store. No other rank reads heartbeats, so this thread ends.
                 return
-            # This sleep is the interval between two heartbeats. It delays no other thread, because no thread waits for
-            # this thread.
+            # This sleep, the interval between two heartbeats, delays no other thread, because no thread waits for this
+            # thread.
             time.sleep(HEARTBEAT_SECONDS)
 
     def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:

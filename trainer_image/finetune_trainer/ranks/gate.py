@@ -1,14 +1,15 @@
 """The gate in front of the rendezvous store of an attempt with several nodes. Only pods of the attempt can pass it.
 
-The rendezvous store of torch obeys every client that can connect: whoever writes the right key ends the training of all
-ranks, and whoever writes many keys fills the memory of rank 0. So rank 0 offers the store on the loopback interface of
-its pod only. The launcher of that pod serves the port to which the other pods connect, and lets a connection pass to
-the store after both ends have proved that they know the key of the attempt. The launcher of each other pod serves a
-port on the loopback interface of its own pod, and forwards the workers' connections to the gate. `launcher.py` calls
-`open_rendezvous`. Nothing here imports torch.
+The rendezvous store of torch obeys every client that can connect. A client that writes the right key can end the
+training of all ranks, and a client that writes many keys can fill the memory of rank 0. So rank 0 offers the store only
+on the loopback interface of its pod. The launcher of that pod serves the port to which the other pods connect, and lets
+a connection pass to the store after both ends have proved that they know the key of the attempt. The launcher of each
+other pod serves a port on the loopback interface of its own pod, and forwards the workers' connections to the gate.
+`launcher.py` calls `open_rendezvous`. Nothing here imports torch.
 
 The bytes that pass the gate are not encrypted, and neither are the tensors that the ranks exchange. The gate keeps out
-clients that do not know the key. It does not help against somebody who can read or change the packets between the pods.
+clients that do not know the key, but does not help against somebody who can read or change the packets between the
+pods.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
 """How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
-"""Largest number of connections that are in the handshake at the same time. One more connection ends a handshake: the
-oldest one of the address that has the most handshakes. So clients that connect and send nothing can't keep the pods of
-the attempt away, however many connections they open."""
+"""Largest number of connections that are in the handshake at the same time. When one more connection begins, the gate
+ends a handshake: the oldest one of the address that has the most handshakes. So clients that connect and send nothing
+can't keep the pods of the attempt away, however many connections they open."""
 
 Key = Callable[[], bytes]
 """A function that returns the key of the attempt. The function is called for every handshake, because the kubelet may
@@ -113,7 +114,8 @@ class Gate(Forwarder):
         oldest.cancel()
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows it too."""
+        """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows the key
+        too."""
         key = _read(self._key)
         with _refusing():
             async with asyncio.timeout(HANDSHAKE_SECONDS):

@@ -1,5 +1,5 @@
-"""Lack of memory: recognises the error of torch's CPU allocator, and makes the sentence that tells a person what to
-change.
+"""Lack of memory: recognises the error of torch's CPU allocator, and makes the sentence that says which field of the
+job to change.
 
 `worker.py` calls these functions when an error ends the training.
 """
@@ -38,8 +38,8 @@ def out_of_memory_message(error: BaseException, status: WorkerStatus, config: Ru
 
 
 def _readable(amount: str) -> str:
-    """Return ``amount`` as people read it. Bytes, in which torch's CPU allocator counts, become MiB: `1,024 MiB`. Any
-    other text stays as it is."""
+    """Return ``amount`` for a message. A number of bytes, as torch's CPU allocator writes it, becomes MiB, for example
+    `1,024 MiB`. Any other text is returned as it is."""
     number = amount.removesuffix("bytes").strip()
     return f"{int(number) / 2**20:,.0f} MiB" if number.isdigit() else amount
 

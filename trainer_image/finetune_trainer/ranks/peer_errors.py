@@ -65,8 +65,8 @@ def torch_message(error: BaseException) -> str:
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """Return a JSON object that describes ``error``. On another rank `unpack_answer` makes an error of it and raises
-    the error."""
+    """Return a JSON object that describes ``error``. From this object, `unpack_answer` makes the error that another
+    rank raises."""
     return {"error": _error_name(error), "message": _error_parts(error)}
 
 

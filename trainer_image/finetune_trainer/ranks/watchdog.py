@@ -48,8 +48,8 @@ class Watchdog:
         self._progress_at = time.monotonic()
         self._end_lock = threading.Lock()
         self.announce: Callable[[str], None] = lambda _: None
-        """Function that tells the other ranks the given message about the stall of this rank. `Gang` sets the function
-        once the ranks have joined."""
+        """Function that sends its argument, a message about the stall of this rank, to the other ranks. `Gang` sets the
+        function once the ranks have joined."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def note_progress(self) -> None:
@@ -108,6 +108,6 @@ class Watchdog:
                     " hangs, or waits for one that does",
                     caused_by_peer=False,
                 )
-            # This sleep is the interval between two checks. It delays no other thread, because no thread waits for this
+            # This sleep, the interval between two checks, delays no other thread, because no thread waits for this
             # thread.
             time.sleep(self._interval)

@@ -14,7 +14,7 @@ def downsample(points: Sequence[CurvePoint], limit: int = MAX_POINTS) -> list[Cu
     """Return at most ``limit`` of ``points``: the first, the last, an even choice of the points with an evaluation, and
     an even choice of the rest.
 
-    Points with an evaluation are rare and tell more, so they are chosen first, but they get at most half of the
+    Points with an evaluation are rare and important, so they are chosen first, but they get at most half of the
     ``limit``.
     """
     if len(points) <= limit:

@@ -25,7 +25,7 @@ class Stopwatch:
     the CPU does not wait for the GPU after each part."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with no time in any part."""
+        """Start without a measured part. ``device`` is the device that computes the steps."""
         self._gpu = device.type == "cuda"
         self._spent: dict[str, float] = {}
         self._marks: list[tuple[str, Any, Any]] = []
@@ -56,7 +56,7 @@ class Stopwatch:
 
 def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[int, int]:
     """Return the memory in use and its peak so far, in bytes: what torch has allocated on the GPU, or the resident
-    memory of this process on a CPU."""
+    memory of this process on a CPU. ``proc`` is the folder of the process in the file system /proc."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     now = int((proc / "statm").read_text().split()[1]) * PAGE_BYTES
@@ -69,8 +69,9 @@ def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple
 def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> ModelShape | None:
     """Return the numbers that a model's FLOPs depend on, None where the configuration does not have them.
 
-    ``trained`` is the number of trained parameters. The lookup in the input embedding is no matrix multiplication, so
-    its weights are left out. A tied weight is also multiplied in the output head and therefore counts.
+    ``trained`` is the number of trained parameters. A lookup in the input embedding is no matrix multiplication, so the
+    weights of the embedding do not count. Weights that are tied to the output head count, because the head multiplies
+    with them.
     """
     config = structure.model.config.get_text_config()
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)

@@ -48,7 +48,8 @@ def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -
 
 
 def score_text(record: ScoreRecord, task: str | None) -> str:
-    """Return a model's scores for people, for example `perplexity 12.3, 90.0% of 50 answers right`."""
+    """Return a model's scores as text, for example `perplexity 12.3, 90.0% of 50 answers right`. ``task`` is the name
+    of the task, or of the entry point of an own grader; None without a task."""
     text = f"perplexity {record.perplexity:.4g}"
     if record.task_score is None:
         return text
@@ -161,7 +162,8 @@ class Progress:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
 
     def evaluated(self, evaluation: EvaluationRecord, task: str | None) -> None:
-        """Note the known scores of the base model and of the tuned model. ``task`` is `dataset.task`."""
+        """Note the known scores of the base model and of the tuned model. ``task`` is the name of the task, or of the
+        entry point of an own grader; None without a task."""
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
@@ -181,7 +183,8 @@ class Progress:
             log_line(step_line(self._pending[-1], self._total_steps, self._speed.per_second().real))
 
     def pending_rows(self) -> list[StepRow]:
-        """Return the step rows since the last call, which become the next segment of the step log in the bucket."""
+        """Return the rows of the steps since the last call of this function, for the next segment of the step log in
+        the bucket."""
         rows, self._pending = self._pending, []
         return rows
 

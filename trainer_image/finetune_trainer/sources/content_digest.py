@@ -1,8 +1,10 @@
-"""Digests of the content of model files, as the places they come from state them: the sha256 or the Git id of the
-Hugging Face Hub, and the ETag of an object store. By its digest a file is recognised that came from elsewhere, such as
-from a volume that other jobs write to too.
+"""Digests of the content of model files. The Hugging Face Hub states the sha256 or the Git id of a file, and an object
+store states the ETag. If the source states no digest, or an ETag that is no digest, the pod that fetches the file
+computes the sha256 itself. A copy of a file on a volume to which other jobs write too is used only if the copy has the
+file's digest.
 
-`model_files.py` makes the digests, and `cache/cache_folder.py` compares them with the bytes of files.
+`model_files.py` and `cache/cached_fetch.py` make the digests, and `cache/cache_folder.py` compares them with the bytes
+of files.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class ContentDigest:
 
     @property
     def is_certain(self) -> bool:
-        """Whether a file without this digest must be wrong. Some object stores have ETags of other kinds without
-        saying so."""
+        """Whether a file that does not have this digest is certainly wrong. False for an ETag, because the ETags of
+        some object stores are no digests of the content."""
         return self.algorithm != "etag"
 
     def is_of(self, path: Path) -> bool:
@@ -77,8 +79,9 @@ class ContentDigest:
 
 
 def hub_digest(*, size: int, sha256: str | None, blob_id: str) -> ContentDigest | None:
-    """Return the digest of a file on the Hugging Face Hub, or None if the hub's answer holds none. ``sha256`` is that
-    of a file in Git LFS, whose ``blob_id`` belongs to the pointer file and not to the content."""
+    """Return the digest of a file on the Hugging Face Hub, or None if the hub's answer has no valid digest. ``blob_id``
+    is the Git id of the file. ``sha256`` is None unless the file is in Git LFS, where ``blob_id`` is the id of a
+    pointer file and says nothing about the content."""
     if sha256 is not None:
         is_valid = _SHA256.fullmatch(sha256) is not None
         return ContentDigest(algorithm="sha256", value=sha256, bytes=size) if is_valid else None
@@ -92,8 +95,9 @@ def own_digest(size: int, sha256: str) -> ContentDigest:
 
 
 def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | None]) -> ContentDigest | None:
-    """Return the digest of an object, or None if its ETag is no digest. ``form`` returns the form of the ETag, and is
-    called with whether the object was uploaded in parts."""
+    """Return the digest that the ETag of an object states, or None if this ETag can't be a digest of the content.
+    ``form`` is a function: it is called with True if the object was uploaded in parts, else with False. It returns how
+    the ETag was computed, or None if the ETag can't be a digest."""
     match = _ETAG.fullmatch(etag)
     found = form(match[2] is not None) if match is not None else None
     if match is None or found is None or (match[2] and found.part_bytes <= 0):
@@ -102,8 +106,9 @@ def object_digest(*, size: int, etag: str, form: Callable[[bool], EtagForm | Non
 
 
 class _EtagHasher:
-    """Computes the ETag of an object: the MD5 of its content, or, after an upload in parts, the MD5 of the MD5s of the
-    parts with the number of parts behind it."""
+    """Computes the ETag of an object. The ETag of an object that was uploaded as a whole is the MD5 of the content. The
+    ETag of an object that was uploaded in parts is the MD5 of the MD5s of all parts, followed by `-` and the number of
+    parts."""
 
     def __init__(self, part_bytes: int) -> None:
         """``part_bytes`` is the size of a part, or 0 for an object that was uploaded as a whole."""

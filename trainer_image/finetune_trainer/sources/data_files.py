@@ -1,5 +1,5 @@
-"""Access to the data files of a source: which files there are, what identifies their contents, and their download.
-`find_data_files` is called by the launcher, by the preflight checks, and for the identities of a run.
+"""Access to the data files of a source: which files there are, what identifies their contents, and their download. The
+launcher, the preflight checks and `identities.py` call `find_data_files`.
 
 A source is a file, a folder or a glob in the bucket, on a volume, or on the Hugging Face Hub.
 """
@@ -29,11 +29,12 @@ MOST_LISTED = 200_000
 
 
 def find_data_files(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> DataFiles:
-    """Return the data files of ``source``. ``field`` is the path of the source in the spec: `dataset.train`. ``folder``
-    is a local folder for small files of the hub.
+    """Return the data files of ``source``. ``field`` is the path of the source in the spec, for example
+    `dataset.train`. ``folder`` is a local path, which need not exist: a data card of the Hugging Face Hub is
+    downloaded into a folder beside it.
 
-    Raises UserError if there is no such file, or if the files can't be one source, for example because they are of
-    several kinds. Raises OutsideFailure if the files can't be listed.
+    Raises UserError if the source has no data file, or if its files can't be one source, for example because they are
+    of several kinds. Raises OutsideFailure if the files can't be listed.
     """
     if source.volume is not None:
         return VolumeDataFiles(source.volume, field, paths)
@@ -51,8 +52,8 @@ class StoreDataFiles:
     """The data files of a source in the object store."""
 
     def __init__(self, source: S3Source, field: str, store: Store) -> None:
-        """Look for the object that the address names. If there is none, look for the objects in the folder that it
-        names, or for those that match it as a glob."""
+        """Look for the object that the address in ``source`` names. If there is no such object, look for the objects in
+        the folder with this address, or for the objects that match the address as a glob."""
         self._field, self._store = f"{field}.s3.uri", store
         self._bucket, path = parse_uri(source.uri)
         self._entries: dict[str, ListedObject] = {}
@@ -63,7 +64,7 @@ class StoreDataFiles:
         if not path or uri.endswith("/"):
             return []
         entry = self._store.stat(self._bucket, path)
-        # An empty object without a data file's suffix is what some programs store for a folder.
+        # Some programs store an empty object for a folder. Its name has no suffix of a data file.
         if entry is None or (kind_of(path) is None and entry.bytes == 0):
             return []
         self._entries[path] = entry
@@ -117,8 +118,8 @@ class VolumeDataFiles:
     """The data files of a source on a volume. They are read where they lie."""
 
     def __init__(self, source: VolumeSource, field: str, paths: Paths) -> None:
-        """Look for the file that the path names. If there is none, look for the files in the folder that it names, or
-        for those that match it as a glob."""
+        """Look for the file that the path in ``source`` names. If there is no such file, look for the files in the
+        folder with this path, or for the files that match the path as a glob."""
         self._field = f"{field}.volume.path"
         self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self._field)
         self.notices: list[str] = []
@@ -143,12 +144,12 @@ class VolumeDataFiles:
         return self._volume.reading(file.path, file_tag)
 
     def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
-        """Return the files where they lie. ``folder`` is not used."""
+        """Return the files with their paths on the mounted volume. Nothing is copied, so ``folder`` is not used."""
         return [
             DataFile(self._volume.path(file.path), file.name, file.name if "/" in file.name else "") for file in files
         ]
 
     def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
-        """Return the whole file where it lies. It needs no download, and the caller stops reading after the first
-        rows."""
+        """Return the whole file with its path on the mounted volume. Nothing is downloaded, so ``limits`` is not
+        used."""
         return self.fetch([file], folder)[0]

@@ -41,7 +41,8 @@ def literal_prefix(glob: str) -> str:
 
 def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
     """Return those of ``paths`` that match ``glob``, as fsspec understands it: `*` and `?` stay within a part of the
-    path, and `**` stands for any number of parts, also for none. ``field`` is the path of the glob's field in the spec.
+    path, and `**` stands for any number of parts, including none. ``field`` is the path of the glob's field in the
+    spec.
 
     A part of a path that begins with `.` or `_` matches only a part of the glob that begins with `.` or `_` too. Raises
     UserError for a malformed glob.
@@ -55,8 +56,8 @@ def matching(paths: Sequence[str], glob: str, field: str) -> list[str]:
 
 
 def may_match_below(folder: str, glob: str) -> bool:
-    """Return whether a file in ``folder``, at any depth, may match ``glob``. A search for such files can leave out all
-    other folders."""
+    """Return whether a file in ``folder``, at any depth, may match ``glob``. A search for files that match can leave
+    out each folder for which this function returns False."""
     parts = [part for part in glob.split("/") if part]
     if _hidden_parts(folder) > _hidden_parts(glob):
         return False
@@ -72,9 +73,8 @@ def may_match_below(folder: str, glob: str) -> bool:
 
 
 def chosen(paths: Sequence[str], path: str, field: str, where: str) -> Selection:
-    """Return the data files among ``paths`` that ``path`` names, where no file has exactly this path. If ``paths`` has
-    a folder ``path``, these are the files below it. If not, they are the files that match the glob ``path``. An empty
-    ``path`` is the root.
+    """Return the data files among ``paths`` in the folder ``path``, or those that match the glob ``path`` if there is
+    no such folder. An empty ``path`` is the root. Call this only if no file has exactly the path ``path``.
 
     ``field`` is the path of the source's field in the spec, and ``where`` names the folder or glob in messages. Raises
     UserError as `select` does. If no data file is found, the message names files near ``path``.
@@ -92,8 +92,8 @@ def chosen(paths: Sequence[str], path: str, field: str, where: str) -> Selection
 
 
 def shown(*paths: str) -> str:
-    """Return ``paths`` for a message: on one line and as valid text, because a name may hold line breaks, other control
-    characters, and on a volume also bytes that are no UTF-8."""
+    """Return ``paths`` as text for a message. Line breaks and other control characters in a name are escaped, and so
+    are bytes that are no UTF-8, which a name on a volume may hold."""
     return ", ".join("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in path) for path in paths)
 
 
@@ -105,8 +105,8 @@ def below(paths: Sequence[str], folder: str) -> list[str]:
 
 
 def select(paths: Sequence[str], field: str, where: str) -> Selection:
-    """Return the data files among ``paths``, ordered by path, and a notice about files of other kinds. ``where`` names
-    the folder or glob in messages: `s3://bucket/rows`.
+    """Return the data files among ``paths``, ordered by path, and a notice about files that are no data files.
+    ``where`` names the folder or glob in messages, for example `s3://bucket/rows`.
 
     Raises UserError if there is no data file, if there are too many, if they are of several kinds, or if one of them
     seems to be the compressed form of another.

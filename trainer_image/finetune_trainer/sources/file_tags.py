@@ -1,7 +1,7 @@
-"""Tags of local files, by which a change of a file's content is noticed. `identities.py` and `model_files.py` use the
-tags for files on a volume.
+"""Computes tags of local files. If the content of a file changes, its tag changes too. `data_files.py` and
+`model_files.py` use the tags for files on a volume.
 
-The tag of a large file comes from its size, the time of its last change, and parts of its content.
+The tag of a large file is made of its size, the time of its last change, and parts of its content.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ WHOLE_BYTES = 64 * 1024 * 1024
 """Largest size in bytes of a file whose tag has the sha256 of all its bytes."""
 PIECES = 16
 PIECE_BYTES = 256 * 1024
-"""Of a larger file, such as weights, PIECES pieces of PIECE_BYTES bytes each are read, at even distances from its first
-byte to its last. The preflight check has no time to read hundreds of gigabytes."""
+"""Of a file that is larger than WHOLE_BYTES, PIECES pieces of PIECE_BYTES bytes each are read, at even distances from
+the first byte of the file to its last. The preflight check has no time to read hundreds of gigabytes of weights."""
 
 
 def file_tag(path: Path) -> str:

@@ -2,7 +2,8 @@
 path names. `data_files.py` calls `HubDataFiles`.
 
 As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
-`configs`, the file names tell the split. No code of the repository is executed.
+`configs`, a file belongs to a split if its own name or the name of its folder contains the name of the split. No code
+of the repository is executed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ DATA_CARD = "README.md"
 MAIN_BRANCH = "main"
 DEFAULT_CONFIG = "default"
 SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""Names that file names use for splits, as the library `datasets` knows them. If a repository has no file name with one
-of these names, all its data files belong to the split `train`."""
+"""Names of splits that are looked for in the names of files and of their folders, as the library `datasets` does. If no
+data file of a repository is named after one of these splits, all data files belong to the split `train`."""
 PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
 """Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only those of the first
 kind are read."""
@@ -152,10 +153,10 @@ class CardConfig(NamedTuple):
     is_default: bool
     """Whether the card marks this configuration as the default."""
     patterns: Mapping[str, Sequence[str]] | None
-    """The globs of the files of each split. Empty if the card names only a folder, so that the file names tell the
-    splits. None if `data_files` has a form that is not known."""
+    """The globs of the files of each split, by the name of the split. Empty if the card names only a folder. The files
+    of a split are then found by their names (see `_names_split`). None if `data_files` has a form that is not known."""
     folder: str
-    """The folder in which the files lie, without a slash at its end. Empty for the whole repository."""
+    """The folder in which the files lie, without a slash at its end. Empty or `.` for the whole repository."""
 
 
 def card_configs(card: str) -> Mapping[str, CardConfig]:
@@ -168,7 +169,7 @@ def card_configs(card: str) -> Mapping[str, CardConfig]:
         fields = yaml.safe_load(matter[1]) if matter else None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         # yaml itself raises ValueError for a date that does not exist, RecursionError for deep nesting, and TypeError
-        # for a key that can't be one.
+        # for a value that can't be the key of a dict.
         return {}
     found: dict[str, CardConfig] = {}
     configs = fields.get("configs") if isinstance(fields, dict) else None
@@ -186,9 +187,9 @@ def card_configs(card: str) -> Mapping[str, CardConfig]:
 
 
 def _patterns(files: object) -> Mapping[str, Sequence[str]] | None:
-    """Return, by split, the globs in ``files``, which is `data_files` of a data card. It is a glob or a list of globs,
-    which belong to the split `train`; a list of items with `split` and `path`; or a mapping from splits to globs.
-    Return None for anything else."""
+    """Return the globs of each split in ``files``, which is `data_files` of a data card. Such a field may be a glob or
+    a list of globs, which belong to the split `train`. It may also be a list of items with `split` and `path`, or a
+    mapping from splits to globs. Return None for anything else."""
     items = files if isinstance(files, list) else [files]
     if isinstance(files, dict):
         items = [{"split": split, "path": paths} for split, paths in files.items()]
@@ -212,8 +213,8 @@ def split_files(
     field: str,
 ) -> list[str]:
     """Return the paths of a split's data files in the repository. ``files`` are the paths of all files of the
-    repository, and ``configs`` is the result of `card_configs`. ``field`` is the path in the spec:
-    `dataset.train.huggingFace`.
+    repository, and ``configs`` is the result of `card_configs`. ``field`` is the path of the source in the spec, for
+    example `dataset.train.huggingFace`.
 
     Raises UserError if there are no such files. The message names the subsets, splits or files that exist.
     """
@@ -239,8 +240,9 @@ def split_files(
 
 
 def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: str) -> list[str]:
-    """Return the data files whose names contain the name of the split. If no file name contains the name of any split,
-    all data files belong to the split `train`."""
+    """Return the data files of a split by their names (see `_names_split`). If no data file is named after one of
+    SPLIT_NAMES, all data files belong to the split `train`. With ``subset``, only files below a folder of this name
+    count."""
     data = [file for file in files if kind_of(file) and PurePosixPath(file).name not in METADATA]
     if not data:
         raise UserError(f"{field}.repo", f"has no data file: the suffix must be {KINDS_TEXT}")
@@ -267,8 +269,9 @@ def _names_split(file: str, split: str) -> bool:
 
 
 def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -> CardConfig:
-    """Return the configuration that ``subset`` names. Without ``subset``, return the default one, or the only one.
-    Raises UserError, which names the existing configurations, if there is no such configuration."""
+    """Return the configuration that ``subset`` names. Without ``subset``, return the configuration that the card marks
+    as the default, else the one called `default`, else the only one. Raises UserError, which names the existing
+    configurations, if there is no such configuration."""
     marked = next((name for name, config in configs.items() if config.is_default), None)
     default = marked or (DEFAULT_CONFIG if DEFAULT_CONFIG in configs else None)
     chosen = subset or default or (next(iter(configs)) if len(configs) == 1 else None)

@@ -26,7 +26,7 @@ def read_token(path: Path, field: str) -> str:
     OutsideFailure if the content of the file can't be a token."""
     token = path.read_text(encoding="utf-8-sig", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        # The text itself is left out of the message, because it may be most of a secret.
+        # The content of the file is left out of the message, because it may be most of a secret.
         raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
     return token
 

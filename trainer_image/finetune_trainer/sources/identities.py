@@ -1,10 +1,11 @@
 """Identities of the base model and of the data, by which two runs are compared: the identities are equal if both runs
 read the same files. Of large files on a volume only parts are compared (see `file_tags.py`).
 
-The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them.
-The preflight check of a job whose status is lost determines the identities again, and compares them with those in the
-run records. The object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id). So none of
-their files are downloaded, except the data cards on the hub.
+The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them. If
+a former job of the same namespace and name trained with the same settings, the preflight check determines the
+identities again, and compares them with those in the run records of the former job. The object store and the Hugging
+Face Hub state a tag of each file's content (ETag, blob id). So only small files are downloaded from them: the data
+cards of data sets on the hub, and the index of the model's weight files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
     for number, (field, source) in enumerate(config.dataset.sources.items()):
         files = find_data_files(source, field, paths, store, folder / f"data-{number}")
         part, _, of_mix = field.partition(".mix")
-        # The sources of a mix make up one identity.
+        # All sources of a mix together have one identity.
         tags.setdefault(part, {}).update({f"{of_mix}{file.path}": files.tag(file) for file in files.files})
     found = {part: _digest(of_part) for part, of_part in tags.items()}
     model = model_files(config.model, paths, store)
@@ -41,5 +42,6 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
 
 def _digest(tags: Mapping[str, str]) -> str:
     text = "".join(f"{name}\n{tags[name]}\n" for name in sorted(tags))
-    # A file name on a volume may hold bytes that are no UTF-8, and a file name on the hub half of a surrogate pair.
+    # A file name on a volume may hold bytes that are no UTF-8. A file name on the hub may hold half of a surrogate
+    # pair.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -31,7 +31,8 @@ from finetune_trainer.storage.store_errors import writing
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
     """Fetch model and data, and check the columns of the data files. Whatever is not on a volume is downloaded into
-    ``folder``.
+    ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has this
+    volume. Return the local paths.
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
@@ -82,10 +83,11 @@ def model_revision(source: ModelSpec, folder: Path) -> str | None:
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data source for `read_rows`: ``folder`` with an index of the files. Files in the
-    object store or on the Hugging Face Hub are downloaded into ``folder`` first.
+    """Create ``folder`` with an index of the source's data files, and return ``folder``, which `read_rows` reads. Files
+    in the object store or on the Hugging Face Hub are downloaded into ``folder`` first.
 
-    ``field`` is the path of the source in the spec: `dataset.train`. Raises UserError if there is no such file.
+    ``field`` is the path of the source in the spec, for example `dataset.train`. Raises UserError if the source has no
+    data file.
     """
     folder.mkdir()
     found = find_data_files(source, field, paths, store, folder)
@@ -96,9 +98,10 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path:
-    """Return the local folder with the files of the base model, and without what lies beside the model. Files on a
-    volume stay there, and ``folder`` has links to them. Other files are downloaded into ``folder``, or into the volume
-    of `storage.cache.ephemeral`. ``own`` are the digests of model files that pods of this job have computed."""
+    """Fetch the files of the base model, without other files that lie beside the model, and return their local folder.
+    Files on a volume stay there, and ``folder`` has links to them. Other files are downloaded into ``folder``, or into
+    the volume of `storage.cache.ephemeral`. ``own`` holds the digests of model files that pods of this job have
+    computed."""
     files = model_files(source, paths, store)
     selection = select_model_files(files)
     for notice in selection.notices:

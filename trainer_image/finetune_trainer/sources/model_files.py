@@ -88,8 +88,8 @@ class LocalFiles:
     def __init__(self, source: VolumeSource, paths: Paths) -> None:
         """List the files of the folder. A path that is not a folder counts as an empty folder.
 
-        Raises UserError if the path does not exist or leads out of the volume, and OutsideFailure if the file system
-        refuses to read it, as the other methods do too.
+        Raises UserError if the path does not exist or leads out of the volume. This method, `tag` and `read` raise
+        OutsideFailure if the file system refuses to read.
         """
         self._path = source.path
         self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self.field)
@@ -103,7 +103,7 @@ class LocalFiles:
         return self._volume.reading(self._path, lambda folder: file_tag(folder / name))
 
     def digest(self, name: str) -> ContentDigest | None:
-        """Return None: nobody states what the files on a volume must be, and they are used where they lie."""
+        """Return None, because nobody states which content the files on a volume must have."""
         return None
 
     def read(self, name: str, start: int, length: int) -> bytes:
@@ -139,7 +139,7 @@ class StoreFiles:
         start = len(self._location.prefix) + 1 if self._location.prefix else 0
         prefix = self._location.key("") + "/" if self._location.prefix else ""
         entries = [(entry.key[start:], entry) for entry in store.list_objects(self._location.bucket, prefix)]
-        # A key that is no name of a file belongs to no model.
+        # A key that can't be the name of a file in the folder, for example one with a slash, is no file of the model.
         self._entries = {name: entry for name, entry in entries if _is_file_name(name)}
         self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in self._entries.items()}
 
@@ -148,7 +148,8 @@ class StoreFiles:
         return self._entries[name].tag
 
     def digest(self, name: str) -> ContentDigest | None:
-        """Return the digest that the ETag of an object is in most stores."""
+        """Return the digest that the ETag of an object states, or None if the ETag can't be a digest of the
+        content."""
         entry, key = self._entries[name], self._location.key(name)
 
         def form(in_parts: bool) -> EtagForm | None:
@@ -189,15 +190,16 @@ class HubFiles:
         self._blobs, self._sha256s, self.sizes = self._call(self._list)
 
     def tag(self, name: str) -> str:
-        """Return the id of a file's content in the repository, which is the same at every commit with that content."""
+        """Return the id of a file's content in the repository. The id is the same at every commit at which the file has
+        this content."""
         return self._blobs[name]
 
     def digest(self, name: str) -> ContentDigest | None:
-        """Return the sha256 of a file in Git LFS, and the Git id of another file."""
+        """Return the sha256 of a file in Git LFS, or the Git id of any other file."""
         return hub_digest(size=self.sizes[name], sha256=self._sha256s[name], blob_id=self._blobs[name])
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of a file from offset ``start`` on."""
+        """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
         read = partial(read_hub_range, self._repo, name, self._revision, self._token, start, length)
         return self._call(read)
 

@@ -1,8 +1,8 @@
 """Selects the files of a model's folder that make up the model: the weight files that transformers loads, and the small
 files beside them. Adapters and other checkpoints in the same folder are left out.
 
-The launcher fetches the selected files, `identities.py` names them, and the preflight checks look at them. So nothing
-that is not selected is fetched, hashed, loaded or copied.
+The launcher fetches the selected files, `identities.py` determines their identity, and the preflight checks read parts
+of them. So no other file is fetched, hashed, loaded or copied.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
 LARGEST_INDEX_BYTES = 32 * 1024 * 1024
-"""Longest index of weight files in bytes that is accepted."""
+"""Largest size in bytes of an index of weight files that is accepted."""
 OTHER_INDEX_SUFFIX = ".index.json"
-"""Suffix of the indices of all checkpoints. Only INDEX_FILE belongs to the model."""
+"""Suffix of the names of all indices of weight files, for example `pytorch_model.bin.index.json`. Of these files, only
+INDEX_FILE belongs to the model."""
 MOST_SHOWN = 5
 """Largest number of files that a notice names."""
 
@@ -30,12 +31,12 @@ class ModelSelection:
     """The files of a folder that make up the model."""
 
     weights: Mapping[str, Sequence[str]]
-    """The names of the weight files, each with the tensors that the index expects in it. The tensors are empty where
-    the model has no index."""
+    """The names of the weight files. Each file has a list of the tensors that the index expects in the file. The list
+    is empty where the model has no index, or where the index is left out."""
     small: Sequence[str]
     """The names of all other files of the model, such as `config.json` and `tokenizer.json`."""
     notices: Sequence[str]
-    """What users should know of the files that were left out."""
+    """Sentences for users about files that were left out."""
 
     @property
     def names(self) -> list[str]:
@@ -44,10 +45,11 @@ class ModelSelection:
 
 
 def select_model_files(files: ModelFiles) -> ModelSelection:
-    """Return the files of the model: `model.safetensors`, which transformers prefers, or else the weight files that the
-    index names, and the small files. Only the index is read.
+    """Return the weight files and the small files of the model. The weight file is `model.safetensors` if there is one,
+    because transformers prefers it. Otherwise the weight files are those that the index names. Only the index is read.
 
-    Raises UserError if there is neither of them, if the index can't be read, or if it names a file that is not there.
+    Raises UserError if there is neither `model.safetensors` nor an index, if the index can't be read, or if the index
+    names a file that is not there.
     """
     indexed = _indexed_tensors(files) if INDEX_FILE in files.sizes else None
     if indexed is None and SINGLE_FILE not in files.sizes:

@@ -1,7 +1,7 @@
 """Finds where in a parquet file the values of the wanted columns lie. A separate process reads the file.
 
-pyarrow ends the whole process when it is asked for the place of a column whose statistics are damaged. The process that
-prepares the data must outlive every file, so it starts this module as a program. The program reads the path and the
+pyarrow ends the whole process when it is asked for the place of a column whose statistics are damaged. The preflight
+check must go on after such a file, so it starts this module as a program of its own. The program reads the path and the
 columns from its standard input.
 """
 

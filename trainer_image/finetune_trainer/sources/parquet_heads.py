@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune_trainer.sources.parquet_chunks import PlacesUnknownError, first_row_group
 
 Read = Callable[[int, int], bytes]
-"""Returns a number of bytes (second argument) of the file from an offset (first argument) on."""
+"""A function that returns bytes of the file. Its arguments are the offset of the first byte and the number of bytes."""
 _MAGIC = b"PAR1"
 _END_BYTES = 8
 """Size of the end of a parquet file: the length of the schema in four bytes, and the magic bytes."""
@@ -22,8 +22,9 @@ def fetch_parquet_head(
     read: Read, size: int, path: Path, *, columns: Collection[str], most_bytes: int
 ) -> tuple[bool, bool]:
     """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. ``read`` returns the
-    bytes of the file. Of the row group, only ``columns`` are written. Return two flags: whether the schema was written,
-    and whether the row group was written. Each is left out if it has more than ``most_bytes`` bytes.
+    bytes of the file. Of the row group, only ``columns`` are written, or all columns if the file has none of them.
+    Return two flags: whether the schema was written, and whether the columns were written. If the schema has more than
+    ``most_bytes`` bytes, nothing is written. If the columns have more, only the schema is written.
 
     If the places of the columns can't be read, only the schema is written. A reader of a damaged file then raises the
     same error as for the whole file.

@@ -1,5 +1,5 @@
-"""What the rest of the trainer sees of the data files of a source, wherever they lie. `data_files.py` and
-`hub_datasets.py` implement `DataFiles`."""
+"""The interface `DataFiles`, through which the rest of the trainer lists and fetches the data files of a source.
+`data_files.py` implements it for the object store and for volumes, and `hub_datasets.py` for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class HeadLimits:
     """How much of a file is fetched for a check of its first rows."""
 
     text_bytes: int
-    """Largest number of bytes that are fetched from the beginning of a text file, compressed or not."""
+    """Largest number of bytes from the beginning of a text file, compressed or not, that are kept as the local file.
+    One byte more is fetched, to find out whether the file is longer."""
     whole_bytes: int
     """Largest size in bytes of a parquet file that is fetched as a whole. Of a larger parquet file, the schema and the
     first row group are fetched, each only if it has no more bytes than this."""
     columns: Collection[str]
-    """The columns that are read."""
+    """The columns that are fetched of a parquet file with more than `whole_bytes` bytes. All columns of other files are
+    fetched."""
 
 
 class DataFiles(Protocol):
@@ -60,13 +62,14 @@ class DataFiles(Protocol):
 
 
 def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, read: Read) -> DataFile | None:
-    """Write the beginning of ``file`` to the local file ``local``, and return ``local``. ``read`` returns ranges of the
-    bytes of ``file``. Return None where `DataFiles.fetch_head` does."""
+    """Write the beginning of ``file`` to the local file ``local``. Return ``local`` with `is_head` and `has_rows` as
+    they are after the fetch, or None where `DataFiles.fetch_head` returns None. ``read`` returns ranges of the bytes of
+    ``file``."""
     kind = kind_of(file.name)
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes
     if not is_parquet or file.bytes <= limit:
-        # One byte more than the limit tells whether the file goes on, even where a store does not tell its size.
+        # The byte behind the limit shows whether the file is longer, even where a store does not state its size.
         data = read(0, limit + 1)
         if is_parquet and len(data) > limit:
             return None

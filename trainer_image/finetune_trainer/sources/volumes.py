@@ -20,11 +20,12 @@ class VolumeFolder:
 
     def __init__(self, base: Path, claim: str, field: str) -> None:
         """Use the volume of the claim ``claim``, which is mounted at ``base``. ``field`` is the path of the source's
-        field in the spec: `dataset.train.volume.path`."""
+        field in the spec, for example `dataset.train.volume.path`."""
         self._base, self._claim, self._field = base, claim, field
 
     def path(self, path: str) -> Path:
-        """Return the local path of ``path``. Raises UserError if it leads out of the volume."""
+        """Return the local path of ``path``, which is relative to the volume. Raises UserError if ``path`` leads out of
+        the volume."""
         local = self._base / path
 
         def inside(local: Path) -> bool:
@@ -48,13 +49,14 @@ class VolumeFolder:
 
     def reading(self, path: str, read: Callable[[Path], T]) -> T:
         """Call ``read`` with the local path of ``path`` and return its result. Raises OutsideFailure if the file system
-        refuses it."""
+        raises an error."""
         local = self.path(path)
         return self._try(path, lambda: read(local))
 
     def list_files(self, folder: str, *, most: int, glob: str | None = None) -> list[str]:
-        """Return the paths of all files in ``folder``, at any depth, relative to the volume. With ``glob``, a folder is
-        opened only if a file in it may match, because the pod may not be allowed to read the other folders.
+        """Return the paths of the files in ``folder``, at any depth, relative to the volume. Folders and links that
+        `_is_left_out` names are left out. With ``glob``, a folder is opened only if a file in it may match, because the
+        pod may not be allowed to read the other folders.
 
         Raises UserError if there are more than ``most`` files, or if a link that is not left out leads to no file.
         """
@@ -66,8 +68,8 @@ class VolumeFolder:
         return found
 
     def _walk(self, folder: str, glob: str | None) -> Iterator[str]:
-        # Links to folders are followed, because a folder that is left out would silently cost rows. Each folder is
-        # entered only once, so a circle of links does no harm.
+        # Links to folders are followed, because the rows in a folder that is left out would silently be missing. Each
+        # folder is entered only once, so a circle of links does no harm.
         left, seen = [folder], set()
         while left:
             folder = left.pop()
@@ -90,9 +92,10 @@ class VolumeFolder:
                     raise UserError(self._field, f"{self._claim}/{shown(path)} is a link to a file that does not exist")
 
     def _is_left_out(self, path: str, name: str, glob: str | None) -> bool:
-        """Return whether a folder or a link is left out without opening it. `lost+found` always is, because only root
-        may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are left out,
-        because they belong to programs. With a glob, all paths are left out that can't match it."""
+        """Return whether a folder or a link is left out without opening it. `lost+found` is always left out, because
+        only root may read what a repaired file system keeps there. Without a glob, names that begin with `.` or `_` are
+        left out, because they belong to programs. With a glob, a path is left out if neither the path itself nor a path
+        below it can match."""
         if glob is None:
             return name.startswith((".", "_")) or name == "lost+found"
         return name == "lost+found" or not (may_match_below(path, glob) or matching([path], glob, self._field))

@@ -80,7 +80,7 @@ def publish(
     outcome: Outcome = Outcome.COMPLETED,
 ) -> Result:
     """Upload and commit ``files`` as the artifact of ``run``, create the object `ARTIFACT`, and return the job's
-    result.
+    result. ``step`` is the step of the exported checkpoint. For ``below`` see `upload_files`.
 
     If an earlier run has already created `ARTIFACT`, the returned result is that of the earlier run's artifact.
     """

@@ -1,5 +1,5 @@
-"""Client of an S3-compatible object store: read, list, write, create if absent, and delete objects. Failed requests are
-repeated until a time budget is spent.
+"""Client of an S3-compatible object store: read, list, write, create if absent, and delete objects. The class `Retries`
+repeats failed requests.
 
 Every failure is raised as `OutsideFailure` with a sentence that names the cause. The launcher, the workers and the
 preflight checks use the client, from several threads at once.
@@ -8,12 +8,13 @@ preflight checks use the client, from several threads at once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -21,45 +22,37 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
-from xml.etree import ElementTree
 
 import certifi
 import urllib3
 from minio import Minio
 from minio.datatypes import Object
 from minio.deleteobjects import DeleteObject
-from minio.error import InvalidResponseError, S3Error, ServerError
+from minio.error import S3Error
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import Addressing, EncryptionSpec
-from finetune_trainer.pod.errors import OutsideFailure, one_line
+from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
-from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
+from finetune_trainer.storage.credentials import CredentialFiles, PodIdentity, identity_http_pool
+from finetune_trainer.storage.retries import Retries
 from finetune_trainer.storage.store_errors import OddAnswerError, answers, read_answer, writing
 
 T = TypeVar("T")
 
-REFUSED_CODES = frozenset(
-    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidTokenId", "InvalidToken"}
-)
-PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
 BEYOND_THE_END = "InvalidRange"
 PARTS_UNKNOWN_CODES = frozenset({"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented", "BadRequest"})
-"""What stores answer to a question about a part if they do not know the parts of objects."""
-MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
+"""Error codes with which stores answer a request for one part of an object, if they do not keep the parts apart."""
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
-CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 PART_BYTES = 64 * 1024 * 1024
 """Size of a part in multipart uploads. minio-py's default of 5 MiB would make many parts, and one failed part aborts
 the upload of the whole object.
 """
 ENCRYPTION_HEADER = "x-amz-server-side-encryption"
 CUSTOMER_KEY_HEADER = "x-amz-server-side-encryption-customer"
-"""By these headers a store says that it encrypts an object with a key management service or with a key of the customer.
-The ETag of such an object is no digest of the content."""
+"""Headers with which a store says that it encrypts an object with a key management service, or with a key of the
+customer. The ETag of an object that is encrypted in one of these ways is no digest of the content."""
 CHUNK_BYTES = 1024 * 1024
-FIRST_DELAY_SECONDS = 0.5
-LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 DIGEST_METADATA = "sha256"
@@ -86,7 +79,8 @@ class EtagForm(NamedTuple):
     """How the ETag of an object is computed from its content."""
 
     part_bytes: int
-    """Size in bytes of the first part of an object that was uploaded in parts, and 0 for another object."""
+    """Size in bytes of the first part of an object that was uploaded in parts. 0 for an object that was uploaded as a
+    whole, whose ETag is the MD5 of the content."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +123,7 @@ class Store:
         """
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
-        self._budget = budget_seconds
-        self._retry_refusals = False
-        self._on_attempt: Callable[[str], None] = _ignore
-        self._wait = wait
+        self._retries = Retries(endpoint, budget_seconds, wait=wait)
         self._sse = _encryption(encryption)
         self._http = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
@@ -159,7 +150,7 @@ class Store:
 
     def with_budget(self, seconds: float) -> Store:
         """Return a copy of this store with another time budget for repeating failed requests."""
-        return self._copy(_budget=seconds)
+        return self._with(replace(self._retries, budget_seconds=seconds))
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> Store:
         """Return a copy of this store for background work, which repeats every failed request until ``seconds`` have
@@ -169,12 +160,13 @@ class Store:
         ``on_attempt`` is called with the error message after each failed request, and with an empty text when a
         repeated request succeeds.
         """
-        return self._copy(_budget=seconds, _retry_refusals=True, _on_attempt=on_attempt)
+        retries = replace(self._retries, budget_seconds=seconds, retry_refusals=True, on_attempt=on_attempt)
+        return self._with(retries)
 
-    def _copy(self, **changes: object) -> Store:
-        copy = object.__new__(Store)
-        copy.__dict__.update(self.__dict__, **changes)
-        return copy
+    def _with(self, retries: Retries) -> Store:
+        other = copy.copy(self)
+        other._retries = retries
+        return other
 
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return the bytes of an object, or None if the object does not exist."""
@@ -183,7 +175,7 @@ class Store:
             with self._open(bucket, key) as response:
                 return read_answer(response)
 
-        return self._retried(get, bucket, missing=None)
+        return self._retries.run(get, bucket, missing=None)
 
     def read_range(self, bucket: str, key: str, start: int, length: int) -> bytes | None:
         """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before. Return
@@ -201,7 +193,7 @@ class Store:
                     return b""
                 raise
 
-        return self._retried(get, bucket, missing=None)
+        return self._retries.run(get, bucket, missing=None)
 
     def download(self, bucket: str, key: str, path: Path) -> ObjectDigest | None:
         """Write an object to the local file ``path`` and return its size and sha256, or None if the object does not
@@ -215,7 +207,7 @@ class Store:
                     size += file.write(chunk)
             return ObjectDigest(size, hasher.hexdigest())
 
-        return self._retried(get, bucket, missing=None)
+        return self._retries.run(get, bucket, missing=None)
 
     def list_objects(self, bucket: str, prefix: str, *, most: int | None = None) -> list[ListedObject]:
         """Return all objects whose keys begin with ``prefix``, or the first ``most`` of them, ordered by key."""
@@ -225,7 +217,7 @@ class Store:
                 found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
                 return [_listed(item) for item in islice(found, most)]
 
-        return sorted(self._retried(objects, bucket))
+        return sorted(self._retries.run(objects, bucket))
 
     def list_folders(self, bucket: str, prefix: str, most: int) -> list[str]:
         """Return the names of the first ``most`` folders directly below ``prefix``, which ends with a slash."""
@@ -236,7 +228,7 @@ class Store:
                 names = (item.object_name.removeprefix(prefix).rstrip("/") for item in found if item.is_dir)
                 return list(islice(names, most))
 
-        return self._retried(folders, bucket)
+        return self._retries.run(folders, bucket)
 
     def stat(self, bucket: str, key: str) -> ListedObject | None:
         """Return the entry of one object, as a listing would show it. Return None if the object does not exist."""
@@ -245,12 +237,12 @@ class Store:
             with answers():
                 return _listed(self._client.stat_object(bucket, key))
 
-        return self._retried(ask, bucket, missing=None)
+        return self._retries.run(ask, bucket, missing=None)
 
     def etag_form(self, bucket: str, key: str, *, in_parts: bool) -> EtagForm | None:
-        """Return what the ETag of an object is computed from, where it is a digest of the content. ``in_parts`` says
-        that the object was uploaded in parts. Return None if the ETag is none, if the object does not exist, or if the
-        store does not know the parts."""
+        """Return how the ETag of an object is computed from the content. ``in_parts`` says whether the object was
+        uploaded in parts. Return None if the ETag is no digest of the content, if the object does not exist, or if the
+        store does not answer a request for the first part."""
 
         def ask() -> EtagForm | None:
             query = {"partNumber": "1"} if in_parts else None
@@ -267,7 +259,7 @@ class Store:
             )
             return EtagForm(int(found.size or 0) if in_parts else 0) if is_digest else None
 
-        return self._retried(ask, bucket, missing=None)
+        return self._retries.run(ask, bucket, missing=None)
 
     def write(self, bucket: str, key: str, data: bytes) -> None:
         """Create or replace an object."""
@@ -276,7 +268,7 @@ class Store:
             with answers():
                 self._client.put_object(bucket, key, io.BytesIO(data), len(data), part_size=PART_BYTES, sse=self._sse)
 
-        self._retried(put, bucket)
+        self._retries.run(put, bucket)
 
     def upload(self, bucket: str, key: str, path: Path) -> ObjectDigest:
         """Create or replace an object with the content of the local file ``path``, and return its size and sha256."""
@@ -296,7 +288,7 @@ class Store:
                     sse=self._sse,
                 )
 
-        self._retried(put, bucket)
+        self._retries.run(put, bucket)
         return digest
 
     def create(self, bucket: str, key: str, data: bytes) -> bool:
@@ -320,7 +312,7 @@ class Store:
                 raise
             return True
 
-        return self._retried(put, bucket) or self.read(bucket, key) == data
+        return self._retries.run(put, bucket) or self.read(bucket, key) == data
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete objects. A key that does not exist is no error."""
@@ -334,7 +326,7 @@ class Store:
             if refused is not None:
                 raise OutsideFailure(f"storage.uri: the store refused to delete {refused.name}: {refused.message}")
 
-        self._retried(remove, bucket)
+        self._retries.run(remove, bucket)
 
     def abort_multipart_uploads(self, bucket: str, prefix: str) -> list[str]:
         """Abort the unfinished multipart uploads whose keys begin with ``prefix``, and return these keys.
@@ -353,9 +345,9 @@ class Store:
                 ]
                 return sorted({(str(upload.object_name), str(upload.upload_id)) for upload in found})
 
-        stale = [item for item in self._retried(uploads, bucket) if item[0].startswith(prefix)]
+        stale = [item for item in self._retries.run(uploads, bucket) if item[0].startswith(prefix)]
         for key, upload in stale:
-            self._retried(partial(self._abort_upload, bucket, key, upload), bucket, missing=None)
+            self._retries.run(partial(self._abort_upload, bucket, key, upload), bucket, missing=None)
         return [key for key, _ in stale]
 
     def _abort_upload(self, bucket: str, key: str, upload: str) -> None:
@@ -375,72 +367,10 @@ class Store:
             response.close()
             response.release_conn()
 
-    def _retried(self, request: Callable[[], T], bucket: str, *, missing: T | object = ...) -> T:
-        """Call ``request`` again and again until it succeeds, and return its result. Raise OutsideFailure after a
-        permanent error, or when the time budget is spent.
-
-        ``missing`` is returned if the object does not exist. Without ``missing``, a missing object is an error.
-        """
-        deadline = time.monotonic() + self._budget
-        delay = FIRST_DELAY_SECONDS
-        failed = False
-        while True:
-            try:
-                done = request()
-            except S3Error as error:
-                if error.code in MISSING_CODES and missing is not ...:
-                    return missing  # type: ignore[return-value]
-                cause = self._sentence(error, bucket)
-                final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
-            except NoCredentials as error:
-                cause, final = str(error), True
-            except ElementTree.ParseError as error:
-                cause, final = f"storage.endpoint: {self.endpoint} sent an answer that can't be read ({error})", False
-            except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, ConnectionError) as error:
-                cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
-                final = False
-            except OddAnswerError as error:
-                cause, final = f"storage.endpoint: a request to {self.endpoint} failed ({error})", True
-            else:
-                if failed:
-                    self._on_attempt("")
-                return done
-            failed = True
-            cause = one_line(cause)  # a server may answer anything, also line breaks
-            self._on_attempt(cause)
-            if (final and not self._retry_refusals) or time.monotonic() + delay > deadline:
-                raise OutsideFailure(cause)
-            self._wait(delay)
-            delay = min(2 * delay, LONGEST_DELAY_SECONDS)
-
-    def _sentence(self, error: S3Error, bucket: str) -> str:
-        if error.code in REFUSED_CODES:
-            return (
-                f"storage.credentialsSecretRef: {self.endpoint} refused the credentials for bucket {bucket!r}"
-                f" ({error.code})"
-            )
-        if error.code in CLOCK_CODES:
-            return (
-                f"storage.endpoint: {self.endpoint} refused the request's time ({error.code}): the clock of this node"
-                " or that of the store is wrong"
-            )
-        if error.code == "NoSuchBucket":
-            return f"storage.uri: bucket {bucket!r} does not exist at {self.endpoint}"
-        if error.code == "IncompleteBody":
-            # MinIO answers IncompleteBody if its disk becomes full during a write.
-            return (
-                f"storage.endpoint: {self.endpoint} took only a part of an object ({error.code}): its disk may be full"
-            )
-        return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
-
 
 def _listed(item: Object) -> ListedObject:
     """Return minio-py's entry of an object as a `ListedObject`."""
     return ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC), item.etag or "")
-
-
-def _ignore(sentence: str) -> None:
-    """Do nothing with the error message of a failed request. This is the default of `Store._on_attempt`."""
 
 
 def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
@@ -448,11 +378,3 @@ def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
     if wanted is None:
         return None
     return SseKMS(wanted.kms.key_id, {}) if wanted.kms is not None else SseS3()
-
-
-def _short(error: Exception) -> str:
-    """Return the text of an error, or of the reason that urllib3 gives for it, without the addresses of urllib3's
-    objects in memory."""
-    reason = getattr(error, "reason", None)
-    text = str(reason if isinstance(reason, Exception) else error)
-    return text.rpartition(">: ")[2] or type(error).__name__

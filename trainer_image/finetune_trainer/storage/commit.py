@@ -39,8 +39,8 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Pa
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, verify that all its files are in the bucket with the right sizes, check the fence, and write
-    COMMIT. Return the sha256 of the manifest.
+    """Write the manifest, verify that all its files are in the bucket with the right sizes, check that no later run of
+    the job exists, and write COMMIT. Return the sha256 of the manifest.
 
     Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
     exists, because the later run may already have resumed from an earlier checkpoint. Also raises NewerRun if the

@@ -1,6 +1,7 @@
 """Providers that give minio-py the S3 access key: from files of a mounted Secret, or from the pod's own identity.
 
-The key is looked up again for each request. So neither a replaced Secret nor an expired session needs a restart.
+minio-py asks the provider for the key before each request. So the trainer needs no restart when the Secret is replaced
+or a session expires.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IDENTITY_SECONDS = 10.0
 
 
 class NoCredentials(Exception):  # noqa: N818  (a state that may pass, for example while a Secret is replaced)
-    """There is no access key at the moment. The message names the place that should give one."""
+    """There is no access key at the moment. The message names the place where a key should be."""
 
 
 class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information

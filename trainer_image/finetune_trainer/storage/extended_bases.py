@@ -32,7 +32,7 @@ def publish_base(root: RunRoot, folder: Path) -> str:
     """Upload the model in ``folder`` unless the bucket holds it already. Return the model's `s3://` address.
 
     Two jobs can upload the same model at the same time without harm, because both write the same bytes to the same
-    keys. Raises Damaged if other bytes were uploaded than ``folder`` held before.
+    keys. Raises Damaged if a file in ``folder`` changed while it was uploaded.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:

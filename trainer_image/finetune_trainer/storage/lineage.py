@@ -2,8 +2,9 @@
 run record. The record names the checkpoint from which the run continues. Once a higher number is taken, `check_fence`
 fails in earlier runs, which then stop writing.
 
-A new run follows the records from run to parent to find its checkpoint. It does not take the checkpoint with the
-highest step, because that one may belong to a branch that was left, after a rollback or on a node that was cut off.
+A new run follows the records from run to parent to find its checkpoint. It does not simply take the checkpoint with the
+highest step, because the newest run may not have continued from that checkpoint. After a rollback, training goes on
+from an earlier step. A run on a node that was cut off may have written checkpoints that no later run used.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class RunRecord(ContractModel):
     """What the run trains. None in a record of an older version."""
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
-    """Product of the rate factors of all `rollbacks`. The program does not read it; it is for people who read the file.
+    """Product of the rate factors of all `rollbacks`. Only people who read the file use this field.
     """
     rollbacks: list[Rollback] = []
     """All rollbacks that apply to this run, oldest first."""
@@ -100,8 +101,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def listed_records(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listing entry of each run record below ``root``, by run number in ascending order. These are the run
-    numbers that the job's runs have taken so far."""
+    """Return the listing entry of each run record below ``root``, by run number in ascending order. The keys are
+    the run numbers that the job's runs have taken so far."""
     matches = ((re.fullmatch(r"runs/([0-9]{6,18})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
     found = {int(match[1]): entry for match, entry in matches if match}
     return {run: found[run] for run in sorted(found) if found[run].key == run_key(run)}

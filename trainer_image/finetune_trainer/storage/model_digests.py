@@ -1,8 +1,10 @@
-"""The folder `model-digests/` of a job's runs in the bucket: the sha256 of model files, computed by the pod that first
-fetched the file for this job. Where an object store's ETag is no digest of the content, the other pods of the job
-recognise the file by it in the cache on a shared volume (`storage.cache`).
+"""Reads and writes the records in the folder `model-digests/` of a job's runs in the bucket. Each record has the sha256
+of a model file, which the pod that first fetched the file for this job has computed. Some sources state no digest of a
+file, or only an ETag that may be no digest of the content. With the record, the other pods of the job can then check
+the file's copy in the cache on a shared volume (`storage.cache`).
 
-Whoever can write to this folder can also replace the job's checkpoints, so the records are trusted as much as these.
+Whoever can write to this folder can also replace the job's checkpoints, so the records are trusted as much as the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ LARGEST_RECORD_BYTES = 1024
 
 
 class _Record(ContractModel):
-    """Content of a record."""
+    """Content of a record: the size and the sha256 of a model file."""
 
     version: Annotated[int, Field(ge=1)] = 1
     bytes: Count
@@ -35,12 +37,13 @@ class ModelDigests:
     """The records of one job."""
 
     def __init__(self, root: RunRoot) -> None:
-        """Use the folder of runs ``root``."""
+        """Use the records in ``root``, the folder of the job's runs."""
         self._root = root
 
     def find(self, tags: Mapping[str, str]) -> dict[str, ObjectDigest]:
-        """Return the digests of those files that have a record, by file name. ``tags`` has for each file name a text
-        that differs where the content differs. Raises OutsideFailure if the store can't be reached.
+        """Return the digests of those files that have a record, by file name. ``tags`` has for each file name the tag
+        of the file, a text that differs where the content differs (see `ModelFiles.tag`). Raises OutsideFailure if the
+        store can't be reached.
 
         A record that is malformed counts as absent.
         """
@@ -58,8 +61,8 @@ class ModelDigests:
         return found
 
     def note(self, name: str, tag: str, digest: ObjectDigest) -> bool:
-        """Record the digest of a file, and return whether it is now recorded. It is not if another pod has recorded
-        another digest before."""
+        """Record the digest of the file ``name`` with the tag ``tag``. Return whether this digest is now recorded,
+        which is False if another pod has recorded another digest before."""
         record = _Record(bytes=digest.bytes, sha256=digest.sha256)
         return self._root.create(_key(name, tag), record.to_json().encode())
 

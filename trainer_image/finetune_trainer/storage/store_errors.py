@@ -1,5 +1,4 @@
-"""The boundary of the object store: whatever minio-py raises about a request or an answer becomes an exception that
-`client.py` knows."""
+"""Turns whatever minio-py raises about a request or an answer into an exception that `retries.py` handles."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from finetune_trainer.storage.credentials import NoCredentials
 
 
 class OddAnswerError(Exception):
-    """minio-py can't make a request, or can't read the answer."""
+    """minio-py can't make a request, or can't read the answer to a request."""
 
 
 @contextlib.contextmanager
 def answers(what: str = "") -> Iterator[None]:
-    """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Store`
-    knows. Put only calls of minio-py and the reading of its answers into the block. Otherwise an error of the trainer
+    """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Retries`
+    handles. Put only calls of minio-py and the reading of its answers into the block. Otherwise an error of the trainer
     itself would be reported as an error of the store. ``what`` names the content of the answer for the message, for
     example "its listing".
 
@@ -50,7 +49,8 @@ def read_answer(response: urllib3.BaseHTTPResponse, most: int | None = None) -> 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the local file system, such as that of a full disk, into OutsideFailure."""
+    """Turn an error of the local file system in the `with` block, such as a full disk, into OutsideFailure. ``path`` is
+    the file that the block writes."""
     try:
         yield
     except ConnectionError:

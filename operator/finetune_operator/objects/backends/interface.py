@@ -27,16 +27,19 @@ class Backend(Protocol):
         """Return the name of the pod with ``index`` of the child object named ``child``."""
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
-        """Return the child's manifest. The method is pure, so that a retry after a crash builds the same object."""
+        """Return the manifest of the child of ``attempt``.
+
+        The method is pure, so that a retry after a crash builds the same object.
+        """
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the child and return it; where an earlier reconcile has created it already, return the existing child.
+        """Create the child ``manifest`` and return it, or return the child that an earlier reconcile has created.
 
         Raises RetryableError where the child can't be created for a cause outside the job's spec, such as a quota.
         """
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
-        """Return the child as the API server has it, or None where it does not exist."""
+        """Return the child ``namespace/name`` as the API server has it, or None where it does not exist."""
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
-        """Delete ``child``, identified by name and uid. Its pods are deleted afterwards."""
+        """Delete ``child``, identified by name and uid. The pods of the child are deleted afterwards."""

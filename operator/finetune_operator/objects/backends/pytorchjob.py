@@ -46,8 +46,8 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
-            # The value is a string, because the CRD of PyTorchJob requires a string. It is a number and not `auto`,
-            # because with `auto` the node would decide the number of processes.
+            # The value is a string, because the CRD of PyTorchJob requires a string. The string is a number and not
+            # `auto`, because with `auto` the node would decide the number of processes.
             "nprocPerNode": str(resources.processes_per_node),
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
@@ -64,7 +64,7 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
 def parse_pytorchjob(manifest: Mapping[str, Any]) -> ChildObservation:
     """Return what the operator needs to know about the PyTorchJob ``manifest``, which anybody may have created.
 
-    The CRD of PyTorchJobs also allows one without a spec.
+    ``manifest`` may have no spec, because the CRD of PyTorchJobs does not require a spec.
     """
     metadata, spec = manifest["metadata"], manifest.get("spec", {})
     conditions = {item["type"]: item for item in manifest.get("status", {}).get("conditions") or []}
@@ -109,7 +109,7 @@ class PyTorchJobBackend:
         return build_pytorchjob(job, attempt)
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the PyTorchJob and return it; where the job already owns one of that name, return the existing one.
+        """Create the PyTorchJob ``manifest`` and return it, or return an existing one of this name if the job owns it.
 
         Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
         PyTorchJob. Raises ApiError (409) where the existing PyTorchJob is being deleted, so that the job is soon
@@ -142,8 +142,8 @@ class PyTorchJobBackend:
 def _creation_error(error: ApiError, name: str) -> Exception:
     """Return a RetryableError where the CRD is missing or the PyTorchJob is refused; otherwise ``error`` itself."""
     if error.is_not_found and not error.reason:
-        # The CRD is missing: the API server answers an unknown kind with the plain text "404 page not found". Its
-        # answer for a missing namespace has a reason.
+        # The CRD is missing: the API server answers an unknown kind with the plain text "404 page not found". Where
+        # only the namespace is missing, the answer has a reason.
         return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
     if error.is_refusal:
         return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_refused(KIND, name, error.message))

@@ -25,9 +25,10 @@ from finetune_trainer.data.chat.messages import (
 CLOSERS = (CLOSED, "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")
 """Tags that close the thoughts of an answer, in templates of different models."""
 PARTS = ("'type': 'text'", '"type": "text"')
-"""Parts of a rendering in which the template has written a list of text parts as if it were a text."""
+"""A rendering contains one of these texts if the template has written a list of text parts as if the list were a
+text."""
 PROBE = "probe-7d1f"
-"""A text that no row has."""
+"""A text that is put into a message to find out how the template renders the message. No row has this text."""
 
 
 class ProblemError(Exception):
@@ -35,11 +36,11 @@ class ProblemError(Exception):
 
 
 class Turn(NamedTuple):
-    """An answer of the assistant: the tokens before it, and its own."""
+    """An answer of the assistant: the tokens before the answer, and the tokens of the answer."""
 
     prompt: list[int]
     answer: list[int]
-    """The tokens that are learned, up to the one that ends the answer."""
+    """The tokens that are learned. The last of them ends the answer."""
     has_thoughts: bool
     """Whether the thoughts of the message are part of ``answer`` even where the template leaves them out. True only
     where the prompt ends with an open tag of thoughts, and the rendered answer does not continue the prompt."""
@@ -57,8 +58,8 @@ class Dialogue:
         arguments: Mapping[str, Any],
         end: int,
     ) -> None:
-        """Keep the arguments. ``messages`` are those of ``conversation``, perhaps in another form than in the row.
-        ``arguments`` are those of the template, and ``end`` is the id of the tokenizer's end token."""
+        """``messages`` are the messages of ``conversation``, perhaps in another form than in the row. ``arguments`` are
+        the arguments of the template, and ``end`` is the id of the tokenizer's end token."""
         self.template = template
         self.conversation = conversation
         self.messages = messages
@@ -67,13 +68,16 @@ class Dialogue:
         self._has_parts = any(isinstance(message.get("content"), list) for message in messages)
 
     def place(self, index: int) -> str:
-        """Return how people find message ``index`` (from 0) in the row, for example `message 3`."""
+        """Return the name of message ``index`` (from 0) in texts for people: `message 3` for the third message of the
+        list, or `column 'system'` for the message from this column."""
         number = index + self.conversation.first_number
         return f"message {number}" if number else f"column {SYSTEM_COLUMN!r}"
 
     def text(self, messages: Sequence[Message], *, answer_next: bool, with_tools: bool = True) -> str:
-        """Return the rendering of ``messages``. Raises ValueError if the template fails, and RowError if it would
-        render other text without the marks of `row_texts`."""
+        """Return the rendering of ``messages``. With ``answer_next`` the rendering ends with the generation prompt.
+        Raises ValueError if the template fails. Raises RowError if the marks of `row_texts` change what the template
+        renders.
+        """
         tools = self.conversation.tools if with_tools else ()
         text = self.template.text(messages, tools, self._arguments, answer_next=answer_next)
         if self._has_parts and any(part in text for part in PARTS):
@@ -91,7 +95,7 @@ class Dialogue:
 
 def turn_of(row: Dialogue, index: int) -> Turn:
     """Return the answer of message ``index`` (from 0). Raises ProblemError if there is no message before it, or if the
-    rendered answer does not continue what the model gets before it. Raises ValueError if the template fails."""
+    renderings do not show where the answer begins. Raises ValueError if the template fails."""
     answered = row.text(row.messages[: index + 1], answer_next=False)
     if index == 0:
         raise ProblemError(
@@ -107,9 +111,9 @@ def turn_of(row: Dialogue, index: int) -> Turn:
     else:
         answer = _behind_other_text(row, index, before, answered)
     prompt = row.template.ids(before)
-    # The tokens are taken from the whole text where they can be, because some tokenizers put a space in front of each
-    # text. They can't be where the last characters of the prompt and the first ones of the answer would become one
-    # token, which the model can't generate.
+    # Prompt and answer are tokenised as one text, because some tokenizers put a space in front of each text. The answer
+    # is tokenised alone where its first characters and the last characters of the prompt would become one token, which
+    # the model can't generate.
     whole = row.template.ids(before + answer)
     ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else row.template.ids(answer)
     lead = row.template.ids(answered.removesuffix(answer)) if not answered.startswith(before) else prompt
@@ -117,8 +121,8 @@ def turn_of(row: Dialogue, index: int) -> Turn:
 
 
 def _opens_thoughts(before: str, answered: str) -> bool:
-    """Return whether ``before`` ends with the open tag `<think>`, and ``answered`` begins with the text before this
-    tag."""
+    """Return whether ``before`` ends with the open tag `<think>`, perhaps with white space behind it, and ``answered``
+    begins with the text before this tag."""
     opened, tag, rest = before.rpartition(OPENED)
     return bool(tag) and not rest.strip() and answered.startswith(opened)
 
@@ -142,7 +146,8 @@ def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) ->
     header, found, _ = probed.rpartition(PROBE)
     is_header = bool(found) and before.startswith(header) and answered.startswith(header)
     answer = answered[len(header) :]
-    # Thoughts behind thoughts that are closed already would teach the model to think where it is told not to.
+    # An answer with thoughts behind thoughts that are closed already would teach the model to think although the prompt
+    # tells it not to.
     thinks = any(closer in answer for closer in CLOSERS)
     if is_header and before[len(header) :].rstrip().endswith(CLOSERS) and not thinks:
         return answer
@@ -168,8 +173,9 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
     open tag of thoughts. ``answered`` is the rendered conversation up to and including this message, and does not begin
     with ``before``.
 
-    At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
-    earlier messages out. So the thoughts are taken from the row, and they are empty if the row has none.
+    At inference the model gets the open tag, thinks, closes the tag and answers. If the template renders the thoughts
+    of the message, the text behind the tag comes from the rendering. If it leaves them out, the thoughts are taken from
+    the row, and they are empty if the row has none.
     """
     answer = answered[len(before.rpartition(OPENED)[0]) :]
     if answer.startswith(OPENED):
@@ -191,9 +197,9 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
 
 
 def _up_to_the_end(row: Dialogue, index: int, lead: list[int], answer: list[int]) -> list[int]:
-    """Return the token ids ``answer`` up to the token that ends the answer. If the template renders no such token, it
-    is added. ``lead`` are the tokens in front of the answer in the rendering of the conversation up to message
-    ``index``.
+    """Return the token ids ``answer`` up to the token that ends the answer. If the template renders no token that ends
+    an answer, such a token is added. ``lead`` are the tokens in front of the answer in the rendering of the
+    conversation up to message ``index``.
 
     What the template puts behind the last token of the answer, such as a line break, is not learned, because generation
     stops at this token.
@@ -223,7 +229,7 @@ def _control_tokens_at_the_end(template: ChatTemplate, ids: Sequence[int]) -> li
 
 
 def _beginning_of_the_next(row: Dialogue, index: int) -> int:
-    """Return the token that ends message ``index`` where the template renders no end of messages.
+    """Return the token that ends message ``index`` if the template renders no token at the end of a message.
 
     A model with such a template stops at the token that begins the next message. If this token is not one of the
     model's stop tokens, the tokenizer's end token is returned.

@@ -1,8 +1,9 @@
 """The chat template of a job: which template is used, and the text and token ids of a conversation that it renders.
-`preparation.py` and the preflight check call `use_chat_template`, and `conversations.py` renders with `ChatTemplate`.
+`preparation.py`, the evaluation and the preflight check call `use_chat_template`, and `tokenizer.py` makes a
+`ChatTemplate`.
 
 A template is a program from the model's folder or from the job. It runs in the sandbox of transformers, and in a
-process that bounds its time, its memory and its output (`template_process.py`).
+process that bounds its time and its memory (`template_process.py`).
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%` in the format of a date (man 3 strftime)."""
 DATE_FLAGS = "-_0^#"
-"""Characters that may stand between `%` and the letter."""
+"""Characters that may be between `%` and the letter."""
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, folder: Path) -> None:
-    """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. ``folder`` is
-    the folder of the base model.
+    """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. If the job
+    names no template, the tokenizer keeps the one that it has. ``folder`` is the folder of the base model. Nothing
+    happens if the rows in the format ``form`` are no conversations.
 
-    Raises UserError if the template's file is missing, if there is no template, if the template is no Jinja, or if it
-    does not read one of `templateArguments`. A template of the model itself is checked too.
+    Raises UserError if the template's file can't be read, if there is no template, if the template is no Jinja, or if
+    one of `templateArguments` can't be given to it, for example because the template does not read this argument.
     """
     if form.messages is None:
         return
@@ -75,9 +77,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
 
 
 def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the names of the variables that the chat templates read. A tokenizer may have several named templates:
-    transformers uses one for rows with tools and one for all other rows, and only these two count. Raises UserError if
-    one of the two is no Jinja, or if no template has the name `default`."""
+    """Return the names of the variables that the chat templates read. A tokenizer may have several named templates. Of
+    them, transformers uses one for rows with tools and one for all other rows, and only these two count. Raises
+    UserError if one of the two is no Jinja, or if none of several named templates has the name `default`."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
@@ -159,7 +161,8 @@ class ChatTemplate:
         """Return the text of a conversation. With ``answer_next`` it ends with the generation prompt, which is the text
         that the template puts before an answer.
 
-        Raises ValueError with the reason if the template fails, and UserError if it takes too much time or memory.
+        Raises ValueError with the reason if the template fails, and UserError if the template takes too much time or
+        memory.
         """
         given = [dict(tool) for tool in tools] or None
         try:
@@ -172,13 +175,13 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of rendered text, to which no special tokens are added. Control tokens that `row_texts`
-        has marked are read as ordinary text. Raises RowError if the text can't be tokenised, also where a
-        marked token can't be read as ordinary text."""
+        has marked are read as ordinary text. Raises RowError if the text can't be tokenised, or if a marked token can't
+        be read as ordinary text."""
         return list(self._pieces.follow(self.row_texts.pieces(text)).ids)
 
     def is_blank(self, token: int) -> bool:
-        """Return whether the token ``token`` stands for white space only. Raises ValueError if the tokenizer can't
-        decode it."""
+        """Return whether the text of the token ``token`` is empty or only white space. Raises ValueError if the
+        tokenizer can't decode the token."""
         if token not in self._blank:
             with library_boundary(lambda error: ValueError(first_line(error))):
                 text = str(self._tokenizer.decode([token]))
@@ -192,7 +195,8 @@ class ChatTemplate:
 
 
 def _date_macro(today: date) -> str:
-    """Return a Jinja macro that replaces `strftime_now` of transformers, but always gives the date ``today`` at 0:00.
+    """Return a Jinja macro that takes the place of transformers' function `strftime_now`, and always shows the date
+    ``today`` at 0:00.
 
     The line break behind the macro is no part of the rendered text, because transformers removes the first line break
     after a block.

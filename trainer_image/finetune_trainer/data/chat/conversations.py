@@ -2,9 +2,9 @@
 
 An example has the same tokens as the conversation at inference. Before each answer are exactly the tokens from which
 the model generates it: the chat template's rendering of the messages before the answer, with the generation prompt.
-Then come the answer and the token that ends it. Where the tokens of one answer are the beginning of what the model gets
-before the next answer, both answers share one example. Where the template changes earlier messages, for example by
-removing their thoughts, each answer has an example of its own.
+Then come the answer and the token that ends it. If all tokens up to the end of one answer are also the beginning of
+what the model gets before the next answer, both answers share one example. Where the template changes earlier messages,
+for example by removing their thoughts, each answer has an example of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 
 
 MOST_CALLS = 3
-"""How many tool calls of a message are looked for in its rendering, and the arguments of how many."""
+"""How many tool calls of a message are checked: the first calls, and the first calls that have arguments, up to this
+number of each. The rendering must contain every checked call and its arguments."""
 CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
@@ -40,11 +41,12 @@ leave out a field with thoughts."""
 
 
 class _LeftOutError(ProblemError):
-    """The template leaves out a field that has a meaning. It may render the field where the conversation has another
-    form."""
+    """The template leaves out a field that has a meaning. The template may render the field if the conversation is
+    given in another form (see `_forms`)."""
 
     def __init__(self, problem: str, *, of_content: bool = False) -> None:
-        """Take what is wrong, and whether the field is the content of a message."""
+        """``problem`` is a phrase that says what is wrong. ``of_content`` says whether the field is the content of a
+        message."""
         super().__init__(problem)
         self.of_content = of_content
 
@@ -53,20 +55,20 @@ def conversation_renderer(
     form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None = None
 ) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
     """Return the function that turns the columns of a row into its examples, or into a phrase with what is wrong.
-    ``end`` is the id of the tokenizer's end token. A row with an example of more than ``most_tokens`` tokens is refused
-    by the caller, so of such a row only some of the examples are made, among them a too long one."""
+    ``end`` is the id of the tokenizer's end token. The caller refuses a row with an example of more than
+    ``most_tokens`` tokens. So only some examples of such a row are made, among them one that is too long."""
     return _Renderer(form, template, end, most_tokens).render
 
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
-    """Return the ids of the tokens that end an answer of ``template``, also one that calls a tool. Empty if the
-    template can't render a short conversation."""
+    """Return the ids of the tokens with which ``template`` ends an answer that is a text, and an answer that calls a
+    tool. Empty if the template can't render a short conversation."""
     plain = form.model_copy(update={"learn": "AllAssistant", "roles": {}})
     call = {"name": PROBE, "arguments": {PROBE: PROBE}}
     tool = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}}
     rows = (
         ({"content": PROBE}, None),
-        # Some models end a call of a tool with another token.
+        # Some models end a call of a tool with another token than a text.
         ({"tool_calls": [{"id": CALL_ID, **call}]}, [tool]),
     )
     found: set[int] = set()
@@ -79,7 +81,7 @@ def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[
 
 
 class _Renderer:
-    """Renders rows, and remembers what it has learned of the chat template."""
+    """Renders rows, and remembers which kinds of fields the chat template was seen to render."""
 
     def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None) -> None:
         self._form = form
@@ -173,8 +175,9 @@ class _Renderer:
         thoughts: set[int] = set()
         turns: list[int] = []
         for index in learned:
-            # Each turn renders all messages before it, which would take hours for a row with thousands of turns. So in
-            # a row that is too long, only the last turn follows, which tells the length of the row.
+            # For each answer, all messages before it are rendered, which would take hours for a row with thousands of
+            # answers. So in a row that is too long already, all further answers but the last one are left out. The last
+            # one shows the length of the row.
             if self._most_tokens is not None and len(ids) > self._most_tokens and index != learned[-1]:
                 continue
             turns.append(index)
@@ -237,26 +240,28 @@ class _Renderer:
     def _rendering(
         self, row: Dialogue, messages: Sequence[Message], index: int, turn: int, *, tools: bool = True
     ) -> str:
-        """Return the text from which the tokens of message ``index`` come in the example of message ``turn``: what the
-        model gets before message ``turn``, or the conversation up to message ``turn``."""
+        """Return the text from which the tokens of message ``index`` come in the example of message ``turn``: for an
+        earlier message what the model gets before message ``turn``, and for message ``turn`` itself the conversation up
+        to it. If everything is learned, the text is always the conversation up to message ``turn``."""
         if index < turn and self._form.learn != "Everything":
             return row.text(messages[:turn], answer_next=True, with_tools=tools)
         return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)
 
 
 def _shape(message: Message) -> tuple[object, ...]:
-    """Return what a template may use to treat messages of one role differently: which fields they have, whether their
-    content has no, one or several parts, and whether it closes thoughts."""
+    """Return the properties of a message by which a template may treat messages of one role differently: which fields
+    the message has, whether its content is a list of no, one or several parts, and whether the content closes
+    thoughts."""
     content = message.get("content")
     parts = min(len(content), 2) if isinstance(content, list) else None
     return (frozenset(message), parts, CLOSED in content_text(message))
 
 
 def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Message]]:
-    """Yield the name of each field of a message that must be part of its rendering. With each name, yield the message
-    with another text in the field, or without the field. Without ``with_thoughts``, the thoughts of an answer may be
-    left out, as templates do at inference. The name of a tool may be left out of its answer, because the call has
-    it."""
+    """Yield the name of each field of a message that must be part of the message's rendering. With each name, yield the
+    message with another text in the field, or without the field. Without ``with_thoughts``, the template may leave out
+    the thoughts of an answer, as templates do at inference. The template may also leave out the name of a tool in the
+    tool's answer, because the call has the name."""
     left_out: set[str] = set(THOUGHTS) if message["role"] == "assistant" and not with_thoughts else set()
     if message["role"] == "tool":
         left_out.add("name")
@@ -291,15 +296,15 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
 
 
 def _other_beginning(text: str) -> str:
-    """Return ``text``, in which the first character that is no white space is replaced by another one."""
+    """Return ``text`` with another character in the place of the first one that is no white space."""
     found = text.lstrip()
     return f"{text[: len(text) - len(found)]}{'Y' if found[:1] == 'X' else 'X'}{found[1:]}"
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """Yield the conversation in the forms that templates read: as it is, then with each content as one text, or as a
-    list of parts; with the arguments of tool calls as objects, then as JSON text; without a content of messages that
-    only call tools, then with an empty one. A form that does not differ from an earlier one is left out."""
+    """Yield the conversation in all forms that templates read. Three properties of a form are combined. Contents are as
+    in the row, or all one text, or all a list of parts. The arguments of tool calls are objects, or JSON text. Messages
+    that only call tools have no content, or an empty one. A form that equals an earlier form is left out."""
     shapes, arguments, contents = (None, _joined, _in_parts), (None, _arguments_as_text), (None, _with_content)
     forms = ((content, argument, shape) for shape in shapes for argument in arguments for content in contents)
     seen: list[Sequence[Message]] = []

@@ -1,7 +1,7 @@
 """Reads the conversation of a data row: its messages, the tools that the assistant may call, and arguments of the chat
 template. `conversations.py` calls `read_conversation`.
 
-The published formats of conversations differ in names and shapes (OpenAI, ShareGPT, trl). All of them are brought into
+The published formats of conversations (OpenAI, ShareGPT, trl) differ in names and shapes. All of them are converted to
 the one form that chat templates read. docs/data.md lists what happens to each field.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_core.api.dataset import SHAREGPT_ROLES, MessagesFormat
+from finetune_core.api.dataset import KNOWN_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
 from finetune_core.row_templates import HALF_PAIR
 from finetune_trainer.data.files.row import repeated
@@ -30,14 +30,15 @@ REFUSED_COLUMNS = {
     "videos": "only text is learned",
     "documents": "put their text into a message",
 }
-"""Columns that other tools read beside the messages, and why they are refused where a row has a value in them."""
+"""Columns that other tools read beside the messages, each with the reason why a row with a value in this column is
+refused."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of the field of a message that holds the thoughts of the assistant. A template gets the field under the name
 that the row uses."""
 
 
 OPENED = "<think>"
-"""With this tag some templates open the thoughts of an answer. Rows may have it in the content of an answer."""
+"""Tag with which some templates open the thoughts of an answer. Rows may have the tag in the content of an answer."""
 CLOSED = "</think>"
 
 
@@ -53,7 +54,8 @@ class Conversation:
     """Each message has a `role` and no field that is null. `content`, where it is present, is a text or a list of text
     parts. The arguments of tool calls are JSON objects."""
     weights: Sequence[int]
-    """1 for each message that may be learned, and 0 for the others."""
+    """1 for each message of the assistant that may be learned, and 0 for all others. If `learn` is Everything, all
+    messages are learned, whatever their weight."""
     first_number: int
     """Number of the first of `messages` in texts for people: 1, or 0 where the first message comes from another
     column."""
@@ -98,7 +100,8 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
     arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {}, repr(ARGUMENTS_COLUMN))
     if not isinstance(arguments, dict) or not _is_valid(arguments):
         raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object")
-    # A value that is null was added by parquet, because other rows of the file have the argument.
+    # Arguments that are null are left out. Parquet adds such an argument to a row if other rows of the file have the
+    # argument.
     arguments = {name: value for name, value in arguments.items() if value is not None}
     tools = _tools(fields.get(form.tools_field), form.tools_field)
     return Conversation(messages, weights, 0 if system else 1, tools, arguments)
@@ -108,8 +111,8 @@ def _parsed(value: Any, place: str) -> Any:
     """Return ``value``, or its parsed content where it is JSON text: csv files have no lists, and parquet files have no
     objects whose keys differ from row to row. Text that is not JSON is returned as it is.
 
-    Raises _ProblemError, which names ``place``, for a key that stands in an object twice, because one of its values
-    would be lost.
+    Raises _ProblemError, which names ``place``, for a key that occurs twice in one object, because one of the two
+    values would be lost.
     """
     if not isinstance(value, str):
         return value
@@ -131,8 +134,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_valid(value: Any) -> bool:
-    """Return whether ``value`` is JSON in which no text has half of a surrogate pair. Parquet files have values of
-    other types, such as dates, of which a template would show the name of the type."""
+    """Return whether ``value`` is a JSON value in which no text has half of a surrogate pair. Parquet files may also
+    hold values that are not JSON, such as dates."""
     # A list instead of recursion, because JSON may be nested more deeply than Python functions may call each other.
     left = [value]
     while left:
@@ -162,7 +165,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _ProblemError(f"has no role in message {number}")
-    message["role"] = role = "tool" if role == "function" else {**SHAREGPT_ROLES, **form.roles}.get(role, role)
+    message["role"] = role = {**KNOWN_ROLES, **form.roles}.get(role, role)
     weight = message.pop("weight", None)
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise _ProblemError(f"has a weight in message {number} that is not 0 or 1")
@@ -172,7 +175,7 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
         raise _ProblemError(f"has weight 0 in message {number}, although dataset.format.messages.learn is Everything")
     thoughts = [name for name in THOUGHTS if name in message]
     for name in thoughts[1:]:
-        # Servers answer with the same thoughts under two names, of which a template reads one.
+        # Some servers return the same thoughts under two names. A template reads only one of the names.
         if message[name] == message[thoughts[0]]:
             del message[name]
     calls = _calls(message, number)
@@ -188,8 +191,9 @@ def _message(found: Mapping[str, Any], number: int, form: MessagesFormat) -> tup
 
 
 def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: MessagesFormat) -> None:
-    """Give ``message`` the role `tool` if it is an `observation`, and tool calls if it is a `function_call`, whose
-    content is JSON text. A name that the job lists in `roles` is left as it is."""
+    """Translate two roles of ShareGPT in ``message``. `observation` becomes the role `tool`. `function_call` becomes
+    the role `assistant`, and its content, which is JSON text, becomes the tool calls. A role that the job lists in
+    `roles` is left as it is."""
     if message["role"] in form.roles:
         return
     if message["role"] == "observation":
@@ -207,7 +211,8 @@ def _reason(value: Any) -> str:
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
-    """Check the content of ``message``, and remove an empty one from a message that calls tools."""
+    """Check the content of ``message``. If it is a list, let each part have the fields `type` and `text` only. If
+    ``message`` calls tools and its content is empty, remove the content."""
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -230,14 +235,14 @@ def _set_content(message: dict[str, Any], number: int) -> None:
 
 
 def content_text(message: Message) -> str:
-    """Return the text of a message, also where it is a list of parts."""
+    """Return the content of a message as one text. The texts of a list of parts are joined."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """Return the tool calls of ``message``, with their arguments as JSON objects. Remove OpenAI's older field
-    `function_call`, which holds one call, from ``message``."""
+    """Return the tool calls of ``message``, with their arguments as JSON objects. A call in OpenAI's older field
+    `function_call` is returned too, and the field is removed from ``message``."""
     calls = _parsed(message.get("tool_calls", []), f"message {number}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _ProblemError(f"has tool_calls in message {number} that are not a list of calls")
@@ -253,7 +258,7 @@ def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
 
 def _call(found: Mapping[str, Any], number: int) -> dict[str, Any]:
     """Return a tool call as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with the `id` that
-    ``found`` has. A call without `function` has name and arguments itself."""
+    ``found`` has. If ``found`` has no field `function`, `name` and `arguments` are its own fields."""
     call = {key: value for key, value in found.items() if value is not None and key != "index"}
     function = call.pop("function", None)
     if function is None:
@@ -285,7 +290,8 @@ def _check_call_ids(messages: Sequence[Message]) -> None:
 
 
 def _tools(found: Any, column: str) -> list[dict[str, Any]]:
-    """Return the tools in column ``column`` of a row, each with the JSON Schema of its parameters."""
+    """Return the tools of a row. ``found`` is the value of the column ``column``: a list of tools, or JSON text of such
+    a list."""
     found = _parsed(found or [], repr(column))
     if not isinstance(found, list) or not all(isinstance(tool, dict) and tool for tool in found):
         raise _ProblemError(f"has a {column!r} that is not a list of tools")
@@ -300,8 +306,8 @@ def _tools(found: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _without_null(schema: Any) -> Any:
-    """Return a JSON Schema without the keywords that are null. Parquet adds them to a schema if another schema of the
-    file has them. Only `default` and `const` may be null in a schema."""
+    """Return a JSON Schema without the keywords that are null. Parquet adds such keywords to a schema if another schema
+    of the file has them. Only `default` and `const` have a meaning where they are null, so these two stay."""
     if isinstance(schema, list):
         return [_without_null(item) for item in schema]
     if not isinstance(schema, dict):

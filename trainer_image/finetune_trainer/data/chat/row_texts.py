@@ -1,8 +1,10 @@
-"""Marks the control tokens in texts of a data row before a chat template renders them, so that they can be told from
-those that the template itself writes. `chat_template.py` calls `RowTexts`.
+"""Marks the control tokens in the texts of a data row before a chat template renders the texts. In the rendering, these
+tokens can then be distinguished from the control tokens that the template itself writes. `chat_template.py` makes a
+`RowTexts`.
 
-A person who writes `</s>` into a message does not mean the token. `piece_tokens.py` reads such a text as ordinary text,
-but it must know which parts of the rendering come from the row, and a template is a program that mixes both.
+A person who writes `</s>` into a message does not mean the token. `piece_tokens.py` reads such a text as ordinary text.
+For this it must know which parts of the rendering come from the row, and only marks show this, because the template is
+a program that puts the texts of the row between texts of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ class RowTexts:
 
     def __init__(self, pieces: PieceTokenizer, added_tokens: Sequence[str] = ()) -> None:
         """Mark the control tokens of ``pieces``, for example `</s>`, except for ``added_tokens``."""
-        # Nobody can write a mark into a row, because it is drawn anew in each process. No token id comes from a mark.
-        # It has only letters and digits, because these are the same in JSON, in Python's notation of values and in
-        # escaped text.
+        # Nobody can write a mark into a row, because each process draws new marks. Marks are removed before the text is
+        # tokenised. A mark has only letters and digits, which look the same in JSON, in Python's notation of values and
+        # in escaped text.
         word = secrets.token_hex(12)
         self._begin, self._end = f"b{word}x", f"e{word}x"
         self._tokenizer = pieces
@@ -48,8 +50,9 @@ class RowTexts:
         return [self.marked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def marked_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages with marks. Roles get none, because templates make control tokens of roles. The tags around
-        thoughts in the content of an answer get none either, because templates look for them."""
+        """Return messages with marks. Roles get no marks, because templates make control tokens of roles. The tags
+        around the thoughts with which the content of an answer begins get no marks either, because templates look for
+        these tags."""
         return [self._marked_message(message) for message in messages]
 
     def _marked_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _joined(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ``places`` in their order, without empty ones, and those that overlap as one."""
+    """Return ``places`` in their order, without empty places, and with overlapping places joined."""
     joined: list[tuple[int, int]] = []
     for first, last in sorted(places):
         if joined and first < joined[-1][1]:

@@ -1,4 +1,4 @@
-"""Reads and runs chat templates in a child process, which may use little time and memory. `chat_template.py` and
+"""Parses and renders chat templates in a child process, whose time and memory are limited. `chat_template.py` and
 `template_variables.py` make a `TemplateProcess`.
 
 A template is a program of a stranger. No code in the same process can stop it at every point: a single expression such
@@ -27,10 +27,11 @@ from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boun
 SECONDS = 10.0
 """Processor time in seconds that a template may take. Templates of published models take milliseconds."""
 MEMORY_BYTES = 256 << 20
-"""Memory in bytes that a template may take. The text of a conversation of the largest size takes half of it."""
+"""Memory in bytes that a template may take. The longest row of a text file (`ROW_CHARACTERS` in `streams.py`) takes at
+most half of this memory."""
 PATIENCE_SECONDS = 300.0
-"""Largest time in seconds that the process waits for a template. It is far longer than the processor time that a
-template may take, because other processes may keep the processor busy."""
+"""Longest time in seconds that this process waits for an answer of the child process. The limit is far higher than
+SECONDS, because other processes may keep the processor busy."""
 
 
 class TemplateLimitError(Exception):
@@ -45,7 +46,8 @@ class _Answer(Enum):
 
 class TemplateProcess:
     """A child process that calls a function which reads or runs templates. The child is forked from this process at the
-    first call, and has everything that this process has in memory at that time."""
+    first call, and has everything that this process has in memory at that time. If the child has ended, the next call
+    forks another one."""
 
     def __init__(self, function: Callable[..., Any], *, seconds: float) -> None:
         """Prepare calls of ``function``. Each call may take ``seconds`` of processor time."""
@@ -56,8 +58,9 @@ class TemplateProcess:
         """Return what the function returns for ``arguments``. The arguments and the result must be values that can be
         pickled.
 
-        Raises ValueError with the reason if the function fails, TemplateLimitError if it reaches a limit, MemoryError
-        if the pod has no memory left, and OutsideFailure if the child process gives no answer or can't be started.
+        Raises ValueError with the reason if the function fails or ends the child process, TemplateLimitError if it
+        reaches a limit, MemoryError if the pod has no memory left, and OutsideFailure if the child process gives no
+        answer in time or can't be started.
         """
         if self._child is None:
             try:
@@ -77,7 +80,7 @@ class TemplateProcess:
         raise ValueError(value)
 
     def _why_it_ended(self) -> str:
-        """Return why the child process ended. Raises TemplateLimitError if it took too much processor time, and
+        """Return why the child process ended. Raises TemplateLimitError if the child took too much processor time, and
         MemoryError if the pod had no memory left."""
         assert self._child is not None
         child, self._child = self._child, None
@@ -86,13 +89,14 @@ class TemplateProcess:
         if number == signal.SIGPROF:
             raise TemplateLimitError(f"takes more than {self._seconds:.0f} s")
         if number == signal.SIGKILL:
-            # Only the kernel kills the child before its answer: when the pod has no memory left, it kills the process
-            # that holds most of the memory.
+            # Only the kernel kills the child before its answer: when the pod has no memory left, the kernel kills the
+            # process that holds most of the memory.
             raise MemoryError
         return f"it ends the process that reads it ({signal.Signals(number).name if number else 'without a signal'})"
 
     def _work(self, asked: Connection) -> None:
-        """Answer one question after the other, in the child process."""
+        """Run in the child process: receive arguments from ``asked``, call the function, and send what it returned,
+        again and again."""
         most = _data_bytes() + MEMORY_BYTES
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
@@ -114,7 +118,7 @@ class TemplateProcess:
 
     def _answer(self, arguments: tuple[Any, ...]) -> tuple[_Answer, Any]:
         try:
-            # What a template raises, and what Jinja raises for a text that is no template, is not specified.
+            # A template can raise any exception, and so can Jinja for a text that is no template.
             with library_boundary(lambda error: ValueError(first_line(error))):
                 return _Answer.VALUE, self._function(*arguments)
         except ValueError as error:

@@ -18,15 +18,16 @@ class _GenerationTag(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return what stands between the tag and its end."""
+        """Return the parsed content between the tag and its end tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @functools.lru_cache
 def template_variables(template: str, field: str) -> frozenset[str]:
-    """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja, or if it
-    raises to a power, which no chat template needs."""
+    """Return the names of the variables that ``template`` reads. ``field`` is the path of the template in the spec.
+    Raises UserError if ``template`` is no Jinja, if parsing it takes too much time or memory, or if it has the operator
+    `**`, which no chat template needs."""
     try:
         variables: frozenset[str] | None = TemplateProcess(_variables, seconds=SECONDS).call(template)
     except TemplateLimitError as error:
@@ -39,9 +40,10 @@ def template_variables(template: str, field: str) -> frozenset[str]:
 
 
 def _variables(template: str) -> frozenset[str] | None:
-    """Return the names of the variables that ``template`` reads, or None if it raises to a power."""
+    """Return the names of the variables that ``template`` reads, or None if it has the operator `**`."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
     parsed = environment.parse(template)
-    # Jinja computes constant expressions here, so a power of constants is no longer in ``parsed``.
+    # Jinja computes most constant expressions here. So a `**` between constants is usually gone from ``parsed``, and is
+    # not found then.
     variables = frozenset(meta.find_undeclared_variables(parsed))
     return variables if parsed.find(nodes.Pow) is None else None

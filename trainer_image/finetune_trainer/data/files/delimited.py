@@ -30,7 +30,7 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
     lines = _RecordLines(file, delimiter)
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     try:
-        # Some programs begin a file with blank lines, which are no more a header than they are a row.
+        # Some programs begin a file with blank lines. They are skipped here, as blank lines between rows are.
         header = next(filter(None, reader), None)
     except csv.Error as error:
         raise FileProblem(f"has a header that can't be read: {error}") from None
@@ -48,7 +48,8 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
         try:
             values = next(reader, None)
         except csv.Error as error:
-            # The reader goes on with the next line. So an opened quote costs the rows up to the next quote.
+            # After an error the reader goes on with the next line. So a quote that is never closed makes only the rows
+            # up to the next quote unreadable.
             end = reader.line_num
             through = f", up to line {end}" if end > start else ""
             yield Row(start, {}, f"is not csv ({error}{through})")
@@ -77,7 +78,7 @@ class _RecordLines:
         self.begin_record()
 
     def begin_record(self) -> None:
-        """Count the characters from here on as those of a new record."""
+        """Count the characters and the fields from here on as those of a new record."""
         self._characters = self._fields = 0
         self._most = ROW_CHARACTERS
         self._is_long = False
@@ -86,16 +87,17 @@ class _RecordLines:
         return self
 
     def __next__(self) -> str:
-        """Return the next line. Raises csv.Error if the record has too many fields, or if its lines have too many
-        characters, even without the last line that was returned. The error comes one line late, so that the csv reader
-        itself can first say that a field is too long."""
+        """Return the next line. Raises csv.Error if the record has too many fields, if a single line has too many
+        characters, or if all lines of the record together have too many. The last of these errors is raised one line
+        late, so that the csv reader itself can first report a field that is too long."""
         if self._is_long:
             raise csv.Error(f"row larger than row limit ({self._most})")
         self._is_long = self._characters > self._most
         line = next(self._lines)
         self._characters += len(line)
         if not line.isascii():
-            # The csv reader takes four bytes for each character of a field.
+            # The csv reader takes four bytes for each character of a field. The text itself takes one byte for each
+            # character if it is ASCII, and may take up to four if it is not.
             self._most = ROW_CHARACTERS // 2
         if len(line) > self._most:
             raise csv.Error(f"row larger than row limit ({self._most})")

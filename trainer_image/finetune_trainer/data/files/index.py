@@ -1,5 +1,5 @@
-"""The index of a data source with several files: a JSON file in a folder that names the local files in their order. The
-package `sources` writes the index, and `reader.py` reads it."""
+"""The index of a data source: a JSON file in a folder that names the local files of the source in their order. The
+package `sources` and the preflight check write the index, and `reader.py` reads it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class DataFile(NamedTuple):
 
     path: Path
     name: str
-    """Name for messages about the file, for example `train.jsonl`. Its suffixes tell what the file is."""
+    """Name for messages about the file, for example `train.jsonl`. Its suffixes say of which kind the file is."""
     place: str = ""
-    """Name for messages about rows of the file, for example `s3://bucket/rows/part-1.jsonl`. Empty if the name of the
-    data source names the file already."""
+    """Name for messages about rows of the file, for example `s3://bucket/rows/part-1.jsonl`. If it is empty, the name
+    of the data source is used, because it names the file already."""
     is_head: bool = False
-    """Whether the local file is only the beginning of the data file. Of a parquet file that is the schema, and the
-    first row group at most."""
+    """Whether the local file is only the beginning of the data file. The beginning of a parquet file is its schema,
+    with or without the first row group."""
     has_rows: bool = True
-    """Whether rows of the data file are there. False if only the schema of a parquet file is there."""
+    """Whether the local file has rows. False if it has only the schema of a parquet file."""
 
 
 def write_index(folder: Path, files: Sequence[DataFile]) -> None:
     """Write the index of ``files`` into the existing ``folder``."""
-    # Bytes of a name that are no UTF-8 are half surrogate pairs here (os.fsdecode). JSON escapes them, so no byte is
-    # lost.
+    # In a path as text, a byte that is no UTF-8 is half of a surrogate pair (os.fsdecode). JSON escapes such a
+    # character, so no byte of the path is lost.
     entries = [file._asdict() | {"path": os.fspath(file.path)} for file in files]
     (folder / INDEX_FILE).write_text(json.dumps(entries))
 

@@ -1,7 +1,7 @@
 """Reads .json files: an array of objects, each of which is a row, or objects one behind the other, as in JSON lines.
 
-Only the part of the text that holds the current row is in memory. The text of a row is decoded by Python's own decoder,
-so that a row means the same in a .json file and in a .jsonl file.
+Only the text around the current row is in memory, and not the whole file. The text of a row is decoded by Python's own
+decoder, so that a row means the same in a .json file and in a .jsonl file.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from finetune_trainer.data.files.streams import ROW_BYTES, ROW_CHARACTERS, FileP
 
 CHUNK_CHARACTERS = 64 * 1024
 PIECE_CHARACTERS = 8 * 1024 * 1024
-"""How many characters of the file are read at once, at least and at most."""
+"""How many characters of the file are read at once, at least and at most. For a row that is nearly as long as a row may
+be, fewer are read."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _NEAR_THE_END = 16
-"""An error that the decoder reports within this many characters before the end of the text may have a single cause: the
-text ends there. The longest token, apart from strings and numbers, is `-Infinity`, and an escape in a string has at
-most 12 characters."""
+"""An error that the decoder reports within this many characters before the end of the text in memory may come only from
+a value whose rest has not been read yet. The longest token, apart from strings and numbers, is `-Infinity`, and an
+escape in a string has at most 12 characters."""
 
 
 def json_rows(file: TextIO) -> Iterator[Row]:
-    """Yield the rows of a .json file. Raises FileProblem if the file is no JSON, because then nobody can tell where the
-    next row begins."""
+    """Yield the rows of a .json file. Raises FileProblem if the file is no JSON, or if a row is too large or nested too
+    deeply, because then nobody can tell where the next row begins."""
     text = _Text(file)
     first = text.next_character()
     if first == "":
@@ -68,13 +69,14 @@ class _Text:
         self.buffer = ""
         self.position = 0
         self.is_at_end = False
-        """Whether no text follows `buffer`."""
+        """Whether it is known that no text follows `buffer`."""
         self.row = 0
         """Number of the row at the position, for messages."""
 
     def extend(self) -> None:
-        """Read on, and drop the text before the position. About as much is read as is still there, so that the time for
-        a long row grows only with its length. No more is read than a row may have.
+        """Read more text, and drop the text before the position. About as many characters are read as are still in
+        memory, so that the time for a long row is proportional to its length. The text in memory gets at most one
+        character longer than a row may be.
 
         Raises FileProblem if the text from the position on is longer than a row may be.
         """
@@ -115,7 +117,7 @@ def _decode(text: _Text, number: int) -> Decoded:
             if text.is_at_end or not is_incomplete:
                 raise FileProblem(f"is not JSON: {error.msg.removesuffix(' starting at')} in row {number}") from None
         else:
-            # A number that ends where the text in memory ends may go on.
+            # A number at the end of the text in memory may have further digits that have not been read yet.
             if found.end < len(text.buffer) or text.is_at_end:
                 return found
         if len(text.buffer) - text.position > ROW_CHARACTERS:

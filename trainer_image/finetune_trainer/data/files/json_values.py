@@ -1,5 +1,5 @@
-"""Decodes one JSON value out of a text: like `json.loads`, but a key that occurs twice in an object is a problem of the
-row, because no reader could tell which of the two values is meant.
+"""Decodes a row that is a JSON value in a text. Unlike with `json.loads`, a key that occurs twice in an object is a
+problem of the row, because nobody can know which of the two values is meant.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from finetune_trainer.data.files.row import repeated
 from finetune_trainer.data.files.streams import ROW_BYTES, bad_byte
 
 _BYTES_OF_VALUES = {",": 64, "[": 64, "{": 192, ":": 128}
-"""How many bytes of memory Python takes for what a character begins in JSON: a value, a list, an object, or the value
-of a key with this key."""
+"""How many bytes of memory Python takes for what begins at each of these characters in JSON: a further value (`,`), a
+list (`[`), an object (`{`), or the value of a key together with the key (`:`)."""
 _LONGEST_INTEGER = 4300
 """Largest number of digits of an integer, as in Python itself. The time to read an integer grows with the square of its
 length."""
 
 
 class Decoded(NamedTuple):
-    """A decoded value: its columns, where the text goes on, and what is wrong with the value as a row."""
+    """A decoded row."""
 
     fields: dict[str, Any]
+    """The columns of the row. Empty if there is a problem."""
     end: int
+    """Index in the text of the first character behind the value."""
     problem: str | None
+    """What is wrong with the row, as a phrase that follows its place. None if the row can be used."""
 
 
 class RowDecoder:
@@ -58,7 +61,7 @@ class RowDecoder:
         return found
 
     def _integer(self, digits: str) -> int:
-        if len(digits) > _LONGEST_INTEGER:
+        if len(digits.removeprefix("-")) > _LONGEST_INTEGER:
             self._problem = f"has a number of more than {_LONGEST_INTEGER} digits"
             return 0
         return int(digits)

@@ -1,5 +1,5 @@
-"""The kinds of data files and their compressions, which the suffixes of a file's name tell: `rows.jsonl.gz` is JSON
-lines, compressed with gzip. `reader.py` and the package `sources` call `kind_of`."""
+"""The kinds of data files and their compressions. The suffixes of a file's name determine both: `rows.jsonl.gz` has
+JSON lines, compressed with gzip. `reader.py` and the package `sources` call `kind_of`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS_TEXT = f"{', '.join(list(Kind)[:-1])} or {list(Kind)[-1]}, each also with 
 
 
 class FileKind(NamedTuple):
-    """What a data file is, by its name."""
+    """Kind and compression of a data file, as the suffixes of its name say."""
 
     kind: Kind
     compression: Compression
@@ -40,7 +40,8 @@ class FileKind(NamedTuple):
 
 
 def kind_of(name: str) -> FileKind | None:
-    """Return what the file called ``name`` is, or None if the name has no suffix of a data file. Case is ignored."""
+    """Return the kind of the file called ``name``, or None if the name has no suffix of a data file. Case is
+    ignored."""
     lower = name.lower()
     compression = next((found for found in Compression if found and lower.endswith(found)), Compression.NONE)
     stem = name[: len(name) - len(compression)]

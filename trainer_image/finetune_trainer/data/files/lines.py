@@ -23,7 +23,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 def json_lines(file: TextIO) -> Iterator[Row]:
     """Yield a row for each line that is not blank. The columns of a row are the members of its JSON object."""
     decoder = RowDecoder()
-    # `enumerate` and a variable of this function would keep a long line in memory while the next one is read.
+    # `enumerate`, or a variable of this function, would keep a long line in memory while the next line is read.
     for row in map(partial(_json_line, decoder), itertools.count(1), bounded_lines(file)):
         if row is not None:
             yield row
@@ -58,7 +58,7 @@ def _json_line(decoder: RowDecoder, number: int, line: str) -> Row | None:
 
 
 def _after_blanks(line: str, start: int) -> int:
-    """Return the place of the first character from ``start`` on that is none of JSON's blanks."""
+    """Return the index of the first character from ``start`` on that JSON does not count as white space."""
     found = _BLANKS.match(line, start)
     return found.end() if found is not None else start
 
@@ -71,7 +71,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
     size = min(PIECE_CHARACTERS, ROW_CHARACTERS + 1)
     while piece := file.readline(size):
         if pieces and pieces[-1].endswith("\r") and piece != "\n":
-            # The line ended where its piece did.
+            # The single CR at the end of the last piece has ended the line.
             yield _joined(pieces)
             number, characters, most = number + 1, 0, ROW_CHARACTERS
         is_whole = len(piece) < size or piece.endswith("\n")
@@ -89,7 +89,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 
 
 def _joined(pieces: list[str]) -> str:
-    """Return the text of ``pieces``, and empty the list, because its memory would be needed twice."""
+    """Return the text of ``pieces``, and empty the list, because otherwise the text would be in memory twice."""
     text = "".join(pieces)
     pieces.clear()
     return text

@@ -12,12 +12,13 @@ from finetune_trainer.pod.errors import first_line
 
 BATCH_ROWS = 8
 BATCH_BYTES = 8 * 1024 * 1024
-"""Limits on how many rows are decoded at once: at most BATCH_ROWS, and fewer if that many average rows would have more
-than BATCH_BYTES. The average is too small where the file holds one text only once for many rows, or where long rows lie
-side by side. There, only BATCH_ROWS bounds the memory. Larger batches would save a few microseconds a row."""
+"""Limits on how many rows are decoded at once: at most BATCH_ROWS, and fewer if BATCH_ROWS rows of average size would
+have more than BATCH_BYTES. Some rows are much larger than the average, for example where the file stores one text only
+once for many rows, or where several long rows follow each other. For these rows, only BATCH_ROWS bounds the memory.
+Larger batches would save a few microseconds a row."""
 ROW_BYTES = 16
-"""Smallest number of bytes that a row counts where a file is checked for its expansion. A row without a value has no
-bytes in memory, but takes time."""
+"""Smallest number of bytes that is counted for a row in the check of what a file expands to. A row without values takes
+no bytes in memory, but reading it takes time."""
 
 
 def parquet_rows(

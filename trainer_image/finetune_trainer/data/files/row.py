@@ -1,5 +1,5 @@
-"""A row of a data file, with its place in the file, and a column that a job names. The readers of all kinds of files
-yield rows."""
+"""`Row` is a row of a data file with its place in the file, and `NamedColumn` is a column that a field of the spec
+names. The readers of all kinds of files yield `Row` objects."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from finetune_core.errors import valid_text
 
 
 class NamedColumn(NamedTuple):
-    """A column of the data files that the job names."""
+    """A column that a field of the spec names."""
 
     field: str
-    """Path of the field in the spec that names the column, for example `dataset.format.text.textField`."""
+    """Path of this field, for example `dataset.format.text.textField`."""
     name: str
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """Return the first of ``names`` that occurs a second time, or None. The time grows in proportion to the number of
-    names, because a row of a user may have a million of them."""
+    """Return the first of ``names`` that occurs a second time, or None. The function takes time in proportion to the
+    number of names, because a user's row may have a million names."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -39,8 +39,8 @@ class Row:
     problem: str | None = None
     unit: Literal["line", "row"] = "line"
     file: str = ""
-    """Name of the file that holds the row, for messages, for example `s3://bucket/rows/part-1.jsonl`. Empty if the data
-    source is a single file, because the data source itself then names the file."""
+    """Name of the file that holds the row, for messages, for example `s3://bucket/rows/part-1.jsonl`. Empty only if the
+    data source is a single file, so that the name of the data source names the file already."""
 
     def place(self, source: str) -> str:
         """Return the place of the row for messages: `data/train.jsonl line 12`, if ``source`` is `data/train.jsonl`.

@@ -21,21 +21,24 @@ from finetune_trainer.data.files.kinds import Compression
 BLOCK_BYTES = 1024 * 1024
 """How many bytes of a file are read at once."""
 ROW_CHARACTERS = 64 * 1024 * 1024
-"""Largest number of characters in one row of a text file, and in one field of a csv file. Python's own limit for a csv
-field, 131,072 characters, is shorter than some prompts. `most_characters` tells where it is half as many."""
+"""Largest number of characters in one row of a text file, and in one field of a csv file. The limit of a row is half of
+this number if Python takes four bytes for each character of the row (see `most_characters`), and in a csv file already
+if the row is not ASCII. For csv fields this number replaces Python's own limit, 131,072 characters, which is shorter
+than some prompts."""
 ROW_BYTES = 256 * 1024 * 1024
-"""Largest memory in bytes that the values of one row may take beside their text. Of `[],` and of short fields a text
-makes many times as many bytes of Python's objects."""
+"""Largest memory in bytes that the values of one row may take besides their text. Python's objects for empty lists or
+short fields take many times as many bytes as the text of these values."""
 EXPANDED_BYTES = 256 * 1024 * 1024
 LARGEST_EXPANSION = 10_000
-"""A compressed file is refused once the bytes that were decoded of it are more than EXPANDED_BYTES, and also more than
-this many times the bytes of the file. Rows that all have the same long prompt stay far below this limit."""
+"""A compressed file or a parquet file is refused once more than EXPANDED_BYTES bytes of it were decoded, and these are
+also more than LARGEST_EXPANSION times the bytes of the file. Rows that all have the same long prompt stay far below
+this limit."""
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _WIDE = re.compile("[^\x00-\uffff]")
-"""A character that takes four bytes of memory, as do then all characters of its text."""
+"""A character that makes Python use four bytes of memory for each character of a text that contains it."""
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
-"""What a byte that is no UTF-8 becomes by the error handler `surrogateescape`. Valid UTF-8 never contains these
-characters."""
+"""The characters that the error handler `surrogateescape` puts in the place of bytes that are no UTF-8. Valid UTF-8
+never contains these characters."""
 
 
 class FileProblem(Exception):  # noqa: N818  (the whole file is at fault, and `reader.py` makes the error of it)
@@ -53,23 +56,23 @@ def check_expansion(decoded: int, size: int) -> None:
 
 
 def most_characters(text: str, most: int) -> int:
-    """Return how many characters a row with ``text`` in it may have: ``most``, and half as many if one of them, such as
-    an emoji, makes each character of the row take four bytes of memory."""
+    """Return how many characters a row that contains ``text`` may have: ``most``, or half of it if ``text`` has a
+    character such as an emoji, which makes each character of the row take four bytes of memory."""
     return most if text.isascii() or _WIDE.search(text) is None else most // 2
 
 
 @contextmanager
 def open_bytes(path: Path, compression: Compression, *, is_head: bool) -> Iterator[BinaryIO]:
-    """Open a file and yield its decompressed bytes as a stream that can not seek. With ``is_head`` the file is only the
-    beginning of a longer one, so that its end raises HeadEnded.
+    """Open a file and yield its decompressed bytes as a stream, which need not be able to seek. With ``is_head`` the
+    file is only the beginning of a longer one, so that its end raises HeadEnded.
 
     Reading raises FileProblem where the file expands to too much, and whatever the decompressor raises where the file
     is damaged: OSError, EOFError, zlib.error.
     """
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        # The raw file itself must raise HeadEnded: a reader above it would take the end of the bytes for the end of the
-        # last row.
+        # The end of the raw file itself must raise HeadEnded. Otherwise the readers that use it would take the end of
+        # the bytes for the end of the last row.
         raw = cast(BinaryIO, io.BufferedReader(_Head(file) if is_head else file, BLOCK_BYTES))
         if compression is Compression.NONE:
             yield raw
@@ -108,8 +111,9 @@ def open_seekable(path: Path, compression: Compression) -> Iterator[Path | Binar
 
 
 def bad_byte(text: str, start: int = 0, end: int | None = None) -> int | None:
-    """Return the place of the first byte in ``text`` (from `open_text`) that is no UTF-8, in bytes counted from 1; None
-    if there is none. Only the characters from ``start`` up to ``end`` are looked at."""
+    """Return the number, counted from 1, of the first byte of ``text`` (from `open_text`) that is no UTF-8. Return None
+    if there is no such byte. Only the characters from ``start`` up to ``end`` are looked at, and bytes are counted from
+    ``start`` on."""
     found = None if text.isascii() else _BAD_BYTE.search(text, start, len(text) if end is None else end)
     return len(text[start : found.start()].encode("utf-8", "surrogatepass")) + 1 if found is not None else None
 
@@ -141,7 +145,7 @@ class _Head(io.RawIOBase):
 
 
 class _Expanded(io.RawIOBase):
-    """A decompressed stream that counts what it yields."""
+    """A decompressed stream that counts the bytes that were read from it, and checks the expansion."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream = stream

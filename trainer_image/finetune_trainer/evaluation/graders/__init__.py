@@ -1,5 +1,6 @@
-"""Graders: one module for each kind of comparison. Each grader is a function that gets a generated answer and the
-columns of its row, by the grader's own names of the columns, and returns a `Grade`.
+"""Graders: a module for each kind of comparison, and for SQL several modules. Each grader is a function that gets a
+generated answer and the columns of its row, and returns a `Grade`. The columns have the names that the grader itself
+gives them.
 
 `finetune_core.tasks` declares the names, columns, arguments and scores of the tasks. The trainer and the preflight
 check call `load_grading`. No module here imports torch. The graders of the tasks are pure functions, except for the SQL
@@ -28,8 +29,8 @@ from finetune_trainer.evaluation.graders.texts import contains_grader, exact_mat
 __all__ = ["GRADERS", "Grade", "Grader", "Grading", "OwnGrader", "load_grading"]
 
 Grader = Callable[[str, Mapping[str, object]], Grade]
-"""A function that grades a generated answer. It gets the answer and the row, by the grader's own names of the columns,
-and never raises an exception, whatever the two contain."""
+"""A function that grades a generated answer. Its arguments are the answer and the row, whose columns have the names
+that the grader itself gives them. The function raises no exception because of what the answer or the row contains."""
 
 GRADERS: Mapping[str, Callable[[TaskSpec], Grader]] = {
     "ViGGO": lambda _: viggo.grade,
@@ -57,21 +58,22 @@ class Grading:
 
     task: Task
     columns: Mapping[str, str]
-    """For each column that the grader reads, by the grader's own name, the column of the rows that holds it. The
-    columns in ``rendered`` are not among them."""
+    """The names of the columns in the data file, by the names that the grader itself gives the columns. The columns in
+    ``rendered`` are not among them."""
     rendered: Sequence[str]
-    """The grader's own names of the columns that hold the right answer and get the text of the template `completion`.
-    Empty where the format has no such template, or where the template consists of one column, which is then in
-    ``columns``."""
+    """Names of those columns of the grader that get the rendered template `completion` as the right answer. Empty where
+    the template consists of one column only, or where `dataset.task.fields` names the column with the right answer. The
+    grader then reads that column, which is in ``columns``."""
     required_columns: Sequence[NamedColumn]
-    """The columns that rows must have, each with the field of the spec that names it or would name it."""
+    """The columns that rows must have. Each has the field of the spec that names the column, or in which a user can
+    name another column."""
     one_line: bool
     """Whether only the first line of the base model's answer counts."""
     completion: RowTemplate
     """The template of the rows' completion."""
     grader: Grader
     read_completion: Callable[[Iterable[Piece]], str] = text_of_pieces
-    """Returns for a rendered completion the text that a generated answer with the same tokens has."""
+    """A function that returns the text which a generated answer with the tokens of a rendered completion would have."""
 
     @property
     def columns_read(self) -> frozenset[str]:
@@ -83,15 +85,16 @@ class Grading:
         return replace(self, read_completion=read_completion)
 
     def grade(self, answer: str, row: Mapping[str, object]) -> Grade:
-        """Return the grade of ``answer``. ``row`` is a row of the data file, by the names of its own columns."""
+        """Return the grade of ``answer``. ``row`` is a row of the data file, by the names of the columns in this
+        file."""
         given = {name: row.get(column) for name, column in self.columns.items() if column in row}
         if self.rendered and (completion := self._completion(row)) is not None:
             given |= dict.fromkeys(self.rendered, completion)
         return self.grader(answer, given)
 
     def why_left_out(self, row: Mapping[str, object]) -> str:
-        """Return why an answer to ``row`` can't be graded; empty where it can. The row's own completion is tried as the
-        answer."""
+        """Return why an answer to ``row`` can't be graded. Empty if an answer can be graded. To find out, the row's own
+        completion is graded."""
         grade = self.grade(self._completion(row) or "", row)
         return "" if grade.is_graded else grade.problem or "the grader left the row out"
 
@@ -104,10 +107,11 @@ class Grading:
 
 
 def load_grading(dataset: DatasetSpec, require: Sequence[RequirementSpec] | None = None) -> Grading | None:
-    """Return how the answers of a job are graded; None where `dataset.task` is absent.
+    """Return how the answers of a job are graded. None where `dataset.task` is absent.
 
-    Raises UserError with the field where the grader does not exist, where it refuses its arguments, and where
-    ``require``, which is `evaluation.require`, names a score that the task does not have.
+    Raises UserError with the field where the grader does not exist or can't be loaded, where it refuses its arguments,
+    and where `dataset.task.fields` names a column that the grader does not read. Raises UserError also where the
+    template `completion` is malformed, and for ``require``, which is `evaluation.require`, as `_check_required` does.
     """
     spec, form = dataset.task, dataset.format.prompt_completion
     if spec is None or form is None:

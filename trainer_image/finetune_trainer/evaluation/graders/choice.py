@@ -19,15 +19,16 @@ _SAID = re.compile(
     r"(?:(?:so|therefore|thus)[, ]+)?(?:i (?:would )?(?:choose|pick|select|say)|(?:(?:the|my) )?"
     r"(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?)\s*:?\s*(?=\S)"
 )
-"""What may stand before the chosen option, such as `the answer is`."""
+"""A phrase that may come before the chosen option, such as `the answer is`."""
 _MOST_SAID = 4
-"""How many such phrases may follow each other, as in `the answer is option B`."""
+"""How many phrases of `_SAID` may come before the option. For example, `the answer is option B` has two."""
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
 _OPENING = "(["
 _SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
-"""What separates a label from what follows."""
+"""Characters that separate a label from any text that follows."""
 _WEAK_SEPARATOR = re.compile(r",\s+|\s*[-\u2013\u2014]\s+")
-"""What separates a label from the text of its option. Before anything else it may have another meaning."""
+"""A comma or dash. It separates a label from the text that follows only if this is the text of the label's own
+option."""
 _BOXED = re.compile(
     r"\$+(?P<math>[^$]*)\$+|\\[(\[](?P<display>.*)\\[)\]]"
     r"|\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf)\s*\{(?P<inner>.*)\}",
@@ -35,7 +36,7 @@ _BOXED = re.compile(
 )
 """Markup of LaTeX that encloses a whole text."""
 _MOST_BOXES = 4
-"""How many layers of such markup are removed."""
+"""Largest number of layers of the markup in `_BOXED` that are removed."""
 
 
 def _bare(text: str) -> str:
@@ -69,9 +70,10 @@ class Options:
         )
 
     def chosen(self, answer: str) -> str | None:
-        """Return the label of the option that ``answer`` names; None where it names none, or two different ones."""
+        """Return the label of the option that ``answer`` names. None where it names no option, or the label of one
+        option with the text of another."""
         text = _bare(_FORM.of(answer))
-        for _ in range(_MOST_SAID):
+        for _ in range(_MOST_SAID + 1):
             for candidate in (text, _unboxed(text)):
                 if (label := self._named(candidate)) is not None:
                     return label
@@ -95,8 +97,8 @@ class Options:
         return None
 
     def _behind(self, rest: str) -> str | None:
-        """Return the text in ``rest`` behind the separator of a label. ``rest`` is the text behind the label. Return
-        None where no separator follows the label, although other text does."""
+        """Return the text behind the separator in ``rest``, which is the text behind a label. Return an empty text
+        where ``rest`` is empty, and None where ``rest`` is other text that does not begin with a separator."""
         separator = _SEPARATOR.match(rest) or (_WEAK_SEPARATOR.match(rest) if self.texts else None)
         if separator is None:
             return None if rest else ""
@@ -120,7 +122,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
 
 def _right(own: object, options: Options) -> str | None:
-    """Return the label of the option that ``own``, the row's own answer, names; None where it names none."""
+    """Return the label of the option that ``own``, the row's own answer, names. A number counts the options from 0, if
+    the row has texts of options. None where ``own`` names no option."""
     if isinstance(own, str):
         return options.chosen(own)
     is_number = isinstance(own, (int, float)) or (isinstance(own, Decimal) and own.is_finite())
@@ -130,8 +133,8 @@ def _right(own: object, options: Options) -> str | None:
 
 
 def _options(value: object) -> Options | None:
-    """Return the options in a row's column; letters as labels, without texts, where ``value`` is None. Return None
-    where the column holds anything else than options."""
+    """Return the options in ``value``, the value of a row's column. If ``value`` is None, the labels are the letters,
+    and there are no texts. Return None where ``value`` is anything but options."""
     letters = tuple(string.ascii_lowercase)
     if value is None:
         return Options(letters, ())
@@ -155,8 +158,8 @@ def _options(value: object) -> Options | None:
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
-    """Return the values of a list in the form in which they are compared. None where ``value`` is no list, or where a
-    template can't show one of its values."""
+    """Return the values of a list in the form in which they are compared. None where ``value`` is no list, or where one
+    of its values is empty or can't be shown by a template."""
     if not isinstance(value, (list, tuple)):
         return None
     shown = [text for text in map(text_or_none, value) if text is not None]

@@ -68,11 +68,11 @@ class GradeList:
     values: Mapping[str, Sequence[float]]
     """For each score of the task its values for the graded answers. All lists have the same length."""
     reasons: Mapping[str, int]
-    """Number of answers that were left out, by the reason."""
+    """For each reason, the number of answers that were left out."""
 
     @classmethod
     def of(cls, task: Task, grades: Iterable[Grade]) -> GradeList:
-        """Return the values of ``grades``, which all belong to ``task``."""
+        """Return the list of the values and reasons in ``grades``, which all belong to ``task``."""
         every = list(grades)
         graded = [grade for grade in every if grade.is_graded]
         return cls(
@@ -82,7 +82,7 @@ class GradeList:
 
     @classmethod
     def joined(cls, task: Task, lists: Iterable[GradeList]) -> GradeList:
-        """Return the list of all answers of several ranks."""
+        """Return one list with the values and reasons of all ``lists``, which several ranks made."""
         every = list(lists)
         reasons: Counter[str] = Counter()
         for part in every:
@@ -96,7 +96,7 @@ class GradeList:
 
     @classmethod
     def from_json(cls, value: Any) -> GradeList:
-        """Return the list that `to_json` made ``value`` from."""
+        """Return the list from which `to_json` made ``value``."""
         return cls(values=value["values"], reasons=value["reasons"])
 
     @property
@@ -110,14 +110,14 @@ class GradeList:
         return sum(self.reasons.values())
 
     def reported(self, task: Task) -> dict[str, float]:
-        """Return the value of each score over the graded answers, as ``task`` declares it. Empty if no answer was
-        graded."""
+        """Return for each score the mean of its values for the graded answers, or the other aggregation that ``task``
+        declares for the score. Empty if no answer was graded."""
         return {score.name: score.aggregation.of(self.values[score.name]) for score in task.scores if self.graded}
 
     @property
     def main_reasons(self) -> dict[str, int]:
-        """Why answers were left out, the most frequent reasons first. Where there are more than UNGRADED_LIMIT, the
-        last entry counts all others."""
+        """Number of answers that were left out, by the reason, the most frequent reasons first. If there are more than
+        UNGRADED_LIMIT reasons, the last entry counts the answers of all remaining reasons."""
         ordered = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
         if len(ordered) <= UNGRADED_LIMIT:
             return dict(ordered)

@@ -1,4 +1,5 @@
-"""The grader of GSM8K: a word problem in arithmetic is answered step by step, and only the number after `####` counts.
+"""The grader of GSM8K. In this task, the model solves a word problem in arithmetic step by step. Only the number after
+`####` counts.
 
 The row's column `answer` holds the reference answer, for example `48+24 = 72 clips altogether.\\n#### 72`. The model
 answers in the same form. `evaluation/scorer.py` calls `grade` for every generated answer.

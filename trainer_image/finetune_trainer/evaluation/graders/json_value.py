@@ -12,18 +12,18 @@ from finetune_core.tasks import JSON
 from finetune_trainer.evaluation.graders.grades import Grade
 
 DEEPEST = 100
-"""Largest depth of objects and lists in a value that can be graded."""
+"""Largest number of objects and lists that may enclose any part of a value that can be graded."""
 
 _FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
 """A Markdown fence around a whole text. Its first line may name a language, such as `json`."""
 
 
 class NoValueError(ValueError):
-    """A text or a value of a data file is no JSON value, or is nested too deep."""
+    """A text, or a value of a data file, is no JSON value, or is nested too deeply."""
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
-    """Return the grade of ``answer``, whose value is compared with that of the row's column `answer`."""
+    """Return the grade of ``answer``. Its JSON value is compared with the JSON value of the row's column `answer`."""
     try:
         own = row.get("answer")
         if own is None:
@@ -82,7 +82,7 @@ def _deeper_than(value: object, levels: int) -> bool:
 
 
 def same(left: object, right: object) -> bool:
-    """Return whether two parsed values are equal. True is no number, and the order of keys makes no difference."""
+    """Return whether two parsed values are equal. True does not equal 1, and the order of keys makes no difference."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):

@@ -1,8 +1,9 @@
-"""Reads the number that a text states, and the grader of numbers.
+"""The grader of Number, and the functions that read the number in a text. The grader of GSM8K reads its number with
+`read_number_behind`.
 
-`read_statement` is the one reader of numbers: the graders of Number and of GSM8K call it. A text states a number where
-it begins with the number, apart from markup and currency signs, and names no other number in the same statement. So a
-list, a range, a calculation and `5 hours and 30 minutes` state no number.
+`read_only_number` and `read_number_behind` find the place at which a statement begins, and `read_statement` reads the
+number there. A statement must begin with the number, apart from markup, quotes and currency signs, and must have no
+other number. So a list, a range, a calculation and `5 hours and 30 minutes` state no number.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from finetune_core.tasks import NUMBER
 from finetune_trainer.evaluation.graders.grades import Grade
 
 LONGEST_NUMBER = 1000
-"""Largest number of characters of a number. A longer one is no number that a person means."""
+"""Largest number of characters of a number. A longer number is not read, because no person writes such a number."""
 MOST_SCALES = 4
-"""Largest number of words such as `million` that may multiply one number."""
+"""Largest number of words such as `million` that can multiply one number, as in `2 hundred thousand`."""
 
 _GAP = "\x1f"
 """Takes the place of removed markup. It separates the texts on its two sides, and is ignored beside a number."""
@@ -31,15 +32,15 @@ _MARKUP = re.compile(
 _THIN_SPACE = re.compile(r"(?<=[0-9])\{?\\,\}?(?=[0-9]{3}(?![0-9]))")
 """The space of LaTeX between groups of three digits."""
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
-"""A digit of another script, such as Arabic."""
+"""A digit that is not one of the ASCII digits, such as an Arabic one."""
 _FORMS = {place: chr(place - 0xFEE0) for place in range(0xFF01, 0xFF5F)} | {0x066B: ".", 0x066C: ","}
 """Full-width characters and Arabic separators, each with the ASCII character of the same meaning."""
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
 """Turns hyphens, the en dash and other signs that people type for a minus into `-`."""
 
 _SPACE = r"[^\S\n]*+"
-"""White space and removed markup on one line. The quantifier never gives characters back, so that no text takes more
-than linear time."""
+"""White space and removed markup on one line. The quantifier never gives characters back, so that the search takes only
+time in proportion to the length of the text."""
 _CURRENCY = (
     r"(?:(?:US|CA|AU|NZ|HK|[AC])?\\?[$€£¥₹₩₽]"
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
@@ -57,8 +58,9 @@ _NO_MORE = (
     rf"|(?<![0-9.]0)(?<=0)(?:[xX][0-9A-Fa-f]|[oObB][0-7])|{_SPACE}(?:\\(?:pi|sqrt)(?![A-Za-z])|[π√]))"
 )
 _NUMBER = re.compile(_START + _NO_MORE)
-"""A number with its sign, behind which no exponent, fraction, range, calculation or further digits stand, and which is
-no factor of a root or of π. Commas, spaces or apostrophes may separate groups of digits."""
+"""A number with its sign and its currency. It is not followed by an exponent, a fraction, a range, a calculation or
+further digits, is no factor of a root or of π, and is not the 0 of `0x1F`. Commas, spaces or apostrophes may separate
+groups of digits."""
 _POWERS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _SCIENTIFIC = re.compile(
     _START
@@ -68,9 +70,10 @@ _SCIENTIFIC = re.compile(
 )
 """A number with a power of ten behind it, such as `1e-07`, `2.4 × 10^5` or `2.4 × 10⁵`."""
 _BEFORE = re.compile(r"[^\S\n]*+(?:[*_\"'“”‘’=:][^\S\n]*+)*+")
-"""What may stand before the number of a statement: markup, quotes, `=` and `:`."""
+"""Text that may come before the number of a statement: markup, quotes, `=` and `:`."""
 _LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?$")
-"""The part of a number that comes before its first digit. It is searched at the end of the text before that digit."""
+"""The part of a number before its first digit, such as a sign. It is looked for at the end of the text before that
+digit."""
 _SCALE = re.compile(
     rf"{_SPACE}-?{_SPACE}(?:(?P<k>[kK]|thousands?)|(?P<m>mn|mio|millions?)|(?P<b>bn|billions?)|(?P<t>trillions?)"
     r"|(?P<h>hundreds?)|(?P<l>lakhs?)|(?P<c>crores?)|(?P<d>dozens?))(?![A-Za-z])",
@@ -79,15 +82,16 @@ _SCALE = re.compile(
 """A word that multiplies the number before it."""
 _FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "h": 100, "l": 10**5, "c": 10**7, "d": 12}
 _LETTER_SCALE = re.compile("(?:(?P<m>M)|(?P<b>B))(?![A-Za-z])")
-"""Letters directly behind a number that mean millions and billions. Small letters may be metres."""
+"""Letters directly behind a number that mean millions and billions. Only capital letters do, because `m` may mean
+metres."""
 _AMOUNT_SCALE = re.compile("[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
 """Letters that mean millions and billions behind an amount of money."""
 _END = re.compile(
     rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
-"""The end of a statement: the end of the line or of the sentence, or the beginning of a remark. A comma ends it unless
-a number follows."""
+"""The end of a statement: the end of the line or of the sentence, the beginning of a remark in parentheses or brackets,
+or `=`. A comma also ends the statement unless a number follows the comma."""
 _FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(
@@ -101,16 +105,16 @@ _ANY_DIGIT = re.compile("[0-9]")
 _OPERATOR = re.compile(
     r"(?:[√∛∜±∓^/÷×]|(?:\\|\b)(?:sqrt|log|ln|lg|exp|sin|cos|tan)[({]?|\\(?:pm|mp|times|div|cdot|[dt]?frac|binom))\s*$"
 )
-"""What makes another number of the number behind it, such as the sign of a root."""
+"""An operator that changes the value of the number behind it, such as the sign of a root."""
 _DASH = re.compile(rf"(?P<word>[^\W\d_]+)\s+-\s+(?P<behind>(?:{_CURRENCY}{_SPACE})?\.?)$")
-"""A word, a dash between white space, and what stands before the first digit behind the dash."""
+"""A word, a dash between white space, and the text between the dash and the first digit behind it."""
 _BEFORE_MINUS = frozenset({"is", "are", "was", "be", "equals", "equal", "about", "of", "to"})
 """Words behind which a dash is a minus: `it is - 5`."""
 
 
 def plain(text: str, *, any_script: bool = False) -> str:
-    """Return ``text`` without markup, and with one sign for minus. With ``any_script`` digits of all scripts become
-    ASCII digits."""
+    """Return ``text`` without markup, and with `-` in the place of all signs that mean minus. With ``any_script`` the
+    digits of all scripts become ASCII digits."""
     if any_script:
         text = _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.decimal(found[0])), text.translate(_FORMS))
     text = text.translate(_MINUS).replace("{,}", ",")
@@ -118,11 +122,10 @@ def plain(text: str, *, any_script: bool = False) -> str:
 
 
 def read_statement(text: str, *, scientific: bool = False) -> Decimal | None:
-    """Return the number with which the statement at the beginning of ``text`` begins, where it names no other number.
+    """Return the number that the statement at the beginning of ``text`` states. ``text`` must be a result of `plain`.
 
-    ``text`` is what `plain` returned. None where the statement begins with something else, has two signs, or names
-    several numbers. What follows behind the statement is ignored. With ``scientific`` a power of ten belongs to the
-    number: `1e5` and `2.4 × 10^5`.
+    None where the statement does not begin with a number, has two signs, or has several numbers. The text behind the
+    statement is ignored. With ``scientific`` a power of ten belongs to the number, as in `1e5` and `2.4 × 10^5`.
     """
     before = _BEFORE.match(text)
     start, power = before.end() if before else 0, ""
@@ -157,8 +160,8 @@ def read_statement(text: str, *, scientific: bool = False) -> Decimal | None:
 
 
 def read_only_number(text: str) -> Decimal | None:
-    """Return the number of a text that states exactly one number anywhere, with words around it. None where the text
-    has no number or several, or where letters stand directly before the number."""
+    """Return the only number in ``text``, which may have words around the number. None where the text has no number or
+    several, or where a letter or an operator is directly before the number (see `_start`)."""
     text = plain(text, any_script=True)
     digit = _ANY_DIGIT.search(text)
     if digit is None:
@@ -174,15 +177,15 @@ def read_only_number(text: str) -> Decimal | None:
 
 
 def read_number_behind(marker: str, text: str, *, any_notation: bool = False) -> Decimal | None:
-    """Return the number that is stated behind ``marker``, on the same line or, where nothing else stands there, on the
-    next one.
+    """Return the number that is stated behind ``marker``. The number is on the same line as the marker, or on the next
+    line that is not blank if the rest of the marker's line is blank.
 
-    If the text has several markers, the first one counts behind which a number is stated. The search ends with None at
-    a marker that has several numbers behind it, or a number that can't be read. With ``any_notation`` digits of all
-    scripts and powers of ten are read too. The grader of GSM8K does not read these.
+    If the text has several markers, the first marker with a number behind it counts. If a marker has several numbers
+    behind it, or a number that can't be read, None is returned, and no further marker is looked at. With
+    ``any_notation`` digits of all scripts and powers of ten are read too. The grader of GSM8K does not read these.
     """
     text, mark = (plain(part, any_script=any_notation) for part in (text, marker))
-    # The characters at the ends of the marker must not continue there, so that `#####` is not the marker `####`.
+    # A marker counts only if its first and last character are not repeated beside it: `#####` is not the marker `####`.
     pattern = re.compile(f"(?<!{re.escape(mark[0])}){re.escape(mark)}(?!{re.escape(mark[-1])})")
     places = [found.span() for found in pattern.finditer(text)]
     ends = [start for start, _ in places[1:]] + [len(text)]
@@ -197,8 +200,8 @@ def read_number_behind(marker: str, text: str, *, any_notation: bool = False) ->
 
 
 def _start(text: str, digit: int) -> int | None:
-    """Return where the statement of the number begins whose first digit stands at ``digit``: before its sign and its
-    currency. None where a letter, the sign of a root or another operator stands directly before the number."""
+    """Return where a number begins, with its sign and its currency. ``digit`` is the index of the number's first digit
+    in ``text``. None where a letter, the sign of a root or another operator is directly before the number."""
     before = text[max(0, digit - 24) : digit]
     lead = _LEAD.search(before)
     start = digit - (len(before) - lead.start() if lead else 0)
@@ -208,7 +211,7 @@ def _start(text: str, digit: int) -> int | None:
     dash = _DASH.search(before + text[start:digit])
     if dash is None or dash["word"].lower() in _BEFORE_MINUS:
         return start
-    # Behind a word a dash is no sign. Behind a single letter it stands for a subtraction.
+    # A dash behind a word is no sign. A dash behind a single letter means a subtraction.
     return digit - len(dash["behind"]) if len(dash["word"]) > 1 else None
 
 
@@ -242,7 +245,8 @@ def number_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade
 
 
 def is_near(number: Decimal, reference: Decimal, tolerance: Decimal, relative: Decimal) -> bool:
-    """Return whether two numbers differ by at most ``tolerance``, or by at most ``relative`` times the reference."""
+    """Return whether ``number`` and ``reference`` differ by at most ``tolerance``, or by at most ``relative`` times the
+    absolute value of ``reference``."""
     if number == reference:
         return True
     difference = abs(number - reference)

@@ -1,7 +1,8 @@
-"""Own graders: graders in a user's trainer image, which are entry points of the group `finetune_trainer.graders`.
+"""Loads and calls own graders: graders that users add to their trainer image, as entry points of the group
+`finetune_trainer.graders`.
 
-An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function raises or returns
-becomes a grade, so that a fault of an own grader leaves rows out and never ends a training.
+An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function returns or raises
+becomes a grade. So a fault of an own grader leaves rows out and does not end the training, except for lack of memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ GRADE_SECONDS = 30.0
 """Longest time in seconds that a call of an own grader may take."""
 
 _PASSED_ON = (MemoryError, KeyboardInterrupt)
-"""Exceptions that say nothing about the code that raised them. They are raised again."""
+"""Exceptions that do not show a fault of the grader. They are raised again."""
 
 GradeFunction = Callable[[str, Mapping[str, object], Mapping[str, str]], object]
 """A function that grades an answer. Its arguments are the answer, the columns that the task declares (by the task's own
@@ -53,8 +54,8 @@ def names_of_own_graders() -> list[str]:
 def load_own_grader(name: str, arguments: Mapping[str, str]) -> OwnGrader:
     """Return the own grader ``name``.
 
-    Raises UserError where the image has no such entry point or several, where the entry point can't be loaded, and
-    where the grader refuses ``arguments``.
+    Raises UserError where the image has no entry point of this name or several different ones, where the entry point
+    can't be loaded or is no `OwnGrader`, and where the grader refuses ``arguments``.
     """
     found: list[EntryPoint] = list(entry_points(group=GROUP, name=name))
     if len(named := sorted({entry.value for entry in found})) > 1:
@@ -101,11 +102,12 @@ def _declaration_problem(loaded: object) -> str:
 def bounded(
     own: OwnGrader, arguments: Mapping[str, str], *, seconds: float = GRADE_SECONDS
 ) -> Callable[[str, Mapping[str, object]], Grade]:
-    """Return a grader that calls the function of ``own``. If the function raises an exception, or returns anything but
-    values of the declared scores, the grade leaves the row out and says why.
+    """Return a grader that calls the function of ``own`` with ``arguments``. If the function raises an exception, or
+    returns anything that `GradeFunction` does not allow, the grade leaves the row out and says why. Only MemoryError
+    and KeyboardInterrupt are raised again.
 
-    A call that takes longer than ``seconds`` leaves its row out too, and the function is not called again, because the
-    thread of that call can't be ended.
+    If a call takes longer than ``seconds``, its row is left out, and so are all rows after it. The function is not
+    called again, because the thread of that call can't be ended.
     """
     stuck = threading.Event()
     too_long = f"a call of the grader took longer than {seconds:g} s"
@@ -130,7 +132,8 @@ def bounded(
 def _attempt(
     own: OwnGrader, answer: str, row: Mapping[str, object], arguments: Mapping[str, str]
 ) -> Grade | BaseException:
-    """Return the grade that the function of ``own`` gives. Lack of memory and an interrupt are returned as they are.
+    """Return the grade that the function of ``own`` gives. MemoryError and KeyboardInterrupt are returned, so that the
+    calling thread can raise them.
 
     The function gets copies, because the row and the arguments are used again for the next evaluation.
     """
@@ -143,7 +146,8 @@ def _attempt(
 
 
 def as_grade(task: Task, returned: object) -> Grade:
-    """Return what a grading function returned as a grade of ``task``."""
+    """Return a grade of ``task`` for ``returned``, the value that a grading function returned. If ``returned`` is not
+    what `GradeFunction` allows, the grade leaves the row out and says why."""
     if returned is None:
         return Grade.left_out("the grader left the row out")
     if isinstance(returned, Grade):
@@ -189,7 +193,7 @@ def _number(value: object) -> float | None:
 
 
 def _line(value: object) -> str:
-    """Return the text of ``value`` as one line that a terminal can show: the status and the CLI show the line."""
+    """Return the text of ``value`` as one line that a terminal can show. The job's status and the CLI show the line."""
     text = " ".join(valid_text(str(value)).split())
     return "".join(character if character.isprintable() else "?" for character in text)
 

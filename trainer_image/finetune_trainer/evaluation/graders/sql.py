@@ -1,4 +1,4 @@
-"""The grader of SQL: a question about tables is answered by a query, and the query is judged by running it.
+"""The grader of SQL. In this task, the model answers a question about tables with a query. The grader runs the query.
 
 `evaluation/scorer.py` calls `grade` for every generated answer. The queries of model and data set run in a child
 process (`sql_child.py`), which judges many answers. Whatever a query does, its grade comes within a few seconds: a
@@ -28,8 +28,8 @@ the limit even on a machine that is busy with ten other programs."""
 START_SECONDS = 120.0
 """Longest time in seconds that a new child process may take to start."""
 PROBLEM = "takes too long or too much memory"
-"""Problem in the grade if the child process was ended during a statement. The text follows `the query` or `the gold
-row`, and is always the same, so that equal problems can be counted."""
+"""Problem in the grade if the child process was ended, or ended itself, while it judged an answer. The text follows
+`the query` or `the gold row`. It is always the same, so that equal problems can be counted."""
 LONGEST_QUERY = 10_000
 """Largest number of characters of a query, as in `sql_sandbox.py`."""
 LONGEST_CONTEXT = 1_000_000
@@ -61,8 +61,8 @@ class ChildError(Exception):
 
 
 class Judge:
-    """Judges answers in a child process, which it starts at the first answer, and anew after each answer that ended the
-    process."""
+    """Judges answers in a child process. Starts the process at the first answer, and a new one at the next answer if
+    the process has ended."""
 
     def __init__(self, seconds: float = GRADE_SECONDS) -> None:
         """Allow ``seconds`` for judging one answer."""
@@ -72,10 +72,12 @@ class Judge:
         self._told = b""
 
     def grade(self, answer: str, context: str, query: str) -> Grade:
-        """Return the grade of ``answer`` to a question about the tables of ``context`` with the reference ``query``."""
+        """Return the grade of ``answer``. ``context`` has the CREATE TABLE statements, and ``query`` is the reference
+        query.
+        """
         if len(context) > LONGEST_CONTEXT or len(query) > LONGEST_QUERY:
             return Grade.left_out("the gold row is too long")
-        # The child refuses a longer query, whatever stands in it.
+        # The child refuses every query that is longer than LONGEST_QUERY, so the rest of the answer is not sent.
         answer = answer[: LONGEST_QUERY + 1]
         process = self._running_child()
         request = json.dumps([answer, context, query]).encode() + b"\n"

@@ -52,10 +52,10 @@ def judge(answer: str, context: str, query: str, reference_done: Callable[[], No
     reference query differs on at least one of them. This is test-suite accuracy (Zhong et al. 2020, Distilled Test
     Suites).
 
-    A database is usable if two conditions hold. The result of the reference query has a value other than NULL and 0,
-    and differs from its result on empty tables, because otherwise a query that finds no rows could be right. And the
-    result does not depend on the order in which sqlite visits the rows. The row can't be used if fewer than `ENOUGH`
-    usable databases are found, or if sqlite can't run its statements.
+    A database is usable if two conditions hold. First, the result of the reference query has a value other than NULL
+    and 0, and differs from the query's result on empty tables, because otherwise a query that finds no rows could be
+    right. Second, the result does not depend on the order in which sqlite visits the rows. The row can't be used if
+    fewer than `ENOUGH` usable databases are found, or if sqlite can't run its statements.
     """
     with ExitStack() as stack:
         try:

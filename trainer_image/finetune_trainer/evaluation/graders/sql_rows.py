@@ -1,8 +1,8 @@
-"""Generates table rows that tell a reference query from similar queries, because their results differ on these rows.
+"""Generates table rows on which a reference query and similar queries have different results.
 
 Some rows match the literals in the reference query, and others narrowly miss them. `sql_judge.py` calls `generate` with
 the tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of
-the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
+the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) with the same meaning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
     """Generate rows for every table, in random order, and return them by the table's name.
 
     - Matching rows satisfy all conditions of the query, as far as one value can satisfy all conditions of a column. The
-      first matching row is as near to the literals as possible. It stands in the table twice, so that DISTINCT and
+      first matching row is as near to the literals as possible. The table has this row twice, so that DISTINCT and
       UNION change the result.
     - For each condition, two rows narrowly miss this condition and satisfy all others. In the columns that the query
       calculates with or sorts by, one row has large numbers and the other has small numbers.
@@ -47,8 +47,8 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
 
 
 class RowGenerator:
-    """Generates the rows of one database. What it draws once for the whole database, such as the few values of a
-    column, is kept in the generator."""
+    """Generates the rows of one database. Its attributes keep what is drawn once for the whole database, such as the
+    few values of a column."""
 
     def __init__(self, requirements: RowRequirements, random: Random) -> None:
         self._requirements = requirements
@@ -96,8 +96,9 @@ class RowGenerator:
     def _witness(self, columns: Sequence[Column], turn: int, numbers: range | None = None) -> list[Value]:
         """Generate a row that satisfies all conditions of the query.
 
-        Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. ``numbers`` is
-        the range for columns without conditions, where the query calculates with them or sorts by them.
+        Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. The row of
+        turn 0 is as near to the literals as possible. ``numbers`` is the range for columns without conditions, where
+        the query calculates with them or sorts by them. None stands for middle numbers.
         """
         row: list[Value] = []
         if numbers is None:
@@ -137,7 +138,8 @@ class RowGenerator:
     def _free_value(self, column: Column, numbers: range) -> Value:
         """Return a random value, without regard to conditions: one of the column's few values.
 
-        If the query calculates with the column or sorts by it, the value is made from one of ``numbers`` instead.
+        The value is made from one of ``numbers`` instead if the query calculates with the column, or if it sorts by the
+        column and `_sorted_apart` is True. Neither counts if the query compares the column with another column.
         """
         name = column.name.lower()
         spread = name in self._requirements.numeric or (name in self._requirements.sorted_by and self._sorted_apart)
@@ -161,8 +163,8 @@ class RowGenerator:
         return [value for value in values if _holds(condition, value)] or values
 
     def _pool(self, column: Column) -> list[Value]:
-        """Return the few values that a column without conditions has in this database. Columns that the query compares
-        with each other have the same values."""
+        """Return the few values of ``column`` in this database, which do not depend on conditions. Columns that the
+        query compares with each other have the same values."""
         name = column.name.lower()
         key = self._class.get(name, name)
         if key not in self._pools:
@@ -215,8 +217,8 @@ def _neighbours(literal: Value, column: Column) -> list[Value]:
 
 
 def _nearest(literal: Value, values: Sequence[Value]) -> Value:
-    """Return the number in ``values`` that is nearest to ``literal``. If these are not all numbers, return the first
-    value."""
+    """Return the number in ``values`` that is nearest to ``literal``. If ``literal`` or one of ``values`` is no number,
+    return the first value."""
     wanted = _number(literal)
     numbers = [_number(value) for value in values]
     if wanted is None or None in numbers:

@@ -1,4 +1,4 @@
-"""Runs queries that a model wrote, in an sqlite database in memory. A query can read the tables of its row and do
+"""Runs queries of a model or a data set, in an sqlite database in memory. A query can read the tables of its row and do
 nothing else: it can't write, attach files, load extensions, run without end or fill the memory.
 
 `sql_judge.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts
@@ -21,8 +21,8 @@ from finetune_trainer.evaluation.graders.sql_text import Kind, Value, expansions
 
 MAX_ROWS = 1000
 MAX_INSTRUCTIONS = 400_000
-"""Largest number of instructions of sqlite's virtual machine that one query may execute: a hundred times what a join of
-three tables takes.
+"""Largest number of instructions of sqlite's virtual machine that one statement may execute, or that all inserts into a
+table may execute together: a hundred times what a join of three tables takes.
 """
 MAX_SECONDS = 5.0
 MAX_TABLES = 20
@@ -46,7 +46,8 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
 _MAX_SCHEMA_BYTES = 12_000
-"""Largest size of a value in bytes while tables are created. sqlite stores the text of each CREATE TABLE as a value."""
+"""Largest size of a value in bytes until the first query runs. While sqlite creates a table, it stores the text of the
+CREATE TABLE statement as a value."""
 _READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
 _CREATING = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}) | {
     sqlite3.SQLITE_CREATE_TABLE,
@@ -56,8 +57,8 @@ _CREATING = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}) | {
     sqlite3.SQLITE_REINDEX,
 }
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer", "printf", "format"})
-"""Functions that a query must not call, because they load code, return another result at every call, or work for
-seconds in a single instruction, whatever the limits are."""
+"""Functions that a query must not call, because they load code, return another result at every call, or take seconds
+for a single instruction, within which the limits are not checked."""
 
 Cell = int | float | str | bytes | None
 
@@ -68,8 +69,8 @@ class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an e
 
 
 class Affinity(Enum):
-    """The type to which a column converts a value that is stored in it. sqlite calls this type the column's affinity
-    (sqlite.org/datatype3.html, section 3)."""
+    """The type to which a column converts the values that are stored in the column. sqlite calls this type the column's
+    affinity (sqlite.org/datatype3.html, section 3)."""
 
     NUMBER = "INTEGER, REAL or NUMERIC"
     TEXT = "TEXT"
@@ -90,8 +91,8 @@ class Sandbox:
     database."""
 
     def __init__(self, create_tables: str) -> None:
-        """Create the tables. Raise QueryFailed if ``create_tables`` has anything but CREATE TABLE statements, or if
-        sqlite refuses one."""
+        """Create the tables. Raise QueryFailed if ``create_tables`` has anything but CREATE TABLE statements, none or
+        more than MAX_TABLES of them, or if one is too long or refused by sqlite."""
         self._connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
         for limit, value in _LIMITS.items():
             self._connection.setlimit(limit, value)
@@ -152,7 +153,7 @@ class Sandbox:
         return self._bounded(query)
 
     def _create(self, create_tables: str) -> None:
-        """Run the CREATE TABLE statements. Raise QueryFailed if there is any other statement."""
+        """Run the CREATE TABLE statements. Raise QueryFailed as `__init__` does."""
         parts = statements(create_tables)
         if not parts or len(parts) > MAX_TABLES:
             raise QueryFailed(f"must have 1 to {MAX_TABLES} CREATE TABLE statements")
@@ -182,7 +183,7 @@ class Sandbox:
     @contextmanager
     def _limited(self) -> Iterator[Callable[[], bool]]:
         """Inside the block, let sqlite interrupt statements that together execute more than MAX_INSTRUCTIONS, or run
-        for longer than MAX_SECONDS. Yield a function that returns whether one of these limits was reached."""
+        for longer than MAX_SECONDS. Yield a function that returns whether one of these limits was exceeded."""
         calls = 0
         deadline = time.monotonic() + MAX_SECONDS
 

@@ -1,7 +1,8 @@
 """Reads SQL text for the SQL grader: tokens, statements, and which generated rows a reference query needs.
 
-The module does not parse SQL completely, because sqlite runs the queries. If something is overlooked here, the
-generated rows tell fewer queries apart. The result of a query on given rows never changes.
+The module does not parse SQL completely, because sqlite runs the queries. If this module overlooks something in a
+query, the generated rows may fail to show that a wrong query is wrong. A right query is never graded as wrong for this
+reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Kind(Enum):
     """Kind of an SQL token."""
 
     WORD = "word"
-    """A keyword or a name. A name may stand in quotes."""
+    """A keyword or a name. In the query, a name may be in quotes."""
     STRING = "string"
     NUMBER = "number"
     SYMBOL = "symbol"
@@ -78,7 +79,7 @@ def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
 
 
 def statements(text: str) -> list[str]:
-    """Split SQL at its semicolons into statements, and return the statements without the semicolons."""
+    """Split SQL into statements at the semicolons outside of quotes. Return the statements without these semicolons."""
     parts = [""]
     for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|;|[^;'\"`]+|.", text, re.DOTALL):
         if match[0] == ";":
@@ -92,8 +93,8 @@ def expansions(text: str) -> int:
     """Return an upper bound for the number of copies that sqlite makes of a query's common table expressions.
 
     sqlite copies such an expression wherever it is used. If each expression uses the one before it twice, the number of
-    copies doubles with each expression. The copies are made while the query is prepared, which neither sqlite's limits
-    nor a progress handler can interrupt.
+    copies doubles with each expression. sqlite makes the copies while it prepares the query, and neither its limits nor
+    a progress handler can interrupt this work.
     """
     words = [token.text.lower() for token in tokens(text)]
     if "with" not in words:
@@ -103,9 +104,9 @@ def expansions(text: str) -> int:
 
 
 def _named(words: Sequence[str], index: int) -> str | None:
-    """Return the name that stands before the AS at ``index``, if the AS is followed by a subquery. Else return None.
+    """Return the name before the AS at ``index`` if a subquery follows the AS. Otherwise return None.
 
-    Between the name and the AS may stand a list of columns in parentheses.
+    A list of columns in parentheses may be between the name and the AS.
     """
     place = index - 1
     if place >= 0 and words[place] == ")":
@@ -126,16 +127,16 @@ class Condition(NamedTuple):
 
 @dataclass
 class RowRequirements:
-    """What generated rows must take into account, so that a query gives a telling result on them. Columns are named in
-    lower case and without their table."""
+    """The properties of a query that generated rows must suit, so that a wrong query has another result on them.
+    Columns are named in lower case and without their table."""
 
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
     """Conditions of the query (comparisons with literals), by column."""
     joined: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of columns that the query compares with each other."""
     numeric: set[str] = field(default_factory=set)
-    """Columns that need numbers even if declared as text, because the query calculates with them or compares them with
-    numbers."""
+    """Columns that need numbers even if declared as text. The query has them in an aggregate function such as SUM,
+    compares them with numbers, or compares them with any literal by `<`, `>`, `<=` or `>=`."""
     sorted_by: set[str] = field(default_factory=set)
     """Columns that the query sorts by."""
     rows: int = 0
@@ -145,8 +146,8 @@ class RowRequirements:
 
 
 def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
-    """Return which properties generated rows need so that ``query`` gives a telling result on them. ``columns`` are the
-    columns of all tables, in lower case."""
+    """Return the properties of ``query`` that generated rows must suit. ``columns`` are the columns of all tables, in
+    lower case."""
     all_tokens = tokens(query, columns)
     found = RowRequirements()
     for index, token in enumerate(all_tokens):
@@ -168,8 +169,8 @@ def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
 
 
 def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str]) -> Iterator[str]:
-    """Yield the columns that an ORDER BY names. ``after`` are the tokens behind ORDER. ``depth`` is the number of
-    parentheses that are open there."""
+    """Yield the columns that an ORDER BY names outside of further parentheses. ``after`` are the tokens behind ORDER.
+    ``depth`` is the number of parentheses that are open at the ORDER."""
     for token in after:
         if token.text == "limit" or (token.text == ")" and token.depth < depth):
             return
@@ -185,7 +186,7 @@ def _compare(
     left = _column(reversed(before[-6:]), columns)
     right = list(_literals(after, operator))
     if left is None:
-        # There is no column on the left, so the literal may stand there, as in `5 < year`.
+        # There is no column on the left, so the literal may be there, as in `5 < year`.
         left = _column(iter(after[:4]), columns)
         right = [_literal(before[-1])] if before and before[-1].kind in {Kind.STRING, Kind.NUMBER} else []
         operator = _MIRRORED.get(operator, operator)

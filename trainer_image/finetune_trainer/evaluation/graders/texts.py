@@ -25,14 +25,16 @@ _OF_NUMBERS = re.compile(r"(?<=[0-9])\.(?=[0-9])|(?<![\w)])-(?=\.?[0-9])")
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What makes no difference between two texts, besides white space around them."""
+    """Which differences between two texts do not count. White space around a text never counts."""
 
     ignored: frozenset[Ignorable]
 
     def of(self, text: str) -> str:
-        """Return the form of ``text`` in which it is compared. The form of a form is the form itself."""
+        """Return the form of ``text`` in which texts are compared. A text that is in this form already is returned as
+        it is."""
         form = self._once(text)
-        # What one step removes may be between two characters that another step joins, so the steps are repeated.
+        # Where one step has removed a character, its two neighbours are side by side, and an earlier step may change
+        # them. So the steps are repeated until nothing changes.
         while form != (again := self._once(form)):
             form = again
         return form
@@ -50,7 +52,8 @@ class Normalisation:
 
 
 def _without_punctuation(text: str) -> str:
-    """Return ``text`` without punctuation, except for the signs and the decimal points of numbers: 3.5 is not 35."""
+    """Return ``text`` without punctuation, except for the signs and the decimal points of numbers, so that 3.5 does not
+    become 35."""
     kept = {found.start() for found in _OF_NUMBERS.finditer(text)}
     return "".join(
         character
@@ -60,16 +63,16 @@ def _without_punctuation(text: str) -> str:
 
 
 def references(value: object) -> list[str] | None:
-    """Return the texts that a row's column holds: a value that a template can show, such as a text or a number, or a
-    list of such values. None where the column holds something else, nothing, or an empty list."""
+    """Return the texts in ``value``, the value of a row's column. It may be a value that a template can show, such as a
+    text or a number, or a list of such values. None where the column holds nothing, an empty list or something else."""
     values = value if isinstance(value, (list, tuple)) else [value]
     texts = [text for text in map(text_or_none, values) if text is not None]
     return texts if texts and len(texts) == len(values) else None
 
 
 def _normalised(value: object, normalisation: Normalisation) -> list[str]:
-    """Return the forms of the texts in a row's column. Empty where the column holds no text, or where one of the forms
-    is empty, because every answer would contain it."""
+    """Return the texts in ``value``, the value of a row's column, in the form in which they are compared. Empty where
+    the column holds no text, or where one of the forms is an empty text, which every answer would contain."""
     forms = [normalisation.of(text) for text in references(value) or ()]
     return forms if all(forms) else []
 
@@ -112,17 +115,18 @@ _SIGN = re.compile(r"(?<![\w.,)])[-\u2212](?=\.?[0-9])")
 
 
 def _parts_in(text: str, parts: Sequence[str]) -> list[bool]:
-    """Return for each of ``parts`` whether it stands in ``text`` and is no part of a longer word or number there."""
+    """Return for each of ``parts`` whether ``text`` contains it, and not only within a longer word or number."""
     used = set(text).union(*parts)
     mark = next(character for character in map(chr, range(0xE000, 0x110000)) if character not in used)
-    # A search for the text between two marks takes linear time. A search for the text alone, whose neighbours are
-    # looked at afterwards, would have to begin anew behind each place that does not count.
+    # Each part is searched together with the marks at its ends, in a single search. A search for the part alone would
+    # have to begin anew behind each place at which the part is within a longer word.
     marked = _marked(text, mark)
     return [_marked(part, mark) in marked for part in parts]
 
 
 def _marked(text: str, mark: str) -> str:
-    """Return ``text`` with ``mark`` at its ends and between all characters that do not belong to one word or number."""
+    """Return ``text`` with ``mark`` at its ends, and between each two neighbouring characters that do not belong to the
+    same word or number."""
     joined = {place for found in _IN_NUMBERS.finditer(text) for place in (found.start(), found.end())}
     joined |= {found.end() for found in _SIGN.finditer(text)}
     return mark + "".join(
@@ -146,7 +150,8 @@ def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]
     normalisation = _normalisation(spec)
 
     def find(text: str) -> str | None:
-        """Return what the pattern finds in ``text``, in the form in which it is compared."""
+        """Return the part of ``text`` that the pattern finds, in the form in which parts are compared. None where the
+        pattern finds nothing."""
         found = pattern.search(text.encode("utf-8", "replace").decode())
         if found is None:
             return None
@@ -165,7 +170,7 @@ def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]
 
 
 def _right(texts: Sequence[str], find: Callable[[str], str | None], normalisation: Normalisation) -> list[str]:
-    """Return what is right for a row: what the pattern finds in each of its texts, or the whole text where the pattern
-    finds nothing. Empty where one of these is empty."""
+    """Return the right answers for a row with ``texts``: for each text, the part that the pattern finds in it, or the
+    whole text where the pattern finds nothing. Empty where one of these answers is empty."""
     right = [normalisation.of(text) if (found := find(text)) is None else found for text in texts]
     return right if all(right) else []

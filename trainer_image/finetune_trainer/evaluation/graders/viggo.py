@@ -1,4 +1,5 @@
-"""The grader of ViGGO: a sentence about a video game is turned into a formal meaning (a functional representation).
+"""The grader of ViGGO. In this task, the model turns a sentence about a video game into a formal meaning (a functional
+representation).
 
 The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`. A
 representation consists of a function and its attributes, each with values in square brackets. The brackets may be
@@ -62,8 +63,8 @@ _END = re.compile(r"\s*\)\s*\Z")
 
 
 class Attribute(NamedTuple):
-    """An attribute of a representation, with its values in the order of the text. There are none if the brackets are
-    empty."""
+    """An attribute of a representation, with its values in the order of the text. An attribute with empty brackets has
+    no values."""
 
     name: str
     values: tuple[str, ...]
@@ -77,8 +78,8 @@ class Representation(NamedTuple):
 
 
 def parse(text: str) -> Representation | None:
-    """Parse ``text`` as a functional representation. Return None if it is something else, or if other text stands
-    beside it.
+    """Parse ``text`` as a functional representation. Return None if ``text`` is anything else, or has other text beside
+    the representation.
 
     White space around names, brackets and commas is ignored, and white space inside a value counts as one space. Quotes
     have no meaning. Square brackets inside a value must be balanced. A list is split at commas outside of all brackets.
@@ -107,7 +108,7 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
     """Return the five scores of ``answer``, compared with the representation in the row's column `mr`.
 
     If the answer is no representation, only its function can still be right. The row can't be used if its reference is
-    no representation, or if the data set has no such function or attribute.
+    no representation, or has a function or an attribute that is not in FUNCTIONS or ATTRIBUTES.
     """
     reference = parse(text_or_none(row.get("mr")) or "")
     if reference is None:
@@ -133,7 +134,7 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
 
 def _attribute_names(representation: Representation) -> Counter[str]:
-    """Count how often each attribute stands in ``representation``."""
+    """Return how often ``representation`` has each attribute, by the attribute's name."""
     return Counter(attribute.name for attribute in representation.attributes)
 
 
@@ -143,7 +144,8 @@ def _unordered(representation: Representation) -> Counter[tuple[str, tuple[str, 
 
 
 def _closing_bracket(text: str, start: int) -> int | None:
-    """Return the position of the bracket that closes the one before ``start``, or None if it is never closed."""
+    """Return the index of the bracket that closes the opening bracket before ``start``. None if there is no such
+    bracket."""
     depth = 1
     for position in range(start, len(text)):
         depth += {"[": 1, "]": -1}.get(text[position], 0)
@@ -153,7 +155,7 @@ def _closing_bracket(text: str, start: int) -> int | None:
 
 
 def _values(name: str, text: str) -> tuple[str, ...]:
-    """Return the values of the attribute ``name``. ``text`` is what stands between its brackets."""
+    """Return the values of the attribute ``name``. ``text`` is the text between its brackets."""
     if not text.strip():
         return ()
     parts = _split(text) if name in LISTS else [text]

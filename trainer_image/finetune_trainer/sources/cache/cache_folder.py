@@ -1,10 +1,11 @@
-"""The files of models on a volume that the pods of many jobs share (`storage.cache.claimName`).
+"""Keeps the files of models on a volume that the pods of many jobs share (`storage.cache.claimName`).
 
 Nothing on the volume is trusted, because every pod that mounts the claim can write to it. A file is copied into the
-pod's own scratch space, and counts only if the copied bytes have the digest that the model's source states. So a file
-that somebody else changes or deletes at any time, also during the training, harms no pod. A file appears under its name
-in one step, by a rename on the same file system. A `Turn` keeps several pods from fetching the same file at once. A
-turn is no lock: a pod that died loses it, and two pods that fetch the same file do not harm each other.
+pod's own scratch space, and counts only if the copied bytes have the right digest: the one that the model's source
+states, or one that a pod of this job has computed. So a file that somebody else changes or deletes at any time, also
+during the training, harms no pod. A file appears under its name in one step, by a rename on the same file system. A
+`Turn` keeps several pods from fetching the same file at once. A turn is no lock: a pod that died loses it, and two pods
+that fetch the same file do not harm each other.
 
 `cached_fetch.py` calls this module.
 """
@@ -32,7 +33,8 @@ FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
 """Share of the volume that the cache leaves free for other files, and the largest number of bytes that it leaves
 free."""
 LEFTOVER_SECONDS = 24 * 3600
-"""Age at which the unfinished file or the turn of a pod that died is deleted."""
+"""An unfinished file or a turn counts as left by a pod that died if it was not changed for more than this many seconds.
+The next pod that makes room for a file deletes it."""
 _TURN_SUFFIX = ".turn"
 _UNFINISHED = "unfinished-"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -43,21 +45,24 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """How fast a pod must be that has the turn to fetch a file, and how often others look."""
+    """How often a pod that fetches a file shows that it is alive, how often waiting pods look, and how long they
+    wait."""
 
     beat_seconds: float = 5.0
     """Time between two signs of life of the pod that fetches."""
     dead_seconds: float = 60.0
-    """Time without a sign of life after which another pod takes the turn. It is longer than network file systems keep
-    what they know about a file (up to 60 s, unless the file is opened)."""
+    """Time without a sign of life after which another pod takes the turn. Network file systems may show the old time of
+    a file's last change for up to 60 s, unless the file is opened."""
     look_seconds: float = 1.0
-    """Time between two looks of a pod that waits."""
+    """Time that a waiting pod lets pass before it looks again."""
     least_bytes_per_second: int = 4 << 20
-    """A pod waits for another one as long as a download at this speed takes, and no longer."""
+    """Slowest download that other pods wait for. They wait for `dead_seconds` and the time that a download at this
+    speed takes, and no longer."""
 
 
 class Sign(NamedTuple):
-    """What another pod shows of its turn. Equal signs mean that there was no sign of life in between."""
+    """State of the file with which another pod shows that it has a turn. If two states at different times are equal,
+    the pod gave no sign of life in between."""
 
     inode: int
     changed_ns: int
@@ -69,7 +74,9 @@ class _Entry(NamedTuple):
 
 
 class ModelCache:
-    """The folder of the cache on a mounted volume. Every error of the volume's file system is raised as OSError."""
+    """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system.
+    There are two exceptions: a file that can't be deleted stays, and `copy_out` treats a file that the pod may not read
+    as absent."""
 
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
@@ -78,7 +85,7 @@ class ModelCache:
         path = mount / FOLDER
         if not path.is_dir():
             path.mkdir(exist_ok=True)
-        # All names are relative to the opened folder, so that no link that somebody puts in its place leads elsewhere.
+        # All names are relative to the opened folder. So a link that somebody puts in the folder's place has no effect.
         self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     @property
@@ -101,9 +108,11 @@ class ModelCache:
         os.unlink(name, dir_fd=self._folder)
 
     def copy_out(self, digest: ContentDigest, target: Path) -> bool:
-        """Copy the file with this digest to ``target``, and return whether there is such a file.
+        """Copy the file called ``digest.name`` to ``target``. Return whether there is such a file, and its content has
+        the digest.
 
-        A file that has another content is deleted. Raises OutsideFailure if ``target`` can't be written.
+        A file of this name is deleted if it has another content, is a link or a socket, or may not be read. Raises
+        OutsideFailure if ``target`` can't be written.
         """
         try:
             source = os.open(digest.name, _READ, dir_fd=self._folder)
@@ -133,8 +142,8 @@ class ModelCache:
         return False
 
     def copy_in(self, digest: ContentDigest, path: Path, keep: Collection[str]) -> bool:
-        """Copy the local file ``path`` into the cache, and return whether it has this digest. Another content is not
-        kept. Nothing is written if the cache has the file already.
+        """Copy the local file ``path`` into the cache, and return whether the file has the digest ``digest``. A file
+        with another digest is not kept. Nothing is written if the cache has the file already.
 
         ``keep`` are the names of files that are not deleted to make room. Raises OSError with ENOSPC where there is no
         room.
@@ -169,9 +178,9 @@ class ModelCache:
         return Turn(file, name + _TURN_SUFFIX, self._folder, self.pace.beat_seconds)
 
     def sign_of_life(self, name: str) -> Sign | None:
-        """Return what the pod that has the turn for ``name`` shows, or None if no pod has the turn."""
+        """Return the newest sign of life of the pod that has the turn for ``name``, or None if no pod has the turn."""
         try:
-            # A file that is opened is looked up anew by network file systems.
+            # Network file systems ask for the state of a file anew when the file is opened.
             file = os.open(name + _TURN_SUFFIX, _READ, dir_fd=self._folder)
         except FileNotFoundError:
             return None
@@ -193,15 +202,16 @@ class ModelCache:
         return stat.S_ISREG(found.st_mode) and found.st_size == digest.bytes
 
     def _make_room(self, size: int, keep: Collection[str]) -> None:
-        """Delete what pods that died have left, and the files that were not used for the longest time, until there is
-        room for ``size`` bytes."""
+        """Delete what pods that died have left, and then the files that were not used for the longest time, until there
+        is room for ``size`` bytes. The files called ``keep`` stay. Raises OSError with ENOSPC if there can't be enough
+        room."""
         with self._lock:
             total, free = self._space()
             missing = size + _left_free(total) - free
             leftovers, files = self._entries()
             spare = [(name, found) for name, found in files if name not in keep]
             if missing > sum(found.st_blocks * 512 for _, found in leftovers + spare):
-                # The files of other models are kept where deleting all of them would not help.
+                # If even the deletion of all files would not make enough room, the files of other models are kept.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name, _ in leftovers:
                 self._discard(name)
@@ -218,15 +228,17 @@ class ModelCache:
         return volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
 
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
-        """Return the leftovers of pods that died, and the files of the cache in the order of their last use. Files of
-        other names are left alone."""
+        """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
+        of their last use, the oldest first. Younger unfinished files and turns, and files with names that the cache
+        does not use, are in neither list."""
         entries = []
         with os.scandir(self._folder) as listed:
             for item in listed:
                 with contextlib.suppress(FileNotFoundError):
                     if item.is_file(follow_symlinks=False):
                         entries.append(_Entry(item.name, item.stat(follow_symlinks=False)))
-        # The newest file of the folder tells the time of the file system's own clock, at the latest.
+        # The clock of the file system may differ from that of this machine. So ages are measured back from the last
+        # change of the newest file.
         old = max((found.st_mtime for _, found in entries), default=0.0) - LEFTOVER_SECONDS
         leftovers = [
             entry
@@ -244,8 +256,8 @@ class ModelCache:
 
 
 class Turn:
-    """The turn to fetch a file, which this process shows as its own until the `with` block ends. Use it as a context
-    manager."""
+    """The turn to fetch a file. A `with` block around the turn shows other pods that this process is alive, and gives
+    the turn back at its end."""
 
     def __init__(self, file: int, name: str, folder: int, beat_seconds: float) -> None:
         """``file`` is the open file ``name`` of the turn in the open folder ``folder``."""
@@ -262,13 +274,14 @@ class Turn:
         self._thread.join()
         with contextlib.suppress(OSError):
             found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            # Another pod may have taken this turn for dead, and have taken a turn of its own.
+            # Another pod may have thought that this process is dead. Then it has taken the turn, with a new file.
             if found.st_ino == os.fstat(self._file).st_ino:
                 os.unlink(self._name, dir_fd=self._folder)
         os.close(self._file)
 
     def _beat(self) -> None:
-        """Change the time of the turn's file again and again, for as long as the process lives."""
+        """Set the time of the last change of the turn's file to now, again and again, until the turn ends. Other pods
+        see the change as a sign of life."""
         while not self._ended.wait(self._beat_seconds):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
@@ -282,8 +295,8 @@ class Patience:
         self._waits: dict[str, tuple[Sign | None, float, float]] = {}
 
     def is_over(self, name: str, sign: Sign | None, size: int) -> bool:
-        """Return whether the pod that has the turn for ``name`` is to be waited for no longer, because it gave no sign
-        of life for some time, or because it takes too long for ``size`` bytes. ``sign`` is the newest sign."""
+        """Return whether this pod should stop waiting for the pod that has the turn for ``name``, because that pod gave
+        no sign of life for some time, or takes too long for ``size`` bytes. ``sign`` is the newest sign of life."""
         now = time.monotonic()
         last, last_change, began = self._waits.get(name, (sign, now, now))
         if sign != last:

@@ -1,7 +1,8 @@
-"""Fetches the files of a base model, from the cache on a volume where it has them (`storage.cache`), or else from their
-source. `inputs.py` calls `fetch_model_files`.
+"""Fetches the files of a base model. Files that the cache on a volume (`storage.cache.claimName`) has are copied from
+there, and all others are fetched from their source. `inputs.py` calls `fetch_model_files`.
 
-The cache only saves time. Whatever is wrong with it, the files come from their source, with a sentence in the log.
+The cache only saves time. If the volume can't be read, the files come from their source. If it can't be written to,
+fetched files are not kept in the cache. A sentence in the log says so.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def fetch_model_files(
     files: ModelFiles, names: Collection[str], folder: Path, cache: Path, own: ModelDigests, pace: Pace | None = None
 ) -> None:
     """Put the files called ``names`` into the existing local folder ``folder``. ``cache`` is the folder at which the
-    volume of the cache is mounted. If that folder does not exist, the job has no cache. ``own`` are the digests that
+    volume of the cache is mounted. If that folder does not exist, the job has no cache. ``own`` holds the digests that
     pods of this job have computed themselves.
 
-    Raises UserError and OutsideFailure as ``files.fetch`` does, and OutsideFailure also if files do not have the
-    contents that their source states.
+    Raises UserError and OutsideFailure as ``files.fetch`` does. Also raises OutsideFailure if a file does not have the
+    content that its source states, or if two downloads of the file had different contents.
     """
     if not cache.is_dir():
         files.fetch(names, folder)
@@ -86,7 +87,8 @@ class _CachedFetch:
         self._said: set[str] = set()
         self._can_read = self._can_write = True
         self.copied = self.kept = 0
-        """Numbers of files that came from the cache, and that were fetched and are kept in the cache."""
+        """`copied` is the number of files that came from the cache. `kept` is the number of files that were fetched
+        from their source and are now in the cache."""
 
     def run(self) -> None:
         """Take each unit from the cache, or fetch it. Units that another pod is fetching are left for later."""
@@ -97,20 +99,20 @@ class _CachedFetch:
                 got = list(pool.map(self._obtain, left))
                 if not any(got):
                     self._say_once("waits", f"waits for another pod that fetches {shown(left[0].names[0])}")
-                    # A file system has no way to wait for a file, so the cache is looked at again after a pause.
+                    # A network file system does not report a new file, so the cache is looked at again after a pause.
                     time.sleep(self._cache.pace.look_seconds)
                 left = [unit for unit, is_done in zip(left, got, strict=True) if not is_done]
 
     def _obtain(self, unit: _Unit) -> bool:
-        """Take the files of a unit from the cache, or fetch them if it is this pod's turn. Return whether all files are
-        there."""
+        """Take the files of a unit from the cache, or fetch them if this pod has the turn. Return whether all files of
+        the unit are now in the local folder."""
         missing = self._copy_out(unit.names)
         if not missing:
             return True
         with self._turn(unit) as is_ours:
             if not is_ours:
                 return False
-            # Another pod may have finished between the look into the cache and the turn.
+            # Another pod may have put the files into the cache before this pod got the turn.
             self._look_up(missing)
             if missing := self._copy_out(missing):
                 self._files.fetch(missing, self._folder)
@@ -119,8 +121,8 @@ class _CachedFetch:
         return True
 
     def _grouped(self, stated: Mapping[str, ContentDigest | None]) -> list[_Unit]:
-        """Return all small files as one unit, and each other file as a unit of its own. The units of all pods have the
-        same names."""
+        """Return all small files as one unit, and each other file as a unit of its own. ``stated`` has the digest of
+        each file, where its source states one. All pods give the same unit the same name."""
         sizes = self._files.sizes
         small = sorted(name for name in stated if sizes[name] <= SMALL_BYTES)
         groups = [small] if small else []
@@ -136,7 +138,9 @@ class _CachedFetch:
         return units
 
     def _look_up(self, names: Collection[str]) -> None:
-        """Use the digests that other pods of this job have computed for files whose source may state none."""
+        """Look up the digests of the files ``names`` that other pods of this job have computed, and use these digests
+        in all later calls. Only those files are looked up whose source states no digest, or one that is not certain
+        (`ContentDigest.is_certain`)."""
         tags = {name: self._files.tag(name) for name in self._uncertain if name in names and name not in self._done}
         if tags:
             for name, found in self._own.find(tags).items():
@@ -144,7 +148,8 @@ class _CachedFetch:
 
     @contextmanager
     def _turn(self, unit: _Unit) -> Iterator[bool]:
-        """Yield whether this pod may fetch a unit now. Where the volume can't be written to, every pod may."""
+        """Yield whether this pod may fetch a unit now. It may if no other pod has the turn, or if the pod that has the
+        turn seems to be dead or is too slow. Where the volume can't be written to, every pod may fetch."""
         turn, may_fetch = None, not self._can_write
         if self._can_write:
             with self._trouble_with_writing():
@@ -163,7 +168,7 @@ class _CachedFetch:
                 yield True
 
     def _copy_out(self, names: Sequence[str]) -> list[str]:
-        """Copy files from the cache, and return the names of those that it does not have."""
+        """Copy the files ``names`` from the cache, and return the names of those files that the cache does not have."""
         missing = []
         for name in names:
             if name in self._done:
@@ -183,8 +188,8 @@ class _CachedFetch:
         return missing
 
     def _copy_in(self, name: str) -> None:
-        """Put a file that was just fetched into the cache. Raises OutsideFailure if it has not the content that its
-        source states."""
+        """Put a file that was just fetched into the cache. Raises OutsideFailure if the file does not have the content
+        that its source states, or if another download of it had another content."""
         digest, path = self._digests.get(name), self._folder / name
         is_right, is_kept = self._compared_and_kept(digest, path) if digest is not None else (False, False)
         if not is_right:
@@ -192,7 +197,8 @@ class _CachedFetch:
             if digest is not None and digest.is_certain:
                 raise self._received_wrong(name, f"its {digest.algorithm} digest is not {digest.value}")
             if digest is not None:
-                # The ETag is of another kind, or the content was changed on its way. Then it is another one each time.
+                # Either the ETag is no digest of the content, or the content was damaged on its way. In the second
+                # case, a second download has another content.
                 self._files.fetch([name], self._folder)
                 if digest_of_file(path) != computed:
                     raise self._received_wrong(name, "its content was another one the second time")
@@ -207,7 +213,8 @@ class _CachedFetch:
         return OutsideFailure(f"{self._files.field}: {shown(name)} was not received as it is: {why}")
 
     def _compared_and_kept(self, digest: ContentDigest, path: Path) -> tuple[bool, bool]:
-        """Put a local file into the cache if it has the digest. Return whether it has, and whether it is kept."""
+        """Put the local file ``path`` into the cache if it has the digest ``digest``. Return whether the file has the
+        digest, and whether the file is now in the cache."""
         if self._can_write:
             with self._trouble_with_writing():
                 is_right = self._cache.copy_in(digest, path, [other.name for other in list(self._digests.values())])
@@ -216,7 +223,8 @@ class _CachedFetch:
 
     @contextmanager
     def _trouble_with_writing(self) -> Iterator[None]:
-        """Turn an error of the volume in the `with` block into a sentence, after which nothing more is written."""
+        """Turn an error of the volume in the `with` block into a sentence in the log. After such an error, nothing more
+        is written to the volume."""
         try:
             yield
         except OSError as error:
@@ -232,8 +240,9 @@ class _CachedFetch:
 
 
 def cache_notices(bytes_of_model: int, cache: Path) -> list[str]:
-    """Return sentences about a volume that is no good for a model of this size, for the preflight check. ``cache`` is
-    the folder at which the volume is mounted. If that folder does not exist, the job has no cache."""
+    """Return a sentence if the pods can't write to the volume of the cache, or if the volume is too small for a model
+    of ``bytes_of_model`` bytes. The preflight check reports it. ``cache`` is the folder at which the volume is mounted.
+    If that folder does not exist, the job has no cache."""
     if not cache.is_dir():
         return []
     try:
