@@ -103,7 +103,7 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
             values = ", ".join(
                 f"{name} {number(value)}" for name, value in scores_by_name(scores, task_of(job)).items()
             )
-            yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} rows: {values}"
+            yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} examples: {values}"
             if text := ungraded_text(scores):
                 yield f"{model}: {text}"
     told = before.requirements if before is not None else []

@@ -153,7 +153,7 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
 def _evaluation(evaluation: EvaluationStatus, task: str | None) -> RenderableType:
     """Return a table with one row for each score, and with columns for the base model and the tuned model."""
     of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
-    table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
+    table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} examples", "base", of_step)
     for column in (2, 3):
         table.columns[column].justify = "right"
     base, tuned = scores_by_name(evaluation.base, task), scores_by_name(evaluation.tuned, task)

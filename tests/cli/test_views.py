@@ -86,7 +86,7 @@ def test_a_finished_job_shows_its_artifact_and_no_attempts() -> None:
 
 def test_scores_stand_side_by_side_and_incidents_below() -> None:
     lines = [line.strip("│ ").split() for line in drawn(job("succeeded")).splitlines()]
-    assert ["scores", "40", "test", "rows", "base", "step", "100"] in lines
+    assert ["scores", "40", "test", "examples", "base", "step", "100"] in lines
     assert ["right", "answers", "0", "0.975"] in lines
     assert ["function", "0.125", "1"] in lines
     assert "31 LossSpike (3.2, threshold 1.1) RollBack went back to step 25" in " ".join(
@@ -193,7 +193,7 @@ def test_watching_ends_with_the_job() -> None:
     assert any("artifact of step 100 (9.8 MB)" in line for line in written)
     told = [line.partition("tuned model")[2] for line in written if "tuned model" in line]
     assert told == [
-        " on 40 test rows: perplexity 1.002, right answers 0.975, strict 0.975, function 1",
+        " on 40 test examples: perplexity 1.002, right answers 0.975, strict 0.975, function 1",
     ]
     assert any("LossSpike at step 31 (RollBack): went back to step 25" in line for line in written)
     assert ending(job("failed")) == show_until_ended([job("failed")], LineView(written.append))

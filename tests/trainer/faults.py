@@ -27,6 +27,7 @@ from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
@@ -48,8 +49,8 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
-    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` for the n-th
-      time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
+    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
+      `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
     """
     if fault is None:
         yield
@@ -75,6 +76,10 @@ POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed
 Their meanings, in the same order: before a backward pass; between two tensors of a snapshot; during the upload of a
 file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
 checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+"""
+LATER_POINTS = ("evaluation", "artifact", "published")
+"""Further points, which only jobs with validation rows, or only the ends of jobs, have: before the perplexity of a set
+of rows is computed; before `ARTIFACT` is written; after it was written.
 """
 
 
@@ -112,6 +117,9 @@ def _kill(fault: dict[str, Any]) -> Any:
         "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
         "committed": lambda: patched(RunRoot, "create", "/COMMIT", after=True),
         "retention": lambda: patched(RunRoot, "delete", ""),
+        "evaluation": lambda: patched(Scorer, "perplexity", ""),
+        "artifact": lambda: patched(RunRoot, "create", "ARTIFACT"),
+        "published": lambda: patched(RunRoot, "create", "ARTIFACT", after=True),
     }[point]()
 
 

@@ -1,10 +1,11 @@
 """One rank that scores a model with several batch sizes and ZeRO stages: `python -m tests.trainer.score_many FILE`.
 
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
-and `examples` are the tokenised texts to score. The rank writes perplexities and answers as JSON to the path in the
-field `out`. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
-At the end rank 0 is told to stop while all prompts are answered in one batch. Where the ranks stop, the output has a
-field `cut` with the batches of answers that were returned before the stop.
+and `examples` are the tokenised texts to score. `context` is the longest text in tokens that the model can read. The
+rank writes perplexities and answers as JSON to the path in the field `out`. `test_evaluation.py` starts one or two
+ranks and compares their figures with those of plain transformers. At the end rank 0 is told to stop while all prompts
+are answered in as few batches as possible. Where the ranks stop, the output has a field `cut` with the batches of
+answers that were returned before the stop.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
                 suppressed=asked["suppressed"],
                 batch_size=size,
                 max_new_tokens=asked["newTokens"],
-                context=128,
+                context=asked["context"],
             )
             prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
             own: dict[int, str] = {}

@@ -144,7 +144,7 @@ def test_rows_are_skipped_where_the_job_says_so(store: ObjectStore, pods: StartP
         forked=True,
     )
     assert attempt.wait() == [0]
-    assert "2 rows, 2 steps" in attempt.output
+    assert "2 examples, 2 steps" in attempt.output
     assert "badRows: Skip); the first: rows/train.jsonl line 3 has an empty 'reply'" in attempt.output
     assert "longRows: Skip); the first: rows/train.jsonl line 4 has 65 tokens" in attempt.output
 

@@ -17,7 +17,7 @@ from finetune_core.errors import UserError
 from finetune_core.template_arguments import RESERVED, template_arguments
 from finetune_trainer.data.chat import chat_template
 from finetune_trainer.data.chat.chat_template import taken_names, use_chat_template
-from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
+from finetune_trainer.data.dataset import check_columns, check_tools_of_mix, length_limit, make_examples
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.tokenizer import generation_stop_ids, stop_ids, tokenize_functions
 from tests.trainer import tiny
@@ -377,6 +377,21 @@ def test_a_column_of_tools_that_is_named_must_be_a_column_of_the_training_rows(t
     )
     for others in ("dataset.validation", "dataset.train.mix[1]"):
         check_columns(path, others, form)
+
+
+def test_one_source_of_a_mix_must_have_the_column_of_tools_that_is_named(tmp_path: Path) -> None:
+    plain = tiny.write_jsonl(tmp_path / "plain.jsonl", [{"messages": TALK}])
+    tools = tiny.write_jsonl(tmp_path / "tools.jsonl", [{"messages": TALK}, {"messages": TALK, "functions_": []}])
+    mix = {"dataset.train.mix[0]": plain, "dataset.train.mix[1]": tools}
+    check_tools_of_mix(mix, spec(toolsField="functions_").format)
+    check_tools_of_mix(mix, spec().format)
+    misspelled = spec(toolsField="function_s").format
+    check_tools_of_mix({"dataset.train": plain, "dataset.validation": plain}, misspelled)
+    with pytest.raises(UserError) as caught:
+        check_tools_of_mix(mix | {"dataset.validation": plain}, misspelled)
+    assert str(caught.value) == (
+        "dataset.format.messages.toolsField: no column 'function_s' in the 2 sources of dataset.train.mix"
+    )
 
 
 def test_arguments_are_json_or_text() -> None:

@@ -35,7 +35,9 @@ from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.zygote import ends_of, zygote
 
-NEW_TOKENS = 12
+NEW_TOKENS, CONTEXT = 12, 18
+"""The longest answer in tokens, and the longest text that the model reads. The longest prompts of `texts` leave less
+room than the longest answer needs."""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,7 @@ def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int],
             "stages": stages,
             "sizes": sizes,
             "newTokens": NEW_TOKENS,
+            "context": CONTEXT,
             "suffix": "w3 w4",
             "suppressed": unused_tokens(model),
             "out": str(folder / f"found-{world}-{rank}.json"),
@@ -113,7 +116,7 @@ def plain_scores(model: Path) -> dict[str, Any]:
             sums[kind] += float(nll[chosen].sum())
             counts[kind] += int(chosen.sum())
         text, new = list(ids[:first]), list[int]()
-        while len(new) < NEW_TOKENS:
+        while len(new) < min(NEW_TOKENS, CONTEXT - first):
             with torch.no_grad():
                 scores = plain(torch.tensor([[*text, *new]])).logits[0, -1]
             scores[suppressed] = float("-inf")
@@ -135,6 +138,8 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
     found += scored_by_ranks(wild_model, tmp_path, 2, stages=[2, 3], sizes=[1, 8])
     assert len(found) == 8
     assert len(set(plain["answers"].values())) > 1
+    rooms = {CONTEXT - first for _, [(first, _)] in texts(wild_model, 7)}
+    assert min(rooms) < NEW_TOKENS < max(rooms), "some prompts leave less room than the longest answer needs"
     for case in found:
         where = (case["stage"], case["size"])
         # The logarithms (losses in nats) are compared, because exp would enlarge the rounding errors of the losses: the

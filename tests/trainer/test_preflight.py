@@ -200,6 +200,14 @@ def test_what_can_not_be_graded_is_a_finding(
     assert sentence in found[1]
 
 
+def test_a_column_of_tools_that_no_source_of_a_mix_has_is_a_finding(check: Check, store: ObjectStore) -> None:
+    part = {"s3": {"uri": f"s3://{BUCKET}/data/train.jsonl"}}
+    form = {"messages": {"messagesField": "question", "toolsField": "function_s"}}
+    found = check(dataset__train={"mix": [part, part]}, dataset__format=form)
+    sentence = "dataset.format.messages.toolsField: no column 'function_s' in the 2 sources of dataset.train.mix"
+    assert (FINAL, sentence) in found
+
+
 def test_rows_that_can_not_be_graded_are_a_notice_where_no_score_is_needed(
     check: Check, paths: Paths, store: ObjectStore
 ) -> None:

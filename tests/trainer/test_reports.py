@@ -6,8 +6,9 @@ import datetime
 import signal
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
@@ -38,6 +39,7 @@ from finetune_trainer.reporting.curve import MAX_POINTS, downsample
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -230,6 +232,32 @@ def test_a_report_with_many_long_addresses_is_sent_within_the_servers_limit(
     assert len(last.to_json().encode()) <= REPORT_LIMIT_BYTES
     assert 40 < len(last.checkpoints) < 100
     assert last.checkpoints == records[-len(last.checkpoints) :]
+
+
+def test_after_a_resume_or_a_rollback_the_figures_are_those_of_the_steps_that_led_there(
+    report_server: ReportServer, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    paths = Paths(ca_file=report_server.ca_file, report_token_file=token)
+    taken = partial(Mixture.of([20, 7], ["3", "1"]).taken, global_batch_size=8)
+    history = [
+        StepRow(step=1, epoch=0.1, loss=3.0, learning_rate=1, tokens=1, seconds=1, perplexity=2.5, task_score=0.5),
+        StepRow(step=2, epoch=0.2, loss=2.0, learning_rate=1, tokens=1, seconds=1),
+    ]
+
+    def metrics(*histories: Sequence[StepRow]) -> dict[str, float]:
+        progress = Progress(pod_uid="p", ranks=1, reporter=Reporter(ReportConfig(url=report_server.url), paths))
+        for run, rows in enumerate(histories, start=1):
+            progress.begin(run=run, total_steps=9, history=rows, taken=taken)
+        progress.end(Result(outcome=Outcome.COMPLETED))
+        shown = ("loss", "perplexity", "taskScore", "mix0Examples", "mix1Examples")
+        return {name: value for name, value in report_server.reports[-1].metrics.items() if name in shown}
+
+    resumed = {"loss": 2.0, "perplexity": 2.5, "taskScore": 0.5, "mix0Examples": 12, "mix1Examples": 4}
+    assert metrics(history) == resumed
+    assert metrics(history, history[:1]) == resumed | {"loss": 3.0, "mix0Examples": 6, "mix1Examples": 2}
+    assert metrics(history, []) == {"mix0Examples": 0, "mix1Examples": 0}
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:

@@ -60,7 +60,7 @@ def test_rows_of_hub_bucket_and_volume_are_packed_and_learned(
             variables={"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"},
         )
         assert attempt.wait() == [0], attempt.output
-    assert "24 rows, 2 steps of 12 examples" in attempt.output
+    assert "24 examples, 2 steps of 12" in attempt.output
     log = step_rows(store, "sources")
     assert [row.step for row in log] == [1, 2]
     # Every answer consists of the words of its prompt and the end token, and the tokenizer makes one token of each
@@ -107,7 +107,7 @@ def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
         forked=True,
     )
     assert attempt.wait() == [0], attempt.output
-    assert "32 rows, 4 steps of 8 examples" in attempt.output
+    assert "32 examples, 4 steps of 8" in attempt.output
     left_out = f"a file that is no data file is left out of s3://{BUCKET}/mixed: mixed/README.md"
     assert f"dataset.train.mix[0].s3.uri: {left_out}" in attempt.output
     assert (

@@ -73,6 +73,7 @@ class TrainingLoop:
         self._selection = replayed.selection
         self._monitor = replayed.monitor
         self._data_sha256 = data.summary.data_sha256
+        self._validation_sha256 = data.summary.evaluation_sha256.get("validation")
         optimization = plan.config.optimization
         self._rows = rows = len(data.train)
         self._steps_per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
@@ -91,12 +92,21 @@ class TrainingLoop:
         status.checkpoint = saver.last.uri if saver.last else None
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
-        self._evaluation_missing = state is not None and state.perplexity is None and self._evaluation_due()
+        # SIGTERM may also come after an evaluation. The step log then has the scores of the step, although its
+        # checkpoint does not, and an evaluation must not count twice against `evaluation.patience`.
+        evaluated = state is not None and (state.perplexity is not None or replayed.evaluated_step == state.step)
+        self._evaluation_missing = state is not None and not evaluated and self._evaluation_due()
         if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
-            progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
+            progress.notice(f"the {rows} training examples are not the {state.rows} that the checkpoint was made with")
+        if state is not None and state.validation_sha256 != self._validation_sha256 and progress is not None:
+            progress.notice(
+                "the validation rows are not those that the checkpoint was made with, so the scores of earlier"
+                " evaluations can't be compared with later ones"
+            )
 
     def description(self, start: RunStart) -> str:
-        """Return the first line of the run's log: method, parameters, ranks, rows, steps, and where the run resumes."""
+        """Return the first line of the run's log: method, parameters, ranks, examples, steps, and where the run
+        resumes."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
@@ -104,8 +114,8 @@ class TrainingLoop:
         return (
             f"run {start.run}: {self._config.method.value}, {self._trained_parameters:,} trained parameters,"
             f" {optimization.precision}, ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
-            f" {torch.get_num_threads()} threads each; {self._rows} rows, {self.total_steps} steps of"
-            f" {optimization.global_batch_size} examples{resumed}{lowered}"
+            f" {torch.get_num_threads()} threads each; {self._rows} examples, {self.total_steps} steps of"
+            f" {optimization.global_batch_size}{resumed}{lowered}"
         )
 
     def run(self) -> bool:
@@ -263,7 +273,9 @@ class TrainingLoop:
         """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is due, and
         report both.
 
-        With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing.
+        With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing. A
+        checkpoint that is due after the step is then saved again, because the scores of the first one are missing, and
+        without them it could not become the artifact.
         """
         perplexity = task_score = None
         if self._validation is not None and self._evaluation_due():
@@ -274,8 +286,7 @@ class TrainingLoop:
         if self._progress is not None and not catching_up:
             self._progress.log_step()
         improved = perplexity is not None and self._selection.best_step == self.step
-        periodic = self._saver.due(self.step) and not catching_up
-        if periodic or improved or self.step == self.total_steps or self._selection.exhausted:
+        if self._saver.due(self.step) or improved or self.step == self.total_steps or self._selection.exhausted:
             self._save(perplexity, task_score, best=improved)
         self._report_checkpoints()
 
@@ -308,6 +319,7 @@ class TrainingLoop:
             zero_stage=optimization.zero_stage,
             rows=self._rows,
             data_sha256=self._data_sha256,
+            validation_sha256=self._validation_sha256,
             perplexity=perplexity,
             task_score=task_score,
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,

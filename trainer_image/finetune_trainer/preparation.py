@@ -55,6 +55,9 @@ class PreparationSummary(ContractModel):
     data_sha256: str
     """sha256 over the token ids of the training rows, and over the ranges of supervised tokens in each row. For a mix,
     the number of examples of each source is included."""
+    evaluation_sha256: dict[str, str] = {}
+    """For `validation` and `test`, if the job has such rows: sha256 over their token ids, over the ranges of supervised
+    tokens, and over the columns that graders read."""
     mix_sizes: list[int] = []
     """Number of examples of each source of `dataset.train.mix`. Empty without a mix."""
     model_context: int
@@ -72,17 +75,22 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
     """Return the summary on which all nodes agree.
 
     ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
-    Raises UserError where two nodes have different training rows, for example because a branch or a file changed
-    between their reads, or different embedding rows for the added tokens.
+    Raises UserError where two nodes have different rows, for example because a branch or a file changed between their
+    reads, or different embedding rows for the added tokens.
     """
     summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
-    if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
-        raise UserError(
-            "dataset.train",
-            "the nodes of this job read different rows: it changed while they started; name a commit as `revision`, or"
-            " a file that nobody writes to",
-        )
-    return summaries[0]
+    first = summaries[0]
+    for other in summaries[1:]:
+        changed = [name for name, digest in first.evaluation_sha256.items() if other.evaluation_sha256[name] != digest]
+        if (other.data_sha256, other.added_rows_sha256) != (first.data_sha256, first.added_rows_sha256):
+            changed.insert(0, "train")
+        if changed:
+            raise UserError(
+                f"dataset.{changed[0]}",
+                "the nodes of this job read different rows: it changed while they started; name a commit as"
+                " `revision`, or a file that nobody writes to",
+            )
+    return first
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
     data_sha256, mix_sizes = "", []
+    evaluation_sha256: dict[str, str] = {}
     for name, parts in _data_sets(plan).items():
         made = []
         for part in parts:
@@ -166,8 +175,10 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
             log_line(f"{part.field}: {counter.rows} rows of {source_name(part.source)}, {len(examples)} examples")
         whole = joined(made)
         whole.save(_tokens_folder(plan) / name)
-        # Keep the digest of the training rows only, which come first in `_data_sets`.
-        data_sha256 = data_sha256 or whole.digest
+        if name == "train":
+            data_sha256 = whole.digest
+        else:
+            evaluation_sha256[name] = whole.digest_with_rows
         if name == "train" and plan.inputs.mix:
             mix_sizes = [len(examples) for examples in made]
             data_sha256 = mix_digest(data_sha256, mix_sizes)
@@ -177,6 +188,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         notices=notices,
         context=limit.tokens,
         data_sha256=data_sha256,
+        evaluation_sha256=evaluation_sha256,
         mix_sizes=mix_sizes,
         model_context=structure.context or config.dataset.max_length,
         added_rows=rows,

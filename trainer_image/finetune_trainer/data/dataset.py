@@ -3,12 +3,12 @@ error that names file and line, as `dataset.badRows` says. `dataset.longRows` sa
 that is too long, which may also be split or truncated.
 
 The workers and the preflight checks call `make_examples`, and the launcher, the workers and the preflight checks call
-`check_columns`. The evaluation calls `used_rows`.
+`check_columns`. The launcher and the preflight checks also call `check_tools_of_mix`. The evaluation calls `used_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -88,6 +88,22 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
         if column.name not in found.names:
             seen = _shortened(", ".join(repr(name[:100]) for name in found.names[:12]))
             raise UserError(column.field, f"no column {column.name!r} in {name}; it has {seen}")
+
+
+def check_tools_of_mix(sources: Mapping[str, Path], form: DatasetFormat) -> None:
+    """Raise UserError if none of the first rows of all sources of a mix has the column that `toolsField` names. A
+    source without tools is allowed in a mix, so `check_columns` says nothing about a single source.
+
+    ``sources`` are the data sources by their paths in the spec. Sources that belong to no mix are left out.
+    """
+    mix = {field: path for field, path in sources.items() if field.startswith("dataset.train.mix[")}
+    for column in tools_column(form, "dataset.train") if mix else ():
+        heads = [
+            head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
+            for field, path in mix.items()
+        ]
+        if all(head.parsed and column.name not in head.names for head in heads):
+            raise UserError(column.field, f"no column {column.name!r} in the {len(mix)} sources of dataset.train.mix")
 
 
 def columns_read(dataset: DatasetSpec, field: str, base_prompt: str | None, graded: Collection[str]) -> set[str]:

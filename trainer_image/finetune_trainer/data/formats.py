@@ -62,8 +62,8 @@ def tools_column(form: DatasetFormat, field: str) -> list[NamedColumn]:
     return no column. ``field`` is the path of the source in the spec.
 
     The column is needed only if the job names another column than the default, and only in `dataset.train`, because a
-    misspelled name would make all tools vanish. The sources of a mix, the validation rows and the test rows may be
-    without tools.
+    misspelled name would make all tools vanish. Of the sources of a mix, one must have the column, which
+    `check_tools_of_mix` checks. The validation rows and the test rows may be without tools.
     """
     if form.messages is None or form.messages.tools_field == TOOLS_FIELD or field != "dataset.train":
         return []

@@ -1,5 +1,5 @@
-"""Restores the state of two decisions that depend on earlier steps, the best evaluation and the alarms, by replaying
-the step log from the bucket.
+"""Restores the state of the decisions that depend on earlier steps, the best evaluation, the alarms and whether an
+evaluation is missing, by replaying the step log from the bucket.
 
 `train.py` calls `replay_decisions` on rank 0 with the rows of the step log, and sends the returned state to all ranks.
 Checkpoints therefore need not hold this state.
@@ -16,10 +16,13 @@ from finetune_trainer.storage.step_log import StepRow
 
 
 class ReplayedDecisions(ContractModel):
-    """The best evaluation so far, and the memory of the stability monitor, before a run's first step."""
+    """The best and the newest evaluation so far, and the memory of the stability monitor, before a run's first
+    step."""
 
     selection: Selection
     monitor: MonitorState
+    evaluated_step: int | None = None
+    """The newest step whose evaluation is part of `selection`. None if no step was evaluated."""
 
 
 def replay_decisions(config: EvaluationConfig, history: Sequence[StepRow]) -> ReplayedDecisions:
@@ -27,4 +30,5 @@ def replay_decisions(config: EvaluationConfig, history: Sequence[StepRow]) -> Re
     return ReplayedDecisions(
         selection=selection_after(config, history),
         monitor=monitor_after((row.step, row.loss, row.gradient_norm) for row in history),
+        evaluated_step=next((row.step for row in reversed(history) if row.perplexity is not None), None),
     )

@@ -59,6 +59,7 @@ class ModelComparison:
         self._progress = progress
         one_line = grading is not None and grading.one_line
         self._base_set, self._tuned_set = base_model_set(plan, data, one_line=one_line), tuned_model_set(plan, data)
+        self._digests = data.summary.evaluation_sha256
         self._file: EvaluationFile | None = None
 
     @property
@@ -68,15 +69,16 @@ class ModelComparison:
         return self._file.evaluation if self._file is not None else None
 
     def score_base_model(self, *, is_base: bool) -> None:
-        """Score the base model, or take the scores that an earlier run of the job wrote. All ranks must call this
-        together.
+        """Score the base model, or take the scores that an earlier run of the job wrote for the same rows. All ranks
+        must call this together.
 
         ``is_base`` says whether the ranks hold the untrained base model. If the ranks hold a checkpoint and the bucket
-        has no scores of the base model, the base model stays without scores, and a notice says so.
+        has no scores of the base model on these rows, the base model stays without scores, and a notice says so.
         """
         if self._base_set is None or self._tuned_set is None:
             return
-        found = self._gang.run_on_rank_0(self._stored_scores, until_stop=True)
+        rows_sha256 = self._digests[self._tuned_set.rows.lower()]
+        found = self._gang.run_on_rank_0(lambda: self._stored_scores(rows_sha256), until_stop=True)
         if found is not None:
             self._take(EvaluationFile.model_validate(found))
             return
@@ -86,9 +88,12 @@ class ModelComparison:
             record, answers = self._scorer.score(self._base_set)
             self._notice_ungraded(record, "the base model")
         elif self._progress is not None:
-            self._progress.notice("the base model's score is not in the bucket, and this run began with a checkpoint")
+            self._progress.notice(
+                f"the base model's score on these {self._tuned_set.rows.lower()} rows is not in the bucket, and this"
+                " run began with a checkpoint"
+            )
         evaluation = EvaluationRecord(rows=self._base_set.rows, examples=len(self._tuned_set.examples), base=record)
-        self._take(EvaluationFile(evaluation=evaluation, base_answers=list(answers)))
+        self._take(EvaluationFile(rows_sha256=rows_sha256, evaluation=evaluation, base_answers=list(answers)))
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
@@ -106,8 +111,8 @@ class ModelComparison:
         if record.not_graded and self._progress is not None:
             self._progress.notice(ungraded_text(record, model))
 
-    def _stored_scores(self) -> object:
-        found = newest_base_evaluation(self._root)
+    def _stored_scores(self, rows_sha256: str) -> object:
+        found = newest_base_evaluation(self._root, rows_sha256)
         return found.model_dump(mode="json") if found is not None else None
 
     def _take(self, file: EvaluationFile) -> None:

@@ -53,24 +53,41 @@ def generate_answers(
     together. If a rank has received SIGTERM, StopAgreed is raised before the next batch begins, or after the last
     batch. So a caller that gets all dictionaries has only whole answers.
     """
-    own = micro_batches(
-        [[row] for row in range(len(prompts))],
-        [len(prompt) for prompt in prompts],
-        rank=gang.rank,
-        world_size=gang.world_size,
-        micro_batch_size=decoding.batch_size,
-    )
     engine.train(False)
     try:
-        for batch in own:
+        for rows, longest in _batches(gang, prompts, decoding):
             gang.check_stop()
-            rows = [row for sequence in batch for row in sequence]
-            made = _generate(engine, gang, [prompts[row] for row in rows], decoding)
+            made = _generate(engine, gang, [prompts[row] for row in rows], decoding, longest)
             yield {row: answer_text(ids, decoding) for row, ids in zip(rows, made, strict=True)}
         # SIGTERM cuts off the answers of a batch. Without this check, the cut answers of the last batch would count.
         gang.check_stop()
     finally:
         engine.train()
+
+
+def _batches(gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[tuple[Sequence[int], int]]:
+    """Yield this rank's batches: the indexes of their prompts, and the longest answer in tokens. Every rank gets
+    equally many batches.
+
+    Behind a long prompt the model's context has less room than `Decoding.max_new_tokens`. A batch has only prompts with
+    the same longest answer, because otherwise a long prompt would cut off the answers to the others, and the scores
+    would depend on the size of a batch and on the number of ranks.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        room = decoding.context - max(1, len(prompt))
+        groups.setdefault(max(1, min(decoding.max_new_tokens, room)), []).append(row)
+    lengths = [len(prompt) for prompt in prompts]
+    for longest, rows in sorted(groups.items()):
+        own = micro_batches(
+            [[row] for row in rows],
+            lengths,
+            rank=gang.rank,
+            world_size=gang.world_size,
+            micro_batch_size=decoding.batch_size,
+        )
+        for batch in own:
+            yield [row for sequence in batch for row in sequence], longest
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +101,10 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
     return ids, mask
 
 
-def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
-    """Generate an answer to each prompt, and return the token ids of the answers."""
+def _generate(
+    engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding, longest: int
+) -> list[list[int]]:
+    """Generate an answer of at most ``longest`` tokens to each prompt, and return the token ids of the answers."""
     pad = int(decoding.tokenizer.eos_token_id)
     if not prompts and not engine.lockstep:
         return []
@@ -98,7 +117,7 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
-        max_new_tokens=max(1, min(decoding.max_new_tokens, decoding.context - width)),
+        max_new_tokens=longest,
         eos_token_id=list(decoding.stop_ids),
         pad_token_id=pad,
         suppress_tokens=list(decoding.suppressed) or None,

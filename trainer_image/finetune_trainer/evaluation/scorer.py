@@ -16,7 +16,6 @@ from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
-from finetune_trainer.evaluation.gradable import asked_rows
 from finetune_trainer.evaluation.graders import Grade, Grading
 from finetune_trainer.evaluation.graders.grades import GradeList
 from finetune_trainer.evaluation.perplexity import perplexity
@@ -105,13 +104,11 @@ class Scorer:
         return record, found.answers
 
     def task_scores(self, evaluation_set: EvaluationSet) -> TaskScores:
-        """Generate answers to the prompts of ``evaluation_set``, grade them, and return the task's scores. At most
-        `evaluation.generation.maxExamples` prompts are answered."""
+        """Generate answers to the prompts of ``evaluation_set``, grade them, and return the task's scores."""
         grading = self._grading
         assert grading is not None
         self._phase(Phase.GENERATING)
         limits = self._config.generation
-        asked = len(asked_rows(self._config, range(len(evaluation_set.examples))))
         decoding = Decoding(
             tokenizer=evaluation_set.tokenizer,
             stop_ids=evaluation_set.stop_ids,
@@ -123,7 +120,9 @@ class Scorer:
         )
         grades: list[Grade] = []
         stored: list[AnswerRecord] = []
-        prompts = [list(example.ids[: example.prompt_tokens]) for example in evaluation_set.examples[:asked]]
+        prompts = [
+            list(example.ids[: example.prompt_tokens]) for example in evaluation_set.examples[: evaluation_set.answered]
+        ]
         for batch in generate_answers(self._engine, self._gang, prompts, decoding):
             for index, answer in batch.items():
                 text = answer.strip().split("\n")[0] if evaluation_set.one_line else answer

@@ -26,6 +26,7 @@ from finetune_trainer.data.tokenizer import (
     stop_ids,
     tokenize_functions,
 )
+from finetune_trainer.evaluation.gradable import asked_rows
 from finetune_trainer.model.base_check import JobBase
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, job_tokenize_functions
@@ -46,6 +47,9 @@ class EvaluationSet:
     """Ids of the tokens that end an answer."""
     suffix: str
     """Text at which an answer ends. It does not belong to the answer, and may be empty."""
+    answered: int
+    """To how many of the examples answers are generated if the job has a task: to the first ones. The base model
+    answers the rows that the tuned model answers, so that their scores can be compared."""
     added_ids: Sequence[int] = ()
     """Ids of `model.addedTokens` in the base model's set, because the base model is scored without these tokens. Empty
     in the tuned model's set."""
@@ -150,7 +154,14 @@ def validation_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None
 
 def _trained_form(plan: WorkerPlan, data: TrainingData, rows: ScoredRows) -> EvaluationSet:
     examples = data.test if rows == "Test" else data.validation
-    return EvaluationSet(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
+    return EvaluationSet(
+        rows,
+        examples,
+        data.tokenizer,
+        data.stop_ids,
+        _suffix(plan.config.dataset.format),
+        answered=len(asked_rows(plan.config.evaluation, range(len(examples)))),
+    )
 
 
 def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> EvaluationSet | None:
@@ -166,12 +177,15 @@ def base_model_set(plan: WorkerPlan, data: TrainingData, *, one_line: bool) -> E
     tokenizer = load_tokenizer(plan.inputs.model)
     form = base_format(config.dataset, config.evaluation.base_prompt)
     use_chat_template(tokenizer, form, plan.inputs.model)
+    examples = ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
+    places = {(row.file, row.number) for row in tuned.examples.rows[: tuned.answered]}
     return EvaluationSet(
         tuned.rows,
-        ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
+        examples,
         tokenizer,
         generation_stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
         _suffix(form),
+        answered=sum((row.file, row.number) in places for row in examples.rows),
         added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,
     )

@@ -164,6 +164,8 @@ def _check_inputs(
     data in the object store are left out."""
     _hide_torch()
     with importing():
+        from finetune_trainer.data.dataset import check_tools_of_mix
+        from finetune_trainer.data.files.index import INDEX_FILE
         from finetune_trainer.evaluation.graders import load_grading
         from finetune_trainer.preflight.model_check import ModelFacts, check_model
         from finetune_trainer.preflight.row_check import check_rows
@@ -180,6 +182,7 @@ def _check_inputs(
     findings.notice(*(model.notices if model is not None else ()))
     dataset = config.dataset
     task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
+    heads: dict[str, Path] = {}
     for number, (field, source) in enumerate(dataset.sources.items()):
         if source.s3 is not None and not store_answers:
             continue
@@ -198,6 +201,10 @@ def _check_inputs(
             measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
         )
         findings.notice(*(findings.collect(field, check) or []))
+        if (folder / f"data-{number}" / INDEX_FILE).is_file():
+            heads[field] = folder / f"data-{number}"
+    if heads.keys() == dataset.sources.keys():
+        findings.collect("dataset.train", partial(check_tools_of_mix, heads, dataset.format))
 
 
 def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None:

@@ -101,16 +101,18 @@ class Progress:
     ) -> None:
         """Note what is known before the first step of a run: the run's number, ``total_steps``, and ``history``, the
         rows of all steps before the run. If the rows are a mix of several sources, ``taken`` returns how many examples
-        the steps up to a given one have taken from each source."""
+        the steps up to a given one have taken from each source. No figure of a step that a rollback left is kept."""
         self._run, self._total_steps = run, total_steps
         self._taken = taken or (lambda step: ())
         self._step, self._epoch = 0, 0.0
         self._pending, self._newest = [], history[-1] if history else None
         self._points = [CurvePoint(step=row.step, loss=row.loss, perplexity=row.perplexity) for row in history]
+        self._metrics = self._counts(0)
         if history:
             self._show(history[-1])
-            scored = [row.perplexity for row in history if row.perplexity is not None]
-            self._metrics |= {"perplexity": scored[-1]} if scored else {}
+            scored = next((row for row in reversed(history) if row.perplexity is not None), None)
+            values = {"perplexity": scored.perplexity, "taskScore": scored.task_score} if scored is not None else {}
+            self._metrics |= {name: value for name, value in values.items() if value is not None}
         self._resumed_from = self._step
         self._speed = Throughput(self._clock())
         self._publish(urgent=True)
@@ -165,8 +167,8 @@ class Progress:
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
-                rows = f"{evaluation.examples} {evaluation.rows.lower()} rows"
-                log_line(f"{name} model on {rows}: {score_text(record, task)}")
+                examples = f"{evaluation.examples} {evaluation.rows.lower()} examples"
+                log_line(f"{name} model on {examples}: {score_text(record, task)}")
         self._publish(urgent=True)
 
     def incident(self, incident: Incident) -> None:
@@ -234,7 +236,11 @@ class Progress:
                 "checkpointSeconds": row.checkpoint_seconds,
             }
         self._metrics |= {name: value for name, value in known.items() if value is not None}
-        self._metrics |= {f"mix{source}Examples": count for source, count in enumerate(self._taken(row.step))}
+        self._metrics |= self._counts(row.step)
+
+    def _counts(self, step: int) -> dict[str, float]:
+        """Return how many examples the steps up to ``step`` have taken from each source of a mix."""
+        return {f"mix{source}Examples": count for source, count in enumerate(self._taken(step))}
 
     def _publish(self, *, urgent: bool = False) -> None:
         if self._reporter is not None:

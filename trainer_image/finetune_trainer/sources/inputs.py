@@ -13,7 +13,7 @@ from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
 from finetune_core.layout import parse_uri
-from finetune_trainer.data.dataset import check_columns
+from finetune_trainer.data.dataset import check_columns, check_tools_of_mix
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
@@ -41,6 +41,7 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         found[field] = data_file(source, field, paths, store, folder / f"data-{number}")
         asked = base_prompt_columns(config.dataset, field, config.evaluation.base_prompt)
         check_columns(found[field], field, config.dataset.format, asked)
+    check_tools_of_mix(found, config.dataset.format)
     mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
     own = ModelDigests(RunRoot(store, parse_uri(config.storage.uri)))
     model = _model_folder(config.model, paths, store, folder / "model", own)

@@ -51,10 +51,12 @@ class TrainerState(ContractModel):
     world_size: int
     zero_stage: int
     rows: int
-    """Number of training rows. The notice that the data has changed since the checkpoint names this number."""
+    """Number of training examples. The notice that the data has changed since the checkpoint names this number."""
     data_sha256: str | None = None
     """`PreparationSummary.data_sha256`, the digest of the training rows. If a resuming run has another digest, the data
     has changed."""
+    validation_sha256: str | None = None
+    """The digest of the validation rows in `PreparationSummary.evaluation_sha256`. None if the job has none."""
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None

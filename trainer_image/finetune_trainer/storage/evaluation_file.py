@@ -65,6 +65,9 @@ class EvaluationFile(ContractModel):
     """Content of `evaluation/<run>.json`: the scores of base model and tuned model, and some answers of each."""
 
     version: int = 1
+    rows_sha256: str | None = None
+    """sha256 of the rows of the evaluation set, as the tuned model reads them. If a later run has another digest, the
+    rows have changed, and the scores can't be compared with those of the run."""
     evaluation: EvaluationRecord
     base_answers: list[AnswerRecord] = []
     tuned_answers: list[AnswerRecord] = []
@@ -81,15 +84,15 @@ def read_evaluation(root: RunRoot, run: int) -> EvaluationFile | None:
     return EvaluationFile.model_validate_json(data) if data is not None else None
 
 
-def newest_base_evaluation(root: RunRoot) -> EvaluationFile | None:
-    """Return the base model's scores and answers from the newest run that wrote them, without those of the tuned model.
-    Return None if no run wrote any."""
+def newest_base_evaluation(root: RunRoot, rows_sha256: str) -> EvaluationFile | None:
+    """Return the base model's scores and answers from the newest run that wrote them for the rows with the digest
+    ``rows_sha256``, without the scores and answers of the tuned model. Return None if no run wrote any."""
     for entry in sorted(root.list_objects("evaluation/"), key=lambda entry: entry.key, reverse=True):
         data = root.read(entry.key)
         if data is None:
             continue
         file = EvaluationFile.model_validate_json(data)
-        if file.evaluation.base is not None:
+        if file.evaluation.base is not None and file.rows_sha256 == rows_sha256:
             evaluation = file.evaluation.model_copy(update={"tuned": None, "tuned_step": None})
             return file.model_copy(update={"evaluation": evaluation, "tuned_answers": []})
     return None
