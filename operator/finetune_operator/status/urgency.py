@@ -32,7 +32,8 @@ REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
 """Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
 """Fields of which only parts decide. A change of a condition counts as more than numbers where its type, status or
-reason changes. A change of the usage counts only where `holders` or `running` changes, and then no more than numbers."""
+reason changes. A change of the usage counts only where `holders` or `running` changes, and then as a change of
+numbers."""
 REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
 """Conditions that are computed from reports. `Running` is not among them: a report can make it True, but no report
 makes it False again."""

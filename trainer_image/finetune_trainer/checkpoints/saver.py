@@ -1,7 +1,7 @@
 """Saves checkpoints of a run, and knows which checkpoints exist: the newest, the best, and all that led to the current
 weights.
 
-All ranks call `Saver.save` together, which copies the training state into memory and queues the copy for upload
+All ranks call `Saver.save` together. The method copies the training state into memory and queues the copy for upload
 (`uploads.py`). Training goes on after the copy and does not wait for the upload. A background thread on each rank
 uploads the rank's own files, and rank 0 writes COMMIT once all ranks have reported their files. The background threads
 communicate through torch's rendezvous store and not by collectives, so that no rank waits in a collective while another
