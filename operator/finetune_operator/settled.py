@@ -56,8 +56,8 @@ class SettledJobs:
         """Remove those objects of the job whose time of removal has come, and then bring the job's status up to date.
 
         The status then says that the newest generation of the job is observed, for example after an edit of its TTL.
-        Once all objects are removed, the status no longer names the child object. Return in how many seconds the next
-        object has to be removed; None if no other removal will follow.
+        Once the TTL is over and all objects are removed, the status no longer names the child object. Return in how
+        many seconds the next object has to be removed; None if no other removal will follow.
         """
         after, all_removed = await self._remove_due(job)
         await self._writer.write_settled(job, without_child=all_removed)

@@ -1,7 +1,7 @@
 """Watches FineTuneJobs, PyTorchJobs and pods with kopf, and puts the key of the affected job into the queue.
 
 `application.py` starts `watch`. No other module imports kopf. No handler changes an object, so kopf adds no finalizer
-and no annotation. Comments give the reasons for settings that differ from kopf's defaults, as observed with kopf 1.45.
+and no annotation. The reasons in the comments on kopf's settings were observed with kopf 1.45.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ WATCH_EXIT_CODE: Final = 1
 
 
 class _EndlessBackoff:
-    """An endless sequence of delays between tries of a watch: from 1 s up to 10 s, with jitter.
+    """An endless sequence of delays between tries of a watch: from 1 s up to 10 s, each up to a quarter shorter at
+    random.
 
     kopf ends when the list of delays ends, and its default list ends after 54 s. With that list, an API server that is
     away for two minutes would make the operator's pod restart again and again (CrashLoopBackOff).

@@ -89,9 +89,9 @@ def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
 def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
     """Return ``old`` where nothing in it is due for renewal, else a renewed set.
 
-    The server certificate is due where it is valid for 30 days or less, or is not for ``hostname``. The same CA signs
-    the new server certificate. CA and server certificate are both made anew where ``old`` is None, or where the CA
-    would end before a new server certificate (90 days).
+    The server certificate is due where it ends within 30 days from ``now``, or is not for ``hostname``. The same CA
+    signs the new server certificate. CA and server certificate are both made anew where ``old`` is None, or where the
+    CA would end before a new server certificate (90 days).
     """
     if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
@@ -206,8 +206,8 @@ class ExternalCertificates:
     async def current(self, now: datetime) -> ServingCertificate:
         """Return the certificate in the Secret.
 
-        Raises CertificateError where the Secret is missing or incomplete, and where its certificate can't be read, has
-        ended at ``now``, or is for another host name.
+        Raises CertificateError where the Secret is missing or incomplete, where one of its certificates can't be read,
+        and where the server certificate has ended at ``now`` or is for another host name.
         """
         secret = await self._client.get_secret(self._namespace, self._name)
         data = (secret or {}).get("data") or {}

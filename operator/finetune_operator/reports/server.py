@@ -2,10 +2,10 @@
 
 The server authenticates the pod, parses the report strictly, stores the report in `queue/memory.py`, and queues the job
 for a reconcile. A rejected report is not stored. The HTTP status of the answer says why: 401 (no valid token), 403
-(token of a pod that may not report), 404 (no job can have this name), 408 (body too slow or cut off), 409 (no attempt
-of the job is known, the path names another attempt, the job was deleted, or a stock report came after a full report),
-413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503 (the API server did not review the token,
-or the jobs are not known yet).
+(token of a pod that may not report, or of another pod than the report names), 404 (no job can have this name), 408
+(body too slow or cut off), 409 (no attempt of the job is known, the path names another attempt, the job was deleted, or
+a stock report came after a full report), 413 (body too long), 422 (malformed), 429 (too many requests, tokens or
+reports) or 503 (the API server did not review the token, or the jobs are not known yet).
 
 Every pod of the cluster can send requests. Until the API server has reviewed the token, a request changes nothing about
 a job: no key is queued, no state of a job is kept, and the answer is the same whether the job exists or not.
@@ -60,8 +60,8 @@ REPORTS_PER_SECOND: Final = 10.0
 when something changes."""
 REPORTS_AT_ONCE: Final = 50.0
 LOG_LINES_PER_SECOND: Final = 5.0
-"""Largest number of log lines about rejected reports in a second. The metric `finetune_reports_refused` counts all
-rejections."""
+"""Largest number of log lines about rejected reports in a second. The same number applies separately to lines about
+tokens that could not be reviewed. The metric `finetune_reports_refused` counts all rejections."""
 
 
 class RejectedError(Exception):
@@ -229,8 +229,8 @@ class ReportServer(HttpServer):
         """Return the key of the job in the request's path, and the pod to which the request's token is bound.
 
         The pod is in the namespace of the job. Raises RejectedError where no job can have the name, where the token is
-        not valid, and where the pod or its address sends too much. Raises ReviewUnavailableError where the token can't
-        be reviewed.
+        not valid, and where too many tokens come from the client's address or for the job, or too many reports from the
+        pod. Raises ReviewUnavailableError where the token can't be reviewed.
         """
         key = Key.parse(request.match_info["namespace"], request.match_info["name"])
         if key is None:
@@ -246,8 +246,8 @@ class ReportServer(HttpServer):
     async def _review(self, request: web.Request, key: Key) -> TokenPod | None:
         """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
 
-        A token that was not reviewed in the last minute goes through the same checks in the same order whether the job
-        is known or not, so that the answers do not reveal which jobs exist. Raises RejectedError (401, 429) and
+        A token that no review of the last minute found valid meets the same limits in the same order whether the job is
+        known or not, so that the answers do not reveal which jobs exist. Raises RejectedError (401, 429) and
         ReviewUnavailableError.
         """
         token, claims = _token_and_claims(request.headers.get("Authorization"))

@@ -16,8 +16,8 @@ from finetune_core.contract import report_audience
 
 AUDIENCE_PREFIX: Final = report_audience("")
 CLAIMS_BYTES: Final = 8190
-"""Largest number of bytes of a token's claims, as base64; longer claims are not decoded. The HTTP server allows no
-longer header field anyway."""
+"""Largest number of bytes of a token's claims, as base64; longer claims are not decoded. The HTTP server refuses a
+header field that is longer anyway."""
 AUDIENCE_LENGTH: Final = 128
 """Largest number of characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")

@@ -77,7 +77,8 @@ class _Cache:
         return self._answers[digest][1] if self.has(digest) else None
 
     def put(self, digest: bytes, pod: TokenPod | None) -> None:
-        """Cache the answer ``pod`` from now on. Where there are too many answers, the oldest answer is dropped."""
+        """Cache the answer ``pod``, which is None for a refusal, for a minute. Where there are too many answers, the
+        oldest answer is dropped."""
         self._answers.pop(digest, None)
         self._answers[digest] = (self._clock() + CACHE_SECONDS, pod)
         if len(self._answers) > CACHE_ENTRIES:
@@ -124,7 +125,7 @@ class TokenReviewer:
         self._running: dict[bytes, asyncio.Task[TokenPod | None]] = {}
 
     def known_pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod to which ``token`` is bound, if the answer for it and ``audience`` is cached; else None.
+        """Return the pod to which ``token`` is bound, if a cached answer for ``audience`` names the pod; else None.
 
         Sends nothing.
         """

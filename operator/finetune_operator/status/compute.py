@@ -95,7 +95,8 @@ def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildSta
         return None if opened_now else stored.child
     recorded = stored.child
     if recorded is not None and recorded.uid and recorded.name == given.child.name:
-        return recorded  # the first uid is kept, because a child with another uid proves that it was replaced
+        # The first uid is kept, because a child with another uid proves that the first child was replaced.
+        return recorded
     return ChildStatus(kind=kind, name=given.child.name, uid=given.child.uid)
 
 
@@ -107,8 +108,8 @@ def _closed(usage: UsageStatus | None) -> UsageStatus | None:
 def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[str, object]:
     """Return the status fields that come from the trainer's result: artifact, scores and progress.
 
-    These fields are not taken from the last report, because that report may be lost. The mapping is empty where the job
-    ends without a result.
+    These fields do not depend on the last report alone, because that report may be lost. The mapping is empty where the
+    job ends without a result.
     """
     result = given.end.result if given.end else None
     if result is None:
@@ -120,7 +121,8 @@ def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[st
     if result.evaluation is not None:
         evaluation = evaluation_of(result.evaluation, given.requirements, stored=evaluation)
     if evaluation is not None and evaluation.passed is None and given.requirements and result.artifact is not None:
-        # A termination message has no room for many scores, and the report with the scores may be lost.
+        # The result has no scores of the tuned model: a termination message has no room for many scores. The scores of
+        # a report set no verdict (see `merge_report`), so the outcome says whether the model passed.
         evaluation = evaluation.model_copy(update={"passed": result.outcome is not Outcome.GATE_FAILED})
     if evaluation is not None:
         update["evaluation"] = evaluation

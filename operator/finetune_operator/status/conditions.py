@@ -154,7 +154,7 @@ def _accepted(given: StatusInput) -> _State:
 
 
 def _accepted_by_check(given: StatusInput) -> _State:
-    """Return the condition `Accepted` of a job that waits for its preflight check, or that the check has ended."""
+    """Return the condition `Accepted` of a job that waits for its preflight check, or whose check failed."""
     if given.end is not None and given.end.reason == Reason.BAD_INPUT:
         return _State("False", Reason.BAD_INPUT, given.end.message)
     if missing := given.end.message if given.end is not None else given.missing:
@@ -195,8 +195,8 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
 def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _State:
     """Return the condition `CheckpointAvailable`: whether an undamaged checkpoint is committed.
 
-    Where new checkpoints can't be committed in time, the reason and the message say so. Otherwise the message names the
-    newest damaged checkpoint, if there is one.
+    Where the trainer of the current attempt reports a problem with saving, the reason is CheckpointOverdue and the
+    message names the problem. Otherwise the message names the newest damaged checkpoint, if there is one.
     """
     whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
     what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT

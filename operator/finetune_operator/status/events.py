@@ -44,8 +44,8 @@ class JobEvent:
     note: str
     warning: bool
     occasion: str
-    """What distinguishes two events of the same reason: the attempt's number, the time of the change, or the folder of
-    the former run that is taken over. A fixed word where a job has at most one such event."""
+    """What distinguishes two events of the same reason: the attempt's number, the time of the change, or the `runId` of
+    the former job whose run is taken over. A fixed word where a job has at most one such event."""
     recurs: bool = False
     """Whether the event may come many times within one attempt. Such an event is created once a minute at most."""
 
@@ -71,7 +71,7 @@ def events_between(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime
     ended = any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in new.conditions)
     for condition in new.conditions:
         if ended and condition.type == ConditionType.ACCEPTED:
-            continue  # a refused spec ends the job, and the event about `Succeeded` has the same reason and message
+            continue  # the spec or the preflight check ended the job, and the event about `Succeeded` says why
         if _changed(before.get(condition.type), condition):
             found += _of_condition(condition, moment, new.attempts.started)
     return found

@@ -40,12 +40,13 @@ class StatusInput:
     image: str | None = None
     """Image that the job's pods are to run."""
     plan: PlanStatus | None = None
-    """`status.plan` of an attempt that is about to start, with its batch sizes; None in any other reconcile."""
+    """`status.plan` of an attempt that is about to start, or whose preflight check is not over; None otherwise."""
     invalid: str = ""
-    """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
+    """Why the spec can't be run, or why this version can't read the spec or the status, with the path of the field.
+    Empty where nothing is wrong, and where the job ends for another reason."""
     observed: bool = True
-    """Whether this reconcile has read the job's objects. If not, the conditions `Scheduled` and `Running` keep their
-    stored values, unless the job ends."""
+    """Whether `child` and `pods` hold what this reconcile has read. If not, the conditions `Scheduled` and `Running`
+    keep their stored values, unless the job ends."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None
@@ -57,14 +58,16 @@ class StatusInput:
     turn: str = ""
     """A sentence which says that the preflight check waits for its turn; empty where the check does not wait for it."""
     child: ChildObservation | None = None
-    """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
+    """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts, and
+    where no child exists."""
     pods: Sequence[PodObservation] = ()
     """Pods of the current attempt; empty between two attempts."""
     ending_pods: int = 0
     """Number of pods that still terminate after their attempt ended, or after their child was suspended."""
     usage: UsageStatus | None = None
     problem: RetryableError | None = None
-    """Why the attempt's objects could not be created, or why the spec can't be used at the moment; None otherwise."""
+    """Why the attempt's objects could not be created, or why the spec or status can't be used at the moment; else
+    None."""
     warning: str = ""
     """Newest warning event about a pod that does not start, or about a child object without pods; else empty."""
     report: Report | None = None
@@ -92,10 +95,10 @@ def status_input(
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``image`` is the image of the job's pods. ``invalid`` says why this version can't run the spec. A spec that can't be
-    run keeps a new attempt from starting, but an attempt that runs already goes on. ``config`` is the run file; None
-    where no pod is about to start. ``created`` is the child object that this reconcile created or found, and
-    ``problem`` says why it could not create the objects of the attempt.
+    ``image`` is the image of the job's pods. ``invalid`` says why this version can't read or run the spec. Such a spec
+    keeps a new attempt from starting, but an attempt that runs already goes on. ``config`` is the run file; None where
+    no pod is about to start. ``created`` is the child object that this reconcile created or found, and ``problem`` says
+    why this reconcile could not create the objects of the attempt.
     """
     current = decision.attempts.current
     return StatusInput(

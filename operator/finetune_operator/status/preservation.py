@@ -39,6 +39,7 @@ def _merged(stored: Json, read: Json, new: Json) -> Json:
     """Return ``stored`` where ``read`` and ``new`` are equal, else ``new``. JSON objects are merged field by field.
 
     ``stored`` is what the API server has, ``read`` is what this version has read of it, and ``new`` is the new value.
+    Where ``stored`` is None, the API server has nothing, and ``new`` is returned.
     """
     if new == read:
         return new if stored is None else stored

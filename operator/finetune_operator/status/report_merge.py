@@ -186,9 +186,10 @@ def percentage(step: int, total: int) -> int:
 
 
 def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
-    """Return the loss curve: the ``old`` points up to the step ``resumed_from_step``, then the ``new`` points.
+    """Return the loss curve: the ``old`` points up to the step ``resumed_from_step``, then the later ``new`` points.
 
     Old points after that step are dropped, because the run resumed from that step and trains the later steps again.
+    Where no old point is kept, all new points are taken.
     """
     kept = [point for point in old if point.step <= resumed_from_step]
     reported = [
@@ -223,7 +224,7 @@ def evaluation_of(
     tuned model reached ``requirements``.
 
     ``record`` may have no room for the reasons why answers could not be graded. The reasons in ``stored``, the stored
-    `status.evaluation`, are then kept.
+    `status.evaluation`, are then kept if ``stored`` has the same number of answers that could not be graded.
     """
     judgements = judge(requirements, record) if record.tuned is not None else []
     return EvaluationStatus(

@@ -24,14 +24,16 @@ OWN_FIELDS: Final = (
     "start_time",
     "completion_time",
 )
-"""Fields that the operator computes itself. `decide/bookkeeping.py` takes its values from two of these fields."""
+"""Fields that the operator computes itself, except `attention` and `adaptedShare` in `plan`, which the trainer reports.
+`decide/bookkeeping.py` takes its values from two of these fields."""
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
 REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
 """Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
 """Fields of which only parts decide. A change of a condition counts as more than numbers where its type, status or
-reason changes. A change of the usage counts only where the pods that hold GPUs change, or whether one of them runs."""
+reason changes. A change of the usage counts only where `holders` or `running` changes, and then as a change of
+numbers."""
 REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
 """Conditions that are computed from reports. `Running` is not among them: a report can make it True, but no report
 makes it False again."""
@@ -43,8 +45,8 @@ class Urgency(Enum):
     UNCHANGED = auto()
     """The status is not written, because nothing differs but usage that grew with time."""
     NUMBERS = auto()
-    """Only numbers and messages differ. The status is written ten seconds after the last write or later, as the limits
-    of the job and of all jobs allow."""
+    """Only numbers and messages differ, or which pods hold GPUs. The status is written ten seconds after the last write
+    or later, as the limits of the job and of all jobs allow."""
     REPORTED = auto()
     """More than numbers differ, because of a report. The status is written once the job's token bucket has a token."""
     OWN = auto()

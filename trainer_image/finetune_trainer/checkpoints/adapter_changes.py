@@ -32,11 +32,12 @@ class WeightDelta:
     scale: float
     transposed: bool = False
     magnitude: torch.Tensor | None = None
-    """The norm that each row of the changed weight gets with DoRA, in the shape (O,). None without DoRA."""
+    """With DoRA, the norm that each row of the changed weight gets (each column if `transposed`), in the shape (O,).
+    None without DoRA."""
     experts: int | None = None
     """Number of experts E where the weight holds the matrices of all experts, in the shape (E, O, I), or (E, I, O) if
-    it is transposed. A then has the shape (E * r, I), and its row e * r + k belongs to expert e. B has the shape
-    (O, r * E), and its column k * E + e belongs to expert e. None for other weights."""
+    it is transposed. A then has the shape (E * r, I), and its row e * r + k belongs to expert e, for each k below r. B
+    has the shape (O, r * E), and its column k * E + e belongs to expert e. None for other weights."""
     replaces: bool = False
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:

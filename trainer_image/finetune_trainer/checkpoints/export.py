@@ -167,8 +167,8 @@ def _save_weights(
     of them, are those of ``base``. Only one weight file, and one group of tensors that belong together, is in memory at
     a time.
 
-    Changes are computed in fp32 and then rounded to ``dtype``. A tensor of which the model makes no parameter is copied
-    as it is.
+    All weights are rounded to ``dtype``, the changed ones after they were computed in fp32. A tensor of which the model
+    makes no parameter is copied as it is, and so is a tensor of integers.
     """
     names.check_writable(changes)
     for file_name in sorted(set(base.files.values())):

@@ -1,8 +1,8 @@
 """Tries out before the first step what a run needs only at its end: writing the configuration, the tokenizer and the
 weights of the artifact, so that no training is lost because the artifact can't be written.
 
-`preparation.py` calls `rehearse_export` before a model is loaded. The function reads no weight, so that the preflight
-check can call it too. `train.py` calls `rehearse_adapter` with the model that will be trained.
+`job_export.py` calls `rehearse_export` before a model is loaded. This function reads no weight, so that the preflight
+check can run it too. `train.py` calls `rehearse_adapter` with the model that will be trained.
 """
 
 from __future__ import annotations

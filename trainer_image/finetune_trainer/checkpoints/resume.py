@@ -61,8 +61,8 @@ class RunStart(ContractModel):
     """Sentences for the log and the reports, for example why a checkpoint was not used."""
     base_digests: BaseDigests = BaseDigests()
     rollbacks: list[Rollback] = []
-    """All rollbacks of the job so far. Each rollback lowers the learning rate from some step on, and excludes the data
-    of some steps. All of them apply to this run."""
+    """All rollbacks of the job so far, which all apply to this run. Each rollback lowers the learning rate from some
+    step on, and excludes the data of some steps."""
 
 
 class ResumeChoice(ContractModel):
@@ -124,7 +124,7 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
 
 def _abort_stale_uploads(root: RunRoot) -> None:
     """Abort the multipart uploads that earlier runs left unfinished, because otherwise the store would keep the
-    uploaded parts. Where the store refuses, only log a warning."""
+    uploaded parts. Where the store refuses or can't be reached, only log a warning."""
     try:
         aborted = root.abort_multipart_uploads()
     except OutsideFailure as failure:

@@ -1,11 +1,11 @@
 """Saves checkpoints of a run, and knows which checkpoints exist: the newest, the best, and all that led to the current
 weights.
 
-`Saver.save` copies the training state into memory and queues the copy for upload (`uploads.py`). All ranks call it
-together. Training goes on after the copy and does not wait for the upload. A background thread on each rank uploads the
-rank's own files, and rank 0 writes COMMIT once all ranks have reported their files. The background threads communicate
-through torch's rendezvous store and not by collectives, so that no rank waits in a collective while another rank talks
-to the bucket.
+All ranks call `Saver.save` together. The method copies the training state into memory and queues the copy for upload
+(`uploads.py`). Training goes on after the copy and does not wait for the upload. A background thread on each rank
+uploads the rank's own files, and rank 0 writes COMMIT once all ranks have reported their files. The background threads
+communicate through torch's rendezvous store and not by collectives, so that no rank waits in a collective while another
+rank talks to the bucket.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class Saver:
         """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
         ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. ``best`` tells
-        whether the evaluation after this step is the best so far. Where too many snapshots wait for their upload, some
-        of them are dropped, but never the best one.
+        whether the evaluation after this step is the best so far. Where too many snapshots wait for their upload, and
+        after SIGTERM, some waiting snapshots are dropped, but never the best one.
         """
         gang = self._gang
         tensors = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)

@@ -1,5 +1,5 @@
-"""The queue of snapshots (copies of the training state in memory) that wait for their upload. Each rank has one queue.
-Its training thread adds snapshots, and a background thread uploads them.
+"""The queue of snapshots (copies of the training state in memory) that wait for their upload. Each rank has one queue:
+the rank's training thread adds snapshots, and a background thread uploads them.
 
 `saver.py` uses the queue. The training thread never waits for an upload, except in `wait`. When an upload fails, the
 background thread ends. The training thread then finds the error in `failure`, and all ranks end together.
