@@ -27,6 +27,7 @@ class Fault(Enum):
 
     ERROR = "500 without a word"
     SLOW_DOWN = "503 SlowDown"
+    DENIED = "403 AccessDenied"
     RESET_BEFORE = "the connection breaks before the store hears of it"
     RESET_AFTER = "the store acts, its answer is lost"
     CUT_UPLOAD = "the connection breaks in the middle of the body"
@@ -126,7 +127,7 @@ class StoreProxy:
                 await asyncio.sleep(0.05)
             writer.transport.abort()
             return False
-        if fault in (Fault.ERROR, Fault.SLOW_DOWN):
+        if fault in (Fault.ERROR, Fault.SLOW_DOWN, Fault.DENIED):
             await reader.readexactly(head.length or 0)
             writer.write(_error(fault))
             await writer.drain()
@@ -204,11 +205,13 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
 
 
 def _error(fault: Fault) -> bytes:
-    """Return the HTTP response that the proxy sends for the fault ERROR or SLOW_DOWN."""
+    """Return the HTTP response that the proxy sends for the fault ERROR, SLOW_DOWN or DENIED."""
     if fault is Fault.SLOW_DOWN:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
         # Retry-After is here because MinIO adds it to every response with status 503.
         line = "503 Service Unavailable\r\nRetry-After: 60"
+    elif fault is Fault.DENIED:
+        body, line = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>", "403 Forbidden"
     else:
         body, line = b"", "500 Internal Server Error"
     head = f"HTTP/1.1 {line}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -175,3 +175,24 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
         assert attempt.wait() == [143]
         assert newest_commit(small, "full") == attempt.pods[0].result.step
         assert assert_every_commit_verifies(small, "runs/default/full/") > 0
+
+
+def test_checkpoints_that_can_not_be_deleted_are_named_once_and_are_not_overdue(
+    store: ObjectStore, proxy: StoreProxy, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Many credentials permit writing but not deleting."""
+    proxy.plan = lambda request: (
+        Fault.DENIED if request.method == "DELETE" or (request.method == "POST" and "delete" in request.path) else None
+    )
+    kept = {"storage__keepLast": 1, "storage__checkpointEverySteps": 1, "optimization__maxSteps": 5}
+    config = run_config(store, "undeleted", storage__endpoint=proxy.endpoint, **{**ENDLESS, **kept})
+    rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1))
+    inputs = Inputs(model=tiny_model, train=rows, validation=None)
+    (result,) = train_all([config], inputs, tmp_path / "gang", credentials=store.credentials)
+    assert result.outcome is Outcome.COMPLETED
+    assert committed_steps(store, "undeleted") == [1, 2, 3, 4, 5]
+    log = (tmp_path / "gang" / "rank-0.log").read_text()
+    (said,) = re.findall(r"^.*old checkpoints can't be deleted.*$", log, re.MULTILINE)
+    assert said.startswith("notice: ")
+    assert "AccessDenied" in said
+    assert "checkpoints: " not in log

@@ -331,14 +331,15 @@ class TrainingLoop:
         self._set_phase(Phase.TRAINING)
 
     def _report_checkpoints(self) -> None:
-        """Report the checkpoints that were committed since the last call, the age of the newest checkpoint, and any
-        problem with saving."""
+        """Report the checkpoints that were committed since the last call, the age of the newest checkpoint, any problem
+        with saving, and a failure to delete old checkpoints."""
         for record in self._saver.take_committed():
             self._status.checkpoint = record.uri
             if self._progress is not None:
                 self._progress.saved(record, self._saver.committed, self._saver.best)
         if self._progress is not None:
             self._progress.checkpointing(age=self._saver.age_seconds, problem=self._saver.problem)
+            self._progress.notice(*self._saver.take_notices())
 
     def _wait_for_commits(self) -> None:
         """Wait until every checkpoint that was saved is committed."""

@@ -86,7 +86,8 @@ class Saver:
         self._segment = 0
         self._snapshots_taken = 0
         self._snapshot_at = self._committed_at = self._upload_began_at = clock()
-        self._upload_problem = self._retention_problem = ""
+        self._upload_problem = self._retention_failure = ""
+        self._is_failure_reported = False
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
         """The committed checkpoints that led to the current weights, oldest first. Only rank 0 removes deleted
         checkpoints from the sequence. The background thread may replace the whole sequence, but never changes it in
@@ -138,16 +139,22 @@ class Saver:
 
     @property
     def problem(self) -> str:
-        """What is wrong with saving, as a sentence: why checkpoints are committed late, or why old checkpoints can't be
-        deleted. Empty where nothing is wrong."""
+        """Why checkpoints are committed late, as a sentence. Empty where they are not late."""
         step, elapsed = self._uploads.current_step, self._clock() - self._upload_began_at
         if step is None:
-            return self._retention_problem
+            return ""
         if self._upload_problem:
             return f"the checkpoint of step {step} can't be committed, training goes on: {self._upload_problem}"
         if elapsed > SLOW_UPLOAD_SECONDS and self._snapshot_at > self._upload_began_at:
             return f"the upload of step {step} takes longer than the time between two checkpoints: {elapsed:.0f} s"
-        return self._retention_problem
+        return ""
+
+    def take_notices(self) -> list[str]:
+        """Return a notice about old checkpoints that can't be deleted, once after the first failure."""
+        if not self._retention_failure or self._is_failure_reported:
+            return []
+        self._is_failure_reported = True
+        return [f"old checkpoints can't be deleted, so more than the job asks for stay: {self._retention_failure}"]
 
     def take_committed(self) -> list[CheckpointRecord]:
         """Return the records of the checkpoints that were committed since the last call."""
@@ -310,9 +317,8 @@ class Saver:
         except OutsideFailure as failure:
             # The failure is only reported, because credentials may permit writing but not deleting. The run then goes
             # on, and the bucket holds more checkpoints than the job asks for.
-            self._retention_problem = f"old checkpoints can't be deleted: {failure}"
+            self._retention_failure = str(failure)
             return
-        self._retention_problem = ""
         self.lineage = tuple(record for record in self.lineage if _id(record) in keep)
         self._other_checkpoints = ()
 
