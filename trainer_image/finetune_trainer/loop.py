@@ -295,7 +295,7 @@ class TrainingLoop:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
         ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, the
-        new copy replaces the waiting copies, except the one of the best model.
+        new copy replaces waiting copies, but never the copy of the best model.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()

@@ -17,8 +17,9 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 COUNTS = {"num_hidden_layers": 2_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
-"""Fields of a configuration that say how often transformers repeats a part of a model, and the largest value that is
-accepted. The largest published models have 126 layers and 512 experts. A model with a billion layers would never be built."""
+"""Fields of a configuration that say how often transformers repeats a part of a model, and the largest values that are
+accepted. The largest published models have 126 layers and 512 experts. A model with a billion layers would never be
+built."""
 
 
 ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")
