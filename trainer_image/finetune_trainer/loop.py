@@ -96,8 +96,8 @@ class TrainingLoop:
             progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
     def description(self, start: RunStart) -> str:
-        """Return the line of the log that describes the run before its first step: method, parameters, ranks, rows,
-        steps, and where the run resumes, among others."""
+        """Return the line that describes the run in the log before its first step, with the method, the numbers of
+        parameters, ranks, rows and steps, and the checkpoint that the run resumes from."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
@@ -264,7 +264,8 @@ class TrainingLoop:
 
     def _evaluate_and_save(self, *, catching_up: bool = False) -> None:
         """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is needed, and
-        report both. A checkpoint is needed at the job's interval, after the best evaluation so far, and at the end.
+        report both. A checkpoint is needed at the job's interval, after an evaluation that is the best so far, and at
+        the end.
 
         With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing. Then
         no checkpoint is saved for the job's interval.

@@ -64,10 +64,10 @@ MIN_DEVIATION = 0.02
 """Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
 smooth run any small change would otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The share of the differences between neighbouring steps that is kept, and the mean size that the kept differences
-have in a standard normal distribution. The largest tenth of the differences is left out. With the normal density phi
-the mean size is 2 (phi(0) - phi(1.645)) / 0.9. `_deviation` divides by it. The standard deviation that is estimated in
-this way is robust enough here, and less noisy than the median absolute deviation."""
+"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences if
+all differences are normally distributed with standard deviation 1. The largest tenth of the differences is left out.
+With the normal density phi the mean size is 2 (phi(0) - phi(1.645)) / 0.9, by which `_deviation` divides. Its estimate
+is robust enough here, and less noisy than the median absolute deviation."""
 START_STEPS = 3
 """Number of the job's first steps. The median of their log-losses is the level that ABOVE_START refers to."""
 

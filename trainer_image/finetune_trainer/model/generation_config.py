@@ -83,8 +83,9 @@ def _base_values(base: Path) -> dict[str, Any]:
 
 
 def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
-    """Where transformers refuses fields of sampling in ``values`` because `do_sample` is not true, set `do_sample` to
-    true, or delete all fields of sampling where that is not possible. Add a notice about this to ``notices``."""
+    """Where transformers refuses fields of sampling in ``values`` because `do_sample` is not true, change ``values``
+    and add a notice about this to ``notices``. `do_sample` becomes true if it is absent and transformers can draw with
+    all values. Otherwise all fields of sampling are deleted."""
     present = sorted(name for name in SAMPLING if values.get(name) is not None)
     refused = [name for name in present if _refuses({name: values[name]})]
     if not refused:

@@ -83,8 +83,8 @@ def _separated(mask: Any) -> Any:
 
 def _window_or_mask(*args: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
     """Return the mask of SDPA where no borders are noted. Otherwise return what `varlen_attention` needs to know: None
-    for causal attention, and for a sliding window of W tokens any tensor whose last dimension is W. The mask has to
-    carry the window, because some models pass the window to the masks only, and not to the attention.
+    for causal attention, and for a sliding window of W tokens any tensor whose last dimension is W. The returned
+    tensor has to carry the window, because some models pass it to the masks only, and not to the attention.
 
     Raises ValueError where the model asks for another mask.
     """
