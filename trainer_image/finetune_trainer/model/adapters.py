@@ -189,7 +189,7 @@ def add_adapters(
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
-            # DoRA's magnitudes keep the values that peft has computed: the norms of the base model's rows.
+            # DoRA's magnitudes begin as the norms of the base model's rows, which peft has computed.
             if MAGNITUDE not in name:
                 parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
     return tuned
