@@ -1,7 +1,7 @@
 """The optimizer steps of a run: train on a global batch, update, watch the loss, evaluate, save a checkpoint, report.
 
-`train.py` makes one `TrainingLoop` for each run. `TrainingLoop.run` shows all phases of a run in their order, and
-`TrainingLoop._train_step` those of one optimizer step.
+`train.py` makes one `TrainingLoop` for each run. `TrainingLoop.run` shows the order of optimizer steps, evaluations and
+checkpoints, and `TrainingLoop._train_step` shows the parts of one optimizer step.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class TrainingLoop:
             )
 
     def description(self, start: RunStart) -> str:
-        """Return the first line of the run's log: method, parameters, ranks, examples, steps, and where the run
-        resumes."""
+        """Return the line that describes the run in the log before its first step, with the method, the numbers of
+        parameters, ranks, examples and steps, and the checkpoint that the run resumes from."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
@@ -119,15 +119,16 @@ class TrainingLoop:
         )
 
     def run(self) -> bool:
-        """Train to the last step, with evaluations and checkpoints. Return whether `evaluation.patience` is exhausted,
-        which ends the run before its last step.
+        """Train to the last step, or until `evaluation.patience` is exhausted, with evaluations and checkpoints. Return
+        whether `evaluation.patience` is exhausted, which may also happen at the last step.
 
-        Raises Stopped after SIGTERM, and RollbackRequired or Diverged after an alarm.
+        Raises Stopped after SIGTERM, RollbackRequired or Diverged after an alarm, and the error of the upload thread
+        where saving failed.
         """
         try:
             if self._evaluation_missing:
-                # SIGTERM came during the evaluation of the parent checkpoint, so the evaluation is made now. Otherwise
-                # the choice of the best checkpoint would depend on when SIGTERM came.
+                # The parent checkpoint was saved after SIGTERM, without scores. So the evaluation is made now.
+                # Otherwise the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
@@ -144,8 +145,8 @@ class TrainingLoop:
     def _train_step(self, step: int) -> Alarm | None:
         """Train on the global batch of ``step``. Return an alarm where the loss or the gradient is suspicious.
 
-        The update is applied only where loss and gradient are finite. Raises StopAgreed after SIGTERM, always before
-        the update.
+        The update is applied only where loss and gradient are finite. Raises StopAgreed after SIGTERM, or where the
+        upload thread of a rank failed, always before the update.
         """
         started, started_cpu, stopwatch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
         with stopwatch.part(DATA):
@@ -187,8 +188,9 @@ class TrainingLoop:
         """Run forward and backward over this rank's micro-batches of the global batch.
 
         Return two sums over all ranks: the negative log-likelihood (nats) of the supervised tokens, and the number of
-        computed positions, padding included. The gradient is that of the mean over all supervised tokens of the global
-        batch, whatever the number of ranks and micro-batches. Raises StopAgreed after SIGTERM.
+        computed positions, padding included. The accumulated gradient is that of the mean negative log-likelihood of
+        all supervised tokens of the global batch, whatever the number of ranks and micro-batches. Raises StopAgreed as
+        `_train_step` does.
         """
         gang = self._gang
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
@@ -218,8 +220,8 @@ class TrainingLoop:
         self._record_step(row, None)
 
     def _record_step(self, row: StepRow, batch_plan: MicroBatchPlan | None) -> None:
-        """Advance to the step of ``row``. Rank 0 also adds memory, utilisation and the time for saving to the row, and
-        reports it.
+        """Advance to the step of ``row``. Rank 0 also adds the number of tokens without padding, memory, utilisation
+        and the time for saving to the row, and reports the row.
 
         ``batch_plan`` is None for a skipped step.
         """
@@ -270,8 +272,9 @@ class TrainingLoop:
         return self.step % every == 0 or self.step == self.total_steps
 
     def _evaluate_and_save(self, *, catching_up: bool = False) -> None:
-        """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is due, and
-        report both.
+        """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is needed, and
+        report both. A checkpoint is needed at the job's interval, after an evaluation that is the best so far, and at
+        the end.
 
         With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing. A
         checkpoint that is due after the step is then saved again, because the scores of the first one are missing, and
@@ -302,7 +305,7 @@ class TrainingLoop:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
         ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, the
-        new copy replaces the waiting copies, except the one of the best model.
+        new copy replaces waiting copies, but never the copy of the best model.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()

@@ -36,7 +36,7 @@ class Selection(ContractModel):
         return self.patience is not None and self.evaluations_without_improvement >= self.patience
 
     def improves(self, value: float) -> bool:
-        """Return whether ``value`` is better than the best value by more than `min_delta`."""
+        """Return whether ``value`` is better than the best value by more than `min_delta`, or is the first value."""
         if self.best is None:
             return True
         gain = self.best - value if self.best_by == "Perplexity" else value - self.best

@@ -28,9 +28,9 @@ MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
 than MIN_BASELINE."""
 PERSISTENT = 4
-"""How many of the recent steps must lie above the limit for an alarm. The alarm for a drift does not need this number,
-because a drift is found in the mean of the recent steps. A shorter spike usually passes by itself (KillLossSpike of
-llm-foundry also waits for 4 steps)."""
+"""How many of the recent steps, at least, must lie above the limit for an alarm. The newest step must be one of them.
+A shorter spike usually passes by itself (KillLossSpike of llm-foundry also waits for 4 steps). The alarm for a drift
+does not need this number, because a drift is found in the mean of the recent steps."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
 """A step is a spike if the logarithm of its loss lies above the median of the baseline by more than SPIKE_DEVIATIONS
@@ -52,7 +52,7 @@ baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by 
 the limit of ABOVE_BEST is a drift too."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies more than this number of standard
-deviations above the median of the baseline."""
+deviations above the median of the baseline, or at the oldest recent step where no step lies so high."""
 ABOVE_START = math.log(1.5)
 """How far the log-loss may lie above the median log-loss of the first steps without an alarm: the loss may be 1.5 times
 as large."""
@@ -64,10 +64,10 @@ MIN_DEVIATION = 0.02
 """Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
 smooth run any small change would otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences. The
-largest tenth of the differences is left out. The unit of the mean size is the standard deviation of a difference: for a
-normal distribution with density phi the mean size is 2 (phi(0) - phi(1.645)) / 0.9. This estimate is robust enough
-here, and less noisy than the median absolute deviation."""
+"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences if
+all differences are normally distributed with standard deviation 1. The largest tenth of the differences is left out.
+With the normal density phi the mean size is 2 (phi(0) - phi(1.645)) / 0.9, by which `_deviation` divides. Its estimate
+is robust enough here, and less noisy than the median absolute deviation."""
 START_STEPS = 3
 """Number of the job's first steps. The median of their log-losses is the level that ABOVE_START refers to."""
 
@@ -116,7 +116,7 @@ class Alarm:
     step: int
     first: int
     value: float
-    """The loss or gradient norm that stands out."""
+    """The loss or gradient norm that stands out. In the alarm for a drift, the geometric mean of the recent losses."""
     threshold: float
     """The largest value that would not have raised the alarm. Infinity in the alarm about a loss or a gradient that is
     not finite."""
@@ -165,7 +165,7 @@ def observe(state: MonitorState, step: int, loss: float, norm: float) -> tuple[M
 
 def monitor_after(rows: Iterable[tuple[int, float | None, float | None]]) -> MonitorState:
     """Return the monitor's state after ``rows`` of (step, loss, gradient norm). Rows without finite values are left
-    out."""
+    out. Alarms that the rows raise are ignored, and do not mute alarms of the steps after ``rows``."""
     state = MonitorState()
     for step, loss, norm in rows:
         if loss is not None and norm is not None and math.isfinite(loss) and math.isfinite(norm):
@@ -227,5 +227,6 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _log(value: float) -> float:
-    """Return the logarithm of a loss or a norm. Zero, as a perfect fit has it, is treated as 1e-12."""
+    """Return the logarithm of a loss or a norm. A value below 1e-12, such as the zero of a perfect fit, is treated as
+    1e-12."""
     return math.log(max(value, 1e-12))

@@ -23,11 +23,12 @@ PROBE_TOKENS = 24
 """The checks use at most this number of tokens of an example."""
 LEAK = 0.1
 """Packing may change an example's logits by at most this share of the change that appears when two examples are read as
-one text. Rounding stays far below this share, also in bf16. Without separation the whole change appears. The end of an
-example may change the logits before it by at most the same share."""
+one text. Rounding stays far below this share, also in bf16. Without separation the whole change appears.
+
+What follows an example may change the example's logits by at most LEAK times their spread (see `_check_causality`)."""
 HEAD_DIFFERENCE = 1e-2
-"""Largest relative difference between the loss computed inside of the output head and the loss of the model's logits.
-Both are the same sum, so only rounding may make them differ."""
+"""Largest relative difference between the loss computed inside of the output head and the loss of the model's logits
+that rounding may cause. A larger difference shows that the model changes the logits after its output head."""
 
 
 class ChosenAttention(NamedTuple):
@@ -41,8 +42,8 @@ class ChosenAttention(NamedTuple):
 def check_model(
     engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool, kernels: Sequence[Kernel]
 ) -> ChosenAttention:
-    """Check the model of ``engine`` with the first two of ``examples``, with the first of ``kernels`` that passes the
-    checks. All ranks must call this function together.
+    """Find the first of ``kernels`` with which the model of ``engine`` passes the checks on the first two of
+    ``examples``. The engine computes with this kernel from now on. All ranks must call this function together.
 
     Raises UserError where the model is not causal, or where ``packing`` is wanted and packed examples see each other
     with all kernels. The loss is computed inside of the output head and from the full logits. Where the two losses
@@ -59,7 +60,8 @@ def check_model(
         except torch.OutOfMemoryError:
             raise
         except (UserError, RuntimeError, ValueError, ImportError) as error:
-            # Kernels raise these errors where they can't compute a model's shapes. A slower kernel may still work.
+            # The checks raise UserError. Kernels raise the other errors where they can't compute a model's shapes. In
+            # both cases a slower kernel may still work.
             if kernel is kernels[-1]:
                 raise
             notices.append(f"training.attention: {kernel} can't be used for this model: {first_line(error)}")

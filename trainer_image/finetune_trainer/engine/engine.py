@@ -48,7 +48,8 @@ class Engine:
     ) -> None:
         """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine together.
 
-        ``lora_plus_ratio`` is the learning rate of the matrices B of adapters as a multiple of the job's learning rate.
+        ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
+        multiple of the job's learning rate.
         """
         import deepspeed
 
@@ -286,7 +287,8 @@ class Engine:
         """Set the weight that the model computes with to ``value``, an fp32 tensor of a checkpoint. All ranks must call
         this function together.
 
-        The optimizer's fp32 value does not change, so training can't go on after this call.
+        The moments of AdamW do not change, and at ZeRO stages 1 to 3 the optimizer's fp32 value does not either. So
+        training can't go on after this call.
         """
         import deepspeed
 
@@ -323,9 +325,9 @@ def parameter_groups(
     """Return the optimizer's parameter groups: weight decay applies to matrices, and not to vectors such as norms and
     biases, as in GPT-3 and Llama.
 
-    With ``lora_plus_ratio`` (LoRA+) the matrices B of adapters and all vectors are in groups of their own, whose
-    learning rate `Engine.step` multiplies by the ratio. peft's `create_loraplus_optimizer` trains the same parameters
-    at the higher rate.
+    Where ``lora_plus_ratio`` is not 1 (LoRA+), the matrices B of adapters and all vectors are in groups of their own.
+    `Engine.step` multiplies the learning rate of these groups by the ratio. peft's `create_loraplus_optimizer` trains
+    the same parameters at the higher rate.
 
     The shape before sharding shows whether a parameter is a matrix. The shape of the tensor itself does not, because in
     a model that was built under ZeRO-3 each tensor is an empty vector.

@@ -1,4 +1,5 @@
-"""The leaf modules of ZeRO-3: modules whose weights, with those of all modules in them, DeepSpeed gathers together.
+"""Finds and marks the leaf modules of ZeRO-3. DeepSpeed gathers the weights of a leaf module and the weights of all
+modules in it together.
 
 ZeRO-3 gathers the weights of a module when the module is called. For some modules this moment is too late, or comes too
 often. `engine.py` turns these modules into leaf modules before it makes DeepSpeed's engine.

@@ -1,8 +1,9 @@
 """Writes the engine's training state into safetensors files, and loads it from them.
 
-`checkpoints/saver.py` writes the files, and `train.py` loads them. Each trained parameter is stored whole (fp32 value
-and both AdamW moments) in the file of one rank. A checkpoint can therefore be read by any number of ranks at any ZeRO
-stage. The checkpoint of a LoRA run holds the adapters only.
+`checkpoints/saver.py` writes the files, and `train.py` loads them when a run resumes. For the artifact, `finish.py` and
+`checkpoints/` read the fp32 values. Each trained parameter is stored whole (fp32 value and both AdamW moments) in the
+file of one rank. A checkpoint can therefore be read by any number of ranks at any ZeRO stage. The checkpoint of a LoRA
+run holds the adapters only.
 """
 
 from __future__ import annotations

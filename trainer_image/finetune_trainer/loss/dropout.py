@@ -17,10 +17,11 @@ from torch import nn
 
 class DropoutKeys:
     """Holds one dropout key for each token that the layers currently compute. From the key, `ExampleDropout` derives
-    what is dropped. The keys are int64 of shape (batch, length), or (number of tokens,) at the output head."""
+    what is dropped. The keys are int64 of shape (batch, length). While the output head computes the loss of a chunk of
+    positions, the keys of the head have the shape (number of positions,)."""
 
     def __init__(self) -> None:
-        """Begin without keys. `Objective` sets the keys before every forward pass."""
+        """Begin without keys. `Objective` and `LossHead` set the keys before the layers compute."""
         self.value: torch.Tensor | None = None
 
 

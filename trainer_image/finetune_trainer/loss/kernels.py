@@ -62,8 +62,8 @@ def _forward(layer: Linear, unfused: Any, x: torch.Tensor, *args: Any, **kwargs:
 class _AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     """Computes y = x W^T + bias + scaling (x A^T) B^T, for x (..., I), frozen W (O, I), A (r, I) and B (O, r).
 
-    The adapter's product is added in place to y, and in the backward pass to the gradient of x. Neither product exists
-    as a tensor of its own.
+    The adapter's part of y is added to y in place. In the backward pass, the adapter's part of the gradient of x is
+    added to this gradient in place. So neither part exists as a tensor of its own.
     """
 
     @staticmethod

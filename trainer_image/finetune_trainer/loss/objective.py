@@ -38,7 +38,7 @@ class Objective:
         self.full_logits = self._head is None
         """Whether `loss` computes the logits of all positions first, and then the loss. Models that change the logits
         after the head (a soft cap, for example) need this, because a loss computed inside of the head would not see the
-        change."""
+        change. Models without an output head need it too."""
 
     @property
     def head(self) -> nn.Module | None:

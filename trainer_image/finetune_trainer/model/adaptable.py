@@ -1,8 +1,8 @@
 """Finds the weights of a model that a LoRA adapter can adapt, in its layers, experts, routers and embeddings. Weights
 that no text goes through, such as those of a vision tower, are left out.
 
-`adapters.py` chooses among these weights. Everything is read from the modules of the model without its weights, so the
-choice is the same before any weight is loaded.
+`adapters.py` chooses among these weights. Only the modules of the model on torch's meta device, and their source code,
+are read. So the choice is made before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -53,16 +53,18 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class AdaptableWeight:
-    """A weight that an adapter can be added to."""
+    """A weight that an adapter can be added to, unless `problem` says why not."""
 
     name: str
-    """Full name of the module, for example `model.layers.0.self_attn.q_proj`, or of the weight, where its module has
-    several such weights, for example `model.layers.0.mlp.experts.down_proj`."""
+    """Full name of the module whose `weight` this is, for example `model.layers.0.self_attn.q_proj`. For a parameter
+    with another name than `weight`, the full name of the parameter, for example
+    `model.layers.0.mlp.experts.down_proj`."""
     part: Part
     elements: int
     parameter: str | None = None
-    """Full name of the parameter, where peft must adapt the parameter (`target_parameters`) because it can't add the
-    output of an adapter to that of the module. None where peft adapts the module (`target_modules`)."""
+    """Full name of the parameter, where peft must adapt the parameter itself (`target_parameters`): where it can't add
+    the output of an adapter to that of the module, or would take the module for experts (see `TextPath._moves`). None
+    where peft adapts the module (`target_modules`)."""
     problem: str = ""
     """Why peft can't adapt the weight, as the end of a sentence. Empty where peft can adapt the weight."""
 
@@ -117,7 +119,8 @@ class TextPath:
         return bool(fitting) and not any(full in self.modules for full in fitting)
 
     def _beside_the_text(self) -> list[str]:
-        """Return the names of the largest modules that no text goes through."""
+        """Return names of modules that no text goes through. No text goes through the modules in them either, whether
+        their names are returned or not."""
         config = self._model.config
         named = {id(module): name for name, module in self._modules.items()}
         decoder = named[id(self._model.get_decoder())]

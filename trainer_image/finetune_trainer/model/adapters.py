@@ -1,8 +1,8 @@
-"""Chooses the modules that get a LoRA adapter, and adds the adapters. Every rank calls these functions through
-`preparation.py`.
+"""Chooses the weights that get a LoRA adapter, and adds the adapters. `base_check.py` calls `choose_targets`, also in
+the preflight check, and `preparation.py` calls `add_adapters` on every rank.
 
-The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. So the
-initial weights are the same at every ZeRO stage, on any number of ranks and on every device.
+The initial matrices of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. So the
+initial matrices are the same at every ZeRO stage, on any number of ranks and on every device.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
     """Return the weights that get an adapter.
 
     Only weights that a text goes through are chosen. Where `lora.targetModules` is empty, the result is all linear
-    layers and experts, and also both embeddings where the job adds tokens. A router gets an adapter only where an entry
-    of `lora.targetModules` names the router.
+    layers and experts that peft can adapt, and also both embeddings where the job adds tokens. A router gets an adapter
+    only where an entry of `lora.targetModules` names the router.
 
     Raises UserError where an entry fits no weight, and where peft can't add the adapters that the job asks for.
     """
@@ -104,7 +104,8 @@ def _fitting(entry: str, path: TextPath, linear: Sequence[AdaptableWeight]) -> l
         return list(linear)
     if is_pattern(entry):
         pattern = compile_entry(entry)
-        # A regular expression that fits whole layers, such as `.*layers.0.*`, does not name the routers in them.
+        # A regular expression that fits whole layers, such as `.*layers.0.*`, selects neither the routers in them nor
+        # weights that peft can't adapt, unless it fits nothing else.
         named = [weight for weight in path.weights if pattern.fullmatch(weight.name)]
         found = [weight for weight in named if weight.part is not Part.ROUTER and not weight.problem] or named
         kind = "a regular expression for names of modules"
@@ -139,8 +140,8 @@ def _check_supported(weights: Sequence[AdaptableWeight], lora: LoRASpec) -> None
 
 
 def reach_notice(targets: AdapterTargets) -> str:
-    """Return the notice about which weights the adapters can change, for example `lora: the adapters reach 98% of the
-    weights in the model's layers (down_proj, q_proj)`."""
+    """Return the notice about which weights the adapters can change, for example `lora: the adapters reach 98.0% of
+    the weights in the model's layers (down_proj, q_proj)`."""
     ends = sorted({name.rpartition(".")[2] for name in targets.names})
     kinds = ", ".join(ends[:12]) + (", …" if len(ends) > 12 else "")
     return f"lora: the adapters reach {targets.share:.1%} of the weights in the model's layers ({kinds})"
@@ -182,7 +183,7 @@ def add_adapters(
         raise UserError(TARGETS, f"must name modules of the model: {first_line(error)}") from error
     # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
     tuned.peft_config["default"].base_model_name_or_path = base_name
-    # peft keeps these names in a set, whose order differs between processes.
+    # peft keeps the names of the parameters in a set, whose order differs between processes.
     if parameters:
         tuned.peft_config["default"].target_parameters = sorted(parameters)
     for name, parameter in tuned.named_parameters():

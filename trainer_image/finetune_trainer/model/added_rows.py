@@ -20,7 +20,7 @@ INPUT_ROWS, OUTPUT_ROWS = "input_embeddings", "output_embeddings"
 
 
 class AddedRows(ContractModel):
-    """Where the embedding rows of added tokens lie in the base model's weight files."""
+    """Where the embedding rows of added tokens lie in the weight files of the extended base model."""
 
     ids: list[int]
     """Token ids of the added tokens, which are also their row numbers."""
@@ -33,9 +33,8 @@ class AddedRows(ContractModel):
 
 def find_added_rows(structure: ModelStructure, names: TensorNames, ids: list[int], *, shared: bool) -> AddedRows:
     """Return where the rows ``ids`` lie in the weight files of an extended base model. ``names`` describes the tensors
-    in these files, and ``structure`` is the structure of the base model.
-    ``shared`` says that both embeddings begin with the same rows. Raises UserError where the files lack an
-    embedding."""
+    in these files, and ``structure`` is the structure of the base model. ``shared`` says that both embeddings begin
+    with the same rows. Raises UserError where the files lack the input embedding."""
     keys = []
     for module in (structure.input_name, structure.output_name):
         parameter = f"{module}.weight"
@@ -48,9 +47,9 @@ def find_added_rows(structure: ModelStructure, names: TensorNames, ids: list[int
 
 
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The rows of
-    the input embedding have the key INPUT_ROWS. Where ``rows`` names a tensor of the output head, its rows have the key
-    OUTPUT_ROWS. Each tensor has the shape (added tokens, hidden size)."""
+    """Read the rows of the added tokens from the extended base model in folder ``base``, and return them in ``dtype``.
+    The rows of the input embedding have the key INPUT_ROWS. Where ``rows`` names a tensor of the output head, its rows
+    have the key OUTPUT_ROWS. Each tensor has the shape (added tokens, hidden size)."""
     weights = WeightFiles.of(base)
     found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}
     if rows.output_key is not None:

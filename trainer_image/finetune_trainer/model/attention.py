@@ -1,8 +1,8 @@
 """Chooses the kernel that computes attention (`training.attention`), and refuses what the code of a model can't do.
 
-The functions look only at what the class of a model and a device support. `base_check.py` calls them before a model is
-loaded, `train.py` calls `kernels` again with the device, and `engine/checks.py` tries the returned kernels in their
-order. `packed_attention.py` holds the kernel Flash.
+The functions compute no attention. They look only at the class and the configuration of a model, at the precision and
+at the device. `base_check.py` calls them before a model is loaded, `train.py` calls `kernels` again with the device,
+and `engine/checks.py` tries the returned kernels in their order. `packed_attention.py` holds the kernel Flash.
 """
 
 from __future__ import annotations

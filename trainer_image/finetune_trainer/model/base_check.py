@@ -63,7 +63,8 @@ class JobBase:
 
     @property
     def rows(self) -> int:
-        """Number of rows of the embedding that the job trains, including the rows of the added tokens."""
+        """Number of rows of the input embedding of the model that the job trains, including the rows of the added
+        tokens."""
         added = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.config.model.added_tokens]
         return max([self.structure.rows, *(number + 1 for number in added)])
 

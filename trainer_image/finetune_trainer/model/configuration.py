@@ -1,6 +1,7 @@
-"""Loads `config.json` of a base model. The preflight check and `structure.py` call `load_configuration`.
+"""Loads `config.json` of a base model. `structure.py`, the rehearsal of the export and the preflight check call
+`load_configuration`.
 
-The module does not import torch, because the preflight pod works without torch.
+The module does not import torch, because the first part of the preflight check runs without torch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 COUNTS = {"num_hidden_layers": 2_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
-"""Fields of a configuration that say how often transformers repeats a part of a model, and their largest values. The
-largest published models have 126 layers and 512 experts. A model with a billion layers would never be built."""
+"""Fields of a configuration that say how often transformers repeats a part of a model, and the largest values that are
+accepted. The largest published models have 126 layers and 512 experts. A model with a billion layers would never be
+built."""
 
 
 ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")

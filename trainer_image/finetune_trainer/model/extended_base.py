@@ -48,7 +48,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     """Write a copy of the model folder ``source`` to ``target``, with ``tokens`` added. With ``untie`` the output head
     of the copy does not share its weights with the input embedding.
 
-    Weight files that hold no embedding are linked, not copied. Raises UserError where the embeddings are not found.
+    Weight files in which nothing changes are linked, not copied. Raises UserError where the embeddings are not found.
     """
     target.mkdir(parents=True)
     structure, weights = read_structure(source), WeightFiles.of(source)
@@ -101,8 +101,8 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
 
 def check_extendable(structure: ModelStructure, weights: WeightFiles, *, rows: int, untie: bool) -> TensorNames:
     """Return the names of the tensors in ``weights``. Raises UserError where `extend_base` can't extend the model to
-    ``rows`` rows of the embeddings, because its files lack an embedding, or because the model has another tensor with
-    values for each token. Only the headers of the files are read."""
+    ``rows`` rows of the embeddings: where it has no output head, where its files lack an embedding, or where it has
+    another tensor with values for each token. Only the headers of the files are read."""
     if structure.output_name is None:
         raise UserError("model.addedTokens", "must be empty: the model has no output head")
     names = TensorNames(structure.model, weights.shapes, "model.addedTokens")

@@ -39,12 +39,12 @@ class ArtifactGeneration(NamedTuple):
 
     config: GenerationConfig
     notices: Sequence[str]
-    """A sentence for each field that differs from the base model's configuration, except the stop tokens."""
+    """Sentences about what differs from the base model's configuration, except the stop tokens."""
 
 
 def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactGeneration:
-    """Return the generation configuration for the artifact of a model that was trained from that in folder ``base``.
-    Texts end at ``stop_ids``.
+    """Return the generation configuration for the artifact of a job whose base model is in the folder ``base``. Texts
+    end at ``stop_ids``.
 
     A temperature or another field of sampling without `do_sample` switches sampling on, as the publishers of such
     models did later. Other fields that transformers refuses are left out. Raises UserError where the base model's
@@ -83,8 +83,9 @@ def _base_values(base: Path) -> dict[str, Any]:
 
 
 def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
-    """Where transformers refuses fields of sampling in ``values`` because `do_sample` is not true, set `do_sample` or
-    delete the fields, and add a notice about this to ``notices``."""
+    """Where transformers refuses fields of sampling in ``values`` because `do_sample` is not true, change ``values``
+    and add a notice about this to ``notices``. `do_sample` becomes true if it is absent and transformers can draw with
+    all values. Otherwise all fields of sampling are deleted."""
     present = sorted(name for name in SAMPLING if values.get(name) is not None)
     refused = [name for name in present if _refuses({name: values[name]})]
     if not refused:

@@ -1,4 +1,4 @@
-"""Loads the base model from local files. Every rank calls these functions through `preparation.py`."""
+"""Loads the base model from local files. `preparation.py` calls `load_base` on every rank."""
 
 from __future__ import annotations
 

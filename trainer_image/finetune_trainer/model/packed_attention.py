@@ -35,7 +35,8 @@ class Borders:
     """The borders of the packed examples of a micro-batch with B sequences of T tokens."""
 
     starts: torch.Tensor
-    """Shape (S + 1,), int32: the first token of each example in the flattened B * T tokens, in order, and B * T."""
+    """Shape (S + 1,), int32: the first token of each of S examples in the flattened B * T tokens, in order, and B * T.
+    The padding at the end of a sequence counts as an example."""
     longest: int
     """Number of tokens of the longest example."""
     numbers: torch.Tensor
@@ -82,10 +83,10 @@ def _separated(mask: Any) -> Any:
 
 def _window_or_mask(*args: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
     """Return the mask of SDPA where no borders are noted. Otherwise return what `varlen_attention` needs to know: None
-    for causal attention, and for a sliding window of W tokens any tensor whose last dimension is W.
+    for causal attention, and for a sliding window of W tokens any tensor whose last dimension is W. The returned
+    tensor has to carry the window, because some models pass it to the masks only, and not to the attention.
 
-    Raises ValueError where the model asks for another mask. Some models pass the window to the masks only, and not to
-    the attention.
+    Raises ValueError where the model asks for another mask.
     """
     if _Noted.borders is None:
         mask: torch.Tensor | None = sdpa_mask(*args, config=config, **options)

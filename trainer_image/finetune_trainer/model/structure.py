@@ -1,7 +1,7 @@
 """The modules of a base model without its weights: a model on torch's meta device, built from `config.json`.
 
-`base_check.py` uses the structure to choose LoRA's target modules and to check the weight files, and
-`reporting/meter.py` to count FLOPs.
+`base_check.py`, for example, uses the structure to choose LoRA's target modules and to check the weight files, and
+`reporting/meter.py` uses it to count FLOPs.
 """
 
 from __future__ import annotations
