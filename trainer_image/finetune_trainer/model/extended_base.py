@@ -65,7 +65,6 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     if not isinstance(spread, int | float) or not 0 < spread < 100:
         raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
     first = next(iter(copies.values()))
-    old = weights.tensor(first)
 
     def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
         grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
@@ -76,7 +75,9 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
             )
         return grown
 
-    changed = {stored: extended(old, "input") for stored in copies.values()}
+    # The files may hold two copies of a tied weight. transformers does not tie copies that differ, so each copy keeps
+    # its own values.
+    changed = {stored: extended(weights.tensor(stored), "input") for stored in copies.values()}
     if structure.tied and untie:
         # The untied head begins as a copy of the input embedding. Each added token's row is drawn once, for both.
         missing = [name for name in (input_name, output_name) if name not in copies]

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.file_selection import shown
@@ -75,7 +75,8 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
         raise UserError(
             files.field, f"there is no {CONFIG_FILE}: it must be a folder with a model in transformers' layout"
         )
-    if not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
+    # An index may name files in other folders or formats, which `select_model_files` then reports by their names.
+    if INDEX_FILE not in files.sizes and not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
         raise UserError(files.field, "there are no *.safetensors weights; other formats are not read")
     return files
 
