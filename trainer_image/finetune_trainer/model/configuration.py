@@ -34,6 +34,23 @@ DTYPES = ("float32", "float", "float16", "half", "bfloat16", "float64", "double"
 """The names that the data types of models have in torch. transformers builds no model in another type."""
 
 
+KERNEL_FIELDS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+)  # fmt: skip
+"""Fields of a configuration that name a kernel for attention or experts. transformers does not save these fields,
+because a kernel that one machine has may be missing on another. Some published files have them nevertheless."""
+
+
+def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``document``, the content of `config.json`, without the fields that name a kernel, also in its parts."""
+    return {
+        name: without_kernels(value) if isinstance(value, Mapping) else value
+        for name, value in document.items()
+        if name not in KERNEL_FIELDS
+    }
+
+
 def load_configuration(folder: Path, field: str) -> Any:
     """Return the configuration of the model in ``folder``. ``field`` is the path in the spec that messages name.
 

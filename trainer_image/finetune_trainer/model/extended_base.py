@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.model.configuration import without_kernels
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
@@ -93,7 +94,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
         config["vocab_size"] = rows
     if untie:
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (target / CONFIG_FILE).write_text(json.dumps(without_kernels(config), indent=2, sort_keys=True) + "\n")
     _write_weights(weights, target, changed, beside=weights.files[first])
     for path in source.iterdir():
         if _is_text_file_of_model(path) and not (target / path.name).exists():

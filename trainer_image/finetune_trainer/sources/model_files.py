@@ -101,6 +101,7 @@ class LocalFiles:
 
     def tag(self, name: str) -> str:
         """Return the tag of a file's content (see `file_tag`). Of a file of more than 64 MiB only parts are read."""
+        self._check_inside(name)
         return self._volume.reading(self._path, lambda folder: file_tag(folder / name))
 
     def digest(self, name: str) -> ContentDigest | None:
@@ -109,6 +110,7 @@ class LocalFiles:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
+        self._check_inside(name)
 
         def read(folder: Path) -> bytes:
             with (folder / name).open("rb") as file:
@@ -121,7 +123,16 @@ class LocalFiles:
         """Create symbolic links in ``folder`` to the files on the volume. Nothing is copied, because the files may be
         larger than the scratch space."""
         for name in names:
+            self._check_inside(name)
             (folder / name).symlink_to((self.folder / name).resolve())
+
+    def _check_inside(self, name: str) -> None:
+        """Raise UserError if the file ``name`` is a link that leads out of the volume. The file could be one of the pod
+        itself, such as a token, and some files of a model become files of the artifact."""
+        try:
+            self._volume.path(f"{self._path}/{name}")
+        except UserError:
+            raise UserError(self.field, f"{shown(name)} must not be a link that leads out of the volume") from None
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
