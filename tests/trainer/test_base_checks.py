@@ -252,6 +252,10 @@ def pointer(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def web_page(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text("<!DOCTYPE html>")
+
+
 CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "Llama"}, "its model_type 'Llama' is none that transformers"),
     ({"model_type": None}, "its model_type None is none that transformers"),
@@ -407,10 +411,7 @@ BROKEN: dict[str, Broken] = {
         for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", SINGLE, INDEX)
     },
     **{
-        f"a web page as {name}": Broken(
-            lambda folder, name=name: (folder / name).write_text("<!DOCTYPE html>"),
-            f"{name} must be a JSON object in UTF-8",
-        )
+        f"a web page as {name}": Broken(web_page(name), f"{name} must be a JSON object in UTF-8")
         for name in ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
     },
     **{

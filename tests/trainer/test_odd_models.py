@@ -38,7 +38,7 @@ def in_shards(folder: Path, *, metadata: object = None) -> dict[str, str]:
     has the given ``metadata``, or none."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
-    places = {}
+    places: dict[str, str] = {}
     for number in range(2):
         name = f"model-0000{number + 1}-of-00002.safetensors"
         part = {key: tensors[key] for key in sorted(tensors)[number::2]}
