@@ -216,6 +216,59 @@ def stop_at_a_new_token(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 64]}')
 
 
+def tensor_in_two_files(folder: Path) -> None:
+    tensors, files = load_file(folder / SINGLE), [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (folder / SINGLE).unlink()
+    save_file(tensors, folder / files[0], {"format": "pt"})
+    save_file({"lm_head.weight": torch.zeros(64, 32), "other": torch.ones(1)}, folder / files[1], {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, files[0]) | {"other": files[1]}}))
+
+
+def index_of(name: str) -> Callable[[Path], object]:
+    """Return a function that gives a model an index which puts a tensor into the file ``name``. The index and the
+    weights are all that the model has."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        tensors = load_file(folder / SINGLE)
+        (folder / SINGLE).unlink()
+        if name != "config.json":
+            save_file(tensors, folder / name, {"format": "pt"})
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+
+    return damage
+
+
+def prefixed(prefix: str) -> Callable[[Path], object]:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return lambda folder: change_tensors(folder, rename)
+
+
+def pointer(name: str) -> Callable[[Path], object]:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
+def web_page(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text("<!DOCTYPE html>")
+
+
+CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "Llama"}, "its model_type 'Llama' is none that transformers"),
+    ({"model_type": None}, "its model_type None is none that transformers"),
+    ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "its model_type 'own' is none that transformers"),
+    ({"dtype": "float8_e4m3fn"}, "dtype must be float32, float16 or bfloat16, and is 'float8_e4m3fn'"),
+    ({"dtype": None, "torch_dtype": "int8"}, "torch_dtype must be float32, float16 or bfloat16, and is 'int8'"),
+    ({"quantization_config": {}}, "quantization_config must be left out for weights that are not quantised"),
+    ({"quantization_config": "awq"}, "quantization_config must be left out for weights that are not quantised"),
+    ({"vocab_size": "64"}, "Validation error for field 'vocab_size': TypeError: Field 'vocab_size' expected int"),
+]
+"""Fields of a configuration that are wrong, and the sentence about each."""
+
+
 @dataclass(frozen=True)
 class Broken:
     """A model that is damaged so that no job can train it, and the finding about it."""
@@ -331,6 +384,59 @@ BROKEN: dict[str, Broken] = {
     "an encoder with a decoder": Broken(
         configure(model_type="bart", is_encoder_decoder=True),
         "model.volume.path: config.json describes a 'bart' with an encoder",
+    ),
+    "a tensor in two files": Broken(
+        tensor_in_two_files,
+        "model: its files do not fit together: model-00002-of-00002.safetensors has the tensor lm_head.weight, which"
+        " model.safetensors.index.json puts into model-00001-of-00002.safetensors",
+    ),
+    **{
+        f"an index of {name}": Broken(
+            index_of(name),
+            "model.volume.path: model.safetensors.index.json must name *.safetensors files in the same folder, and"
+            f" names {name}",
+        )
+        for name in ("config.json", "generation_config.json", "chat_template.jinja", "other/model.safetensors", "a.bin")
+    },
+    **{
+        f"the prefix {prefix}": Broken(
+            prefixed(prefix),
+            f"model: its files have other names than a model with its config.json: {prefix}lm_head.weight in place of"
+            " lm_head.weight",
+        )
+        for prefix in ("_orig_mod.", "module.", "base_model.model.")
+    },
+    **{
+        f"a pointer of Git LFS as {name}": Broken(pointer(name), f"{name} is a pointer of Git LFS, not the file")
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", SINGLE, INDEX)
+    },
+    **{
+        f"a web page as {name}": Broken(web_page(name), f"{name} must be a JSON object in UTF-8")
+        for name in ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
+    },
+    **{
+        f"the configuration {fields}": Broken(
+            configure(**fields), f"model.volume.path: its config.json can't be used: {sentence}"
+        )
+        for fields, sentence in CONFIGURATIONS
+    },
+    "a tokenizer with code of its own": Broken(
+        lambda folder: edit(
+            folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.Own"]}
+        ),
+        "model: its tokenizer can't be used: transformers has no OwnTokenizer, which its tokenizer_config.json names",
+    ),
+    "a chat template in another encoding": Broken(
+        lambda folder: (folder / "chat_template.jinja").write_bytes("é".encode("utf-16")),
+        "model: its chat_template.jinja must be a text in UTF-8",
+    ),
+    "a tokenizer of Mistral's own library": Broken(
+        only_sentencepiece("tekken.json"), "model: its tokenizer can't be used: beside tekken.json there must be"
+    ),
+    "settings for generating with which no kind of artifact is saved": Broken(
+        lambda folder: (folder / "generation_config.json").write_text('{"max_new_tokens": -1}'),
+        "model: its generation_config.json can't be used: `max_new_tokens` must be greater than 0",
+        changes={"storage__artifact": "Both"},
     ),
     "a model for pictures and text": Broken(
         configure(model_type="llava"),

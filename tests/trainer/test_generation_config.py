@@ -46,6 +46,18 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
         ({"temperature": "warm\n# heading"}, {}, "has temperature warm # heading, which can't be used"),
         ({"early_stopping": True, "length_penalty": 2.0}, {}, "has early_stopping, length_penalty with values that"),
         ({"pad_token_id": -1, "top_k": 20}, {"do_sample": True, "top_k": 20}, "has pad_token_id with values that"),
+        (
+            {"do_sample": True, "temperature": 0, "top_p": 0.9}, {},
+            "has temperature 0.0, with which no text can be generated; the artifact has no do_sample",
+        ),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": -1}, {"do_sample": True, "temperature": 0.7},
+            "has top_k -1, with which no text can be generated; the artifact leaves this out",
+        ),
+        ({"do_sample": True, "top_k": 5.0, "temperature": 2}, {"do_sample": True, "top_k": 5, "temperature": 2.0}, ""),
+        ({"do_sample": True, "temperature": float("nan")}, {"do_sample": True}, "has temperature nan, with which no"),
+        ({"do_sample": True, "top_k": 0, "typical_p": 1.0}, {"do_sample": True, "top_k": 0, "typical_p": 1.0}, ""),
+        ({"repetition_penalty": "1.1", "num_beams": 0}, {}, "has num_beams 0, repetition_penalty 1.1, with which no"),
         ({"max_length": 4096, "of_the_publisher": [1]}, {"max_length": 4096, "of_the_publisher": [1]}, ""),
     ],
 )  # fmt: skip

@@ -311,7 +311,10 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
         "there must be a model.safetensors or a model.safetensors.index.json",
     ),
-    "unknown type": (lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'), "`abacus`"),
+    "unknown type": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'),
+        "its config.json can't be used: its model_type 'abacus' is none that transformers",
+    ),
     "no language model": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
         "config.json names model_type 'vit', which is no causal language model",
@@ -325,12 +328,14 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model.safetensors.index.json must be JSON with a weight_map",
     ),
     "an index that names no text": (
-        lambda folder: _write(folder / "model.safetensors.index.json", {"weight_map": {"a": "\ud800"}}, split=True),
-        r"there is no \ud800, which model.safetensors.index.json names",
+        lambda folder: _write(
+            folder / "model.safetensors.index.json", {"weight_map": {"a": "\ud800.safetensors"}}, split=True
+        ),
+        r"there is no \ud800.safetensors, which model.safetensors.index.json names",
     ),
     "a deep configuration": (
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        "its config.json can't be used: maximum recursion depth exceeded",
+        "its config.json can't be used: config.json must be a JSON object in UTF-8 (maximum recursion depth exceeded",
     ),
     "no heads": (
         lambda folder: _write(folder / "config.json", {"model_type": "llama", "num_attention_heads": 0}),
@@ -342,11 +347,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a deep tokenizer": (
         lambda folder: (folder / "tokenizer_config.json").write_text("[" * 100_000),
-        "its tokenizer can't be loaded: maximum recursion depth exceeded",
+        "its tokenizer can't be used: tokenizer_config.json must be a JSON object in UTF-8 (maximum recursion depth",
     ),
     "a tokenizer that is a list": (
         lambda folder: _write(folder / "tokenizer_config.json", [1]),
-        "its tokenizer can't be loaded: 'list' object has no attribute 'get'",
+        "its tokenizer can't be used: tokenizer_config.json must be a JSON object, and holds a list",
     ),
     "a tokenizer whose end is a number": (
         lambda folder: _write(folder / "tokenizer_config.json", {"eos_token": 5}),

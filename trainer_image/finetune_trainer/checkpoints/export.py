@@ -26,6 +26,7 @@ from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_va
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.configuration import without_kernels
 from finetune_trainer.model.generation_config import artifact_generation_config
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
@@ -136,9 +137,10 @@ def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: E
 
 def save_model_configuration(target: Path, options: ExportOptions) -> None:
     """Write `config.json` of the base model into the folder ``target``, with the data type of the artifact, and with
-    `use_cache` set to true where the file has this field. All other fields are left as the base model's publisher wrote
+    `use_cache` set to true where the file has this field. Fields that name a kernel are left out, so that the artifact
+    can be loaded where the kernel is missing. All other fields are left as the base model's publisher wrote
     them, because older programs do not know all fields that transformers would write."""
-    config = json.loads((options.base / CONFIG_FILE).read_text())
+    config = without_kernels(json.loads((options.base / CONFIG_FILE).read_text()))
     text = config.get("text_config")
     for section in (config, *([text] if isinstance(text, dict) else [])):
         known = [name for name in ("dtype", "torch_dtype") if name in section]

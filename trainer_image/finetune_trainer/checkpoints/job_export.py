@@ -64,4 +64,8 @@ def rehearse_job_export(
     except UserError as error:
         if config.lora is None or only_adapter:
             raise
+        # Where an adapter can't be written either, this raises the error that is no fault of the merged model.
+        storage = config.storage.model_copy(update={"artifact": "Adapter"})
+        adapter = config.model_copy(update={"storage": storage})
+        rehearse_export(tokenizer, job_export_options(adapter, model, base, structure, stops), changed, scratch)
         raise UserError("storage.artifact", f"must be Adapter: {error.problem}") from error

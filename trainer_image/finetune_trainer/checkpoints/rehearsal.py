@@ -71,11 +71,18 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBa
             "end token": (tokenizer.eos_token_id, saved.eos_token_id),
             "number of tokens": (len(tokenizer), len(saved)),
             "token ids of a text": (tokenizer(text)["input_ids"], saved(text)["input_ids"]),
-            "chat template": (tokenizer.chat_template, saved.chat_template),
+            "chat template": (_templates(tokenizer), _templates(saved)),
         }
     for what, (mine, its) in compared.items():
         if mine != its:
             raise UserError("model", f"its tokenizer can't be exported: it has another {what} after it was saved")
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the chat templates of ``tokenizer`` by name. transformers saves a single named template without its name,
+    and an empty list of templates not at all."""
+    templates = tokenizer.chat_template or {}
+    return templates if isinstance(templates, dict) else {"default": templates}
 
 
 def rehearse_adapter(model: PeftModel, options: ExportOptions, scratch: Path) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
@@ -24,12 +26,19 @@ from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.pod.model_text_files import check_no_pointer, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 """The file in which the tokenizers library stores a whole tokenizer. A file of sentencepiece or tiktoken (suffix
 `.model`) holds only a part of a tokenizer: transformers makes up the rest, and has to guess the format of the file."""
 
 
+SMALL_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""The files of a tokenizer that are JSON objects, except TOKENIZER_FILE. That file may have tens of megabytes, so that
+only the tokenizers library reads the file as a whole."""
+TEMPLATE_FILE = "chat_template.jinja"
+WITHOUT_SETTINGS = ("tekken.json",)
+"""Files that hold a tokenizer as files of sentencepiece and tiktoken do. Their names do not end with `.model`."""
 UNKNOWN_PART = "did not match any variant"
 """Part of the error message of the tokenizers library for a file that a newer version of the library wrote."""
 
@@ -73,16 +82,40 @@ def _not_loaded(folder: Path, error: BaseException) -> UserError:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken."""
+    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken, or where one of
+    the tokenizer's files can't be read as what it must be."""
+    with library_boundary(_unusable):
+        check_no_pointer(folder / TOKENIZER_FILE)
+        contents = {name: read_json_object(folder / name) for name in SMALL_JSON_FILES}
+    _check_class(contents["tokenizer_config.json"])
+    template = folder / TEMPLATE_FILE
+    if template.is_file():
+        try:
+            template.read_bytes().decode()
+        except ValueError as error:
+            raise UserError("model", f"its {TEMPLATE_FILE} must be a text in UTF-8 ({first_line(error)})") from None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TOKENIZER_FILE in names or "vocab.json" in names or "vocab.txt" in names:
         return
-    found = sorted(name for name in names if name.endswith(".model"))
+    found = sorted(name for name in names if name.endswith(".model") or name in WITHOUT_SETTINGS)
     if found:
         raise UserError(
             "model",
             f"its tokenizer can't be used: beside {found[0]} there must be a {TOKENIZER_FILE} with the same tokenizer,"
             " which save_pretrained of transformers' AutoTokenizer writes where sentencepiece is installed",
+        )
+
+
+def _check_class(content: Mapping[str, Any]) -> None:
+    """Raise UserError where ``content`` of tokenizer_config.json names a tokenizer that only the model's own code can
+    make."""
+    own, name = content.get("auto_map"), content.get("tokenizer_class")
+    known = not isinstance(name, str) or tokenizer_class_from_name(name) is not None
+    if isinstance(own, Mapping) and "AutoTokenizer" in own and not known:
+        raise UserError(
+            "model",
+            f"its tokenizer can't be used: transformers has no {name}, which its tokenizer_config.json names, and code"
+            " that comes with a model (auto_map) is never run",
         )
 
 

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
+from finetune_trainer.pod.model_text_files import read_json_object
 
 COUNTS = {"num_hidden_layers": 2_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
 """Fields of a configuration that say how often transformers repeats a part of a model, and the largest values that are
@@ -27,6 +30,27 @@ ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")
 QUANTISATION_FIELDS = ("quantization_config", "compression_config")
 """Fields of a configuration that describe quantised weights. The library compressed-tensors once wrote
 `compression_config`."""
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Fields of a configuration with the data type of the weights. The second is the older name."""
+DTYPES = ("float32", "float", "float16", "half", "bfloat16", "float64", "double")
+"""The names that the data types of models have in torch. transformers builds no model in another type."""
+
+
+KERNEL_FIELDS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+)  # fmt: skip
+"""Fields of a configuration that name a kernel for attention or experts. transformers does not save these fields,
+because a kernel that one machine has may be missing on another. Some published files have them nevertheless."""
+
+
+def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``document``, the content of `config.json`, without the fields that name a kernel, also in its parts."""
+    return {
+        name: without_kernels(value) if isinstance(value, Mapping) else value
+        for name, value in document.items()
+        if name not in KERNEL_FIELDS
+    }
 
 
 def load_configuration(folder: Path, field: str) -> Any:
@@ -34,10 +58,21 @@ def load_configuration(folder: Path, field: str) -> Any:
 
     Raises UserError if transformers can't read the configuration, or if the configuration describes a model that is no
     causal language model, that is quantised, or that is too large to be built.
+
+    The configuration names no kernels for attention and experts, even where the file does: the trainer chooses them,
+    and those in the file may not be installed.
     """
+
+    def unusable(error: BaseException) -> UserError:
+        return UserError(field, f"its config.json can't be used: {first_line(error)}")
+
+    with library_boundary(unusable):
+        document = read_json_object(folder / CONFIG_FILE)
+    _check_fields(document, field)
     # A wrong file can make the code of transformers raise any exception.
-    with library_boundary(lambda error: UserError(field, f"its config.json can't be used: {first_line(error)}")):
+    with library_boundary(unusable):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None
         text = config.get_text_config()
         counts = {name: getattr(text, name, None) for name in COUNTS}
     for name, count in counts.items():
@@ -55,6 +90,28 @@ def load_configuration(folder: Path, field: str) -> Any:
                     " floating-point numbers of 16 or 32 bits; name the model from which it was made",
                 )
     return config
+
+
+def _check_fields(document: Mapping[str, Any], field: str) -> None:
+    """Raise UserError if transformers does not know the type of model in ``document``, the content of `config.json`, or
+    if a field that describes the data type of the weights has no value that transformers reads."""
+    kind = document.get("model_type")
+    problem = ""
+    if document and (not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES):
+        problem = f"its model_type {kind!r} is none that transformers {__version__} knows"
+        if "auto_map" in document:
+            problem += ", and code that comes with a model (auto_map) is never run"
+    inner = document.get("text_config")
+    for part in (document, inner if isinstance(inner, Mapping) else {}):
+        for name in QUANTISATION_FIELDS:
+            value = part.get(name)
+            if value is not None and not (isinstance(value, Mapping) and value):
+                problem = problem or f"{name} must be left out for weights that are not quantised"
+        for name in DTYPE_FIELDS:
+            if part.get(name) is not None and part[name] not in DTYPES:
+                problem = problem or f"{name} must be float32, float16 or bfloat16, and is {str(part[name])[:40]!r}"
+    if problem:
+        raise UserError(field, f"its config.json can't be used: {problem}")
 
 
 def _check_kind(config: Any, field: str) -> None:

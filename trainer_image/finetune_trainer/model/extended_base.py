@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.model.configuration import without_kernels
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
@@ -65,7 +66,6 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     if not isinstance(spread, int | float) or not 0 < spread < 100:
         raise UserError("model", f"its {CONFIG_FILE} must have a positive number as initializer_range")
     first = next(iter(copies.values()))
-    old = weights.tensor(first)
 
     def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
         grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
@@ -76,7 +76,9 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
             )
         return grown
 
-    changed = {stored: extended(old, "input") for stored in copies.values()}
+    # The files may hold two copies of a tied weight. transformers does not tie copies that differ, so each copy keeps
+    # its own values.
+    changed = {stored: extended(weights.tensor(stored), "input") for stored in copies.values()}
     if structure.tied and untie:
         # The untied head begins as a copy of the input embedding. Each added token's row is drawn once, for both.
         missing = [name for name in (input_name, output_name) if name not in copies]
@@ -92,7 +94,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
         config["vocab_size"] = rows
     if untie:
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (target / CONFIG_FILE).write_text(json.dumps(without_kernels(config), indent=2, sort_keys=True) + "\n")
     _write_weights(weights, target, changed, beside=weights.files[first])
     for path in source.iterdir():
         if _is_text_file_of_model(path) and not (target / path.name).exists():

@@ -8,6 +8,7 @@ transformers reads many published configurations that it refuses to save after a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from transformers import GenerationConfig
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary, one_line
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE
+from finetune_trainer.pod.model_text_files import read_json_object
 
 SAMPLING: Mapping[str, Callable[[float], bool]] = {
     "temperature": lambda value: value > 0,
@@ -30,6 +32,16 @@ SAMPLING: Mapping[str, Callable[[float], bool]] = {
 }
 """Fields that only have an effect when a text is drawn at random (`do_sample: true`), and the values with which
 transformers can draw."""
+OFF: Mapping[str, float] = {"top_k": 0, "top_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+"""Values of fields of sampling which transformers accepts too when it draws a text."""
+ALWAYS: Mapping[str, Callable[[float], bool]] = {
+    "repetition_penalty": lambda value: value > 0,
+    "encoder_repetition_penalty": lambda value: value > 0,
+    "num_beams": lambda value: value >= 1 and value == int(value),
+}
+"""Fields that have an effect in every generation, and the values with which transformers can generate."""
+WHOLE = ("top_k", "num_beams")
+"""Fields of SAMPLING and ALWAYS that must be whole numbers. transformers wants all others as floating-point numbers."""
 DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 """Fields whose values decide which other fields transformers accepts."""
 
@@ -47,11 +59,13 @@ def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactG
     end at ``stop_ids``.
 
     A temperature or another field of sampling without `do_sample` switches sampling on, as the publishers of such
-    models did later. Other fields that transformers refuses are left out. Raises UserError where the base model's
-    configuration can't be read.
+    models did later. With `do_sample`, a temperature of 0 switches sampling off, because no text can be drawn with it.
+    Other fields that transformers refuses, or with which it can't generate, are left out. Raises UserError where the
+    base model's configuration can't be read.
     """
     values = _base_values(base)
     notices: list[str] = []
+    _repair_numbers(values, notices)
     if values.get("do_sample") is not True:
         _repair_sampling(values, notices)
     values["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
@@ -75,11 +89,40 @@ def _base_values(base: Path) -> dict[str, Any]:
         return {}
     # A wrong file can make the code of transformers raise any exception.
     with library_boundary(lambda error: UserError("model", f"its {file} can't be used: {first_line(error)}")):
+        read_json_object(base / file)
         config = GenerationConfig.from_pretrained(
             base, config_file_name=file, local_files_only=True, _from_model_config=file == CONFIG_FILE
         )
         values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     return {name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")}
+
+
+def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
+    """Write the numbers in ``values`` with the types that transformers wants, and delete those with which it can't
+    generate. Add a notice about deleted ones to ``notices``."""
+    for name in (*SAMPLING, *ALWAYS):
+        value = values.get(name)
+        if name in WHOLE and isinstance(value, float) and value.is_integer():
+            values[name] = int(value)
+        elif name not in WHOLE and type(value) is int:
+            values[name] = float(value)
+    draws = values.get("do_sample") is True
+    bounds = {**ALWAYS, **(SAMPLING if draws else {})}
+    wrong = [name for name in bounds if values.get(name) is not None and not _fits(name, values[name], bounds[name])]
+    if not wrong:
+        return
+    greedy = "temperature" in wrong and values["temperature"] == 0
+    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
+    for name in [*wrong, *((*SAMPLING, "do_sample") if greedy else ())]:
+        values.pop(name, None)
+    told = "the artifact has no do_sample" if greedy else "the artifact leaves this out"
+    notices.append(f"model: its {GENERATION_CONFIG_FILE} has {named}, with which no text can be generated; {told}")
+
+
+def _fits(name: str, value: Any, bound: Callable[[float], bool]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return bound(value) or OFF.get(name) == value
 
 
 def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:

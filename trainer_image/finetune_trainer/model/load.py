@@ -9,15 +9,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from finetune_core.api.method import Quantization
 from finetune_core.errors import UserError
+from finetune_trainer.model.configuration import load_configuration
 from finetune_trainer.model.mmap_memory import release_mapped_pages
 from finetune_trainer.model.packed_attention import install as install_packed_attention
-from finetune_trainer.model.weight_files import WeightFiles
+from finetune_trainer.model.weight_files import WeightFiles, write_index
 from finetune_trainer.pod.errors import first_line
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,6 +42,10 @@ def load_base(
     With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks. While this
     happens, the memory of the mapped files is freed again and again. With ``quantization`` the linear layers are held
     in 4 bits.
+
+    The model has the default settings for generating texts. Those of the base model are only for the artifact: beside
+    the settings of an evaluation they would still count, because transformers takes from the model what a call leaves
+    open, and some of them, such as `stop_strings`, need arguments that an evaluation does not pass.
     """
     try:
         with (
@@ -49,6 +54,7 @@ def load_base(
         ):
             model, report = AutoModelForCausalLM.from_pretrained(
                 alone,
+                config=load_configuration(alone, "model"),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -68,6 +74,7 @@ def load_base(
         # Missing weights are an error here. transformers would give them random values, and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
+    model.generation_config = GenerationConfig()
     if quantization is not None:
         _keep_exact_scales(model)
     switch_off_dropout(model)
@@ -104,13 +111,15 @@ def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
 @contextlib.contextmanager
 def _model_alone(folder: Path) -> Iterator[Path]:
     """Yield a folder with links to those files in ``folder`` from which the model is loaded. From ``folder`` itself,
-    transformers would also load an adapter if there is one."""
+    transformers would also load an adapter if there is one. The index of the weight files is written anew, because
+    published ones may lack a part that transformers needs."""
     with TemporaryDirectory() as alone:
-        weights = WeightFiles.of(folder).names
-        index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
-        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, *weights, *index):
+        weights = WeightFiles.of(folder)
+        for name in (CONFIG_FILE, *weights.names):
             if (folder / name).is_file():
                 (Path(alone) / name).symlink_to((folder / name).resolve())
+        if weights.names != [SINGLE_FILE]:
+            write_index(Path(alone), weights.files)
         yield Path(alone)
 
 

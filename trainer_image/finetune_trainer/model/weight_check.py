@@ -53,7 +53,7 @@ def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -
         )
     missing = missing_weights(model, report)
     if missing:
-        raise UserError("model", _missing_problem(missing, headers, quantised))
+        raise UserError("model", _missing_problem(missing, headers, quantised, structure.model.base_model_prefix))
     for name, found, wanted in sorted(report["mismatched_keys"], key=lambda entry: str(entry[0])):
         raise UserError(
             "model",
@@ -107,9 +107,12 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _missing_problem(missing: list[str], headers: Mapping[str, TensorHeader], quantised: Collection[str]) -> str:
+def _missing_problem(
+    missing: list[str], headers: Mapping[str, TensorHeader], quantised: Collection[str], inner: str
+) -> str:
     """Return what is wrong where the model got no tensor for the weights ``missing``. ``quantised`` are the tensors of
-    the files that were left out because they are quantised."""
+    the files that were left out because they are quantised. ``inner`` is the name of the model's inner part, which
+    published files may leave out of the names."""
     if quantised:
         stems = {name.rpartition(".")[0] for name in missing}
         name = next((name for name in sorted(quantised) if name.rpartition(".")[0] in stems), min(quantised))
@@ -117,6 +120,15 @@ def _missing_problem(missing: list[str], headers: Mapping[str, TensorHeader], qu
             f"its weights are quantised: {name} is stored as {headers[name].dtype}, and must be stored as F32, F16 or"
             " BF16; name the model from which it was made"
         )
+    for name in missing:
+        ends = (f".{name}", f".{name.removeprefix(f'{inner}.')}")
+        longer = min((stored for stored in headers if stored.endswith(ends)), default=None)
+        if longer is not None and longer not in quantised:
+            # torch.compile, DistributedDataParallel and peft wrap a model, and put a prefix in front of its names.
+            return (
+                f"its files have other names than a model with its config.json: {longer} in place of {name}; save the"
+                " model itself with save_pretrained, not the object around it"
+            )
     return f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}"
 
 

@@ -84,15 +84,18 @@ def _open_header(path: Path) -> Any:
 
 def check_complete(folder: Path) -> None:
     """Raise UserError where a weight file of the model in ``folder`` is missing, can't be opened, for example because
-    it is shorter than its header says, or lacks a tensor that the index expects in it.
+    it is shorter than its header says, lacks a tensor that the index expects in it, or has a tensor that the index
+    expects in another file.
 
     Where the folder holds a single weight file and also an index of other files, the index may be that of another
     model. Then the files of the index must exist, but only the single file is opened.
     """
     index = folder / INDEX_FILE
     expected: dict[str, set[str]] = {}
+    places: dict[str, Any] = {}
     try:
-        for tensor, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
+        places = dict(json.loads(index.read_text())["weight_map"].items()) if index.is_file() else {}
+        for tensor, name in places.items():
             expected.setdefault(f"{name}", set()).add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights") from None
@@ -104,12 +107,21 @@ def check_complete(folder: Path) -> None:
     if not expected and not (folder / SINGLE_FILE).is_file():
         raise UserError("model", f"its files are incomplete: there is no {SINGLE_FILE} and no {INDEX_FILE}")
     if (folder / SINGLE_FILE).is_file() and set(expected) != {SINGLE_FILE}:
-        expected = {SINGLE_FILE: set()}
+        expected, places = {SINGLE_FILE: set()}, {}
     for name, tensors in sorted(expected.items()):
         with library_boundary(partial(_unreadable, name)), _open_header(folder / name) as file:
-            missing = sorted(tensors - set(file.keys()))
+            found = set(file.keys())
+        missing = sorted(tensors - found)
         if missing:
             raise UserError("model", f"its files are incomplete: {name} lacks {missing[0]}, which {INDEX_FILE} names")
+        twice = sorted(tensor for tensor in found if places.get(tensor, name) != name)
+        if twice:
+            # transformers would load the tensor from the last file, and another program from the file in the index.
+            raise UserError(
+                "model",
+                f"its files do not fit together: {name} has the tensor {twice[0]}, which {INDEX_FILE} puts into"
+                f" {places[twice[0]]}; write the model again with save_pretrained",
+            )
 
 
 def _unreadable(name: str, error: BaseException) -> Exception:

@@ -81,8 +81,10 @@ def _is_panic(error: BaseException) -> bool:
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:
     """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
-    part of a sentence for the user."""
-    return valid_text((str(error).strip().splitlines() or [type(error).__name__])[0][:limit])
+    part of a sentence for the user. If the line ends with a colon, the next line is added, which says what is wrong."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return valid_text(text[:limit])
 
 
 def one_line(text: str, *, limit: int = 1000) -> str:

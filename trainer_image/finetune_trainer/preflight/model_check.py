@@ -21,6 +21,7 @@ from finetune_trainer.model.configuration import load_configuration, model_conte
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.model_file_names import INDEX_FILE
+from finetune_trainer.pod.model_text_files import pointer_problem
 from finetune_trainer.sources.model_files import ModelFiles
 from finetune_trainer.sources.model_selection import ModelSelection, select_model_files
 
@@ -35,7 +36,6 @@ LARGEST_HEADERS_BYTES = 64_000_000
 """Largest size in bytes of the headers of all weight files together. The headers of a model with a trillion parameters
 have about 20 MB."""
 PARALLEL_READS = 4
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def _header_text(files: ModelFiles, name: str) -> bytes:
     """Return the header of a safetensors file as JSON text. The text is not parsed yet."""
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
-    if piece.startswith(LFS_POINTER):
-        raise UserError(files.field, f"{name} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
+    if problem := pointer_problem(name, piece):
+        raise UserError(files.field, problem)
     length = int.from_bytes(piece[:8], "little")
     if len(piece) < 8 or length < 2 or 8 + length > size:
         raise UserError(files.field, f"{name} is no whole safetensors file ({size} bytes)")

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.file_selection import shown
@@ -75,7 +75,8 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
         raise UserError(
             files.field, f"there is no {CONFIG_FILE}: it must be a folder with a model in transformers' layout"
         )
-    if not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
+    # An index may name files in other folders or formats, which `select_model_files` then reports by their names.
+    if INDEX_FILE not in files.sizes and not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
         raise UserError(files.field, "there are no *.safetensors weights; other formats are not read")
     return files
 
@@ -100,6 +101,7 @@ class LocalFiles:
 
     def tag(self, name: str) -> str:
         """Return the tag of a file's content (see `file_tag`). Of a file of more than 64 MiB only parts are read."""
+        self._check_inside(name)
         return self._volume.reading(self._path, lambda folder: file_tag(folder / name))
 
     def digest(self, name: str) -> ContentDigest | None:
@@ -108,6 +110,7 @@ class LocalFiles:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
+        self._check_inside(name)
 
         def read(folder: Path) -> bytes:
             with (folder / name).open("rb") as file:
@@ -120,7 +123,16 @@ class LocalFiles:
         """Create symbolic links in ``folder`` to the files on the volume. Nothing is copied, because the files may be
         larger than the scratch space."""
         for name in names:
+            self._check_inside(name)
             (folder / name).symlink_to((self.folder / name).resolve())
+
+    def _check_inside(self, name: str) -> None:
+        """Raise UserError if the file ``name`` is a link that leads out of the volume. The file could be one of the pod
+        itself, such as a token, and some files of a model become files of the artifact."""
+        try:
+            self._volume.path(f"{self._path}/{name}")
+        except UserError:
+            raise UserError(self.field, f"{shown(name)} must not be a link that leads out of the volume") from None
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

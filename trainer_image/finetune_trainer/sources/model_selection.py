@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from finetune_trainer.pod.model_text_files import pointer_problem
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
@@ -86,12 +87,20 @@ def _indexed_tensors(files: ModelFiles) -> dict[str, list[str]]:
         raise UserError(
             files.field, f"{INDEX_FILE} has {size} bytes, more than the {LARGEST_INDEX_BYTES} that are read"
         )
+    content = files.read(INDEX_FILE, 0, files.sizes[INDEX_FILE])
+    if problem := pointer_problem(INDEX_FILE, content):
+        raise UserError(files.field, problem)
     try:
-        weights = json.loads(files.read(INDEX_FILE, 0, files.sizes[INDEX_FILE]))["weight_map"]
+        weights = json.loads(content)["weight_map"]
         found: dict[str, list[str]] = {}
         for tensor, name in weights.items():
             if not isinstance(name, str):
                 raise TypeError(f"{tensor!r} is in no file")
+            if "/" in name or not name.endswith(WEIGHTS_SUFFIX):
+                raise UserError(
+                    files.field,
+                    f"{INDEX_FILE} must name *.safetensors files in the same folder, and names {shown(name)}",
+                )
             found.setdefault(name, []).append(tensor)
         if not found:
             raise ValueError("it names no tensor")
