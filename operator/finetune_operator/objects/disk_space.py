@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from finetune_core.api import FineTuneJob
-from finetune_core.api.method import Method
+from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.resources import MEBIBYTE
 from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import MODEL_CACHE_FOLDER, MODEL_VOLUME_FOLDER
@@ -80,12 +80,13 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
     if sizes is None:
         return None
     spec = job.spec
+    exports_model = spec.method is Method.FULL or spec.storage.artifact in ("Merged", "Both")
     return scratch_need(
         model_bytes=sizes.model_bytes,
         data_bytes=sizes.data_bytes,
-        trains_all=spec.method is Method.FULL,
-        writes_model=bool(spec.model.added_tokens) or spec.storage.artifact in ("Merged", "Both"),
-        nodes=spec.resources.nodes,
+        rank=None if spec.method is Method.FULL else (spec.lora or LoRASpec()).rank,
+        # With added tokens the pod also writes a copy of the base model that has their rows.
+        models_written=exports_model + bool(spec.model.added_tokens),
         model_is_elsewhere=spec.model.volume is not None
         or (spec.storage.cache is not None and spec.storage.cache.ephemeral is not None),
     )
