@@ -5,6 +5,7 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from finetune_core.api import FineTuneJob
@@ -25,6 +26,26 @@ ROOM_BESIDE_SCRATCH = 2048 * MEBIBYTE
 """Bytes of `ephemeral-storage` in addition to `resources.scratch.size`, for `/tmp` and the logs."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRoom:
+    """The volume on which a training pod puts the files of the base model, where the job states its size."""
+
+    field: str
+    """Path in the spec of the volume's size, for example `resources.scratch.size`."""
+    bytes: int
+
+
+def model_room(job: FineTuneJob) -> ModelRoom | None:
+    """Return the volume for the files of the base model. None where the job states no size for this volume, or where
+    the model is used where it lies."""
+    scratch, cache = job.spec.resources.scratch, job.spec.storage.cache
+    if job.spec.model.volume is not None:
+        return None
+    if cache is not None and cache.ephemeral is not None:
+        return ModelRoom(field="storage.cache.ephemeral.size", bytes=to_bytes(cache.ephemeral.size))
+    return ModelRoom(field="resources.scratch.size", bytes=to_bytes(scratch.size)) if scratch is not None else None
+
+
 def sizes_of_inputs(preflight: PreflightStatus | None) -> InputSizes | None:
     """Return the sizes of model and data that the preflight check has found; None where it found none."""
     if preflight is None or preflight.model_bytes is None or preflight.data_bytes is None:
@@ -38,11 +59,11 @@ def disk_amounts(job: FineTuneJob, sizes: InputSizes | None) -> tuple[Manifest, 
     scratch = job.spec.resources.scratch
     if scratch is not None:
         on_node = to_bytes(scratch.size) if scratch.storage_class_name is None else 0
-        amount = {EPHEMERAL_STORAGE: _quantity(on_node + ROOM_BESIDE_SCRATCH)}
+        amount = {EPHEMERAL_STORAGE: quantity(on_node + ROOM_BESIDE_SCRATCH)}
         return amount, amount
     if (need := _need(job, sizes)) is not None:
         return {EPHEMERAL_STORAGE: f"{need.request_gibibytes}Gi"}, {EPHEMERAL_STORAGE: f"{need.limit_gibibytes}Gi"}
-    return {EPHEMERAL_STORAGE: _quantity(BASE_BYTES)}, {}
+    return {EPHEMERAL_STORAGE: quantity(BASE_BYTES)}, {}
 
 
 def disk_volumes(job: FineTuneJob, sizes: InputSizes | None) -> list[Manifest]:
@@ -100,7 +121,7 @@ def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifes
     return {"name": name, "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _quantity(amount: int) -> str:
+def quantity(amount: int) -> str:
     """Return ``amount`` bytes as a quantity in GiB, or in MiB where it is no whole number of GiB."""
     mebibytes = -(-amount // MEBIBYTE)
     return f"{mebibytes // 1024}Gi" if mebibytes % 1024 == 0 else f"{mebibytes}Mi"
