@@ -238,6 +238,12 @@ def preflight_ran_on(seconds: int, command: str) -> str:
     )
 
 
+def too_small_for_model(field: str, needed: str) -> str:
+    """Return the sentence about a volume that is too small for the files of the base model. ``field`` is the path of
+    its size in the spec, and ``needed`` is the size of the files, for example "15Gi"."""
+    return f"{field}: must be at least {needed} for the files of the model, and more for what the training writes"
+
+
 def preflight_gives_up(tries: int, cause: str) -> str:
     """Return the sentence about a preflight check that ends the job, because ``tries`` tries could not be carried out.
 

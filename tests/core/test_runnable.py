@@ -64,6 +64,17 @@ def test_flash_is_refused_in_fp32() -> None:
         resolve(FineTuneJob.model_validate(spec), report=None)
 
 
+def test_flash_is_refused_for_examples_that_are_not_packed() -> None:
+    """torch's SDPA computes such examples, so the status would name a kernel that does not compute."""
+    spec = quickstart("resources.device", "GPU")
+    spec["spec"]["resources"]["gpusPerNode"] = 1
+    spec["spec"]["training"] |= {"attention": "Flash", "precision": "bf16"}
+    with pytest.raises(UserError, match=r"^spec.training.attention: must not be Flash without dataset.packing: it"):
+        resolve(FineTuneJob.model_validate(spec), report=None)
+    spec["spec"]["dataset"]["packing"] = True
+    assert resolve(FineTuneJob.model_validate(spec), report=None).optimization.attention == "Flash"
+
+
 @pytest.mark.parametrize("kernel", ["Flash", "Flex"])
 def test_a_kernel_of_gpus_is_refused_on_cpus(kernel: str) -> None:
     spec = quickstart("resources.device", "CPU")

@@ -13,9 +13,8 @@ from finetune_core.planning.scratch import GIBIBYTE, ScratchNeed, scratch_need
 LORA: dict[str, Any] = {
     "model_bytes": 140 * GIBIBYTE,
     "data_bytes": GIBIBYTE,
-    "trains_all": False,
-    "writes_model": False,
-    "nodes": 2,
+    "rank": 16,
+    "models_written": 0,
     "model_is_elsewhere": False,
 }
 
@@ -24,10 +23,11 @@ LORA: dict[str, Any] = {
     ("changes", "gibibytes"),
     [
         ({}, 1 + 140 + 14 + 2),
-        ({"writes_model": True}, 1 + 2 * 140 + 14 + 2),
+        ({"rank": 160}, 1 + 140 + 0.4 * 140 + 2),
+        ({"models_written": 1}, 1 + 2 * 140 + 14 + 2),
         ({"model_is_elsewhere": True}, 1 + 14 + 2),
-        ({"trains_all": True}, 1 + 2 * 140 + 3 * 140 + 2),
-        ({"trains_all": True, "nodes": 4}, 1 + 2 * 140 + 1.5 * 140 + 2),
+        ({"rank": None, "models_written": 1}, 1 + 2 * 140 + 6 * 140 + 2),
+        ({"rank": None, "models_written": 2}, 1 + 3 * 140 + 6 * 140 + 2),
         ({"model_bytes": 0, "data_bytes": 0}, 1),
     ],
 )
@@ -44,17 +44,18 @@ def test_a_small_job_asks_for_little_and_is_ended_only_when_it_runs_wild() -> No
 sizes = st.integers(0, 1 << 50)
 
 
-@given(model=sizes, data=sizes, nodes=st.integers(1, 99), flags=st.tuples(st.booleans(), st.booleans(), st.booleans()))
+@given(
+    model=sizes,
+    data=sizes,
+    rank=st.none() | st.integers(1, 512),
+    models=st.integers(0, 2),
+    is_elsewhere=st.booleans(),
+)
 def test_the_limit_leaves_much_room_above_the_request(
-    model: int, data: int, nodes: int, flags: tuple[bool, bool, bool]
+    model: int, data: int, rank: int | None, models: int, is_elsewhere: bool
 ) -> None:
     need = scratch_need(
-        model_bytes=model,
-        data_bytes=data,
-        nodes=nodes,
-        trains_all=flags[0],
-        writes_model=flags[1],
-        model_is_elsewhere=flags[2],
+        model_bytes=model, data_bytes=data, rank=rank, models_written=models, model_is_elsewhere=is_elsewhere
     )
     assert need.request_gibibytes >= 1
     assert need.limit_gibibytes >= 3 * (need.request_gibibytes - 1) + 32

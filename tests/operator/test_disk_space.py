@@ -19,6 +19,7 @@ from tests.operator.operators import reconciler
 
 GIB = 1 << 30
 STORAGE = {"uri": "s3://bucket/runs"}
+ADDED_TOKENS = {"s3": {"uri": "s3://bucket/model"}, "addedTokens": ["<A>"]}
 EPHEMERAL = {"size": "500Gi", "storageClassName": "local-nvme"}
 
 
@@ -69,14 +70,19 @@ def test_the_sizes_of_model_and_data_make_request_and_limits() -> None:
     [
         ({"storage": STORAGE | {"artifact": "Merged"}}, "33Gi"),
         ({"method": "Full", "lora": None, "resources": {"nodes": 1}}, "115Gi"),
-        ({"method": "Full", "lora": None, "resources": {"nodes": 2}}, "73Gi"),
+        ({"method": "Full", "lora": None, "resources": {"nodes": 2}}, "115Gi"),
+        ({"method": "Full", "lora": None, "model": ADDED_TOKENS}, "129Gi"),
+        ({"lora": {"rank": 400}}, "31Gi"),
         ({"model": {"volume": {"claimName": "models", "path": "m"}}}, "5Gi"),
         ({"storage": STORAGE | {"cache": {"ephemeral": EPHEMERAL}}}, "5Gi"),
         ({"storage": STORAGE | {"cache": {"claimName": "models"}}}, "19Gi"),
         ({"resources": {"scratch": {"size": "7Gi"}}}, "9Gi"),
     ],
-    ids=["merged", "full", "two nodes", "model on a volume", "model on its own volume", "model in a cache", "size"],
-)
+    ids=[
+        "merged", "full", "two nodes", "full with added tokens", "rank", "model on a volume", "model on its own volume",
+        "model in a cache", "size",
+    ],
+)  # fmt: skip
 def test_what_is_requested_follows_from_what_the_job_writes(changes: dict[str, Any], request_: str) -> None:
     spec = pod(InputSizes(model_bytes=14 * GIB, data_bytes=GIB), **{"storage": STORAGE} | changes)
     assert disk(spec)[0] == request_

@@ -14,12 +14,20 @@ import pytest
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus, UsageStatus
-from finetune_core.contract.preflight_result import Finding, FindingKind, InputSizes, PreflightResult
+from finetune_core.contract import Outcome
+from finetune_core.contract.preflight_result import (
+    Finding,
+    FindingKind,
+    FoundArtifact,
+    FoundRun,
+    InputSizes,
+    PreflightResult,
+)
 from finetune_core.resolve import resolve
 from finetune_operator.decide.decision import Action, Decision
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.decide.states import JobState
-from finetune_operator.objects.disk_space import sizes_of_inputs
+from finetune_operator.objects.disk_space import model_room, sizes_of_inputs
 from finetune_operator.objects.observations import (
     ContainerObservation,
     ContainerState,
@@ -113,6 +121,61 @@ def test_the_sizes_of_model_and_data_are_recorded() -> None:
     assert step.preflight is not None
     assert (step.preflight.model_bytes, step.preflight.data_bytes) == (7, 5)
     assert sizes_of_inputs(step.preflight) == InputSizes(model_bytes=7, data_bytes=5)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"resources": {"scratch": {"size": "13.9Gi"}}}, "resources.scratch.size: must be at least 14Gi for the files"),
+        ({"resources": {"scratch": {"size": "15G", "storageClassName": "nvme"}}}, "resources.scratch.size: must be at"),
+        ({"resources": {"scratch": {"size": 14 * GIB}}}, ""),
+        (
+            {"storage": {"uri": "s3://bucket/runs", "cache": {"ephemeral": {"size": "9Gi"}}}},
+            "storage.cache.ephemeral.size: mus",
+        ),
+        (
+            {
+                "storage": {"uri": "s3://bucket/runs", "cache": {"ephemeral": {"size": "14Gi"}}},
+                "resources": {"scratch": {"size": "1Gi"}},
+            },
+            "",
+        ),
+        (
+            {
+                "model": {"volume": {"claimName": "models", "path": "m"}},
+                "resources": {"scratch": {"size": "1Gi"}},
+            },
+            "",
+        ),
+        ({}, ""),
+    ],
+)
+def test_a_volume_that_is_too_small_for_the_model_ends_the_job_before_gpus_are_asked_for(
+    spec: dict[str, Any], sentence: str
+) -> None:
+    sizes = InputSizes(model_bytes=14 * GIB, data_bytes=GIB)
+    message = PreflightResult(findings=[], sizes=sizes).to_termination_message()
+    given = seen(pod(1, exit_code=0, message=message))
+    given = replace(given, preflight=replace(given.preflight, model_room=model_room(job(**spec))))
+    step = check(record(), given)
+    assert step.preflight is not None
+    assert step.preflight.verdict == ("Impossible" if sentence else "Passed")
+    assert step.preflight.message.startswith(sentence)
+
+
+def test_a_job_whose_artifact_is_there_needs_no_room_for_the_model() -> None:
+    artifact = FoundArtifact(run=1, bytes=3, manifest_sha256="0" * 64, outcome=Outcome.COMPLETED)
+    former = FoundRun(run_id="uid-1", uid="uid-1", time=NOW.isoformat(), step=5, artifact=artifact)
+    sizes = InputSizes(model_bytes=14 * GIB, data_bytes=GIB)
+    message = PreflightResult(findings=[], sizes=sizes, found=former).to_termination_message()
+    given = seen(pod(1, exit_code=0, message=message))
+    room = model_room(job(resources={"scratch": {"size": "1Gi"}}))
+    step = check(record(), replace(given, preflight=replace(given.preflight, model_room=room)))
+    assert step.preflight is not None
+    assert step.preflight.verdict == "Passed"
 
 
 def test_a_trainer_image_that_tells_no_sizes_is_understood() -> None:

@@ -20,17 +20,18 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.adapter_changes import adapter_changes
 from finetune_trainer.checkpoints.export import ADAPTER_FILE
-from finetune_trainer.model.adaptable import Part, TextPath
-from finetune_trainer.model.adapters import add_adapters, choose_targets, reach_notice
+from finetune_trainer.model.adaptable import Part, TextPath, layers_read_past
+from finetune_trainer.model.adapters import add_adapters, choose_targets, reach_notice, unquantized_notice
 from finetune_trainer.model.load import load_base, trained_parameters
-from finetune_trainer.model.structure import ModelStructure
-from tests.trainer.families import FAMILIES, family_configuration
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from tests.trainer.families import FAMILIES, family_configuration, write_family
 
 QUICK = [
     "bert",
     "deepseek-v3",
     "deepseek-v4",
     "gemma-3-vision",
+    "gemma-3n",
     "gpt-2",
     "gpt-oss",
     "hunyuan-moe",
@@ -103,10 +104,12 @@ def test_peft_adapts_exactly_the_chosen_weights_and_every_adapter_learns(name: s
     wanted = {weights[chosen].parameter or chosen for chosen in targets.names}
     _, tuned = adapted_model(name, LoRASpec(rank=2))
     assert {*tuned.base_model.targeted_module_names, *tuned.base_model.targeted_parameter_names} == wanted
-    logits = tuned(input_ids=IDS, use_cache=False).logits
-    logits.float().log_softmax(-1)[:, :, 5].sum().backward()
-    asleep = [key for key, value in trained_parameters(tuned).items() if value.grad is None or not value.grad.any()]
-    assert not asleep
+    for training in (False, True):
+        tuned.zero_grad()
+        logits = tuned.train(training)(input_ids=IDS, use_cache=False).logits
+        logits.float().log_softmax(-1)[:, :, 5].sum().backward()
+        trained = trained_parameters(tuned)
+        assert not [key for key, value in trained.items() if value.grad is None or not value.grad.any()]
 
 
 @pytest.mark.parametrize("name", ["gemma-3-vision", "llama-2", "gpt-2", "mixtral"])
@@ -211,6 +214,9 @@ def test_a_pattern_can_select_single_layers() -> None:
         ("gemma-3-vision", {"targetModules": ["fc1"]}, "'fc1' is none, but only of parts that no text goes through"),
         ("jamba", {"targetModules": ["dt_proj"]}, "whose weight the model reads without calling the layer"),
         ("mamba", {"targetModules": ["out_proj"]}, "whose weight the model reads without calling the layer"),
+        ("gemma-3n", {"targetModules": ["correction_coefs"]}, "whose weight the model reads without calling the layer"),
+        ("opt", {"targetModules": ["embed_positions"]}, "which looks up other rows than those of its input"),
+        ("mixtral", {"targetModules": ["weight"]}, "'weight' is none; it has down_proj"),
         ("mixtral", {"dropout": "0.1"}, "lora.dropout: must be 0 while model.layers.0.mlp.experts.gate_up_proj gets"),
         (
             "mixtral",
@@ -239,6 +245,48 @@ def test_a_quantized_base_model_holds_its_linear_layers_in_four_bits(tiny_model:
     for embedding in (structure_of(whole).input_name, structure_of(whole).output_name):
         assert embedding is not None
         assert torch.equal(quantized.get_submodule(embedding).weight, whole.get_submodule(embedding).weight)
+
+
+@pytest.mark.parametrize("name", ["gemma-3n", "mamba", "rwkv"])
+def test_a_quantized_model_trains_where_its_code_reads_weights_itself(name: str, tmp_path: Path) -> None:
+    """Code that multiplies with a weight, or limits it, can't do so with 4-bit numbers."""
+    folder = write_family(name, tmp_path)
+    structure, whole = read_structure(folder), load_base(folder, torch.float32)
+    lora = LoRASpec(rank=2, quantization="NF4")
+    targets = choose_targets(structure, lora, added_tokens=False)
+    tuned = add_adapters(
+        load_base(folder, torch.float32, quantization="NF4"), lora, targets=targets.modules, seed=1, base_name="tiny"
+    )
+    for training in (True, False):
+        assert tuned.train(training)(input_ids=IDS, use_cache=False).logits.isfinite().all()
+    left_out = layers_read_past(structure.model)
+    assert left_out
+    (notice,) = unquantized_notice(structure)
+    for layer in left_out:
+        weight = tuned.get_base_model().get_submodule(layer).weight
+        assert weight.shape == whole.get_submodule(layer).weight.shape
+        assert layer.rpartition(".")[2] in notice
+    quantized = [value for value in tuned.parameters() if value.dtype is torch.uint8]
+    assert quantized
+
+
+def test_a_layer_that_peft_adapts_as_a_parameter_is_not_quantized() -> None:
+    """peft turns `down_proj` into the name of an expert weight, although no layer of this model has experts."""
+    config = family_configuration("qwen3-moe", vocabulary=64)
+    config.mlp_only_layers = [0, 1]
+    structure = structure_of(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match=r"^lora.quantization: must be absent while model.layers.0.mlp.gate_proj gets"):
+        choose_targets(structure, LoRASpec(quantization="NF4"), added_tokens=False)
+    attention = LoRASpec(quantization="NF4", target_modules=["q_proj", "o_proj"])
+    assert len(choose_targets(structure, attention, added_tokens=False).names) == 4
+
+
+@pytest.mark.parametrize("name", ["opt", "gemma-3", "gpt-2"])
+def test_a_pattern_that_fits_everything_adapts_all_that_peft_can_adapt(name: str) -> None:
+    base, tuned = adapted_model(name, LoRASpec(rank=2, target_modules=[".*"]))
+    assert not torch.equal(logits_of(base), logits_of(tuned))
+    weights = TextPath(structure_of(base)).weights
+    assert len(tuned.base_model.targeted_module_names) == len([weight for weight in weights if not weight.problem])
 
 
 def test_an_evaluation_does_not_change_a_quantized_base_model(tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ model does with position ids.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ CONTRASTING = ("llama-3", "gemma-3", "gpt-2", "gpt-oss", "bloom", "phi-moe")
 bias by distance, and with a window that only the masks know."""
 
 
+@pytest.fixture(autouse=True)
+def _forget_borders() -> Iterator[None]:
+    """Forget the borders of the last micro-batch after each test, because they hold for all models of the process."""
+    yield
+    note_borders(None)
+
+
 @pytest.mark.parametrize(
     ("model", "device", "packing", "wanted"),
     [
@@ -85,6 +93,7 @@ def test_auto_computes_in_fp32_without_flash() -> None:
         ("Flash", GEMMA_2, None, "transformers' Gemma2ForCausalLM does not support it"),
         ("Flash", LLAMA, OLD_GPU, "this GPU is older than Ampere"),
         ("Flash", LLAMA, CPU, "it trains on GPUs only"),
+        ("Flash", LLAMA, GPU, "it computes packed examples only, and dataset.packing is false"),
         ("Flex", LLAMA, GPU, "it is compiled when the training begins, and the trainer's image has no C compiler"),
         ("Flex", BLOOM, None, "transformers' BloomForCausalLM does not support it"),
     ],
@@ -190,6 +199,37 @@ def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None
     chosen = check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[Kernel.FLASH, Kernel.EAGER])  # type: ignore[arg-type]
     assert chosen.kernel is Kernel.EAGER
     assert chosen.notices == ["training.attention: Flash can't be used for this model: FlashAttention has no s_aux"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "sentence"),
+    [
+        (
+            "llama-4",
+            Kernel.FLASH,
+            "Flash for this model, which SDPA can compute: FlashAttention knows causal masks and",
+        ),
+        ("gpt-oss", Kernel.FLASH, "Flash for this model, which Eager can compute: FlashAttention has no s_aux"),
+        ("gpt-oss", Kernel.SDPA, "SDPA for this model, which Eager can compute: GptOssForCausalLM does not support"),
+    ],
+)
+def test_a_named_kernel_that_fails_where_another_works_is_the_fault_of_the_job(
+    name: str, kernel: Kernel, sentence: str, tmp_path: Path
+) -> None:
+    engine = OneProcess(load_base(write_family(name, tmp_path), torch.float32))
+    with pytest.raises(UserError, match=f"^training.attention: must not be {sentence}"):
+        check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[kernel])  # type: ignore[arg-type]
+
+
+def test_an_error_that_every_kernel_meets_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    engine = OneProcess(load_base(write_family("llama-3", tmp_path), torch.float32))
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the connection to another rank is lost")
+
+    engine.forward = broken
+    with pytest.raises(RuntimeError, match=r"^the connection to another rank is lost$"):
+        check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[Kernel.SDPA])  # type: ignore[arg-type]
 
 
 def test_generated_text_after_a_packed_batch_is_that_of_the_model(tmp_path: Path) -> None:

@@ -66,6 +66,30 @@ def test_vllm_takes_added_tokens_where_it_serves_the_extended_base_model(tmp_pat
     assert {problem.split()[0] for problem in no_embeddings} == {"lm_head", "model.embed_tokens"}
 
 
+def test_vllm_refuses_an_adapter_of_a_very_large_output_head_and_takes_those_of_the_layers(tmp_path: Path) -> None:
+    base = tiny.write_model(tmp_path / "base", tied=False)
+    head = adapter_of(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    assert refusals(head, llama(64)) == []
+    assert {problem.split()[0] for problem in refusals(head, llama(262_144))} == {"lm_head"}
+    assert refusals(adapter_of(base, tmp_path / "layers"), llama(262_144)) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "target_modules"),
+    [
+        ("llama-3", [r"model\.layers\.[01]\..*proj"]),
+        ("llama-3", ["all-linear", "lm_head"]),
+        ("llama-3-tied", ["q_proj", "model.layers.0.mlp.down_proj"]),
+    ],
+)
+def test_vllm_takes_adapters_of_patterns_and_single_layers(
+    family: str, target_modules: list[str], tmp_path: Path
+) -> None:
+    base = write_family(family, tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=target_modules, rs_lora=True)
+    assert refusals(adapter, llama(64)) == []
+
+
 def test_vllm_refuses_adapters_of_experts_and_takes_those_of_the_layers_around_them(tmp_path: Path) -> None:
     base = write_family("qwen3-moe", tmp_path / "base")
     problems = refusals(adapter_of(base, tmp_path / "experts"), qwen3_moe(64, 4))

@@ -3,7 +3,8 @@
 vLLM is not installed, because it needs a GPU and its own torch. The rules come from its Python files:
 `vllm/lora/peft_helper.py` (the configuration), `vllm/config/lora.py` (the steps of the rank), `vllm/lora/utils.py` (the
 names of the tensors), `vllm/lora/lora_model.py` (which modules may have an adapter, and the size of an embedding),
-`vllm/lora/model_manager.py` (experts), and `vllm/model_executor/models/*.py` (the modules of each family).
+`vllm/lora/layers/logits_processor.py` (the output head), `vllm/lora/model_manager.py` (experts), and
+`vllm/model_executor/models/*.py` (the modules of each family).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from safetensors import safe_open
 
 RANK_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` can have. The rank of an adapter may be any number up to the chosen value."""
+LARGEST_HEAD = 258_048
+"""Largest number of tokens of a base model whose output head gets an adapter."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Ways to draw the first values of an adapter that leave the base model as it is."""
 DENSE = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -107,5 +110,7 @@ def _tensor_refusals(adapter: Path, served: Served) -> Iterator[str]:
                     yield f"{module} is no module that can have an adapter"
             elif module.rpartition(".")[2] not in served.modules:
                 yield f"{module} is no module that can have an adapter"
+            if module.rpartition(".")[2] == "lm_head" and served.vocabulary > LARGEST_HEAD:
+                yield f"{module} has more than {LARGEST_HEAD} tokens"
             if kind == "lora_embedding_A" and file.get_slice(name).get_shape()[1] != served.vocabulary:
                 yield f"{module} has another number of tokens than the base model that is served"

@@ -76,11 +76,11 @@ class TrainingSpec(ApiModel):
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     attention: Attention = "Auto"
     """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: the FlashAttention of
-    torch (and not of the package flash-attn) for sequences of several examples; needs bf16, and GPUs of the generation
-    Ampere or newer. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does not have. Eager:
-    plain matrix products, for models that support no other kernel. Auto: the fastest kernel that keeps packed examples
-    apart and that model and device support; `status.plan.attention` names the kernel. All kernels compute the same
-    function, so losses differ only by rounding."""
+    torch (and not of the package flash-attn) for sequences of several examples; needs bf16, `dataset.packing`, and GPUs
+    of the generation Ampere or newer. Flex: torch's FlexAttention; needs GPUs and a C compiler, which the image does
+    not have. Eager: plain matrix products, for models that support no other kernel. Auto: the fastest kernel that keeps
+    packed examples apart and that model and device support; `status.plan.attention` names the kernel. All kernels
+    compute the same function, so losses differ only by rounding."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed from which the order of the rows, the initial values of new weights, and dropout follow."""
 

@@ -18,11 +18,15 @@ TOKENISED = 2
 factor is 2, because a token takes 4 bytes, and the text of a token takes about as many."""
 FULL_STATE = 6
 """Size of a checkpoint where every parameter is trained, as a multiple of the size of the model in 16 bits. The
-checkpoint has three numbers of 32 bits for each parameter: DeepSpeed's master weight and the two moments of AdamW."""
+checkpoint has three numbers of 32 bits for each parameter: DeepSpeed's master weight and the two moments of AdamW. Each
+pod writes only its own share of a checkpoint, but downloads whole checkpoints: the one that it resumes from, and at the
+end the one that becomes the artifact."""
 ADAPTER_SHARE = 0.1
-"""Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model. Adapters of rank 32
-on all linear layers of a model with 7 billion parameters take nearly this share. A higher rank or a smaller model takes
-a larger share, for which the limit has room (`SPARE_BYTES`)."""
+"""Least size of checkpoint and artifact of a LoRA training together, as a share of the size of the model."""
+RANK_SHARE = 1 / 400
+"""The same size for each rank of the adapters. An adapter of rank r of a weight with d rows and d columns has 2 r d
+numbers. Three numbers of 32 bits and one of 16 bits are written for each of them, and the weight itself has d^2 numbers
+of 16 bits. The share is thus 14 r / d, and d is about 5,600 in the layers of a model with 7 billion parameters."""
 LIMIT_FACTOR = 3
 """The limit as a multiple of the request. The factor is 3, because a pod that has resumed may hold three checkpoints at
 once: a downloaded one, one that is being written, and one that is being uploaded."""
@@ -46,19 +50,18 @@ def scratch_need(
     *,
     model_bytes: int,
     data_bytes: int,
-    trains_all: bool,
-    writes_model: bool,
-    nodes: int,
+    rank: int | None,
+    models_written: int,
     model_is_elsewhere: bool,
 ) -> ScratchNeed:
-    """Return how much scratch space each of ``nodes`` pods needs.
+    """Return how much scratch space each pod needs.
 
-    ``trains_all`` says that every parameter is trained, and not only adapters. ``writes_model`` says that a pod writes
-    a model of the base model's size, such as a merged model. ``model_is_elsewhere`` says that the files of the base
-    model are on a volume, and not in the scratch folder.
+    ``rank`` is the rank of the adapters, or None where every parameter is trained. ``models_written`` is how many
+    models of the base model's size a pod writes, such as a merged model. ``model_is_elsewhere`` says that the files of
+    the base model are on a volume, and not in the scratch folder.
     """
-    models = (not model_is_elsewhere) + (trains_all or writes_model)
-    state = FULL_STATE / nodes if trains_all else ADAPTER_SHARE
+    models = (not model_is_elsewhere) + models_written
+    state = FULL_STATE if rank is None else max(ADAPTER_SHARE, RANK_SHARE * rank)
     request = int(BASE_BYTES + (models + state) * model_bytes + TOKENISED * data_bytes)
     limit = SPARE_BYTES + LIMIT_FACTOR * request + EXPANSION * data_bytes
     return ScratchNeed(request_gibibytes=-(-request // GIBIBYTE), limit_gibibytes=-(-limit // GIBIBYTE))

@@ -73,14 +73,20 @@ def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
 
 def _attention_problems(spec: FineTuneJobSpec) -> list[UserError]:
     """Return a list with one problem where the kernel of `training.attention` can't compute on the device of the job,
-    or in its number format. Otherwise return an empty list. Whether the model supports the kernel is not checked here,
-    because only the trainer knows the model."""
+    in its number format, or for examples that are not packed. Otherwise return an empty list. Whether the model
+    supports the kernel is not checked here, because only the trainer knows the model."""
     kernel, precision = spec.training.attention, spec.training.precision
     if kernel in ("Flash", "Flex") and spec.resources.device == "CPU":
         return [UserError("spec.training.attention", f"must not be {kernel} on CPUs: it trains on GPUs only")]
     if kernel == "Flash" and precision != "bf16":
         return [
             UserError("spec.training.attention", f"must not be Flash with precision {precision}: it computes in bf16")
+        ]
+    if kernel == "Flash" and not spec.dataset.packing:
+        return [
+            UserError(
+                "spec.training.attention", "must not be Flash without dataset.packing: it computes packed examples"
+            )
         ]
     return []
 

@@ -28,6 +28,7 @@ from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.former_run import end_with_artifact, taken_over
 from finetune_operator.decide.states import JobState
 from finetune_operator.decide.verdict import TEXT_LIMIT, PreflightVerdict
+from finetune_operator.objects.disk_space import ModelRoom, quantity
 from finetune_operator.objects.observations import POD_DEADLINE, ContainerState, PodObservation
 from finetune_operator.observe.observation import JobObservation
 from finetune_operator.observe.waiting import why_pod_waits
@@ -95,6 +96,7 @@ def _during_try(
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
     outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
+        outcome = _with_room(outcome, seen.preflight.model_room)
         recorded = _with_verdict(record, outcome, seen.now)
         if outcome.sizes is not None:
             recorded = recorded.model_copy(update=outcome.sizes.model_dump())
@@ -248,6 +250,18 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     if pod.ended:
         return _waiting(messages.pod_failed(pod.name, pod.reason, pod.message))
     return None
+
+
+def _with_room(outcome: _Outcome, room: ModelRoom | None) -> _Outcome:
+    """Return ``outcome``, with the verdict Impossible where the volume ``room`` is too small for the files of the base
+    model, and an attempt would have to fetch them. The kubelet would evict its pods, or the volume would be full."""
+    fetches = outcome.verdict is PreflightVerdict.PASSED and (outcome.found is None or outcome.found.artifact is None)
+    if room is None or outcome.sizes is None or not fetches or outcome.sizes.model_bytes <= room.bytes:
+        return outcome
+    needed = quantity(outcome.sizes.model_bytes)
+    return replace(
+        outcome, verdict=PreflightVerdict.IMPOSSIBLE, message=messages.too_small_for_model(room.field, needed)
+    )
 
 
 def _ran_on(pod: PodObservation, now: datetime) -> bool:

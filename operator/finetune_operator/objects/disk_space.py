@@ -6,10 +6,11 @@ The functions are pure. `pod_template.py` calls most of them; `act/attempt_objec
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from finetune_core.api import FineTuneJob
-from finetune_core.api.method import Method
+from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.resources import MEBIBYTE
 from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import MODEL_CACHE_FOLDER, MODEL_VOLUME_FOLDER
@@ -24,6 +25,26 @@ MODEL_VOLUME: Final = "model"
 EPHEMERAL_STORAGE: Final = "ephemeral-storage"
 ROOM_BESIDE_SCRATCH = 2048 * MEBIBYTE
 """Bytes of `ephemeral-storage` for `/tmp` and the logs, in addition to those for the scratch folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRoom:
+    """The volume on which a training pod puts the files of the base model, where the job states its size."""
+
+    field: str
+    """Path in the spec of the volume's size, for example `resources.scratch.size`."""
+    bytes: int
+
+
+def model_room(job: FineTuneJob) -> ModelRoom | None:
+    """Return the volume for the files of the base model. None where the job states no size for this volume, or where
+    the model is used where it lies."""
+    scratch, cache = job.spec.resources.scratch, job.spec.storage.cache
+    if job.spec.model.volume is not None:
+        return None
+    if cache is not None and cache.ephemeral is not None:
+        return ModelRoom(field="storage.cache.ephemeral.size", bytes=to_bytes(cache.ephemeral.size))
+    return ModelRoom(field="resources.scratch.size", bytes=to_bytes(scratch.size)) if scratch is not None else None
 
 
 def sizes_of_inputs(preflight: PreflightStatus | None) -> InputSizes | None:
@@ -45,11 +66,11 @@ def disk_amounts(job: FineTuneJob, sizes: InputSizes | None) -> tuple[Manifest, 
     scratch = job.spec.resources.scratch
     if scratch is not None:
         on_node = to_bytes(scratch.size) if scratch.storage_class_name is None else 0
-        amount = {EPHEMERAL_STORAGE: _quantity(on_node + ROOM_BESIDE_SCRATCH)}
+        amount = {EPHEMERAL_STORAGE: quantity(on_node + ROOM_BESIDE_SCRATCH)}
         return amount, amount
     if (need := _need(job, sizes)) is not None:
         return {EPHEMERAL_STORAGE: f"{need.request_gibibytes}Gi"}, {EPHEMERAL_STORAGE: f"{need.limit_gibibytes}Gi"}
-    return {EPHEMERAL_STORAGE: _quantity(BASE_BYTES)}, {}
+    return {EPHEMERAL_STORAGE: quantity(BASE_BYTES)}, {}
 
 
 def disk_volumes(job: FineTuneJob, sizes: InputSizes | None) -> list[Manifest]:
@@ -89,12 +110,13 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
     if sizes is None:
         return None
     spec = job.spec
+    exports_model = spec.method is Method.FULL or spec.storage.artifact in ("Merged", "Both")
     return scratch_need(
         model_bytes=sizes.model_bytes,
         data_bytes=sizes.data_bytes,
-        trains_all=spec.method is Method.FULL,
-        writes_model=bool(spec.model.added_tokens) or spec.storage.artifact in ("Merged", "Both"),
-        nodes=spec.resources.nodes,
+        rank=None if spec.method is Method.FULL else (spec.lora or LoRASpec()).rank,
+        # With added tokens the pod also writes a copy of the base model that has their rows.
+        models_written=exports_model + bool(spec.model.added_tokens),
         model_is_elsewhere=spec.model.volume is not None
         or (spec.storage.cache is not None and spec.storage.cache.ephemeral is not None),
     )
@@ -108,7 +130,7 @@ def _ephemeral(name: str, size: int | str, storage_class: str | None) -> Manifes
     return {"name": name, "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _quantity(amount: int) -> str:
+def quantity(amount: int) -> str:
     """Return ``amount`` bytes, rounded up to whole MiB, as a quantity such as "5Gi" or "5121Mi"."""
     mebibytes = -(-amount // MEBIBYTE)
     return f"{mebibytes // 1024}Gi" if mebibytes % 1024 == 0 else f"{mebibytes}Mi"

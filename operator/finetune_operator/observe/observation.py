@@ -10,6 +10,7 @@ from datetime import datetime
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CheckpointStatus, CurrentAttempt, UsageStatus
 from finetune_core.contract import Result
+from finetune_operator.objects.disk_space import ModelRoom
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 
 
@@ -30,6 +31,8 @@ class PreflightObservation:
     runs_folder: str = ""
     """`s3://` address of the folder that holds the folders of all jobs, also former ones, with this job's namespace and
     name. Empty where this version can not read the spec."""
+    model_room: ModelRoom | None = None
+    """The volume for the files of the base model. None where the job states no size for this volume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.backends.interface import Backend
+from finetune_operator.objects.disk_space import model_room
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
@@ -135,6 +136,7 @@ class Observer:
             job_uid=job.uid,
             chosen_run_id=(job.resource.spec.storage.run_id or "") if isinstance(job, ParsedJob) else "",
             runs_folder=runs_folder_of(job.resource) if isinstance(job, ParsedJob) else "",
+            model_room=model_room(job.resource) if isinstance(job, ParsedJob) else None,
         )
 
     def _with_start_errors(self, job: StoredJob, pods: Sequence[PodObservation]) -> list[PodObservation]:

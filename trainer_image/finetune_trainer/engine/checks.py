@@ -46,7 +46,8 @@ def check_model(
     ``examples``. The engine computes with this kernel from now on. All ranks must call this function together.
 
     Raises UserError where the model is not causal, or where ``packing`` is wanted and packed examples see each other
-    with all kernels. The loss is computed inside of the output head and from the full logits. Where the two losses
+    with all kernels. Also raises UserError where a kernel that the job names can't compute the model and another kernel
+    can. The loss is computed inside of the output head and from the full logits. Where the two losses
     differ, because the model changes the logits after its output head, the engine computes every loss from the full
     logits from now on.
     """
@@ -62,6 +63,10 @@ def check_model(
         except (UserError, RuntimeError, ValueError, ImportError) as error:
             # The checks raise UserError. Kernels raise the other errors where they can't compute a model's shapes. In
             # both cases a slower kernel may still work.
+            if len(kernels) == 1 and not isinstance(error, UserError):
+                # The error may also have another cause than the kernel, such as a lack of memory or a lost rank. Then
+                # no other kernel works either.
+                _refuse_if_another_works(engine, first, second, pad, packing=packing, named=kernel, error=error)
             if kernel is kernels[-1]:
                 raise
             notices.append(f"training.attention: {kernel} can't be used for this model: {first_line(error)}")
@@ -85,6 +90,31 @@ def _check_separation(engine: Engine, first: Example, second: Example, pad: int,
             if packing:
                 _check_isolation(engine, first, second, pad)
         _check_causality(engine, first, second, pad)
+
+
+def _refuse_if_another_works(
+    engine: Engine,
+    first: Example,
+    second: Example,
+    pad: int,
+    *,
+    packing: bool,
+    named: Kernel,
+    error: Exception,
+) -> None:
+    """Raise UserError where another kernel than ``named``, which failed with ``error``, can compute the model."""
+    for other in (Kernel.SDPA, Kernel.EAGER):
+        if other is named:
+            continue
+        try:
+            engine.use_attention(other)
+            _check_separation(engine, first, second, pad, packing=packing)
+        except (UserError, RuntimeError, ValueError, ImportError):
+            continue
+        raise UserError(
+            "training.attention",
+            f"must not be {named} for this model, which {other} can compute: {first_line(error)}",
+        ) from error
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:

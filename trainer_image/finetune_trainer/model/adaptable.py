@@ -32,8 +32,12 @@ the loss reaches an indexer."""
 CROSS_ATTENTION = frozenset({"encoder_attn", "crossattention", "cross_attn"})
 """Parts of module names that mark attention to an encoder. Decoders with this attention come from translation models. A
 language model that is made of such a decoder has no encoder, so no text goes through the attention."""
+MODELS = "transformers.models."
+"""Beginning of the names of the modules with the code of transformers' models."""
 READ_PAST = "whose weight the model reads without calling the layer"
 """Why some linear layers can't have an adapter, as the end of a sentence."""
+OTHER_ROWS = "which looks up other rows than those of its input"
+"""Why some embeddings can't have an adapter, as the end of a sentence."""
 OTHER_SENSES = re.compile("Vision|Image|Audio|Video|Speech")
 """Words in the names of classes whose modules read pictures or sound, and not text."""
 
@@ -69,10 +73,10 @@ class AdaptableWeight:
     """Why peft can't adapt the weight, as the end of a sentence. Empty where peft can adapt the weight."""
 
     def has_name(self, name: str) -> bool:
-        """Return whether ``name`` is the full name of this weight or the end of the full name, as peft compares."""
-        return any(
-            full == name or full.endswith(f".{name}") for full in (self.name, self.parameter) if full is not None
-        )
+        """Return whether ``name`` is the full name of this weight or the end of the full name, as peft compares. The
+        last part of a parameter's name alone, such as `weight`, is no name of a weight."""
+        names = [self.name, *([self.parameter] if self.parameter is not None and "." in name else [])]
+        return any(full == name or full.endswith(f".{name}") for full in names)
 
 
 class TextPath:
@@ -146,7 +150,8 @@ class TextPath:
     def _weights_of(self, name: str, module: nn.Module) -> Iterator[AdaptableWeight]:
         if name in self._embeddings or isinstance(module, nn.Embedding):
             if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                yield AdaptableWeight(name, Part.EMBEDDING, module.weight.numel())
+                problem = "" if _is_plain_table(module) else OTHER_ROWS
+                yield AdaptableWeight(name, Part.EMBEDDING, module.weight.numel(), problem=problem)
             return
         if isinstance(module, nn.Linear | Conv1D):
             is_router = self._is_router(name)
@@ -209,9 +214,9 @@ class TextPath:
         the layer.
 
         peft replaces the forward function of a layer. Some models multiply with the weight of a layer without calling
-        the layer, so an adapter would have no effect. The source code of the class around the layer shows whether it
-        does so. peft itself refuses some layers of Mamba, because it depends on the installed libraries whether a model
-        calls them.
+        the layer, so an adapter would have no effect. Some do so in training only, with a limited copy of the weight.
+        The source code of the class around the layer shows whether it does so. peft itself refuses some layers of
+        Mamba, because it depends on the installed libraries whether a model calls them.
         """
         parent, _, leaf = name.rpartition(".")
         around = type(self._modules[parent])
@@ -219,7 +224,7 @@ class TextPath:
             try:
                 LoraModel._check_target_module_compatiblity(None, LoraConfig(), self._model, leaf)
                 code = _source(around)
-                self._read_past[around, leaf] = f"self.{leaf}.weight @" in code
+                self._read_past[around, leaf] = re.search(rf"self\.{leaf}\.weight( @|\.clamp\()", code) is not None
             except ValueError:
                 self._read_past[around, leaf] = True
         return READ_PAST if self._read_past[around, leaf] else ""
@@ -227,6 +232,32 @@ class TextPath:
     @cached_property
     def _read_past(self) -> dict[tuple[type, str], bool]:
         return {}
+
+
+def layers_read_past(model: Any) -> list[str]:
+    """Return the full names of those linear layers of ``model`` whose weight the code of the model reads or changes
+    itself, so that the weight must not be quantized. The output head is left out.
+
+    The source code of all classes of the model is searched for the last parts of the layers' names.
+    """
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    code = "\n".join(_code_that_computes(base) for base in classes if base.__module__.startswith(MODELS))
+    read = set(re.findall(r"\.(\w+)\.weight\b", code))
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rpartition(".")[2] in read
+    ]
+
+
+def _code_that_computes(kind: type) -> str:
+    """Return the source code of the class ``kind`` without its functions that draw initial weights."""
+    code = inspect.getsource(kind)
+    for name, member in vars(kind).items():
+        if name.startswith(("_init_weights", "init_")) and inspect.isfunction(member):
+            code = code.replace(inspect.getsource(member), "")
+    return code
 
 
 def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
@@ -242,10 +273,19 @@ def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
     return isinstance(made, torch.Tensor) and made.shape == (1, module.out_features)
 
 
+def _is_plain_table(module: nn.Module) -> bool:
+    """Return whether ``module``, an embedding or an output head, is one to whose output peft can add that of an
+    adapter. An embedding must look up the rows of its input, and may multiply them with its `embed_scale`. Embeddings
+    of positions that compute the positions themselves, as in OPT, look up other rows."""
+    if not isinstance(module, nn.Embedding):
+        return True
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+
+
 def _source(kind: type) -> str:
     """Return the source code of the class ``kind`` and of its base classes, as far as they are models of
     transformers."""
-    own = [base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")]
+    own = [base for base in kind.__mro__ if base.__module__.startswith(MODELS)]
     return "\n".join(_own_source(base) for base in own)
 
 

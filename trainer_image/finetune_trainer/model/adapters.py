@@ -22,7 +22,7 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_core.target_modules import ALL_LINEAR, compile_entry, is_pattern
 from finetune_core.target_modules import FIELD as TARGETS
-from finetune_trainer.model.adaptable import AdaptableWeight, Part, TextPath, shortest_names
+from finetune_trainer.model.adaptable import AdaptableWeight, Part, TextPath, layers_read_past, shortest_names
 from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.pod.errors import first_line
 
@@ -67,7 +67,8 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
     """
     path = TextPath(structure)
     linear = [weight for weight in path.weights if weight.part in (Part.LAYER, Part.EXPERTS) and not weight.problem]
-    embeddings = [weight for weight in path.weights if weight.name in (structure.input_name, structure.output_name)]
+    ends = (structure.input_name, structure.output_name)
+    embeddings = [weight for weight in path.weights if weight.name in ends and not weight.problem]
     if lora.target_modules:
         chosen = [weight for entry in lora.target_modules for weight in _fitting(entry, path, linear)]
     else:
@@ -77,13 +78,8 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
     if not weights:
         raise UserError("method", "must be Full: the model has no linear layer that peft can adapt")
     _check_supported(weights, lora)
-    experts = next((weight for weight in path.weights if weight.part is Part.EXPERTS), None)
-    if lora.quantization is not None and experts is not None:
-        raise UserError(
-            "lora.quantization",
-            f"must be absent for a model with experts: bitsandbytes quantizes linear layers only, and {experts.name}"
-            " would stay as it is",
-        )
+    if lora.quantization is not None:
+        _check_quantizable(path, weights)
     return AdapterTargets(
         names=[weight.name for weight in weights],
         modules=shortest_names(
@@ -137,6 +133,36 @@ def _check_supported(weights: Sequence[AdaptableWeight], lora: LoRASpec) -> None
                 f"must be {must} while {parameter.name} gets an adapter, because peft supports nothing else for the"
                 " layers of a mixture of experts; or lora.targetModules must name modules without it",
             )
+
+
+def _check_quantizable(path: TextPath, weights: Sequence[AdaptableWeight]) -> None:
+    """Raise UserError where the model has experts, which bitsandbytes does not quantize, and where one of the adapted
+    ``weights`` is adapted as a parameter (`target_parameters`), which peft can't do with 4-bit numbers."""
+    experts = next((weight for weight in path.weights if weight.part is Part.EXPERTS), None)
+    if experts is not None:
+        raise UserError(
+            "lora.quantization",
+            f"must be absent for a model with experts: bitsandbytes quantizes linear layers only, and {experts.name}"
+            " would stay as it is",
+        )
+    parameter = next((weight for weight in weights if weight.parameter is not None), None)
+    if parameter is not None:
+        raise UserError(
+            "lora.quantization",
+            f"must be absent while {parameter.name} gets an adapter, because peft can't adapt its weight in 4 bits; or"
+            " lora.targetModules must name modules without it",
+        )
+
+
+def unquantized_notice(structure: ModelStructure) -> list[str]:
+    """Return the notice about which linear layers a quantized base model holds as they are, if there are any."""
+    ends = sorted({name.rpartition(".")[2] for name in layers_read_past(structure.model)})
+    if not ends:
+        return []
+    return [
+        f"lora.quantization: the linear layers {', '.join(ends)} stay as they are, because the code of the model reads"
+        " their weights itself"
+    ]
 
 
 def reach_notice(targets: AdapterTargets) -> str:

@@ -132,7 +132,10 @@ def kernels(
     """
     if requested != "Auto":
         named = Kernel(requested)
-        if reason := why_not(named, model, device, precision):
+        reason = why_not(named, model, device, precision)
+        if not reason and named is Kernel.FLASH and not packing:
+            reason = "it computes packed examples only, and dataset.packing is false"
+        if reason:
             raise UserError("training.attention", f"must not be {named} for this job, because {reason}")
         return [named]
     # SDPA is as fast as FlashAttention where no mask is needed. For packed examples SDPA needs a mask of all positions.

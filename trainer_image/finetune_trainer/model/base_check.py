@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_core.contract import RunConfig
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
-from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets
+from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets, unquantized_notice
 from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
 from finetune_trainer.model.extended_base import check_extendable
 from finetune_trainer.model.load import DTYPES
@@ -95,8 +95,10 @@ def _check_tokens(base: JobBase) -> None:
     assert base.tokenizer is not None
 
 
-def _check_targets(base: JobBase) -> None:
-    assert base.targets.names or base.config.lora is None
+def _check_targets(base: JobBase) -> list[str]:
+    lora = base.config.lora
+    assert base.targets.names or lora is None
+    return unquantized_notice(base.structure) if lora is not None and lora.quantization is not None else []
 
 
 def _check_training(base: JobBase) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from finetune_core.api.method import Quantization
 from finetune_core.errors import UserError
+from finetune_trainer.model.adaptable import layers_read_past
 from finetune_trainer.model.configuration import load_configuration
 from finetune_trainer.model.mmap_memory import release_mapped_pages
 from finetune_trainer.model.packed_attention import install as install_packed_attention
+from finetune_trainer.model.structure import read_structure
 from finetune_trainer.model.weight_files import WeightFiles, write_index
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
@@ -23,9 +26,15 @@ from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def nf4_configuration(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how QLoRA holds linear layers: as 4-bit NormalFloat, with quantized scales, and computed in ``dtype``."""
+def nf4_configuration(folder: Path, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return how QLoRA holds the linear layers of the model in ``folder``: as 4-bit NormalFloat, with quantized scales,
+    and computed in ``dtype``. The output head, and layers whose weight the code of the model reads itself, stay as they
+    are."""
+    model = read_structure(folder).model
+    left_out = layers_read_past(model)
     return BitsAndBytesConfig(
+        # Without this list, transformers leaves out only the output head.
+        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *left_out] if left_out else None,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -60,7 +69,7 @@ def load_base(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **({"quantization_config": nf4_configuration(dtype)} if quantization is not None else {}),
+                **({"quantization_config": nf4_configuration(folder, dtype)} if quantization is not None else {}),
             )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
