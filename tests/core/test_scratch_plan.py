@@ -25,6 +25,8 @@ LORA: dict[str, Any] = {
     [
         ({}, 1 + 140 + 14 + 2),
         ({"writes_model": True}, 1 + 2 * 140 + 14 + 2),
+        ({"merges_adapter": True}, 1 + 2 * 140 + 14 + 2),
+        ({"merges_adapter": True, "writes_model": True}, 1 + 3 * 140 + 14 + 2),
         ({"model_is_elsewhere": True}, 1 + 14 + 2),
         ({"trains_all": True}, 1 + 2 * 140 + 3 * 140 + 2),
         ({"trains_all": True, "nodes": 4}, 1 + 2 * 140 + 1.5 * 140 + 2),

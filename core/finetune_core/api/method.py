@@ -21,6 +21,12 @@ Quantization = Literal["NF4"]
 """How the frozen weights of the base model are held: NF4 is the 4-bit NormalFloat of QLoRA."""
 
 
+DEFAULT_RANK = 8
+"""Rank of new adapters where the job sets none."""
+DEFAULT_ALPHA = 16
+"""Scale of new adapters where the job sets none."""
+
+
 class LoRASpec(ApiModel):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Only with `method: LoRA`."""
 
@@ -34,20 +40,23 @@ class LoRASpec(ApiModel):
         )
     )
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
-    """Rank of each adapter. A higher rank trains more parameters."""
-    alpha: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Scale of the adapters: the low-rank update is multiplied by alpha / rank, or by alpha / √rank with `rsLoRA`."""
+    rank: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Rank of each adapter. A higher rank trains more parameters. Absent: 8, or the rank of the adapter that
+    `model.adapter` continues."""
+    alpha: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Scale of the adapters: the low-rank update is multiplied by alpha / rank, or by alpha / √rank with `rsLoRA`.
+    Absent: 16, or the alpha of the adapter that `model.adapter` continues."""
     dropout: DecimalString = "0"
     """Dropout probability on the input of each adapter, from 0 to less than 1, for example `"0.05"`. Must be 0 where
     experts get an adapter, because peft has no dropout for them."""
     rs_lora: Annotated[bool | None, Field(alias="rsLoRA")] = None
     """Whether the low-rank update is multiplied by alpha / √rank (rank-stabilized LoRA, Kalajdzievski 2023, arXiv
-    2312.03732), which suits ranks above about 32. Absent: false."""
+    2312.03732), which suits ranks above about 32. Absent: false, or as in the adapter that `model.adapter`
+    continues."""
     do_ra: Annotated[bool | None, Field(alias="doRA")] = None
     """Whether each adapter also trains the norm of every row of its weight (DoRA, Liu et al. 2024, arXiv 2402.09353).
     Takes more time and memory. Must not be true where experts get an adapter, because peft has no DoRA for them.
-    Absent: false."""
+    Absent: false, or as in the adapter that `model.adapter` continues."""
     lora_plus_ratio: DecimalString | None = None
     """Learning rate of an adapter's matrix B, and of the norms of DoRA, as a multiple of `training.learningRate`, for
     example `"16"` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Adapters of embeddings train at the plain rate.
@@ -60,9 +69,9 @@ class LoRASpec(ApiModel):
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    r"""Which modules get an adapter. An entry is the name of a module or of an expert weight, or the end of such names,
-    for example `q_proj` or `experts.down_proj`; or a regular expression (RE2) that fits whole names, for example
+    r"""Which modules get an adapter. An entry is the name of a module or of an expert weight, or the end of such
+    names, for example `q_proj` or `experts.down_proj`; or a regular expression (RE2) that fits whole names, for example
     `model\.layers\.[0-7]\..*`; or `all-linear`, all linear layers and experts. An entry with other characters than
     letters, digits, `_` and `.` is a regular expression. Empty: `all-linear` and, with `model.addedTokens`, also the
-    input embedding and the output head. Only what a text goes through gets an adapter, so never a vision or audio
-    tower, and a router only where a name stands for it."""
+    input embedding and the output head; or the modules of the adapter that `model.adapter` continues. Only what a text
+    goes through gets an adapter, so never a vision or audio tower, and a router only where a name stands for it."""

@@ -170,9 +170,9 @@ class StorageSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
-    """Where the files of a base model from the Hugging Face Hub or the object store are kept, so that not every pod of
-    every attempt fetches them. Must be absent with `model.volume`, because such a model is used where it lies. Absent:
-    each pod fetches the files into its scratch folder."""
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept, and those of
+    `model.adapter`, so that not every pod of every attempt fetches them. Must be absent with `model.volume`, because
+    such a model is used where it lies. Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

@@ -45,16 +45,18 @@ def scratch_need(
     data_bytes: int,
     trains_all: bool,
     writes_model: bool,
+    merges_adapter: bool = False,
     nodes: int,
     model_is_elsewhere: bool,
 ) -> ScratchNeed:
     """Return how much scratch space each of ``nodes`` pods needs.
 
     ``trains_all`` says that every parameter is trained and not only adapters, and ``writes_model`` that a pod writes a
-    model of the base model's size: an extended base model or a merged one. ``model_is_elsewhere`` says that the base
+    model of the base model's size: an extended base model or a merged one. ``merges_adapter`` says that the pod writes
+    a copy of the base model with an adapter merged into it before it trains. ``model_is_elsewhere`` says that the base
     model lies on a volume and not in the scratch folder.
     """
-    models = (not model_is_elsewhere) + (trains_all or writes_model)
+    models = (not model_is_elsewhere) + (trains_all or writes_model) + merges_adapter
     state = FULL_STATE / nodes if trains_all else ADAPTER_SHARE
     request = int(BASE_BYTES + (models + state) * model_bytes + TOKENISED * data_bytes)
     limit = SPARE_BYTES + LIMIT_FACTOR * request + EXPANSION * data_bytes
