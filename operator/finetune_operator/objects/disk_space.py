@@ -85,6 +85,7 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
         data_bytes=sizes.data_bytes,
         trains_all=spec.method is Method.FULL,
         writes_model=bool(spec.model.added_tokens) or spec.storage.artifact in ("Merged", "Both"),
+        merges_adapter=spec.model.adapter is not None and spec.model.adapter.use == "Merge",
         nodes=spec.resources.nodes,
         model_is_elsewhere=spec.model.volume is not None
         or (spec.storage.cache is not None and spec.storage.cache.ephemeral is not None),

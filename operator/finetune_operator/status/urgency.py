@@ -27,8 +27,9 @@ OWN_FIELDS: Final = (
 """Fields that the operator computes itself. `decide/bookkeeping.py` takes its values from two of these fields."""
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
-REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
-"""Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
+REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices", "adapter")
+"""Fields from reports that need not be fresh: a value that is ten seconds old is good enough. What the operator itself
+records in `adapter` is written before anything else (`Decision.must_be_written_first`)."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
 """Fields of which only parts are compared: of a condition its type, status and reason; of the usage the pods that hold
 GPUs, and whether one of them runs."""
