@@ -21,26 +21,27 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
+from finetune_core.contract import AdapterOrigin
 from finetune_trainer.checkpoints.adapter_changes import adapter_changes
 from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_values
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
 from finetune_trainer.model.generation_config import artifact_generation_config
+from finetune_trainer.model.given_adapter import BASE_DIGEST
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_FILE, CONFIG_FILE, SINGLE_FILE
 
-ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
 """File in an adapter's folder that holds the embedding rows of the added tokens. The file name and the tensor names are
 those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model, a copy of
 the base model that has these rows."""
 MERGED_FOLDER = "merged"
-BASE_DIGEST = "base_model_sha256"
-"""Key in `auto_mapping` of `adapter_config.json` with the sha256 of the base model's weights. peft reads this mapping
-only if the configuration names no task, and warns of keys that it does not know elsewhere."""
+ORIGIN = "initial_adapter"
+"""Key in `auto_mapping` of `adapter_config.json` with the adapter that the training started from, see
+`AdapterOrigin`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class ExportOptions:
     """Commit, tag or branch of `base_name` on the Hugging Face Hub. None where the base model lies elsewhere."""
     base_sha256: str | None = None
     """sha256 of the base model's weights, as `base_digest` computes it. None where it is not known."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the training started from. None without one."""
 
 
 def export_artifact(
@@ -118,9 +121,12 @@ def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOp
             "parent_library": base.__module__,
             BASE_DIGEST: options.base_sha256,
         }
+        if options.origin is not None:
+            config.auto_mapping[ORIGIN] = options.origin.model_dump(mode="json", exclude_none=True)
     # The names are sorted so that the same run always writes the same bytes. peft keeps the names in a set, whose order
     # differs between processes.
-    config.target_modules = sorted(config.target_modules or ())
+    if not isinstance(config.target_modules, str):  # an adapter that a job continues may have a regular expression
+        config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(target))
 
 
@@ -154,12 +160,12 @@ def _save_model(
 ) -> None:
     """Write the base model with ``changes``, by parameter name, into the folder ``target``."""
     assert options.names is not None, "the names of the tensors are needed for a whole model"
-    _save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
+    save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
     save_model_configuration(target, options)
     save_text_files(target, tokenizer, options)
 
 
-def _save_weights(
+def save_weights(
     base: WeightFiles, names: TensorNames, changes: Mapping[str, WeightChange], target: Path, dtype: torch.dtype
 ) -> None:
     """Write the weight files of the model into the folder ``target``: the same files with the same tensors as those of
