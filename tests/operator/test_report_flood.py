@@ -146,7 +146,7 @@ class CountingServer(ModelServer):
         super().__init__(*arguments, **options)
         self.requests: Counter[str] = Counter()
 
-    async def get_job(self, key: Any) -> Manifest:
+    async def get_job(self, key: Any) -> Manifest | None:
         self.requests["looks"] += 1
         return await super().get_job(key)
 
