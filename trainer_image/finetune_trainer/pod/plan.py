@@ -20,10 +20,12 @@ from finetune_trainer.pod.settings import Paths
 
 
 class Inputs(ContractModel):
-    """Local paths of the base model's folder and of the data sources. The path of a data source is a folder with an
-    index of its files, or a file."""
+    """Local paths of the folders of base model and adapter, and of the data sources. The path of a data source is a
+    folder with an index of its files, or a file."""
 
     model: Path
+    adapter: Path | None = None
+    """The adapter of `model.adapter`. None without that field."""
     train: Path
     """The training rows. For `dataset.train.mix` this is the folder that contains all sources."""
     mix: list[Path] = []

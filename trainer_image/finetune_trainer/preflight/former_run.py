@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import partial
 
@@ -60,6 +60,8 @@ class OwnFolder:
     has_runs: bool
     found: FoundRun | None
     """The artifact or the newest checkpoint. None where the folder holds neither."""
+    records: Mapping[int, RunRecord] = field(default_factory=dict)
+    """The records of the runs by number. Empty where one of them can't be read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def own_folder(root: RunRoot) -> OwnFolder:
     except Damaged:
         # Records are not needed for an artifact. Without an artifact, the start of the run says what is wrong.
         records = {}
-    return OwnFolder(has_runs=bool(entries), found=_found(root, records, entries))
+    return OwnFolder(has_runs=bool(entries), found=_found(root, records, entries), records=records)
 
 
 def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
