@@ -128,7 +128,7 @@ class TrainingData:
     """Token ids that end a generated answer."""
     summary: PreparationSummary
     mixture: Mixture | None = None
-    """How the training examples of several sources are mixed. None if there is one source."""
+    """How the training examples of the sources of `dataset.train.mix` are mixed. None without a mix."""
 
     @property
     def pad(self) -> int:
@@ -389,7 +389,8 @@ def _mixture(plan: WorkerPlan, sizes: Sequence[int]) -> Mixture:
 
 
 def _mix_notice(parts: Sequence[_Part], mixture: Mixture) -> str:
-    """Return a notice about how many examples each source of a mix has, and how many of them the first epoch takes."""
+    """Return a notice about how many examples each source of a mix has, and how often the first epoch takes one of
+    them."""
     taken = mixture.counts(mixture.examples)
     sources = (
         f"{count} times one of {size} examples from {source_name(part.source)}"

@@ -1,8 +1,8 @@
-"""Names of the files in a model's folder, as transformers writes and reads them. `sources/` and `preflight/`, which do
-without torch, share these names with `model/` and `checkpoints/`.
+"""Names of the files in a model's folder, as transformers writes and reads them. `sources/`, `preflight/`, `model/` and
+`checkpoints/` share these names.
 
 transformers has constants for these names too. The constants of transformers are not used, because importing
-transformers takes seconds, and the launcher does without it.
+transformers takes seconds, and the launcher, which uses `sources/`, does without it.
 """
 
 CONFIG_FILE = "config.json"

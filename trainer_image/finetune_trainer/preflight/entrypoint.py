@@ -114,7 +114,7 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
     _run_confined(findings, check_inputs)
     print(f"model files and data were checked within {_peak_memory()}", flush=True)
     adapter = folder / ADAPTER_FOLDER if config.model.adapter is not None else None
-    # Where one of these folders is missing, the findings contain a problem of the model or the adapter.
+    # Where one of these folders is missing, a finding says why the model was not checked.
     if (folder / HEADERS_FOLDER).is_dir() and (adapter is None or adapter.is_dir()):
         check_for_job = partial(_check_for_job, config, folder / HEADERS_FOLDER, adapter)
         end = run_confined(
@@ -280,7 +280,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _print_result(result: PreflightResult, seconds: float) -> None:
-    """Print to the log the findings, the notices, and the time and memory that the checks took."""
+    """Print to the log the findings, the notices, a run that was found, and the time and memory that the checks
+    took."""
     for finding in result.findings:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:
@@ -291,7 +292,7 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
 
 
 def _peak_memory() -> str:
-    """Return the peak resident memory of this process plus that of the child that ran checks, for example `212 MiB`.
-    The figure helps to choose the memory limit of the preflight pod."""
+    """Return the peak resident memory of this process plus that of the largest child so far, for example `212 MiB`. The
+    figure helps to choose the memory limit of the preflight pod."""
     own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return f"{own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10} MiB"

@@ -55,20 +55,20 @@ class ModelFacts:
     folder: Path
     """Local folder with the small files of the model, among them its chat templates."""
     rows: int | None = None
-    """Number of rows of the embedding that the job trains, with those of the added tokens. None if `config.json` names
-    no number."""
+    """Number of rows of the embeddings in the model that the job trains, including the rows of the added tokens. None
+    if the number is not in `config.json`."""
     added_tokens: Sequence[str] = ()
-    """The tokens of `model.addedTokens`, which the tokenizer has."""
+    """The tokens of `model.addedTokens`. They were added to ``tokenizer``."""
     notices: Sequence[str] = ()
     """What users should know about the model's files although the job can run."""
 
 
 def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Sequence[str]) -> ModelFacts:
-    """Check the headers of the weight files, copy the small files into ``folder``, and load configuration and tokenizer
+    """Check the headers of the weight files, put the small files into ``folder``, and load configuration and tokenizer
     from there. At the end, create the folder ``headers`` for `check_for_job`: a model with links to the small files,
     whose weight files have their whole length but hold only the headers.
 
-    Raises a UserError that names the file at fault.
+    Raises UserError where the model or one of ``added_tokens`` can't be used.
     """
     selection = select_model_files(files)
     unfinished = headers.with_suffix(".unfinished")
@@ -150,8 +150,9 @@ def check_for_job(headers: Path, config: RunConfig, adapter: Path | None = None)
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:
-    """Raise UserError if a weight file is truncated, or lacks a tensor that the index expects in it. Write each weight
-    file into ``folder`` with its header and its whole length. The tensors are holes that take no space on the disk."""
+    """Raise UserError if a weight file is truncated, has a malformed header, or lacks a tensor that the index expects
+    in it, or if the headers are too long. Write each weight file into ``folder`` with its header and its whole length.
+    The tensors are holes that take no space on the disk."""
     left = LARGEST_HEADERS_BYTES
     one_header_in_memory = Lock()
 
@@ -205,8 +206,8 @@ def _header_text(files: ModelFiles, name: str) -> bytes:
 
 
 def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any]:
-    """Return the header ``text`` as a mapping. Raises UserError if the entries of the header do not fit the length of
-    the file."""
+    """Return the header ``text`` as a mapping. Raises UserError if the text is malformed, or if the entries of the
+    header do not fit the length of the file."""
     size = files.sizes[name]
     try:
         header = json.loads(text)
