@@ -34,8 +34,8 @@ class CheckpointFolder:
     run: int
     step: int
     state: str
-    """`committed`, `damaged` (the folder differs from its manifest) or `unfinished` (COMMIT is missing, for example
-    because the upload still runs)."""
+    """`committed`, `damaged` (a file or the manifest is missing or is not what was committed) or `unfinished` (COMMIT
+    is missing, for example because the upload still runs)."""
     uri: str
     bytes: int
     files: int
@@ -125,8 +125,8 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """A checkpoint differs from its manifest, so the trainer can't resume from the checkpoint. The message names the
-    damaged object."""
+    """A file or the manifest of a checkpoint is missing or is not what was committed, so the trainer can't resume from
+    the checkpoint. The message names the damaged object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:

@@ -1,6 +1,7 @@
 """Formats sizes, durations, measured values and one-line curves for people.
 
-The views of a job (`panel.py` and `log_lines.py`) and the commands call these pure functions.
+The functions are pure. The views of a job (`panel.py` and `log_lines.py`), the commands, `job_client.py` and the demo
+call them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 server.
 
 The client is configured by a kubeconfig, as kubectl is, or by the service account of the pod that the program runs in.
-Problems that a user can correct are raised as UserError. The commands, the demo and the end-to-end tests use
-`JobClient`.
+Problems that a user can correct are raised as UserError. The commands and the demo use `JobClient`.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def load_client() -> tuple[client.ApiClient, str]:
 
 
 def _default_namespace() -> str:
-    """Return the namespace of the current kubeconfig context. Without a kubeconfig, return the namespace of the pod
-    that the program runs in. If there is no namespace in either place, return `default`."""
+    """Return the namespace of the current kubeconfig context, or `default` if the context has none. Without a
+    kubeconfig, return the namespace of the pod that the program runs in, or `default` outside of a pod."""
     try:
         _, context = config.list_kube_config_contexts()
     except (config.ConfigException, OSError):

@@ -29,11 +29,12 @@ from the state for which lines were last written. The last step always gets a li
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
-    """Return the lines about all differences between ``job``, the newest state of the job, and ``shown``, the state for
-    which lines were last written.
+    """Return the lines about what has changed between ``shown``, the state for which lines were last written, and
+    ``job``, the newest state of the job. ``shown`` is None before the first line.
 
-    Where only the step has changed, a line is returned only after each five percent of all steps, so that the log of a
-    long run stays readable.
+    There are lines about the state, ended attempts, the progress, incidents, checkpoints, the artifact and scores. A
+    line about the progress is returned only after each five percent of all steps and after the last step, so that the
+    log of a long run stays readable.
     """
     return [
         *_state(shown, job),
@@ -72,7 +73,7 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     if before is not None and progress.step == before.step:
         return
     advanced = progress.percentage - (before.percentage if before else 0)
-    # A step that is lower than before is shown at once. Such a step means that the job has resumed from a checkpoint.
+    # A lower percentage than before is shown at once. It means that the job has resumed from a checkpoint.
     if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
         return
     words = [f"step {progress.step}/{progress.total_steps}"]

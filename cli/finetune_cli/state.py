@@ -1,7 +1,7 @@
-"""Functions that describe a FineTuneJob by its conditions, in words for people: the job's state, a message, what stops
-the job from going on, and how the job ended.
+"""Functions that describe a FineTuneJob in words for people. The conditions of the job give its state, a message, what
+stops the job from going on, and how the job ended. Its metrics, scores and requirements come from other status fields.
 
-All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
+All functions are pure. `panel.py`, `log_lines.py`, the commands and the demo call these functions.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 _UNPRINTABLE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
+    "[\x00-\x1f\x7f-\x9f"  # control characters: C0, DEL and C1
     "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # text direction, invisible, line breaks
     "\ud800-\udfff"  # surrogates, which can't be encoded
     "\U000e0000-\U000e007f]"  # tag characters, which are invisible
 )
-"""Matches a character that a terminal does not show, because the terminal obeys the character or because the character
-is invisible."""
+"""Matches a character that must not reach the terminal: one that the terminal obeys, one that is invisible, or one that
+can't be encoded."""
 _BLANKS: Final = re.compile("[\t\n\r\x0b\x0c\x85\u2028\u2029]+")
 """Matches a sequence of line ends, tabs and similar characters. Each sequence is replaced by one blank, so that words
 stay apart."""

@@ -71,8 +71,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
 
     ``progress`` is None on all ranks but rank 0. ``status`` is updated on every rank as training goes on. At every
     micro-batch, every evaluation batch and every wait for the object store, the ranks agree on whether any rank
-    received SIGTERM. After SIGTERM `train` raises Stopped, once everything that was trained is committed. The other
-    exceptions of `pod/errors.py` can be raised too.
+    received SIGTERM. After SIGTERM `train` raises Stopped, once everything that was trained is committed. It can also
+    raise UserError, Diverged, OutsideFailure and errors of torch.
     """
     try:
         gang.check_stop()
@@ -150,11 +150,12 @@ def _load_grading(plan: WorkerPlan, gang: Gang) -> Grading | None:
 def _try_rows(
     plan: WorkerPlan, gang: Gang, data: TrainingData, grading: Grading | None, progress: Progress | None
 ) -> Grading | None:
-    """Check that rows of the job can be graded, and return a `Grading` that also reads answers with the job's
-    tokenizer. Return None where the job has no task.
+    """Try whether rows of `dataset.validation` and of `dataset.test` can be graded, and return a `Grading` that also
+    reads answers with the job's tokenizer. Return None where the job has no task.
 
-    Raises UserError on every rank where no row can be graded although `evaluation.bestBy` or `evaluation.require` needs
-    a score of the task. Where neither needs a score, a notice says that no row can be graded.
+    Raises UserError on every rank where none of the tried rows of one field can be graded although
+    `evaluation.bestBy` or `evaluation.require` needs a score on the rows of this field. Where neither needs a score on
+    them, a notice says that none can be graded.
     """
     form, evaluation = plan.config.dataset.format.prompt_completion, plan.config.evaluation
     if grading is None or form is None:
@@ -239,8 +240,8 @@ def _resume_folder(plan: WorkerPlan, start: RunStart) -> Path:
 
 
 class Run:
-    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback new objects are made for
-    the next run."""
+    """The objects of one run: model, engine, saver, model comparison and training loop. After a rollback new objects
+    are made for the next run."""
 
     def __init__(
         self,
@@ -253,8 +254,8 @@ class Run:
         progress: Progress | None,
         status: WorkerStatus,
     ) -> None:
-        """Load the model and the training state that ``start`` resumes from. All ranks must make their `Run`
-        together."""
+        """Load the model and, where ``start`` resumes from a checkpoint, the training state of the checkpoint. All
+        ranks must make their `Run` together."""
         config = plan.config
         self._plan, self._data = plan, data
         self.model: Any = gang.run_on_all_ranks(lambda: load_model(plan), until_stop=True)

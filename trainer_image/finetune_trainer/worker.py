@@ -1,7 +1,7 @@
 """One training process, which computes one rank: `python -m finetune_trainer.worker PLAN_FILE LAUNCHER_PID`.
 
 `processes.py` starts one worker per GPU or CPU rank, with the rank in the environment. A worker leaves the file
-`outcome-<rank>.json` for the launcher, unless a signal kills it before it can write the file. Signal handlers are
+`outcome-<rank>.json` for the launcher, unless it is killed before it can write the file. Signal handlers are
 installed before the heavy imports, so that a SIGTERM that arrives while torch is imported is not lost.
 """
 

@@ -38,7 +38,8 @@ class Watchdog:
         *,
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
-        """Start to watch. ``limit_seconds`` is the longest time that may pass between two calls of `note_progress`."""
+        """Start to watch. ``limit_seconds`` is the longest time that may pass between two calls of `note_progress`,
+        except where `allow` grants more."""
         self._folder = folder
         self._rank = rank
         self._limit = limit_seconds

@@ -14,8 +14,8 @@ def downsample(points: Sequence[CurvePoint], limit: int = MAX_POINTS) -> list[Cu
     """Return at most ``limit`` of ``points``: the first, the last, an even choice of the points with an evaluation, and
     an even choice of the rest.
 
-    Points with an evaluation are rare and important, so they are chosen first, but they get at most half of the
-    ``limit``.
+    Points with an evaluation are rare and important, so they are chosen first, up to half of the ``limit``. The rest is
+    all other points, including the points with an evaluation for which that half had no room.
     """
     if len(points) <= limit:
         return list(points)

@@ -1,6 +1,7 @@
-"""Measures a step on one rank: the time of its parts, memory, and model FLOPs utilisation (MFU).
+"""Measures a step: the time of its parts and the memory, both on one rank, and the model FLOPs utilisation (MFU) of all
+devices.
 
-`loop.py` measures every step.
+`loop.py` measures every step. The values of rank 0 go into the step log and the reports.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple
 def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> ModelShape | None:
     """Return the numbers that a model's FLOPs depend on, None where the configuration does not have them.
 
-    ``trained`` is the number of trained parameters. A lookup in the input embedding is no matrix multiplication, so the
-    weights of the embedding do not count. Weights that are tied to the output head count, because the head multiplies
-    with them.
+    ``trained`` is the number of trained parameters. `matrix_parameters` leaves out the weights of the input embedding,
+    because a lookup in the embedding is no matrix multiplication. If the output head shares these weights, they are
+    counted, because the head multiplies with them.
     """
     config = structure.model.config.get_text_config()
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
@@ -92,8 +93,8 @@ def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> M
 def mfu(
     shape: ModelShape | None, lengths: list[int], seconds: float, *, devices: int, device: torch.device
 ) -> float | None:
-    """Return the model FLOPs utilisation of a step, between 0 and 1. None on a CPU, and where the model's shape or the
-    GPU's peak is not known.
+    """Return the model FLOPs utilisation of a step that took ``seconds`` on ``devices`` GPUs, between 0 and 1. None on
+    a CPU, where the model's shape or the GPU's peak is not known, and for a skipped step, which takes 0 seconds.
 
     ``lengths`` are the lengths of all examples of the step, in tokens without padding.
     """

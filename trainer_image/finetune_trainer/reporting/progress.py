@@ -102,8 +102,11 @@ class Progress:
         taken: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
         """Note what is known before the first step of a run: the run's number, ``total_steps``, and ``history``, the
-        rows of all steps before the run. If the rows are a mix of several sources, ``taken`` returns how many examples
-        the steps up to a given one have taken from each source. No figure of a step that a rollback left is kept."""
+        rows of the step log for all steps that led to the run's first step. If the training examples are a mix of
+        several sources, ``taken`` returns how many examples the steps up to a given one have taken from each source.
+
+        The metrics, MFU and curve of the run before are dropped, because a rollback may have undone its steps.
+        """
         self._run, self._total_steps = run, total_steps
         self._taken = taken or (lambda step: ())
         self._step, self._epoch = 0, 0.0
@@ -189,8 +192,8 @@ class Progress:
             log_line(step_line(self._pending[-1], self._total_steps, self._speed.per_second().real))
 
     def pending_rows(self) -> list[StepRow]:
-        """Return the rows of the steps since the last call of this function, for the next segment of the step log in
-        the bucket."""
+        """Return the rows of the steps that were finished or scored since the last call of this function, for the next
+        segment of the step log in the bucket."""
         rows, self._pending = self._pending, []
         return rows
 
@@ -209,9 +212,9 @@ class Progress:
         self._publish(urgent=True)
 
     def checkpointing(self, *, age: float, problem: str) -> None:
-        """Note the age in seconds of the newest committed checkpoint, and what is wrong with saving: a sentence, or an
-        empty text. Write a log line where the sentence has changed before its first colon. What follows the colon may
-        change with every try."""
+        """Note ``age`` (see `Saver.age_seconds`), and ``problem``, a sentence about what is wrong with saving, which is
+        empty where nothing is wrong. Write a log line where ``problem`` has changed before its first colon. What
+        follows the colon may change with every try."""
         if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
             log_line(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem

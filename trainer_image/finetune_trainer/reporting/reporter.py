@@ -1,7 +1,8 @@
 """Sends the reports of rank 0 to the operator. A thread posts the newest report every few seconds.
 
-`progress.py` replaces the report whenever something changes. The training thread waits for the network only at the end,
-for the final report. A report that is lost does no harm, because the next report holds everything.
+`progress.py` replaces the report after every step and at other events, such as a new phase or a new checkpoint. The
+training thread waits for the network only at the end, for the final report. A report that is lost does no harm, because
+the next report holds everything.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def rehearse_publish(root: RunRoot, run: int, *, extended_base: bool) -> list[st
     same in the folder of the extended base models. Return a sentence for each object that can't be deleted.
 
     Raises OutsideFailure where the store refuses to write, so that this is known before the training and not after it.
-    The permission to delete is not required, because the artifact overwrites the empty object.
+    The permission to delete is not required. The model card overwrites the first empty object, and nothing reads the
+    second.
     """
     places = [(root, f"{artifact_folder(run)}/{CARD_FILE}")]
     if extended_base:

@@ -1,8 +1,10 @@
 """Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory, and deletion of
-old checkpoints (retention). The modules of `checkpoints/` call this module.
+old checkpoints (retention). The modules of `checkpoints/` call this module, and `train.py` and `finish.py` download
+checkpoints with it.
 
 The folders are written as `commit.py` describes. For a folder that does not hold what its manifest names,
-`fetch_folder` raises Damaged, and `inventory` lists the checkpoint as damaged with the reason.
+`fetch_folder` raises Damaged. `inventory` does not read every file. Where it notices damage, it lists the checkpoint as
+damaged with the reason.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class TrainerState(ContractModel):
 
     version: int = 1
     step: int
-    """Number of global batches consumed so far. Together with batch size and seed, it determines the position in the
-    data."""
+    """Number of global batches consumed so far, including those that a rollback left out. Together with batch size,
+    seed and number of training examples, it determines the position in the data."""
     epoch: int
     batch_in_epoch: int
     seed: int
@@ -56,18 +58,19 @@ class TrainerState(ContractModel):
     """`PreparationSummary.data_sha256`, the digest of the training rows. If a resuming run has another digest, the data
     has changed."""
     validation_sha256: str | None = None
-    """The digest of the validation rows in `PreparationSummary.evaluation_sha256`. None if the job has none."""
+    """The digest of the validation rows in `PreparationSummary.evaluation_sha256`. None if the job has no validation
+    rows."""
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Mean of the task's main score on the validation rows after this step. None if the step was not evaluated, or if
+    """Value of the task's main score on the validation rows after this step. None if the step was not evaluated, or if
     `evaluation.bestBy` is not TaskScore."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
     """sha256 of the base model's weights, which the checkpoints of a LoRA run do not hold. None for a full run."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model, a copy with embedding rows for added tokens or with an untied output head.
-    None if the base model was not extended, or if the run trains all weights."""
+    """sha256 of the extended base model: a copy with embedding rows for added tokens, with an untied output head or
+    with a merged adapter. None if the base model was not extended, or if the run trains all weights."""
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:

@@ -50,8 +50,9 @@ the upload of the whole object.
 """
 ENCRYPTION_HEADER = "x-amz-server-side-encryption"
 CUSTOMER_KEY_HEADER = "x-amz-server-side-encryption-customer"
-"""Headers with which a store says that it encrypts an object with a key management service, or with a key of the
-customer. The ETag of an object that is encrypted in one of these ways is no digest of the content."""
+"""Names of response headers about encryption. The value of ENCRYPTION_HEADER begins with `aws:kms` where the store
+encrypts an object with a key management service. A header whose name begins with CUSTOMER_KEY_HEADER says that the
+store encrypts the object with a key of the customer. In both cases the object's ETag is no digest of the content."""
 CHUNK_BYTES = 1024 * 1024
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
@@ -153,9 +154,9 @@ class Store:
         return self._with(replace(self._retries, budget_seconds=seconds))
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> Store:
-        """Return a copy of this store for background work, which repeats every failed request until ``seconds`` have
-        passed. Even refused credentials and a missing bucket do not end the work at once, because people can correct
-        both meanwhile.
+        """Return a copy of this store for background work. The copy repeats a failed request until ``seconds`` have
+        passed, even if the store refused the credentials or the bucket is missing, because people can correct both
+        meanwhile.
 
         ``on_attempt`` is called with the error message after each failed request, and with an empty text when a
         repeated request succeeds.
@@ -242,7 +243,7 @@ class Store:
     def etag_form(self, bucket: str, key: str, *, in_parts: bool) -> EtagForm | None:
         """Return how the ETag of an object is computed from the content. ``in_parts`` says whether the object was
         uploaded in parts. Return None if the ETag is no digest of the content, if the object does not exist, or if the
-        store does not answer a request for the first part."""
+        store refuses a request for the first part."""
 
         def ask() -> EtagForm | None:
             query = {"partNumber": "1"} if in_parts else None

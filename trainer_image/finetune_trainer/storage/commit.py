@@ -42,9 +42,10 @@ def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
     """Write the manifest, verify that all its files are in the bucket with the right sizes, check that no later run of
     the job exists, and write COMMIT. Return the sha256 of the manifest.
 
-    Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
-    exists, because the later run may already have resumed from an earlier checkpoint. Also raises NewerRun if the
-    folder already has a COMMIT with other content, because then another process writes to the folder.
+    Raises Damaged if a file is missing or has another size in the bucket, or if the manifest reads back differently
+    than it was written. Raises NewerRun if a later run of the job exists, because the later run may already have
+    resumed from an earlier checkpoint. Also raises NewerRun if the folder already has a COMMIT with other content,
+    because then another process writes to the folder.
     """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
@@ -61,7 +62,7 @@ def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
 
 def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     """Return a committed folder's manifest and the manifest's sha256. Raises Damaged if COMMIT or the manifest is
-    missing, or if the sha256 in COMMIT is not that of the manifest."""
+    missing or malformed, or if the sha256 in COMMIT is not that of the manifest."""
     commit, data = root.read(f"{folder}/{COMMIT}"), root.read(f"{folder}/{MANIFEST}")
     if commit is None:
         raise Damaged(f"{folder}/{COMMIT} is missing")

@@ -37,8 +37,8 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
         self._folder = folder
 
     def retrieve(self) -> Credentials:
-        """Return the access key that the files hold now. Raises NoCredentials if a file is missing or empty. Only the
-        session token may be absent."""
+        """Return the access key that the files hold now. Raises NoCredentials if a file is missing, empty or not
+        readable as text. Only the session token may be missing or empty."""
         values = {}
         for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN):
             path = self._folder / name
@@ -106,8 +106,9 @@ def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
     """
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
-        # Two retries are enough, because `Store` repeats the whole request within its own time budget. Retry-After is
-        # ignored, because MinIO asks for a minute with each 503.
+        # Two retries bridge a short fault of the service. After a longer fault `PodIdentity` raises NoCredentials. Only
+        # background work then repeats the whole request (see `Retries.retry_refusals`). Retry-After is ignored, because
+        # MinIO asks for a minute with each 503.
         retries=urllib3.Retry(
             total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], respect_retry_after_header=False
         ),

@@ -1,7 +1,8 @@
 """Reads and writes `evaluation/<run>.json` in the bucket: the scores of base model and tuned model, and some answers.
 
-`evaluation/comparison.py` writes the base model's scores before training, and every later run of the job reuses these
-scores. `artifact.py` reads the scores of the run that made the artifact.
+`evaluation/comparison.py` writes the base model's scores before training, and adds those of the tuned model at the end.
+Later runs of the job reuse the base model's scores as long as the rows are the same. `artifact.py` reads the scores of
+the run that made the artifact.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from finetune_core.layout import evaluation_key
 from finetune_trainer.storage.root import RunRoot
 
 STORED_DEPTH = 32
-"""Largest depth of objects and lists in a stored row. Deeper objects and lists are replaced by "…", because every JSON
-parser limits the depth."""
+"""Largest number of objects and lists inside of each other in one value of a stored row. Deeper objects and lists are
+replaced by "…", because every JSON parser limits the depth."""
 STORED_ROW_CHARACTERS = 50_000
-"""Largest number of characters of a stored row as JSON."""
+"""A row that has more characters than this as JSON is shortened. A row with many columns may still be longer
+afterwards."""
 STORED_VALUE_CHARACTERS = 2000
 """If a row is longer than STORED_ROW_CHARACTERS, its values are stored as texts of at most this many characters."""
 
@@ -67,7 +69,7 @@ class EvaluationFile(ContractModel):
     version: int = 1
     rows_sha256: str | None = None
     """sha256 of the rows of the evaluation set, as the tuned model reads them. If a later run has another digest, the
-    rows have changed, and the scores can't be compared with those of the run."""
+    rows have changed, and the later run's scores can't be compared with the scores in this file."""
     evaluation: EvaluationRecord
     base_answers: list[AnswerRecord] = []
     tuned_answers: list[AnswerRecord] = []

@@ -1,5 +1,6 @@
 """Extended base models, in `<storage.uri>/_bases/<digest>/` of the bucket: base models with embedding rows for added
-tokens, or with an untied output head. LoRA artifacts refer to such a folder. All jobs with the same extended base model
+tokens, with an untied output head or with a merged adapter. If the artifact of a job is an adapter of an extended base
+model, the job uploads this model, and the adapter names the model's folder. All jobs with the same extended base model
 share one folder.
 
 The digest is the sha256 of the manifest, so equal content has an equal folder name. `finish.py` calls `publish_base`.
@@ -17,8 +18,8 @@ from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, upload_files
 from finetune_trainer.storage.root import RunRoot
 
 EXTENDED_BASE_PROBE = "rehearsal"
-"""Name of an empty object beside the extended base models, which a run writes and deletes to test the store. No folder
-of a model has this name, because folders are named after digests."""
+"""Name of the empty object that a run writes beside the extended base models, and deletes again, to test the store. No
+folder of a model has this name, because folders are named after digests."""
 
 
 def extended_bases_root(root: RunRoot) -> RunRoot:

@@ -45,8 +45,8 @@ class Rollback(ContractModel):
     """A return to an earlier checkpoint, which changes the learning rate and the data of the runs that follow."""
 
     step: int
-    """Step of the checkpoint that training returned to. In later steps the learning rate is multiplied by
-    `rate_factor`."""
+    """Step of the checkpoint that training returned to; 0 for the base model. Until this checkpoint is chosen, the last
+    step whose weights can be trusted. In later steps the learning rate is multiplied by `rate_factor`."""
     rate_factor: float
     skip_from: int
     """First step whose global batch is left out: the step counts as done, but the weights are not updated."""
@@ -104,8 +104,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def listed_records(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listing entry of each run record below ``root``, by run number in ascending order. The keys are
-    the run numbers that the job's runs have taken so far."""
+    """Return the listing entry of each run record below ``root``, by run number in ascending order. So the result has
+    one item for each run number that has been taken so far."""
     matches = ((re.fullmatch(r"runs/([0-9]{6,18})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
     found = {int(match[1]): entry for match, entry in matches if match}
     return {run: found[run] for run in sorted(found) if found[run].key == run_key(run)}
@@ -145,8 +145,9 @@ def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
 
 
 def check_adapter(records: Mapping[int, RunRecord], sha256: str | None) -> None:
-    """Raise UserError where the newest run of the folder started from another adapter than the one with the digest
-    ``sha256``. All attempts of a job must start from the same adapter: what a run has trained so far belongs to it."""
+    """Raise UserError where the newest run of the folder did not start from the adapter with the digest ``sha256``;
+    None means that no adapter is given. All attempts of a job must start from the same adapter, because what the
+    earlier runs have trained belongs to that adapter."""
     newest = records[max(records)] if records else None
     before = newest.adapter_sha256 if newest is not None else None
     if newest is None or before == sha256:

@@ -1,5 +1,5 @@
 """Reads and writes the records in the folder `model-digests/` of a job's runs in the bucket. Each record has the sha256
-of a model file, which the pod that first fetched the file for this job has computed. Some sources state no digest of a
+of a model file, as computed by the pod that first fetched the file for this job. Some sources state no digest of a
 file, or only an ETag that may be no digest of the content. With the record, the other pods of the job can then check
 the file's copy in the cache on a shared volume (`storage.cache`).
 

@@ -51,10 +51,11 @@ class Retries:
     """Called before a failed request is repeated. Must wait the given number of seconds."""
 
     def run(self, request: Callable[[], T], bucket: str, *, missing: T | object = ...) -> T:
-        """Call ``request`` again and again until it succeeds, and return its result. Raise OutsideFailure after a
-        permanent error, or when the time budget is spent.
+        """Call ``request`` again and again until it succeeds, and return its result. Raise OutsideFailure when the time
+        budget is spent, or, without `retry_refusals`, at once after an error that usually lasts.
 
         ``missing`` is returned if the object does not exist. Without ``missing``, a missing object is an error.
+        ``bucket`` is named in messages.
         """
         deadline = time.monotonic() + self.budget_seconds
         delay = FIRST_DELAY_SECONDS

@@ -39,7 +39,8 @@ class StepRow(ContractModel):
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
-    """Seconds of the optimizer update, including the communication between ranks."""
+    """Seconds of the optimizer update, including the exchange of updated weights between ranks. The exchange of
+    gradients is part of `backward_seconds`."""
     cpu_seconds: float = 0.0
     """CPU time in seconds that the training thread used in this step. A value well below `seconds` shows that the
     thread had to wait, for example because other threads used its CPU core."""
@@ -52,7 +53,7 @@ class StepRow(ContractModel):
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Mean of the task's main score on the validation rows after this step. None if no answers were generated."""
+    """Value of the task's main score on the validation rows after this step. None if no answers were generated."""
 
 
 def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]) -> None:
@@ -62,7 +63,9 @@ def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]
 
 def read_history(root: RunRoot, records: Mapping[int, RunRecord], run: int, step: int) -> list[StepRow]:
     """Return the rows of all steps that led to step ``step`` of run ``run``, ordered by step. Rows after the checkpoint
-    from which the run resumed come from the run itself, earlier rows come from its parent, and so on."""
+    from which the run resumed come from the run itself, earlier rows from the run that wrote this checkpoint, and so
+    on. If both runs have a row of the same step, that of the later run counts: it has the scores of an evaluation that
+    SIGTERM interrupted in the earlier run."""
     keys: dict[int, list[str]] = {}
     for entry in root.list_objects("metrics/"):
         match = re.fullmatch(r"metrics/(\d+)-\d+\.jsonl", entry.key)

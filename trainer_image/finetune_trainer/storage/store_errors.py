@@ -15,15 +15,18 @@ from finetune_trainer.storage.credentials import NoCredentials
 
 
 class OddAnswerError(Exception):
-    """minio-py can't make a request, or can't read the answer to a request."""
+    """minio-py can't make a request, or can't read the answer, or the answer is not what was asked for."""
 
 
 @contextlib.contextmanager
 def answers(what: str = "") -> Iterator[None]:
     """Turn whatever minio-py raises in the `with` block, besides its own exceptions, into an exception that `Retries`
     handles. Put only calls of minio-py and the reading of its answers into the block. Otherwise an error of the trainer
-    itself would be reported as an error of the store. ``what`` names the content of the answer for the message, for
-    example "its listing".
+    itself would be reported as an error of the store.
+
+    ``what`` names the content of the answer for the message, for example "its listing". With ``what``, an answer that
+    can't be read counts as an error that may pass, so `Retries` repeats the request. Without ``what``, it counts as an
+    error that lasts.
 
     minio-py raises ValueError for a key with the part `..`, KeyError for a header that is missing, and AttributeError
     or TypeError for an element that is missing.
