@@ -242,8 +242,10 @@ def test_after_a_resume_or_a_rollback_the_figures_are_those_of_the_steps_that_le
     paths = Paths(ca_file=report_server.ca_file, report_token_file=token)
     taken = partial(Mixture.of([20, 7], ["3", "1"]).taken, global_batch_size=8)
     history = [
-        StepRow(step=1, epoch=0.1, loss=3.0, learning_rate=1, tokens=1, seconds=1, perplexity=2.5, task_score=0.5),
-        StepRow(step=2, epoch=0.2, loss=2.0, learning_rate=1, tokens=1, seconds=1),
+        StepRow(
+            step=1, epoch=0.1, loss=3.0, learning_rate=1, tokens=1, seconds=1, perplexity=2.5, task_score=0.5, mfu=0.3
+        ),
+        StepRow(step=2, epoch=0.2, loss=2.0, learning_rate=1, tokens=1, seconds=1, mfu=0.4),
     ]
 
     def metrics(*histories: Sequence[StepRow]) -> dict[str, float]:
@@ -256,8 +258,11 @@ def test_after_a_resume_or_a_rollback_the_figures_are_those_of_the_steps_that_le
 
     resumed = {"loss": 2.0, "perplexity": 2.5, "taskScore": 0.5, "mix0Examples": 12, "mix1Examples": 4}
     assert metrics(history) == resumed
+    assert report_server.reports[-1].mfu == 0.4
     assert metrics(history, history[:1]) == resumed | {"loss": 3.0, "mix0Examples": 6, "mix1Examples": 2}
+    assert report_server.reports[-1].mfu == 0.3
     assert metrics(history, []) == {"mix0Examples": 0, "mix1Examples": 0}
+    assert report_server.reports[-1].mfu is None
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:

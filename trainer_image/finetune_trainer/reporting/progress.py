@@ -113,6 +113,7 @@ class Progress:
         self._pending, self._newest = [], history[-1] if history else None
         self._points = [CurvePoint(step=row.step, loss=row.loss, perplexity=row.perplexity) for row in history]
         self._metrics = self._counts(0)
+        self._mfu = next((row.mfu for row in reversed(history) if row.applied), None)
         if history:
             self._show(history[-1])
             scored = next((row for row in reversed(history) if row.perplexity is not None), None)

@@ -47,8 +47,8 @@ class Reporter:
         self._thread.start()
 
     def update(self, report: Report, *, urgent: bool = False) -> None:
-        """Replace the report that is posted next. An ``urgent`` report is posted at once, and not at the next
-        interval."""
+        """Replace the report that is posted next. An ``urgent`` report is posted at once, and not at the next interval,
+        unless the thread is posting another report at this moment."""
         with self._changed:
             self._newest = report
             if urgent:
