@@ -233,7 +233,7 @@ def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
 
 def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
     """For each call to the file system, a process with an empty cache is killed before this call. Each file that the
-    killed process leaves in the cache is whole, and the next pod gets all files."""
+    killed process leaves in the cache under the name of a digest is whole, and the next pod gets all files."""
     (pod.source / "model.safetensors").write_bytes(b"weights")
     whole = pod.start(pace=Pace(beat_seconds=60))
     whole.join(30)
