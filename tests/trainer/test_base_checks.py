@@ -509,7 +509,8 @@ def test_what_lies_beside_the_model_is_left_out(tmp_path: Path) -> None:
 
 
 def test_weights_that_the_model_does_not_use_are_a_notice(tmp_path: Path) -> None:
-    """If config.json names fewer layers than the weight files hold, it describes another model than the published one."""
+    """If config.json names fewer layers than the weight files hold, it describes another model than the published
+    one."""
     folder = write_family("llama-2", model_folder(tmp_path))
     tried = job(tmp_path)
     base = JobBase(folder, tried.config)
