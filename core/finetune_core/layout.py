@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import PreflightStatus
-from finetune_core.contract import ContractModel, Outcome
+from finetune_core.contract import AdapterOrigin, ContractModel, Outcome
 from finetune_core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -144,6 +144,8 @@ class Manifest(ContractModel):
     run: int
     step: int
     files: list[ManifestFile]
+    adapter: AdapterOrigin | None = None
+    """The adapter that the model of an artifact grew from. None without one."""
 
     @property
     def total_bytes(self) -> int:

@@ -13,9 +13,11 @@ from datetime import date
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
-from finetune_core.api.method import LoRASpec, Method
-from finetune_core.api.status import PreflightStatus
+from finetune_core.api.method import DEFAULT_ALPHA, DEFAULT_RANK, LoRASpec, Method
+from finetune_core.api.sources import ModelSpec
+from finetune_core.api.status import AdapterStatus, PreflightStatus
 from finetune_core.contract import (
+    AdapterArtifact,
     EvaluationConfig,
     GenerationConfig,
     OptimizationConfig,
@@ -42,6 +44,7 @@ def resolve(
     *,
     report: ReportConfig | None,
     preflight: PreflightStatus | None = None,
+    adapter: AdapterStatus | None = None,
     today: date | None = None,
 ) -> RunConfig:
     """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
@@ -49,7 +52,8 @@ def resolve(
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
     uses the former job's folder in the bucket. Where the check found runs that the job continues, the record also names
     the date that chat templates got in them, and the job uses that date. Otherwise chat templates get the date
-    ``today``, the day (UTC) on which attempt 1 started.
+    ``today``, the day (UTC) on which attempt 1 started. ``adapter`` is the record of the artifact of the job that
+    `model.adapter.job` names.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -66,7 +70,7 @@ def resolve(
         model=spec.model,
         dataset=spec.dataset,
         method=spec.method,
-        lora=_lora(spec.lora) if spec.method is Method.LORA else None,
+        lora=_lora(spec.lora, spec.model) if spec.method is Method.LORA else None,
         optimization=OptimizationConfig(
             learning_rate=rate,
             epochs=training.epochs,
@@ -121,15 +125,35 @@ def resolve(
             artifact=spec.storage.artifact or "Adapter",
         ),
         report=report,
+        adapter_artifact=_adapter_artifact(spec.model, adapter),
         template_date=_template_date(spec.dataset, preflight, today),
     )
 
 
-def _lora(lora: LoRASpec | None) -> LoRASpec:
+def _lora(lora: LoRASpec | None, model: ModelSpec) -> LoRASpec:
     """Return the adapters' settings. `rs_lora` and `do_ra` become None where they are false, so that a job that sets
-    them to false and a job that does not set them have the same `settings_digest`."""
+    them to false and a job that does not set them have the same `settings_digest`.
+
+    Where the job continues an adapter, what the spec leaves out stays absent, because the trainer takes it from the
+    adapter.
+    """
     lora = lora or LoRASpec()
-    return lora.model_copy(update={"rs_lora": lora.rs_lora or None, "do_ra": lora.do_ra or None})
+    if model.adapter is not None and model.adapter.use == "Continue":
+        return lora
+    return lora.model_copy(
+        update={
+            "rank": lora.rank or DEFAULT_RANK,
+            "alpha": lora.alpha or DEFAULT_ALPHA,
+            "rs_lora": lora.rs_lora or None,
+            "do_ra": lora.do_ra or None,
+        }
+    )
+
+
+def _adapter_artifact(model: ModelSpec, found: AdapterStatus | None) -> AdapterArtifact | None:
+    if model.adapter is None or model.adapter.job is None or found is None:
+        return None
+    return AdapterArtifact(uri=found.source, manifest_sha256=found.manifest_sha256, job_uid=found.job_uid)
 
 
 def _template_date(dataset: DatasetSpec, preflight: PreflightStatus | None, today: date | None) -> date | None:

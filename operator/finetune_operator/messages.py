@@ -40,6 +40,54 @@ EXIT_CODE_SENTENCES = {
     ExitCode.STOPPED: "the trainer was told to stop and saved a checkpoint (exit code 143)",
 }
 
+_ADAPTER_JOB = "model.adapter.job"
+ADAPTER_OF_ITSELF = f"{_ADAPTER_JOB}: must not name the job itself"
+
+
+def adapter_job_missing(name: str) -> str:
+    """Return the sentence about a job that waits for the job ``name``, which does not exist or is being deleted."""
+    return f"{_ADAPTER_JOB}: there is no FineTuneJob {name} in this namespace"
+
+
+def adapter_job_unfinished(name: str, state: str) -> str:
+    """Return the sentence about a job that waits for the job ``name``. ``state`` is the reason of that job's condition
+    Succeeded; empty where it has none yet."""
+    return f"{_ADAPTER_JOB}: waits until FineTuneJob {name} has succeeded" + (f" (now: {state})" if state else "")
+
+
+def adapter_job_unreadable(name: str) -> str:
+    """Return the sentence about a job that waits because this version can't read the spec of the job ``name``."""
+    return f"{_ADAPTER_JOB}: this version of the operator can't read the spec of FineTuneJob {name}"
+
+
+def adapter_job_failed(name: str, reason: str) -> str:
+    """Return the sentence about a named job that has failed for ``reason``."""
+    return (
+        f"{_ADAPTER_JOB}: must name a job that succeeds, and FineTuneJob {name} has ended with {reason or 'a failure'};"
+        " an artifact that it has committed all the same can be named by its address in `model.adapter.s3`"
+    )
+
+
+def adapter_job_without_adapter(name: str) -> str:
+    """Return the sentence about a named job whose artifact is a whole model."""
+    return (
+        f"{_ADAPTER_JOB}: must name a job whose artifact holds an adapter, and that of FineTuneJob {name} is a whole"
+        " model; name its address as the base model, in `model.s3`"
+    )
+
+
+def adapter_job_elsewhere(name: str) -> str:
+    """Return the sentence about a named job whose artifact lies in another object store."""
+    return (
+        f"{_ADAPTER_JOB}: must name a job with the same object store, and `storage.endpoint` of FineTuneJob {name} is"
+        " another one"
+    )
+
+
+def adapter_job_without_artifact(name: str) -> str:
+    """Return the sentence about a named job that succeeded and whose status names no artifact."""
+    return f"{_ADAPTER_JOB}: FineTuneJob {name} has succeeded, and its status names no committed artifact"
+
 
 def exit_sentence(exit_code: int | None, reason: str) -> str:
     """Return the sentence about a training container that ended without a message of its own.

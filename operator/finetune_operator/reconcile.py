@@ -269,7 +269,13 @@ class Reconciler:
         path = report_path(job.key.namespace, job.key.name, number)
         report = ReportConfig(url=self._report_base_url + path)
         began = job.status.start_time or job.now
-        return resolve(job.resource, report=report, preflight=decision.preflight, today=began.date())
+        return resolve(
+            job.resource,
+            report=report,
+            preflight=decision.preflight,
+            adapter=job.status.adapter,
+            today=began.date(),
+        )
 
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the job again for its current attempt, even without a watch event.

@@ -236,7 +236,8 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
     """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return ``spec``. The field
     at the path ``force`` is kept."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
-    if "lora" in spec or "artifact" in spec["storage"]:
+    continues = spec["model"].get("adapter", {}).get("use") == "Continue"
+    if continues or "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"
     if "quantization" in spec.get("lora", {}):
         if force[:1] != ("deepspeed",):

@@ -59,6 +59,8 @@ class ModelServer:
         self.refuses = refuses
         self.pods_run = pods_run
         self.job = job
+        self.others: dict[str, Manifest] = {}
+        """Further FineTuneJobs of the namespace by name, which nobody reconciles."""
         self.now = now
         self.children: dict[str, Manifest] = {}
         self.config_maps: dict[str, Manifest] = {}
@@ -79,8 +81,8 @@ class ModelServer:
 
     # ---- requests of the operator ----
 
-    async def get_job(self, _key: Key) -> Manifest:
-        return copied(self.job)
+    async def get_job(self, key: Key) -> Manifest | None:
+        return copied(self.others.get(key.name, self.job if key.name == self.job["metadata"]["name"] else None))
 
     async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> str:
         if resource_version != self.job["metadata"]["resourceVersion"]:

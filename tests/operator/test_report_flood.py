@@ -16,6 +16,7 @@ import pytest
 
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract import (
+    AdapterOrigin,
     CheckpointRecord,
     CurvePoint,
     EvaluationRecord,
@@ -87,6 +88,7 @@ FLOODS: dict[str, Values] = {
     "mfu": lambda n: n % 2 / 2,
     "attention": lambda n: f"kernel {n}",
     "adapted_share": lambda n: n % 8 / 8,
+    "adapter": lambda n: AdapterOrigin(use="Merge", source=f"s3://b/{n}", sha256=f"{n:064x}"),
     "metrics": lambda n: {f"m{index}": n + index for index in range(32)},
     "resumed_from_step": lambda n: n % 50,
     "history": lambda n: [CurvePoint(step=step, loss=n) for step in range(60)],
@@ -144,7 +146,7 @@ class CountingServer(ModelServer):
         super().__init__(*arguments, **options)
         self.requests: Counter[str] = Counter()
 
-    async def get_job(self, key: Any) -> Manifest:
+    async def get_job(self, key: Any) -> Manifest | None:
         self.requests["looks"] += 1
         return await super().get_job(key)
 

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.adapter_changes import adapter_changes
-from finetune_trainer.checkpoints.export import ADAPTER_FILE
 from finetune_trainer.model.adaptable import Part, TextPath, layers_read_past
 from finetune_trainer.model.adapters import add_adapters, choose_targets, reach_notice, unquantized_notice
 from finetune_trainer.model.load import load_base, trained_parameters
 from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.pod.model_file_names import ADAPTER_FILE
 from tests.trainer.families import FAMILIES, family_configuration, write_family
 
 QUICK = [

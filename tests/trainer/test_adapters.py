@@ -23,7 +23,7 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.contract import Identity, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import Manifest
-from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, ExportOptions, export_artifact
+from finetune_trainer.checkpoints.export import NEW_ROWS_FILE, ExportOptions, export_artifact
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
 from finetune_trainer.model.adapters import add_adapters, choose_targets
@@ -32,6 +32,7 @@ from finetune_trainer.model.extended_base import extend_base, initial_row
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import WeightFiles
+from finetune_trainer.pod.model_file_names import ADAPTER_FILE
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preparation import load_model, prepare_node

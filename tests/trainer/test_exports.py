@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from finetune_core.api.method import LoRASpec
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source
 from finetune_core.errors import UserError
-from finetune_trainer.checkpoints.export import BASE_DIGEST, MERGED_FOLDER
+from finetune_trainer.checkpoints.export import MERGED_FOLDER
 from finetune_trainer.data.tokenizer import load_tokenizer
 from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.added_rows import find_added_rows, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
+from finetune_trainer.model.given_adapter import BASE_DIGEST
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles

@@ -15,13 +15,14 @@ from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, 
 from finetune_core.layout import artifact_folder, checkpoint_folder
 from finetune_core.requirements import judged
 from finetune_core.tasks import main_score_text, main_value_text
-from finetune_trainer.checkpoints.export import ADAPTER_FILE, MERGED_FOLDER, export_artifact
+from finetune_trainer.checkpoints.export import MERGED_FOLDER, export_artifact
 from finetune_trainer.checkpoints.model_card import CardFacts, model_card
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.model.digest import BaseDigests
+from finetune_trainer.pod.model_file_names import ADAPTER_FILE
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData, base_model_folder, export_options, publishes_extended_base
 from finetune_trainer.ranks.gang import Gang
@@ -75,7 +76,7 @@ def finish(
         export_files(plan, root, model, data, source, target, digests)
         write_cards(plan, data, target, digests, chosen.step, comparison.evaluation)
         files = sorted(path for path in target.rglob("*") if path.is_file())
-        result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
+        result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome, origin=data.summary.origin)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
         task = plan.config.dataset.task
@@ -109,12 +110,17 @@ def export_files(
 ) -> None:
     """Write the artifact of the checkpoint in folder ``source`` into folder ``target``.
 
-    An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens,
-    the extended copy is uploaded to the bucket first, and the configuration names the address of the copy.
-    ``digests`` holds the sha256 of the base model and of the extended copy.
+    An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens
+    or a merged adapter, the extended copy is uploaded to the bucket first, and the configuration names the address of
+    the copy. ``digests`` holds the sha256 of the base model and of the extended copy.
     """
     options = export_options(plan, data.structure, data.stop_ids)
-    options = replace(options, added_rows=data.summary.added_rows, base_sha256=digests.base_sha256)
+    options = replace(
+        options,
+        added_rows=data.summary.added_rows,
+        base_sha256=digests.base_sha256,
+        origin=data.summary.origin,
+    )
     if publishes_extended_base(plan):
         address = publish_base(root, base_model_folder(plan))
         options = replace(options, base_name=address, revision=None, base_sha256=digests.rows_sha256)
@@ -138,6 +144,7 @@ def write_cards(
         base_sha256=digests.base_sha256,
         data_sha256=data.summary.data_sha256,
         examples=len(data.train),
+        origin=data.summary.origin,
         step=step,
         evaluation=evaluation,
     )

@@ -1,4 +1,5 @@
-"""Prepares the base model and the rows of all data sets as local files, and loads them.
+"""Prepares the base model, an adapter that the job starts from, and the rows of all data sets as local files, and loads
+them.
 
 `train.py` calls `prepare_node` on the first rank of each node, which writes the files that all ranks of the node share.
 Then `train.py` calls `load_data` and `load_model` on every rank.
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune_core.api.sources import DataSource
-from finetune_core.contract import ContractModel
+from finetune_core.contract import AdapterOrigin, ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import ExportOptions
 from finetune_trainer.checkpoints.job_export import job_export_options, rehearse_job_export
+from finetune_trainer.checkpoints.merged_base import write_merged_base
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet, joined
@@ -32,17 +34,21 @@ from finetune_trainer.data.tokenizer import (
     tokenize_functions,
 )
 from finetune_trainer.engine.config import shard_new_models
+from finetune_trainer.model.adapter_fit import check_copies
 from finetune_trainer.model.adapters import adapts_an_embedding, add_adapters, reach_notice
 from finetune_trainer.model.added_rows import AddedRows, find_added_rows, read_added_rows
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.extended_base import extend_base
+from finetune_trainer.model.given_adapter import FIELD as ADAPTER
+from finetune_trainer.model.given_adapter import adapter_of, with_settings_of
 from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base, own_dropout
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
+from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
-from finetune_trainer.sources.inputs import source_name
+from finetune_trainer.sources.inputs import adapter_name, model_revision, source_name
 
 
 class PreparationSummary(ContractModel):
@@ -69,6 +75,11 @@ class PreparationSummary(ContractModel):
     """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
     adapted_share: float | None = None
     """Share of the weights in the model's layers that LoRA adapters can change, from 0 to 1. None without adapters."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the training starts from. None without one."""
+    adapter_base_sha256: str | None = None
+    """sha256 of the base model's weights that the adapter of `origin` was trained on, by its own account. None where it
+    does not say."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -76,7 +87,7 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
 
     ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
     Raises UserError where two nodes have different rows, for example because a branch or a file changed between their
-    reads, or different embedding rows for the added tokens.
+    reads, different embedding rows for the added tokens, or different adapters.
     """
     summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
     first = summaries[0]
@@ -90,6 +101,14 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
                 "the nodes of this job read different rows: it changed while they started; name a commit as"
                 " `revision`, or a file that nobody writes to",
             )
+    # The revisions of an adapter may differ, because a node that took the files from a cache knows only the name of the
+    # branch.
+    if len({summary.origin.sha256 for summary in summaries if summary.origin is not None}) > 1:
+        raise UserError(
+            ADAPTER,
+            "the nodes of this job read different files: the adapter changed while they started; name a commit as"
+            " `revision`, or a folder that nobody writes to",
+        )
     return first
 
 
@@ -109,7 +128,7 @@ class TrainingData:
     """Token ids that end a generated answer."""
     summary: PreparationSummary
     mixture: Mixture | None = None
-    """How the training examples of several sources are mixed. None if there is one source."""
+    """How the training examples of the sources of `dataset.train.mix` are mixed. None without a mix."""
 
     @property
     def pad(self) -> int:
@@ -126,17 +145,23 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
     """
-    base, config = JobBase(plan.inputs.model, plan.config), plan.config
+    base, config = job_base(plan), plan.config
     notices = check_base(base)
     structure, targets = base.structure, base.targets
+    if base.merged is not None:
+        dtype = DTYPES[config.optimization.precision]
+        write_merged_base(plan.inputs.model, _merged_folder(plan), structure, base.merged, dtype)
+        log_line(f"the adapter {adapter_name(config)} is merged into the base model")
     if config.model.added_tokens or base.unties:
         extend_base(
-            plan.inputs.model,
+            base_model_folder(plan),
             _extended_folder(plan),
             tokens=config.model.added_tokens,
             untie=base.unties,
             seed=config.optimization.seed,
         )
+    if base.continued is not None:
+        check_copies(base.continued, base_model_folder(plan), DTYPES[config.optimization.precision])
     tokenizer = _job_tokenizer(plan)
     tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context, base.rows)
@@ -194,6 +219,35 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         added_rows=rows,
         added_rows_sha256=_rows_sha256(plan, rows),
         adapted_share=targets.share if targets.names else None,
+        origin=_origin(plan, base),
+        adapter_base_sha256=base.fitted.given.base_sha256 if base.fitted is not None else None,
+    )
+
+
+def job_base(plan: WorkerPlan) -> JobBase:
+    """Return the base model of the job and the adapter that it starts from, as their files describe them."""
+    return JobBase(plan.inputs.model, plan.config, plan.inputs.adapter, source_name(plan.config.model))
+
+
+def with_adapter_settings(plan: WorkerPlan) -> WorkerPlan:
+    """Return ``plan`` with the settings of the adapter in `lora`, where the job continues one. Raises UserError where
+    the adapter is of another kind, or where `lora` has other settings."""
+    return plan.model_copy(update={"config": with_settings_of(plan.config, adapter_of(plan.inputs.adapter))})
+
+
+def _origin(plan: WorkerPlan, base: JobBase) -> AdapterOrigin | None:
+    """Return what the records of the run say of the adapter that the training starts from."""
+    config, folder = plan.config, plan.inputs.adapter
+    source = config.model.adapter
+    if base.fitted is None or source is None or folder is None:
+        return None
+    artifact = config.adapter_artifact if source.job is not None else None
+    return AdapterOrigin(
+        use=source.use,
+        source=adapter_name(config),
+        revision=model_revision(source, folder, ADAPTER_CONFIG_FILE),
+        job_uid=artifact.job_uid if artifact is not None else None,
+        sha256=base.fitted.given.sha256,
     )
 
 
@@ -231,7 +285,8 @@ def load_model(plan: WorkerPlan) -> Any:
     model. Each rank keeps only its shard of the weights.
     """
     config, folder = plan.config, base_model_folder(plan)
-    targets = JobBase(plan.inputs.model, config).targets
+    base = job_base(plan)
+    targets = base.targets
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(
         folder,
@@ -253,17 +308,22 @@ def load_model(plan: WorkerPlan) -> Any:
         parameters=targets.parameters,
         seed=config.optimization.seed,
         base_name=source_name(config.model),
+        given=base.continued,
     )
 
 
 def base_model_folder(plan: WorkerPlan) -> Path:
-    """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
-    extended = _extended_folder(plan)
-    return extended if extended.is_dir() else plan.inputs.model
+    """Return the folder of the base model that the run trains: the extended copy or the one with a merged adapter,
+    where `prepare_node` wrote one. A copy that is both is an extended copy."""
+    for folder in (_extended_folder(plan), _merged_folder(plan)):
+        if folder.is_dir():
+            return folder
+    return plan.inputs.model
 
 
 def publishes_extended_base(plan: WorkerPlan) -> bool:
-    """Return whether the artifact is an adapter of an extended base model, which the job has to publish too."""
+    """Return whether the artifact is an adapter of a base model that the job has changed (with added tokens, an untied
+    head or a merged adapter), which the job has to publish too."""
     config = plan.config
     extended = base_model_folder(plan) != plan.inputs.model
     return extended and config.lora is not None and config.storage.artifact != "Merged"
@@ -286,6 +346,10 @@ def job_tokenize_functions(plan: WorkerPlan) -> TokenizeFunctions:
 
 def _extended_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "base"
+
+
+def _merged_folder(plan: WorkerPlan) -> Path:
+    return plan.folder / "merged-base"
 
 
 def _tokens_folder(plan: WorkerPlan) -> Path:
@@ -325,7 +389,8 @@ def _mixture(plan: WorkerPlan, sizes: Sequence[int]) -> Mixture:
 
 
 def _mix_notice(parts: Sequence[_Part], mixture: Mixture) -> str:
-    """Return a notice about how many examples each source of a mix has, and how many of them the first epoch takes."""
+    """Return a notice about how many examples each source of a mix has, and how often the first epoch takes one of
+    them."""
     taken = mixture.counts(mixture.examples)
     sources = (
         f"{count} times one of {size} examples from {source_name(part.source)}"

@@ -58,8 +58,8 @@ class WorkerProcesses:
     """The worker processes, one per GPU or CPU rank, that the launcher (PID 1 of the pod) starts and supervises."""
 
     def __init__(self, folder: Path, *, heartbeat_timeout: float = math.inf) -> None:
-        """The workers write outcome files and heartbeats into ``folder``. A worker without a new heartbeat for
-        ``heartbeat_timeout`` seconds is killed.
+        """The workers write outcome files and heartbeats into ``folder``. A worker is killed when it has written no new
+        heartbeat for ``heartbeat_timeout`` seconds after its last one.
         """
         self._folder = folder
         self._heartbeat_timeout = heartbeat_timeout

@@ -47,6 +47,7 @@ from finetune_trainer.pod.errors import StopAgreed, Stopped
 from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import (
+    PreparationSummary,
     TrainingData,
     agreed_summary,
     base_model_folder,
@@ -55,6 +56,7 @@ from finetune_trainer.preparation import (
     load_model,
     prepare_node,
     publishes_extended_base,
+    with_adapter_settings,
 )
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, log_line
@@ -74,11 +76,12 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
     """
     try:
         gang.check_stop()
+        plan = gang.run_on_all_ranks(partial(with_adapter_settings, plan), until_stop=True)
         root = open_root(plan.config, plan.paths)
         grading = _load_grading(plan, gang)
         data = _prepare_and_load_data(plan, gang, grading)
         grading = _try_rows(plan, gang, data, grading, progress)
-        start = _start_first_run(plan, gang, root)
+        start = _start_first_run(plan, gang, root, data.summary)
         while True:
             run = Run(plan, gang, root, data, grading, start, progress, status)
             try:
@@ -174,20 +177,22 @@ def _try_rows(
     return grading
 
 
-def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
+def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot, summary: PreparationSummary) -> RunStart:
     """Take the next run number of the job, and fetch the checkpoint that the run resumes from, if there is
     one."""
 
     def take_run_number(target: Path) -> RunStart:
         is_lora = plan.config.lora is not None
         digests = BaseDigests.of(adapters=is_lora, base=plan.inputs.model, extended=base_model_folder(plan))
-        start = start_run(root, plan.identity, target, plan.inputs.training).model_copy(
+        adapter_sha256 = summary.origin.sha256 if summary.origin is not None else None
+        start = start_run(root, plan.identity, target, plan.inputs.training, adapter_sha256).model_copy(
             update={"base_digests": digests}
         )
         if start.parent is not None:
             digests.check(read_trainer_state(target), seed=plan.config.optimization.seed)
         refused = rehearse_publish(root, start.run, extended_base=publishes_extended_base(plan))
-        return start.model_copy(update={"notices": [*start.notices, *refused]})
+        other_base = digests.other_base_notice(summary.adapter_base_sha256)
+        return start.model_copy(update={"notices": [*start.notices, *other_base, *refused]})
 
     return _begin_run(plan, gang, root, take_run_number)
 
@@ -331,6 +336,7 @@ class Run:
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
             progress.attention(attention.kernel)
             progress.adapted(data.summary.adapted_share)
+            progress.started_from(data.summary.origin)
             progress.notice(*start.notices, *data.summary.notices, *attention.notices)
             progress.saved(None, self.saver.committed, self.saver.best)
             log_line(self.loop.description(start))

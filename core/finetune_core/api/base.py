@@ -122,6 +122,13 @@ DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 """`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, StorageClass, PriorityClass or ServiceAccount."""
 
+JOB_NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""Regular expression for `metadata.name` of a FineTuneJob."""
+JOB_NAME_LENGTH = 40
+"""Largest number of characters of `metadata.name` of a FineTuneJob."""
+JobName = Annotated[str, Field(min_length=1, max_length=JOB_NAME_LENGTH, pattern=JOB_NAME_PATTERN)]
+"""`metadata.name` of a FineTuneJob."""
+
 SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 

@@ -17,6 +17,7 @@ from finetune_core.api.job import (
     GROUP,
     KIND,
     NAME_RULE,
+    OTHER_JOB_RULE,
     PLURAL,
     SHORT_NAME,
     SINGULAR,
@@ -46,7 +47,7 @@ def custom_resource_definition() -> dict[str, Any]:
             "spec": tolerate_other_types(openapi_schema(FineTuneJobSpec), OTHER_TYPES),
             "status": openapi_schema(FineTuneJobStatus) | {"default": {"observedGeneration": NOT_OBSERVED}},
         },
-        **cel(NAME_RULE),
+        **cel(NAME_RULE, OTHER_JOB_RULE),
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",

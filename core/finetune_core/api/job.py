@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from finetune_core.api.base import ApiModel
+from finetune_core.api.base import JOB_NAME_LENGTH, JOB_NAME_PATTERN, ApiModel
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.api.status import FineTuneJobStatus
 
@@ -18,8 +18,8 @@ KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-NAME_MAX_LENGTH = 40
+NAME_PATTERN = JOB_NAME_PATTERN
+NAME_MAX_LENGTH = JOB_NAME_LENGTH
 NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 """Pattern that the name of a namespace must match, as in the API server. The name is a DNS label."""
 NAME_RULE = (
@@ -30,6 +30,13 @@ NAME_RULE = (
 """CEL rule about `metadata.name`, and the message for a name that violates the rule. The rule is stricter than
 Kubernetes' rule for names, because the names of the job's Services begin with the job's name. The name of a Service
 must begin with a letter and have at most 63 characters."""
+
+OTHER_JOB_RULE = (
+    "!has(self.spec) || !has(self.spec.model.adapter) || !has(self.spec.model.adapter.job)"
+    " || self.spec.model.adapter.job.name != self.metadata.name",
+    "`spec.model.adapter.job.name` must name another job",
+)
+"""CEL rule that a job must not start from its own artifact, and the message for a job that does."""
 
 
 class Metadata(BaseModel):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -13,6 +13,7 @@ from finetune_core.api.base import (
     UNIQUE,
     WEIGHT_PATTERN,
     ApiModel,
+    JobName,
     ObjectName,
     S3Uri,
     SecretKey,
@@ -101,6 +102,40 @@ class VolumeSource(ApiModel):
     this is the path of a file, of a folder with data files, or a glob such as `rows/*.jsonl`."""
 
 
+AdapterUse = Literal["Continue", "Merge"]
+"""What a job does with the adapter that it starts from."""
+
+
+class JobSource(ApiModel):
+    """A FineTuneJob whose committed artifact is taken."""
+
+    name: JobName
+    """`metadata.name` of another FineTuneJob in the same namespace. Its artifact must hold an adapter. The job waits
+    until that job has succeeded, and from then on keeps the artifact that it found, even if that job is deleted or
+    created anew."""
+
+
+class InitialAdapterSpec(ApiModel):
+    """A LoRA adapter in peft's layout that the job starts from: a folder with `adapter_config.json` and
+    `adapter_model.safetensors`. Exactly one source must be set."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume", "job"))
+
+    hugging_face: HuggingFaceSource | None = None
+    """A repository on the Hugging Face Hub."""
+    s3: S3Source | None = None
+    """A folder in the object store that `storage` describes."""
+    volume: VolumeSource | None = None
+    """A folder on a PersistentVolumeClaim."""
+    job: JobSource | None = None
+    """The artifact of another FineTuneJob of the namespace."""
+    use: AdapterUse
+    """Continue: the adapter itself is trained on, with `method: LoRA`. Its rank, alpha, modules, rsLoRA and DoRA are
+    those of `lora`, which may leave them out and must not name others. Merge: the adapter is merged into the base
+    model first, and the training starts from the merged model, with either method. A new adapter then belongs to the
+    merged model, which the job publishes unless `storage.artifact` is Merged."""
+
+
 class ModelSpec(ApiModel):
     """The base model: a folder with `config.json`, tokenizer files and safetensors. Exactly one source must be set."""
 
@@ -112,6 +147,9 @@ class ModelSpec(ApiModel):
     """A folder in the object store that `storage` describes."""
     volume: VolumeSource | None = None
     """A folder on a PersistentVolumeClaim."""
+    adapter: InitialAdapterSpec | None = None
+    """A LoRA adapter that the training starts from, for example the artifact of an earlier job. Absent: the training
+    starts from the base model as it is."""
     added_tokens: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []

@@ -57,6 +57,10 @@ _BETWEEN_SECTIONS = (
         "`storage.artifact` must be absent unless `method` is LoRA",
     ),
     (
+        "self.method == 'LoRA' || !has(self.model.adapter) || self.model.adapter.use == 'Merge'",
+        "`model.adapter.use` must be Merge unless `method` is LoRA",
+    ),
+    (
         "!has(self.lora) || !has(self.lora.quantization) || type(self.deepspeed.zeroStage) != int ||"
         " self.deepspeed.zeroStage == 1 || self.deepspeed.zeroStage == 2",
         "`deepspeed.zeroStage` must be 1, 2 or Auto with `lora.quantization`",

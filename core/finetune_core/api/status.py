@@ -443,6 +443,23 @@ class ArtifactStatus(StatusModel):
     """sha256 of the artifact's manifest.json."""
 
 
+class AdapterStatus(StatusModel):
+    """The adapter that the training starts from (`model.adapter`)."""
+
+    use: Annotated[str, Field(max_length=32)]
+    """Continue or Merge, as in the spec."""
+    source: Text = ""
+    """Address of the adapter's folder, or the name of its repository on the Hugging Face Hub."""
+    revision: Annotated[str, Field(max_length=200)] = ""
+    """Commit, tag or branch on the Hugging Face Hub. Empty where the adapter lies elsewhere."""
+    job_uid: Annotated[str, Field(max_length=64)] = ""
+    """`metadata.uid` of the job that `model.adapter.job` named when the operator looked. Empty without that field."""
+    manifest_sha256: Digest = ""
+    """sha256 of the manifest.json of that job's artifact, which every attempt verifies. Empty without that field."""
+    sha256: Digest = ""
+    """sha256 over the adapter's files, as the trainer has read them. Empty until the trainer has told."""
+
+
 class ChildStatus(StatusModel):
     """The child object: the PyTorchJob that the operator created for the current attempt or, where the job has ended,
     for its last attempt."""
@@ -496,6 +513,8 @@ class FineTuneJobStatus(StatusModel):
     than 20, only the newest 20 are listed."""
     evaluation: EvaluationStatus | None = None
     """Scores of the base model and of the tuned model on the same rows."""
+    adapter: AdapterStatus | None = None
+    """The adapter that the training starts from. Absent without `model.adapter`, and before it was found."""
     artifact: ArtifactStatus | None = None
     """The committed result of the job."""
     usage: UsageStatus | None = None

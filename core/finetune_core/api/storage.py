@@ -173,8 +173,9 @@ class StorageSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
-    """Where the files of a base model from the Hugging Face Hub or the object store are kept: on a claim, so that not
-    every pod of every attempt fetches them, or on a volume of each pod. Must be absent with `model.volume`, because
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept, and those of
+    `model.adapter`: on a claim, so that not every pod of every attempt fetches them, or on a volume of each pod. Must
+    be absent with `model.volume`, because
     such a model is used where it lies. Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.

@@ -27,6 +27,7 @@ from finetune_core.contract.pod import (
     Identity,
 )
 from finetune_core.contract.records import (
+    AdapterOrigin,
     ArtifactRecord,
     CheckpointName,
     CheckpointRecord,
@@ -38,6 +39,7 @@ from finetune_core.contract.records import (
 from finetune_core.contract.report import REPORT_LIMIT_BYTES, Phase, Report, report_audience, report_path
 from finetune_core.contract.result import EXIT_CODES, ExitCode, Outcome, Result
 from finetune_core.contract.run_file import (
+    AdapterArtifact,
     EvaluationConfig,
     GenerationConfig,
     OptimizationConfig,
@@ -71,6 +73,8 @@ __all__ = [
     "TERMINATION_LOG",
     "TOKEN_FILE",
     "VOLUMES_FOLDER",
+    "AdapterArtifact",
+    "AdapterOrigin",
     "ArtifactRecord",
     "CheckpointName",
     "CheckpointRecord",

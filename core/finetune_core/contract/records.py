@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.sources import AdapterUse
 from finetune_core.api.training import StabilityAction
 from finetune_core.contract.contract_model import ContractModel, Count, PositiveCount, Time
 from finetune_core.task_declaration import (
@@ -42,6 +43,21 @@ class CheckpointName(ContractModel):
 
     run: PositiveCount
     step: Count
+
+
+class AdapterOrigin(ContractModel):
+    """The adapter that a run started from (`model.adapter`)."""
+
+    use: AdapterUse
+    """Whether the run continued the adapter, or merged it into the base model first."""
+    source: Annotated[str, Field(max_length=1024)]
+    """Address of the adapter's folder, or the name of its repository on the Hugging Face Hub."""
+    revision: Annotated[str, Field(max_length=200)] | None = None
+    """Commit, tag or branch on the Hugging Face Hub. None where the adapter lies elsewhere."""
+    job_uid: Annotated[str, Field(max_length=64)] | None = None
+    """`metadata.uid` of the FineTuneJob whose artifact the adapter is. None where the job names another source."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """sha256 over the names and contents of `adapter_config.json` and `adapter_model.safetensors`."""
 
 
 class ArtifactRecord(ContractModel):

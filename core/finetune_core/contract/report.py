@@ -15,7 +15,14 @@ from pydantic import Field
 
 from finetune_core.api.status import CHECKPOINT_LIMIT, HISTORY_LIMIT, INCIDENT_LIMIT, METRIC_LIMIT, NOTICE_LIMIT
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, PositiveCount
-from finetune_core.contract.records import CheckpointName, CheckpointRecord, CurvePoint, EvaluationRecord, Incident
+from finetune_core.contract.records import (
+    AdapterOrigin,
+    CheckpointName,
+    CheckpointRecord,
+    CurvePoint,
+    EvaluationRecord,
+    Incident,
+)
 from finetune_core.contract.result import Result
 
 REPORT_LIMIT_BYTES = 65536
@@ -80,6 +87,8 @@ class Report(ContractModel):
     adapted_share: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the weights in the model's layers that the LoRA adapters can change. None without adapters, and before
     the trainer has read the model."""
+    adapter: AdapterOrigin | None = None
+    """The adapter that the run started from. None without one, and before the trainer has read it."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences for people about things that are not failures, for example that rows were skipped."""
     evaluation: EvaluationRecord | None = None

@@ -127,6 +127,18 @@ class ReportConfig(ContractModel):
     interval_seconds: Annotated[float, Field(gt=0)] = 3.0
 
 
+class AdapterArtifact(ContractModel):
+    """The committed artifact of the job that `model.adapter.job` names, as the operator found it in the status of that
+    job. Every attempt uses this artifact."""
+
+    uri: Annotated[str, Field(max_length=1024)]
+    """`s3://` address of the artifact's folder."""
+    manifest_sha256: Annotated[str, Field(max_length=64)]
+    """sha256 of the artifact's manifest.json, which has the sha256 of every file."""
+    job_uid: Annotated[str, Field(max_length=64)]
+    """`metadata.uid` of the job that made the artifact."""
+
+
 class RunConfig(ContractModel):
     """The run file: all settings of an attempt, with defaults filled in and without secrets."""
 
@@ -141,6 +153,8 @@ class RunConfig(ContractModel):
     stability: StabilityConfig = StabilityConfig()
     storage: StorageConfig
     report: ReportConfig | None = None
+    adapter_artifact: AdapterArtifact | None = None
+    """Where the adapter of `model.adapter.job` lies. None where the job names no other job."""
     template_date: date | None = None
     """The day (UTC) that a chat template gets as today's date: the day on which attempt 1 started or, where the job
     continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same tokens.

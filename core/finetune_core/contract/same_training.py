@@ -28,7 +28,9 @@ NOT_THE_TRAINING = (
     "world",
     "report",
     "template_date",
+    "adapter_artifact",
     "model.hugging_face.token_secret_ref",
+    "model.adapter.hugging_face.token_secret_ref",
     "dataset.train.hugging_face.token_secret_ref",
     "dataset.train.mix.hugging_face.token_secret_ref",
     "dataset.validation.hugging_face.token_secret_ref",
@@ -54,10 +56,11 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained. Among them are the machines, the division of the work, the
-place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, and the references to
-access tokens. The day on which the job began is among them too, because a job that continues a run takes over the day
-of that run. All other fields define what is trained. This includes fields that later versions add. A path through a
-list means the fields of all its items."""
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the references to
+access tokens, and the place of the adapter's artifact that the job starts from, whose content is among the inputs. The
+day on which the job began is among them too, because a job that continues a run takes over the day of that run. All
+other fields define what is trained. This includes fields that later versions add. A path through a list means the
+fields of all its items."""
 
 
 class TrainingRecord(ContractModel):
@@ -67,8 +70,8 @@ class TrainingRecord(ContractModel):
     settings_sha256: Sha256
     """`settings_digest` of the run file."""
     inputs: Annotated[dict[str, Sha256], Field(max_length=8)]
-    """For the base model and for each data source: a sha256 that identifies the content that the run read when it
-    began. The key is the path in the spec, for example `dataset.train`."""
+    """For the base model, the adapter that the run started from, and each data source: a sha256 that identifies the
+    content that the run read when it began. The key is the path in the spec, for example `dataset.train`."""
     template_date: date | None = None
     """`RunConfig.template_date` of the run, which a job that continues the run takes over."""
 

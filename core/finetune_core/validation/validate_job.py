@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_core.api.base import DNS_LABEL_PATTERN, LABEL_LENGTH, LABEL_VALUE_PATTERN
-from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
+from finetune_core.api.job import API_VERSION, KIND, NAME_RULE, OTHER_JOB_RULE
 from finetune_core.api.pod_template import LABEL_KEY
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
@@ -70,6 +70,11 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
     if document.get("spec") is None:
         return ValidationResult([*problems, Problem(("spec",), "must be set")])
     verdict = validate_spec(document["spec"], old_spec=old_spec)
+    if verdict.stored is not None and not problems:
+        whole = {"metadata": document["metadata"], "spec": verdict.stored}
+        if not holds(OTHER_JOB_RULE[0], whole):
+            path: FieldPath = ("spec", "model", "adapter", "job", "name")
+            problems.append(Problem(path, OTHER_JOB_RULE[1].split("` ", 1)[1]))
     return ValidationResult([*problems, *verdict.problems], None if problems else verdict.stored)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
+from finetune_core.api.status import AdapterStatus, AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import Result
 from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.decide.states import JobState
@@ -58,6 +58,9 @@ class Decision:
     """`status.attempts` as it is to be recorded."""
     preflight: PreflightStatus | None = None
     """`status.preflight` as it is to be recorded."""
+    adapter: AdapterStatus | None = None
+    """`status.adapter` as it is to be recorded: the artifact of the job that `model.adapter.job` names. None where
+    nothing new is to be recorded."""
     action: Action = Action.NONE
     wait_seconds: float | None = None
     """Seconds until the job is reconciled again even if no event arrives; None where only an event can change the
@@ -99,8 +102,9 @@ class Decision:
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
         """Return whether the status must be written before any object is created or deleted.
 
-        The result is True where one of the values of `bookkeeping` has changed, or where the job ends. An operator that
+        The result is True where one of the values of `bookkeeping` has changed, where the artifact that the job starts
+        from is found, or where the job ends. An operator that
         crashes right after that write finds its decision in the status and does not decide anew.
         """
         changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)
-        return changed or self.end is not None
+        return changed or self.adapter is not None or self.end is not None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_operator.decide.attempts import between_attempts, during_attempt
 from finetune_operator.decide.decision import Decision
+from finetune_operator.decide.initial_adapter import before_adapter
 from finetune_operator.decide.preflight import before_first_attempt
 from finetune_operator.observe.observation import JobObservation
 
@@ -28,4 +29,4 @@ def decide(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
         decision = between_attempts(attempts, seen)
     if attempts.started:
         return replace(decision, preflight=stored.preflight)
-    return before_first_attempt(stored, seen, decision)
+    return before_adapter(stored, seen.named_job, decision) or before_first_attempt(stored, seen, decision)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from finetune_core.api import FineTuneJob
-from finetune_core.api.method import LoRASpec, Method
+from finetune_core.api.method import DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.resources import MEBIBYTE
 from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import MODEL_CACHE_FOLDER, MODEL_VOLUME_FOLDER
@@ -111,12 +111,15 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
         return None
     spec = job.spec
     exports_model = spec.method is Method.FULL or spec.storage.artifact in ("Merged", "Both")
+    merges_adapter = spec.model.adapter is not None and spec.model.adapter.use == "Merge"
     return scratch_need(
         model_bytes=sizes.model_bytes,
         data_bytes=sizes.data_bytes,
-        rank=None if spec.method is Method.FULL else (spec.lora or LoRASpec()).rank,
-        # With added tokens the pod also writes a copy of the base model that has their rows.
-        models_written=exports_model + bool(spec.model.added_tokens),
+        # The rank of an adapter that the job continues is not known here. The limit has room for a high one.
+        rank=None if spec.method is Method.FULL else (spec.lora or LoRASpec()).rank or DEFAULT_RANK,
+        # With added tokens the pod also writes a copy of the base model that has their rows, and with an adapter that
+        # is merged first a copy with the changed weights.
+        models_written=exports_model + bool(spec.model.added_tokens) + merges_adapter,
         model_is_elsewhere=spec.model.volume is not None
         or (spec.storage.cache is not None and spec.storage.cache.ephemeral is not None),
     )

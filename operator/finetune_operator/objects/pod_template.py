@@ -242,8 +242,10 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
 
 
 def claims(job: FineTuneJob) -> list[str]:
-    """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
-    volumes = [job.spec.model.volume, *(source.volume for source in job.spec.dataset.sources.values())]
+    """Return the names of the PersistentVolumeClaims that hold model, adapter or datasets, each name once."""
+    adapter = job.spec.model.adapter
+    of_model = (job.spec.model.volume, adapter.volume if adapter is not None else None)
+    volumes = [*of_model, *(source.volume for source in job.spec.dataset.sources.values())]
     return list(dict.fromkeys(volume.claim_name for volume in volumes if volume is not None))
 
 
@@ -357,11 +359,15 @@ def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:
 
 
 def _data_tokens(job: FineTuneJob) -> dict[str, SecretKeyRef]:
-    """Return which Secrets hold the tokens for gated Hugging Face datasets, by field path such as "dataset.train"."""
+    """Return which Secrets hold the tokens for a gated adapter and for gated datasets on the Hugging Face Hub, by field
+    path such as "dataset.train"."""
+    adapter = job.spec.model.adapter
+    found = {"model.adapter": adapter.hugging_face if adapter is not None else None}
+    hub = {**found, **{field: source.hugging_face for field, source in job.spec.dataset.sources.items()}}
     return {
-        field: source.hugging_face.token_secret_ref
-        for field, source in job.spec.dataset.sources.items()
-        if source.hugging_face is not None and source.hugging_face.token_secret_ref is not None
+        field: source.token_secret_ref
+        for field, source in hub.items()
+        if source is not None and source.token_secret_ref is not None
     }
 
 

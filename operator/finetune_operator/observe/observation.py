@@ -12,6 +12,7 @@ from finetune_core.api.status import CheckpointStatus, CurrentAttempt, UsageStat
 from finetune_core.contract import Result
 from finetune_operator.objects.disk_space import ModelRoom
 from finetune_operator.objects.observations import ChildObservation, PodObservation
+from finetune_operator.observe.named_job import NamedJob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,9 @@ class JobObservation:
     """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found", or about a child
     object without pods; else empty."""
     preflight: PreflightObservation = field(default_factory=PreflightObservation)
+    named_job: NamedJob | None = None
+    """The job that `model.adapter.job` names. None where the job names none, or where the artifact to start from is
+    recorded already."""
 
     @property
     def held(self) -> bool:

@@ -19,12 +19,14 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.disk_space import model_room
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
+from finetune_operator.observe.named_job import NamedJob, named_adapter, read_named_job
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.observe.warning_events import WarningReader
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
 
 
@@ -90,7 +92,17 @@ class Observer:
             last_phase=report.phase.value if report else "",
             warning=job.memory.hint,
             preflight=preflight,
+            named_job=await self._named_job(job),
         )
+
+    async def _named_job(self, job: StoredJob) -> NamedJob | None:
+        """Return the job that `model.adapter.job` names, as long as its artifact is not recorded in the status."""
+        source = named_adapter(job)
+        if source is None or source.job is None:
+            return None
+        key = Key.parse(job.key.namespace, source.job.name)
+        found = await self._cluster.get_job(key) if key is not None else None
+        return read_named_job(job, source, found, job.now)
 
     async def count_attempts(self, job: StoredJob) -> StoredJob:
         """Return ``job`` with `status.attempts.started` raised to the highest attempt number that its objects show.

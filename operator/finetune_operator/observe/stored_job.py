@@ -25,7 +25,7 @@ from finetune_core.api.status import AttemptsStatus
 from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import JobMemory
 
-_BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
+_BOOKKEEPING = ("", "attempts", "preflight", "adapter", "child", "completionTime")
 """Fields of the status that the operator must be able to read as a whole before it decides about attempts. The empty
 name stands for the whole status. Of the conditions, the operator needs only parts (`_is_bookkeeping`)."""
 _ALWAYS = ("conditions", "observedGeneration")

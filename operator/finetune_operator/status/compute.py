@@ -29,6 +29,7 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
         "observed_generation": given.generation,
         "attempts": given.attempts,
         "preflight": given.preflight,
+        "adapter": given.adapter or status.adapter,
         "image": fixed_image(stored.image or given.image, given.pods),
         "plan": _plan(status, given),
         "usage": given.usage or stored.usage,

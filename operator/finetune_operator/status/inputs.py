@@ -14,7 +14,7 @@ from datetime import datetime
 
 from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.status import AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
+from finetune_core.api.status import AdapterStatus, AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
 from finetune_core.contract import Report, RunConfig
 from finetune_operator.decide.decision import Decision, JobEnd
 from finetune_operator.objects.observations import ChildObservation, PodObservation
@@ -49,6 +49,8 @@ class StatusInput:
     keep their stored values, unless the job ends."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
+    adapter: AdapterStatus | None = None
+    """The artifact that the job starts from, where this reconcile has found it; else None."""
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
@@ -113,6 +115,7 @@ def status_input(
         invalid="" if decision.end else invalid,
         attempts=decision.attempts,
         preflight=decision.preflight,
+        adapter=decision.adapter,
         end=decision.end,
         is_checked=decision.is_checked,
         missing=decision.missing,

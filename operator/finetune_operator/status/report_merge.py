@@ -15,6 +15,7 @@ from finetune_core.api.status import (
     INCIDENT_LIMIT,
     METRIC_LIMIT,
     NOTICE_LIMIT,
+    AdapterStatus,
     ArtifactStatus,
     CheckpointStatus,
     EvaluationStatus,
@@ -30,6 +31,7 @@ from finetune_core.api.status import (
     UngradedAnswers,
 )
 from finetune_core.contract import (
+    AdapterOrigin,
     ArtifactRecord,
     CheckpointName,
     CheckpointRecord,
@@ -87,6 +89,8 @@ def merge_report(
         update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
     if stored.plan is not None:
         update["plan"] = plan_with(stored.plan, report)
+    if report.adapter is not None:
+        update["adapter"] = adapter_of(stored.adapter, report.adapter)
     if report.notices:
         update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:
@@ -105,6 +109,14 @@ def plan_with(plan: PlanStatus, report: Report) -> PlanStatus:
     if report.adapted_share is not None:
         told["adapted_share"] = decimal(report.adapted_share)
     return plan.model_copy(update=told)
+
+
+def adapter_of(stored: AdapterStatus | None, told: AdapterOrigin) -> AdapterStatus:
+    """Return `status.adapter` with what the trainer has told of the adapter. Where the operator has recorded the
+    artifact of another job, only the digest of the files is taken, because every attempt starts from the record."""
+    if stored is not None and stored.job_uid:
+        return stored.model_copy(update={"sha256": told.sha256})
+    return AdapterStatus(use=told.use, source=told.source, revision=told.revision or "", sha256=told.sha256)
 
 
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -28,8 +28,9 @@ OWN_FIELDS: Final = (
 `decide/bookkeeping.py` takes its values from two of these fields."""
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
-REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
-"""Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
+REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices", "adapter")
+"""Fields from reports that need not be fresh: a value that is ten seconds old is good enough. What the operator itself
+records in `adapter` is written before anything else (`Decision.must_be_written_first`)."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
 """Fields of which only parts decide. A change of a condition counts as more than numbers where its type, status or
 reason changes. A change of the usage counts only where `holders` or `running` changes, and then as a change of

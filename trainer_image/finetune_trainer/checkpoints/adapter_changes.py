@@ -11,11 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
-PEFT_PREFIX = "base_model.model."
-"""Prefix that peft puts before the names of all modules of the base model."""
-WRAPPED = ".base_layer"
-"""Name under which a wrapper of peft holds the module that it wraps. Where peft adapts several weights of one module,
-it wraps the module once for each weight. The names of the inner wrappers then contain this part."""
+from finetune_trainer.model.adapters import adapted_weight
 
 
 @dataclass(frozen=True)
@@ -64,13 +60,11 @@ def adapter_changes(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> di
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        inner = name.removeprefix(PEFT_PREFIX)
         embedding = "default" in module.lora_embedding_A
         is_parameter = isinstance(module, ParamWrapper)
-        key = f"{inner.replace(WRAPPED, '')}.{module.parameter_name if is_parameter else 'weight'}"
         matrix = "lora_embedding_{}.default" if embedding else "lora_{}.default.weight"
         stacked = is_parameter and module._param_ndim == 3
-        found[key] = WeightDelta(
+        found[adapted_weight(name, module)] = WeightDelta(
             a=weights[f"{name}.{matrix.format('A')}"],
             b=weights[f"{name}.{matrix.format('B')}"],
             scale=module.scaling["default"],

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from finetune_core.api.storage import Export
+from finetune_core.contract import AdapterOrigin
 from finetune_trainer.checkpoints.adapter_changes import adapter_changes
 from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_values
 from finetune_trainer.engine.engine import MASTER
@@ -28,21 +29,20 @@ from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
 from finetune_trainer.model.configuration import without_kernels
 from finetune_trainer.model.generation_config import artifact_generation_config
+from finetune_trainer.model.given_adapter import BASE_DIGEST
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.tensor_names import TensorGroup, TensorNames
 from finetune_trainer.model.weight_files import WeightFiles, write_index
-from finetune_trainer.pod.model_file_names import CONFIG_FILE, SINGLE_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_FILE, CONFIG_FILE, SINGLE_FILE
 
-ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
 """File in an adapter's folder that holds the embedding rows of the added tokens. The file name and the tensor names are
 those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model, a copy of
 the base model that has these rows."""
 MERGED_FOLDER = "merged"
-BASE_DIGEST = "base_model_sha256"
-"""Key with the sha256 of the base model's weights, in the mapping `auto_mapping` of `adapter_config.json`. peft reads
-this mapping only if the configuration names no task, and ignores the key there. In any other part of the configuration,
-peft warns of a key that it does not know."""
+ORIGIN = "initial_adapter"
+"""Key in `auto_mapping` of `adapter_config.json` with the adapter that the training started from, see
+`AdapterOrigin`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class ExportOptions:
     """Commit, tag or branch of `base_name` on the Hugging Face Hub. None where the base model lies elsewhere."""
     base_sha256: str | None = None
     """sha256 of the base model's weights, as `base_digest` computes it. None where it is not known."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the training started from. None without one."""
 
 
 def export_artifact(
@@ -120,9 +122,13 @@ def save_adapter_configuration(model: PeftModel, target: Path, options: ExportOp
             "parent_library": base.__module__,
             BASE_DIGEST: options.base_sha256,
         }
+        if options.origin is not None:
+            config.auto_mapping[ORIGIN] = options.origin.model_dump(mode="json", exclude_none=True)
     # peft keeps the names of the adapted modules in a set, whose order differs between processes. The names are sorted
-    # so that the same run always writes the same bytes.
-    config.target_modules = sorted(config.target_modules or ())
+    # so that the same run always writes the same bytes. An adapter that a job continues may have a regular expression
+    # instead of names.
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(target))
 
 
@@ -157,12 +163,12 @@ def _save_model(
 ) -> None:
     """Write the base model with the changed parameters ``changes`` (by name) into the folder ``target``."""
     assert options.names is not None, "the names of the tensors are needed for a whole model"
-    _save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
+    save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
     save_model_configuration(target, options)
     save_text_files(target, tokenizer, options)
 
 
-def _save_weights(
+def save_weights(
     base: WeightFiles, names: TensorNames, changes: Mapping[str, WeightChange], target: Path, dtype: torch.dtype
 ) -> None:
     """Write the weight files of the model into the folder ``target``. Their names, and the names of the tensors in each

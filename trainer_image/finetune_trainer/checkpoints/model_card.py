@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import ModelCardData
 
 from finetune_core.api.sources import DataSource, ModelSpec
-from finetune_core.contract import EvaluationRecord, Identity, RunConfig, ScoreRecord
+from finetune_core.contract import AdapterOrigin, EvaluationRecord, Identity, RunConfig, ScoreRecord
 from finetune_trainer.pod.errors import one_line
 from finetune_trainer.sources.inputs import source_name
 
@@ -46,6 +46,8 @@ class CardFacts:
     """Optimizer step of the exported checkpoint."""
     evaluation: EvaluationRecord | None
     """Scores of base model and tuned model. None where no model was scored."""
+    origin: AdapterOrigin | None = None
+    """The adapter that the training started from. None without one."""
 
 
 def model_card(config: RunConfig, facts: CardFacts, form: Literal["adapter", "model"]) -> str:
@@ -78,6 +80,8 @@ def _body(config: RunConfig, facts: CardFacts, form: str) -> Iterator[str]:
             yield f"- {label}: {code(value)}"
     if config.model.added_tokens:
         yield f"- Tokens that the job added: {', '.join(code(token) for token in config.model.added_tokens)}"
+    if facts.origin is not None:
+        yield from _origin(facts.origin)
     yield from ("", "The licence of the base model and those of the data also hold for this model.", "")
     yield from ("## Data", "")
     for field, source in sources.items():
@@ -105,6 +109,17 @@ def _body(config: RunConfig, facts: CardFacts, form: str) -> Iterator[str]:
     yield f"- The artifact is the model of optimizer step {facts.step}."
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     yield "- Libraries: " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _origin(origin: AdapterOrigin) -> Iterator[str]:
+    sentence = "The training continued an adapter."
+    if origin.use == "Merge":
+        sentence = "An adapter was merged into the base model first."
+    yield from ("", "## Initial adapter", "", sentence, "", f"- Name: {code(_without_password(origin.source))}")
+    facts = (("Revision", origin.revision), ("uid of its job", origin.job_uid), ("sha256 of its files", origin.sha256))
+    for label, value in facts:
+        if value is not None:
+            yield f"- {label}: {code(value)}"
 
 
 def _fields(settings: Any, left_out: set[str] | None = None) -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ from finetune_trainer.storage.lineage import (
     ParentRecord,
     Rollback,
     RunRecord,
+    check_adapter,
     check_owner,
     claim_run_number,
     lineage,
@@ -75,18 +76,27 @@ class ResumeChoice(ContractModel):
     notices: list[str] = []
 
 
-def start_run(root: RunRoot, identity: Identity, target: Path, training: TrainingRecord | None = None) -> RunStart:
+def start_run(
+    root: RunRoot,
+    identity: Identity,
+    target: Path,
+    training: TrainingRecord | None = None,
+    adapter_sha256: str | None = None,
+) -> RunStart:
     """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``. The run record
-    keeps ``training``, so that a later job can tell whether its own training would be the same.
+    keeps ``training``, so that a later job can tell whether its own training would be the same, and
+    ``adapter_sha256``, the digest of the adapter that the job starts from.
 
     An earlier run that is still alive may commit one more checkpoint before the number is taken. The checkpoint to
     resume from is then chosen again, and the new run takes one more number. Raises OutsideFailure where other writers
-    interfere with each of MAX_TRIES tries, and UserError where another job has taken over the folder of runs.
+    interfere with each of MAX_TRIES tries, and UserError where another job has taken over the folder of runs, or where
+    the newest run started from another adapter.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):
         records = read_records(root)
         check_owner(records, identity.uid)
+        check_adapter(records, adapter_sha256)
         known = {run: record for run, record in records.items() if run not in taken}
         candidates = lineage(known, committed(root))
         choice = _choose_checkpoint(root, candidates, target)
@@ -94,7 +104,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
         # The record of the newest run lists all rollbacks of the job. These rollbacks also apply where this run resumes
         # from an older run's checkpoint, for example because the checkpoints of the newest run are lost.
         rollbacks = known[max(known)].rollbacks if known else []
-        if not claim_run_number(root, run, _record(identity, choice, rollbacks, training)):
+        if not claim_run_number(root, run, _record(identity, choice, rollbacks, training, adapter_sha256)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
@@ -116,7 +126,7 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
     choice = _choose_checkpoint(root, candidates, target)
     returned = choice.parent.step if choice.parent else 0
     rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
-    record = _record(identity, choice, rollbacks, records[run].training)
+    record = _record(identity, choice, rollbacks, records[run].training, records[run].adapter_sha256)
     if max(records) != run or not claim_run_number(root, run + 1, record):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
     return _run_start(root, run + 1, choice, rollbacks)
@@ -135,13 +145,18 @@ def _abort_stale_uploads(root: RunRoot) -> None:
 
 
 def _record(
-    identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollback], training: TrainingRecord | None
+    identity: Identity,
+    choice: ResumeChoice,
+    rollbacks: Sequence[Rollback],
+    training: TrainingRecord | None,
+    adapter_sha256: str | None,
 ) -> RunRecord:
     return RunRecord(
         attempt=identity.attempt,
         pod_uid=identity.pod_uid,
         uid=identity.uid,
         training=training,
+        adapter_sha256=adapter_sha256,
         parent=choice.parent,
         rate_factor=math.prod(rollback.rate_factor for rollback in rollbacks),
         rollbacks=list(rollbacks),

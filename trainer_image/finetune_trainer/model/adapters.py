@@ -12,19 +12,33 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 
-from finetune_core.api.method import LoRASpec
+from finetune_core.api.method import DEFAULT_ALPHA, DEFAULT_RANK, LoRASpec
 from finetune_core.errors import UserError
 from finetune_core.target_modules import ALL_LINEAR, compile_entry, is_pattern
 from finetune_core.target_modules import FIELD as TARGETS
 from finetune_trainer.model.adaptable import AdaptableWeight, Part, TextPath, layers_read_past, shortest_names
 from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.pod.errors import first_line
+
+
+class GivenWeights(Protocol):
+    """The adapters that a job continues."""
+
+    def configuration(self, lora: LoRASpec) -> LoraConfig:
+        """Return their configuration, with the dropout of ``lora``."""
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Return the value of the parameter ``name`` of the model with adapters."""
+
 
 MAGNITUDE = "lora_magnitude_vector"
 """Part of the names of DoRA's trained norms, one vector for each adapted weight."""
@@ -77,6 +91,14 @@ def choose_targets(structure: ModelStructure, lora: LoRASpec, *, added_tokens: b
     weights = [weight for weight in path.weights if weight.name in wanted]
     if not weights:
         raise UserError("method", "must be Full: the model has no linear layer that peft can adapt")
+    return targets_of(structure, path, weights, lora)
+
+
+def targets_of(
+    structure: ModelStructure, path: TextPath, weights: Sequence[AdaptableWeight], lora: LoRASpec
+) -> AdapterTargets:
+    """Return what peft must be told to adapt exactly ``weights``, which are in the order of ``path``. Raises UserError
+    where peft can't add the adapters that ``lora`` asks for."""
     _check_supported(weights, lora)
     if lora.quantization is not None:
         _check_quantizable(path, weights)
@@ -178,6 +200,34 @@ def adapts_an_embedding(structure: ModelStructure, targets: AdapterTargets) -> b
     return not {structure.input_name, structure.output_name}.isdisjoint(targets.names)
 
 
+WRAPPED = ".base_layer"
+"""What peft appends to a module's name for each wrapper around the module, where it adapts several of its weights."""
+PEFT_PREFIX = "base_model.model."
+"""Prefix that peft puts before the names of all modules of the base model."""
+
+
+def adapted_weight(name: str, module: LoraLayer) -> str:
+    """Return the full name in the base model of the weight that ``module`` adapts, for example
+    `model.layers.0.self_attn.q_proj.weight`. ``name`` is the name of the module in the model with adapters."""
+    parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+    return f"{name.removeprefix(PEFT_PREFIX).replace(WRAPPED, '')}.{parameter}"
+
+
+def new_adapters(lora: LoRASpec, targets: Sequence[str], parameters: Sequence[str]) -> LoraConfig:
+    """Return the configuration of new adapters. ``targets`` and ``parameters`` are as peft's `target_modules` and
+    `target_parameters`."""
+    return LoraConfig(
+        r=lora.rank or DEFAULT_RANK,
+        lora_alpha=lora.alpha or DEFAULT_ALPHA,
+        lora_dropout=float(lora.dropout),
+        use_rslora=bool(lora.rs_lora),
+        use_dora=bool(lora.do_ra),
+        target_modules=list(targets),
+        target_parameters=list(parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+
+
 def add_adapters(
     model: PreTrainedModel,
     lora: LoRASpec,
@@ -186,22 +236,16 @@ def add_adapters(
     parameters: Sequence[str] = (),
     seed: int,
     base_name: str,
+    given: GivenWeights | None = None,
 ) -> PeftModel:
     """Add LoRA adapters to ``model``. ``targets`` is `target_modules` of peft, and ``parameters`` is
     `target_parameters`.
 
-    ``base_name`` is the base model's name for `adapter_config.json`.
+    ``base_name`` is the base model's name for `adapter_config.json`. With ``given`` the adapters are those that a job
+    continues, and begin with their weights.
     """
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=float(lora.dropout),
-        use_rslora=bool(lora.rs_lora),
-        use_dora=bool(lora.do_ra),
-        target_modules=list(targets),
-        target_parameters=list(parameters) or None,
-        task_type="CAUSAL_LM",
-    )
+    config = given.configuration(lora) if given is not None else new_adapters(lora, targets, parameters)
+    parameters = config.target_parameters or ()
     try:
         with contextlib.nullcontext() if lora.quantization is not None else _without_bitsandbytes():
             tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -215,8 +259,10 @@ def add_adapters(
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
+            if given is not None:
+                parameter.data.copy_(given.weight(name))
             # DoRA's magnitudes begin as the norms of the base model's rows, which peft has computed.
-            if MAGNITUDE not in name:
+            elif MAGNITUDE not in name:
                 parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
     return tuned
 

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import RunConfig
+from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
+from finetune_trainer.model.adapter_fit import FittedAdapter, continued_targets, fit_adapter, other_base_notice
 from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets, unquantized_notice
 from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
 from finetune_trainer.model.extended_base import check_extendable
+from finetune_trainer.model.given_adapter import FIELD, adapter_of
 from finetune_trainer.model.load import DTYPES
 from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_check import check_sharded, check_weights
 from finetune_trainer.model.weight_files import WeightFiles, check_complete
 
@@ -33,7 +37,11 @@ class JobBase:
     folder: Path
     """Folder of the model's files. Of the weight files only the headers are read, so the rest of them may be holes."""
     config: RunConfig
-    """The run file of the job."""
+    """The run file of the job, with the settings of the adapter that the job continues (`with_settings_of`)."""
+    adapter: Path | None = None
+    """Folder of the adapter that the job starts from. The rest of its weight file may be holes too."""
+    base_name: str = ""
+    """Name of the base model, with which the one in the adapter's configuration is compared. Empty: they are not."""
 
     @cached_property
     def structure(self) -> ModelStructure:
@@ -44,7 +52,33 @@ class JobBase:
     def targets(self) -> AdapterTargets:
         """The weights that get an adapter: none where the job trains all weights."""
         lora, added_tokens = self.config.lora, bool(self.config.model.added_tokens)
+        if lora is not None and self.continued is not None:
+            return continued_targets(self.structure, lora, self.continued)
         return choose_targets(self.structure, lora, added_tokens=added_tokens) if lora is not None else AdapterTargets()
+
+    @cached_property
+    def fitted(self) -> FittedAdapter | None:
+        """The adapter that the job starts from, compared with the model. None without one."""
+        given = adapter_of(self.adapter)
+        if given is None:
+            return None
+        rows = self.rows if self._continues else self.structure.rows
+        return fit_adapter(self.structure, given, rows=rows)
+
+    @property
+    def continued(self) -> FittedAdapter | None:
+        """The adapter that the job continues; None where it continues none."""
+        return self.fitted if self._continues else None
+
+    @property
+    def merged(self) -> FittedAdapter | None:
+        """The adapter that the job merges into the model first; None where it merges none."""
+        return None if self._continues else self.fitted
+
+    @property
+    def _continues(self) -> bool:
+        source = self.config.model.adapter
+        return source is not None and source.use == "Continue"
 
     @property
     def unties(self) -> bool:
@@ -109,6 +143,29 @@ def _check_training(base: JobBase) -> None:
     kernels(optimization.attention, abilities, None, optimization.precision, packing=packing)
 
 
+def _check_adapter(base: JobBase) -> list[str]:
+    if base.fitted is None:
+        return []
+    if base.merged is not None:
+        _check_mergeable(base, base.merged)
+    return other_base_notice(base.fitted.given, base.base_name) if base.base_name else []
+
+
+def _check_mergeable(base: JobBase, fitted: FittedAdapter) -> None:
+    """Raise UserError where the merged model can't be written with the files of the base model."""
+    structure = base.structure
+    embeddings = {f"{name}.weight" for name in (structure.input_name, structure.output_name)}
+    changed = [*fitted.adapted, *fitted.replaced]
+    shared = sorted(embeddings.intersection(changed))
+    if structure.tied and shared:
+        raise UserError(
+            FIELD,
+            f"can't be merged: it changes {shared[0]}, and the base model has one weight for the input embedding and"
+            " the output head; name the model that the adapter was trained on as the base model",
+        )
+    TensorNames(structure.model, WeightFiles.of(base.folder).shapes, FIELD).check_writable(changed)
+
+
 def _check_extension(base: JobBase) -> None:
     if base.config.model.added_tokens or base.unties:
         check_extendable(base.structure, WeightFiles.of(base.folder), rows=base.rows, untie=base.unties)
@@ -121,6 +178,7 @@ CHECKS: tuple[Callable[[JobBase], list[str] | None], ...] = (
     _check_shards,
     _check_tokens,
     _check_training,
+    _check_adapter,
     _check_targets,
     _check_extension,
 )

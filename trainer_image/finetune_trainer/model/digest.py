@@ -50,8 +50,8 @@ class BaseDigests(ContractModel):
     base_sha256: str | None = None
     """sha256 of the base model's weights. None for a full run, whose checkpoints hold every weight."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model, a copy with rows for added tokens or with an untied output head. None where
-    the base model was not extended."""
+    """sha256 of the extended base model, a copy with rows for added tokens, with an untied output head or with a merged
+    adapter. None where the base model was not extended."""
 
     @classmethod
     def of(cls, *, adapters: bool, base: Path, extended: Path) -> BaseDigests:
@@ -60,6 +60,17 @@ class BaseDigests(ContractModel):
         if not adapters:
             return cls()
         return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)
+
+    def other_base_notice(self, adapter_base_sha256: str | None) -> list[str]:
+        """Return a notice where the adapter that the run starts from was trained on other weights than these, by its
+        own account. ``adapter_base_sha256`` is None where it does not say on which."""
+        mine = self.rows_sha256 or self.base_sha256
+        if adapter_base_sha256 is None or mine is None or adapter_base_sha256 in (self.base_sha256, self.rows_sha256):
+            return []
+        return [
+            "model.adapter: the adapter was trained on other weights of the base model (their sha256 is"
+            f" {adapter_base_sha256[:12]}…, and here {mine[:12]}…)"
+        ]
 
     def check(self, state: TrainerState, *, seed: int) -> None:
         """Raise UserError where a checkpoint was trained on another base model or with another seed. ``state`` is the
@@ -70,7 +81,11 @@ class BaseDigests(ContractModel):
             )
         for mine, other, what in (
             (self.base_sha256, state.base_sha256, "the base model's weights"),
-            (self.rows_sha256, state.rows_sha256, "the base model with the rows of the added tokens"),
+            (
+                self.rows_sha256,
+                state.rows_sha256,
+                "the base model with the rows of the added tokens or a merged adapter",
+            ),
         ):
             if mine is not None and other is not None and mine != other:
                 raise UserError(

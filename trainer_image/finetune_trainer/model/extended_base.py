@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -96,6 +97,12 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
     (target / CONFIG_FILE).write_text(json.dumps(without_kernels(config), indent=2, sort_keys=True) + "\n")
     _write_weights(weights, target, changed, beside=weights.files[first])
+    copy_text_files(source, target)
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """Copy the files with configuration and tokenizer of the model in ``source`` to ``target``, except those that are
+    there already."""
     for path in source.iterdir():
         if _is_text_file_of_model(path) and not (target / path.name).exists():
             (target / path.name).write_bytes(path.read_bytes())
@@ -129,14 +136,7 @@ def _other_rows(structure: ModelStructure, rows: int) -> str | None:
     embeddings."""
     if rows == structure.rows:
         return None
-    config = copy.deepcopy(structure.model.config)
-    config.get_text_config().vocab_size = rows
-    # A wrong file can make the code of transformers raise any exception.
-    with (
-        library_boundary(lambda error: UserError("model.addedTokens", f"must be empty: {first_line(error)}")),
-        torch.device("meta"),
-    ):
-        grown = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+    grown = model_with_rows(structure, rows).state_dict()
     embeddings = (structure.input_name, structure.output_name)
     return next(
         (
@@ -146,6 +146,18 @@ def _other_rows(structure: ModelStructure, rows: int) -> str | None:
         ),
         None,
     )
+
+
+def model_with_rows(structure: ModelStructure, rows: int) -> Any:
+    """Return a new model on the meta device with the modules of ``structure`` and ``rows`` rows of the embeddings."""
+    config = copy.deepcopy(structure.model.config)
+    config.get_text_config().vocab_size = rows
+    # transformers raises whatever a wrong file makes its code raise.
+    with (
+        library_boundary(lambda error: UserError("model.addedTokens", f"must be empty: {first_line(error)}")),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _is_text_file_of_model(path: Path) -> bool:

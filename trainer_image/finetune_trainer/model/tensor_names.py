@@ -3,8 +3,8 @@
 In many model families the two have different names. GPT-2's published files leave out a prefix, Gemma 3's files put the
 parts of the model in another order, and transformers stacks the experts of Mixtral into one parameter. transformers
 converts the tensors when it loads a model. The export of a trained model converts the parameters back, so that the
-artifact has the tensors of the base model, which other programs know. `checkpoints/` and `extended_base.py` call this
-module.
+artifact has the tensors of the base model, which other programs know. The export, the check of the weight files, and
+the code that adds rows to the embeddings use this module.
 """
 
 from __future__ import annotations
@@ -119,9 +119,10 @@ class TensorNames:
         return {group.target: stored for group in groups for stored, pattern in group.stored.items() if not pattern}
 
     def new_stored_name(self, parameter: str) -> str:
-        """Return the name under which the weight files can hold ``parameter``, which they lack so far.
+        """Return a name for a new tensor of the weight files that holds ``parameter``. The files have no such tensor so
+        far.
 
-        Raises UserError where transformers would not load a tensor of this name into the parameter.
+        Raises UserError where there is no name under which transformers would load the tensor into the parameter.
         """
         made = [parameter]
         with library_boundary(self._not_convertible):
@@ -132,8 +133,8 @@ class TensorNames:
         return name
 
     def parameters(self, group: TensorGroup, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters of ``group`` by name. ``stored`` has the tensors of the group in the weight files by
-        name, of which the parameters are made."""
+        """Return the parameters of ``group`` by name. They are made of ``stored``, the group's tensors in the weight
+        files by name."""
         if not any(group.stored.values()):
             return {group.target: next(iter(stored.values()))}
         with library_boundary(self._not_convertible):
@@ -143,7 +144,8 @@ class TensorNames:
         """Return the tensors of ``group`` for the weight files by name, from all its ``parameters``. The result may
         share memory with ``parameters``.
 
-        Raises UserError where transformers does not convert the parameters back to the same tensors.
+        Raises UserError where transformers does not convert the parameters back to tensors of the same names and
+        shapes.
         """
         if not any(group.stored.values()):
             return {next(iter(group.stored)): parameters[group.target]}
@@ -229,7 +231,7 @@ def _loaded_name(
 ) -> tuple[str, str]:
     """Return the name of the parameter that the tensor ``stored`` becomes a part of, and the pattern of the conversion,
     as transformers' `from_pretrained` finds them. The pattern is empty where nothing is converted. ``known`` is the
-    state of ``model``."""
+    state of ``model``. It lacks the returned name where the model does not use the tensor."""
     prefix = model.base_model_prefix
     name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
     if name not in known and stored in known:

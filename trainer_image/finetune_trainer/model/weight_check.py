@@ -2,7 +2,8 @@
 that the model's configuration asks for. Only the headers of the files are read.
 
 The headers pass through transformers' own loading code on torch's meta device. So the check sees each tensor as it will
-be loaded, also where transformers renames, joins or leaves out tensors. `base_check.py` calls `check_weights`.
+be loaded, also where transformers renames, joins or leaves out tensors. `base_check.py` calls `check_weights` and
+`check_sharded`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from finetune_trainer.model.weight_files import TensorHeader, WeightFiles
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The data types that weights may have in the files, by their names in safetensors. All other types have fewer bits, or
-are no floating-point numbers, as in quantised models."""
+"""The data types that weights may have in the files, by their names in safetensors. All other types have fewer than
+16 bits, or are no floating-point numbers, as in quantised models."""
 
 
 def check_weights(structure: ModelStructure, folder: Path, dtype: torch.dtype) -> list[str]:
@@ -86,8 +87,9 @@ def _quantised(structure: ModelStructure, headers: Mapping[str, TensorHeader]) -
 
 
 def _unused_notice(names: Collection[str], headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Return a notice about the tensors ``names``, which the model does not use. Only tensors with two or three
-    dimensions count, because other tensors, such as the masks in old files, are no weights."""
+    """Return a notice about the tensors ``names``, which the model does not use. Tensors that ``headers`` shows to have
+    fewer than two or more than three dimensions are left out. Most of them, such as the masks in old files, are no
+    weights."""
     unused = sorted(name for name in names if name not in headers or len(headers[name].shape) in (2, 3))
     if not unused:
         return []
@@ -97,7 +99,8 @@ def _unused_notice(names: Collection[str], headers: Mapping[str, TensorHeader]) 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from showing how it loads the headers as if they were weights."""
+    """Inside the block, transformers shows no progress bar. The bar would look as if weights were
+    loaded, although only headers are."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,5 +1,5 @@
 """Reads and checks the safetensors files of a model folder: finds the file that holds a tensor, checks that the files
-are complete, reads the shapes of the tensors, and writes the index, a file that lists the tensors."""
+are complete, and reads tensors or only their types and shapes. Also writes the index, a file that lists the tensors."""
 
 from __future__ import annotations
 
@@ -83,9 +83,10 @@ def _open_header(path: Path) -> Any:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UserError where a weight file of the model in ``folder`` is missing, can't be opened, for example because
-    it is shorter than its header says, lacks a tensor that the index expects in it, or has a tensor that the index
-    expects in another file.
+    """Raise UserError where a weight file of the model in ``folder`` is missing, is damaged, for example shorter than
+    its header says, lacks a tensor that the index expects in it, or has a tensor that the index expects in another
+    file. Raise UserError also where the index is malformed, and OutsideFailure where the system can't read a weight
+    file.
 
     Where the folder holds a single weight file and also an index of other files, the index may be that of another
     model. Then the files of the index must exist, but only the single file is opened.

@@ -1,5 +1,5 @@
 """Reads the container's CPU limit, memory limit and number of out-of-memory kills from its cgroup (version 2 or 1).
-`launcher.py` calls these functions.
+`launcher.py` calls these functions, and `ranks/memory.py` names the memory limit in a message.
 
 Outside a container the cgroup's files may be absent. Then there is no limit, and the number of kills is 0.
 """

@@ -1,8 +1,8 @@
 """The exceptions that end a run early. The message of an exception is the sentence that users see in the job's status.
 
-Every package of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes (values of
-`finetune_core.contract.Outcome`). Errors that a user can correct in the job or its data are raised as
-`finetune_core.errors.UserError` instead (exit code 64).
+Every package of the trainer may raise these exceptions. `pod/outcomes.py` turns all of them but StopAgreed into
+outcomes (values of `finetune_core.contract.Outcome`). Errors that a user can correct in the job or its data are raised
+as `finetune_core.errors.UserError` instead (exit code 64).
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class OutOfMemory(Exception):  # noqa: N818
 
 
 class Stopped(Exception):  # noqa: N818
-    """This process was asked to stop with SIGTERM (exit code 143). All steps that were finished are in a committed
-    checkpoint."""
+    """This process or another rank was asked to stop with SIGTERM (exit code 143). All steps that were finished are in
+    a committed checkpoint."""
 
 
 class StopAgreed(Exception):  # noqa: N818
-    """All ranks know that one of them received SIGTERM, and stop together. The code that catches this error saves what
-    is not saved yet, and raises `Stopped`."""
+    """All ranks stop training together, because a rank received SIGTERM, or because the upload of a checkpoint failed
+    on a rank. The code that catches this error saves what is not saved yet, and raises `Stopped`. After a failed upload
+    it raises the error of the upload instead."""
 
 
 class NewerRun(OutsideFailure):
@@ -49,7 +50,7 @@ class NewerRun(OutsideFailure):
 
 class Damaged(OutsideFailure):
     """A folder in the bucket does not hold what was written to it, or its content can't be read (exit code 75). The
-    message names the damaged object."""
+    message says what is damaged."""
 
 
 @contextmanager

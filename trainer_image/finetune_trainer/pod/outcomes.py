@@ -1,7 +1,8 @@
 """Outcome files and heartbeats of the worker processes, and how the launcher derives the result of the pod from them.
 
 A worker writes `outcome-<rank>.json` before it exits. The launcher needs these files besides the exit statuses, because
-an exit status alone does not tell whether a worker crashed or only lost another rank.
+an exit status has no message, and the exit code 75 does not tell whether a worker failed by itself or only lost another
+rank.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PRECEDENCE: Sequence[Outcome] = (
     Outcome.COMPLETED,
 )
 """The first of these outcomes that any worker has becomes the outcome of the pod. Likely causes come before their
-consequences.
+consequences. `result_of_pod` leaves out workers that ended only because of another worker, unless all ended so.
 """
 
 
@@ -116,7 +117,8 @@ def read_heartbeat(folder: Path, rank: int) -> tuple[str, float] | None:
 
 
 def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None) -> WorkerOutcome:
-    """Return the outcome of a worker that ``error`` ended. Exceptions that this function does not know are crashes.
+    """Return the outcome of a worker, or of the launcher, that ``error`` ended. Exceptions that this function does not
+    know are crashes.
 
     The message of a crash is only the class and message of the exception. The caller prints the traceback to the log.
     """

@@ -1,7 +1,8 @@
 """The worker plan, which the launcher writes to `plan.json` for its worker processes: the content of the run file, the
 identity of the attempt, and the local paths of model and data.
 
-`read_run_file` reads the run file, which the operator mounts into the pod.
+`read_run_file` reads the run file, which the operator mounts into the pod. `rendezvous_nonce` and `rendezvous_key`
+keep clients that do not belong to the attempt away from its rendezvous store.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from finetune_trainer.pod.settings import Paths
 
 
 class Inputs(ContractModel):
-    """Local paths of the base model's folder and of the data sources. The path of a data source is a folder with an
-    index of its files, or a file."""
+    """Local paths of the folders of base model and adapter, and of the data sources. The path of a data source is a
+    folder with an index of its files, or a file."""
 
     model: Path
+    adapter: Path | None = None
+    """The adapter of `model.adapter`. None without that field."""
     train: Path
     """The training rows. For `dataset.train.mix` this is the folder that contains all sources."""
     mix: list[Path] = []
@@ -35,8 +38,8 @@ class Inputs(ContractModel):
 
 
 class WorkerPlan(ContractModel):
-    """Everything that a worker process needs to know, except its rank and the number of ranks, which are in environment
-    variables."""
+    """What a worker process needs to know about its attempt. The rank, the number of ranks and the place where the
+    ranks meet are in environment variables instead (see `worker_environments`)."""
 
     paths: Paths
     identity: Identity
@@ -48,8 +51,8 @@ class WorkerPlan(ContractModel):
 
 
 def read_run_file(path: Path) -> RunConfig:
-    """Return the content of the run file. Raises UserError if the file can't be read, or if a field is invalid because
-    the file was written for another version of the trainer."""
+    """Return the content of the run file. Raises UserError if the file can't be read, or if a field is invalid, for
+    example because the file was written for another version of the trainer."""
     try:
         return RunConfig.model_validate_json(path.read_text())
     except OSError as error:
@@ -71,8 +74,8 @@ def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
 def rendezvous_key(identity: Identity, paths: Paths) -> bytes:
     """Return the key by which the pods of an attempt recognise each other.
 
-    The key is made of the nonce of the attempt and, if the pod has one, of the job's secret access key. With the secret
-    access key, the right to read the namespace's ConfigMaps and pods is not enough to compute the key.
+    The key is made of the nonce of the attempt and of the job's secret access key, if the job has a secret access key.
+    Then the right to read the namespace's ConfigMaps and pods is not enough to compute the key.
     """
     file = paths.credentials / SECRET_ACCESS_KEY
     secret = file.read_bytes() if file.is_file() else b""

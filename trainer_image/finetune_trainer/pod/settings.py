@@ -30,11 +30,12 @@ class Paths(ContractModel):
 
 
 STORE_CHECK_SECONDS = 20.0
-"""How long the first requests of a pod to the object store are repeated, in seconds. The time is short, so that a pod
-that can't reach the store reports the error within a minute.
+"""How long a failing request to the object store is repeated, in seconds, in the preflight pod and at the start of a
+training pod. The time is short, so that a pod that can't reach the store reports the error within a minute.
 """
 HUB_SECONDS = 20.0
-"""Time-out in seconds for reading a byte range of a file on the Hugging Face Hub."""
+"""Time-out in seconds for the connection to the Hugging Face Hub, and for each wait for the next bytes, while a byte
+range of a file is read."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a failing request to the object store is repeated, in seconds, before the run ends with exit code 75."""
 BACKGROUND_BUDGET_SECONDS = 900.0

@@ -136,7 +136,7 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memor
 
 
 def _receive_all(reader: int, receive: Callable[[Any], None], child: int, watched: _Watched) -> bool:
-    """Pass the values that the child sends to ``receive`` until the child has closed its end of the pipe, and return
+    """Call ``receive`` with each value that the child sends, until the child has closed its end of the pipe, and return
     True. Return False at once when the child is too large.
 
     The first value is not passed to ``receive``, because it is the memory of the child at the fork.

@@ -32,15 +32,20 @@ from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_c
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.former_run import former_folders, judged_run, own_folder
 from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.adapter_files import adapter_files
 from finetune_trainer.sources.cache.cached_fetch import cache_notices
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.sources.model_selection import select_model_files
+from finetune_trainer.storage.lineage import RunRecord
 from finetune_trainer.storage.root import RunRoot, open_root
 
 HEADERS_FOLDER = "headers"
 """Name of a folder in the preflight folder. The folder holds the base model, with weight files that hold only their
 headers."""
+ADAPTER_FOLDER = "adapter"
+"""Name of a folder in the preflight folder. The folder holds the adapter that the job starts from, with a weight file
+that holds only its header."""
 TORCH_MEMORY_BYTES = 1100 << 20
 """Largest memory in bytes that the child which imports torch may add. About 300 MiB of this memory are mapped files of
 torch, which the kernel can free at any time. So the pod stays below its limit of 1 GiB."""
@@ -103,12 +108,15 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         findings.collect("the object store", partial(check_store, root))
 
     def check_inputs(child: Findings) -> None:
-        _check_inputs(child, config, paths, root, folder, store_answers=store_answers)
+        records = own.records if own is not None else {}
+        _check_inputs(child, config, paths, root, folder, records, store_answers=store_answers)
 
     _run_confined(findings, check_inputs)
     print(f"model files and data were checked within {_peak_memory()}", flush=True)
-    if (folder / HEADERS_FOLDER).is_dir():  # without this folder, the findings contain a problem of the model
-        check_for_job = partial(_check_for_job, config, folder / HEADERS_FOLDER)
+    adapter = folder / ADAPTER_FOLDER if config.model.adapter is not None else None
+    # Where one of these folders is missing, a finding says why the model was not checked.
+    if (folder / HEADERS_FOLDER).is_dir() and (adapter is None or adapter.is_dir()):
+        check_for_job = partial(_check_for_job, config, folder / HEADERS_FOLDER, adapter)
         end = run_confined(
             lambda send: check_for_job(Findings(send)), findings.receive, memory_bytes=TORCH_MEMORY_BYTES
         )
@@ -158,16 +166,23 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 
 
 def _check_inputs(
-    findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
+    findings: Findings,
+    config: RunConfig,
+    paths: Paths,
+    root: RunRoot,
+    folder: Path,
+    records: Mapping[int, RunRecord],
+    *,
+    store_answers: bool,
 ) -> None:
-    """Check the base model, the grader, and the first rows of each data source. Without ``store_answers``, model and
-    data in the object store are left out."""
+    """Check the base model, the adapter, the grader, and the first rows of each data source. Without ``store_answers``,
+    model, adapter and data in the object store are left out. ``records`` are those of the runs in the job's folder."""
     _hide_torch()
     with importing():
         from finetune_trainer.data.dataset import check_tools_of_mix
         from finetune_trainer.data.files.index import INDEX_FILE
         from finetune_trainer.evaluation.graders import load_grading
-        from finetune_trainer.preflight.model_check import ModelFacts, check_model
+        from finetune_trainer.preflight.model_check import ModelFacts, check_adapter, check_model, check_same_adapter
         from finetune_trainer.preflight.row_check import check_rows
         from finetune_trainer.preflight.task_check import TaskCheck
 
@@ -180,6 +195,16 @@ def _check_inputs(
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
     findings.notice(*(model.notices if model is not None else ()))
+
+    def check_initial_adapter() -> None:
+        files = adapter_files(config, paths, root.store)
+        if files is not None:
+            check_adapter(files, folder / ADAPTER_FOLDER)
+        check_same_adapter(files, records, folder / "whole-adapter")
+
+    adapter = config.model.adapter
+    if store_answers or (adapter is not None and adapter.s3 is None and adapter.job is None):
+        findings.collect("the adapter", check_initial_adapter)
     dataset = config.dataset
     task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
     heads: dict[str, Path] = {}
@@ -207,14 +232,15 @@ def _check_inputs(
         findings.collect("dataset.train", partial(check_tools_of_mix, heads, dataset.format))
 
 
-def _check_for_job(config: RunConfig, headers: Path, findings: Findings) -> None:
-    """Run the trainer's checks of the base model, whose folder ``headers`` holds no weights."""
+def _check_for_job(config: RunConfig, headers: Path, adapter: Path | None, findings: Findings) -> None:
+    """Run the trainer's checks of the base model and of the adapter that the job starts from. The folders ``headers``
+    and ``adapter`` hold no weights."""
     _limit_threads()
     leave_out_bitsandbytes(config)
     with importing():
         from finetune_trainer.preflight.model_check import check_for_job
 
-    findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config)) or []))
+    findings.notice(*(findings.collect("the model", partial(check_for_job, headers, config, adapter)) or []))
 
 
 def _limit_threads() -> None:
@@ -254,7 +280,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _print_result(result: PreflightResult, seconds: float) -> None:
-    """Print to the log the findings, the notices, and the time and memory that the checks took."""
+    """Print to the log the findings, the notices, a run that was found, and the time and memory that the checks
+    took."""
     for finding in result.findings:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:
@@ -265,7 +292,7 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
 
 
 def _peak_memory() -> str:
-    """Return the peak resident memory of this process plus that of the child that ran checks, for example `212 MiB`.
-    The figure helps to choose the memory limit of the preflight pod."""
+    """Return the peak resident memory of this process plus that of the largest child so far, for example `212 MiB`. The
+    figure helps to choose the memory limit of the preflight pod."""
     own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return f"{own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10} MiB"

@@ -36,7 +36,8 @@ class Findings:
         self._model_bytes: int | None = None
         self._data_bytes = 0
         self.subject = "the run file"
-        """What the running check examines, for the message after a time-out: `dataset.train`."""
+        """What the running check examines, for example `dataset.train`. The message about a check that was ended names
+        it."""
 
     def collect(self, subject: str, check: Callable[[], T]) -> T | None:
         """Run ``check`` and return its result. If it raises UserError or OutsideFailure, add a finding and return None.

@@ -1,6 +1,6 @@
 """Finds an artifact or a checkpoint that a new job can use: in the job's own folder of runs, or in the folder of a
-former job with the same namespace, name and training. `preflight/entrypoint.py` calls `own_folder` and then
-`former_folders`.
+former job with the same namespace, name and training. `preflight/entrypoint.py` calls `own_folder`, `former_folders`
+and `judged_run`.
 
 A job loses status and uid where its cluster is built anew from Git or restored from a backup. Without this search the
 job would train everything again. Folders of former jobs are only read, and their content is not trusted: a folder with
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import partial
 
@@ -41,7 +41,8 @@ from finetune_trainer.storage.lineage import RunRecord, lineage, listed_records,
 from finetune_trainer.storage.root import RunRoot
 
 MOST_FOLDERS = 1000
-"""Largest number of folders of former jobs that are looked into: the first ones in the order of their names."""
+"""Largest number of folders that are listed in the search for former jobs: the first ones in the order of their names.
+"""
 MOST_RECORDS = 2000
 """Largest number of run records in the folder of a former job. A folder with more records is left alone."""
 POINTER_BYTES = 256 * 1024
@@ -60,6 +61,8 @@ class OwnFolder:
     has_runs: bool
     found: FoundRun | None
     """The artifact or the newest checkpoint. None where the folder holds neither."""
+    records: Mapping[int, RunRecord] = field(default_factory=dict)
+    """The records of the runs by number. Empty where one of them can't be read."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,15 @@ class FormerFolder:
 
 
 def own_folder(root: RunRoot) -> OwnFolder:
-    """Return what the job's own folder of runs holds. Raises Damaged where the artifact is not what was committed."""
+    """Return what the job's own folder of runs holds. Raises Damaged where the artifact is not what was committed, or
+    where an object of the artifact is malformed."""
     entries = listed_records(root)
     try:
         records = read_records(root, list(entries))
     except Damaged:
         # Records are not needed for an artifact. Without an artifact, the start of the run says what is wrong.
         records = {}
-    return OwnFolder(has_runs=bool(entries), found=_found(root, records, entries))
+    return OwnFolder(has_runs=bool(entries), found=_found(root, records, entries), records=records)
 
 
 def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
@@ -127,7 +131,8 @@ def _is_run_id(name: str) -> bool:
 
 def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
     """Return what the folder ``root`` holds. Return None if it holds no artifact and no checkpoint, if its runs do not
-    all have the same training, or if their settings have another digest than ``settings_sha256``."""
+    all have the same training, or if their settings have another digest than ``settings_sha256``. Return None also if
+    the folder is damaged or has more than MOST_RECORDS records."""
     entries = listed_records(root)
     if not 0 < len(entries) <= MOST_RECORDS:
         return None

@@ -18,12 +18,17 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
 from finetune_trainer.model.configuration import load_configuration, model_context
+from finetune_trainer.model.given_adapter import GivenAdapter, adapter_of, with_settings_of
 from finetune_trainer.pod.errors import first_line
 from finetune_trainer.pod.imports import importing
-from finetune_trainer.pod.model_file_names import INDEX_FILE
+from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, INDEX_FILE
 from finetune_trainer.pod.model_text_files import pointer_problem
+from finetune_trainer.sources.adapter_files import JobFiles, select_adapter_files
+from finetune_trainer.sources.inputs import source_name
 from finetune_trainer.sources.model_files import ModelFiles
 from finetune_trainer.sources.model_selection import ModelSelection, select_model_files
+from finetune_trainer.storage.lineage import RunRecord
+from finetune_trainer.storage.lineage import check_adapter as check_recorded_adapter
 
 HEADER_PIECE_BYTES = 128 * 1024
 """How many bytes of a weight file are read first. Nearly every safetensors header is shorter, so one request is
@@ -35,6 +40,8 @@ model has a few thousand. As Python objects, a header takes twenty times its len
 LARGEST_HEADERS_BYTES = 64_000_000
 """Largest size in bytes of the headers of all weight files together. The headers of a model with a trillion parameters
 have about 20 MB."""
+LARGEST_ADAPTER_BYTES = 1 << 30
+"""Largest weight file in bytes of an adapter that is fetched as a whole, to compare it with that of earlier runs."""
 PARALLEL_READS = 4
 
 
@@ -48,20 +55,20 @@ class ModelFacts:
     folder: Path
     """Local folder with the small files of the model, among them its chat templates."""
     rows: int | None = None
-    """Number of rows of the embedding that the job trains, with those of the added tokens. None if `config.json` names
-    no number."""
+    """Number of rows of the embeddings in the model that the job trains, including the rows of the added tokens. None
+    if the number is not in `config.json`."""
     added_tokens: Sequence[str] = ()
-    """The tokens of `model.addedTokens`, which the tokenizer has."""
+    """The tokens of `model.addedTokens`. They were added to ``tokenizer``."""
     notices: Sequence[str] = ()
     """What users should know about the model's files although the job can run."""
 
 
 def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Sequence[str]) -> ModelFacts:
-    """Check the headers of the weight files, copy the small files into ``folder``, and load configuration and tokenizer
+    """Check the headers of the weight files, put the small files into ``folder``, and load configuration and tokenizer
     from there. At the end, create the folder ``headers`` for `check_for_job`: a model with links to the small files,
     whose weight files have their whole length but hold only the headers.
 
-    Raises a UserError that names the file at fault.
+    Raises UserError where the model or one of ``added_tokens`` can't be used.
     """
     selection = select_model_files(files)
     unfinished = headers.with_suffix(".unfinished")
@@ -88,9 +95,45 @@ def check_model(files: ModelFiles, folder: Path, headers: Path, added_tokens: Se
     )
 
 
-def check_for_job(headers: Path, config: RunConfig) -> list[str]:
+def check_adapter(files: ModelFiles, folder: Path) -> None:
+    """Check the kind of the adapter that the job starts from, and the header of its weight file. Then create
+    ``folder`` for `check_for_job`: an adapter whose weight file has its whole length but holds only the header.
+
+    Raises a UserError that names the file at fault.
+    """
+    select_adapter_files(files)
+    unfinished = folder.with_suffix(".unfinished")
+    unfinished.mkdir()
+    files.fetch([ADAPTER_CONFIG_FILE], unfinished)
+    if isinstance(files, JobFiles):
+        files.check_content([ADAPTER_CONFIG_FILE], unfinished)
+    GivenAdapter.read(unfinished)
+    text = _header_text(files, ADAPTER_FILE)
+    _parse_header(files, ADAPTER_FILE, text)
+    with (unfinished / ADAPTER_FILE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(files.sizes[ADAPTER_FILE])
+    unfinished.rename(folder)
+
+
+def check_same_adapter(files: ModelFiles | None, records: Mapping[int, RunRecord], folder: Path) -> None:
+    """Raise UserError where the runs in the job's folder, whose records are ``records``, started from another adapter
+    than the one in ``files``, or from one while the job has none. The adapter is fetched into the new folder
+    ``folder``, unless it is so large that only the trainer compares it."""
+    if not records:
+        return
+    if files is None:
+        check_recorded_adapter(records, None)
+    elif files.sizes[ADAPTER_FILE] <= LARGEST_ADAPTER_BYTES:
+        folder.mkdir()
+        files.fetch([ADAPTER_CONFIG_FILE, ADAPTER_FILE], folder)
+        check_recorded_adapter(records, GivenAdapter.read(folder).sha256)
+
+
+def check_for_job(headers: Path, config: RunConfig, adapter: Path | None = None) -> list[str]:
     """Run the checks with which the trainer begins, on the folder ``headers`` that `check_model` has made, and rehearse
-    the export of the artifact. Return notices. Raises UserError where the job can't use the model.
+    the export of the artifact. ``adapter`` is the folder that `check_adapter` has made, if the job starts from an
+    adapter. Return notices. Raises UserError where the job can't use the model or the adapter.
 
     torch is imported only here, because it takes seconds and hundreds of megabytes.
     """
@@ -98,7 +141,8 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
         from finetune_trainer.checkpoints.job_export import rehearse_job_export
         from finetune_trainer.model.base_check import JobBase, check_base
 
-    base = JobBase(headers, config)
+    config = with_settings_of(config, adapter_of(adapter))
+    base = JobBase(headers, config, adapter, source_name(config.model))
     notices = check_base(base)
     use_chat_template(base.tokenizer, config.dataset.format, headers)
     scratch = headers.with_suffix(".rehearsal")
@@ -106,8 +150,9 @@ def check_for_job(headers: Path, config: RunConfig) -> list[str]:
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:
-    """Raise UserError if a weight file is truncated, or lacks a tensor that the index expects in it. Write each weight
-    file into ``folder`` with its header and its whole length. The tensors are holes that take no space on the disk."""
+    """Raise UserError if a weight file is truncated, has a malformed header, or lacks a tensor that the index expects
+    in it, or if the headers are too long. Write each weight file into ``folder`` with its header and its whole length.
+    The tensors are holes that take no space on the disk."""
     left = LARGEST_HEADERS_BYTES
     one_header_in_memory = Lock()
 
@@ -161,8 +206,8 @@ def _header_text(files: ModelFiles, name: str) -> bytes:
 
 
 def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any]:
-    """Return the header ``text`` as a mapping. Raises UserError if the entries of the header do not fit the length of
-    the file."""
+    """Return the header ``text`` as a mapping. Raises UserError if the text is malformed, or if the entries of the
+    header do not fit the length of the file."""
     size = files.sizes[name]
     try:
         header = json.loads(text)

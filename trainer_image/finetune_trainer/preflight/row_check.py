@@ -33,19 +33,19 @@ from finetune_trainer.storage.client import Store
 HEAD_ROWS = 1000
 """Largest number of rows of a data source that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Largest number of bytes that are fetched of the text files of a data source together. A file that is longer than the
-rest of these bytes is cut off after its last whole row."""
+"""Largest number of bytes that are kept of the text files of a data source together. If a file has more bytes than are
+left of this number, only those of its rows are read that end within the bytes left."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
-"""Largest number of bytes of content in the rows that are turned into examples. The content is limited too, because a
-compressed file may hold much content in few bytes."""
+"""Once the rows that are turned into examples hold this many bytes of content together, no further row is read. The
+content is limited too, because a compressed file may hold much content in few bytes."""
 LARGEST_HEAD_EXPANSION = 100
 """A data source is refused if its first rows hold at least HEAD_CONTENT_BYTES, and more than this many times the bytes
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
 same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Largest size in bytes of a parquet file that is downloaded as a whole. From a larger file only two parts are
-downloaded: the schema, and the columns of the first row group that the job reads. A part with more bytes than this is
-left out."""
+downloaded: the schema, and of the first row group those columns that the job reads. A part with more bytes than this
+number is left out."""
 
 
 MOST_HEADS = 8
@@ -63,7 +63,8 @@ class SourceHead:
     bytes: int
     """Size of the local files in bytes."""
     has_schema: bool
-    """Whether the columns are known although one of the local files has no rows."""
+    """Whether one of the local files is the schema of a parquet file without its rows. The columns are then known even
+    if no row could be read."""
 
 
 def check_rows(
@@ -152,8 +153,9 @@ def _content(rows: Sequence[Row]) -> int:
 
 
 def _fetch_head(files: DataFiles, folder: Path, columns: Collection[str]) -> SourceHead | None:
-    """Fetch the beginning of a data source: its first files, up to MOST_HEADS files and about HEAD_BYTES bytes. Return
-    None if not even the first file can be read without downloading too much."""
+    """Fetch the beginning of a data source: at most MOST_HEADS of its first files, until HEAD_BYTES bytes are fetched
+    or a file is fetched only in part. Return None if not even the first file can be read without downloading too
+    much."""
     heads: list[DataFile] = []
     left = HEAD_BYTES
     for file in files.files[:MOST_HEADS]:

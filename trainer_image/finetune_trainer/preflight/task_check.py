@@ -29,8 +29,9 @@ class TaskCheck:
         self._grading = grading
 
     def columns(self, field: str) -> Sequence[NamedColumn]:
-        """Return the columns that the rows of ``field`` must have, with the fields of the spec that name them.
-        ``field`` is the path of a data source in the spec, for example `dataset.validation`."""
+        """Return the columns that the rows of ``field`` must have for the grader, with the fields of the spec that name
+        them. ``field`` is the path of a data source in the spec, for example `dataset.validation`. The result is
+        empty where no answers to the rows of ``field`` are graded."""
         return self._grading.required_columns if self._grading is not None and field in GRADED_FIELDS else ()
 
     @property

@@ -43,7 +43,8 @@ class Forwarder(ABC):
         """The tasks that serve connections of which no bytes are forwarded yet."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection until either end closes it."""
+        """Serve one connection until it or its second connection is closed. Close it at once where `_open` returns no
+        second connection."""
         with _closing(writer):
             task = asyncio.current_task()
             assert task is not None
@@ -62,7 +63,7 @@ class Forwarder(ABC):
 
     @abstractmethod
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
-        """Return the second connection for the first connection, whose ends are ``reader`` and ``writer``. Return None
+        """Return the second connection for the first one, whose streams are ``reader`` and ``writer``. Return None
         where the first connection must not pass, or where the second connection can't be opened."""
 
 
@@ -125,7 +126,7 @@ def served(forwarder: Forwarder, start: Callable[[Connected], Awaitable[asyncio.
         if stopping.is_set():
             writer.close()
             return
-        # asyncio can start the task itself, but would then print a traceback where the task is cancelled.
+        # asyncio can start the task itself, but would then report a problem where the task is cancelled.
         task = loop.create_task(forwarder.serve(reader, writer))
         serving.add(task)
         task.add_done_callback(ended)

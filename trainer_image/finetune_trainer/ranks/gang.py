@@ -1,10 +1,10 @@
 """The gang: all ranks of an attempt, as one rank sees them. `Gang` connects the ranks, adds up numbers of all ranks,
 informs all ranks about a SIGTERM, and runs functions on one rank or on all.
 
-The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
-same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
-a collective while another rank talks to the object store. Through the rendezvous store all ranks also learn that one
-rank received SIGTERM or stalls.
+`Gang` uses two channels. A gloo process group carries small collectives, which all ranks must call at the same point of
+the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in a collective
+while another rank talks to the object store. Through the rendezvous store all ranks also learn that one rank received
+SIGTERM or stalls.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ loss, because the connections of a lost rank may stay open, for example after it
 
 
 class Gang:
-    """This rank's view of all ranks. Every rank of the attempt has one gang."""
+    """This rank's view of all ranks. Every rank of the attempt has one gang, and one more for each background thread
+    (see `background`)."""
 
     def __init__(
         self,
@@ -202,10 +203,10 @@ class Gang:
     def run_on_rank_0(self, work: Callable[[], Any], *, until_stop: bool = False) -> Any:
         """Let rank 0 call ``work``, and return the result, a JSON value, on every rank.
 
-        If ``work`` raises an error, every rank raises an error: the other ranks one of the same class if the class is
-        UserError or in `SHARED_ERRORS`, else PeerLost. The other ranks wait at the rendezvous store for a bounded time,
-        and raise PeerLost when rank 0 is gone. With ``until_stop`` rank 0 abandons the work once any rank has received
-        SIGTERM, and every rank raises StopAgreed.
+        If ``work`` raises an error, every rank raises an error. Of the classes of this error, the other ranks raise the
+        most specific one that is UserError or in `SHARED_ERRORS`, or PeerLost if there is none. The other ranks wait at
+        the rendezvous store for a bounded time, and raise PeerLost when rank 0 is gone. With ``until_stop`` rank 0
+        abandons the work once any rank has received SIGTERM, and every rank raises StopAgreed.
         """
         with self._allow_long_work():
             return self._run_on_rank_0(work, until_stop)
@@ -259,16 +260,16 @@ class Gang:
         """Let every rank call its own ``work``, wait until all ranks are done, and return this rank's own result.
 
         If one rank fails, every rank raises an error, as in `run_on_rank_0`. The failed rank raises its error at once.
-        The other ranks raise the error once rank 0 has the answers of all ranks, or at once if rank 0 itself fails.
-        ``until_stop`` is as in `gather`.
+        The other ranks raise theirs when they are done and rank 0 has the answers of all ranks. If rank 0 itself fails,
+        they need not wait for these answers. ``until_stop`` is as in `gather`.
         """
         results: list[T] = []
         self.gather(lambda: results.append(work()), until_stop=until_stop)
         return results[0]
 
     def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, let the watchdog wait WORK_SECONDS longer before it ends the process. Calls to the object
-        store and loading have their own time limits."""
+        """Inside the block, let the watchdog wait WORK_SECONDS longer before it ends the process. The watchdog sees no
+        progress while a call to the object store or the loading of a model takes long."""
         return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
@@ -385,7 +386,8 @@ class Gang:
             time.sleep(HEARTBEAT_SECONDS)
 
     def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:
-        """Print the keys in the rendezvous store that no rank of this attempt has set, and return them."""
+        """Return the keys in the rendezvous store that no rank of this attempt has set. If there are any, print their
+        number and the first five."""
         foreign = {key for key in whole_store.list_keys() if not key.startswith(self._prefix)}
         if foreign:
             some = ", ".join(repr(key[:100]) for key in sorted(foreign)[:5])

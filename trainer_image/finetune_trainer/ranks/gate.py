@@ -1,11 +1,11 @@
 """The gate in front of the rendezvous store of an attempt with several nodes. Only pods of the attempt can pass it.
 
-The rendezvous store of torch obeys every client that can connect. A client that writes the right key can end the
-training of all ranks, and a client that writes many keys can fill the memory of rank 0. So rank 0 offers the store only
-on the loopback interface of its pod. The launcher of that pod serves the port to which the other pods connect, and lets
-a connection pass to the store after both ends have proved that they know the key of the attempt. The launcher of each
-other pod serves a port on the loopback interface of its own pod, and forwards the workers' connections to the gate.
-`launcher.py` calls `open_rendezvous`. Nothing here imports torch.
+The rendezvous store of torch obeys every client that can connect. A client that sets the right entry of the store can
+end the training of all ranks, and a client that sets many entries can fill the memory of rank 0. So rank 0 offers the
+store only on the loopback interface of its pod. The launcher of that pod serves the port to which the other pods
+connect, and lets a connection pass to the store after both ends have proved that they know the key of the attempt. The
+launcher of each other pod serves a port on the loopback interface of its own pod, and forwards the workers' connections
+to the gate. `launcher.py` calls `open_rendezvous`. Nothing here imports torch.
 
 The bytes that pass the gate are not encrypted, and neither are the tensors that the ranks exchange. The gate keeps out
 clients that do not know the key, but does not help against somebody who can read or change the packets between the
@@ -55,8 +55,8 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
     """Inside the block, connect the workers of this pod with the rendezvous store.
 
     ``first`` says whether rank 0 is a worker of this pod, and ``nodes`` is the number of pods. ``address`` and ``port``
-    are those that the other pods connect to. Where there is one pod only, nothing listens outside of the loopback
-    interface. Raises OutsideFailure where the port is taken.
+    are those of the gate, which listens in the pod of rank 0. Where there is one pod only, there is no gate, and
+    nothing listens outside of the loopback interface. Raises OutsideFailure where the port of the gate is taken.
     """
     if nodes == 1:
         yield Rendezvous(LOOPBACK, port)
@@ -78,7 +78,7 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
 
 
 class Gate(Forwarder):
-    """Serves the connections of other pods in the pod of rank 0, and lets them pass to the store after a handshake."""
+    """Runs in the pod of rank 0, and lets connections from the other pods pass to the store after a handshake."""
 
     def __init__(self, key: Key, store: Rendezvous) -> None:
         """Let a connection pass to ``store`` if its other end knows ``key``."""
@@ -99,7 +99,8 @@ class Gate(Forwarder):
         finally:
             handshake.cancel()
             self._handshakes.pop(handshake, None)
-        # A connection passes only where the handshake has ended without any error, whatever the error's text is.
+        # A connection passes only where the handshake raised no error. The error itself decides and not its text, which
+        # may be empty.
         error = RefusedError("it was the oldest of too many") if handshake.cancelled() else handshake.exception()
         if error is not None:
             self._log_refusal(writer, str(error) or type(error).__name__)

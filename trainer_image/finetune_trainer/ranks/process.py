@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def prepare_environment(scratch: Path) -> None:
-    """Set environment variables and log levels so that DeepSpeed and transformers compile nothing, download nothing and
-    log little. Call this function before anything imports torch.
+    """Set environment variables and log levels so that DeepSpeed and transformers download nothing and log little. Call
+    this function before anything imports torch.
 
     All caches go below ``scratch``, because the container's root may be read-only and HOME may be empty.
     """

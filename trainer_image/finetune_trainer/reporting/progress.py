@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from finetune_core.contract import (
+    AdapterOrigin,
     CheckpointName,
     CheckpointRecord,
     CurvePoint,
@@ -79,6 +80,7 @@ class Progress:
         self._checkpoint_age: int | None = None
         self._checkpoint_problem = ""
         self._adapted_share: float | None = None
+        self._adapter: AdapterOrigin | None = None
         self._notices: list[str] = []
         self._pending: list[StepRow] = []
         self._newest: StepRow | None = None
@@ -131,6 +133,10 @@ class Progress:
     def adapted(self, share: float | None) -> None:
         """Note the share of the weights in the model's layers that LoRA adapters can change; None without adapters."""
         self._adapted_share = share
+
+    def started_from(self, adapter: AdapterOrigin | None) -> None:
+        """Note the adapter that the training started from; None without one."""
+        self._adapter = adapter
 
     def phase(self, phase: Phase) -> None:
         """Note the run's current phase, and report it at once."""
@@ -270,6 +276,7 @@ class Progress:
             checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],
             best=self._best,
             adapted_share=self._adapted_share,
+            adapter=self._adapter,
             notices=self._notices,
             evaluation=self._evaluation,
             incidents=self._incidents,

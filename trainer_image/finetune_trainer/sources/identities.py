@@ -1,5 +1,6 @@
-"""Identities of the base model and of the data, by which two runs are compared: the identities are equal if both runs
-read the same files. Of large files on a volume only parts are compared (see `file_tags.py`).
+"""Identities of the base model, of the adapter that a job starts from, and of the data, by which two runs are compared:
+the identities are equal if both runs read the same files. Of large files on a volume only parts are compared (see
+`file_tags.py`).
 
 The launcher of rank 0 determines the identities when an attempt starts, and the run record in the bucket keeps them. If
 a former job of the same namespace and name trained with the same settings, the preflight check determines the
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from finetune_core.contract import RunConfig
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.adapter_files import adapter_files, select_adapter_files
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.sources.model_selection import select_model_files
@@ -23,8 +25,9 @@ from finetune_trainer.storage.client import Store
 
 
 def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path) -> dict[str, str]:
-    """Return the identity of the base model (`model`) and of each data set (such as `dataset.train`), as sha256 by its
-    path in the spec. ``folder`` is a local folder for small files of the Hugging Face Hub.
+    """Return the identity of the base model (`model`), of an adapter (`model.adapter`) and of each data set (such as
+    `dataset.train`), as sha256 by its path in the spec. ``folder`` is a local folder for small files of the Hugging
+    Face Hub.
 
     Raises UserError if a source does not exist, and OutsideFailure if it can't be read.
     """
@@ -37,6 +40,9 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
     found = {part: _digest(of_part) for part, of_part in tags.items()}
     model = model_files(config.model, paths, store)
     found["model"] = _digest({name: model.tag(name) for name in select_model_files(model).names})
+    adapter = adapter_files(config, paths, store)
+    if adapter is not None:
+        found["model.adapter"] = _digest({name: adapter.tag(name) for name in select_adapter_files(adapter)})
     return found
 
 

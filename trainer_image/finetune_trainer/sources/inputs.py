@@ -1,5 +1,5 @@
-"""Fetches the base model and the data files before any worker starts, so that missing files and misspelled columns are
-reported early. Files on a volume are used where they are.
+"""Fetches the base model, an adapter and the data files before any worker starts, so that missing files and misspelled
+columns are reported early. Files on a volume are used where they are.
 
 The launcher calls `fetch_inputs`. Other modules call `source_name` and `model_revision` to name a source in messages
 and records.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_core.api.sources import DataSource, ModelSpec
+from finetune_core.api.sources import DataSource, InitialAdapterSpec, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
 from finetune_core.layout import parse_uri
@@ -19,6 +19,7 @@ from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.adapter_files import JobFiles, adapter_files, select_adapter_files
 from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.model_files import LocalFiles, model_files
@@ -30,9 +31,9 @@ from finetune_trainer.storage.store_errors import writing
 
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
-    """Fetch model and data, and check the columns of the data files. Whatever is not on a volume is downloaded into
-    ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has this
-    volume. Return the local paths.
+    """Fetch model, adapter and data, and check the columns of the data files. Whatever is not on a volume is downloaded
+    into ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has
+    this volume. Return the local paths.
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
@@ -47,6 +48,7 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
     model = _model_folder(config.model, paths, store, folder / "model", own)
     return Inputs(
         model=model,
+        adapter=_adapter_folder(config, paths, store, folder / "adapter", own),
         train=found.get("dataset.train", folder),
         mix=mix,
         validation=found.get("dataset.validation"),
@@ -54,7 +56,7 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
     )
 
 
-def source_name(source: ModelSpec | DataSource) -> str:
+def source_name(source: ModelSpec | InitialAdapterSpec | DataSource) -> str:
     """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it,
     `<claim>/<path>`, or how many sources a mix has."""
     hub = source.hugging_face
@@ -71,15 +73,24 @@ def source_name(source: ModelSpec | DataSource) -> str:
     raise UserError("model", "must name a source")
 
 
-def model_revision(source: ModelSpec, folder: Path) -> str | None:
+def model_revision(source: ModelSpec | InitialAdapterSpec, folder: Path, config_file: str = CONFIG_FILE) -> str | None:
     """Return the commit of the model on the Hugging Face Hub that was downloaded into ``folder``, or else the revision
-    that the job names. None where the model comes from another place."""
+    that the job names. None where the model comes from another place. ``config_file`` is a file of the model."""
     if source.hugging_face is None:
         return None
     from huggingface_hub._local_folder import read_download_metadata
 
-    metadata = read_download_metadata(folder, CONFIG_FILE)
+    metadata = read_download_metadata(folder, config_file)
     return metadata.commit_hash if metadata is not None else source.hugging_face.revision
+
+
+def adapter_name(config: RunConfig) -> str:
+    """Return the name of the adapter's source in messages and records. The job must have an adapter."""
+    source = config.model.adapter
+    assert source is not None
+    if source.job is None:
+        return source_name(source)
+    return config.adapter_artifact.uri if config.adapter_artifact is not None else f"job {source.job.name}"
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
@@ -115,4 +126,20 @@ def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, o
     with writing(folder):
         folder.mkdir()
     fetch_model_files(files, selection.names, folder, paths.model_cache, own)
+    return folder
+
+
+def _adapter_folder(config: RunConfig, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path | None:
+    """Return the local folder with the two files of the adapter that the job starts from; None without one."""
+    files = adapter_files(config, paths, store)
+    if files is None:
+        return None
+    names = select_adapter_files(files)
+    folder.mkdir()
+    if isinstance(files, LocalFiles):
+        files.fetch(names, folder)
+        return folder
+    fetch_model_files(files, names, folder, paths.model_cache, own)
+    if isinstance(files, JobFiles):
+        files.check_content(names, folder)
     return folder

@@ -1,6 +1,6 @@
-"""Access to the files of a base model on a volume, in the object store or on the Hugging Face Hub: file sizes, byte
-ranges, and download. The launcher downloads whole models. The preflight checks read only the headers of the weight
-files, and download the small files.
+"""Access to the files of a base model or an adapter on a volume, in the object store or on the Hugging Face Hub: file
+sizes, byte ranges, and download. The launcher downloads whole models. The preflight checks read only the headers of the
+weight files, and download the small files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
+from finetune_core.api.sources import HuggingFaceSource, InitialAdapterSpec, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
@@ -58,17 +58,7 @@ class ModelFiles(Protocol):
 def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
     """Return access to the files of a base model. Raises UserError if the folder has no `config.json` or no safetensors
     weights."""
-    files: ModelFiles
-    if source.volume is not None:
-        files = LocalFiles(source.volume, paths)
-    elif source.s3 is not None:
-        files = StoreFiles(source.s3, store)
-    elif source.hugging_face is not None:
-        field = "model.huggingFace.tokenSecretRef"
-        token = read_token(paths.hub_token_file, field) if paths.hub_token_file.is_file() else None
-        files = HubFiles(source.hugging_face, token)
-    else:
-        raise UserError("model", "must be one of huggingFace, s3, volume")
+    files = files_of(source, "model", paths.hub_token_file, paths, store)
     if CONFIG_FILE not in files.sizes:
         if ADAPTER_CONFIG_FILE in files.sizes:
             raise UserError(files.field, f"there is an adapter ({ADAPTER_CONFIG_FILE}), and it must be a base model")
@@ -81,17 +71,33 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
     return files
 
 
+def files_of(
+    source: ModelSpec | InitialAdapterSpec, section: str, token_file: Path, paths: Paths, store: Store
+) -> ModelFiles:
+    """Return access to all files of the folder that ``source`` names. ``section`` is its path in the spec, for example
+    `model`. ``token_file`` is where the access token of the hub is mounted, if the job has one."""
+    if source.volume is not None:
+        return LocalFiles(source.volume, paths, section)
+    if source.s3 is not None:
+        return StoreFiles(source.s3, store, section)
+    if source.hugging_face is not None:
+        field = f"{section}.huggingFace.tokenSecretRef"
+        token = read_token(token_file, field) if token_file.is_file() else None
+        return HubFiles(source.hugging_face, token, section)
+    raise UserError(section, "must be one of huggingFace, s3, volume")
+
+
 class LocalFiles:
     """Access to a model folder on a mounted volume."""
 
-    field = "model.volume.path"
-
-    def __init__(self, source: VolumeSource, paths: Paths) -> None:
-        """List the files of the folder. A path that is not a folder counts as an empty folder.
+    def __init__(self, source: VolumeSource, paths: Paths, section: str = "model") -> None:
+        """List the files of the folder. A path that is not a folder counts as an empty folder. ``section`` is the path
+        of the source in the spec.
 
         Raises UserError if the path does not exist or leads out of the volume. This method, `tag` and `read` raise
         OutsideFailure if the file system refuses to read.
         """
+        self.field = f"{section}.volume.path"
         self._path = source.path
         self._volume = VolumeFolder(paths.volumes / source.claim_name, source.claim_name, self.field)
         if not self._volume.reading(source.path, lambda local: local.exists()):
@@ -143,10 +149,10 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 class StoreFiles:
     """Access to a model folder in the object store."""
 
-    field = "model.s3.uri"
-
-    def __init__(self, source: S3Source, store: Store) -> None:
-        """List the folder. Raises OutsideFailure if the store can't be reached."""
+    def __init__(self, source: S3Source, store: Store, section: str = "model") -> None:
+        """List the folder. ``section`` is the path of the source in the spec. Raises OutsideFailure if the store can't
+        be reached."""
+        self.field = f"{section}.s3.uri"
         self._location, self._store = parse_uri(source.uri), store
         start = len(self._location.prefix) + 1 if self._location.prefix else 0
         prefix = self._location.key("") + "/" if self._location.prefix else ""
@@ -193,11 +199,10 @@ class StoreFiles:
 class HubFiles:
     """Access to a model repository on the Hugging Face Hub."""
 
-    field = "model.huggingFace.repo"
-
-    def __init__(self, source: HuggingFaceSource, token: str | None) -> None:
-        """List the repository. Raises UserError for an unknown revision, and OutsideFailure if the hub refuses
-        access."""
+    def __init__(self, source: HuggingFaceSource, token: str | None, section: str = "model") -> None:
+        """List the repository. ``section`` is the path of the source in the spec. Raises UserError for an unknown
+        revision, and OutsideFailure if the hub refuses access."""
+        self.field, self._section = f"{section}.huggingFace.repo", section
         self._repo, self._revision, self._token = source.repo, source.revision, token
         self._blobs, self._sha256s, self.sizes = self._call(self._list)
 
@@ -248,7 +253,7 @@ class HubFiles:
         OutsideFailure."""
         return call_hub(
             request,
-            field="model.huggingFace",
+            field=f"{self._section}.huggingFace",
             repo=self._repo,
             revision=self._revision,
             has_token=self._token is not None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_core.contract import AdapterOrigin, ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
 from finetune_trainer.pod.errors import Damaged, OutsideFailure
 from finetune_trainer.storage.commit import commit_folder, read_manifest, upload_files
@@ -78,14 +78,17 @@ def publish(
     *,
     below: Path | None = None,
     outcome: Outcome = Outcome.COMPLETED,
+    origin: AdapterOrigin | None = None,
 ) -> Result:
     """Upload and commit ``files`` as the artifact of ``run``, create the object `ARTIFACT`, and return the job's
-    result. ``step`` is the step of the exported checkpoint. For ``below`` see `upload_files`.
+    result. ``step`` is the step of the exported checkpoint, and ``origin`` the adapter that the training started from,
+    which the manifest names. For ``below`` see `upload_files`.
 
     If an earlier run has already created `ARTIFACT`, the returned result is that of the earlier run's artifact.
     """
     folder = artifact_folder(run)
-    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files, below=below))
+    uploaded = upload_files(root, folder, files, below=below)
+    manifest = Manifest(kind="Artifact", run=run, step=step, files=uploaded, adapter=origin)
     manifest_sha256 = commit_folder(root, folder, manifest)
     pointer = ArtifactPointer(
         run=run,

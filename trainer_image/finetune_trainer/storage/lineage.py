@@ -69,6 +69,9 @@ class RunRecord(ContractModel):
     """uid of the job. Empty in a record of an older version."""
     training: TrainingRecord | None = None
     """What the run trains. None in a record of an older version."""
+    adapter_sha256: str | None = None
+    """sha256 of the adapter that the job starts from (`model.adapter`). None without one, and in a record of an older
+    version."""
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
     """Product of the rate factors of all `rollbacks`. Only people who read the file use this field.
@@ -139,6 +142,22 @@ def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
             f"the job with uid {newest.uid} has taken this run over (run {max(records)}), so this job must not continue"
             " it; create this job anew to take the run back, or with another storage.runId to train beside it",
         )
+
+
+def check_adapter(records: Mapping[int, RunRecord], sha256: str | None) -> None:
+    """Raise UserError where the newest run of the folder started from another adapter than the one with the digest
+    ``sha256``. All attempts of a job must start from the same adapter: what a run has trained so far belongs to it."""
+    newest = records[max(records)] if records else None
+    before = newest.adapter_sha256 if newest is not None else None
+    if newest is None or before == sha256:
+        return
+    if before is None:
+        raise UserError("model.adapter", f"must be absent: run {max(records)} of this folder began without an adapter")
+    raise UserError(
+        "model.adapter",
+        f"is not what run {max(records)} started from: the sha256 of its files is {(sha256 or 'none')[:12]}…, and was"
+        f" {(before or 'none')[:12]}…; put the earlier files back, or create the job anew with another storage.runId",
+    )
 
 
 def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:

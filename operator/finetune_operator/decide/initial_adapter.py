@@ -1,0 +1,76 @@
+"""Decides which artifact a job starts from whose `model.adapter.job` names another job. `state_machine.py` calls
+`before_adapter` before the preflight check and attempt 1.
+
+The record in `status.adapter` is written once, with uid, address and digest of the artifact that counts. From then on
+no name is looked up any more: every attempt verifies that artifact, even where the named job is deleted or another job
+gets its name. Before the record, the name means the job that has it now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune_core.api.conditions import Reason
+from finetune_core.api.status import AdapterStatus, FineTuneJobStatus
+from finetune_operator import messages
+from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.states import JobState
+from finetune_operator.observe.named_job import NamedJob
+
+LOOK_SECONDS = 15.0
+"""Seconds until a job that waits for another job looks at it again."""
+
+
+def before_adapter(stored: FineTuneJobStatus, named: NamedJob | None, unchecked: Decision) -> Decision | None:
+    """Return the decision for a job that may not start before the artifact of the job ``named`` is recorded. Return
+    None where nothing has to be recorded, or where ``unchecked``, the decision without it, starts nothing."""
+    if named is None or unchecked.action is not Action.OPEN_ATTEMPT:
+        return None
+    waiting = replace(
+        unchecked,
+        state=JobState.CHECKING,
+        attempts=stored.attempts,
+        preflight=stored.preflight,
+        action=Action.NONE,
+        is_checked=True,
+    )
+    if refusal := _refusal(named):
+        end = JobEnd(succeeded=False, reason=Reason.BAD_INPUT, message=refusal)
+        return replace(waiting, state=JobState.FAILED, end=end)
+    if reason := _why_waiting(named):
+        return replace(waiting, missing=reason, wait_seconds=LOOK_SECONDS)
+    assert named.artifact is not None
+    record = AdapterStatus(
+        use=named.use,
+        source=named.artifact.uri,
+        job_uid=named.uid,
+        manifest_sha256=named.artifact.manifest_sha256,
+    )
+    return replace(waiting, adapter=record)
+
+
+def _refusal(named: NamedJob) -> str:
+    """Return why the artifact of ``named`` can never be used; empty where it can, or where that is not known yet."""
+    if named.is_itself:
+        return messages.ADAPTER_OF_ITSELF
+    if not named.exists or not named.is_readable:
+        return ""
+    if not named.has_adapter:
+        return messages.adapter_job_without_adapter(named.name)
+    if not named.same_store:
+        return messages.adapter_job_elsewhere(named.name)
+    if named.succeeded == "False":
+        return messages.adapter_job_failed(named.name, named.reason)
+    if named.succeeded == "True" and (named.artifact is None or not named.artifact.manifest_sha256):
+        return messages.adapter_job_without_artifact(named.name)
+    return ""
+
+
+def _why_waiting(named: NamedJob) -> str:
+    if not named.exists:
+        return messages.adapter_job_missing(named.name)
+    if not named.is_readable:
+        return messages.adapter_job_unreadable(named.name)
+    if named.succeeded != "True":
+        return messages.adapter_job_unfinished(named.name, named.reason)
+    return ""

@@ -1,0 +1,66 @@
+"""Writes a copy of a base model into which an adapter is merged, so that the rest of the trainer sees one ordinary
+model folder. `preparation.py` calls `write_merged_base` before any model is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune_trainer.checkpoints.adapter_changes import adapter_changes
+from finetune_trainer.checkpoints.export import save_weights
+from finetune_trainer.checkpoints.weight_changes import WeightChange
+from finetune_trainer.model.adapter_fit import FittedAdapter
+from finetune_trainer.model.extended_base import copy_text_files
+from finetune_trainer.model.structure import ModelStructure
+from finetune_trainer.model.tensor_names import TensorNames
+from finetune_trainer.model.weight_files import WeightFiles
+
+
+@dataclass(frozen=True)
+class ReplacedWeight:
+    """A whole weight of the base model that the adapter holds. It is read when it is used."""
+
+    fitted: FittedAdapter
+    stored: str
+    replaces: bool = True
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the new value in fp32."""
+        return self.fitted.tensor(self.stored).float()
+
+
+def write_merged_base(
+    source: Path, target: Path, structure: ModelStructure, fitted: FittedAdapter, dtype: torch.dtype
+) -> None:
+    """Write a copy of the model folder ``source`` with the adapter ``fitted`` merged into it to the new folder
+    ``target``. ``structure`` is that of the model. Sums are computed in fp32 and rounded once to ``dtype``.
+
+    Raises UserError where a number of the adapter is not finite.
+    """
+    target.mkdir(parents=True)
+    weights = WeightFiles.of(source)
+    names = TensorNames(structure.model, weights.shapes)
+    deltas = adapter_changes(fitted.model, {name: fitted.weight(name) for name in fitted.places})
+    # An adapter may hold a whole weight beside matrices for it. The matrices then belong to the whole weight.
+    changes: dict[str, WeightChange] = dict(deltas)
+    for parameter, stored in fitted.replaced.items():
+        whole = ReplacedWeight(fitted, stored)
+        changes[parameter] = whole if parameter not in deltas else _Both(whole, deltas[parameter])
+    save_weights(weights, names, changes, target, dtype)
+    copy_text_files(source, target)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """A whole weight, and matrices that change it."""
+
+    first: WeightChange
+    second: WeightChange
+    replaces: bool = True
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the new value in fp32."""
+        return self.second.applied_to(self.first.applied_to(weight))
