@@ -1,5 +1,5 @@
 """An artifact's generation configuration can be loaded and saved, whatever the base model's configuration holds. A base
-model whose configuration can't be read is refused."""
+model whose configuration can't be used is refused."""
 
 from __future__ import annotations
 
