@@ -152,14 +152,14 @@ def container_lost(name: str, node: str) -> str:
     return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
 
 
-def node_refused(name: str, node: str, reason: str, message: str) -> str:
-    """Return the sentence about the pod ``name``, which the node ``node`` did not start, or whose kubelet killed it.
+def node_refused(name: str, node: str, reason: str, message: str, *, ran: bool) -> str:
+    """Return the sentence about the pod ``name``, which the node ``node`` did not start or, where it ``ran``, ended.
 
     ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
     ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
     """
     where = f"node {node}" if node else "its node"
-    return f"{where} did not start pod {name}: {reason}" + (f": {message}" if message else "")
+    return f"{where} {'ended' if ran else 'did not start'} pod {name}: {reason}" + (f": {message}" if message else "")
 
 
 def replicas_changed(replicas: int, nodes: int) -> str:

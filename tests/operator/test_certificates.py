@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ssl
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -201,6 +202,30 @@ async def test_a_secret_that_a_person_emptied_gets_a_new_authority() -> None:
     first = await certificates.ensure(NOW)
     cluster.secret = with_uid("uid-0", {})
     assert (await certificates.ensure(NOW)).ca_certificate != first.ca_certificate
+
+
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key", "tls.crt", "tls.key"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\xff\xfe",
+        b"no PEM",
+        b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        made().ca_key.encode(),
+        made().ca_certificate.encode(),
+        made().key.encode(),
+        made().certificate.encode(),
+    ],
+    ids=["bytes", "text", "short", "another CA's key", "another CA", "another key", "another certificate"],
+)
+async def test_a_secret_with_a_value_that_does_not_fit_gets_new_certificates(name: str, value: bytes) -> None:
+    old = made()
+    cluster = OneSecret(old.to_data() | {name: base64.b64encode(value).decode()})
+    new = await store(cluster).ensure(NOW)
+    assert new.ca_certificate != old.ca_certificate
+    assert cluster.secret is not None
+    assert from_secret_data(cluster.secret["data"]) == new
+    load_certificate(server_context(), new.serving)
 
 
 async def test_a_quota_that_refuses_the_secret_is_told() -> None:

@@ -28,6 +28,15 @@ def test_a_pod_that_a_kubelet_refuses_is_never_charged_whatever_the_reason(reaso
         assert ruled([pod(0), replace(refused, container=WAITING)]) == ("Free", "NodeRefused")
 
 
+@pytest.mark.parametrize("reason", ["NodeShutdown", "Preempting"])
+def test_a_pod_that_its_kubelet_ended_for_the_sake_of_the_node_is_not_called_unstarted(reason: str) -> None:
+    ended = replace(pod(1, exit_code=137, phase="Failed"), reason=reason, message="Pod was terminated: ...")
+    ruling = judged([pod(0), ended])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "NodeRefused")
+    assert ruling.message == f"node node-1 ended pod job-1-worker-1: {reason}: Pod was terminated: ..."
+
+
 @pytest.mark.parametrize("reason", sorted(START_ERRORS))
 def test_a_container_that_its_runtime_could_not_start_is_never_charged_whatever_the_exit_code(reason: str) -> None:
     for code, phase in itertools.product((1, 127, 128, 137), ("Pending", "Running", "Failed")):

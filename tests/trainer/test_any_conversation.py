@@ -1,5 +1,6 @@
-"""For any conversation and any template of a usual kind, either the row is refused, or each answer follows exactly the
-tokens that the model gets at inference, and no word of the row is lost."""
+"""For any conversation and any template of a usual kind, either the row is refused, or each learned answer follows
+exactly the text that the model gets at inference. No word of the answer or of what stands before it in the row is lost,
+except for the thoughts of earlier answers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A file may have any bytes as its key in a bucket, its path on the Hugging Face Hub or its name on a volume. The file
-is then read or left out, or the user gets a sentence. The clients are the real ones."""
+"""A file may have any bytes as its key in a bucket or its name on a volume, and any text as its path on the Hugging
+Face Hub. The file is then read or left out, or the user gets a sentence. The clients are the real ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Bucket(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    # The server sends the body of an answer at once. Otherwise TCP would hold the body back until the client has
+    # acknowledged the head.
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:

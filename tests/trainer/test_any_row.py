@@ -1,5 +1,6 @@
-"""In every format and in every kind of file, a row with any values becomes examples, or a sentence with file and row
-that `badRows` can skip. A row that is kept for graders can be written and read again."""
+"""In every format, a row with any values becomes examples, or the user gets a sentence about the row. With `badRows`
+and `longRows` Skip, the row is skipped instead. The rows come from JSON lines and from parquet files. A row that is
+kept for graders can be written and read again."""
 
 from __future__ import annotations
 

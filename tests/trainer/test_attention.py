@@ -51,7 +51,7 @@ EXAMPLES = [
 ]
 CONTRASTING = ("llama-3", "gemma-3", "gpt-2", "gpt-oss", "bloom", "phi-moe")
 """Families whose attention differs: plain, with layers of sliding windows, with learned positions, with sinks, with a
-bias by distance, and with a window that only the masks know."""
+bias by distance, and with a sliding window that the model passes to the masks only, and not to the attention."""
 
 
 @pytest.fixture(autouse=True)
@@ -153,13 +153,13 @@ def test_packed_examples_of_every_family_have_the_logits_of_examples_alone(name:
 
 
 WITHOUT_SEPARATION = {"openai-gpt"}
-"""Families without a state whose examples still can't be packed, because they have a mask of their own. The checks of
-`engine/checks.py` refuse them."""
+"""Families without a state whose examples still can't be packed, because they have a mask of their own. For these
+families, the checks of `engine/checks.py` refuse packing."""
 
 
 def _assert_separate(name: str, folder: Path) -> None:
-    """Assert that packed examples have the logits of examples alone with every kernel. For a model with a state, and
-    for the families WITHOUT_SEPARATION, assert that the logits differ."""
+    """Assert that packed examples have the logits of examples alone, with every kernel that the model supports except
+    FlexAttention. For a model with a state, and for the families WITHOUT_SEPARATION, assert that the logits differ."""
     model = load_base(write_family(name, folder), torch.float32)
     objective = Objective(model)
     abilities = ModelAbilities.of(read_structure(folder).model)
@@ -168,7 +168,7 @@ def _assert_separate(name: str, folder: Path) -> None:
     packed = {}
     for kernel in kernels("Auto", abilities, None, "bf16", packing=True):
         if kernel is Kernel.FLEX:
-            continue  # FlexAttention must be compiled first, and has no backward pass on CPUs.
+            continue  # FlexAttention must be compiled first. No job uses it on CPUs, where it has no backward pass.
         model.set_attn_implementation(IMPLEMENTATIONS[kernel])
         packed[kernel] = max(
             float((_logits(objective, model, rows, packed=True) - alone).abs().max())
@@ -194,7 +194,8 @@ def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None:
-    """The class of gpt-oss says that it supports FlashAttention, but FlashAttention can't compute its sinks."""
+    """transformers' class for gpt-oss says that it supports FlashAttention, but FlashAttention can't compute the
+    attention sinks of gpt-oss."""
     engine = OneProcess(load_base(write_family("gpt-oss", tmp_path), torch.float32))
     chosen = check_model(engine, EXAMPLES, pad=1, packing=True, kernels=[Kernel.FLASH, Kernel.EAGER])  # type: ignore[arg-type]
     assert chosen.kernel is Kernel.EAGER

@@ -1,5 +1,5 @@
-"""Checkpoints are committed in the background. No training step waits for the object store, and training continues
-while the store fails.
+"""Checkpoints are committed in the background. No training step waits for the object store, and while the store fails,
+training continues until the time budget of the uploads is spent.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
     attempt = pods(run_config(store, "background", storage__endpoint=proxy.endpoint, **ENDLESS), credentials=keys)
     attempt.wait_for(lambda: newest_step(attempt) >= 1, "the first step")
 
-    # At 20 kB/s, uploading 0.9 MB of state takes most of a minute, in which dozens of steps and several snapshots
-    # happen.
+    # At 20 kB/s, uploading 0.9 MB of state takes most of a minute. In this time the run trains far more than 60 steps,
+    # and takes several snapshots.
     proxy.bytes_per_second = 20_000
     seen = len(proxy.requests)
     start = newest_step(attempt)

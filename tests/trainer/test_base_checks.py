@@ -124,7 +124,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "packing": {"dataset__packing": True, "optimization__gradientCheckpointing": True},
 }
 QUICK = ("llama-2", "gpt-2", "mixtral", "qwen2", "gemma-2", "gpt-oss", "gemma-3-vision", "bert")
-"""The families that `make test` tries. `make test-long` tries all."""
+"""The families that `make unit` and `make test` try. `make test-long` tries all other families."""
 
 
 def quick(names: Iterable[str]) -> list[Any]:
@@ -225,8 +225,8 @@ def tensor_in_two_files(folder: Path) -> None:
 
 
 def index_of(name: str) -> Callable[[Path], object]:
-    """Return a function that gives a model an index which puts a tensor into the file ``name``. The index and the
-    weights are all that the model has."""
+    """Return a function that gives a model an index which puts every tensor into the file ``name``. The function moves
+    the tensors into this file, unless it is config.json. In this case it only removes them."""
 
     def damage(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -271,7 +271,8 @@ CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
 
 @dataclass(frozen=True)
 class Broken:
-    """A model that is damaged so that no job can train it, and the finding about it."""
+    """A model that the test's job can't train, because the model is damaged or does not suit the job, and the finding
+    about it."""
 
     damage: Callable[[Path], Any]
     sentence: str
@@ -508,7 +509,8 @@ def test_what_lies_beside_the_model_is_left_out(tmp_path: Path) -> None:
 
 
 def test_weights_that_the_model_does_not_use_are_a_notice(tmp_path: Path) -> None:
-    """A configuration with fewer layers than the files describes another model than the one that was published."""
+    """If config.json names fewer layers than the weight files hold, it describes another model than the published
+    one."""
     folder = write_family("llama-2", model_folder(tmp_path))
     tried = job(tmp_path)
     base = JobBase(folder, tried.config)

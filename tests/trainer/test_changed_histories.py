@@ -245,10 +245,11 @@ def test_a_list_of_parts_is_text_also_for_a_template_that_writes_it_as_json() ->
 
 
 def test_a_template_that_can_not_show_calls_is_refused_with_its_own_reason() -> None:
-    """The first form of the message that is tried has no content beside the calls, and fails because of the missing
-    content. The row must be refused with the reason that the template itself gives."""
+    """In the first form that is tried, the message with the calls has no content, and the template fails because of the
+    missing content. The row must be refused with the reason that the template itself gives."""
     tokenizer = byte_tokenizer(
-        "{% for m in messages %}{{ m.content + raise_exception('No tools, please') }}{% endfor %}"
+        "{% for m in messages %}{{ m.content + '' }}{{ raise_exception('No tools, please') if m.tool_calls }}"
+        "{% endfor %}"
     )
     refused = rendered(tokenizer, {"messages": [USER, {"role": "assistant", "tool_calls": [call(3)]}]})
     assert refused == "can't be rendered by the model's chat template: No tools, please"

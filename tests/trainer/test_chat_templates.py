@@ -58,9 +58,9 @@ class Difference:
     """A difference between what trl's training variant of a template marks and what is learned here."""
 
     marked: str
-    """Regular expression for the text that trl marks."""
+    """Regular expression for the part of trl's marked text that is different here."""
     learned: str
-    """The text that is learned in place of the marked text."""
+    """The text that is learned in place of this part."""
     why: str
 
 
@@ -87,7 +87,7 @@ class Family:
     refused: Mapping[str, str]
     """For each conversation that the template can't show, the beginning of the phrase with which it is refused."""
     examples: Mapping[str, int]
-    """For each other conversation, the number of its examples."""
+    """For each conversation that the template can show, the number of its examples."""
     differences: tuple[Difference, ...] = ()
     unmarked: tuple[str, ...] = ()
     """Conversations of which trl's training variant leaves out a part that is learned here."""
@@ -160,13 +160,15 @@ def row_of(kind: str, messages: tuple[Message, ...]) -> dict[str, Any]:
 
 
 def at_inference(tokenizer: Any, kind: str, messages: tuple[Message, ...], **options: Any) -> Any:
-    """Return the token ids of a conversation as transformers renders it, for a row of ``kind``."""
+    """Return the token ids of ``messages`` as transformers renders them for a row of ``kind``. With `tokenize=False`
+    among ``options``, return the rendered text."""
     row = row_of(kind, messages)
     return tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), return_dict=False, **options)
 
 
 def cases(*, refused: bool) -> list[tuple[str, str]]:
-    """Return names of templates, each with a conversation that the template can show, or with one that is refused."""
+    """Return pairs of a template's name and the name of a conversation. The template can show the conversation, or,
+    with ``refused``, the conversation is refused."""
     return [
         (name, kind) for name, family in FAMILIES.items() for kind in (family.refused if refused else family.examples)
     ]
@@ -174,8 +176,8 @@ def cases(*, refused: bool) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def family_of() -> FamilyOf:
-    """A function that returns the tokenizer and the renderer of the family with the given name. The tests of a family
-    follow each other, so one renderer is used for all tests of the family."""
+    """A function that returns the tokenizer and the renderer of the family with the given name. In each test
+    function, the cases of a family follow each other, and share one renderer."""
 
     @functools.lru_cache(maxsize=1)
     def find(name: str) -> tuple[PreTrainedTokenizerFast, Render]:

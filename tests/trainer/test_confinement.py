@@ -1,8 +1,9 @@
-"""The trainer works in a restricted pod. When the kernel kills a worker for lack of memory, the result of the pod says
-so.
+"""The trainer works in a restricted pod, and compiles nothing even where a compiler is at hand. When the kernel kills a
+worker for lack of memory, the result of the pod says so.
 
-The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. The
-tests have no container, but create the namespaces and cgroups that a container would have, so they need root.
+The restricted pod has a read-only root file system, a user id without name, capabilities or home directory, and no
+compiler. The tests have no container, but create the namespaces and cgroups that a container would have, so they need
+root.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).parents[2]
 USER = "65532"
-"""User id of the trainer image, which has no entry in /etc/passwd."""
+"""The user id with which the trainer image runs. The id has no entry in /etc/passwd."""
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin

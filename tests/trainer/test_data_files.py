@@ -384,7 +384,8 @@ def test_of_a_row_without_an_end_no_more_is_read_than_a_row_may_have(monkeypatch
 
 def test_a_csv_row_of_endless_lines_costs_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.data.files.delimited.ROW_CHARACTERS", 100)
-    # Each quote closes a field that the line before has opened, so that the row goes on, and no field is long.
+    # In each line with two quotes, the first quote closes the field that the line before has opened, and the second one
+    # opens a new field. So the row goes on, and no field is long.
     found = read(tmp_path, "a.csv", b'a\n1\n"\n' + b'","\n' * 40 + b'"\n2\n')
     assert next(dict(row.fields) for row in found if row.problem is None) == {"a": "1"}
     assert problems(found)[3] == "is not csv (row larger than row limit (100), up to line 29)"
@@ -453,7 +454,8 @@ print(json.dumps({"rows": rows, "peak": PEAK}))
 
 
 def peak_mebibytes(path: Path, rows: int) -> int:
-    """Return the peak of the resident memory of a process that looks at the columns of ``path`` and reads its rows."""
+    """Return the peak of the resident memory of a process that looks at the columns of ``path`` and reads its rows.
+    Assert that the number of rows is ``rows``."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED.replace("PEAK", PEAK), str(path)], capture_output=True, text=True, check=True
     )
@@ -505,7 +507,8 @@ except UserError as error:
 print(json.dumps({"found": found, "peak": PEAK}))
 """
 CHARACTERS = 64 * MIB
-"""Largest number of characters of a row. A row with a character beyond U+FFFF may have half as many."""
+"""Largest number of characters of a row. The limit is half of this number for a row with a character beyond U+FFFF, and
+in a csv file for every row that is not ASCII."""
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Run `score_many` on ``world`` ranks. Return for each stage and size the scores, on which all ranks must agree,
-    and the answers of all ranks together."""
+    """Run `score_many` on ``world`` ranks. Return for each stage and size the scores that rank 0 wrote, and the answers
+    of all ranks together. Assert that all ranks have the same perplexity."""
     files = []
     for rank in range(world):
         asked = {
@@ -267,7 +267,9 @@ def scores_of(store: ObjectStore, name: str, run: int = 1) -> EvaluationFile:
 def runs(
     store: ObjectStore, sum_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Result, dict[str, Any]]]:
-    """Train several jobs one after the other on two ranks; return each job's result and run file by its name."""
+    """Train several jobs one after the other on two ranks, and return the result and the run file of each run. The keys
+    are the names of the jobs, except for two second runs: `resumed` continues the job `cut-off`, and `after-late` the
+    job `told-late`."""
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))

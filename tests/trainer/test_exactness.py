@@ -85,7 +85,8 @@ def plain(tiny_model: Path) -> dict[tuple[str, float], Plain]:
 class Case:
     """One configuration of the trainer, whose losses must equal those of the plain loop or of another case.
 
-    ``micro`` is the number of examples per micro-batch; a rank computes its micro-batches one after another.
+    ``micro`` is the largest number of examples, or of packed sequences, in a micro-batch. A rank computes its
+    micro-batches one after another.
     """
 
     world: int
@@ -341,9 +342,10 @@ def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
 
 @pytest.mark.long
 def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(store: ObjectStore, tmp_path: Path) -> None:
-    """One rank computes its logits in two chunks, the other in one: only a row of 1,000 tokens needs two chunks.
+    """A row of 1,000 tokens needs two chunks of logits, and a row of 2 tokens needs one. In a step with one row of each
+    kind, the two ranks compute different numbers of chunks.
 
-    Under ZeRO-3, computing a chunk must not involve a collective, because the ranks have different numbers of chunks.
+    Under ZeRO-3, computing a chunk must not involve a collective, because the ranks would wait for each other.
     """
     model = tiny.write_model(tmp_path / "large", max_position_embeddings=1100, vocab_size=40_000)
     assert CHUNK_LOGITS < 1000 * 40_000

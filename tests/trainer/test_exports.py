@@ -1,5 +1,5 @@
-"""An exported model has the tensors, files and configuration of its base model, so that every program that reads the
-base model reads the artifact too."""
+"""An exported model has the tensors and weight files of its base model, and the configuration except for a few fields
+such as the data type. So every program that reads the base model reads the artifact too."""
 
 from __future__ import annotations
 

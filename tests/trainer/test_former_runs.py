@@ -1,4 +1,5 @@
-"""The preflight check finds the run of a former job with the same namespace, name and training, and no other run.
+"""The preflight check finds the run of a former job with the same namespace, name and training. It finds no other run,
+unless the job names the folder of that run.
 
 One real job is trained. Most tests copy the folder of this job in the bucket to a job name of their own, change
 something in the copy, and then check a job with this name and another uid. The object store is a real MinIO.
@@ -99,7 +100,8 @@ Check = Callable[..., PreflightResult]
 
 @pytest.fixture
 def check(store: ObjectStore, bucket: Bucket, tmp_path: Path) -> Check:
-    """A function that runs the preflight check of a new job of the same name, and returns its result."""
+    """A function that runs the preflight check of a new job with the name of ``bucket``, and returns the check's
+    result."""
 
     def run(*, run_id: str = NEW, **changes: Any) -> PreflightResult:
         paths = Paths(

@@ -1,4 +1,5 @@
-"""When a rank exits while other ranks wait for it, the waiting ranks leave too, each with the right error message."""
+"""Ranks that gather values all get the values of all ranks, or all get the first error. When a rank is killed while
+other ranks wait for it, the waiting ranks leave too, with the right error message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An artifact's generation configuration can be loaded and saved, whatever the base model's configuration holds."""
+"""An artifact's generation configuration can be loaded and saved, whatever the base model's configuration holds. A base
+model whose configuration can't be used is refused."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from finetune_trainer.model.generation_config import SAMPLING, artifact_generati
 
 
 def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], str]:
-    """Return the generation configuration for an artifact of a base model with ``values``, after it was saved, loaded,
-    changed and saved again, and the notices about it. Fields that transformers always writes are left out."""
+    """Return the generation configuration for an artifact of a base model whose generation configuration is ``values``,
+    and the notices about it. The artifact's configuration was saved, loaded, changed and saved again. The changed field
+    and the version of transformers are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "generation_config.json").write_text(json.dumps(values))
     config, notices = artifact_generation_config(folder, stop_ids)

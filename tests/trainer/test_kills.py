@@ -37,13 +37,14 @@ KILLED = -9
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
     """Return the fault that kills a rank in round ``round_``.
 
-    Each round uses the next point of `POINTS`. `count`, the visit of the point at which the rank is killed, is random.
-    The rank is random too, unless only rank 0 reaches the point.
+    Each round uses the next point of `POINTS`. The rank is killed when it reaches the point for the `count`-th time.
+    `count` is random, but always 2 at the points `manifest`, `commit` and `committed`. The rank is random too, unless
+    only rank 0 reaches the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
-    # The limits of `count` depend on how often a point is reached: twice per step for a backward pass, several times
-    # per snapshot for a tensor, and twice per checkpoint for a deletion.
+    # The limits of `count` depend on how often a point is reached. For example, there are two backward passes per
+    # step, several tensors per snapshot, and two deletions per checkpoint.
     most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3, "retention": 3}.get(point, 2)
     least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2, "retention": 1}.get(point, 2)
     return {

@@ -1,4 +1,4 @@
-"""Conversations of thousands of messages, calls or keys are read in seconds, and the messages about them stay short."""
+"""Conversations of thousands of messages, calls or keys are read in seconds, and the errors about them stay short."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A text that is too long is either split into examples, in which each token of the text is learned once, or cut off
-with a notice."""
+"""With `longRows` Split, a text that is too long is split into examples, in which each token of the text except the
+first is learned once. With Truncate, the text is cut off. In both cases there is a notice."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""LoRA's variants (rsLoRA, DoRA, LoRA+) and adapters of experts train exactly as plain peft does, at every ZeRO stage,
-and resume bit for bit."""
+"""LoRA's variants (rsLoRA, DoRA, LoRA+) and adapters of experts train as with plain peft, at every ZeRO stage, and
+resume bit for bit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ VARIANTS = {
 Cases = list[tuple[str, int]]
 """Names of variants, each with the ZeRO stage at which it is trained."""
 FEW = [("rs", 2), ("dora", 3), ("plus", 2), ("three", 1), ("nf4-dora", 2), ("experts", 3), ("shared", 0)]
-"""Each kind of variant once, and each stage."""
+"""Seven of the variants once each, and every ZeRO stage. The lists below have the other variants."""
 FURTHER = [("dora", 0), ("plus", 0), ("plus", 3), ("nf4", 1), ("nf4", 2), ("experts", 2), ("shared", 3)]
 ROUNDED = [("three", 3), ("nf4", 2), ("experts", 2)]
 ROUNDED_FURTHER = [("plus", 1), ("experts", 3)]
@@ -183,7 +183,8 @@ def train(
 
 
 def few_and_further(few: Cases, further: Cases) -> pytest.MarkDecorator:
-    """Run a test with the cases ``few``, and in `make test-long` with the cases ``further`` too."""
+    """Run a test with the cases ``few`` in `make unit` and `make test`, and with the cases ``further`` in `make
+    test-long`."""
     return pytest.mark.parametrize(
         "cases", [pytest.param(few, id="few"), pytest.param(further, id="further", marks=pytest.mark.long)]
     )

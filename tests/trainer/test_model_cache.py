@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from finetune_core.api.sources import HuggingFaceSource
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
@@ -28,7 +29,7 @@ from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS
 from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
-from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.sources.model_files import HubFiles, model_files
 from finetune_trainer.storage.client import EtagForm, ObjectDigest, Store
 from finetune_trainer.storage.model_digests import ModelDigests
 from finetune_trainer.storage.root import RunRoot
@@ -233,7 +234,7 @@ def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
 
 def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
     """For each call to the file system, a process with an empty cache is killed before this call. Each file that the
-    killed process leaves in the cache is whole, and the next pod gets all files."""
+    killed process leaves in the cache under the name of a digest is whole, and the next pod gets all files."""
     (pod.source / "model.safetensors").write_bytes(b"weights")
     whole = pod.start(pace=Pace(beat_seconds=60))
     whole.join(30)
@@ -573,6 +574,24 @@ def test_where_an_etag_is_no_digest_without_a_word_two_downloads_must_agree(
     fetch_model_files(files, list(files.sizes), folder, pod.cache, own, QUICK)
     pod.check(folder)
     assert len(pod.fetched()) == before
+
+
+def test_a_file_of_the_hub_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client takes names as glob patterns."""
+    repository, folder = tmp_path / "repository", tmp_path / "model"
+    repository.mkdir()
+    names = ["a[1].json", "a1.json", "b*.json", "bc.json", "d?.json", "de.json"]
+    for name in names:
+        (repository / name).write_text(name)
+    with running_hub({"team/tiny": repository}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        wanted = names[::2]
+        HubFiles(HuggingFaceSource(repo="team/tiny", revision="main"), TOKEN).fetch(wanted, folder)
+    assert {file.name: file.read_text() for file in folder.iterdir() if file.is_file()} == {
+        name: name for name in wanted
+    }
 
 
 def test_the_digests_of_the_hub_are_verified(

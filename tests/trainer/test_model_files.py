@@ -57,7 +57,8 @@ KINDS = ("bytes", "llama", "unigram")
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Return a tokenizer like that of T5 or Gemma, which has a normalizer and puts the BOS token in front of a text."""
+    """Return a tokenizer with a Unigram model, as T5 has one. The tokenizer has a normalizer, and puts the BOS token in
+    front of a text."""
     inner = Tokenizer(Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -227,7 +228,7 @@ TYPES = [
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the place of each value within ``value``, as a tuple of keys and positions. Of each mapping and list only
-    the first 40 items are visited."""
+    the first 40 items are visited. ``at`` is the place of ``value`` itself, which is yielded too unless it is empty."""
     if at:
         yield at
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

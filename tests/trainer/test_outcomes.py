@@ -46,7 +46,7 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         ([said(0, MEMORY), said(1, CRASH)], False, 66),
         ([said(0, MEMORY), said(1, DIVERGED)], False, 65),
         ([said(0, DIVERGED), said(1, BAD)], False, 64),
-        # A lost peer decides the exit code only if no worker reports another cause.
+        # A lost peer decides the exit code only if every worker ended because of another worker.
         ([said(0, PEER), said(1, STOP)], False, 143),
         ([said(0, PEER), said(1, PEER)], False, 75),
         ([said(0, PEER), WorkerExit(1, KILLED, None)], False, 1),

@@ -1,4 +1,5 @@
-"""Own graders are entry points of the trainer image. Whatever an own grader raises or returns becomes a grade."""
+"""Own graders are entry points of the trainer image. Whatever an own grader returns or raises becomes a grade,
+except for MemoryError and KeyboardInterrupt, which pass through."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ twice = own_graders_of_a_user:nothing
 
 @pytest.fixture(scope="module", autouse=True)
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Install a package with own graders into a folder of the module search path."""
+    """Install two packages with own graders into a folder, which is on the module search path while the tests of this
+    file run."""
     folder = tmp_path_factory.mktemp("image")
     (folder / "own_graders_of_a_user.py").write_text(SOURCE)
     (folder / "own_graders_that_fail.py").write_text("1 / 0")

@@ -1,4 +1,5 @@
-"""Of a large parquet file a check reads the schema and the wanted columns of the first row group, and nothing else."""
+"""Of a large parquet file the preflight check reads the schema and the wanted columns of the first row group, and
+nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def fetched(data: bytes, folder: Path, limits: HeadLimits, name: str = "a.parquet") -> tuple[DataFile | None, int]:
-    """Return the local file of the beginning of ``data``, written into ``folder``, and how many bytes were read."""
+    """Return the local file with the beginning of ``data``, which is written into ``folder``, and how many bytes were
+    read. The file is None if its beginning can't be read within ``limits``."""
     read_bytes = 0
 
     def read(start: int, length: int) -> bytes:

@@ -1,7 +1,7 @@
 """The preflight checks find in advance what would end the training, and report it in the training's own sentences.
 
-Findings about errors in the spec are final. Findings about something that is missing outside of the job are not,
-because it may still appear.
+Findings about what the user must correct are final, for example an error in the spec or a file that does not exist.
+Findings about a failure outside of the job are not, for example refused credentials, because a further try may succeed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Data and models that expand to gigabytes are findings of the preflight check, whose pod stays within its memory."""
+"""Data and models whose reading would take gigabytes of memory are findings of the preflight check. The pod of the
+check stays within its memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def paths(tmp_path: Path, store: ObjectStore) -> Paths:
 
 
 def in_another_process(program: str, path: Path) -> None:
-    """Run ``program`` with ``path`` as its argument, so that the memory that it takes is not counted here."""
+    """Run ``program`` in a process of its own, with ``path`` as its argument. The memory that the program takes is free
+    again before the test measures any memory."""
     subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, **LARGE_PAGES}, check=True)
 
 

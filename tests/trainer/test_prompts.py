@@ -109,7 +109,8 @@ def plain(text: str) -> list[Piece]:
     return [Piece(text, from_row=True)]
 
 
-# Text without control tokens has the token ids that a tokenizer alone gives for the whole text.
+# Text without control tokens, and templates with control tokens, have the token ids that the tokenizer alone gives for
+# the whole text.
 
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["it", " is", "\n", " ", "w1", "ask", "é"]))
 PIECES = st.lists(st.tuples(WORDS, st.booleans()))
@@ -169,8 +170,9 @@ def test_control_tokens_are_tokens_in_templates_and_text_in_rows(
 @cache
 def bpe(kind: str, *, knows_end: bool) -> PreTrainedTokenizerBase:
     """Return a tokenizer with the control token `<b>`, which includes the white space around it. With ``knows_end``,
-    `<end>` is a control token too. ``kind`` says how words begin: with a mark before every piece of text, with a mark
-    before the first piece only, or as bytes."""
+    `<end>` is a control token too. ``kind`` says how the tokenizer reads white space. `every` puts a mark before
+    every piece of text, and `first` before the first piece only. `bytes` and `bytes with a space` read bytes, and the
+    latter puts a space in front of a text."""
     inner = Tokenizer(BPE(unk_token="<unk>"))
     if kind == "every":
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -528,7 +530,7 @@ def test_the_right_answer_of_a_row_is_what_a_model_would_answer_that_repeats_the
     form = spec({"promptCompletion": {"completionSuffix": suffix, "allowSpecialTokens": allowed}}).format
     assert form.prompt_completion is not None
     completion = [Piece(text, from_row) for text, from_row in texts]
-    # A control token that begins in one piece and ends in another one is ordinary text.
+    # If the job allows control tokens in rows, the trainer reads the texts of a row like those of a template.
     pieces = [Piece(piece.text, piece.from_row and not allowed) for piece in completion]
     try:
         ids = PieceTokenizer(tokenizer, ["<add>"]).follow([*pieces, Piece(suffix, from_row=False)]).ids

@@ -50,8 +50,9 @@ class Ranks:
         join: bool = True,
         foreign_keys_beats: int = FOREIGN_KEYS_BEATS,
     ) -> None:
-        """Start ``world`` ranks, with the attempt's key of each rank in ``keys``. Without ``join`` the ranks open the
-        rendezvous, but do not join before `join` is called."""
+        """Start ``world`` ranks. ``keys`` has for each rank what it takes for the key of the attempt; without ``keys``
+        all ranks have the same key. Without ``join`` the ranks open the rendezvous, but do not join each other before
+        the method `join` is called."""
         self.folder, self.port, self.processes = folder, free_port(), list[Forked]()
         if join:
             self.join()

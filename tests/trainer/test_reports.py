@@ -109,7 +109,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     token.write_text("the-token\n")
     config = run_config(store, "reported", world__nodes=1, evaluation__everySteps=3)
     config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
-    report_server.fail = True  # The server refuses the first reports, which must never stop the training.
+    report_server.fail = True  # The server refuses the first reports. This must never stop the training.
     files = ("--ca-file", str(report_server.ca_file), "--report-token-file", str(token))
     attempt = pods(config, arguments=files, forked=True)
     attempt.wait_for(lambda: bool(report_server.reports), "the first report")

@@ -154,8 +154,8 @@ def assert_goes_on(changed_case: Changed, bench: Bench) -> None:
     whole, changed = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"changed-{case}")
     assert sorted(changed) == list(range(1, STEPS + 1)), case
     first = INTERRUPTED + 1
-    # The first loss after the resume is computed with the same weights. Only the order of summation differs: each rank
-    # adds up other examples before the ranks' sums are added.
+    # The first loss after the resume is computed with the same weights. Only the order of summation may differ: on
+    # another number of ranks, each rank adds up other examples before the ranks' sums are added.
     assert changed[first] == pytest.approx(whole[first], rel=1e-7), case
     worst = max(abs(changed[step] - whole[step]) / whole[step] for step in range(first, STEPS + 1))
     print(f"{case}: largest relative difference of a loss {worst:.2g}")

@@ -82,8 +82,8 @@ class Case:
 
 
 def few_cases() -> Iterator[Case]:
-    """Yield a case for each format. The job is resumed with one rank instead of two, another stage and other
-    packing."""
+    """Yield a case for each format. The job is resumed with one rank instead of two, with other packing, and in the
+    first twelve cases at another stage."""
     for number, form in enumerate(FORMATS):
         method, stage, packing = METHODS[(number // 2) % 2], number % 4, (number // 4) % 2 == 1
         run = Run(form, method, stage, packing, 2, "few")
@@ -146,8 +146,8 @@ class Bench:
     def train(
         self, runs: Sequence[Run], folder: str, *, stopped: Iterable[Run] = ()
     ) -> dict[Run, dict[int, list[int]]]:
-        """Train ``runs``, which all have the same number of ranks. The runs in ``stopped`` end at step INTERRUPTED.
-        Return the rows that the ranks of each run consumed, by step."""
+        """Train ``runs``, which all have the same number of ranks. The runs in ``stopped`` end after step
+        INTERRUPTED. Return the numbers of the examples that the ranks of each run consumed, by step."""
         cut = set(stopped)
         train_all(
             [self.config(run) for run in runs],
@@ -257,11 +257,12 @@ class Trained:
     after: dict[int, list[int]]
     """Examples of the run that resumed with the same settings."""
     moved: dict[int, list[int]]
-    """Examples of the run that resumed with other ranks, another ZeRO stage and other packing."""
+    """Examples of the run that resumed with other settings (`Case.moved`)."""
 
 
 def train_cases(cases: Sequence[Case], bench: Bench, folder: str) -> dict[Case, Trained]:
-    """Train each case: without a stop, with a stop, resumed with the same settings, and resumed with other settings."""
+    """Train each case with a stop, and resume it with other settings. Also train the cases that are `repeated` without
+    a stop, and resume them with the same settings. Return what the runs of each case consumed."""
     whole = [case.run for case in cases if case.repeated]
     cut = [case.cut for case in cases]
     found = [bench.train([*whole, *cut], f"{folder}-first", stopped=cut)]
@@ -361,8 +362,9 @@ def test_every_pair_of_method_stage_and_packing_occurs_among_the_few_runs() -> N
 
 
 def missing_of(models: Sequence[ApiModel], path: str) -> list[str]:
-    """Return the fields that none of ``models`` sets, and the values of Literals that none of them has. All ``models``
-    are of one class. A field that is not set has its default value."""
+    """Return what none of ``models`` has: each value of a field of type Literal, and each other field that no model
+    sets, also within the models that are values of fields. All ``models`` are of one class, and ``path`` is the path of
+    their fields. A field that is not set has its default value."""
     found: list[str] = []
     for name, info in type(models[0]).model_fields.items():
         at = f"{path}.{info.alias or name}"

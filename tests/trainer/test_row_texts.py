@@ -1,5 +1,5 @@
 """The text of a control token in a row is read as ordinary text, in every field of a conversation and whatever a chat
-template does with the text around it."""
+template does with the text around it. Where this is impossible, the row is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
 
 
 def bytes_with(*tokens: AddedToken, normalizer: Any = None, eos: str = END) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes with the given tokens, which has the template APPENDING."""
+    """Return a tokenizer with a token for each byte, and with ``tokens``. Its chat template is APPENDING."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

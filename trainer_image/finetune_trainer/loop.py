@@ -120,7 +120,7 @@ class TrainingLoop:
 
     def run(self) -> bool:
         """Train to the last step, or until `evaluation.patience` is exhausted, with evaluations and checkpoints. Return
-        whether `evaluation.patience` is exhausted, which may also happen at the last step.
+        whether the training ended before its last step.
 
         Raises Stopped after SIGTERM, RollbackRequired or Diverged after an alarm, and the error of the upload thread
         where saving failed.
@@ -140,7 +140,7 @@ class TrainingLoop:
             self._wait_for_commits()
         except StopAgreed:
             self._save_and_stop()
-        return self._selection.exhausted
+        return self.step < self.total_steps
 
     def _train_step(self, step: int) -> Alarm | None:
         """Train on the global batch of ``step``. Return an alarm where the loss or the gradient is suspicious.

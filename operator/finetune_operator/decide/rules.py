@@ -19,7 +19,7 @@ from finetune_operator import messages
 from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_pending_deadline
 from finetune_operator.decide.evidence import Disturbance, Evidence
 from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
-from finetune_operator.objects.observations import PodObservation
+from finetune_operator.objects.observations import ContainerState, PodObservation
 
 # ---- rules for a committed artifact ----
 
@@ -234,8 +234,9 @@ def node_refused(evidence: Evidence) -> Ruling | None:
     container = pod.container
     by_runtime = container is not None and (container.never_ran or container.waits_for_runtime)
     source = container if container is not None and by_runtime else pod
-    reason, detail = source.reason, source.message
-    return _free(Cause.NODE_REFUSED, messages.node_refused(pod.name, pod.node, reason, detail), pod.node)
+    ran = container is not None and not by_runtime and container.state is not ContainerState.WAITING
+    message = messages.node_refused(pod.name, pod.node, source.reason, source.message, ran=ran)
+    return _free(Cause.NODE_REFUSED, message, pod.node)
 
 
 # ---- rules for failures that another attempt may survive ----

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -80,10 +81,20 @@ class CertificateSet:
 
 
 def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
-    """Return the certificates in `data` of the operator's Secret; None where a key is missing or empty."""
+    """Return the certificates in ``data``, the `data` of the operator's Secret.
+
+    Return None where a key is missing, where a value is no PEM of a certificate or of a private key without a password,
+    or where a private key does not belong to its certificate. Such a Secret gets new certificates.
+    """
     if not all(data.get(name) for name in _ALL_KEYS):
         return None
-    return CertificateSet(*(base64.b64decode(data[name]).decode() for name in _ALL_KEYS))
+    try:
+        found = CertificateSet(*(base64.b64decode(data[name]).decode("ascii") for name in _ALL_KEYS))
+        _hostnames(found.certificate)
+        fits = _belongs(found.ca_key, found.ca_certificate) and _belongs(found.key, found.certificate)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        return None
+    return found if fits else None
 
 
 def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
@@ -286,6 +297,12 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _belongs(key: str, certificate: str) -> bool:
+    """Return whether the private key ``key`` belongs to ``certificate``; both are PEM texts."""
+    public = serialization.load_pem_private_key(key.encode(), password=None).public_key()
+    return public == x509.load_pem_x509_certificate(certificate.encode()).public_key()
 
 
 def _not_after(pem: str) -> datetime:

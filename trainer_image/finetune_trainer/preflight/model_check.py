@@ -178,18 +178,13 @@ def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) ->
         list(pool.map(check, selection.weights.items()))
 
 
-def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
-    """Return the header of a safetensors file, which gives dtype, shape and byte range of each tensor by its name.
-
-    The file consists of the header's length in 8 bytes (little endian), the header as JSON, and the bytes of the
-    tensors. Raises UserError if the file is no safetensors file, if its length is not what the header says, or if the
-    header is longer than LARGEST_HEADER_BYTES.
-    """
-    return _parse_header(files, name, _header_text(files, name))
-
-
 def _header_text(files: ModelFiles, name: str) -> bytes:
-    """Return the header of a safetensors file as JSON text. The text is not parsed yet."""
+    """Return the header of the safetensors file ``name`` as JSON text. The text is not parsed yet.
+
+    The file consists of the header's length in 8 bytes (little endian), the header, and the bytes of the tensors. The
+    header gives dtype, shape and byte range of each tensor by its name. Raises UserError if the file is shorter than
+    the header, or if the header is longer than LARGEST_HEADER_BYTES.
+    """
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
     if problem := pointer_problem(name, piece):

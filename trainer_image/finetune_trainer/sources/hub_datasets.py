@@ -20,7 +20,7 @@ from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.sources.file_selection import METADATA, below, chosen, matching, select, shown
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, literal_pattern, read_hub_range
 from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class HubDataFiles:
                 revision=self._commit,
                 local_dir=folder / "repository",
                 token=self._token or False,
-                allow_patterns=[_literal(file.path) for file in files],
+                allow_patterns=[literal_pattern(file.path) for file in files],
                 max_workers=PARALLEL_DOWNLOADS,
             )
 
@@ -140,11 +140,6 @@ class _Sibling(NamedTuple):
 
     bytes: int
     blob_id: str
-
-
-def _literal(file: str) -> str:
-    """Return a glob pattern that matches only the path ``file``, with glob's special characters escaped."""
-    return re.sub(r"([*?\[])", r"[\1]", file)
 
 
 class CardConfig(NamedTuple):

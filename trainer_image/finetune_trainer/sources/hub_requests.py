@@ -7,6 +7,7 @@ repository, become OutsideFailure, because they may be solved without a change o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -29,6 +30,12 @@ def read_token(path: Path, field: str) -> str:
         # The content of the file is left out of the message, because it may be most of a secret.
         raise OutsideFailure(f"{field}: the key of the Secret must hold a token, and holds no text or other characters")
     return token
+
+
+def literal_pattern(path: str) -> str:
+    """Return a glob pattern that matches only ``path``, with glob's special characters escaped. The hub's client takes
+    the names of the files to download as patterns."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
 
 
 def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, has_token: bool) -> T:

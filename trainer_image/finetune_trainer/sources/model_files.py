@@ -14,12 +14,19 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, InitialAdapterSpec, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.content_digest import ContentDigest, hub_digest, object_digest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.file_tags import file_tag
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range, read_token
+from finetune_trainer.sources.hub_requests import (
+    PARALLEL_DOWNLOADS,
+    call_hub,
+    literal_pattern,
+    read_hub_range,
+    read_token,
+)
 from finetune_trainer.sources.volumes import VolumeFolder
 from finetune_trainer.storage.client import EtagForm, Store
 
@@ -222,7 +229,9 @@ class HubFiles:
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Download the files called ``names`` into ``folder``, several at a time. Files that an earlier, interrupted
-        call has downloaded completely are not downloaded again."""
+        call has downloaded completely are not downloaded again. Raises OutsideFailure if a file is not there at the
+        end."""
+        wanted = list(names)
 
         def download() -> None:
             from huggingface_hub import snapshot_download
@@ -232,11 +241,14 @@ class HubFiles:
                 revision=self._revision,
                 local_dir=folder,
                 token=self._token or False,
-                allow_patterns=list(names),
+                allow_patterns=[literal_pattern(name) for name in wanted],
                 max_workers=PARALLEL_DOWNLOADS,
             )
 
         self._call(download)
+        missing = next((name for name in wanted if not (folder / name).is_file()), None)
+        if missing is not None:
+            raise OutsideFailure(f"{self.field}: {missing} was not downloaded by the hub's client")
 
     def _list(self) -> tuple[Mapping[str, str], Mapping[str, str | None], Mapping[str, int]]:
         from huggingface_hub import HfApi
