@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 from xml.etree import ElementTree
 
 import certifi
@@ -25,6 +26,8 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from finetune_core.api.storage import StorageSpec
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
 from finetune_core.errors import UserError
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
@@ -67,8 +70,8 @@ class MissingError(UserError):
 
 class ObjectStoreReader:
     """Reads objects from a job's object store. A failed request raises a UserError that names the object or the address
-    of the store. A transfer that breaks off raises urllib3's error. Only `fetch` starts the transfer again, and raises
-    a UserError after the last try."""
+    of the store. A transfer that breaks off is started again from the first byte. There are at most TRIES transfers in
+    all, and after the last one a UserError is raised."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
@@ -117,48 +120,67 @@ class ObjectStoreReader:
     def digest(self, bucket: str, key: str) -> str:
         """Return the sha256 of an object in hexadecimal. The object is read in pieces, so it need not fit into
         memory."""
-        hasher = hashlib.sha256()
-        self._stream(bucket, key, hasher.update)
-        return hasher.hexdigest()
+
+        def transfer() -> str:
+            hasher = hashlib.sha256()
+            self._stream(bucket, key, hasher.update)
+            return hasher.hexdigest()
+
+        return self._repeated(bucket, key, transfer)
 
     def read(self, bucket: str, key: str) -> bytes:
         """Return the content of a small object. Raises UserError for an object of more than SMALL_OBJECT_BYTES."""
-        found = bytearray()
 
-        def add(chunk: bytes) -> None:
-            found.extend(chunk)
-            if len(found) > SMALL_OBJECT_BYTES:
-                raise UserError(f"s3://{bucket}/{key}", f"is larger than {SMALL_OBJECT_BYTES} bytes")
+        def transfer() -> bytes:
+            found = bytearray()
 
-        self._stream(bucket, key, add)
-        return bytes(found)
+            def add(chunk: bytes) -> None:
+                found.extend(chunk)
+                if len(found) > SMALL_OBJECT_BYTES:
+                    raise UserError(f"s3://{bucket}/{key}", f"is larger than {SMALL_OBJECT_BYTES} bytes")
+
+            self._stream(bucket, key, add)
+            return bytes(found)
+
+        return self._repeated(bucket, key, transfer)
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
-        """Write an object to ``target``, and return its size in bytes and its sha256. A transfer that breaks off is
-        started again from the first byte. There are at most TRIES transfers in all.
+        """Write an object to ``target``, and return its size in bytes and its sha256.
 
         ``progress`` is called with the number of bytes of each chunk. When a transfer breaks off, ``progress`` is
         called with the negative number of the bytes that this transfer had written, so that the sum of all calls stays
         right.
         """
-        for attempt in range(1, TRIES + 1):
+
+        def transfer() -> tuple[int, str]:
             sha256, written = hashlib.sha256(), 0
             with target.open("wb") as file:
 
                 def add(chunk: bytes) -> None:
                     nonlocal written
                     file.write(chunk)
-                    sha256.update(chunk)  # noqa: B023
+                    sha256.update(chunk)
                     written += len(chunk)
                     progress(len(chunk))
 
                 try:
                     self._stream(bucket, key, add)
-                    return written, sha256.hexdigest()
-                except urllib3.exceptions.HTTPError as error:
+                except urllib3.exceptions.HTTPError:
                     progress(-written)
-                    if attempt == TRIES:
-                        raise UserError(f"s3://{bucket}/{key}", f"broke off {TRIES} times ({error})") from error
+                    raise
+            return written, sha256.hexdigest()
+
+        return self._repeated(bucket, key, transfer)
+
+    def _repeated(self, bucket: str, key: str, transfer: Callable[[], T]) -> T:
+        """Call ``transfer``, which reads an object, until it does not break off, at most TRIES times. Return its
+        result."""
+        for attempt in range(1, TRIES + 1):
+            try:
+                return transfer()
+            except urllib3.exceptions.HTTPError as error:
+                if attempt == TRIES:
+                    raise UserError(f"s3://{bucket}/{key}", f"broke off {TRIES} times ({error})") from error
         raise AssertionError("the last try returns or raises")
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:

@@ -4,6 +4,7 @@ folder, or no folder at all."""
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from pathlib import Path
 
@@ -162,6 +163,29 @@ def test_a_store_that_asks_for_a_minute_is_asked_again_at_once(
         download(artifact, source, tmp_path / "adapter", lambda count: None)
         assert time.monotonic() - began < 30
         assert len(proxy.requests) > len(FILES) + 2
+
+
+@pytest.mark.parametrize("what", ["digest", "read", "fetch"])
+def test_a_transfer_that_breaks_off_is_repeated_and_then_named(
+    what: str, store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path
+) -> None:
+    key, content = key_of(artifact, "adapter_model.safetensors"), FILES["adapter_model.safetensors"]
+    counted: list[int] = []
+    with proxy_before(store.endpoint) as proxy:
+        source = ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY), proxy.endpoint)
+
+        def result() -> object:
+            if what == "fetch":
+                return source.fetch(BUCKET, key, tmp_path / "file", counted.append)
+            return source.digest(BUCKET, key) if what == "digest" else source.read(BUCKET, key)
+
+        proxy.plan = lambda request: Fault.CUT_DOWNLOAD if request.index < 2 else None
+        expected = {"digest": digest(content), "read": content, "fetch": (len(content), digest(content))}
+        assert result() == expected[what]
+        assert sum(counted) == (len(content) if what == "fetch" else 0)
+        proxy.plan = lambda _request: Fault.CUT_DOWNLOAD
+        with pytest.raises(UserError, match=re.escape(f"s3://{BUCKET}/{key}: broke off 3 times")):
+            result()
 
 
 @pytest.mark.parametrize("address", ["minio:9000", "ftp://minio", "http://", "http://minio/path"])

@@ -40,6 +40,7 @@ from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
 from finetune_trainer.storage.step_log import StepRow
+from tests.cluster.waiting import wait_for
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -53,6 +54,11 @@ class ReportServer:
     reports: list[Report] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     fail: bool = False
+    answers: threading.Event = field(default_factory=threading.Event)
+    """Set while the server answers. A report that arrives while it is not set waits for its answer."""
+
+    def __post_init__(self) -> None:
+        self.answers.set()
 
 
 @pytest.fixture
@@ -84,6 +90,7 @@ def report_server(tmp_path: Path) -> Iterator[ReportServer]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             server.reports.append(Report.model_validate_json(body))
             server.tokens.append(self.headers["Authorization"])
+            server.answers.wait()
             self.send_response(503 if server.fail else 200)
             self.end_headers()
 
@@ -210,6 +217,38 @@ def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
     assert f"7 times one of 20 examples from s3://{BUCKET}/data/train.jsonl" in notice
     assert f"20 times one of 7 examples from s3://{BUCKET}/data/validation.jsonl" in notice
     assert len(last.metrics) <= METRIC_LIMIT - MIX_LIMIT + len(mix)
+
+
+def test_an_urgent_report_and_the_end_wait_for_no_interval(report_server: ReportServer, tmp_path: Path) -> None:
+    """Both may come while another report is being posted."""
+    token = tmp_path / "token"
+    token.write_text("the-token")
+    paths = Paths(ca_file=report_server.ca_file, report_token_file=token)
+    report_server.answers.clear()
+    reporter = Reporter(ReportConfig(url=report_server.url, interval_seconds=3600), paths)
+    progress = Progress(pod_uid="p", ranks=1, reporter=reporter)  # posts its first report
+
+    def arrived(count: int) -> None:
+        wait_for(f"report {count}", lambda: len(report_server.reports) == count, 60)
+
+    arrived(1)
+    progress.phase(Phase.TRAINING)
+    report_server.answers.set()
+    arrived(2)
+    report_server.answers.clear()
+    progress.phase(Phase.SAVING)
+    arrived(3)
+    closed = threading.Thread(target=progress.end, args=(Result(outcome=Outcome.STOPPED, message="told to stop"),))
+    closed.start()
+    report_server.answers.set()
+    closed.join(60)
+    assert not closed.is_alive()
+    assert [report.phase for report in report_server.reports] == [
+        Phase.LOADING,
+        Phase.TRAINING,
+        Phase.SAVING,
+        Phase.ENDED,
+    ]
 
 
 def test_a_report_with_many_long_addresses_is_sent_within_the_servers_limit(

@@ -39,6 +39,7 @@ class Reporter:
         self._newest: Report | None = None
         self._changed = threading.Condition()
         self._closed = False
+        self._is_urgent = False
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
 
@@ -47,11 +48,12 @@ class Reporter:
         self._thread.start()
 
     def update(self, report: Report, *, urgent: bool = False) -> None:
-        """Replace the report that is posted next. An ``urgent`` report is posted at once, and not at the next interval,
-        unless the thread is posting another report at this moment."""
+        """Replace the report that is posted next. An ``urgent`` report is posted as soon as no other report is being
+        posted, and not at the next interval."""
         with self._changed:
             self._newest = report
             if urgent:
+                self._is_urgent = True
                 self._changed.notify()
 
     def close(self, final: Report) -> None:
@@ -70,10 +72,10 @@ class Reporter:
         due = self._clock()
         while True:
             with self._changed:
-                self._changed.wait(max(0.0, due - self._clock()))
+                self._changed.wait_for(lambda: self._closed or self._is_urgent, max(0.0, due - self._clock()))
                 if self._closed:
                     return
-                report, self._newest = self._newest, None
+                report, self._newest, self._is_urgent = self._newest, None, False
             if report is not None:
                 self._post(report)
             due = self._clock() + self._config.interval_seconds
