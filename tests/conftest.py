@@ -2,8 +2,9 @@
 pytest-xdist.
 
 pytest-xdist runs the tests in two processes (workers), and those of `make unit` in three. All tests of a group run in
-the same worker. A group is either a folder whose tests share a cluster, or a file whose tests share servers and
-processes. The folders that take longest start first, so that all workers end at about the same time.
+the same worker. A group is one of the folders in `ONE_CLUSTER`, whose tests share a cluster, or a file of another
+folder, whose tests may share servers and processes. The folders that take longest start first, so that all workers end
+at about the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.cluster.fixtures import cluster
 __all__ = ["cluster"]
 
 # torch computes in a single thread. The workers share the processors, and threads of torch that wait for each other
-# keep a processor busy. torch reads the variable when it is imported, which is later.
+# keep a processor busy. torch is imported only later, and reads the variable then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A property test draws the same values in each run. So if a test fails that succeeded before, a change of the code is
@@ -38,16 +39,18 @@ FIRST_WITHOUT_CLUSTER = ("operator", "trainer")
 """The same for `make unit`. There the tests of `operator`, which run in one worker, are the group that takes longest.
 If they did not start first, they would still run when the other workers have no more files to run."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
-"""Folders of `tests/` in each of which all tests share one cluster."""
+"""Folders of `tests/` whose tests all run in one worker. In each folder, all tests that need a cluster share one,
+except tests that start a cluster of their own."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import all test files while the garbage collector is switched off. It would look at the imported objects again
-    and again, and this would take half of the time.
+    """Import all test files while the garbage collector is switched off. Otherwise the imports would spend half of
+    their time in the collector, which would look at the imported objects again and again.
 
     `gc.freeze` excludes the imported objects from later collections too, because all of them stay until the end. As the
-    collector then does not write to these objects, forked processes share their memory with this process for longer.
+    collector then does not write to these objects, forked processes share the memory of the objects with this process
+    for longer.
     """
     gc.disable()
     try:

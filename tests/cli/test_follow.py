@@ -1,5 +1,5 @@
-"""`JobClient.follow`, which `finetune watch` uses, follows a job on a real API server. It returns the job after every
-change, also after a restart of the API server."""
+"""`JobClient.follow`, which `finetune watch` uses, follows a job on a real API server. It yields the job at the start
+and after every change, also after a restart of the API server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def served(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def name(served: Cluster, request: pytest.FixtureRequest) -> str:
-    """The name of a new job in the cluster, which has no status yet."""
+    """The name of a new job. The job is in the cluster and has no status yet."""
     manifest = steps.manifest_of(
         steps.QUICKSTARTS["LoRA"], metadata__name=f"job-{abs(hash(request.node.name)) % 10**6}"
     )

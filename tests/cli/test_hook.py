@@ -1,4 +1,5 @@
-"""The pre-commit hook and docs/validate.md use a command that the program `finetune` really has."""
+"""The pre-commit hook runs a command that the program `finetune` really has, and docs/validate.md contains the id of
+the hook."""
 
 import re
 from importlib.metadata import entry_points

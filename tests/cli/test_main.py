@@ -1,5 +1,5 @@
-"""The program `finetune` ends with the documented exit codes. After a user's mistake it prints one sentence and no
-traceback."""
+"""The program `finetune` ends with exit code 2 and without a traceback after a wrong command line, without a usable
+kubeconfig, and when the API server can't be reached. Each help text contains an example."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def finetune(folder: Path, *arguments: str, kubeconfig: Path | str = "/nonexiste
 
 
 def test_the_program_is_started_by_an_interpreter() -> None:
-    """All other tests fork the program, because its imports take far longer than a command."""
+    """All other tests of this file fork a process that has already imported the program, because its imports take far
+    longer than a command."""
     command = [sys.executable, "-m", "finetune_cli"]
     for arguments, status in (("--help",), 0), (("watch", "quickstart"), 2):
         done = subprocess.run(

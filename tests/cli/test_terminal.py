@@ -1,7 +1,7 @@
-"""No command lets a control character from the cluster or from the bucket reach the terminal.
+"""No command lets a control character from the cluster, from the bucket or from a file reach the terminal.
 
-Each command runs as a program. The API server and the object store are HTTP servers of the tests. They put hostile text
-into every field in which the command accepts any text.
+Each command runs as a program. The API server and the object store are HTTP servers of the tests. The hostile text is
+in the status of a job, in an error of a server, in the manifest of a checkpoint, or in a file for `finetune validate`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ATTACKS = (
     "\x90q\x9c",  # a device control string in C1 control characters
     "\r\x08\x7f",  # writes over the line
     "\n12:00:00  Completed: forged",  # forges a line
-    "\u2028\u202e\u2066\u200b",  # ends the line, reverses the direction of reading, and is invisible
+    "\u2028\u202e\u2066\u200b",  # ends the line, changes the direction of reading twice, and adds an invisible space
     "[red]x[/nothing]",  # markup of the library rich
     ":bomb:",
 )
@@ -53,7 +53,8 @@ def hostile_job(name: str) -> dict[str, Any]:
     """Return the stored job ``name``. A hostile text replaces each text in the job's status, if the models accept a
     hostile text there.
 
-    The type of the condition `Succeeded` stays, because a job without that condition shows no text of its status.
+    The type of the condition `Succeeded` stays, because without that condition the command shows a fixed text instead
+    of the job's state and message.
     """
     found = stored(name)
     changed = 0
@@ -95,8 +96,8 @@ Answer = tuple[int, bytes]
 
 @contextmanager
 def served(answer: Callable[[str], Answer]) -> Iterator[int]:
-    """Serve GET requests on a port of this machine and yield the port. ``answer`` is called with the path and query of
-    each request, and returns the status code and the body."""
+    """Serve GET and HEAD requests on a port of this machine and yield the port. ``answer`` is called with the path and
+    query of each request, and returns the status code and the body."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -1,5 +1,5 @@
-"""The panel (on a terminal) and the plain lines (elsewhere) show the state of a job, for each stored status in
-tests/cli/jobs."""
+"""The panel (on a terminal) and the plain lines (elsewhere) show the state of a job. The jobs get their statuses from
+the files in tests/cli/jobs."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def status() -> None:
 
 
 def down() -> None:
-    """End every cluster that the command `up` started: send SIGTERM to its owner process and wait until the cluster is
-    removed. Clusters of test runs keep running."""
+    """End every cluster that the command `up` keeps up: send SIGTERM to its owner process and wait until the cluster is
+    removed. A cluster that is still starting keeps running, and so do the clusters of test runs."""
     for layout in running():
         if not layout.kept_up.exists():
             continue

@@ -1,7 +1,7 @@
-"""A small HTTP client for the API server and the other programs of a cluster. `cluster.py` uses this client while the
-cluster starts.
+"""`Api`, a small client for the API server, and `answers`, which checks whether an HTTP server answers. They are used
+above all while a cluster, its second node or a registry starts.
 
-Callers run in a thread inside the cluster's network namespace (see `Namespaces.network`).
+Callers run in a thread inside the network namespace of the server (see `Namespaces.network`).
 """
 
 from __future__ import annotations

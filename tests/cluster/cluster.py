@@ -95,7 +95,7 @@ class Cluster:
         flags: Mapping[str, Sequence[str]] | None = None,
     ) -> Cluster:
         """Start a cluster and wait until all of its programs are ready. Programs that are not built yet are built
-        first, and missing Debian packages are installed.
+        first. For a cluster with a node, missing Debian packages are installed too.
 
         ``state`` is the cluster's state folder, which must not exist yet and is removed when the cluster ends; the
         default is a new temporary folder. Without ``with_node`` only etcd, API server, controller manager and
@@ -132,7 +132,7 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    # Methods for tests, and a private method that they call
+    # Properties and methods for tests
 
     @property
     def kubeconfig(self) -> Path:

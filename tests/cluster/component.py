@@ -1,5 +1,5 @@
-"""One program of a cluster, such as etcd or the kubelet. It runs inside the cluster's namespaces and writes a log file
-of its own. Tests stop, freeze and restart such programs to cause failures."""
+"""One program of a cluster, such as etcd or the kubelet. It runs inside the namespaces of the cluster or of its second
+node, and writes a log file of its own. Tests stop, freeze and restart such programs to cause failures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 class Component:
     """A program of a cluster: how it is started, where it logs, and how to find out whether it is ready.
 
-    ``ready`` returns whether the program is ready for its work. It is called inside the cluster's network namespace and
-    must not raise.
+    ``ready`` returns whether the program is ready for its work. It is called inside the network namespace of
+    ``namespaces``. An error that says that a server did not answer counts as "not ready yet" (see
+    ``waiting.was_not_answered``). Any other error ends the wait.
     """
 
     name: str

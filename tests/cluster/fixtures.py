@@ -1,7 +1,8 @@
-"""The pytest fixture ``cluster``: one cluster for the whole test session. It starts when the first test asks for it.
+"""The pytest fixture ``cluster``: one cluster for a test session. It starts when the first test asks for it.
 
-A ``conftest.py`` makes the fixture available by ``from tests.cluster.fixtures import cluster  # noqa: F401``. On a
-machine that can't run a cluster, for example without root, tests with the fixture are skipped.
+A ``conftest.py`` makes the fixture available by ``from tests.cluster.fixtures import cluster  # noqa: F401``. If
+several files do so, each of them provides a cluster of its own to the tests in its folder. On a machine that can't run
+a cluster, for example without root, tests with the fixture are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.cluster.cluster import Cluster, unusable_because
 
 def started() -> Iterator[Cluster]:
     """Start a cluster, yield it, and end it afterwards. If the machine can't run a cluster, skip the test. All fixtures
-    that provide a cluster call this generator."""
+    that provide a cluster with a node call this generator."""
     reason = unusable_because()
     if reason:
         # The test is skipped instead of failing, so that a developer without root sees no failures in a run of all
@@ -27,5 +28,6 @@ def started() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster for all tests of the session. Each test creates Kubernetes namespaces of its own in it."""
+    """A running cluster for all tests that get this fixture from the same ``conftest.py``. Each test creates Kubernetes
+    namespaces of its own in it."""
     yield from started()

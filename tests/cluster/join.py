@@ -45,8 +45,8 @@ def leave_the_first_node() -> None:
 
 
 def network() -> None:
-    """Connect the second node to the first node's bridge by a veth pair. Add a route to the cluster IPs of Services on
-    the second node, and a route to the second node's pods on the first node."""
+    """Connect the second node to the first node's bridge by a veth pair. On the second node, add a route to the
+    cluster IPs of Services. On the first node, add a route to the second node's pods."""
     # Prefix of the commands that run in the first node's network namespace, which is the network namespace of the
     # process with PID 1.
     first_node = ("nsenter", "--net=/proc/1/ns/net", "--")

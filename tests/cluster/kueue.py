@@ -69,7 +69,8 @@ class Kueue:
         job as stored."""
 
         def admitted(job: Manifest) -> None:
-            # A write without an answer may have been carried out. A second try must not take the parts it changed.
+            # The pod templates are kept at the first try only. At a second try they may already be merged with `info`,
+            # because a write that got no answer may have been carried out.
             self._originals.setdefault(name, copy.deepcopy(job["spec"]["pytorchReplicaSpecs"]))
             for replica in job["spec"]["pytorchReplicaSpecs"].values():
                 _merge(replica["template"], info)
@@ -119,8 +120,8 @@ class Kueue:
 
 
 def _merge(template: Manifest, info: PodSetInfo) -> None:
-    """Merge ``info`` into a pod template. Raise ValueError if the template already has one of its labels, annotations
-    or node selector keys with another value."""
+    """Merge ``info`` into a pod template. Raise ValueError if the template already has a label, annotation or node
+    selector key of ``info`` with another value."""
     metadata, spec = template.setdefault("metadata", {}), template["spec"]
     for place, name, added in (
         (metadata, "labels", info.labels),

@@ -17,8 +17,8 @@ POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 CLUSTER_PODS = "10.244.0.0/16"
 """The IP network that holds the pod networks of all nodes."""
-# IP address at which pods reach programs that run outside of pods. The API server, MinIO and the registry listen on
-# this address.
+# IP address of the first node. The API server, MinIO and the registry run outside of pods and listen on this address,
+# so that pods reach them.
 HOST_ADDRESS = "10.244.0.1"
 
 SERVICE_NETWORK = "10.96.0.0/16"
@@ -75,7 +75,7 @@ SECOND_NODE_LINK = "node-2"
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of all files and folders below one cluster's state folder."""
+    """The paths of files and folders below the state folder of a cluster, or below the folder of its second node."""
 
     state: Path
 
@@ -156,7 +156,8 @@ class Layout:
 
     @property
     def programs(self) -> Path:
-        """Folder with links to kubectl and helm. It is on the PATH of programs inside the cluster."""
+        """Folder with links to kubectl and helm. It is on the PATH of the programs that `Cluster.popen` and the script
+        `enter` start."""
         return self.state / "programs"
 
     @property

@@ -240,7 +240,8 @@ def test_helm_talks_to_the_cluster(cluster: Cluster) -> None:
 
 
 class Overtaken(Kueue):
-    """The stand-in for Kueue, into whose first change of a PyTorchJob another writer comes."""
+    """A `Kueue` whose first change of a PyTorchJob fails with a conflict: right after the first reading, another writer
+    changes the PyTorchJob."""
 
     overtaken = False
 

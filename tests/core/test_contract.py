@@ -241,5 +241,5 @@ def test_whatever_a_report_holds_fits_and_only_its_oldest_items_are_missing(
 
 
 CUT = {"checkpoints", "incidents", "notices", "history", "result"}
-"""The fields of a report that may be shortened to keep the report below its largest size. No other field may be
+"""The fields of a report that may be shortened to keep the report within its largest size. No other field may be
 shortened."""

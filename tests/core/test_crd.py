@@ -1,5 +1,6 @@
-"""The CRD file in the repository equals the CRD that is generated from the pydantic models, and has nothing that the
-API server forbids in a CRD's schema."""
+"""The CRD file in the repository equals the CRD that is generated from the pydantic models. The schema has no
+keyword that the API server forbids in a CRD, and it keeps rules of this project: each field has a description, no
+number is a float, and strings, lists and maps have a largest size."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _schemas(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the path and the schema of every place below ``node``."""
+    """Yield the path and the schema of ``node`` itself and of every place below it: fields, list items and map values.
+    ``path`` is the path of ``node``."""
     yield path, node
     for name, child in node.get("properties", {}).items():
         yield from _schemas(child, f"{path}.{name}")
