@@ -1,4 +1,5 @@
-"""A required score is judged by the scores alone, and the outcome of the job follows from the judgements."""
+"""`judge` decides from the measured scores whether a required score is reached. `judged` turns the outcome of the job
+into GateFailed if a required score is not reached."""
 
 from __future__ import annotations
 

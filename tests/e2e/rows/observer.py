@@ -147,8 +147,8 @@ class Observer:
             raise
 
     def _stream(self, api: client.ApiClient, kind: str, version: str | None) -> str | None:
-        """Watch for a few seconds and record all changes since the resourceVersion ``version``. Return the
-        resourceVersion from which the next watch must go on."""
+        """Watch for a few seconds and record all changes since the resourceVersion ``version``. If it is None, record
+        all current objects first. Return the resourceVersion from which the next watch must go on."""
         limits: dict[str, Any] = {"timeout_seconds": WATCH_SECONDS, "_request_timeout": WATCH_SECONDS + 5}
         if version:
             limits["resource_version"] = version
