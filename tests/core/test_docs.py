@@ -79,8 +79,7 @@ def rooms() -> dict[str, Room]:
 
 
 def modules_named_by(room: Room) -> set[str]:
-    """Return the names of modules, for example ``"panel.py"``, that the column of the purpose of ``room`` names without
-    a folder."""
+    """Return the modules that the purpose of ``room`` names without a folder, for example ``"panel.py"``."""
     return set(re.findall(r"`(\w+\.py)`", room.purpose))
 
 
@@ -322,8 +321,8 @@ GREP = re.compile(r"^\$ (git grep -l[wE]* .+)$", re.MULTILINE)
 
 
 def recipes() -> dict[str, str]:
-    """Return the recipes of docs/extending.md that show a `git grep` command which `GREP` finds: the text of each, by
-    its heading. `GREP` does not find commands with the option `-i`."""
+    """Return the recipes of docs/extending.md that show a `git grep` command without the option `-i`: the text of each
+    recipe, by its heading."""
     found = RECIPE.findall(text_of(DOCS / "extending.md"))
     return {text.partition("\n")[0].removeprefix("## "): text for text in found if GREP.search(text)}
 

@@ -1,5 +1,5 @@
-"""`judge` decides from the measured scores whether a required score is reached. `judged` turns the outcome of the job
-into GateFailed if a required score is not reached."""
+"""`judge` decides from the measured scores whether a required score is reached. If a required score is not reached,
+`judged` turns the outcome of a training that has published an artifact into GateFailed."""
 
 from __future__ import annotations
 

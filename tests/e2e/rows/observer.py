@@ -88,12 +88,6 @@ class Observer:
         with self._changed:
             return list(self._seen[kind, namespace, name])
 
-    def names(self, kind: str, namespace: str) -> list[str]:
-        """Return the names of all objects of ``kind`` that were ever observed in the namespace, in the order in which
-        they appeared."""
-        with self._changed:
-            return [name for found, place, name in self._seen if (found, place) == (kind, namespace)]
-
     def first(
         self,
         kind: str,

@@ -69,7 +69,8 @@ class Row:
     """Status and reason that the condition Succeeded must have at the end. None means that the job must still be
     unfinished at the end of the test case."""
     open_attempts: int = 1
-    """Number of attempts that still run at the end of the test case. It is used only if ``final`` is None."""
+    """Number of attempts that have started and have not ended at the end of the test case. It is used only if ``final``
+    is None."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -110,7 +110,7 @@ class Stage:
         attempt: int = 1,
     ) -> Sighting:
         """Wait until a state of the worker's pod is observed for which ``reached`` holds, and return the first such
-        state."""
+        state. The last state, with which the watch reports the removal of the pod, does not count."""
         name = self.pod_name(worker, attempt)
         return self.observer.first(
             "pod", self.namespace, name, what, lambda seen: not seen.deleted and reached(seen.object), timeout
