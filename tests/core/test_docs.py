@@ -79,7 +79,7 @@ def rooms() -> dict[str, Room]:
 
 
 def modules_named_by(room: Room) -> set[str]:
-    """Return the names of modules without a folder, for example ``"panel.py"``, in the description of a room."""
+    """Return the modules that the purpose of ``room`` names without a folder, for example ``"panel.py"``."""
     return set(re.findall(r"`(\w+\.py)`", room.purpose))
 
 
@@ -94,7 +94,8 @@ def imports_of(package: str) -> str:
     docs/architecture.md.
 
     The text lists first the rooms of the same import package, then the rooms of the core, then libraries. A module that
-    is directly in an import package, and in none of its rooms, is listed by its own name.
+    is directly in an import package, and in none of its rooms, is listed by its own name. If ``package`` is an import
+    package itself, such modules of its own are left out. Modules of the standard library are left out too.
     """
     inside: set[str] = set()
     core: set[str] = set()
@@ -134,8 +135,11 @@ def _folder(top: str) -> Path:
 
 
 def _room(top: str, rest: str) -> str:
-    """Return the room that contains the module ``rest`` of the import package ``top``, as a path below the package. For
-    a module that is directly in the package, return the module's name."""
+    """Return the room of the import package ``top`` that contains ``rest``, the dotted name of a module or of an object
+    in a module. The room is a path relative to the package.
+
+    If no room contains the module, return the name of the module, which is "" for the package's own `__init__.py`.
+    """
     folder = _folder(top)
     names: list[str] = []
     for name in rest.split("."):
@@ -174,8 +178,8 @@ def files() -> frozenset[str]:
 
 
 def named_paths(text: str) -> Iterator[str]:
-    """Yield every word that looks like a path of this repository, from the code spans and code blocks of the page
-    ``text``."""
+    """Yield every word that looks like a path or a dotted module name of this repository, from the code spans and code
+    blocks in ``text``, the text of a page."""
     for match in CODE.finditer(text):
         for word in re.split(r"[\s\"'=,()|]+", match[0].strip("`")):
             path = word.strip("`.:;").partition("::")[0]
@@ -188,7 +192,8 @@ def named_paths(text: str) -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """Return whether ``path`` is a file, folder, glob pattern or dotted module of this repository.
+    """Return whether ``path`` names something in this repository. ``path`` is the path of a file or folder, a glob
+    pattern, or the dotted name of a module or of an object in a module.
 
     The beginning of a path may be missing: `decide/verdict.py` means the file in the operator's package.
     """
@@ -316,15 +321,17 @@ GREP = re.compile(r"^\$ (git grep -l[wE]* .+)$", re.MULTILINE)
 
 
 def recipes() -> dict[str, str]:
-    """Return the recipes of docs/extending.md that show a `git grep` command: the text of each, by its heading."""
+    """Return the recipes of docs/extending.md that show a `git grep` command without the option `-i`: the text of each
+    recipe, by its heading."""
     found = RECIPE.findall(text_of(DOCS / "extending.md"))
     return {text.partition("\n")[0].removeprefix("## "): text for text in found if GREP.search(text)}
 
 
 @pytest.mark.parametrize("heading", recipes())
 def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> None:
-    """Each recipe has an example, such as a data format that exists already, and a `git grep` command that prints every
-    file that the example touches. The recipe must name all these files."""
+    """Each recipe has an example, such as a data format that exists already, and `git grep` commands that print every
+    file that the example touches. The recipe must name all files that its commands print. Commands with the option `-i`
+    are not checked."""
     if not (ROOT / ".git").exists():
         # `git grep` needs a git repository, and a source archive has none.
         pytest.skip("needs the git repository")

@@ -53,8 +53,8 @@ def test_flops_of_a_token(name: str, length: int, adapters: bool, giga: float) -
 
 
 def test_a_published_rate_gives_the_published_flops() -> None:
-    """NVIDIA's NeMo prints both figures for Llama 3 8B with LoRA at 4,096 tokens: 12,472.87 tokens and 402 TFLOP a
-    second."""
+    """NVIDIA's NeMo prints both figures for Llama 3 8B with LoRA and sequences of 4,096 tokens: a rate of 12,472.87
+    tokens per second, and 402 TFLOP per second."""
     assert 12_472.87 * per_token("Llama 3 8B", 4096, adapters=True) / 1e12 == pytest.approx(402, rel=0.003)
 
 

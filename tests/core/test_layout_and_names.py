@@ -1,5 +1,5 @@
-"""The functions that compute keys in the bucket and names of objects in the cluster. Names are valid and short enough,
-and keys have the documented form."""
+"""The names that are computed for objects in the cluster are valid and short enough. The keys that are computed for
+objects in the bucket have the documented form."""
 
 from datetime import UTC, datetime
 

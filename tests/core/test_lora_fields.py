@@ -1,4 +1,5 @@
-"""The fields of `lora`: what is refused before anything runs, and which of them define the training."""
+"""Wrong values of the fields of `lora` are refused before anything runs. A job with another variant of LoRA is another
+training."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ OLDER = ("2433999", "5b68d5f")
 
 
 def types(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and JSON type of each field in ``schema``."""
+    """Yield the path and the JSON type of ``schema`` itself, whose path is ``path``, and of every field, list item and
+    map value in it."""
     yield path, str(schema.get("type", "integer or string"))
     for name, inner in schema.get("properties", {}).items():
         yield from types(inner, f"{path}.{name}" if path else name)

@@ -23,8 +23,8 @@ CONTROL = frozenset({*range(0x20), *range(0x7F, 0xA0)})
 
 
 def patterns(schema: Any, path: str = "spec") -> Iterator[tuple[str, str]]:
-    """Yield the path and the regular expression of every field below ``schema`` whose text must match a regular
-    expression."""
+    """Yield every regular expression in ``schema`` that a text must match, with its place in the schema, such as
+    `spec.properties.storage.properties.uri`. ``path`` is the place of ``schema`` itself."""
     if isinstance(schema, dict):
         if isinstance(schema.get("pattern"), str):
             yield path, schema["pattern"]

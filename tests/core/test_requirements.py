@@ -1,4 +1,5 @@
-"""A required score is judged by the scores alone, and the outcome of the job follows from the judgements."""
+"""`judge` decides from the measured scores whether a required score is reached. If a required score is not reached,
+`judged` turns the outcome of a training that has published an artifact into GateFailed."""
 
 from __future__ import annotations
 

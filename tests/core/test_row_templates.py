@@ -146,8 +146,9 @@ def test_the_rule_about_columns_says_what_doubled_braces_mean() -> None:
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["{", "}", "a", "#", "^", "/", "\n", "é", "{a}", "{#a}", "{/a}"]), max_size=9))
 def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(parts: list[str]) -> None:
-    """The rules refuse every template that can't be parsed, except a template whose optional parts are nested wrongly.
-    No regular expression can find such a mistake."""
+    """The rules refuse every template that can't be parsed, and no other template. But a template with an optional part
+    that is not closed, is closed without a beginning, or is nested wrongly may pass, because no regular expression can
+    find all these mistakes."""
     template = "".join(parts)
     matches = all(holds(rule, {"template": template}) for rule, _ in template_rules("template", "prompt"))
     problem = ""

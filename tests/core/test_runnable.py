@@ -65,7 +65,8 @@ def test_flash_is_refused_in_fp32() -> None:
 
 
 def test_flash_is_refused_for_examples_that_are_not_packed() -> None:
-    """torch's SDPA computes such examples, so the status would name a kernel that does not compute."""
+    """Examples that are not packed are computed by torch's SDPA even where `attention` is Flash. The status would
+    therefore name a kernel that is not used."""
     spec = quickstart("resources.device", "GPU")
     spec["spec"]["resources"]["gpusPerNode"] = 1
     spec["spec"]["training"] |= {"attention": "Flash", "precision": "bf16"}

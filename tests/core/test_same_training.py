@@ -31,7 +31,8 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the path of each field of ``model`` that is not a model itself, for example `world.nodes`."""
+    """Yield the path of each field of ``model``, for example `nodes`. In place of a field that holds other
+    models, yield the fields of these models, for example `world.nodes`. Each path begins with ``prefix``."""
     for name, field in model.model_fields.items():
         inner = models_in(field.annotation)
         if not inner:

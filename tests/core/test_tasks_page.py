@@ -1,5 +1,5 @@
-"""docs/tasks.md and the allowed values of `dataset.task` are generated from the declared tasks. A declaration with a
-mistake, such as too many scores, is refused."""
+"""docs/tasks.md and the allowed values of `dataset.task.name` are generated from the declared tasks. A declaration with
+a mistake, such as too many scores, is refused."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every field of the spec either has a rule that forbids updates, or is one of the fields that may change.
 
-tests/api/test_updates.py sends updates of every field to a real API server. This test needs no cluster, so it finds a
-new field without a rule sooner.
+The test in this file needs no cluster, so it finds a new field without a rule sooner than tests/api/test_updates.py,
+which sends updates of every field to a real API server.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def spec_schema() -> Mapping[str, Any]:
 def fields_without_a_rule(
     schema: Mapping[str, Any], ruled: set[tuple[str, ...]], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of the fields below ``path`` that are neither covered by ``ruled`` nor by `MUTABLE`. ``ruled``
-    holds the paths of the fields and sections for which a rule forbids updates."""
+    """Yield the paths of the fields in ``schema`` that are covered neither by ``ruled`` nor by `MUTABLE`. ``path`` is
+    the path of ``schema`` itself, which may be a single field. ``ruled`` holds the paths of the fields and sections for
+    which a rule forbids updates."""
     if path in ruled or path in MUTABLE:
         return
     if "properties" not in schema:

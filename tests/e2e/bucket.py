@@ -86,8 +86,8 @@ class RunFolder:
         return rows
 
     def losses(self) -> dict[int, float]:
-        """Return the loss of every step, by the number of the step. For a step that was trained in two runs, return the
-        loss in the later run."""
+        """Return the loss of every step, by the number of the step. For a step that was trained in several runs, return
+        the loss in the last of these runs."""
         losses: dict[int, float] = {}
         for key in self.keys("metrics/"):
             for line in self.read(key).splitlines():

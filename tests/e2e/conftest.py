@@ -1,5 +1,5 @@
 """Fixtures of the end-to-end tests: one cluster, in which the operator runs from its own image and chart, and whose
-MinIO holds a model and training rows. Each test has a namespace of its own, with the Pod Security Standard
+MinIO holds a model and rows of data. Each test has a namespace of its own, with the Pod Security Standard
 `restricted`."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def operated(cluster: Cluster) -> Cluster:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def installed(operated: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """The session's cluster, with the operator installed, and with a tiny model and training rows about hiking trails
-    in MinIO."""
+    """The session's cluster, with the operator installed, and with a tiny model and rows about hiking trails, for
+    training and validation, in MinIO."""
     put_tiny_model_and_rows(operated, tmp_path_factory.mktemp("tiny"))
     return operated
 

@@ -1,4 +1,4 @@
-"""Types and functions that several end-to-end tests use for jobs: the type `MakeJob` of the fixture `tiny_job`, and
+"""What several end-to-end tests use for jobs: the type `MakeJob` of the fixture `tiny_job`, time limits of waits, and
 functions that make predicates for `steps.wait_for_job`."""
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ VOCABULARY = 320
 
 
 def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
-    """Create the tiny model in ``folder`` and upload it to `TINY_MODEL`. Generate training rows and upload them to the
-    place that examples/quickstart.yaml names. Also create the bucket, and the Service through which pods reach the
-    object store under the host name in examples/quickstart.yaml."""
+    """Create the tiny model in ``folder`` and upload it to `TINY_MODEL`. Generate training and validation rows and
+    upload them to the places that examples/quickstart.yaml names. Also create the bucket, and the Service through which
+    pods reach the object store under the host name in examples/quickstart.yaml."""
     steps.make_bucket(cluster)
     steps.name_object_store(cluster)
     steps.put_base_model(cluster, make_tiny_model(folder), "models/tiny")

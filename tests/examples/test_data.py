@@ -1,4 +1,4 @@
-"""Each job in examples/data is valid, and can read rows such as the row that the job's comment shows."""
+"""Each job in examples/data is valid. A job whose comment shows a row can read rows such as this one."""
 
 from __future__ import annotations
 

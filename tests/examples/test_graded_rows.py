@@ -1,4 +1,5 @@
-"""The grader of each job file in examples/llama2 gives every score to a perfect answer to the file's example row."""
+"""For each job file in examples/llama2, a perfect answer to the file's example row gets the full value of every score
+from the file's grader, and a wrong answer gets 0."""
 
 from __future__ import annotations
 

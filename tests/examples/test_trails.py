@@ -1,5 +1,5 @@
-"""examples/trails generates the same rows on every machine. No training row has the same function and attributes as a
-held-out row, and no training row has the same name as a held-out row."""
+"""examples/trails generates the same rows in every call with the same seed. No training row has the function of a
+held-out row with the same attributes, whatever their values, and no training row has the name of a held-out row."""
 
 from __future__ import annotations
 

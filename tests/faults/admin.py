@@ -22,7 +22,7 @@ class RefusedError(Exception):
     """The API server answered with an HTTP status of 300 or more."""
 
     def __init__(self, status: int, text: str) -> None:
-        """Keep the HTTP ``status``; ``text`` is the body of the answer."""
+        """Keep the HTTP ``status``; ``text`` is the beginning of the answer's body, for the message."""
         super().__init__(f"{status} {text}")
         self.status = status
 

@@ -1,4 +1,5 @@
-"""Fixtures of tests/faults: one control plane with stub node, fault proxy and operator for all tests of this folder."""
+"""Fixtures of tests/faults: one control plane with stub node, fault proxy and operator, shared by all tests of this
+folder. Some tests also start an operator of their own."""
 
 from __future__ import annotations
 

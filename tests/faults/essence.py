@@ -1,7 +1,7 @@
 """Computes the essence of a job: the part of its stored state that must be the same with and without faults.
 
-The essence leaves out times, uids and hashes. `trials.py` computes the essence of every run; tests compare the essences
-of two runs.
+The essence leaves out what differs by chance, such as times, uids and hashes. `trials.py` computes the essence of the
+job of every trial. Tests compare the essences of a trial with faults and of a trial without faults.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
 """Reasons of attempts that lost a pod and have the verdict Free.
 
-In the essence the word "gone" replaces each of these reasons. It depends on chance which reason the operator records,
-because the operator may be down while the pod is deleted.
+In the essence the word "gone" replaces the reason and the message of such an attempt, and its node is left out. It
+depends on chance which reason the operator records, because the operator may be down while the pod is deleted.
 """
 
 

@@ -162,8 +162,8 @@ def preempted(stage: Stage, job: Manifest) -> None:
 
 
 def refused(stage: Stage, job: Manifest) -> None:
-    """After the refusal: repair the GPUs, and assert that the pods of attempt 2 ran on the first node, although the job
-    prefers the second node."""
+    """After the refusal: repair the GPUs. Assert that the status names the second node for attempt 1, and that the pods
+    of attempt 2 ran on the first node, although the job prefers the second node."""
     stage.second_node.allocate_devices()
     assert job["status"]["attempts"]["recent"][0]["node"] == SECOND_NODE.name
     _assert_ran_on_the_first_node(stage)

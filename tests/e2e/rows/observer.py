@@ -88,12 +88,6 @@ class Observer:
         with self._changed:
             return list(self._seen[kind, namespace, name])
 
-    def names(self, kind: str, namespace: str) -> list[str]:
-        """Return the names of all objects of ``kind`` that were ever observed in the namespace, in the order in which
-        they appeared."""
-        with self._changed:
-            return [name for found, place, name in self._seen if (found, place) == (kind, namespace)]
-
     def first(
         self,
         kind: str,
@@ -147,8 +141,8 @@ class Observer:
             raise
 
     def _stream(self, api: client.ApiClient, kind: str, version: str | None) -> str | None:
-        """Watch for a few seconds and record all changes since the resourceVersion ``version``. Return the
-        resourceVersion from which the next watch must go on."""
+        """Watch for a few seconds and record all changes since the resourceVersion ``version``. If it is None, record
+        all current objects first. Return the resourceVersion from which the next watch must go on."""
         limits: dict[str, Any] = {"timeout_seconds": WATCH_SECONDS, "_request_timeout": WATCH_SECONDS + 5}
         if version:
             limits["resource_version"] = version

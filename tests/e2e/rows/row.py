@@ -1,5 +1,6 @@
-"""Define and run a test case. A run causes the event, measures when the job reaches each milestone, and compares the
-job's conditions, attempts and Kubernetes events with the expected ones."""
+"""`Row` defines a test case, and `play` runs it. `play` causes the event of the test case or waits for it, measures how
+long the job then takes to reach each milestone, and compares the job's conditions, attempts and Kubernetes events with
+the expected ones."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A test case: an event that happens to a job, and the content that the job's status and events must then have. The
-    test case belongs to a row of the operator's verdict table."""
+    """A test case: an event that happens to a job, and what the job's status and Kubernetes events must then contain.
+    The test case belongs to a row of the operator's verdict table."""
 
     name: str
     script: str
@@ -68,7 +69,8 @@ class Row:
     """Status and reason that the condition Succeeded must have at the end. None means that the job must still be
     unfinished at the end of the test case."""
     open_attempts: int = 1
-    """Number of attempts that still run at the end of the test case. It is used only if ``final`` is None."""
+    """Number of attempts that have started and have not ended at the end of the test case. It is used only if ``final``
+    is None."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def play(row: Row, stage: Stage) -> list[Measured]:
 
 def assert_attempts(row: Row, stage: Stage, job: Manifest) -> None:
     """Assert that the ended attempts have the expected verdicts and reasons, and that the message of the first contains
-    the expected words."""
+    the expected words. Assert that the status counts the started, charged and free attempts correctly."""
     attempts = job["status"]["attempts"]
     found = tuple((past["verdict"], past["reason"]) for past in attempts["recent"])
     assert len(found) == len(row.attempts), attempts
@@ -150,7 +152,7 @@ def assert_conditions(row: Row, job: Manifest) -> None:
 def assert_events(row: Row, stage: Stage) -> None:
     """Assert that there is one event for the start of each attempt, one for each attempt that ended without success,
     one for the end of the job, the events in ``more_events``, and no others. Only an event with the reason
-    ``repeated_event`` may appear once more."""
+    ``repeated_event`` may appear once more. The note of an attempt's end must name the attempt and its verdict."""
     unsuccessful = [verdict for verdict, _ in row.attempts if verdict != "Succeeded"]
     expected = Counter({"AttemptStarted": started_by(row), "AttemptEnded": len(unsuccessful)})
     expected.update(row.more_events)

@@ -60,7 +60,8 @@ class Stage:
 
     def apply(self, script: str, spec: Mapping[str, Any]) -> None:
         """Create the job: two small pods that run ``script``. ``spec`` holds changes to the job's spec, by the name of
-        the section."""
+        the section. In `resources`, `podTemplate`, `runPolicy` and `storage` only the given fields change. Any other
+        section is replaced."""
         job = steps.manifest_of(Path("examples/quickstart.yaml"), metadata__name=JOB)
         resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "20m", "memory": "100Mi"}
         template: dict[str, Any] = {"image": scripts.IMAGE.name, "env": [{"name": "SCRIPT", "value": script}]}
@@ -109,7 +110,7 @@ class Stage:
         attempt: int = 1,
     ) -> Sighting:
         """Wait until a state of the worker's pod is observed for which ``reached`` holds, and return the first such
-        state."""
+        state. The last state, with which the watch reports the removal of the pod, does not count."""
         name = self.pod_name(worker, attempt)
         return self.observer.first(
             "pod", self.namespace, name, what, lambda seen: not seen.deleted and reached(seen.object), timeout
