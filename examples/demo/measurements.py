@@ -28,9 +28,9 @@ from tests.cluster import Cluster
 from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
+"""Seconds between two queries for the pods."""
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 """Label of the pods of an attempt. The pod of the preflight check does not have it."""
-"""Seconds between two queries for the pods."""
 
 
 @dataclass
