@@ -23,13 +23,12 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Largest number of nested levels of a value or key that is refused, the value or key itself included. Up to this number
-the levels are skipped. Beyond this number parsing stops, because the time that the parser needs grows with the square of
+"""Largest number of nested levels of a refused value or key, the value or key itself included. Up to this number the
+levels are skipped. Beyond this number parsing stops, because the time that the parser needs grows with the square of
 the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values and keys that a document may have at the use of an alias. Each use of an alias adds the number
-of values and keys that the alias stands for. A document without aliases has no limit, because it can't be larger than
-its file."""
+"""Largest number of values and keys in a document, checked at each alias. An alias adds the number of values and keys that
+it stands for. A document without aliases is not checked, because it can't be larger than its file."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -187,8 +186,8 @@ class _Builder:
         self._put(event, value)
 
     def _put(self, event: Any, value: Any) -> None:
-        """Add ``value`` to the innermost open mapping or list: as the next key, as the value of the last key, or as the next
-        item. ``value`` is that of a scalar or an alias, or None in place of a value that is nested too deeply."""
+        """Add ``value`` to the innermost open mapping or list: as the next key, as the value of the last key, or as the
+        next item. ``value`` is that of a scalar or an alias, or None in place of a value that is nested too deeply."""
         frame = self._frames[-1] if self._frames else None
         if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
             self._take_key(event, frame, value)
@@ -316,7 +315,7 @@ def _integer(number: str) -> int | float:
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # A number with 100 characters or more after its sign becomes 1e308, also where the number is negative, because int()
-    # refuses numbers of thousands of digits. The exact value does not matter, because every integer of the schema has
-    # bounds, and both numbers are outside of them.
+    # A number with 100 or more characters after its sign becomes 1e308, even if it is negative, because int() refuses
+    # numbers of thousands of digits. The exact value does not matter, because every number in the schema has bounds, and
+    # 1e308 is outside of them, as the number itself is.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")
