@@ -27,8 +27,8 @@ GIVE_UP_DEPTH = 2000
 levels are skipped. Beyond this number parsing stops, because the time that the parser needs grows with the square of
 the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values and keys in a document, checked at each alias. An alias adds the number of values and keys that
-it stands for. A document without aliases is not checked, because it can't be larger than its file."""
+"""Largest number of values and keys in a document, checked at each alias. An alias adds the number of values and keys
+that it stands for. A document without aliases is not checked, because it can't be larger than its file."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -316,6 +316,6 @@ def _integer(number: str) -> int | float:
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
     # A number with 100 or more characters after its sign becomes 1e308, even if it is negative, because int() refuses
-    # numbers of thousands of digits. The exact value does not matter, because every number in the schema has bounds, and
-    # 1e308 is outside of them, as the number itself is.
+    # numbers of thousands of digits. The exact value does not matter, because both the number and 1e308 exceed the bounds
+    # that every number in the schema has.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

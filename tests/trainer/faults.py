@@ -73,8 +73,8 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-Their meanings, in the same order: before a backward pass; before a parameter is read for a snapshot; during the upload of
-a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
+Their meanings, in the same order: before a backward pass; before a parameter is read for a snapshot; during the upload
+of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
 checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
 """
 LATER_POINTS = ("evaluation", "artifact", "published")
