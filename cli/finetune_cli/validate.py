@@ -2,8 +2,8 @@
 first attempt would refuse a job. No cluster is needed.
 
 The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
-the field must be>`, or is JSON for programs. `finetune_core.validation` checks the jobs against the schema and the
-rules.
+the field must be>`, and one line for each file without problems. With `--output json` the output is JSON for programs.
+`finetune_core.validation` checks the jobs against the schema and the rules.
 """
 
 from __future__ import annotations

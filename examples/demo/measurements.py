@@ -1,8 +1,8 @@
 """Measures the duration of each phase of the demo, the memory of the operator, and the sizes of checkpoints and
 artifact.
 
-The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`, from
-which docs/performance.md takes its figures. `__main__.py` uses this module.
+The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`. The
+figures of the demo in docs/performance.md are from this file. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
