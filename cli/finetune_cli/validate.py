@@ -1,9 +1,9 @@
-"""`finetune validate`: reports the problems that the API server and the operator would find in job files. No cluster is
-needed.
+"""`finetune validate`: reports the problems in job files for which the API server, the operator or the check before the
+first attempt would refuse a job. No cluster is needed.
 
 The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
-the field must be>`, or is JSON for programs. `finetune_core.validation` checks the jobs against the schema and the
-rules.
+the field must be>`, and one line for each file without problems. With `--output json` the output is JSON for programs.
+`finetune_core.validation` checks the jobs against the schema and the rules.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 def check_file(name: str) -> FileReport:
     """Check the file ``name``, or the standard input where ``name`` is `-`. Return the names of the jobs in the file,
-    and every problem of the file and the jobs. Objects of other kinds in the file are ignored."""
+    and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:

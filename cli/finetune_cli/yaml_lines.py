@@ -23,10 +23,12 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Largest number of nested levels inside of a refused value or key. Up to this number the levels are skipped. Beyond
-this number parsing stops, because the time that the parser needs grows with the square of the depth."""
+"""Largest number of nested levels of a refused value or key, the value or key itself included. Up to this number the
+levels are skipped. Beyond this number parsing stops, because the time that the parser needs grows with the square of
+the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values in a document. Each use of an alias adds the number of values that the alias stands for."""
+"""Largest number of values and keys in a document, checked at each alias. An alias adds the number of values and keys
+that it stands for. A document without aliases is not checked, because it can't be larger than its file."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -36,7 +38,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = object()
-"""Value of `_Frame.key` for the merge key `<<`. For any other key, `_Frame.key` is the text of the key."""
+"""Value of `_Frame.key` for the merge key `<<`. For any other key, `_Frame.key` is the text of the key, or None if the
+key is refused."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -69,7 +72,7 @@ class Document:
 
 def load(text: str) -> tuple[list[Document], list[YamlProblem]]:
     """Return the YAML documents of ``text``, and the syntax error at which the parser stopped, if any. Empty documents
-    are left out."""
+    are left out, unless the parser stopped at an error."""
     documents: list[Document] = []
     builder: _Builder | None = None
     try:
@@ -183,8 +186,8 @@ class _Builder:
         self._put(event, value)
 
     def _put(self, event: Any, value: Any) -> None:
-        """Add the scalar or alias ``value`` to the innermost open mapping or list: as the next key, as the value of the
-        last key, or as the next item."""
+        """Add ``value`` to the innermost open mapping or list: as the next key, as the value of the last key, or as the
+        next item. ``value`` is that of a scalar or an alias, or None in place of a value that is nested too deeply."""
         frame = self._frames[-1] if self._frames else None
         if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
             self._take_key(event, frame, value)
@@ -312,6 +315,7 @@ def _integer(number: str) -> int | float:
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # A number of 100 digits or more becomes 1e308, because int() refuses numbers of thousands of digits. The exact
-    # value does not matter, because a number of this size exceeds every bound of the schema.
+    # A number with 100 or more characters after its sign becomes 1e308, even if it is negative, because int() refuses
+    # numbers of thousands of digits. The exact value does not matter, because every number in the schema has bounds,
+    # and both the number and 1e308 are outside of them.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
     """Run all phases of the demo and return 0. ``method`` is `LoRA` or `Full`, the results are written into the folder
     ``output``, and ``command`` is the command that the measurements name. ``keep`` leaves the cluster up until Ctrl-C.
-    Raises ClusterError where this machine can't run a cluster, and where a phase fails."""
+    Raises ClusterError where this machine can't run a cluster, and ClusterError or UserError where a phase fails."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)

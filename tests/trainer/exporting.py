@@ -33,8 +33,8 @@ def change_values(model: torch.nn.Module, seed: int = 5) -> None:
 
 
 def options_of(base: Path, *, kind: Export = "Adapter", **changes: Any) -> ExportOptions:
-    """Return the options for the export of a model that was trained from the model in ``base``. ``changes`` replaces
-    fields of the options."""
+    """Return the options for the export of a model whose base model is in ``base``. ``changes`` replaces fields of the
+    options."""
     if "names" not in changes:
         changes["names"] = TensorNames(read_structure(base).model, WeightFiles.of(base).shapes)
     given: dict[str, Any] = {
@@ -44,8 +44,7 @@ def options_of(base: Path, *, kind: Export = "Adapter", **changes: Any) -> Expor
 
 
 def export(model: torch.nn.Module, base: Path, folder: Path, *, kind: Export = "Adapter", **changes: Any) -> Path:
-    """Export ``model``, which was trained from the model in ``base``, below ``folder``. Return the artifact's
-    folder."""
+    """Export ``model``, whose base model is in ``base``, below ``folder``. Return the artifact's folder."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True)
     values: Mapping[str, torch.Tensor] = {
@@ -59,7 +58,7 @@ def export(model: torch.nn.Module, base: Path, folder: Path, *, kind: Export = "
 
 
 def same_logits(first: Any, second: Any) -> float:
-    """Return the largest difference of the logits of two models."""
+    """Return the largest difference between the logits of two models for the same tokens."""
     ids = torch.tensor([[4, 9, 33, 12, 7, 21]])
     with torch.no_grad():
         return float((first(input_ids=ids).logits - second(input_ids=ids).logits).abs().max())

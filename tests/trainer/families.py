@@ -46,7 +46,8 @@ SHAPE: Mapping[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-"""The sizes of every tiny model. Sizes that the configuration of a family does not have are left out."""
+"""Fields of the configuration of a tiny model, mostly sizes, as far as its family does not set them itself (see
+`Family.shape`). Fields that the configuration of a family does not have are left out."""
 
 MAMBA_2: Mapping[str, Any] = {
     "mamba_n_heads": 4,
@@ -123,7 +124,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "deepseek-v2": Family("deepseek_v2", {"head_dim": 8, "num_key_value_heads": 2}),
-    # The published files have one more layer than the configuration says, which predicts the token after the next.
+    # The published files have one more layer than the configuration says. This layer predicts the token after the next.
     "deepseek-v3": Family(
         "deepseek_v3", {"num_key_value_heads": 2}, unused={"model.layers.2.eh_proj.weight": (32, 64)}
     ),
@@ -363,7 +364,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "zaya": Family("zaya", {"num_experts_per_tok": 1, "router_hidden_size": 16}),
 }
-"""The families by their names in docs/models.md, in alphabetical order."""
+"""The families by their names in docs/models.md."""
 
 
 def family_configuration(name: str, *, vocabulary: int) -> Any:

@@ -36,7 +36,8 @@ RATE = 1e-3
 TOLERANCE = 1e-5
 """Largest relative difference between a loss of the trainer and that of the plain loop."""
 LOGITS = 1e-4
-"""Largest difference between a logit of a published model and that of the model that was trained."""
+"""Largest difference between a logit of the model that is loaded from the artifact, and that of the model of the plain
+loop."""
 SECONDS = 240
 TRAIN = tiny.rows(10, seed=1)
 WAYS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -145,7 +146,7 @@ def _train(name: str, method: str, store: ObjectStore, model: Path, folder: Path
 
 def _reloaded(name: str, method: str, base: Path, artifact: Path, plain: Any, ids: torch.Tensor) -> Findings:
     """Load the artifact with plain transformers and peft, and compare its logits with those of ``plain``, the model of
-    the plain loop."""
+    the plain loop. Compare the names of the tensors in the merged or full model with those in ``base``."""
     loads: dict[str, Callable[[], Any]] = (
         {
             "adapter": lambda: PeftModel.from_pretrained(_loaded(base), artifact, autocast_adapter_dtype=False),
@@ -186,8 +187,8 @@ def _tensor_names(folder: Path) -> set[str]:
 
 
 def _plain_model(method: str, base: Path, artifact: Path) -> Any:
-    """Return the model that a plain loop trains, as transformers and peft make it. The adapters are those that the
-    published configuration names, with the initial values that the documentation defines."""
+    """Return the model that a plain loop trains, as transformers and peft make it. For LoRA the model has the adapters
+    that the configuration in ``artifact`` names, with the initial values that the documentation defines."""
     model = _loaded(base)
     model.config.get_text_config().use_cache = False
     if method == "Full":
@@ -203,7 +204,7 @@ def _plain_model(method: str, base: Path, artifact: Path) -> Any:
 
 
 def _plain_losses(model: Any, examples: Sequence[PlainExample]) -> list[float]:
-    """Train ``model`` in a plain loop without batches, and return the loss of each step."""
+    """Train ``model`` in a plain loop that computes one example at a time, and return the loss of each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     batches = [global_batch(step, rows=len(examples), global_batch_size=6, seed=42) for step in range(1, STEPS + 1)]
@@ -218,7 +219,8 @@ def _example(folder: Path, row: Mapping[str, str]) -> PlainExample:
 
 
 def _difference(found: Sequence[float], wanted: Sequence[float]) -> str:
-    """Return a sentence where the losses ``found`` are not those ``wanted``."""
+    """Return what is wrong with the losses ``found``. The text is empty where they equal ``wanted``, up to
+    TOLERANCE."""
     if len(found) != len(wanted):
         return f"{len(found)} steps instead of {len(wanted)}"
     if all(abs(one - other) <= TOLERANCE * abs(other) for one, other in zip(found, wanted, strict=True)):

@@ -1,8 +1,8 @@
 """Scripted faults of a training run.
 
-A fault is injected inside a rank by patching the trainer: wrong targets, a learning rate that is too high, an infinite
-gradient, a kill. A learning rate that is too high returns to normal after a rollback, as if the rollback's lower rate
-had been the cure.
+A fault is injected inside a rank by patching the trainer, for example wrong targets, a learning rate that is too high,
+an infinite gradient or a kill. A learning rate that is too high returns to normal after a rollback, as if the lower
+rate of the rollback had been the cure.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-Their meanings, in the same order: before a backward pass; between two tensors of a snapshot; during the upload of a
-file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
+Their meanings, in the same order: before a backward pass; before a parameter is read for a snapshot; during the upload
+of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
 checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
 """
 LATER_POINTS = ("evaluation", "artifact", "published")
-"""Further points, which only jobs with validation rows, or only the ends of jobs, have: before the perplexity of a set
-of rows is computed; before `ARTIFACT` is written; after it was written.
+"""Further points at which a rank can be killed. `evaluation` is before the perplexity of a set of rows is computed, in
+a job with validation rows. `artifact` and `published` are at the end of a job, before and after `ARTIFACT` is written.
 """
 
 
@@ -173,7 +173,8 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write the rows that this rank consumes in each step to ``file``, as one JSON line per step."""
+    """Write the numbers of the rows that this rank consumes to ``file`` while the block runs, as one JSON line per
+    step."""
     made = MicroBatcher.plan_step
 
     def step(self: MicroBatcher, number: int, optimization: Any) -> Any:

@@ -60,7 +60,7 @@ class NoDigests(ModelDigests):
     files."""
 
     def __init__(self) -> None:
-        """Start without a folder of the bucket, which the class above would need."""
+        """Start without a folder of the bucket, which `ModelDigests` would need."""
 
 
 def fetch(source: Path, log: Path, folder: Path, cache: Path, pace: Pace, output: Path, die_at: int | None) -> None:

@@ -1,4 +1,5 @@
-"""Starts `many_runs` on several ranks, and reads from the bucket what the runs wrote."""
+"""Starts `many_runs` on several ranks, and reads what the runs wrote into the bucket and into the folders of the
+ranks."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 class PlainExample(NamedTuple):
-    """The token ids of an example, and for each token whether it is learned. The first token is never learned, because
-    there is no token before it that could predict it."""
+    """The token ids of an example, and for each token whether it is learned. The flag of the first token is ignored,
+    because there is no token before it that could predict it."""
 
     ids: Sequence[int]
     learned: Sequence[bool]
@@ -111,9 +111,9 @@ def plain_order(rows: int, name: str) -> list[int]:
 def plain_batches(
     sizes: Sequence[int], weights: Sequence[str | None], *, steps: int, size: int, seed: int = 42
 ) -> list[list[int]]:
-    """Return the numbers of the examples of each step. If ``weights`` is empty, the examples come from one source. If
-    ``weights`` has the weights of a mix, ``sizes`` has the number of examples of each source, and the examples are in
-    the order that the documentation defines for a mix."""
+    """Return the numbers of the examples of each step. ``sizes`` has the number of examples of each source, and
+    ``size`` is the number of examples in a step. If ``weights`` is empty, there is one source. If ``weights`` has the
+    weights of a mix, the examples are in the order that the documentation defines for a mix."""
     total, taken = sum(sizes), []
     epochs = range(-(-steps * size // total))
     if weights:

@@ -1,4 +1,5 @@
-"""Runs the preflight checks as a pod does, for `test_preflight.py` and `test_preflight_bounds.py`."""
+"""Runs the preflight checks as a pod does, for `test_preflight.py`, `test_preflight_bounds.py` and
+`test_adapter_sources.py`."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def state() -> dict[str, object]:
 
 
 def start_worker() -> int:
-    """Start this program as a launcher starts a worker, with handlers of signals, a thread and an open file that the
-    worker must not have. Return the exit status of the worker."""
+    """Start this program as a launcher starts a worker, and return the exit status of the worker. Before the start,
+    this process gets signal handlers, a thread and a pipe. The worker must have none of them."""
     # These imports are not at the top of the file, because they take a third of a second in a started program.
     from finetune_trainer import processes
     from finetune_trainer.pod.signals import STOP_SIGNALS

@@ -1,5 +1,5 @@
-"""The fields of the published formats of rows, and what happens to each: one table, from which docs/data.md and the
-tests are made. `python -m tests.trainer.test_published_rows` writes the table into docs/data.md."""
+"""The fields of the published formats of rows, and what happens to each, as one table. `python -m
+tests.trainer.test_published_rows` writes the table into docs/data.md, and `test_published_rows.py` tests each line."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Line(NamedTuple):
     """Name of the format."""
     field: str
     happens: str
-    """What happens to the field, as text of the page."""
+    """What happens to the field, as text for docs/data.md."""
     row: Mapping[str, Any]
     form: Mapping[str, Any] = {"messages": {}}
     """`dataset.format` for the row."""
     template: str = "qwen3"
     """Name of a published chat template, or the text of one."""
     learned: Sequence[str] = ()
-    """Texts of the row that are learned. Empty if the row is refused."""
+    """Texts that are learned from the row. Empty if the row is refused."""
     shown: str = ""
     """A text that the model reads before the last answer."""
     hidden: str = ""
-    """A text of the row that is in no example."""
+    """A text that no example of the row may contain. Empty if there is no such text."""
     refused: str = ""
     """Beginning of the phrase with which the row is refused. Empty if the row is used."""
 

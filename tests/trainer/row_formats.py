@@ -36,7 +36,7 @@ REWRITING = (
     "ask {{ m.content }} {% elif m.role == 'assistant' and (history or loop.last) %}answer {{ m.content }}<end> "
     "{% endif %}{% endfor %}{% if add_generation_prompt %}answer {% endif %}"
 )
-"""A chat template that shows the last question only, unless its argument `history` is true."""
+"""A chat template that shows only the last question and its answer, unless the argument `history` is true."""
 REWRITING_FILE = "newest.jinja"
 TOOLS = (
     "{% for tool in tools or [] %}offer {{ tool.function.name }} {% endfor %}{% for m in messages %}"

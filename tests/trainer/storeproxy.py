@@ -1,8 +1,8 @@
 """An HTTP/1.1 proxy in front of a real object store that injects faults which a healthy server does not have.
 
 The proxy counts the requests. For each request the proxy calls the test's plan, a function that returns None (forward
-the request) or a fault: answer with an error, cut the connection before or after the store has handled the request,
-hang, or flip a bit. The proxy can also throttle the transfer or refuse all connections. The proxy runs in a thread of
+the request) or a fault: answer with an error, cut the connection before, during or after the request, hang, or flip a
+bit. The proxy can also throttle the transfer or refuse all connections. The proxy runs in a thread of
 the test process, and the trainer sees an ordinary endpoint.
 """
 

@@ -271,7 +271,7 @@ def test_a_quantized_model_trains_where_its_code_reads_weights_itself(name: str,
 
 
 def test_a_layer_that_peft_adapts_as_a_parameter_is_not_quantized() -> None:
-    """peft turns `down_proj` into the name of an expert weight, although no layer of this model has experts."""
+    """peft turns the name `gate_proj` into that of an expert weight, although no layer of this model has experts."""
     config = family_configuration("qwen3-moe", vocabulary=64)
     config.mlp_only_layers = [0, 1]
     structure = structure_of(AutoModelForCausalLM.from_config(config))

@@ -46,7 +46,8 @@ class AnyStore(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    # The body of an answer is sent at once, instead of after the client's word that it has the head.
+    # The body of a response is sent at once. With Nagle's algorithm the body would wait until the client has
+    # acknowledged the head.
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
