@@ -317,12 +317,12 @@ def test_every_decision_stands_under_a_room_and_the_room_leads_to_its_decisions(
 # ---- The recipes of docs/extending.md ----
 
 RECIPE = re.compile(r"^## .+?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-GREP = re.compile(r"^\$ (git grep -l[wE]* .+)$", re.MULTILINE)
+GREP = re.compile(r"^\$ (git grep -l[iwE]* .+)$", re.MULTILINE)
 
 
 def recipes() -> dict[str, str]:
-    """Return the recipes of docs/extending.md that show a `git grep` command without the option `-i`: the text of each
-    recipe, by its heading."""
+    """Return the recipes of docs/extending.md that show a `git grep` command: the text of each recipe, by its
+    heading."""
     found = RECIPE.findall(text_of(DOCS / "extending.md"))
     return {text.partition("\n")[0].removeprefix("## "): text for text in found if GREP.search(text)}
 
@@ -330,8 +330,7 @@ def recipes() -> dict[str, str]:
 @pytest.mark.parametrize("heading", recipes())
 def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> None:
     """Each recipe has an example, such as a data format that exists already, and `git grep` commands that print every
-    file that the example touches. The recipe must name all files that its commands print. Commands with the option `-i`
-    are not checked."""
+    file that the example touches. The recipe must name all files that its commands print."""
     if not (ROOT / ".git").exists():
         # `git grep` needs a git repository, and a source archive has none.
         pytest.skip("needs the git repository")
