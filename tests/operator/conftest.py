@@ -146,7 +146,8 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
 
 
 def small_job(image: str, **spec: Any) -> Manifest:
-    """Return examples/quickstart.yaml as a person would apply it, with little memory and the image ``image``."""
+    """Return examples/quickstart.yaml as a person would apply it, but with two small nodes and the image ``image``.
+    ``spec`` replaces whole sections of the job's spec."""
     resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifest = job_manifest(**({"resources": resources, "podTemplate": {"image": image}} | spec))
     manifest["metadata"] = {"name": "quickstart"}
