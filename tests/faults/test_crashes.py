@@ -52,8 +52,8 @@ STATUS = "patch finetunejobs/job/status"
 
 
 def compare(found: End, expected: End) -> Iterator[str]:
-    """Yield a line for each difference between ``found`` and ``expected``, the fault-free run of the scenario. Only
-    differences that the kills do not explain are yielded."""
+    """Yield a line for each difference between ``found`` and ``expected`` that no kill explains. ``expected`` is the
+    fault-free run of the scenario."""
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"

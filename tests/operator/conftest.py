@@ -63,7 +63,8 @@ class Installed:
         return wait_for(what, look, timeout, evidence=lambda: self.evidence(namespace), interval=0.2)
 
     def evidence(self, namespace: str) -> str:
-        """Return text for a failed wait: the job, its objects, and what the operator logged."""
+        """Return text for a failed wait: the jobs, PyTorchJobs and pods of ``namespace``, and the end of the operator's
+        log."""
         objects = self.cluster.kubectl("describe", "finetunejobs,pytorchjobs,pods", "-n", namespace)
         return f"{objects}\n{self.operator.evidence()}"
 

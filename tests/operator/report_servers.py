@@ -1,5 +1,5 @@
-"""Runs the operator's report server over TLS on this machine, and sends it requests, also requests that no
-normal client sends."""
+"""Runs the operator's report server over TLS on this machine, and sends it requests, also requests that no normal
+client sends."""
 
 from __future__ import annotations
 

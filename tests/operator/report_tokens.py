@@ -1,5 +1,4 @@
-"""Functions that make report tokens for tests, and a stand-in for the client of the API server that reviews these
-tokens."""
+"""Functions that make report tokens for tests, and the class `Reviews`, which answers the reviews of these tokens."""
 
 from __future__ import annotations
 

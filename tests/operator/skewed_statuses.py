@@ -44,7 +44,7 @@ def sample(annotation: Any) -> Json:
 
 def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
     """Return ``known`` with a sample value in every field of ``model`` that is missing or empty in ``known``. Objects
-    in ``known`` are filled in the same way."""
+    in ``known`` are filled in the same way, but not the items of its lists."""
     result = dict(known)
     for name, info in model.model_fields.items():
         key, kind = info.alias or name, plain(info.annotation)
