@@ -1,4 +1,4 @@
-"""HTTPS proxy between the operator and the real API server that injects the faults of `rules.py`.
+"""HTTPS proxy between the operator and the real API server. The proxy injects the faults of `rules.py`.
 
 The proxy forwards requests, streams watches line by line, and records every request with its status. The proxy can also
 kill the operator right after a chosen write. The proxy uses the API server's own certificate. The only setting that the
@@ -70,8 +70,8 @@ class Kill:
     namespace: str = ""
     """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the proxy passes the API server's answer to the write on before it kills the operator. The operator may
-    then have read the answer. Otherwise the answer is never sent."""
+    """Whether the proxy first sends the API server's answer to the operator and then kills it, so that the operator may
+    have read the answer. If False, the answer is never sent."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""
@@ -278,7 +278,8 @@ def _kill(kill: Kill) -> None:
 
 
 async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
-    """Yield the lines of the watch stream ``stream`` that the operator gets after ``fault`` was injected."""
+    """Yield the lines that the operator gets for the API server's watch stream ``stream``, as ``fault`` changes them. A
+    fault that does not concern streams changes nothing."""
     if isinstance(fault, StreamError):
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": fault.code, "reason": fault.reason}
         yield _line({"type": "ERROR", "object": status | {"message": "an error by the proxy"}})

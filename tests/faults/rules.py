@@ -37,14 +37,14 @@ class Request:
 
     @property
     def namespace(self) -> str:
-        """Namespace in the path; empty where the path has no namespace."""
+        """Namespace to which the path is limited; empty where it is not limited to one namespace."""
         found = re.search(r"/namespaces/([^/]+)/", self.path)
         return found[1] if found else ""
 
 
 def _names_an_object(path: str) -> bool:
     parts = path.strip("/").split("/")
-    # A path begins with /api/v1 or /apis/GROUP/VERSION. If the objects belong to a namespace, namespaces/NAME follows.
+    # A path begins with /api/v1 or /apis/GROUP/VERSION. If the path is limited to a namespace, namespaces/NAME follows.
     # Then the plural of the resource follows and, if the path names one object, the name of the object.
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
@@ -164,7 +164,8 @@ def duplicating(event: Event) -> Sequence[Event]:
 
 
 def swapping() -> Callable[[Event], Sequence[Event]]:
-    """Return a function for `EditEvents` that swaps each pair of neighbouring events. Bookmarks keep their position."""
+    """Return a function for `EditEvents` that swaps each pair of neighbouring events. Bookmarks belong to no pair, and
+    are sent at once."""
     held: list[Event] = []
 
     def edit(event: Event) -> Sequence[Event]:

@@ -2,7 +2,8 @@
 
 The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod contains one
 word for each attempt, for example ``"exit-75 drained done"``. The word determines how the attempt ends. Attempts after
-the last word use the last word again. Pods without the annotation keep running.
+the last word use the last word again. Training pods without the annotation keep running. The pod of a preflight check
+always succeeds.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class StubNode:
         await self._report(pod, {"phase": "Running", "startTime": _now(), "conditions": ready}, state)
 
     async def _terminate(self, pod: Manifest) -> None:
-        """Carry out a deletion: the trainer ends with exit code 143, then the pod is removed."""
+        """Carry out the deletion of ``pod``: a running trainer ends with exit code 143, then the pod is removed."""
         if pod["status"]["phase"] == "Running":
             await asyncio.sleep(TERMINATION_SECONDS)
             await self.end(pod, EXIT_CODES[Outcome.STOPPED], message(Outcome.STOPPED))

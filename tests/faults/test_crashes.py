@@ -1,5 +1,5 @@
-"""R1 of docs/performance.md: the operator may be killed at any time. For each write of a scenario, one trial kills the
-operator right after this write.
+"""R1 of docs/performance.md: the operator may be killed at any time. For each write of a scenario, a trial kills the
+operator right after this write. The long tests have a second trial for each write (`Point.tell`).
 
 Every trial must end like the run without kills.
 """
@@ -32,8 +32,8 @@ TOGETHER = (
 The groups are small, because after each start the operator first reconciles all jobs of the group.
 """
 AGAIN = (8, 1, 1, 1)
-"""For each round after the first: the number of trials that run at the same time. These rounds repeat the trials whose
-own kill did not happen.
+"""For each round after the first: the number of trials that are started at the same time. These rounds repeat the
+trials whose own kill did not happen.
 
 The first round runs all trials at once. One operator serves all trials, so the kill of one trial also affects the other
 trials. After a restart one reconcile may combine two changes that the fault-free run handled in two reconciles. A trial
@@ -42,17 +42,18 @@ time. The last rounds are needed because even in a trial that runs alone, one re
 succession.
 """
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
-"""Largest allowed shares of trials whose own kill did not happen: the share of all trials of a group, and the share of
-the trials of one scenario.
+"""Largest allowed shares of trials whose own kill did not happen. `SPARE` is the share of all trials of a group, unless
+the test allows more. `SPARE_OF_SCENARIO` is the share of the trials of one scenario.
 
-Of each scenario, the trials of one write may always end without their kill, because the fault-free run may by chance
-have made one write more than the other runs.
+In a scenario with few writes, the trials of one write may exceed `SPARE_OF_SCENARIO`, because the fault-free run may by
+chance have made one write more than the other runs.
 """
 STATUS = "patch finetunejobs/job/status"
 
 
 def compare(found: End, expected: End) -> Iterator[str]:
-    """Yield a line for each difference between ``found`` and ``expected``, the fault-free run of the scenario."""
+    """Yield a line for each difference between ``found`` and ``expected`` that no kill explains. ``expected`` is the
+    fault-free run of the scenario."""
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"

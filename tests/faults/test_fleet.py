@@ -218,8 +218,8 @@ def _newer_crd() -> dict[str, Any]:
 
 
 def _unbounded(schema: Any) -> Any:
-    """Return the structural ``schema`` without bounds. The property `type` stays required, because it is the key of a
-    list, and the API server accepts only required properties as keys."""
+    """Return the structural ``schema`` without bounds, and allow unknown fields in its objects. A property `type` stays
+    required, because it is the key of the list of conditions, and a key without a default must be required."""
     if isinstance(schema, list):
         return [_unbounded(item) for item in schema]
     if not isinstance(schema, dict):
@@ -284,8 +284,9 @@ def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[i
 def _wait_for_reconciles(
     world: World, namespace: str, operator: OperatorProcess, who: str, names: Sequence[str] = FIVE_JOBS
 ) -> None:
-    """Wait until ``operator`` has requested each job twice since this call. A reconcile requests its job once, so each
-    job was reconciled twice. Check that the operator has made reconciles and that none has failed."""
+    """Wait until ``operator`` has requested each job of ``names`` twice since this call. A reconcile requests its job
+    once, so each job was reconciled twice. Then assert that as many reconciles as there are jobs, or more, have
+    succeeded, and that none has failed."""
     began = time.monotonic()
     paths = [f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}" for name in names]
 

@@ -113,9 +113,10 @@ def test_a_namespace_goes_without_the_operator(world: World) -> None:
 
 def poison_among(world: World, good: int) -> None:
     """Create a job that the operator can't parse, and as many valid jobs as ``good`` says. Assert that the valid jobs
-    end as usual.
+    end as usual, and that the operator says why it refuses the unreadable job and reconciles this job only rarely.
 
-    To make this possible, the CRD accepts any value of one field for a while, as the CRD of another version could.
+    The API server stores the unreadable job because the CRD accepts any text in `longRows` for a while, as the CRD of
+    another version could.
     """
     crd = world.call("GET", CRD)
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]

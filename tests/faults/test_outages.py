@@ -50,11 +50,11 @@ OUTAGES: dict[str, tuple[Outage, float, int]] = {
 
 
 def go_through(world: World, outage: Outage, seconds: float) -> int:
-    """Start five jobs, and delete the PyTorchJob of one job during ``outage``, which lasts ``seconds``. Assert that
-    requests with the same verb and path failed at most once per second on average. Wait after the outage until this
-    job's second attempt has started.
+    """Start five jobs, and delete the PyTorchJob of one job during ``outage``, which lasts ``seconds``. After the
+    outage, wait until the second attempt of this job has started. Return how often the operator ended during the
+    outage.
 
-    Return how often the operator ended during the outage.
+    Assert that during the outage, requests with the same verb and path failed at most once per second on average.
     """
     namespace = world.namespace()
     world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))

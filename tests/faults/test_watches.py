@@ -107,7 +107,7 @@ def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
     """The operator must not treat the objects of a deleted job as objects of a new job with the same name.
 
-    The job is deleted and created again while lists and watches still show the old objects.
+    The test deletes the job. Then it makes lists and watches show the old objects again, and creates the new job.
     """
     namespace = world.namespace()
     world.create(namespace, job("run"))

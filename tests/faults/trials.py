@@ -131,7 +131,8 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
 
 
 def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
-    """Run a job for each point, ``together`` of them at a time, and return the results.
+    """Run a job for each point, and return the results. ``together`` jobs are started at once, and `WAVE_SECONDS` later
+    the next ``together`` jobs.
 
     A trial whose own kill has happened is over when its job has ended. Any other trial is over when its job has ended
     and the operator has nothing more to write about the end. The operator is started again after each kill.

@@ -105,7 +105,8 @@ class World:
     def wait_job(
         self, namespace: str, what: str, reached: Callable[[Manifest], Any], timeout: float = 60, name: str = "job"
     ) -> Manifest:
-        """Wait until ``reached`` holds for the job ``name`` and return the job."""
+        """Wait until the operator has written the status of the job ``name`` and ``reached`` holds for the job; return
+        the job."""
 
         def look() -> Manifest | None:
             job = self.job(namespace, name)
@@ -145,7 +146,8 @@ async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None
 
 
 def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
-    """Return a job with two nodes whose attempts follow the script ``words`` of the stub node."""
+    """Return the manifest of a job with two nodes. The job's attempts follow the script ``words`` (see stub_node.py).
+    ``spec`` replaces whole sections of the job's spec."""
     resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     template = {"image": "localhost/trainer:1", "annotations": script(*words)}
     manifest = job_manifest(**({"resources": resources, "podTemplate": template} | spec))

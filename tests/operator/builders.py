@@ -152,7 +152,8 @@ def current(number: int = 1, *, started: float = -100, indexes: tuple[int, ...] 
 
 
 def advance(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
-    """Return the operator's decision for a job without a preflight check, whose status holds ``attempts``."""
+    """Return the operator's decision on the observation ``seen`` of a job whose status holds only ``attempts``, and so
+    no preflight check."""
     return decide(FineTuneJobStatus(attempts=attempts), seen)
 
 

@@ -63,7 +63,8 @@ class Installed:
         return wait_for(what, look, timeout, evidence=lambda: self.evidence(namespace), interval=0.2)
 
     def evidence(self, namespace: str) -> str:
-        """Return text for a failed wait: the job, its objects, and what the operator logged."""
+        """Return text for a failed wait: the jobs, PyTorchJobs and pods of ``namespace``, and the end of the operator's
+        log."""
         objects = self.cluster.kubectl("describe", "finetunejobs,pytorchjobs,pods", "-n", namespace)
         return f"{objects}\n{self.operator.evidence()}"
 
@@ -146,7 +147,8 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
 
 
 def small_job(image: str, **spec: Any) -> Manifest:
-    """Return examples/quickstart.yaml as a person would apply it, with little memory and the image ``image``."""
+    """Return examples/quickstart.yaml as a person would apply it, but with two small nodes and the image ``image``.
+    ``spec`` replaces whole sections of the job's spec."""
     resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifest = job_manifest(**({"resources": resources, "podTemplate": {"image": image}} | spec))
     manifest["metadata"] = {"name": "quickstart"}

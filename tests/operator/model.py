@@ -21,7 +21,7 @@ _OWN = set(ConditionType)
 
 
 def copied(value: Json) -> Json:
-    """Return a copy of the JSON value ``value``. The model server copies every object that it stores or returns.
+    """Return a copy of the JSON value ``value``, such as an object that the model server stores or returns.
     `copy.deepcopy` is not used, because it would take most of the time of the tests with large statuses."""
     return cast(Json, _copied(value))
 
@@ -206,7 +206,8 @@ class ModelServer:
     # ---- what people, nodes, Kueue and training-operator do ----
 
     def pass_time(self, seconds: float) -> None:
-        """Move the clock on, and remove the pods that have saved their checkpoint by then."""
+        """Move the clock ``seconds`` on, and remove the pods that finished saving their checkpoint before the new
+        time."""
         self.now += timedelta(seconds=seconds)
         self.pods = [pod for pod in self.pods if pod.get("gone", self.now) >= self.now]
 

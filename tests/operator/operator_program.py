@@ -21,7 +21,8 @@ from tests.cluster.component import Component
 from tests.cluster.layout import API_URL
 
 RESTART_SECONDS = 1.0
-"""Pause in seconds before a program that has ended by itself is started again."""
+"""Seconds between two checks of whether the program still runs. A program that has ended by itself is started again at
+the next check."""
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Runs the operator's report server over TLS on this machine, and sends it requests that no normal client sends."""
+"""Runs the operator's report server over TLS on this machine, and sends it requests, also requests that no normal
+client sends."""
 
 from __future__ import annotations
 
@@ -72,8 +73,8 @@ def request(path: str | bytes, token: str | None = None, body: str = "", *more: 
 
 
 async def exchange(streams: Streams, sent: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes, and return status, header fields and body of the answer. The status is 0 if the server does not
-    answer."""
+    """Send bytes, and return status, header fields and body of the answer. The status is 0 if the server ends the
+    connection without an answer."""
     reader, writer = streams
     try:
         writer.write(sent)
@@ -95,7 +96,7 @@ async def answer_to(port: int, sent: bytes, source: str = "127.0.0.1") -> tuple[
 
 
 async def ended(streams: Streams) -> bool:
-    """Wait until the server ends the connection; return whether it did so without another byte of data."""
+    """Wait until the server ends the connection or sends a byte of data; return whether it ended the connection."""
     try:
         return await streams[0].read(1) == b""
     except ConnectionError:

@@ -1,4 +1,4 @@
-"""Functions that make report tokens for tests, and a stand-in for the API server that reviews these tokens."""
+"""Functions that make report tokens for tests, and the class `Reviews`, which answers the reviews of these tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_core.contract import report_audience
 from tests.operator.builders import UID
 
 VALID = "valid"
-"""Signature of the tokens that the stand-in for the API server accepts."""
+"""Signature of the tokens that `Reviews` accepts."""
 
 
 def report_token(
@@ -45,7 +45,7 @@ class Reviews:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.answering = asyncio.Event()
-        """Reviews wait while this event is not set."""
+        """Calls of `review_token` wait while this event is not set."""
         self.answering.set()
 
     async def review_token(self, token: str, audience: str) -> dict[str, Any]:

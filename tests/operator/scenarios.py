@@ -29,7 +29,8 @@ def during(attempt: int, action: Action) -> Action:
 
 
 def once(reason: str, action: Action) -> Action:
-    """Return an action that does ``action`` while Succeeded has ``reason`` and no pod exists, else returns False."""
+    """Return an action that does ``action`` while Succeeded has ``reason`` and no training pod exists, else returns
+    False."""
     return lambda world: reason_of(world) == reason and not world.pods and action(world)
 
 
@@ -230,11 +231,11 @@ def server_of(scenario: Scenario, crash_after: int | None = None) -> ModelServer
 async def run_to_end(
     scenario: Scenario, crash_after: int | None = None, server: ModelServer | None = None
 ) -> ModelServer:
-    """Reconcile the job of ``scenario`` until it has ended. After a crash, a new operator goes on.
+    """Reconcile the job of ``scenario`` until it has ended, and once more. Return the model server.
 
-    The model server makes the operator crash after write number ``crash_after``; None means no crash. ``server`` may be
-    another server with the job of ``scenario``. After an answer 409 the job is reconciled again, as `controller.py`
-    does.
+    The model server makes the operator crash after write number ``crash_after``; None means no crash. After a crash, a
+    new operator goes on. If the caller passes its own ``server`` with the job of ``scenario``, ``crash_after`` has no
+    effect. After an answer 409 the job is reconciled again, as `controller.py` does.
     """
     server = server or server_of(scenario, crash_after)
     operator = reconciler(server)

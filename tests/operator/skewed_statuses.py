@@ -1,8 +1,8 @@
 """Functions that make a job's status with a value in every field, and that change a status as an operator of another
 version might have written it.
 
-`test_version_skew.py` stores the changed statuses. The operator must be able to read each of them and to manage the
-job.
+`test_version_skew.py` and `tests/faults/test_fleet.py` store the changed statuses. The operator must be able to read
+each of them and to manage the job.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sample(annotation: Any) -> Json:
 
 def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
     """Return ``known`` with a sample value in every field of ``model`` that is missing or empty in ``known``. Objects
-    in ``known`` are filled in the same way."""
+    in ``known`` are filled in the same way, but not the items of its lists."""
     result = dict(known)
     for name, info in model.model_fields.items():
         key, kind = info.alias or name, plain(info.annotation)
@@ -93,8 +93,8 @@ def long_text(key: str, value: Json) -> Json:
 
 
 def large_number(key: str, value: Json) -> Json:
-    """Return a number that is 10 million times as large as the integer ``value``. The numbers and the count of
-    attempts, the indexes of pods, the active seconds and values that are no integer are returned unchanged."""
+    """Return a number that is 10 million times as large as the integer ``value``. The numbers of attempts, the count of
+    started attempts, the indexes of pods, the active seconds and values that are no integer are returned unchanged."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value * 10**7 if is_count and key not in ("number", "index", "started", "activeSeconds") else value
 
@@ -137,7 +137,7 @@ def without_optional_fields(value: Json, annotation: Any = FineTuneJobStatus) ->
 def without_required_fields(value: Json, annotation: Any = FineTuneJobStatus) -> Json:
     """Return ``value`` without the fields that the models require. Conditions keep `type`, the key of their list.
 
-    The number of the current attempt stays: no operator can do without it.
+    The numbers of attempts stay, because no operator can do without the number of the current attempt.
     """
     kind = plain(annotation)
     if get_origin(kind) is list:
@@ -170,7 +170,8 @@ SKEWS: dict[str, Callable[[Json], Json]] = {
 
 def leaves(value: Json, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Yield the path of every value in ``value``, also of objects and lists, for example ``("conditions", 0, "type")``.
-    A path is the keys and indexes that lead to the value."""
+    A path is the keys and indexes that lead to the value. ``path`` is the path of ``value`` itself. It is yielded too
+    unless it is empty."""
     if path:
         yield path
     if isinstance(value, dict):

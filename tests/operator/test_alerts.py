@@ -300,7 +300,8 @@ def samples(world: World) -> dict[str, float]:
 @functools.cache
 def stored_name(series: str, pod: str) -> str:
     """Return the name under which Prometheus stores ``series`` of ``pod``, with all labels; an empty text for series
-    that no rule reads. The results are cached, because the scrapes of all minutes contain the same few series."""
+    whose name ends with `_bucket` or `_created`. No rule reads those. The results are cached, because the scrapes of
+    all minutes contain the same few series."""
     (family,) = text_string_to_metric_families(f"{series} 0\n")
     (sample,) = family.samples
     if sample.name.endswith(("_bucket", "_created")):

@@ -1,4 +1,5 @@
-"""Tests of `reports/certificates.py`: certificates work in a TLS handshake, and are renewed only when due."""
+"""Tests of `reports/certificates.py`: certificates work in a TLS handshake, are renewed only when due, and are kept in
+a Secret."""
 
 from __future__ import annotations
 

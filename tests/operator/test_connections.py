@@ -1,7 +1,7 @@
 """The operator's servers disconnect clients that do nothing, or too much, and serve other clients meanwhile.
 
-The tests run these servers on this machine. Where a test waits for the server to end a connection, the limits of the
-server are short. No test depends on how long the test itself takes.
+The tests run these servers on this machine. Where a test waits until a time limit of the server ends a connection, this
+limit is short. Most tests set the other time limits so long that even a slow machine does not reach them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ async def reports(limits: ConnectionLimits, reviews: Reviews | None = None) -> A
 
 
 async def reported(streams: Streams) -> int:
-    """Send a valid report and return the HTTP status of the answer, or 0 if the server does not answer."""
+    """Send a valid report and return the HTTP status of the answer, or 0 if the server ends the connection without an
+    answer."""
     return (await exchange(streams, request(PATH, report_token(), body())))[0]
 
 
@@ -389,7 +390,8 @@ async def test_the_health_server_bounds_its_clients_too() -> None:
 
 
 def test_no_client_with_the_kubelets_address_can_have_its_probes_refused() -> None:
-    """No limit of the health server for one address is stricter than its limit for all addresses together."""
+    """One address may have as many connections to the health server, and open as many per second, as all addresses
+    together. It may also send a request over each connection that it opens."""
     limits = HealthServer.limits
     assert limits.per_address >= limits.connections
     assert limits.per_address / 2 >= limits.handshakes_per_second

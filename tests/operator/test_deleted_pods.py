@@ -152,8 +152,8 @@ def test_a_pod_in_the_place_of_another_is_named_once() -> None:
 @pytest.mark.parametrize("code", [137, 143])
 @pytest.mark.parametrize("ended", [5, 6, 36])
 def test_the_end_of_the_container_is_not_the_time_of_its_eviction(code: int, ended: int) -> None:
-    """training-operator deletes the other pod as soon as the kubelet reports the eviction. The kubelet gives the
-    evicted container time to end."""
+    """The kubelet evicts pod 1, and gives its container time to end. training-operator deletes pod 0 as soon as the
+    kubelet reports the eviction, so perhaps before the container has ended."""
     evicted = pod(1, exit_code=code, finished=ended, phase="Failed", reason_="Evicted", message_="disk")
     assert ruled([pod(0, deleted=5), evicted], child=child(failed=True)) == ("Charged", "Evicted")
 
@@ -167,5 +167,6 @@ def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> 
     container = ContainerObservation(state=ContainerState.RUNNING)
     pods = [pod(0, deleted=0), pod(1, container=container, phase="Failed", reason_="Evicted", message_="disk")]
     assert ruled(pods, child=child(failed=True)) == ("Charged", "Evicted")
-    # training-operator deletes pods only after it has failed the PyTorchJob, so a person deleted this pod.
+    # Here the PyTorchJob has not failed. training-operator deletes pods only after it has failed the PyTorchJob, so a
+    # person deleted pod 0.
     assert ruled(pods, child=child()) == ("Free", "PodDeleted")

@@ -50,8 +50,8 @@ def volume(name: str, folder: str, *, storage_class: str = "", claim: tuple[str,
 
 @pytest.fixture
 def folders(installed: Installed, namespace: str) -> Iterator[list[str]]:
-    """Two folders of the node that the user of the pods may write to. Volumes that are named after the namespace are
-    removed at the end."""
+    """Two folders of the node, to which the user of the pods may write. A test may make the PersistentVolumes
+    NAMESPACE-0 and NAMESPACE-1 for these folders. The fixture removes these volumes at the end."""
     made = [f"/var/tmp/{namespace}-{number}" for number in range(2)]
     installed.cluster.run(["install", "-d", "-o", "65532", "-m", "0755", *made])
     yield made
