@@ -294,7 +294,8 @@ def run() -> None:
         with lag_of(world.operator) as lag:
             world.wait(
                 "the next resync",
-                # The resync leaves out the jobs that have ended, because they did not change.
+                # The resync leaves out the ended jobs, because nothing was left to do for them and they have not
+                # changed since.
                 lambda: reconciles(world.operator) >= before + JOBS_IDLE - JOBS_NEW,
                 PATIENCE_SECONDS,
                 SCRAPE_SECONDS,

@@ -32,7 +32,8 @@ class Served:
 
     modules: frozenset[str]
     """Last parts of the names of the modules that can have an adapter: the linear layers, and the embeddings if the
-    model's code names them in `embedding_modules`. The parts that vLLM packs into one layer have their own names."""
+    model's code names them in `embedding_modules`. Layers that vLLM packs into one layer, such as `q_proj` and
+    `k_proj`, are listed one by one."""
     vocabulary: int
     expert_modules: frozenset[str] = frozenset()
     """Names from `experts` on, for example `experts.0.gate_proj`, for a family whose experts have adapters of their
