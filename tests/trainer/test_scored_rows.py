@@ -1,5 +1,5 @@
 """The base model is scored only on rows on which the tuned model is scored, also where the two models read the rows in
-different forms. Of these rows it leaves out those that are too long for it."""
+different forms. Of these rows it leaves out those that it can't read, such as rows that are too long for it."""
 
 from __future__ import annotations
 

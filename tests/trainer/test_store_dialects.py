@@ -242,8 +242,8 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def works(store: Store, key: str) -> None:
-    """Use ``store`` for a folder named ``key`` as the trainer does for the folder of a run, and check the answers. Each
-    kind of request is sent except the parts of a multipart upload and HEAD."""
+    """Use ``store`` for a folder named ``key`` as the trainer does for the folder of a run, and check the answers.
+    No multipart upload and no HEAD request is sent."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
     assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")

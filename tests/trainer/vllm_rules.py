@@ -22,7 +22,8 @@ RANK_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LARGEST_HEAD = 258_048
 """Largest number of tokens of a base model whose output head gets an adapter."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to draw the first values of an adapter that leave the base model as it is."""
+"""Texts in `init_lora_weights` with which vLLM takes a saved adapter. The adapter is then served on the unchanged base
+model."""
 DENSE = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
