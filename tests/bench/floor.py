@@ -134,8 +134,7 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs``, and make for each job the operator's writes: all writes until the job's status names its
-    PyTorchJob, and the write of the event. Return the seconds that all writes together took."""
+    """Create ``jobs``, and make for each job the writes that the beginning of this file lists. Return the seconds that all writes together took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)
