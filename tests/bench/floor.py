@@ -134,7 +134,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs``, and make for each job the writes that the beginning of this file lists. Return the seconds that all writes together took."""
+    """Create ``jobs``, and make for each job the writes that the beginning of this file lists. Return the
+    seconds that all writes together took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)
