@@ -151,8 +151,9 @@ def _rules(schema: Schema) -> list[str]:
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return the section ``value`` with some fields changed, so that the section satisfies its own CEL rules. The field
-    at the path ``force`` is kept."""
+    """Return the section ``value``, which is at ``path`` in the spec, with some fields changed, so that the section
+    satisfies its own CEL rules. ``force`` is a path below the section. The section keeps its field at ``force``, whose
+    value may change."""
     value = dict(value)
     if path == ("training",):
         if "maxSteps" in value:
@@ -210,8 +211,8 @@ _TASK_ARGUMENTS = {field for fields in _ARGUMENTS.values() for field in fields}
 
 
 def _agreeing_task(value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return the section `dataset.task` with a name, or an entry point, that takes the field at the path ``force``, and
-    without the fields that the task does not take."""
+    """Return ``value``, the section `dataset.task`, with a name or an entry point of a task that takes the field at
+    ``force``, a path below the section, and without the fields that this task does not take."""
     if force[:1] == ("arguments",):
         return {"entryPoint": "own"} | {
             name: value[name] for name in ("fields", "arguments", "oneLine") if name in value
@@ -284,7 +285,9 @@ def _without_mix(train: dict[str, Any]) -> dict[str, Any]:
 
 def _accumulate(spec: dict[str, Any]) -> None:
     """Set the global batch size to micro-batch size x processes x accumulation steps, as the CEL rule demands. Before
-    that, lower accumulation steps and micro-batch size so that the product is at most 65536."""
+    that, lower accumulation steps and micro-batch size so that the product is at most 65536. If the spec has no
+    micro-batch size, round the global batch size down to a multiple of processes x accumulation steps, which is at
+    least one times that product."""
     training, resources = spec["training"], spec.get("resources", {})
     processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)

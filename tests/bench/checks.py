@@ -1,9 +1,9 @@
 """Measure how soon attempt 1 follows the preflight check, which the operator runs for each job by default.
 
 A stub node ends each check 0.2 s after its pod runs. The measured time begins with the watch event that shows the end
-of the check's pod, and ends with the watch event that shows attempt 1 of the job. First single jobs are measured while
-the operator has no other jobs. Then a few jobs at a time are measured while `FINETUNE_BENCH_JOBS` (default 1000) jobs
-of another namespace, which were created at once, go through their checks.
+of the check's pod, and ends with the watch event that shows attempt 1 of the job. First single jobs are measured: each
+is created after attempt 1 of the job before has been seen. Then a few jobs at a time are measured while
+`FINETUNE_BENCH_JOBS` (default 1000) jobs of another namespace, which were created at once, go through their checks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Checks:
     opened: dict[Name, float] = field(default_factory=dict)
 
     def seconds(self, namespace: str) -> list[float]:
-        """Return, sorted, the seconds from the end of the check to attempt 1 for each job of ``namespace``."""
+        """Return, sorted, the seconds from the end of the check to attempt 1 for each job of ``namespace`` that has an
+        attempt. The number is 0 for a job whose check was not seen as ended."""
         return sorted(at - self.ended.get(name, at) for name, at in self.opened.items() if name[0] == namespace)
 
     def opened_in(self, namespace: str, count: int) -> bool:

@@ -185,7 +185,7 @@ def resident_bytes(pid: int) -> int:
 @contextmanager
 def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
     """Request `/healthz` of the operator at most 10 times per second during the block, and yield the list of response
-    times in seconds. The health server refuses an address that asks much more often.
+    times in seconds.
 
     The health server runs in the operator's event loop. A response time is therefore an upper bound of the loop's
     delay.
@@ -294,7 +294,8 @@ def run() -> None:
         with lag_of(world.operator) as lag:
             world.wait(
                 "the next resync",
-                # The resync leaves out the jobs that have ended, because they did not change.
+                # The resync leaves out the ended jobs, because nothing was left to do for them and they have not
+                # changed since.
                 lambda: reconciles(world.operator) >= before + JOBS_IDLE - JOBS_NEW,
                 PATIENCE_SECONDS,
                 SCRAPE_SECONDS,

@@ -3,9 +3,9 @@ docs/performance.md limits the time that the operator needs for these writes. Th
 shortest possible time.
 
 The bare client reads and watches nothing. It creates each job, and then makes the writes that the operator makes until
-the first attempt runs: the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status that
-names the PyTorchJob. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside
-those of R3.
+the first attempt runs: the first status with attempt 1, the ConfigMap, the PyTorchJob, the status that names the
+PyTorchJob, and the event. One write of the operator is left out: the NetworkPolicy of the attempt. The
+training-operator and the stub node run as usual. `fleet.py` prints the seconds beside those of R3.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "
 
 @dataclass(frozen=True)
 class Sample:
-    """The objects that the operator wrote for one sample job, as JSON text. `of` converts one of these texts into the
-    same object for another job."""
+    """Objects that the operator wrote for one sample job, as JSON text. `of` converts one of these texts into the same
+    object for another job. ``namespace`` and ``uid`` are those of the sample job."""
 
     namespace: str
     uid: str
@@ -77,7 +77,7 @@ def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, 
 
 def take_sample(world: World, job: Manifest) -> Sample:
     """Create ``job``, which has the name `SAMPLE`, while the operator runs, and return the objects that the operator
-    writes.
+    writes, without the NetworkPolicy.
 
     The pods of ``job`` itself run without end, so that its objects can be read before they change. The objects that are
     made from the sample have the script of ``job`` again, so that their pods end as this script demands.
@@ -134,8 +134,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs``, and make for each job the operator's writes: all writes until the job's status names its
-    PyTorchJob, and the write of the event. Return the seconds that all writes together took."""
+    """Create ``jobs``, and make for each job the writes that the beginning of this file lists. Return the
+    seconds that all writes together took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)

@@ -49,8 +49,8 @@ CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
 
 @dataclass
 class Reporting:
-    """The reports that were sent, and the reports that the statuses show. The keys contain the names of jobs. Times are
-    those of `time.monotonic`."""
+    """The reports that were sent, the reports that the statuses show, and the answers to the reports. Jobs are given by
+    their names. Times are those of `time.monotonic`."""
 
     sent: dict[tuple[str, int], float] = field(default_factory=dict)
     """For each job and step, the time at which the report with this step was sent."""

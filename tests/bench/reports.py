@@ -1,5 +1,6 @@
-"""Measure how much memory and CPU time the clients of the report server cost the operator. The clients are idle
-connections, unfinished requests, a flood of connections, and honest jobs.
+"""Measure how much memory the clients of the report server cost the operator. The clients are honest jobs, idle
+connections, unfinished requests, and a flood of connections. For the honest jobs, the CPU time and the delay of the
+event loop are measured too.
 
 The measured server is the operator's report server with TLS, in a process of its own. The clients connect from many
 addresses of this machine. No status is written here. `reporting.py` measures reports to the whole operator.
@@ -194,12 +195,12 @@ ROWS: dict[str, tuple[ConnectionLimits, int, bytes]] = {
     "1,000 unfinished headers of 15 KB": (UNLIMITED, 1000, HEADER),
     "5,000 connections with such headers, the default limits": (ConnectionLimits(), 5000, HEADER),
 }
-"""The measurements, by the printed name. Each has the limits of the server, the number of connections, and the bytes
-that each connection sends."""
+"""The measurements without honest jobs, by the printed name. Each has the limits of the server, the number of
+connections, and the bytes that each connection sends."""
 
 
 def main() -> None:
-    """Print a line for each measurement."""
+    """Make all measurements and print the results."""
     with report_server(ConnectionLimits()) as server:
         told = asyncio.run(_honest(server))
     print(f"{JOBS} honest jobs for {MEASURED_SECONDS:.0f} s, the default limits: {told}, event loop late by")

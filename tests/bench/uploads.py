@@ -4,7 +4,7 @@ receives only 5 MB/s.
 The result is two ratios between a run with checkpoints and a run without. The first is the ratio of the training
 thread's CPU times for the same steps. The second is the ratio of the 99th percentiles of the seconds of a step. All
 runs are made in one process. A run with checkpoints and a run without, one right after the other, make a pair, and the
-table shows the median of the ratios of all pairs.
+table shows the median of the ratios of all pairs. A last row shows for how long a checkpoint pauses the training.
 
     python -m tests.bench --only uploads
 """

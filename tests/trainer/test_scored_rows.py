@@ -1,4 +1,5 @@
-"""Base model and tuned model are scored on the same rows, also where they read the rows in different forms."""
+"""The base model is scored only on rows on which the tuned model is scored, also where the two models read the rows in
+different forms. Of these rows it leaves out those that it can't read, such as rows that are too long for it."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def test_vllm_refuses_dora(tmp_path: Path) -> None:
 
 
 def test_vllm_takes_added_tokens_where_it_serves_the_extended_base_model(tmp_path: Path) -> None:
-    """The rows of the tokens are in the extended base model that the adapter names, so the adapter itself has no extra
-    vocabulary."""
+    """The embedding rows of the added tokens are in the extended base model with which the adapter was trained, so the
+    adapter itself has no extra vocabulary."""
     base = tiny.write_model(tmp_path / "base", tied=False)
     extend_base(base, tmp_path / "extended", tokens=["<A>", "<B>"], untie=False, seed=1)
     adapter = adapter_of(tmp_path / "extended", tmp_path, added_tokens=True)
@@ -113,7 +113,8 @@ def test_plain_transformers_writes_the_same_text_from_adapter_and_merged_smollm2
 
 
 def check_texts(base: Path, artifact: Path, prompt: str) -> None:
-    """Assert that plain transformers and peft write the same text from the adapter as from the merged model."""
+    """Assert that plain transformers and peft write the same text from the adapter as from the merged model, and that
+    the tokenizers of both have the same vocabulary."""
     asked = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), artifact)

@@ -1,5 +1,6 @@
-"""Rows from all kinds of sources are trained on: a split on the hub, parquet in the bucket, and jsonl on a volume, with
-packing.
+"""Jobs get their rows from all kinds of sources. One job trains on a split on the hub with packing, and has validation
+rows in the bucket and test rows on a volume. The other job trains on a mix of a folder in the bucket and files on a
+volume.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
         f"dataset.train: an epoch takes 16 times one of 24 examples from s3://{BUCKET}/mixed;"
         " 16 times one of 8 examples from claim/*.csv"
     ) in attempt.output
-    # Every example of the small source is used twice, so its tokens are known whatever the order is.
+    # `rows` are in the order in which the trainer numbers the examples. `Mixture` draws the examples of each step with
+    # the seed of the job, so the number of supervised tokens of each step is known.
     mixture = Mixture.of([24, 8], ["1", "1"])
     rows = [*large[10:], *large[:10], *small[0::2], *small[1::2]]
     expected = [

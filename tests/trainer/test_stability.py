@@ -155,8 +155,9 @@ def test_what_follows_an_alarm(
     assert raised is None if order is None else isinstance(raised, order)
     if isinstance(raised, RollbackRequired):
         rollback = raised.rollback
-        # The loss at step 61 results from the update of step 60, so the data of step 60 is skipped too. For a rising
-        # loss the rollback returns to an earlier step, because the rise may have begun before the monitor noticed it.
+        # The loss of a step results from the update of the step before. So the data of the step before `alarm.first`
+        # is skipped too, and the rollback returns at least to the step before that one. For a rising loss it returns
+        # further, to step 56, because the rise may have begun before the monitor noticed it.
         assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
         assert [step for step in range(50, 80) if is_skipped(step, [rollback])] == list(
@@ -190,9 +191,9 @@ RECORD = {"onNonFinite": "Record", "onExplodingLoss": "Record"}
 
 
 def plateau_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Return rows whose answers are half random.
+    """Return rows whose answers have three words, one of which is random.
 
-    The model soon learns the half that is not random. Then the loss stays on a plateau.
+    The model soon learns the two other words. Then the loss stays on a plateau.
     """
     rng = random.Random(seed)
     rows = []

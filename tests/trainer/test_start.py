@@ -1,6 +1,6 @@
 """A starting run resumes from the right checkpoint, whatever happened to the bucket before.
 
-The tests use a real object store.
+The tests that read or write a bucket use a real object store.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def test_a_damaged_run_record_is_named_and_no_fault_of_the_job(
 
 
 def test_only_keys_that_a_run_can_write_take_a_run_number(root: RunRoot) -> None:
-    """If other keys counted too, a number that no run has taken could end every run."""
+    """If other keys counted too, every run with a lower number than such a key would end, although no newer run
+    exists."""
     for key in ("1", "0000001", "00001", "\N{ARABIC-INDIC DIGIT ONE}" * 6, "9" * 200, "000002.json", "x/000003"):
         root.write(f"runs/{key}.json", b"{}")
     assert read_records(root) == {}

@@ -137,7 +137,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 def write_certificates(folder: Path) -> Path:
-    """Write a CA and a certificate for localhost, minio.test and its subdomains.
+    """Write to ``folder`` a CA and a certificate for 127.0.0.1, localhost, minio.test and the subdomains of minio.test.
 
     Each subdomain is named after a bucket.
     """
@@ -231,7 +231,7 @@ def accepts_tokens(strict: Strict, issuer: Issuer) -> bool:
 
 @pytest.fixture
 def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resolve all names below minio.test to this machine, as a wildcard DNS record would."""
+    """Resolve minio.test and all its subdomains to this machine, as DNS records would."""
     resolve = socket.getaddrinfo
 
     def local(host: Any, *rest: Any, **options: Any) -> Any:
@@ -242,7 +242,8 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def works(store: Store, key: str) -> None:
-    """Send every kind of request that the trainer sends except a multipart upload, and check the answers."""
+    """Use ``store`` for a folder named ``key`` as the trainer does for the folder of a run, and check the answers.
+    No multipart upload and no HEAD request is sent."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
     assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")
@@ -430,7 +431,8 @@ class ReadFields:
 
 
 SAVING = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "keep_best", "artifact"}
-"""Fields of StorageConfig that say when and what is saved. All other fields are about access to the store."""
+"""Fields of StorageConfig that say when and what is saved, and what is kept. All other fields are about access to the
+store."""
 
 
 def test_the_launcher_workers_and_preflight_use_every_field_about_access_to_the_store() -> None:

@@ -324,7 +324,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 @pytest.mark.parametrize(
     ("task", "gold", "answer", "right"),
     [
-        # Attributes in another order are right for the score orderFree, but wrong for the score strict.
+        # Attributes in another order are right for the score orderFree, but wrong for the score strict. An answer that
+        # lacks a value, or has something behind the representation, is wrong for both.
         ("ViGGO", MEANING, "inform(rating[good], name[Portal], genres[puzzle, shooter])", {"orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good])", {"strict", "orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle], rating[good])", set()),
@@ -355,7 +356,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         # The answer must state the right number and no other number.
         ("Number", {"answer": "1,000"}, "It costs $1000.", {"exact"}),
         ("Number", {"answer": "1,000"}, "10 or 1000", set()),
-        # JSON is compared as values and not as text, and nothing may follow the value.
+        # JSON is compared as values and not as text. Nothing may follow the value, and no key may come twice in an
+        # object.
         ("JSON", {"answer": '{"a": 1, "b": [1, 2]}'}, '{"b": [1.0, 2], "a": 1}', {"equal", "keys"}),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": true}', set()),
         ("JSON", {"answer": '{"a": 1}'}, '{"a": 1} {"a": 1}', set()),

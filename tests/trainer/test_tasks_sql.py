@@ -49,7 +49,7 @@ LINKS = [f"c{link} AS (SELECT p.x FROM c{link - 1} p, c{link - 1} q)" for link i
 CHAIN = " ".join(["WITH c0 AS (SELECT 1 AS x),", ", ".join(LINKS), "SELECT x FROM c59"])
 """A query with sixty common table expressions.
 
-Each expression reads the one before it twice, so sqlite would read the first one 2^59 times.
+Each expression after the first one reads the expression before it twice, so sqlite would read the first one 2^59 times.
 """
 
 

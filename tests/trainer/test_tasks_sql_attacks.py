@@ -19,8 +19,8 @@ from finetune_trainer.evaluation.graders.sql import GRADE_SECONDS, PROBLEM, Judg
 BOATS = "CREATE TABLE boat (id INTEGER, name TEXT, length REAL)"
 GOLD = "SELECT name FROM boat"
 SECONDS = 5 * GRADE_SECONDS
-"""Bound in seconds for one grade and the start of a child process. On an idle machine both together take little more
-than GRADE_SECONDS. The bound also holds on a busy machine."""
+"""Bound in seconds for one grade and the start of a child process. On an idle machine both together take at most little
+more than GRADE_SECONDS. The bound also holds on a busy machine."""
 MEMORY_MIB = 512
 ANSWERS = (
     "SELECT printf('%.*c',900000000,'x')",
@@ -86,8 +86,8 @@ def test_a_huge_answer_is_too_long_and_a_huge_row_is_left_out_at_once(judge: Jud
 def test_who_ended_the_child_decides_whether_the_answer_is_wrong_or_the_row_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The child process is replaced by a program that never answers, once while it works on the reference and once
-    while it works on the answer."""
+    """A program that hangs takes the place of the child process. In the first case it hangs before it reports that the
+    reference query is done, in the second case after this report."""
     for stopped_by, expected in (
         ("reference", Grade.left_out(f"the gold row {PROBLEM}")),
         ("answer", Grade(scores={"execution": False}, problem=f"the query {PROBLEM}")),

@@ -13,7 +13,8 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 def rows() -> dict[int, str]:
-    """Return, by the number of the trap, the cell of the page's table that names the tests of the trap."""
+    """Return, by the number of the trap, the cell of the page's table that names the tests of the trap, or says why
+    there are none."""
     found = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     return {int(number): tests for number, tests in found}
 

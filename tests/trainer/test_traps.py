@@ -1,4 +1,4 @@
-"""Tests with at most one rank: the memory of a snapshot, DeepSpeed's configuration, and small updates in bf16."""
+"""Tests that start at most one rank: the memory of a snapshot, DeepSpeed's configuration, and small updates in bf16."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
 
 @pytest.mark.long
 def test_trap_13_bf16_masters_lose_no_updates(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
-    """Each update at a learning rate of 3e-5 is far below the resolution of bf16 weights.
+    """An update at a learning rate of 3e-5 is too small to change most weights if they are stored in bf16.
 
     After 200 such updates, the fp32 master weights of a bf16 run must have moved as far as those of an fp32 run.
     """

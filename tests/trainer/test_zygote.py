@@ -36,7 +36,8 @@ def test_a_worker_of_a_forked_launcher_begins_and_ends_as_a_started_one(tmp_path
 
 @dataclass
 class Run:
-    """How a run of `process_state.py` ended: its exit status, the last line of its output, and what it found."""
+    """How a run of `process_state.py` ended: its exit status, what it found (``state``), and the last line of its other
+    output."""
 
     status: int | None
     last_line: list[str]

@@ -22,7 +22,8 @@ RANK_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LARGEST_HEAD = 258_048
 """Largest number of tokens of a base model whose output head gets an adapter."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to draw the first values of an adapter that leave the base model as it is."""
+"""Texts in `init_lora_weights` with which vLLM takes a saved adapter. The adapter is then served on the unchanged base
+model."""
 DENSE = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -32,7 +33,8 @@ class Served:
 
     modules: frozenset[str]
     """Last parts of the names of the modules that can have an adapter: the linear layers, and the embeddings if the
-    model's code names them in `embedding_modules`. The parts that vLLM packs into one layer have their own names."""
+    model's code names them in `embedding_modules`. Layers that vLLM packs into one layer, such as `q_proj` and
+    `k_proj`, are listed one by one."""
     vocabulary: int
     expert_modules: frozenset[str] = frozenset()
     """Names from `experts` on, for example `experts.0.gate_proj`, for a family whose experts have adapters of their

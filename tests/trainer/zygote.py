@@ -29,8 +29,8 @@ OF_RANKS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "DS_ACCELERATOR": "cpu",
 }
-"""Environment variables that the forking process and the ranks of `Zygote.start_ranks` have in addition to those of the
-tests."""
+"""Environment variables of the forking process and of the ranks of `Zygote.start_ranks`. These processes have the
+variables of the tests too, except those that are replaced here, such as PATH."""
 
 
 class Zygote:
@@ -83,7 +83,7 @@ class Zygote:
             forked.returncode = told.get("status")
 
     def start_ranks(self, module: str, arguments: Sequence[Sequence[str]], logs: Path) -> list[Forked]:
-        """Start ``module`` on one rank for each entry of ``arguments``, which are the arguments of that rank.
+        """Start one rank for each entry of ``arguments``. The rank runs ``module`` with the arguments in this entry.
 
         The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``.
         """
@@ -141,8 +141,8 @@ class Forked:
 def ends_of(ranks: Sequence[Forked], seconds: float = END_SECONDS) -> list[int]:
     """Wait until all ``ranks`` have ended, and return their exit statuses.
 
-    The status of a rank that a signal killed is the negated number of the signal, for example -9. After ``seconds`` all
-    ranks that still run are killed.
+    The status of a rank that a signal killed is the negated number of the signal, for example -9. If ranks still run
+    after ``seconds``, they are killed, and AssertionError is raised.
     """
     deadline = time.monotonic() + seconds
     try:

@@ -7,8 +7,9 @@ exit status.
 
 A forked program finds what a started Python interpreter finds: the environment, arguments, working folder and files
 that it was given, the signal handlers and the signal mask of a new process, and a single thread. There is one
-difference: the modules in `PRELOADED` have been imported already. If one of these modules read an environment variable
-when it was imported, as `huggingface_hub.constants` does, it has the value of the forking process.
+difference: the modules in `PRELOADED`, and all modules that these import, have been imported already. A module that
+read an environment variable when it was imported, as `huggingface_hub.constants` does, has the value of the forking
+process.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def run_module(module: str, arguments: Sequence[str], environment: Mapping[str, 
 
 
 def _text_stream(descriptor: int, *, unbuffered: bool) -> io.TextIOWrapper:
-    """Return a text stream that writes to ``descriptor``. Standard error is written line by line, as Python does."""
+    """Return a text stream that writes to ``descriptor`` as the stream of a new Python process does: at once if it is
+    ``unbuffered``, and otherwise standard error line by line and standard output in blocks."""
     raw = io.FileIO(descriptor, "w", closefd=False)
     binary = raw if unbuffered else io.BufferedWriter(raw)
     by_line = descriptor == 2 and not unbuffered
