@@ -29,8 +29,8 @@ def messages(schema: Any) -> list[str]:
 
 
 def section_schema(**field: Any) -> dict[str, Any]:
-    """Return a schema with the section `data`, which has the optional field `task` with the schema ``field``, and the
-    required field `rows`."""
+    """Return a schema with the section `data`, which has the optional section `task` and the required field `rows`.
+    ``field`` is added to the schema of `task`."""
     task = {"type": "object", "properties": {"name": {"type": "string"}}} | field
     data = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "string"}, "task": task}}
     rules = cel(

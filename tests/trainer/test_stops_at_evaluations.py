@@ -126,7 +126,8 @@ def test_a_job_that_is_killed_in_an_evaluation_and_in_the_export_ends_like_one_t
     store: ObjectStore, inputs: Inputs, ended: dict[str, Ended], tmp_path: Path
 ) -> None:
     config = config_of(store, "killed-late", "min-delta")
-    # The first two sets of rows are those of the base model, and the third is evaluated after step 2.
+    # The scores of the base model take the first two evaluations of rows, and step 2 takes the third. So the first
+    # attempt is killed in the evaluation after step 4.
     points = {"evaluation": 4, "artifact": 1, "published": 1}
     assert tuple(points) == LATER_POINTS
     for attempt, (point, count) in enumerate(points.items(), start=1):
