@@ -1,6 +1,6 @@
-"""Rules of the CRD hold for a field of another type than in the schema, and mean the same for all other values.
+"""The rules of the CRD that are rewritten for fields of an older type mean the same as before for all other values.
 
-tests/api/test_older_types.py shows this with the real API server. These tests need no cluster.
+tests/api/test_older_types.py shows with the real API server that the rules hold for the older types.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ from tests.trainer.test_recovery import artifact_files, root_of
 UNREACHED = 100.0
 """`evaluation.minDelta` that no evaluation reaches."""
 EVALUATED = 4
-"""The step at whose evaluation the jobs are stopped. The perplexity after this step is the lowest, but no improvement:
-with `minDelta` it falls by too little, and with TaskScore all scores are equal."""
+"""The stop `during` comes in the evaluation after this step, and the stop `behind` right after that evaluation. The
+perplexity after this step is the lowest, but it is no improvement: with `minDelta` it falls by too little, and with
+TaskScore all scores are equal."""
 JOBS: Mapping[str, Mapping[str, Any]] = {
     "min-delta": {"evaluation__minDelta": UNREACHED, "storage__checkpointEverySteps": 2},
     "equal-scores": {"evaluation__bestBy": "TaskScore", "storage__checkpointEverySteps": 2},
