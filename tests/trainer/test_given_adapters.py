@@ -1,6 +1,6 @@
 """Which adapters a job can start from (`model.adapter`). Every other adapter is refused in a sentence that names the
 field, and the tensor or the setting at fault. The preflight check and the trainer say the same, except where the fault
-lies in the values of a tensor: only the trainer reads these.
+lies in the values of a tensor: only the trainer checks these.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 """Ways in which an adapter is broken, each with a text that the sentence about it must contain."""
 ONLY_IN_THE_BYTES = {"not finite"}
-"""Names in `BROKEN` of the faults that only the values of the tensors show. The preflight check does not read them."""
+"""Names in `BROKEN` of the faults that only the values of the tensors show. The preflight check does not check these."""
 
 
 @pytest.mark.parametrize("use", ["Continue", "Merge"])

@@ -63,8 +63,8 @@ class GivenAdapter:
     """An adapter in a local folder, of a kind that the trainer can use."""
 
     folder: Path
-    """Folder with `adapter_config.json` and `adapter_model.safetensors`. In the first part of the preflight
-    check, the bytes of the tensors may be holes. `sha256` needs them."""
+    """Folder with `adapter_config.json` and `adapter_model.safetensors`. In the preflight check, the bytes
+    of the tensors may be holes. `sha256` needs these bytes."""
     config: Mapping[str, Any]
     """Content of `adapter_config.json`."""
 
