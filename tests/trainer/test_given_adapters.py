@@ -154,7 +154,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 """Ways in which an adapter is broken, each with a text that the sentence about it must contain."""
 ONLY_IN_THE_BYTES = {"not finite"}
-"""Names in `BROKEN` of the faults that only the values of the tensors show. The preflight check does not check these."""
+"""Names in `BROKEN` of the faults that only the values of the tensors show. Only the trainer checks these values."""
 
 
 @pytest.mark.parametrize("use", ["Continue", "Merge"])
