@@ -1,10 +1,11 @@
 """Find the test files of a room for `make unit ROOM=graders`, which runs `python -m tests.rooms graders`.
 
 A room is a folder inside one of the four packages, such as `graders` or `decide`, or a folder of `tests/`. A test file
-belongs to a room of a package if it imports a module of the room, directly or through other modules. Only two kinds of
-other modules count: modules in `tests/`, and modules directly in the folder of a package, such as
-`finetune_operator/reconcile.py`. For example, tests/operator/test_crashes.py imports tests/operator/operators.py, which
-imports finetune_operator/reconcile.py, which imports the room `act`. So this test file belongs to the room `act`.
+belongs to a room of a package if it imports a module of the room, either itself or through one or two other modules.
+Only modules of two kinds count as the first of these: modules in `tests/`, and modules directly in the folder of a
+package, such as `finetune_operator/reconcile.py`. Only modules of the second kind count as the second one. For example,
+tests/operator/test_crashes.py imports tests/operator/operators.py, which imports finetune_operator/reconcile.py, which
+imports the room `act`. So this test file belongs to the room `act`.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def unit_test_files(room: str) -> list[Path]:
 
 
 def _uses(file: Path, folder: str) -> bool:
-    """Return whether ``file`` imports the package ``folder`` or a module of it, either itself or through a module for
-    which `_is_followed` returns True."""
+    """Return whether the names that `_reached` returns for ``file`` include the package ``folder`` or a module of
+    it."""
     return any(module == folder or module.startswith(f"{folder}.") for module in _reached(file))
 
 
 @cache
 def _reached(file: Path) -> frozenset[str]:
-    """Return the dotted names that ``file`` imports, either itself or through a module for which `_is_followed` returns
-    True."""
+    """Return the dotted names that ``file`` imports, either itself or through one or two modules for which
+    `_is_followed` returns True. The second of two such modules counts only if it lies in a package, not in `tests/`."""
     reached = set(_imports(file))
     for module in _imports(file):
         if _is_followed(module):
@@ -113,8 +114,8 @@ def _imports(file: Path) -> frozenset[str]:
 
 @cache
 def _is_left_out(file: Path) -> bool:
-    """Return whether all tests of ``file`` need the cluster or are long. They do if the variable ``pytestmark`` of the
-    file contains the marker ``cluster`` or ``long``."""
+    """Return whether the variable ``pytestmark`` of ``file`` contains the marker ``cluster`` or ``long``. All tests of
+    the file then need the cluster or are long. Markers of single tests do not count."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets):
             marks = {found.attr for found in ast.walk(node.value) if isinstance(found, ast.Attribute)}

@@ -1,7 +1,7 @@
-"""After an upgrade of the CRD, jobs are changed in which a field still has the type that it had in an older CRD.
+"""A job in which a field still has the type of an older CRD can be changed after an upgrade of the CRD.
 
 The CRD of these tests has a group of its own, so that no other test sees it. It first has the older types, then jobs
-are created, and then it gets the schema of this version, as in an upgrade of the chart.
+are created, and then the CRD gets the schema of this version, as in an upgrade of the chart.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES = {
 
 
 def crd(spec: dict[str, Any]) -> str:
-    """Return a CRD of the tests' group whose jobs have the schema ``spec``, as YAML."""
+    """Return a CRD of the tests' group, as YAML. ``spec`` is its schema of the field `spec`."""
     manifest = custom_resource_definition()
     manifest["metadata"]["name"] = RESOURCE
     manifest["spec"]["group"] = GROUP

@@ -1,6 +1,6 @@
-"""Rules of the CRD hold for a field of another type than in the schema, and mean the same for all other values.
+"""The rules of the CRD that are rewritten for fields of an older type mean the same as before for all other values.
 
-tests/api/test_older_types.py shows this with the real API server. These tests need no cluster.
+tests/api/test_older_types.py shows with the real API server that the rules hold for the older types.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def messages(schema: Any) -> list[str]:
 
 
 def section_schema(**field: Any) -> dict[str, Any]:
-    """Return a schema with the section `data`, which has the optional field `task` with the schema ``field``, and the
-    required field `rows`."""
+    """Return a schema with the section `data`, which has the optional section `task` and the required field `rows`.
+    ``field`` is added to the schema of `task`."""
     task = {"type": "object", "properties": {"name": {"type": "string"}}} | field
     data = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "string"}, "task": task}}
     rules = cel(

@@ -56,7 +56,8 @@ def second_job(name: str = "first", use: str = "Continue", **spec: Any) -> Model
 
 
 async def settle(server: ModelServer) -> float | None:
-    """Reconcile until the operator asks for no further reconcile at once, and return when it asks for one."""
+    """Reconcile until the operator no longer asks for another reconcile without a pause. Return the seconds after which
+    it asks for one, or None if it asks for none."""
     operator = reconciler(server)
     for _ in range(20):
         after = (await operator.reconcile(KEY)).after

@@ -1,12 +1,13 @@
-"""An eviction by the kubelet is charged as Evicted, whichever states of the pods and of their child a reconcile sees.
+"""An eviction by the kubelet is charged as Evicted, whichever states of the pods and of the PyTorchJob (the child of
+the job) a reconcile sees.
 
 The states are those of Kubernetes 1.34 and training-operator 1.9, as watches on a real cluster have shown them. The
 kubelet first ends the container and then reports the end and its reason, mostly in one write. training-operator marks
 the child as failed, and then deletes the other pod. The kubelet ends that pod too, and removes it in two writes, of
 which the first one hides when the deletion was requested.
 
-Nobody can know of an eviction of which no trace is left: the pod was removed before the first look, which only a person
-or the collector of ended pods does. The attempt is then free, because nothing shows that the job is at fault.
+An eviction leaves no trace where the pod is removed before the first look. Only a person or the collector of ended pods
+removes a pod that early. The attempt is then free, because nothing shows that the job is at fault.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class State:
 
 @dataclass(frozen=True)
 class Course:
-    """How an attempt goes in which the kubelet evicts a pod. Times are seconds after `NOW`, at which the container of
-    the evicted pod ends."""
+    """The course of an attempt in which the kubelet evicts a pod. All times are in seconds after `NOW`, the time at
+    which the container of the evicted pod ends."""
 
     evicted: int
     """Index of the evicted pod."""
@@ -127,13 +128,14 @@ def states(course: Course) -> Iterator[State]:
 
 
 def courses() -> Iterator[Course]:
-    """Yield all courses in which the times of neighbouring writes fall into the same second or into the next ones."""
+    """Yield all courses in which each write comes in the same second as the write before, or in the next second."""
     waits = (0, 1)
     for mine, code, known, late, to_delete, peer_code, to_end, to_remove in product(
         (0, 1), (143, 137), (True, False), (True, False), waits, (143, 137, 75), waits, waits
     ):
-        # A container that the kubelet has lost has the exit code 137, and is reported with the reason.
-        # A container whose end by SIGKILL is reported before the reason looks like a crash until the attempt ends.
+        # Two kinds of courses are left out. The first kind can't happen: a container that the kubelet has lost always
+        # has the exit code 137, and its end and the reason are reported together. In the second kind, an end by SIGKILL
+        # (137) is reported before the reason, and looks like a crash until the attempt ends.
         if (not known and (code != 137 or late)) or (late and code == 137):
             continue
         ended = to_delete + to_end
@@ -141,9 +143,11 @@ def courses() -> Iterator[Course]:
 
 
 def observed(pods: State, of_child: State, now: float) -> JobObservation:
-    """Return what a reconcile sees that reads the pods in one state, and the child in the same state or a later one.
+    """Return what a reconcile sees that reads the pods in the state ``pods``, and the child in the state ``of_child``,
+    which is the same or a later one.
 
-    As `observe/observer.py` does, it takes later pods where the child has ended and no pod has.
+    Where the child has ended and no pod has, the pods are those of the later state, because `observe/observer.py` then
+    reads the pods again.
     """
     if of_child.child_failed and not any(each.ended for each in pods.pods):
         pods = of_child
@@ -152,8 +156,9 @@ def observed(pods: State, of_child: State, now: float) -> JobObservation:
 
 
 def end_of(looks: list[tuple[State, State]]) -> tuple[str, str] | None:
-    """Return verdict and reason that the attempt has after ``looks``, each a pair of the states in which a reconcile
-    reads the pods and the child; None where the attempt goes on."""
+    """Return verdict and reason of the attempt after ``looks``, each a pair of the states in which a reconcile reads
+    the pods and the child. If the attempt still goes on, they are those of its cause; None where it has no cause
+    yet."""
     attempts = AttemptsStatus(started=1, current=current())
     for second, (pods, of_child) in enumerate(looks):
         attempts = advance(attempts, observed(pods, of_child, 2 + second / 10)).attempts

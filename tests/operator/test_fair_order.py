@@ -1,5 +1,6 @@
 """Which key of the work queue is taken next: namespaces take turns, and keys of watch events and reports come before
-keys of the resync."""
+keys of the resync. When a key of the resync has waited for RESYNC_PATIENCE_SECONDS, the two kinds of keys take
+turns."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ async def checked(message: str, **spec: Any) -> ModelServer:
 
 
 def roots(server: ModelServer) -> list[str]:
-    """Return the URI of the folder of runs (`storage.uri`) from the run file of each attempt."""
+    """Return the URI of the folder of the job's runs (`storage.uri`) from each run file that exists."""
     return [RunConfig.model_validate_json(item["data"]["run.json"]).storage.uri for item in server.config_maps.values()]
 
 
@@ -89,7 +89,7 @@ async def test_a_half_trained_run_is_resumed_in_its_folder_by_every_attempt() ->
 
 
 def days(server: ModelServer) -> list[date | None]:
-    """Return the date of chat templates from the run file of each attempt, oldest first."""
+    """Return the date of chat templates from each run file that exists, oldest first."""
     files = [RunConfig.model_validate_json(item["data"]["run.json"]) for item in server.config_maps.values()]
     return [file.template_date for file in files]
 

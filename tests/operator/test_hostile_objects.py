@@ -78,6 +78,7 @@ async def test_no_time_in_a_pod_stops_the_reconciles_of_its_job(
         await pass_minutes(server, 1)
         server.set_policy(cancel=True)
         await pass_minutes(server, 3)
+        # A pod whose deletion ends in the year 9999 exists until then, and a cancelled job waits for its pods.
         waits_for_pod = path[-1] == "deletionTimestamp" and time.startswith("9")
         assert waits_for_pod or server.job["status"].get("completionTime"), path
 

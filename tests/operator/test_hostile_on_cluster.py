@@ -124,8 +124,8 @@ def all_jobs(installed: Installed) -> list[dict[str, Any]]:
 
 
 def expected(call: Call, jobs: set[tuple[str, ...]]) -> bool:
-    """Return whether ``call`` is a request that the operator needs to reconcile ``jobs``, which are pairs of namespace
-    and name, to keep its Lease, or to review a token."""
+    """Return whether the operator needs the request ``call`` to reconcile ``jobs``, which are pairs of namespace and
+    name, to watch all jobs and their objects, to keep its own objects such as the Lease, or to review a token."""
     own = call.namespace == OPERATOR_NAMESPACE and call.name.startswith(SERVICE_ACCOUNT)
     watched = not call.namespace and call.verb in ("list", "watch")
     if call.resource.partition("/")[0] == "finetunejobs" and call.namespace:

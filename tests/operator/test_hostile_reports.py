@@ -35,7 +35,7 @@ FULL: dict[str, Json] = {
     "evaluation": {"rows": "Test", "examples": 1, "base": SCORES, "tuned": SCORES, "tunedStep": 1},
     "incidents": [{"step": 1, "kind": "k", "value": "1", "threshold": "1", "action": "Record", "message": "m"}],
 }  # fmt: skip
-"""A report with every field but `podUid` and `result`."""
+"""A report with every field but `podUid`, `result`, `attention`, `adaptedShare` and `adapter`."""
 RESULT: dict[str, Json] = {
     "version": 1, "outcome": "Completed", "message": "m", "step": 5, "checkpoint": "s3://a/b",
     "artifact": {"uri": "s3://a/b", "step": 5, "bytes": 1, "manifestSha256": "ab"}, "evaluation": FULL["evaluation"],
@@ -49,7 +49,7 @@ CHECKED: dict[str, Json] = {
         "evaluation": FULL["evaluation"],
     },
 }  # fmt: skip
-"""A termination message of a preflight check that has found a run, with every field."""
+"""A termination message of a preflight check that has found a run, with every field but `sizes` and `templateDate`."""
 NUMBERS = (0, 1, LARGEST_NUMBER, LARGEST_NUMBER + 1, 2**63, 10**400, 1e308, 5e-324)
 TIMES = (
     "1970-01-01T00:00:00Z",

@@ -1,4 +1,5 @@
-"""Requests without a valid token make the operator do nothing, and the answers do not reveal which jobs exist.
+"""Requests without a valid token make the operator do nothing but review a limited number of tokens, and the answers do
+not reveal which jobs exist.
 
 The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
 stand-in that records every request.

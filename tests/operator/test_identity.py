@@ -1,4 +1,5 @@
-"""A job is identified by its uid: it never takes over what belongs to somebody else or to an earlier job of its name.
+"""A job is identified by its uid: the operator never counts objects or reports of somebody else, or of an earlier job
+of the same name, as those of the job.
 
 The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """

@@ -68,8 +68,8 @@ def test_orphaned_pods_go_a_minute_after_their_attempt_and_the_next_one_starts(
 def test_a_new_job_is_in_progress_and_an_ended_one_observes_edits(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """kstatus reads the new job as InProgress and the ended job as Failed, even with a condition of somebody else in
-    the status."""
+    """kstatus reads the new job as InProgress, and the ended job as Failed, also after somebody else has added a
+    condition to its status."""
     installed.operator.stop()
     installed.apply(small_job(stand_in("exit 64")), namespace)
     new = installed.job(namespace)

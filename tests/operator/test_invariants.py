@@ -26,7 +26,8 @@ DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
 class WatchedServer(ModelServer):
-    """A model server that checks the operator's bookkeeping at every write, and makes the operator crash by chance."""
+    """A model server that checks the operator's bookkeeping at each write of the status and each creation of a
+    PyTorchJob, and makes the operator crash by chance after any write."""
 
     def __init__(self, *arguments: Any, chance: random.Random, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -104,7 +105,7 @@ def likely_events(chance: random.Random) -> list[tuple[Callable[[ModelServer], A
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose events by chance, and check the states of the job. `WatchedServer` checks the attempts at every write."""
+    """Choose events by chance, and check the states of the job. `WatchedServer` checks the attempts meanwhile."""
     states = [JobState.NEW]
     monkeypatch.setattr(reconcile, "decide", recording(states))
     chance = random.Random(seed)

@@ -233,7 +233,7 @@ def recording(states: list[JobState]) -> Callable[[FineTuneJobStatus, JobObserva
 
 
 def attempt_walks() -> dict[str, Walk]:
-    """Return walks by name: one for each state in `REACHED`, combined with each end in `ENDS`."""
+    """Return walks by name, one for each pair of a state in `REACHED` and an end in `ENDS`."""
     walks = {}
     for state, reached in REACHED.items():
         for end, event in ENDS.items():

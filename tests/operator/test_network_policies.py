@@ -1,5 +1,5 @@
-"""The NetworkPolicy of an attempt admits only connections from pods of that attempt. It is removed when the last pod of
-the attempt has ended."""
+"""The NetworkPolicy of an attempt admits only connections from pods of that attempt. It stays at least until the last
+pod of the attempt has ended."""
 
 from __future__ import annotations
 

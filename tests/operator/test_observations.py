@@ -1,4 +1,5 @@
-"""What the operator reads from the manifest of a pod. Each field of `PodObservation` has a test."""
+"""What the operator reads from the manifest of a pod. Each field of `PodObservation` that comes from the manifest has a
+test."""
 
 from __future__ import annotations
 

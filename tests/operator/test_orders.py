@@ -1,4 +1,4 @@
-"""Orders of `runPolicy` in every state of a job: suspend, resume, cancel and the two deadlines."""
+"""Orders of `runPolicy` in different states of a job: suspend, resume, cancel and the two deadlines."""
 
 from __future__ import annotations
 

@@ -153,8 +153,9 @@ IDENTITY = {"uri": "s3://finetune/runs", "identity": {"audience": "minio"}}
 
 
 def pods() -> list[dict[str, Any]]:
-    """Return the specs of a training pod and of a preflight pod, each for a plain job, with `storage.identity`, and
-    with both kinds of `storage.cache` and of `resources.scratch`."""
+    """Return the specs of the training pods of four jobs, and then those of their preflight pods. The first job is
+    plain, the second has `storage.identity`, and the others have one of the two kinds of `storage.cache` and of
+    `resources.scratch` each."""
     check = PreflightSpec(number=1, name="check", image="trainer:1")
     storage = {"uri": "s3://finetune/runs"}
     shared = {"storage": storage | {"cache": {"claimName": "models"}}, "resources": {"scratch": {"size": "9Gi"}}}

@@ -123,8 +123,9 @@ def test_what_must_be_written_before_objects_change_is_written_at_once() -> None
 
 @pytest.mark.parametrize("field", FLOODS)
 def test_a_report_whose_status_need_not_wait_for_the_limit_of_all_jobs_is_reconciled_as_soon(field: str) -> None:
-    """`Memory.store_report` returns when a report is reconciled, and `status/urgency.py` decides whether this reconcile
-    may write the status. If the two disagreed, news such as a new checkpoint could wait as long as new numbers."""
+    """`Memory.store_report` returns after how many seconds a report is to be reconciled, and `status/urgency.py`
+    decides whether this reconcile may write the status. If the two disagreed, news such as a new checkpoint could wait
+    as long as new numbers."""
     for number in range(1, 8):
         first, second = (a_report(**{field: FLOODS[field](each)}) for each in (number, number + 1))
         stored = a_status(report=first, reported_at=NOW)

@@ -139,7 +139,8 @@ def presented(installed: Installed) -> str:
 
 
 def ending_in(days: int, data: dict[str, str]) -> dict[str, str]:
-    """Return the Secret's ``data`` with another server certificate of the same CA, which expires in ``days`` days."""
+    """Return the Secret's ``data`` with another server certificate. It is signed by the same CA, and expires in
+    ``days`` days."""
     then = datetime.now(UTC) - LEAF_LIFETIME + timedelta(days=days)
     old = from_secret_data(data)
     assert old is not None

@@ -77,8 +77,8 @@ class Resync:
         )
 
     async def run(self, namespaces: Iterable[str], calls: int, seconds: float = 300) -> set[Key]:
-        """Run the resync, with ``seconds`` between two resyncs, until ``calls`` lists were requested and answered.
-        Return the keys that the resync has queued."""
+        """Run the resync, with ``seconds`` between two resyncs, until ``calls`` lists were requested and answered. The
+        lists of earlier runs are counted too. Return the keys that the resync has queued."""
         task = asyncio.ensure_future(self.controller.resync(tuple(namespaces), seconds))
         async with asyncio.timeout(30):
             while len(self.lists.calls) < calls:

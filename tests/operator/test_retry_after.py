@@ -1,5 +1,5 @@
-"""After an answer with `Retry-After`, the client of the API server delays all its requests, not only the refused
-one. The watches, which kopf runs, wait as well, and no longer than the client does."""
+"""After a 429, or a 503 with `Retry-After`, the client of the API server delays all its requests, not only the refused
+one. The watches, which kopf runs, wait after a 429 as well, for a whole number of seconds from 1 to MOST_SECONDS."""
 
 from __future__ import annotations
 

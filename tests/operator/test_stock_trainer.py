@@ -28,8 +28,8 @@ CRASH_AT = 40
 
 
 def variables_of_the_pod(installed: Installed, namespace: str, pod: str, folder: Path) -> dict[str, str]:
-    """Return the environment variables of ``pod`` whose names begin with KUBEFLOW_TRAINER_. The files that two of these
-    variables name are copied into ``folder``, and the returned values are the paths of the copies."""
+    """Return the environment variables of ``pod`` whose names begin with KUBEFLOW_TRAINER_. Two of them name files.
+    These files are copied into ``folder``, and the two variables are returned with the paths of the copies."""
     kubectl = installed.cluster.kubectl
     lines = kubectl("exec", pod, "-n", namespace, "--", "env").splitlines()
     found = dict(line.split("=", 1) for line in lines if line.startswith("KUBEFLOW_TRAINER_"))

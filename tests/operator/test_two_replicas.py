@@ -38,7 +38,8 @@ SERVICE = f"{SERVICE_ACCOUNT}.{OPERATOR_NAMESPACE}.svc"
 USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{SERVICE_ACCOUNT}"
 TAKEOVER_SECONDS, REPORT_SECONDS, FROZEN_SECONDS = 20, 40, 30
 BUSY = 12
-"""Number of new jobs at the moment of the failure, so that the leader fails while it creates objects."""
+"""Number of jobs that are created right before the leader fails, so that it fails while it creates objects. As many
+jobs are created right after the failure."""
 
 
 @dataclass

@@ -26,7 +26,8 @@ from tests.operator.test_identity import pass_minutes, while_it_runs
 
 
 async def a_running_job() -> ModelServer:
-    """Return a server whose job runs and has reported, and has every status field that a job can have while it runs."""
+    """Return a server whose job runs its first attempt and has reported. Its status has every field that the status of
+    such a job can have without a preflight check."""
     server = ModelServer(job_manifest(), NOW)
     await while_it_runs(server, Memory())
     full = filled(FineTuneJobStatus, server.job["status"])

@@ -26,8 +26,11 @@ BEFORE_FIRST, AFTER_FIRST = {"kind": "stop", "step": 1}, {"kind": "stop", "step"
 def runs(
     store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Result, str]]:
-    """Train jobs whose validation rows or their right answers change after a stop. Return the results and logs of the
-    last attempts."""
+    """Train jobs, and return the result and the log of the last attempt of each, by the job's name.
+
+    The job `never` is not stopped. The other jobs are stopped and resumed: `begun` and `trained` then get other
+    validation rows, `regraded` gets other right answers for its rows, and `same` gets the same rows again.
+    """
     folder = tmp_path_factory.mktemp("changed-rows")
     rows = tiny.rows(7, seed=2)
     older = Inputs(

@@ -1,5 +1,6 @@
-"""Which adapters a job can start from (`model.adapter`): every other one is refused, in a sentence that names the
-field, and the tensor or the setting at fault. The preflight check and the trainer say the same.
+"""Which adapters a job can start from (`model.adapter`). Every other adapter is refused in a sentence that names the
+field, and the tensor or the setting at fault. The preflight check and the trainer say the same, except where the fault
+lies in the values of a tensor: only the trainer checks these.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ SENTENCE = re.compile(r"(model\.adapter|lora)(\.\w+)*: [^\n]+")
 
 
 def adapter_job(tmp_path: Path, *, use: str = "Continue", untied: bool = False, **changes: Any) -> Job:
-    """Return a job with the model of the tiny Llama that starts from the adapter in the folder `adapter` of its
-    volume."""
+    """Return a job that starts from the adapter in the folder `adapter` of its volume. Its base model is the tiny
+    Llama, which is written unless the folder of the model exists."""
     base = model_folder(tmp_path)
     if not base.is_dir():
         tiny.write_model(base, tied=not untied)
@@ -153,7 +154,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 """Ways in which an adapter is broken, each with a text that the sentence about it must contain."""
 ONLY_IN_THE_BYTES = {"not finite"}
-"""What only the bytes of the tensors show, which the preflight check does not read."""
+"""Names in `BROKEN` of the faults that only the values of the tensors show. Only the trainer checks these values."""
 
 
 @pytest.mark.parametrize("use", ["Continue", "Merge"])

@@ -1,5 +1,5 @@
-"""Models whose files are unusual, as files of hubs, buckets and older tools are: they can be trained and exported, and
-are loaded as plain transformers loads them."""
+"""Models whose files are unusual, as those from hubs, buckets and older tools may be. They are loaded as plain
+transformers loads them, and can be trained and exported. Only a link that leads out of the volume is refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A job that starts from an adapter (`model.adapter`) trains exactly as plain peft does: one that continues the adapter
-like `PeftModel.from_pretrained`, and one that merges it like `merge_and_unload`. What the job publishes says what it
-grew from.
+"""A job that starts from an adapter (`model.adapter`) trains as plain peft does: a job that continues the adapter
+trains like a model of `PeftModel.from_pretrained`, and a job that merges it like a model of `merge_and_unload`. The
+artifact names the adapter that it grew from.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def trained(
 
 
 def artifact_folder(store: ObjectStore, name: str, folder: Path) -> Path:
-    """Download the artifact of the case ``name`` to ``folder``, and return it."""
+    """Download the artifact of the case ``name`` to ``folder``, and return ``folder``."""
     base = f"runs/default/adapter-{name}/uid-1"
     inside = json.loads(store.read(f"{base}/ARTIFACT"))["folder"]
     return download(store, f"{base}/{inside}/", folder)

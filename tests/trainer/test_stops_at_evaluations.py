@@ -27,8 +27,9 @@ from tests.trainer.test_recovery import artifact_files, root_of
 UNREACHED = 100.0
 """`evaluation.minDelta` that no evaluation reaches."""
 EVALUATED = 4
-"""The step at whose evaluation the jobs are stopped. The perplexity after this step is the lowest, but no improvement:
-with `minDelta` it falls by too little, and with TaskScore all scores are equal."""
+"""The stop `during` comes in the evaluation after this step, and the stop `behind` right after that evaluation. The
+perplexity after this step is the lowest, but it is no improvement: with `minDelta` it falls by too little, and with
+TaskScore all scores are equal."""
 JOBS: Mapping[str, Mapping[str, Any]] = {
     "min-delta": {"evaluation__minDelta": UNREACHED, "storage__checkpointEverySteps": 2},
     "equal-scores": {"evaluation__bestBy": "TaskScore", "storage__checkpointEverySteps": 2},
@@ -126,7 +127,8 @@ def test_a_job_that_is_killed_in_an_evaluation_and_in_the_export_ends_like_one_t
     store: ObjectStore, inputs: Inputs, ended: dict[str, Ended], tmp_path: Path
 ) -> None:
     config = config_of(store, "killed-late", "min-delta")
-    # The first two sets of rows are those of the base model, and the third is evaluated after step 2.
+    # The scores of the base model take the first two evaluations of rows, and step 2 takes the third. So the first
+    # attempt is killed in the evaluation after step 4.
     points = {"evaluation": 4, "artifact": 1, "published": 1}
     assert tuple(points) == LATER_POINTS
     for attempt, (point, count) in enumerate(points.items(), start=1):

@@ -21,11 +21,12 @@ _RULES = "x-kubernetes-validations"
 
 
 def tolerate_other_types(schema: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of the structural ``schema`` in which each rule holds where the field at one of ``paths`` has
-    another type than in the schema. For fields of the schema's types the rules mean what they meant.
+    """Return a copy of the structural ``schema`` in which each rule that reads the field at one of ``paths`` holds
+    where that field has another type than in the schema. Otherwise the rules mean what they meant.
 
-    Of a section with such a field, the other fields stay immutable. Raises ValueError for a section that may be absent,
-    and for a rule of such a field about its old value, because this module can't rewrite such rules.
+    A rule that makes the section of the field immutable still holds only if the other fields of the section stay as
+    they are. Raises ValueError where that section may be absent, and where the field has a rule about its old value,
+    because this module can't rewrite the rules then.
     """
     result: dict[str, Any] = copy.deepcopy(dict(schema))
     for path in paths:

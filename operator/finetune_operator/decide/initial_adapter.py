@@ -1,9 +1,10 @@
-"""Decides which artifact a job starts from whose `model.adapter.job` names another job. `state_machine.py` calls
+"""Decides from which artifact a job starts, if its `model.adapter.job` names another job. `state_machine.py` calls
 `before_adapter` before the preflight check and attempt 1.
 
-The record in `status.adapter` is written once, with uid, address and digest of the artifact that counts. From then on
-no name is looked up any more: every attempt verifies that artifact, even where the named job is deleted or another job
-gets its name. Before the record, the name means the job that has it now.
+The record in `status.adapter` holds the uid of the other job, and the address and the digest of its artifact. The
+operator writes these three once. After that it looks up the name no more, and every attempt verifies the recorded
+artifact, even where the other job is deleted or a new job gets its name. Until the record is written, the name means
+the job that has it now.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ LOOK_SECONDS = 15.0
 
 
 def before_adapter(stored: FineTuneJobStatus, named: NamedJob | None, unchecked: Decision) -> Decision | None:
-    """Return the decision for a job that may not start before the artifact of the job ``named`` is recorded. Return
-    None where nothing has to be recorded, or where ``unchecked``, the decision without it, starts nothing."""
+    """Return the decision for a job that may not start before the artifact of the job ``named`` is recorded.
+
+    ``unchecked`` is the decision that would be made without this record and without a preflight check. Return None
+    where nothing has to be recorded (``named`` is None), or where ``unchecked`` opens no attempt.
+    """
     if named is None or unchecked.action is not Action.OPEN_ATTEMPT:
         return None
     waiting = replace(

@@ -45,7 +45,8 @@ class NamedJob:
 
 
 def named_adapter(job: StoredJob) -> InitialAdapterSpec | None:
-    """Return `model.adapter` of ``job`` if it names another job whose artifact is not recorded yet, else None."""
+    """Return `model.adapter` of ``job`` if it names a job whose artifact still has to be recorded. Return None
+    otherwise: also where an attempt has started already, and where the spec of ``job`` can't be read."""
     if not isinstance(job, ParsedJob) or job.status.attempts.started or job.status.adapter is not None:
         return None
     source = job.resource.spec.model.adapter

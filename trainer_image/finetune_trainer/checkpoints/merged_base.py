@@ -21,7 +21,7 @@ from finetune_trainer.model.weight_files import WeightFiles
 
 @dataclass(frozen=True)
 class ReplacedWeight:
-    """A whole weight of the base model that the adapter holds. It is read when it is used."""
+    """A whole weight that the adapter holds in place of a weight of the base model. It is read when it is used."""
 
     fitted: FittedAdapter
     stored: str

@@ -58,7 +58,7 @@ SHAPE_FIELDS = (
 )
 """The fields of `adapter_config.json` that say where the adapter's matrices are, and how they are multiplied."""
 LORA_MARK = ".lora_"
-"""What the names of all tensors of an adapter's two matrices contain, and those of its norms."""
+"""A part of the name of each tensor that belongs to the two matrices or to the norms of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def continued_targets(structure: ModelStructure, lora: LoRASpec, fitted: FittedA
 
 
 def check_copies(fitted: FittedAdapter, folder: Path, dtype: torch.dtype) -> None:
-    """Raise UserError where the adapter that a job continues holds another embedding or output head than the model in
-    ``folder``. peft saves a copy of them beside the adapter wherever it adapts them. They are compared in ``dtype``."""
+    """Raise UserError where the adapter that a job continues holds a copy of the embedding or of the output head that
+    differs from the weight of the model in ``folder``. peft saves such a copy for each of the two that it adapts. Copy
+    and weight are compared in ``dtype``."""
     copies = {parameter: stored for parameter, stored in fitted.replaced.items() if _is_copy(stored)}
     if not copies:
         return
@@ -197,8 +198,8 @@ def check_copies(fitted: FittedAdapter, folder: Path, dtype: torch.dtype) -> Non
 
 
 def _is_copy(stored: str) -> bool:
-    """Return whether the tensor ``stored`` of an adapter is the weight below its matrices, which peft does not
-    train."""
+    """Return whether the tensor ``stored`` of an adapter is a copy of an adapted weight of the base model. peft does
+    not train this copy."""
     return WRAPPED in stored
 
 

@@ -38,8 +38,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "velora_config": (),
     "megatron_config": (),
 }
-"""Fields of `adapter_config.json` by which an adapter is more than the product of two matrices. The trainer knows only
-that product, so such a field must be absent, null, false, empty or one of the given values."""
+"""Fields of `adapter_config.json` by which an adapter is more than two matrices and the norms of DoRA. The trainer
+knows nothing else, so each of these fields must be absent, null, false, empty or one of the values given here."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model as it is. Others, such as PiSSA, put a part of the base
 model's weights into the adapter, which then fits only the base model that is left."""
@@ -63,8 +63,8 @@ class GivenAdapter:
     """An adapter in a local folder, of a kind that the trainer can use."""
 
     folder: Path
-    """Folder with `adapter_config.json` and `adapter_model.safetensors`. The bytes of the tensors may be holes, except
-    for `sha256`."""
+    """Folder with `adapter_config.json` and `adapter_model.safetensors`. In the preflight check, the bytes
+    of the tensors may be holes. `sha256` needs these bytes."""
     config: Mapping[str, Any]
     """Content of `adapter_config.json`."""
 
@@ -87,7 +87,7 @@ class GivenAdapter:
 
     @property
     def alpha(self) -> int:
-        """Scale of the adapter, except of modules in `alpha_pattern`."""
+        """LoRA's alpha of the adapter, except of modules in `alpha_pattern`."""
         return _whole_number(self.config, "lora_alpha", 8, MOST_ALPHA)
 
     @property
@@ -116,7 +116,7 @@ class GivenAdapter:
     @cached_property
     def tensors(self) -> Mapping[str, AdapterTensor]:
         """The tensors in the adapter's weight file, by name. Only the header is read. Raises UserError where the file
-        is broken or holds no tensor."""
+        is broken or holds no tensor, and OutsideFailure where the file can't be read."""
         found = {}
         with library_boundary(_unreadable), safe_open(self.folder / ADAPTER_FILE, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (the file is no mapping)

@@ -1,7 +1,8 @@
 """Access to the files of the adapter that a job starts from (`model.adapter`): on a volume, in the object store, on the
 Hugging Face Hub, or in the artifact of another FineTuneJob.
 
-The launcher fetches the files, `identities.py` names them, and the preflight checks look at them.
+The launcher fetches the files, `identities.py` makes the adapter's identity from their tags, and the preflight check
+looks at them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Retries:
     endpoint: str
     """Address of the store for messages, for example `http://minio.minio.svc:9000`."""
     budget_seconds: float = STORE_BUDGET_SECONDS
-    """Seconds after the first try, after which a failed request is not repeated again."""
+    """Seconds from the beginning of the first try. No try begins later than that."""
     retry_refusals: bool = False
     """Whether requests are repeated also after errors that usually last, such as refused credentials and a missing
     bucket."""
