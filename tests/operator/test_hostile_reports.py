@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from finetune_core.api.status import FineTuneJobStatus
-from finetune_core.contract import Report
+from finetune_core.contract import Report, Result
 from finetune_core.contract.contract_model import LARGEST_NUMBER
+from finetune_core.contract.preflight_result import FoundRun, PreflightResult
+from finetune_core.contract.records import AdapterOrigin, EvaluationRecord
 from finetune_core.contract.stock_reports import RuntimeStatus, to_report
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.key import Key
@@ -34,22 +36,24 @@ FULL: dict[str, Json] = {
     "checkpointAgeSeconds": 9, "checkpointProblem": "late", "best": {"run": 1, "step": 1}, "notices": ["n"],
     "evaluation": {"rows": "Test", "examples": 1, "base": SCORES, "tuned": SCORES, "tunedStep": 1},
     "incidents": [{"step": 1, "kind": "k", "value": "1", "threshold": "1", "action": "Record", "message": "m"}],
+    "attention": "SDPA", "adaptedShare": 0.5,
+    "adapter": {"use": "Continue", "source": "s3://a/b", "revision": "r", "jobUid": "99999999", "sha256": "a" * 64},
 }  # fmt: skip
-"""A report with every field but `podUid`, `result`, `attention`, `adaptedShare` and `adapter`."""
+"""A report with every field but `podUid` and `result`."""
 RESULT: dict[str, Json] = {
     "version": 1, "outcome": "Completed", "message": "m", "step": 5, "checkpoint": "s3://a/b",
     "artifact": {"uri": "s3://a/b", "step": 5, "bytes": 1, "manifestSha256": "ab"}, "evaluation": FULL["evaluation"],
 }  # fmt: skip
 """A termination message of a training pod, with every field."""
 CHECKED: dict[str, Json] = {
-    "version": 1, "findings": [], "notices": ["n"],
+    "version": 1, "findings": [], "notices": ["n"], "sizes": {"modelBytes": 1, "dataBytes": 1},
     "found": {
         "runId": "99999999-8888", "uid": "99999999-8888", "time": "2026-11-24T12:00:00Z", "step": 5,
         "artifact": {"run": 2, "bytes": 1, "manifestSha256": "a" * 64, "outcome": "Completed"},
-        "evaluation": FULL["evaluation"],
+        "evaluation": FULL["evaluation"], "templateDate": "2026-11-24",
     },
 }  # fmt: skip
-"""A termination message of a preflight check that has found a run, with every field but `sizes` and `templateDate`."""
+"""A termination message of a preflight check that has found a run, with every field."""
 NUMBERS = (0, 1, LARGEST_NUMBER, LARGEST_NUMBER + 1, 2**63, 10**400, 1e308, 5e-324)
 TIMES = (
     "1970-01-01T00:00:00Z",
@@ -61,6 +65,20 @@ TIMES = (
     2**63,
 )
 TEXTS = ("", "\x00", "\x1b[2J", "a\nb", "\ufffd", "é" * 500)
+
+
+def test_no_field_is_missing_in_the_messages_of_this_file() -> None:
+    assert {*FULL, "podUid", "result"} == names(Report)
+    assert set(FULL["adapter"]) == names(AdapterOrigin)
+    assert set(RESULT) == names(Result)
+    assert set(CHECKED) == names(PreflightResult)
+    assert set(CHECKED["found"]) == names(FoundRun)
+    assert set(FULL["evaluation"]) == names(EvaluationRecord)
+
+
+def names(model: type[BaseModel]) -> set[str]:
+    """Return the names that the fields of ``model`` have in JSON."""
+    return {field.alias or name for name, field in model.model_fields.items()}
 
 
 def hostile(full: Json) -> Iterator[tuple[str, Json]]:

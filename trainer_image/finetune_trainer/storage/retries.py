@@ -65,6 +65,8 @@ class Retries:
                 done = request()
             except S3Error as error:
                 if error.code in MISSING_CODES and missing is not ...:
+                    if failed:
+                        self.on_attempt("")
                     return missing  # type: ignore[return-value]
                 cause = _sentence(error, self.endpoint, bucket)
                 final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
