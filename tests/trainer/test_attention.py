@@ -6,7 +6,7 @@ model does with position ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,24 @@ def test_a_model_that_reads_in_both_directions_is_refused(tmp_path: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(write_family("bert", tmp_path), dtype=torch.float32)
     with pytest.raises(UserError, match=r"^model: must be a causal language model: what follows a token changes"):
         check_model(OneProcess(model), EXAMPLES, pad=1, packing=False, kernels=[Kernel.SDPA])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("line", "masked"), [(EXAMPLES[:1], False), (EXAMPLES[:2], True)], ids=["one", "two"])
+def test_only_a_sequence_of_several_examples_needs_a_mask(
+    line: Sequence[Example], masked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a mask, torch has a faster kernel for causal attention, which rounds in another way."""
+    engine = OneProcess(load_base(write_family("llama-3", tmp_path), torch.float32))
+    engine.use_attention(Kernel.SDPA)
+    compute, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(*tensors: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        masks.append(attn_mask is not None)
+        return compute(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    engine.logits(collate([[(example, 1) for example in line]], pad=1, packed=True))
+    assert set(masks) == {masked}
 
 
 def test_a_kernel_that_fails_is_replaced_by_a_slower_one(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ class Borders:
     numbers: torch.Tensor
     """Shape (B, T), int32: for each token the number of its example."""
 
+    @property
+    def inside(self) -> bool:
+        """Whether an example begins inside of a sequence, and not only at the beginning of each sequence."""
+        return len(self.starts) - 1 > len(self.numbers)
+
 
 class _Noted:
     """Holds the borders of the micro-batch that the model computes; None where no examples are packed."""
@@ -72,8 +77,9 @@ def _separated(mask: Any) -> Any:
     the mask also separates the examples."""
 
     def separated(*args: Any, mask_function: Any, **options: Any) -> Any:
-        if _Noted.borders is not None:
-            # The mask of transformers may separate the examples already. Then this mask changes nothing.
+        if _Noted.borders is not None and _Noted.borders.inside:
+            # The mask of transformers may separate the examples already. Then this mask changes nothing. Where each
+            # sequence is one example, transformers may leave out its mask, and torch then takes a faster kernel.
             mask_function = and_masks(mask_function, packed_sequence_mask_function(_Noted.borders.numbers))
             options["allow_is_causal_skip"] = False
         return mask(*args, mask_function=mask_function, **options)
