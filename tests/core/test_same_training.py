@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig
+from finetune_core.contract.run_file import StorageConfig
 from finetune_core.contract.same_training import NOT_THE_TRAINING, digest_of_fields, settings_digest
 from finetune_core.resolve import resolve
 from tests.core.jobs import quickstart
@@ -74,6 +75,11 @@ def test_only_fields_that_exist_are_listed() -> None:
     paths = list(leaves(RunConfig))
     unknown = [name for name in NOT_THE_TRAINING if not any(f"{path}.".startswith(f"{name}.") for path in paths)]
     assert unknown == []
+
+
+def test_no_field_about_the_store_defines_the_training_but_the_form_of_the_artifact() -> None:
+    fields = {f"storage.{name}" for name in StorageConfig.model_fields}
+    assert fields - set(NOT_THE_TRAINING) == {"storage.artifact"}
 
 
 def test_a_field_that_is_absent_leaves_the_digest_as_an_older_version_made_it() -> None:

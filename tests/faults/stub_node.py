@@ -140,8 +140,8 @@ class StubNode:
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
             # `_befall` carries out the script's word for this attempt. It runs as a task of its own and not as a step
-            # of the pod, because it may delete the pod: the deletion is handled in a step, which can't begin while
-            # another step of the pod runs.
+            # of the pod, because it may wait until the pod is gone (see `_suspend`). The deletion of a pod is handled
+            # in a step, which can't begin while another step of the pod runs.
             self._spawn(self._try(partial(self._befall, pod)))
         return None
 

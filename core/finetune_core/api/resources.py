@@ -42,7 +42,8 @@ VolatileMemory = Annotated[
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Largest number of nodes of a job. The limit is 99, because the name of a pod has room for an index of two digits."""
+"""Largest number of nodes of a job. The name of a pod ends with the index of its node, counted from 0, and has room for
+two digits, so no more than 100 nodes are possible."""
 
 
 class ScratchSpec(ApiModel):
