@@ -57,6 +57,8 @@ def _refusal(named: NamedJob) -> str:
     """Return why the artifact of ``named`` can never be used; empty where it can, or where that is not known yet."""
     if named.is_itself:
         return messages.ADAPTER_OF_ITSELF
+    if named.waits_for_it:
+        return messages.adapter_job_in_a_circle(named.name)
     if not named.exists or not named.is_readable:
         return ""
     if not named.has_adapter:
