@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from finetune_core.api.method import LoRASpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
+from finetune_trainer.model.adapter_patterns import with_plain_names
 from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.digest import BaseDigests
@@ -287,12 +288,10 @@ def test_a_continued_adapter_with_several_ranks_keeps_them(tmp_path: Path) -> No
     "config",
     [
         {"target_modules": r".*\.(q|v)_proj"},
-        {
-            "target_modules": r"(?:.*?(?:attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.down_proj)"
-        },
+        {"target_modules": r"(?:.*?(?:attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.\d{1,}\.mlp\.down)"},
         {"target_modules": r".*_proj", "exclude_modules": r".*layers\.0\..*"},
         {"rank_pattern": {r"layers\.1\..*": 2, "q_proj": 3}, "alpha_pattern": {r".*(up|down)_proj": 5.5}},
-        {"rank_pattern": {"q_proj": 3, r"layers\.1\..*": 2}, "use_rslora": True},
+        {"rank_pattern": {r"layers\.1\..*": 2, "q_proj": 3}, "use_rslora": True},
         {"layers_to_transform": [1], "layers_pattern": "layers"},
     ],
     ids=str,
@@ -307,6 +306,19 @@ def test_patterns_of_an_adapter_select_what_they_select_in_peft(
     _, model = trained(tried)
     plain = PeftModel.from_pretrained(load_whole(model_folder(tmp_path)), folder)
     assert same_logits(model.eval(), plain.eval()) < 1e-6
+
+
+def test_of_several_keys_that_fit_a_module_the_first_counts_also_after_an_export(tmp_path: Path) -> None:
+    tried = adapter_job(tmp_path, lora={})
+    with_config(alpha_pattern={"q_proj": 3, "1.self_attn.q_proj": 5})(adapter_folder(tmp_path))
+    _, model = trained(tried)
+    scales = {name: module.scaling["default"] for name, module in model.named_modules() if name.endswith("q_proj")}
+    assert set(scales.values()) == {3 / 4}
+    exported = dict(sorted(model.peft_config["default"].alpha_pattern.items()))
+    names = [name for name, _ in read_structure(model_folder(tmp_path)).model.named_modules()]
+    again = with_plain_names({"alpha_pattern": exported}, names)["alpha_pattern"]
+    assert sorted(again.items()) == sorted(exported.items())
+    assert set(exported.values()) == {3}
 
 
 SLOW = r"(([\w.])+)+!"

@@ -113,6 +113,7 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
     same = rows == structure.rows
     bare = copy.deepcopy(structure.model) if same else model_with_rows(structure, rows)
     modules = dict(bare.named_modules())
+    _check_tying(structure, given)
     settings = with_plain_names(given.config, list(modules))
     config = _configuration(settings)
     _check_modules(config, list(modules))
@@ -159,15 +160,20 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
                     f"its files do not fit together: it lacks the tensor {_name(name)}, which the modules_to_save of"
                     f" its {ADAPTER_CONFIG_FILE} ask for",
                 )
-    fitted = FittedAdapter(given, model, settings, places, replaced)
-    ends = {f"{name}.weight" for name in (structure.input_name, structure.output_name)}
-    if given.config.get("ensure_weight_tying") and structure.tied and ends.intersection([*fitted.adapted, *replaced]):
-        raise UserError(
-            FIELD,
-            "is a kind of LoRA adapter that can't be used: by its ensure_weight_tying, one adapter changes the input"
-            " embedding and the output head",
-        )
-    return fitted
+    return FittedAdapter(given, model, settings, places, replaced)
+
+
+def _check_tying(structure: ModelStructure, given: GivenAdapter) -> None:
+    """Raise UserError where the adapter is one for both embeddings of a model in which these share their weights."""
+    if not given.config.get("ensure_weight_tying") or not structure.tied:
+        return
+    for name in given.tensors:
+        if any(_is_below(_inner_name(name), end) for end in (structure.input_name, structure.output_name) if end):
+            raise UserError(
+                FIELD,
+                "is a kind of LoRA adapter that can't be used: by its ensure_weight_tying, it changes the input"
+                f" embedding and the output head alike ({_name(name)})",
+            )
 
 
 def continued_targets(structure: ModelStructure, lora: LoRASpec, fitted: FittedAdapter) -> AdapterTargets:

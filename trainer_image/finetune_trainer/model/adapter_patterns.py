@@ -49,15 +49,25 @@ def with_plain_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[st
 
 def _by_name(field: str, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return ``values`` of ``field``, whose keys are ends of names or regular expressions for such ends, without
-    regular expressions. Like peft, take the first key that fits a name."""
+    regular expressions. Like peft, take the first key that fits a name.
+
+    The result does not depend on the order of its keys, because peft sorts them when it saves a configuration.
+    """
+    found = _first_fitting(field, values, names)
+    if not any(is_pattern(key) for key in values) and found == _first_fitting(
+        field, dict(sorted(values.items())), names
+    ):
+        return dict(values)
+    # peft reads each key as a regular expression for the end of a name. These fit one whole name each.
+    return {f"^{re.escape(name)}": value for name, value in found.items()}
+
+
+def _first_fitting(field: str, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return for each name that a key of ``values`` fits the value of the first such key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if is_pattern(key):
-            for name in _fitting(field, key, names, before=r"(?:.*\.)?"):
-                # peft reads each key as a regular expression for the end of a name. This one fits the whole name only.
-                found.setdefault(f"^{re.escape(name)}", value)
-        else:
-            found.setdefault(key, value)
+        for name in _fitting(field, key, names, before=r"(?:.*\.)?"):
+            found.setdefault(name, value)
     return found
 
 
