@@ -128,11 +128,17 @@ def delete_manifest(store: ObjectStore, prefix: str) -> None:
     store.client.remove_object(BUCKET, f"{prefix}/manifest.json")
 
 
+def delete_folder(store: ObjectStore, prefix: str) -> None:
+    for key in store.keys(f"{prefix}/"):
+        store.client.remove_object(BUCKET, key)
+
+
 CHANGES: dict[str, tuple[Callable[[ObjectStore, str], None], str]] = {
     "weights": (change_weights, f"the sha256 of {WEIGHTS} differs"),
     "cut": (cut_weights, f"{WEIGHTS} is missing or has another size"),
     "manifest": (change_manifest, "the sha256 of its manifest.json is"),
     "gone": (delete_manifest, "is gone"),
+    "vanished": (delete_folder, "is gone"),
 }
 
 

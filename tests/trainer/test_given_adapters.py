@@ -123,6 +123,11 @@ def make_too_large(tensors: dict[str, torch.Tensor]) -> None:
     tensors[Q_OF_1][0, 0] = 1e300
 
 
+def make_huge(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q_OF_1].fill_(3e38)
+    tensors[Q_OF_1.replace("lora_A", "lora_B")].fill_(1)
+
+
 def point_to(name: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
@@ -300,7 +305,8 @@ def test_a_continued_adapter_with_several_ranks_keeps_them(tmp_path: Path) -> No
 def test_patterns_of_an_adapter_select_what_they_select_in_peft(
     use: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    tried = adapter_job(tmp_path, use=use, **({"lora": {}} if use == "Continue" else {"method": "Full"}))
+    changes: dict[str, Any] = {"lora": {}} if use == "Continue" else {"method": "Full"}
+    tried = adapter_job(tmp_path, use=use, **changes)
     folder = adapter_folder(tmp_path, **config)
     assert checked(tried)[0] == ""
     _, model = trained(tried)
@@ -349,10 +355,7 @@ def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
 
 def test_a_merged_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     tried = adapter_job(tmp_path, use="Merge", lora={})
-    factors = {Q_OF_1: 3e38, Q_OF_1.replace("lora_A", "lora_B"): 1.0}
-    with_tensors(lambda tensors: [tensors[name].fill_(value) for name, value in factors.items()])(
-        adapter_folder(tmp_path)
-    )
+    with_tensors(make_huge)(adapter_folder(tmp_path))
     sentence = trained(tried)[0]
     assert SENTENCE.fullmatch(sentence)
     assert "layers.1.self_attn.q_proj.weight of the merged model would hold numbers that are not finite" in sentence
