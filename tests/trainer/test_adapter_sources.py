@@ -157,6 +157,14 @@ def test_an_artifact_that_is_not_what_the_other_job_committed_is_refused(
     assert told in str(refused.value)
 
 
+@pytest.mark.parametrize("uri", ["", "s3://", "https://elsewhere/x", "s3://b/a/../b", "x\ny"])
+def test_a_recorded_address_that_is_none_is_a_sentence(uri: str, store: ObjectStore, tmp_path: Path) -> None:
+    artifact = {"uri": uri, "manifestSha256": "ab" * 32, "jobUid": "uid-of-first"}
+    config = RunConfig.model_validate(config_of(store, JOB) | {"adapterArtifact": artifact})
+    with pytest.raises(UserError, match=r"model\.adapter\.job: the artifact of job first \([^\n]*\) "):
+        fetched(config, paths_in(tmp_path, store), tmp_path / "inputs")
+
+
 def test_a_whole_model_of_another_job_is_refused(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
     artifact = committed(store, tiny_model, "changed/model")
     config = RunConfig.model_validate(config_of(store, JOB) | {"adapterArtifact": artifact})
