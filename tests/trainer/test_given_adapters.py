@@ -5,6 +5,9 @@ lies in the values of a tensor: only the trainer checks these.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -13,19 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
+from finetune_trainer.model.adapter_fit import fit_adapter
 from finetune_trainer.model.adapter_patterns import with_plain_names
 from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.model.given_adapter import GivenAdapter, adapter_of, with_settings_of
 from finetune_trainer.model.load import load_base
-from finetune_trainer.model.structure import read_structure
+from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.preflight.model_check import check_adapter, check_for_job, check_model
 from finetune_trainer.preparation import base_model_folder, load_model, prepare_node, with_adapter_settings
 from finetune_trainer.sources.adapter_files import adapter_files
@@ -237,6 +242,65 @@ def test_a_broken_adapter_is_refused_before_a_gpu_is_held_in_a_sentence_that_nam
     for sentence in (finding, refused):
         assert SENTENCE.fullmatch(sentence), sentence
         assert told in sentence
+
+
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    4,
+    4.0,
+    2.5,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "q_proj",
+    "(",
+    "\ud800\n\x1b[31m",
+    [],
+    ["q_proj"],
+    [1],
+    [[0, 1]],
+    [None],
+    {},
+    {"q_proj": 4},
+    {"q_proj": "4"},
+    {"(": 4},
+    {"q_proj": {"q_proj": []}},
+)
+"""A value of each kind that JSON has, and numbers that only Python reads."""
+FIELDS = sorted(field.name for field in dataclasses.fields(LoraConfig))
+
+
+@pytest.fixture(scope="module")
+def tiny_structure(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelStructure, Path]:
+    """The tiny Llama, and the folder of an adapter of it."""
+    folder = tmp_path_factory.mktemp("fields")
+    tiny.write_model(folder / "model")
+    return read_structure(folder / "model"), write_adapter(folder / "model", folder / "adapter")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_any_value_of_any_field_of_peft_is_taken_or_refused_in_a_sentence(
+    field: str, tiny_structure: tuple[ModelStructure, Path], tmp_path: Path
+) -> None:
+    structure, adapter = tiny_structure
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((adapter / CONFIG).read_text())
+    for value in VALUES:
+        (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config | {field: value}))
+        sentence, scales = "model.adapter: taken", []
+        try:
+            fitted = fit_adapter(structure, GivenAdapter.read(tmp_path / "adapter"), rows=structure.rows)
+            scales = [module.scaling["default"] for module in fitted.model.modules() if isinstance(module, LoraLayer)]
+        except UserError as error:
+            sentence = str(error)
+        assert SENTENCE.fullmatch(sentence), (value, sentence)
+        assert " object " not in sentence, (value, sentence)
+        assert all(math.isfinite(scale) for scale in scales), value
 
 
 @pytest.mark.parametrize(

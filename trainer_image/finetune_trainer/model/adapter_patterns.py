@@ -53,11 +53,11 @@ def _by_name(field: str, values: Mapping[str, Any], names: Sequence[str]) -> dic
 
     The result does not depend on the order of its keys, because peft sorts them when it saves a configuration.
     """
-    found = _first_fitting(field, values, names)
-    if not any(is_pattern(key) for key in values) and found == _first_fitting(
-        field, dict(sorted(values.items())), names
-    ):
+    ends = sorted(values)
+    several = any(one.endswith(f".{other}") for one in ends for other in ends)
+    if not several and not any(is_pattern(key) for key in values):
         return dict(values)
+    found = _first_fitting(field, values, names)
     # peft reads each key as a regular expression for the end of a name. These fit one whole name each.
     return {f"^{re.escape(name)}": value for name, value in found.items()}
 
