@@ -28,7 +28,7 @@ from finetune_trainer.model.adapter_patterns import with_plain_names
 from finetune_trainer.model.adapters import add_adapters, choose_targets
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.digest import BaseDigests
-from finetune_trainer.model.given_adapter import GivenAdapter, adapter_of, with_settings_of
+from finetune_trainer.model.given_adapter import DESCRIPTIVE, KINDS, NEUTRAL, GivenAdapter, adapter_of, with_settings_of
 from finetune_trainer.model.load import load_base
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.preflight.model_check import check_adapter, check_for_job, check_model
@@ -451,6 +451,20 @@ def test_an_adapter_of_another_base_model_by_name_is_used_with_a_notice(tmp_path
     (notice,) = (text for text in notices if text.startswith("model.adapter"))
     assert "s3://models/tiny" in notice
     assert "claim/model" in notice
+
+
+def test_settings_that_the_trainer_does_not_know_are_a_notice(tmp_path: Path) -> None:
+    tried = adapter_job(tmp_path, lora={})
+    with_config(unsloth_fixed=True, use_tomorrow="yes\n", nothing=None)(adapter_folder(tmp_path))
+    finding, notices = checked(tried)
+    assert finding == ""
+    (notice,) = (text for text in notices if "not known" in text)
+    assert notice.endswith(": unsloth_fixed, use_tomorrow")
+
+
+def test_the_trainer_judges_every_field_of_pefts_configuration() -> None:
+    """A field that a new version of peft adds must get a place in one of the tables."""
+    assert set(FIELDS) <= {*NEUTRAL, *KINDS, *DESCRIPTIVE}
 
 
 def test_other_weights_of_the_base_model_than_the_adapter_records_are_a_notice() -> None:

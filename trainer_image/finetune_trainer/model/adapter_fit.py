@@ -245,6 +245,17 @@ def other_base_notice(given: GivenAdapter, base_name: str) -> list[str]:
     ]
 
 
+def unknown_fields_notice(given: GivenAdapter) -> list[str]:
+    """Return a notice where the configuration of the adapter has fields that the trainer does not know."""
+    fields = given.unknown_fields
+    if not fields:
+        return []
+    names = ", ".join(fields[:8]) + (", …" if len(fields) > 8 else "")
+    return [
+        f"{FIELD}: its {ADAPTER_CONFIG_FILE} has settings that are not known and left out, as by peft: {_name(names)}"
+    ]
+
+
 def _configuration(settings: Mapping[str, Any]) -> LoraConfig:
     """Return the configuration of the adapter for peft."""
     given = {name: settings[name] for name in SHAPE_FIELDS if settings.get(name) is not None}

@@ -45,6 +45,30 @@ knows nothing else, so each of these fields must be absent, null, false, empty o
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model as it is. Others, such as PiSSA, put a part of the base
 model's weights into the adapter, which then fits only the base model that is left."""
+DESCRIPTIVE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "inference_mode",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+"""Further fields of `adapter_config.json` that are read elsewhere, or that say nothing of how the matrices of a
+finished adapter are used."""
 MOST_RANK, MOST_ALPHA = 512, 1024
 """Largest rank and alpha, as in `lora`."""
 MOST_PATTERNS = 1024
@@ -169,6 +193,13 @@ class GivenAdapter:
         mapping = self.config.get("auto_mapping")
         value = mapping.get(BASE_DIGEST) if isinstance(mapping, dict) else None
         return value if isinstance(value, str) else None
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """The fields that are set in `adapter_config.json` and that the trainer does not know, sorted. peft leaves out
+        such a field with a warning, and so does the trainer."""
+        known = {*NEUTRAL, *KINDS, *DESCRIPTIVE}
+        return sorted(name for name, value in self.config.items() if value and name not in known)
 
     @cached_property
     def tensors(self) -> Mapping[str, AdapterTensor]:
