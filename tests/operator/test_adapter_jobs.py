@@ -233,11 +233,18 @@ async def test_a_job_waits_at_the_end_of_a_chain_of_jobs_that_is_no_circle(end: 
     assert condition(server.job, "Succeeded")["status"] == "Unknown"
 
 
-async def test_a_job_of_a_former_circle_that_has_its_adapter_is_waited_for() -> None:
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"adapter": {"use": "Continue", "source": ADDRESS, "jobUid": "gone", "manifestSha256": SHA256}},
+        {"attempts": {"started": 1, "current": {"number": 1, "startTime": NOW.isoformat()}}},
+    ],
+    ids=["record", "attempt"],
+)
+async def test_a_job_of_a_former_circle_that_has_its_adapter_is_waited_for(status: Manifest) -> None:
     server = second_job()
-    record = {"use": "Continue", "source": ADDRESS, "jobUid": "gone", "manifestSha256": SHA256}
     server.others["first"] = waiting_job("first", "quickstart")
-    server.others["first"]["status"]["adapter"] = record
+    server.others["first"]["status"] |= status
     assert await settle(server) == LOOK_SECONDS
 
 
@@ -272,6 +279,29 @@ async def test_a_named_job_that_is_deleted_and_created_anew_changes_nothing_once
     await settle(server)
     assert server.job["status"]["attempts"]["started"] == 3
     assert server.job["status"]["adapter"]["jobUid"] == "uid-of-first"
+
+
+@pytest.mark.parametrize("left", [None, {"use": "Continue", "source": ADDRESS, "sha256": "cd" * 32}], ids=str)
+async def test_a_record_that_was_lost_is_written_again_before_the_next_attempt(left: Manifest | None) -> None:
+    """An older operator drops the field from the status, and a report may write it again without the uid."""
+    server = second_job()
+    server.others["first"] = first_job()
+    await settle(server)
+    server.job["status"].pop("adapter")
+    if left is not None:
+        server.job["status"]["adapter"] = left
+    del server.others["first"]
+    assert server.end_pods(1, "")
+    await settle(server)
+    server.pass_time(400)
+    assert await settle(server) == LOOK_SECONDS
+    assert server.job["status"]["attempts"]["started"] == 1
+    assert "there is no FineTuneJob first" in condition(server.job, "Accepted")["message"]
+    server.others["first"] = first_job()
+    await settle(server)
+    assert server.job["status"]["attempts"]["started"] == 2
+    found = {config.adapter_artifact.uri if config.adapter_artifact else "" for config in run_files(server)}
+    assert found == {ADDRESS}
 
 
 async def test_before_the_record_the_name_means_the_job_that_has_it_now() -> None:

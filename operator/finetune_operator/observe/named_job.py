@@ -51,9 +51,10 @@ class NamedJob:
 
 
 def named_adapter(job: StoredJob) -> InitialAdapterSpec | None:
-    """Return `model.adapter` of ``job`` if it names a job whose artifact still has to be recorded. Return None
-    otherwise: also where an attempt has started already, and where the spec of ``job`` can't be read."""
-    if not isinstance(job, ParsedJob) or job.status.attempts.started or job.status.adapter is not None:
+    """Return `model.adapter` of ``job`` if it names a job whose artifact still has to be recorded before the next
+    attempt. Return None otherwise: also where the spec of ``job`` can't be read."""
+    recorded = job.status.adapter is not None and job.status.adapter.job_uid
+    if not isinstance(job, ParsedJob) or recorded or job.status.attempts.current is not None:
         return None
     source = job.resource.spec.model.adapter
     return source if source is not None and source.job is not None else None
@@ -65,7 +66,8 @@ def awaited_name(found: Manifest | None, now: datetime) -> str:
     if found is None or "deletionTimestamp" in found["metadata"]:
         return ""
     status, _ = read_section(FineTuneJobStatus, found.get("status") or {}, now)
-    if status.adapter is not None or _ended(status)[0] != "Unknown":
+    recorded = status.adapter is not None and status.adapter.job_uid
+    if recorded or status.attempts.current is not None or _ended(status)[0] != "Unknown":
         return ""
     # Another version may have written the spec, so each part may be absent or of another type.
     part: object = found.get("spec")
