@@ -30,8 +30,8 @@ class JobState(StrEnum):
 
 MEANINGS: Mapping[JobState, str] = {
     JobState.NEW: "The operator has not reconciled the job yet.",
-    JobState.CHECKING: "The preflight check runs, or waits for its next try or for the job that `model.adapter.job` names."
-    " No GPU was asked for.",
+    JobState.CHECKING: "The preflight check runs, or waits for its next try or for the job that `model.adapter.job`"
+    " names. No GPU was asked for.",
     JobState.OPENED: "The next attempt is recorded in the status; its ConfigMap and child are not created yet.",
     JobState.PENDING: "The child exists; its pods do not all run yet.",
     JobState.RUNNING: "All pods of the attempt have run.",
