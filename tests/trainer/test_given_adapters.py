@@ -386,7 +386,8 @@ def test_of_several_keys_that_fit_a_module_the_first_counts_also_after_an_export
     assert set(scales.values()) == {3 / 4}
     exported = dict(sorted(model.peft_config["default"].alpha_pattern.items()))
     names = [name for name, _ in read_structure(model_folder(tmp_path)).model.named_modules()]
-    again = with_plain_names({"alpha_pattern": exported}, names)["alpha_pattern"]
+    assert {key.rpartition(".")[2] for key in exported} == {"q_proj"}, "no other module has a key"
+    again = with_plain_names({"alpha_pattern": exported}, names, names)["alpha_pattern"]
     assert sorted(again.items()) == sorted(exported.items())
     assert set(exported.values()) == {3}
 

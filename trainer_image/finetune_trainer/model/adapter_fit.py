@@ -114,7 +114,8 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
     bare = copy.deepcopy(structure.model) if same else model_with_rows(structure, rows)
     modules = dict(bare.named_modules())
     _check_tying(structure, given)
-    settings = with_plain_names(given.config, list(modules))
+    with_matrices = {_inner_name(name).partition(LORA_MARK)[0] for name in given.tensors if LORA_MARK in name}
+    settings = with_plain_names(given.config, list(modules), [name for name in modules if name in with_matrices])
     config = _configuration(settings)
     _check_modules(config, list(modules))
     with library_boundary(_unfit), warnings.catch_warnings(), torch.device("meta"):

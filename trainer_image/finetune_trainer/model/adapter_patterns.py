@@ -19,10 +19,11 @@ from finetune_trainer.model.given_adapter import FIELD
 from finetune_trainer.pod.errors import one_line
 
 
-def with_plain_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def with_plain_names(config: Mapping[str, Any], names: Sequence[str], adapted: Sequence[str]) -> dict[str, Any]:
     """Return ``config``, the content of `adapter_config.json`, with names in place of all regular expressions. The
     result selects the same ones of ``names``, which are the full names of all modules of the base model. Modules that
-    the adapter holds as a whole (`modules_to_save`) are excluded, as peft does.
+    the adapter holds as a whole (`modules_to_save`) are excluded, as peft does. ``adapted`` are those of ``names`` for
+    which the adapter has matrices.
 
     Raises UserError where RE2 can't read a regular expression, or where one selects nothing.
     """
@@ -43,7 +44,7 @@ def with_plain_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[st
         plain["exclude_modules"] = [*kept, *whole]
     for field in ("rank_pattern", "alpha_pattern"):
         if config.get(field):
-            plain[field] = _by_name(field, config[field], names)
+            plain[field] = _by_name(field, config[field], adapted)
     return plain
 
 
