@@ -85,8 +85,16 @@ def adapter_job_elsewhere(name: str) -> str:
 
 
 def adapter_job_without_artifact(name: str) -> str:
-    """Return the sentence about a named job that succeeded and whose status names no artifact."""
-    return f"{_ADAPTER_JOB}: FineTuneJob {name} has succeeded, and its status names no committed artifact"
+    """Return the sentence about a named job that succeeded and whose status names no artifact of its runs."""
+    return f"{_ADAPTER_JOB}: FineTuneJob {name} has succeeded, and its status names no committed artifact of its runs"
+
+
+def adapter_job_in_a_circle(name: str) -> str:
+    """Return the sentence about a named job that itself waits for the job that names it."""
+    return (
+        f"{_ADAPTER_JOB}: must not name a job that waits for this one: FineTuneJob {name} starts from the adapter of"
+        " this job, itself or over other jobs"
+    )
 
 
 def exit_sentence(exit_code: int | None, reason: str) -> str:

@@ -3,6 +3,7 @@ from. `tests/trainer/test_adapter_sources.py` tests what the trainer does with t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -164,6 +165,100 @@ async def test_a_job_that_names_itself_ends() -> None:
     assert condition(server.job, "Succeeded")["message"] == "model.adapter.job: must not name the job itself"
 
 
+NOT_OF_ITS_RUNS = {
+    "another bucket": {"uri": ADDRESS.replace("finetune/", "secrets/", 1)},
+    "another job": {"uri": ADDRESS.replace("team/first", "team/other")},
+    "another namespace": {"uri": ADDRESS.replace("team/first", "staff/first")},
+    "a way out": {"uri": ADDRESS.replace("uid-of-first", "..")},
+    "no artifact": {"uri": ADDRESS.replace("artifacts", "checkpoints")},
+    "a deeper folder": {"uri": f"{ADDRESS}/merged"},
+    "no address": {"uri": "x" * 1024},
+    "a line feed": {"uri": f"{ADDRESS}\n"},
+    "no digest": {"manifestSha256": "z" * 64},
+    "a short digest": {"manifestSha256": "ab"},
+}
+"""Fields of the artifact in a status that somebody else than the operator has written."""
+
+
+@pytest.mark.parametrize("name", NOT_OF_ITS_RUNS)
+async def test_an_artifact_that_no_run_of_the_other_job_can_have_written_is_not_read(name: str) -> None:
+    server = second_job()
+    named = {"uri": ADDRESS, "step": 10, "bytes": 12, "manifestSha256": SHA256, **NOT_OF_ITS_RUNS[name]}
+    server.others["first"] = first_job(artifact=named)
+    await settle(server)
+    succeeded = condition(server.job, "Succeeded")
+    assert (succeeded["status"], succeeded["reason"]) == ("False", "BadInput")
+    assert "names no committed artifact of its runs" in succeeded["message"]
+    assert (server.children, server.config_maps) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    "status", [{"conditions": "x"}, {"artifact": [1]}, {"adapter": 7}, {"conditions": [{}]}], ids=str
+)
+async def test_a_status_of_the_other_job_that_can_not_be_read_stops_no_reconcile(status: Manifest) -> None:
+    server = second_job()
+    server.others["first"] = first_job(**status)
+    await settle(server)
+    readable = "adapter" in status
+    assert (condition(server.job, "Accepted")["status"] == "True") is readable
+    assert bool(server.children) is readable
+
+
+def waiting_job(name: str, other: str) -> Manifest:
+    """Return a job ``name`` that waits for the adapter of the job ``other``."""
+    manifest = first_job(conditions=[ended("Unknown", "Pending")], artifact=None)
+    manifest["metadata"] |= {"name": name, "uid": f"uid-of-{name}"}
+    manifest["spec"]["model"] = manifest["spec"]["model"] | {"adapter": {"job": {"name": other}, "use": "Continue"}}
+    return manifest
+
+
+@pytest.mark.parametrize("between", [[], ["a"], ["a", "b", "c"]], ids=len)
+async def test_jobs_that_wait_for_each_other_in_a_circle_end(between: list[str]) -> None:
+    server = second_job()
+    chain = ["first", *between, "quickstart"]
+    for name, other in pairwise(chain):
+        server.others[name] = waiting_job(name, other)
+    await settle(server)
+    succeeded = condition(server.job, "Succeeded")
+    assert (succeeded["status"], succeeded["reason"]) == ("False", "BadInput")
+    assert "must not name a job that waits for this one: FineTuneJob first" in succeeded["message"]
+
+
+@pytest.mark.parametrize("end", ["", "missing", "a"])
+async def test_a_job_waits_at_the_end_of_a_chain_of_jobs_that_is_no_circle(end: str) -> None:
+    server = second_job()
+    server.others["first"] = waiting_job("first", "a")
+    server.others["a"] = waiting_job("a", end) if end else first_job(conditions=[], artifact=None)
+    assert await settle(server) == LOOK_SECONDS
+    assert condition(server.job, "Succeeded")["status"] == "Unknown"
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"adapter": {"use": "Continue", "source": ADDRESS, "jobUid": "gone", "manifestSha256": SHA256}},
+        {"attempts": {"started": 1, "current": {"number": 1, "startTime": NOW.isoformat()}}},
+    ],
+    ids=["record", "attempt"],
+)
+async def test_a_job_of_a_former_circle_that_has_its_adapter_is_waited_for(status: Manifest) -> None:
+    server = second_job()
+    server.others["first"] = waiting_job("first", "quickstart")
+    server.others["first"]["status"] |= status
+    assert await settle(server) == LOOK_SECONDS
+
+
+async def test_the_deadline_of_the_check_does_not_run_while_a_job_waits_for_another_job() -> None:
+    server = second_job(runPolicy={"preflight": "Run", "pendingDeadlineSeconds": 60})
+    await settle(server)
+    server.pass_time(7200)
+    assert await settle(server) == LOOK_SECONDS
+    server.others["first"] = first_job()
+    await settle(server)
+    assert condition(server.job, "Succeeded")["status"] == "Unknown"
+    assert len(server.checks) == 1
+
+
 async def test_a_named_job_that_is_deleted_and_created_anew_changes_nothing_once_its_artifact_is_recorded() -> None:
     server = second_job()
     server.others["first"] = first_job()
@@ -184,6 +279,29 @@ async def test_a_named_job_that_is_deleted_and_created_anew_changes_nothing_once
     await settle(server)
     assert server.job["status"]["attempts"]["started"] == 3
     assert server.job["status"]["adapter"]["jobUid"] == "uid-of-first"
+
+
+@pytest.mark.parametrize("left", [None, {"use": "Continue", "source": ADDRESS, "sha256": "cd" * 32}], ids=str)
+async def test_a_record_that_was_lost_is_written_again_before_the_next_attempt(left: Manifest | None) -> None:
+    """An older operator drops the field from the status, and a report may write it again without the uid."""
+    server = second_job()
+    server.others["first"] = first_job()
+    await settle(server)
+    server.job["status"].pop("adapter")
+    if left is not None:
+        server.job["status"]["adapter"] = left
+    del server.others["first"]
+    assert server.end_pods(1, "")
+    await settle(server)
+    server.pass_time(400)
+    assert await settle(server) == LOOK_SECONDS
+    assert server.job["status"]["attempts"]["started"] == 1
+    assert "there is no FineTuneJob first" in condition(server.job, "Accepted")["message"]
+    server.others["first"] = first_job()
+    await settle(server)
+    assert server.job["status"]["attempts"]["started"] == 2
+    found = {config.adapter_artifact.uri if config.adapter_artifact else "" for config in run_files(server)}
+    assert found == {ADDRESS}
 
 
 async def test_before_the_record_the_name_means_the_job_that_has_it_now() -> None:

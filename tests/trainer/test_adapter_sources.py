@@ -128,11 +128,17 @@ def delete_manifest(store: ObjectStore, prefix: str) -> None:
     store.client.remove_object(BUCKET, f"{prefix}/manifest.json")
 
 
+def delete_folder(store: ObjectStore, prefix: str) -> None:
+    for key in store.keys(f"{prefix}/"):
+        store.client.remove_object(BUCKET, key)
+
+
 CHANGES: dict[str, tuple[Callable[[ObjectStore, str], None], str]] = {
     "weights": (change_weights, f"the sha256 of {WEIGHTS} differs"),
     "cut": (cut_weights, f"{WEIGHTS} is missing or has another size"),
     "manifest": (change_manifest, "the sha256 of its manifest.json is"),
     "gone": (delete_manifest, "is gone"),
+    "vanished": (delete_folder, "is gone"),
 }
 
 
@@ -149,6 +155,14 @@ def test_an_artifact_that_is_not_what_the_other_job_committed_is_refused(
         fetched(config, paths_in(tmp_path, store), tmp_path / "inputs")
     assert str(refused.value).startswith("model.adapter.job: the artifact of job first (s3://")
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "https://elsewhere/x", "s3://b/a/../b", "x\ny"])
+def test_a_recorded_address_that_is_none_is_a_sentence(uri: str, store: ObjectStore, tmp_path: Path) -> None:
+    artifact = {"uri": uri, "manifestSha256": "ab" * 32, "jobUid": "uid-of-first"}
+    config = RunConfig.model_validate(config_of(store, JOB) | {"adapterArtifact": artifact})
+    with pytest.raises(UserError, match=r"model\.adapter\.job: the artifact of job first \([^\n]*\) "):
+        fetched(config, paths_in(tmp_path, store), tmp_path / "inputs")
 
 
 def test_a_whole_model_of_another_job_is_refused(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:

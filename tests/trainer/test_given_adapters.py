@@ -38,7 +38,7 @@ from tests.trainer.plain_loop import DENSE
 from tests.trainer.test_base_checks import Job, job, model_folder
 
 Q_OF_1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-SENTENCE = re.compile(r"(model\.adapter|lora)(\.\w+)*: [^\n]+")
+SENTENCE = re.compile(r"(model\.adapter|lora)(\.\w+)*: [^\x00-\x1f\x7f]+")
 
 
 def adapter_job(tmp_path: Path, *, use: str = "Continue", untied: bool = False, **changes: Any) -> Job:
@@ -102,6 +102,38 @@ def quantise(tensors: dict[str, torch.Tensor]) -> None:
     tensors[Q_OF_1] = torch.zeros(4, 64, dtype=torch.int8)
 
 
+def add_whole(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.ones(64, 64)
+
+    return change
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def make_too_large(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q_OF_1] = tensors[Q_OF_1].double()
+    tensors[Q_OF_1][0, 0] = 1e300
+
+
+def make_huge(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q_OF_1].fill_(3e38)
+    tensors[Q_OF_1.replace("lora_A", "lora_B")].fill_(1)
+
+
+def point_to(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+
+    return write
+
+
 def make_infinite(tensors: dict[str, torch.Tensor]) -> None:
     tensors[Q_OF_1][0, 0] = float("inf")
 
@@ -139,6 +171,36 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "modules are a number": (with_config(target_modules=7), "target_modules"),
     "other rank": (with_config(r=8), "another rank"),
     "unknown module": (with_config(target_modules=[*DENSE, "fancy_proj"]), "fancy_proj"),
+    "excluded modules are a number": (with_config(exclude_modules=7), "exclude_modules"),
+    "whole modules are a text": (with_config(modules_to_save="lm_head"), "modules_to_save"),
+    "parameters are a text": (with_config(target_parameters="a.b"), "target_parameters"),
+    "layers are a text": (with_config(layers_to_transform="1"), "layers_to_transform"),
+    "layers are a pattern": (with_config(layers_to_transform=[1], layers_pattern=["(a+)+"]), "layers_pattern"),
+    "rank of a module is text": (with_config(rank_pattern={"q_proj": "4"}), "rank_pattern"),
+    "rank of a module is 0": (with_config(rank_pattern={"q_proj": 0}), "rank_pattern"),
+    "ranks are a list": (with_config(rank_pattern=["q_proj"]), "rank_pattern"),
+    "alpha of a module is no number": (with_config(alpha_pattern={"q_proj": float("nan")}), "alpha_pattern"),
+    "alpha of a module is infinite": (with_config(alpha_pattern={"q_proj": float("inf")}), "alpha_pattern"),
+    "alpha of a module is true": (with_config(alpha_pattern={"q_proj": True}), "alpha_pattern"),
+    "very many ranks": (with_config(rank_pattern={f"m{number}": 4 for number in range(1025)}), "rank_pattern"),
+    "DoRA is a text": (with_config(use_dora="no"), "use_dora"),
+    "rank-stabilized is a text": (with_config(use_rslora="false"), "use_rslora"),
+    "pattern looks ahead": (with_config(target_modules=r".*(?=\.)\.q_proj"), "target_modules"),
+    "pattern is broken": (with_config(target_modules="((("), "target_modules"),
+    "pattern fits nothing": (with_config(target_modules=r"vision\..*"), "fits no module"),
+    "pattern of ranks is broken": (with_config(rank_pattern={"(": 4}), "rank_pattern"),
+    "missing whole weight": (with_config(modules_to_save=["norm"]), "base_model.model.model.norm.weight"),
+    "whole weight that peft does not load": (
+        with_tensors(add_whole("base_model.model.model.layers.1.self_attn.q_proj.weight")),
+        "self_attn.q_proj.weight",
+    ),
+    "whole weight without the prefix": (with_tensors(add_whole("model.norm.weight")), "begins with base_model.model."),
+    "names without the prefix": (with_tensors(rename("base_model.model.", "")), "begins with base_model.model."),
+    "names of one adapter of several": (with_tensors(rename(".weight", ".default.weight")), "lora_A.default.weight"),
+    "doubled prefix": (with_tensors(rename("base_model.", "base_model.model.base_model.")), "base_model.model.base_"),
+    "hostile name": (with_tensors(rename("q_proj", "q\nproj\x1b[31m")), "q proj [31m"),
+    "pointer of a configuration": (point_to(CONFIG), "pointer of Git LFS"),
+    "pointer of weights": (point_to(WEIGHTS), "pointer of Git LFS"),
     "no object": (with_text("[1]"), CONFIG),
     "no JSON": (with_text("{"), CONFIG),
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
@@ -151,9 +213,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "wider": (with_tensors(widen), Q_OF_1),
     "quantised": (with_tensors(quantise), Q_OF_1),
     "not finite": (with_tensors(make_infinite), Q_OF_1),
+    "not finite in fp32": (with_tensors(make_too_large), Q_OF_1),
 }
 """Ways in which an adapter is broken, each with a text that the sentence about it must contain."""
-ONLY_IN_THE_BYTES = {"not finite"}
+ONLY_IN_THE_BYTES = {"not finite", "not finite in fp32"}
 """Names in `BROKEN` of the faults that only the values of the tensors show. Only the trainer checks these values."""
 
 
@@ -223,6 +286,32 @@ def test_a_continued_adapter_with_several_ranks_keeps_them(tmp_path: Path) -> No
     assert same_logits(model.eval(), plain.eval()) < 1e-6
     kept = {name: value for name, value in plain.state_dict().items() if "lora_" in name}
     assert all(torch.equal(model.state_dict()[name], value) for name, value in kept.items())
+
+
+def test_a_merged_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    tried = adapter_job(tmp_path, use="Merge", lora={})
+    with_tensors(make_huge)(adapter_folder(tmp_path))
+    sentence = trained(tried)[0]
+    assert SENTENCE.fullmatch(sentence)
+    assert "layers.1.self_attn.q_proj.weight of the merged model would hold numbers that are not finite" in sentence
+
+
+def test_a_module_that_is_held_as_a_whole_is_not_adapted_too(tmp_path: Path) -> None:
+    tried = adapter_job(tmp_path, use="Merge", untied=True, method="Full")
+    folder = adapter_folder(tmp_path, modules_to_save=["lm_head"], target_modules=["q_proj", "lm_head"])
+    assert checked(tried)[0] == ""
+    _, model = trained(tried)
+    plain = PeftModel.from_pretrained(load_whole(model_folder(tmp_path)), folder).merge_and_unload()
+    assert same_logits(model.eval(), plain.eval()) < 1e-6
+
+
+@pytest.mark.parametrize("use", ["Continue", "Merge"])
+def test_one_adapter_for_two_embeddings_that_share_their_weights_is_refused(use: str, tmp_path: Path) -> None:
+    tried = adapter_job(tmp_path, use=use, lora={})
+    adapter_folder(tmp_path, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    for sentence in (checked(tried)[0], trained(tried)[0]):
+        assert sentence.startswith("model.adapter: "), sentence
+        assert "ensure_weight_tying" in sentence
 
 
 def test_an_adapter_of_another_base_model_by_name_is_used_with_a_notice(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from finetune_core.contract import Outcome
+from finetune_core.contract import Outcome, RunConfig
 from finetune_core.layout import Manifest
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.model.adapters import initial_adapter
 from finetune_trainer.model.given_adapter import GivenAdapter
 from finetune_trainer.pod.plan import Inputs
+from finetune_trainer.sources.inputs import fetch_inputs
+from finetune_trainer.storage.root import open_root
 from tests.trainer import tiny
 from tests.trainer.exporting import load_whole, same_logits
 from tests.trainer.gangs import losses_of, train_all
@@ -27,6 +29,8 @@ from tests.trainer.given_adapters import write_adapter
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.plain_loop import DENSE, PlainExample, plain_losses
 from tests.trainer.pods import run_config
+from tests.trainer.preflights import paths_in
+from tests.trainer.test_adapter_sources import write_object
 from tests.trainer.test_recovery import artifact_files
 
 STEPS, CUT, RATE, GLOBAL_BATCH = 6, 3, 1e-2, 6
@@ -207,6 +211,48 @@ def test_the_artifact_says_which_adapter_it_grew_from(
     if (exported / "adapter_config.json").is_file():
         recorded = json.loads((exported / "adapter_config.json").read_text())["auto_mapping"]["initial_adapter"]
         assert recorded == {"use": CASES[name][0], "source": "claim/adapter", "sha256": sha256}
+
+
+GENERATIONS = {
+    "continue-of-merge": ("merge-lora-2", "Continue"),
+    "merge-of-merge": ("merge-lora-2", "Merge"),
+    "merge-of-continue": ("continue-2", "Merge"),
+}
+"""By name: the case of `CASES` whose artifact a second job starts from, and what this job does with the adapter."""
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_artifact_of_a_job_that_started_from_an_adapter_is_the_start_of_the_next_job(
+    name: str, trained: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    first, use = GENERATIONS[name]
+    first_artifact = artifact_folder(trained, first, tmp_path / "first")
+    address = json.loads((first_artifact / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base: dict[str, Any] = {"s3": {"uri": address}}
+    if "/_bases/" not in address:
+        trained.upload("models/of-the-first", tiny_model)
+        base = {"s3": {"uri": f"s3://{BUCKET}/models/of-the-first"}}
+    run = f"runs/default/adapter-{first}/uid-1"
+    source = {"s3": {"uri": f"s3://{BUCKET}/{run}/{json.loads(trained.read(f'{run}/ARTIFACT'))['folder']}"}}
+    rows = tiny.write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_object(trained, f"data/{name}.jsonl", rows.read_bytes())
+    config = config_of(trained, f"second-{name}", use, "LoRA", 2)
+    config["model"] = base | {"adapter": source | {"use": use}}
+    config["dataset"]["train"] = {"s3": {"uri": f"s3://{BUCKET}/data/{name}.jsonl"}}
+    read, paths = RunConfig.model_validate(config), paths_in(tmp_path, trained)
+    (tmp_path / "inputs").mkdir()
+    inputs = fetch_inputs(read, paths, open_root(read, paths).store, tmp_path / "inputs")
+    train_all([config], inputs, tmp_path / "gang", credentials=trained.credentials)
+    losses, plain = plain_training(inputs.model, first_artifact, use, "LoRA")
+    assert losses_of(trained, f"adapter-second-{name}") == pytest.approx(losses, rel=1e-5)
+    exported = artifact_folder(trained, f"second-{name}", tmp_path / "artifact")
+    said = json.loads((exported / "adapter_config.json").read_text())
+    own = said["base_model_name_or_path"]
+    assert (own == base["s3"]["uri"]) is (use == "Continue")
+    own_base = download(trained, f"{own.removeprefix(f's3://{BUCKET}/')}/", tmp_path / "base")
+    assert same_logits(PeftModel.from_pretrained(load_whole(own_base), exported).eval(), plain) < 1e-4
+    origin = said["auto_mapping"]["initial_adapter"]
+    assert origin == {"use": use, "source": source["s3"]["uri"], "sha256": GivenAdapter.read(first_artifact).sha256}
 
 
 def test_a_later_attempt_with_another_adapter_is_refused(

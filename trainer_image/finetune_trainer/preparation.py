@@ -177,7 +177,7 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         notices.append(reach_notice(targets))
     if config.model.added_tokens and targets.names and not adapts_an_embedding(structure, targets):
         notices.append(
-            "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
+            "model.addedTokens: the adapters leave out both embeddings, so the new rows stay as they were drawn"
         )
     data_sha256, mix_sizes = "", []
     evaluation_sha256: dict[str, str] = {}

@@ -1,10 +1,12 @@
 """Decides from which artifact a job starts, if its `model.adapter.job` names another job. `state_machine.py` calls
-`before_adapter` before the preflight check and attempt 1.
+`before_adapter` before the preflight check and before each attempt.
 
 The record in `status.adapter` holds the uid of the other job, and the address and the digest of its artifact. The
 operator writes these three once. After that it looks up the name no more, and every attempt verifies the recorded
 artifact, even where the other job is deleted or a new job gets its name. Until the record is written, the name means
-the job that has it now.
+the job that has it now. The same holds for a record that was lost after attempt 1, for example because an older version
+of the operator, which does not know the field, has written the status. The trainer then refuses other bytes than those
+of the former attempts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def before_adapter(stored: FineTuneJobStatus, named: NamedJob | None, unchecked:
         return None
     waiting = replace(
         unchecked,
-        state=JobState.CHECKING,
+        state=JobState.BACKING_OFF if stored.attempts.started else JobState.CHECKING,
         attempts=stored.attempts,
         preflight=stored.preflight,
         action=Action.NONE,
@@ -57,6 +59,8 @@ def _refusal(named: NamedJob) -> str:
     """Return why the artifact of ``named`` can never be used; empty where it can, or where that is not known yet."""
     if named.is_itself:
         return messages.ADAPTER_OF_ITSELF
+    if named.waits_for_it:
+        return messages.adapter_job_in_a_circle(named.name)
     if not named.exists or not named.is_readable:
         return ""
     if not named.has_adapter:

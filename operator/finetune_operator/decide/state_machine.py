@@ -27,6 +27,7 @@ def decide(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
         decision = during_attempt(attempts, attempts.current, seen)
     else:
         decision = between_attempts(attempts, seen)
+    adapter = before_adapter(stored, seen.named_job, decision)
     if attempts.started:
-        return replace(decision, preflight=stored.preflight)
-    return before_adapter(stored, seen.named_job, decision) or before_first_attempt(stored, seen, decision)
+        return replace(adapter or decision, preflight=stored.preflight)
+    return adapter or before_first_attempt(stored, seen, decision)

@@ -30,7 +30,8 @@ class JobState(StrEnum):
 
 MEANINGS: Mapping[JobState, str] = {
     JobState.NEW: "The operator has not reconciled the job yet.",
-    JobState.CHECKING: "The preflight check runs, or waits for its next try. No GPU was asked for.",
+    JobState.CHECKING: "The preflight check runs, or waits for its next try or for the job that `model.adapter.job`"
+    " names. No GPU was asked for.",
     JobState.OPENED: "The next attempt is recorded in the status; its ConfigMap and child are not created yet.",
     JobState.PENDING: "The child exists; its pods do not all run yet.",
     JobState.RUNNING: "All pods of the attempt have run.",
@@ -38,7 +39,8 @@ MEANINGS: Mapping[JobState, str] = {
     JobState.ENDING: "The cause of the attempt's end is recorded; the other pods get 10 s to end.",
     JobState.CLEANING_UP: "No attempt is current. The objects of the last attempt, or of a check that is no longer"
     " wanted, are removed, and their pods are waited for.",
-    JobState.BACKING_OFF: "The next attempt waits for its back-off.",
+    JobState.BACKING_OFF: "The next attempt waits for its back-off, or for the job that `model.adapter.job` names where"
+    " `status.adapter` was lost.",
     JobState.SUSPENDED: "`runPolicy.suspend` is true and no pod is left.",
     JobState.SUCCEEDED: "The artifact is committed. This state is final.",
     JobState.FAILED: "No attempt follows. This state is final.",

@@ -19,7 +19,7 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.disk_space import model_room
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
-from finetune_operator.observe.named_job import NamedJob, named_adapter, read_named_job
+from finetune_operator.observe.named_job import NamedJob, awaited_name, named_adapter, read_named_job
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
@@ -28,6 +28,9 @@ from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.observe.warning_events import WarningReader
 from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
+
+MOST_WAITING = 16
+"""Largest number of jobs, each of which waits for the adapter of the next one, that are read to find a circle."""
 
 
 class Observer:
@@ -102,7 +105,18 @@ class Observer:
             return None
         key = Key.parse(job.key.namespace, source.job.name)
         found = await self._cluster.get_job(key) if key is not None else None
-        return read_named_job(job, source, found, job.now)
+        return read_named_job(job, source, found, job.now, waits_for_it=await self._waits_for(job, found))
+
+    async def _waits_for(self, job: StoredJob, found: Manifest | None) -> bool:
+        """Return whether the job ``found`` waits for ``job``, because each job of a chain names the next one in
+        `model.adapter.job`. Of a longer chain than MOST_WAITING only the beginning is read."""
+        for _ in range(MOST_WAITING):
+            name = awaited_name(found, job.now)
+            key = Key.parse(job.key.namespace, name) if name else None
+            if key is None or key == job.key:
+                return key is not None
+            found = await self._cluster.get_job(key)
+        return False
 
     async def count_attempts(self, job: StoredJob) -> StoredJob:
         """Return ``job`` with `status.attempts.started` raised to the highest attempt number that its objects show.

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -21,9 +22,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from finetune_core.api.method import LoRASpec
-from finetune_core.errors import UserError, valid_text
+from finetune_core.errors import UserError
 from finetune_core.target_modules import FIELD as TARGETS
 from finetune_trainer.model.adaptable import TextPath
+from finetune_trainer.model.adapter_patterns import with_plain_names
 from finetune_trainer.model.adapters import (
     PEFT_PREFIX,
     WRAPPED,
@@ -37,7 +39,7 @@ from finetune_trainer.model.given_adapter import FIELD, GivenAdapter
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
-from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.pod.errors import first_line, library_boundary, one_line
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -68,6 +70,8 @@ class FittedAdapter:
     given: GivenAdapter
     model: PeftModel
     """The base model with the adapter, on the meta device."""
+    settings: Mapping[str, Any]
+    """The fields SHAPE_FIELDS of the adapter's configuration, with names in place of regular expressions."""
     places: Mapping[str, str]
     """For each trained parameter of `model`, the name of its tensor in the adapter's file."""
     replaced: Mapping[str, str]
@@ -84,7 +88,7 @@ class FittedAdapter:
 
     def configuration(self, lora: LoRASpec) -> LoraConfig:
         """Return the configuration of the adapter for a training that continues it, with the dropout of ``lora``."""
-        config = _configuration(self.given)
+        config = _configuration(self.settings)
         config.lora_dropout = float(lora.dropout)
         return config
 
@@ -94,9 +98,10 @@ class FittedAdapter:
         return self.tensor(self.places[name])
 
     def tensor(self, stored: str) -> torch.Tensor:
-        """Return the tensor ``stored`` of the adapter's file. Raises UserError where a number in it is not finite."""
+        """Return the tensor ``stored`` of the adapter's file in fp32. Raises UserError where a number in it is not
+        finite."""
         with safe_open(self.given.folder / ADAPTER_FILE, framework="pt") as file:
-            value: torch.Tensor = file.get_tensor(stored)
+            value: torch.Tensor = file.get_tensor(stored).float()
         if not torch.isfinite(value).all():
             raise UserError(FIELD, f"its tensor {_name(stored)} holds numbers that are not finite")
         return value
@@ -108,8 +113,10 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
     same = rows == structure.rows
     bare = copy.deepcopy(structure.model) if same else model_with_rows(structure, rows)
     modules = dict(bare.named_modules())
-    parameters = {name: tuple(value.shape) for name, value in bare.named_parameters(remove_duplicate=False)}
-    config = _configuration(given)
+    _check_tying(structure, given)
+    with_matrices = {_inner_name(name).partition(LORA_MARK)[0] for name in given.tensors if LORA_MARK in name}
+    settings = with_plain_names(given.config, list(modules), [name for name in modules if name in with_matrices])
+    config = _configuration(settings)
     _check_modules(config, list(modules))
     with library_boundary(_unfit), warnings.catch_warnings(), torch.device("meta"):
         # peft warns of tied embeddings, which the caller judges.
@@ -120,6 +127,12 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
     names = {id(value): name for name, value in trained.items()}
     places = {names[id(value)]: name for name, value in stored.items()}
     expected = {stored_name: tuple(trained[name].shape) for name, stored_name in places.items()}
+    # peft loads a whole weight only by the name that the parameter has in the model with the adapter.
+    whole = {
+        name: tuple(value.shape)
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if not value.requires_grad
+    }
     replaced = {}
     for name in sorted(given.tensors):
         if given.tensors[name].dtype not in FLOATS:
@@ -127,10 +140,9 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
                 FIELD, f"its tensor {_name(name)} is stored as {given.tensors[name].dtype} and must be F32, F16 or BF16"
             )
         if name not in expected:
-            inner = _inner_name(name, parameters)
-            if inner is None:
+            if name not in whole:
                 raise UserError(FIELD, _extra_problem(name, modules))
-            replaced[inner] = name
+            replaced[_inner_name(name)] = name
     for name, shape in expected.items():
         if name not in given.tensors:
             raise UserError(
@@ -139,9 +151,30 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
                 " the base model ask for",
             )
         _check_shape(name, given.tensors[name].shape, shape)
-    for parameter, name in replaced.items():
-        _check_shape(name, given.tensors[name].shape, parameters[parameter])
-    return FittedAdapter(given, model, places, replaced)
+    for name in replaced.values():
+        _check_shape(name, given.tensors[name].shape, whole[name])
+    for saved in given.config.get("modules_to_save") or ():
+        for name in whole:
+            if _is_below(_inner_name(name), saved) and name not in given.tensors:
+                raise UserError(
+                    FIELD,
+                    f"its files do not fit together: it lacks the tensor {_name(name)}, which the modules_to_save of"
+                    f" its {ADAPTER_CONFIG_FILE} ask for",
+                )
+    return FittedAdapter(given, model, settings, places, replaced)
+
+
+def _check_tying(structure: ModelStructure, given: GivenAdapter) -> None:
+    """Raise UserError where the adapter is one for both embeddings of a model in which these share their weights."""
+    if not given.config.get("ensure_weight_tying") or not structure.tied:
+        return
+    for name in given.tensors:
+        if any(_is_below(_inner_name(name), end) for end in (structure.input_name, structure.output_name) if end):
+            raise UserError(
+                FIELD,
+                "is a kind of LoRA adapter that can't be used: by its ensure_weight_tying, it changes the input"
+                f" embedding and the output head alike ({_name(name)})",
+            )
 
 
 def continued_targets(structure: ModelStructure, lora: LoRASpec, fitted: FittedAdapter) -> AdapterTargets:
@@ -208,18 +241,29 @@ def other_base_notice(given: GivenAdapter, base_name: str) -> list[str]:
     if not given.base_name or given.base_name.rstrip("/") == base_name.rstrip("/"):
         return []
     return [
-        f"{FIELD}: the adapter names the base model {valid_text(given.base_name)[:200]}, and this job trains"
+        f"{FIELD}: the adapter names the base model {_name(given.base_name)}, and this job trains"
         f" {base_name}; the shapes of all tensors fit"
     ]
 
 
-def _configuration(given: GivenAdapter) -> LoraConfig:
+def unknown_fields_notice(given: GivenAdapter) -> list[str]:
+    """Return a notice where the configuration of the adapter has fields that the trainer does not know."""
+    fields = given.unknown_fields
+    if not fields:
+        return []
+    names = ", ".join(fields[:8]) + (", …" if len(fields) > 8 else "")
+    return [
+        f"{FIELD}: its {ADAPTER_CONFIG_FILE} has settings that are not known and left out, as by peft: {_name(names)}"
+    ]
+
+
+def _configuration(settings: Mapping[str, Any]) -> LoraConfig:
     """Return the configuration of the adapter for peft."""
+    given = {name: settings[name] for name in SHAPE_FIELDS if settings.get(name) is not None}
+    ranks = {name: int(rank) for name, rank in given.get("rank_pattern", {}).items()}
+    whole = {name: int(given[name]) for name in ("r", "lora_alpha") if name in given}
     with library_boundary(_unfit):
-        return LoraConfig(
-            **{name: given.config[name] for name in SHAPE_FIELDS if given.config.get(name) is not None},
-            task_type="CAUSAL_LM",
-        )
+        return LoraConfig(**(given | whole | {"rank_pattern": ranks}), task_type="CAUSAL_LM")
 
 
 def _check_modules(config: LoraConfig, names: list[str]) -> None:
@@ -235,21 +279,28 @@ def _check_modules(config: LoraConfig, names: list[str]) -> None:
             )
 
 
-def _inner_name(stored: str, parameters: Mapping[str, object]) -> str | None:
-    """Return the parameter of the base model that the tensor ``stored`` replaces; None where there is none."""
-    inner = stored.removeprefix(PEFT_PREFIX).replace(WRAPPED, "").replace(".modules_to_save.default", "")
-    return inner if LORA_MARK not in stored and inner in parameters else None
+def _inner_name(stored: str) -> str:
+    """Return the name in the base model of the parameter that has the name ``stored`` in the model with the adapter."""
+    return stored.removeprefix(PEFT_PREFIX).replace(WRAPPED, "")
+
+
+def _is_below(parameter: str, module: str) -> bool:
+    """Return whether ``parameter`` belongs to a module whose name is ``module``, or ends with it."""
+    return f".{module}." in f".{parameter}"
 
 
 def _extra_problem(stored: str, modules: Mapping[str, object]) -> str:
     """Return why there is no place for the tensor ``stored``."""
-    module, mark, _ = stored.removeprefix(PEFT_PREFIX).replace(WRAPPED, "").partition(LORA_MARK)
-    if mark and module in modules:
-        return (
-            f"its files do not fit together: it holds the tensor {_name(stored)}, and its {ADAPTER_CONFIG_FILE} does"
-            " not ask for it"
-        )
-    return f"does not fit the base model: it holds the tensor {_name(stored)}, for which the model has no module"
+    inner = _inner_name(stored)
+    module = inner.partition(LORA_MARK)[0] if LORA_MARK in inner else inner.rpartition(".")[0]
+    if module not in modules:
+        return f"does not fit the base model: it holds the tensor {_name(stored)}, for which the model has no module"
+    if not stored.startswith(PEFT_PREFIX):
+        return f"its tensor {_name(stored)} must have a name that begins with {PEFT_PREFIX}, as peft writes it"
+    return (
+        f"its files do not fit together: it holds the tensor {_name(stored)}, and its {ADAPTER_CONFIG_FILE} does not"
+        " ask for it"
+    )
 
 
 def _check_shape(stored: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -273,4 +324,4 @@ def _unfit(error: BaseException) -> UserError:
 
 def _name(text: str) -> str:
     """Return a name from a file as it stands in a message."""
-    return valid_text(text if len(text) <= 200 else f"{text[:200]}…")
+    return one_line(text if len(text) <= 200 else f"{text[:200]}…")

@@ -17,7 +17,13 @@ from typing import Any
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, check_ends, load_tokenizer
-from finetune_trainer.model.adapter_fit import FittedAdapter, continued_targets, fit_adapter, other_base_notice
+from finetune_trainer.model.adapter_fit import (
+    FittedAdapter,
+    continued_targets,
+    fit_adapter,
+    other_base_notice,
+    unknown_fields_notice,
+)
 from finetune_trainer.model.adapters import AdapterTargets, adapts_an_embedding, choose_targets, unquantized_notice
 from finetune_trainer.model.attention import ModelAbilities, check_abilities, kernels
 from finetune_trainer.model.extended_base import check_extendable
@@ -148,7 +154,9 @@ def _check_adapter(base: JobBase) -> list[str]:
         return []
     if base.merged is not None:
         _check_mergeable(base, base.merged)
-    return other_base_notice(base.fitted.given, base.base_name) if base.base_name else []
+    given = base.fitted.given
+    other = other_base_notice(given, base.base_name) if base.base_name else []
+    return [*other, *unknown_fields_notice(given)]
 
 
 def _check_mergeable(base: JobBase, fitted: FittedAdapter) -> None:

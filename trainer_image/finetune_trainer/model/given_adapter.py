@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from safetensors import safe_open
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.contract import RunConfig
-from finetune_core.errors import UserError, valid_text
-from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
+from finetune_core.errors import UserError
+from finetune_core.target_modules import is_pattern
+from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary, one_line
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from finetune_trainer.pod.model_text_files import check_no_pointer, pointer_problem
 
 FIELD = "model.adapter"
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -43,11 +45,87 @@ knows nothing else, so each of these fields must be absent, null, false, empty o
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model as it is. Others, such as PiSSA, put a part of the base
 model's weights into the adapter, which then fits only the base model that is left."""
+DESCRIPTIVE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "inference_mode",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+"""Further fields of `adapter_config.json` that are read elsewhere, or that say nothing of how the matrices of a
+finished adapter are used."""
 MOST_RANK, MOST_ALPHA = 512, 1024
 """Largest rank and alpha, as in `lora`."""
+MOST_PATTERNS = 1024
+"""Largest number of entries of `rank_pattern` and `alpha_pattern`. peft compares each with the name of each module."""
+LARGEST_SCALE = 1_000_000
+"""Largest absolute value in `alpha_pattern`. NaN and infinity, which Python reads in JSON, are above it."""
 BASE_DIGEST = "base_model_sha256"
 """Key in `auto_mapping` of `adapter_config.json` with the sha256 of the base model's weights, which the trainer writes.
 peft reads this mapping only if the configuration names no task, and warns of keys that it does not know elsewhere."""
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, str) or _is_list(value, str)
+
+
+def _is_layers(value: object) -> bool:
+    return type(value) is int or _is_list(value, int)
+
+
+def _is_layers_pattern(value: object) -> bool:
+    # peft compares these names by Python's `re`, whose time has no bound for a regular expression.
+    names = value if isinstance(value, list) else [value]
+    return all(isinstance(name, str) and not is_pattern(name) for name in names)
+
+
+def _is_ranks(value: object) -> bool:
+    return _is_numbers(value) and all(1 <= rank <= MOST_RANK and rank == int(rank) for rank in value.values())
+
+
+def _is_numbers(value: object) -> TypeGuard[dict[str, float]]:
+    if not isinstance(value, dict) or len(value) > MOST_PATTERNS:
+        return False
+    return all(type(item) in (int, float) and abs(item) <= LARGEST_SCALE for item in value.values())
+
+
+_SWITCH = (lambda value: isinstance(value, bool), "true or false")
+_NAMES = (_is_names, "names of modules")
+KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "modules_to_save": (lambda value: _is_list(value, str), "a list of names of modules"),
+    "target_parameters": (lambda value: _is_list(value, str), "a list of names of parameters"),
+    "layers_to_transform": (_is_layers, "numbers of layers"),
+    "layers_pattern": (_is_layers_pattern, "names of modules"),
+    "rank_pattern": (_is_ranks, f"at most {MOST_PATTERNS} names with whole numbers from 1 to {MOST_RANK}"),
+    "alpha_pattern": (_is_numbers, f"at most {MOST_PATTERNS} names with numbers of at most {LARGEST_SCALE}"),
+    "use_rslora": _SWITCH,
+    "use_dora": _SWITCH,
+    "fan_in_fan_out": _SWITCH,
+    "ensure_weight_tying": _SWITCH,
+}
+"""For each other field of `adapter_config.json` that is read: what its value must be unless the field is absent or
+null, as a test and in words."""
 
 
 class AdapterTensor(NamedTuple):
@@ -72,7 +150,10 @@ class GivenAdapter:
     def read(cls, folder: Path) -> GivenAdapter:
         """Read the adapter in ``folder``. Raises UserError where the adapter is of another kind or can't be read."""
         try:
-            config = json.loads((folder / ADAPTER_CONFIG_FILE).read_bytes())
+            content = (folder / ADAPTER_CONFIG_FILE).read_bytes()
+            if problem := pointer_problem(ADAPTER_CONFIG_FILE, content):
+                raise UserError(FIELD, problem)
+            config = json.loads(content)
             if not isinstance(config, dict):
                 raise TypeError("it is no object")
         except (ValueError, TypeError, RecursionError) as error:
@@ -113,11 +194,20 @@ class GivenAdapter:
         value = mapping.get(BASE_DIGEST) if isinstance(mapping, dict) else None
         return value if isinstance(value, str) else None
 
+    @property
+    def unknown_fields(self) -> list[str]:
+        """The fields that are set in `adapter_config.json` and that the trainer does not know, sorted. peft leaves out
+        such a field with a warning, and so does the trainer."""
+        known = {*NEUTRAL, *KINDS, *DESCRIPTIVE}
+        return sorted(name for name, value in self.config.items() if value and name not in known)
+
     @cached_property
     def tensors(self) -> Mapping[str, AdapterTensor]:
         """The tensors in the adapter's weight file, by name. Only the header is read. Raises UserError where the file
         is broken or holds no tensor, and OutsideFailure where the file can't be read."""
         found = {}
+        with library_boundary(_unreadable):
+            check_no_pointer(self.folder / ADAPTER_FILE)
         with library_boundary(_unreadable), safe_open(self.folder / ADAPTER_FILE, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (the file is no mapping)
                 part = file.get_slice(name)
@@ -195,13 +285,10 @@ def _check_kind(config: Mapping[str, Any]) -> None:
         )
     for name, most in (("r", MOST_RANK), ("lora_alpha", MOST_ALPHA)):
         _whole_number(config, name, 8, most)
-    modules = config.get("target_modules")
-    if not (
-        modules is None
-        or isinstance(modules, str)
-        or (isinstance(modules, list) and all(isinstance(name, str) for name in modules))
-    ):
-        raise UserError(FIELD, f"its target_modules must be names of modules, and is {_quoted(modules)}")
+    for name, (is_right, must) in KINDS.items():
+        value = config.get(name)
+        if value is not None and not is_right(value):
+            raise UserError(FIELD, f"its {name} must be {must}, and is {_quoted(value)}")
 
 
 def _whole_number(config: Mapping[str, Any], name: str, absent: int, most: int) -> int:
@@ -214,7 +301,7 @@ def _whole_number(config: Mapping[str, Any], name: str, absent: int, most: int) 
 
 def _quoted(value: object) -> str:
     text = json.dumps(value)
-    return valid_text(text if len(text) <= 60 else f"{text[:60]}…")
+    return one_line(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def _unreadable(error: BaseException) -> Exception:

@@ -16,6 +16,7 @@ from finetune_core.api.sources import S3Source
 from finetune_core.contract import AdapterArtifact, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import MANIFEST, Manifest, ManifestFile, digest
+from finetune_trainer.pod.errors import one_line
 from finetune_trainer.pod.model_file_names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -79,9 +80,13 @@ class JobFiles(StoreFiles):
     def __init__(self, artifact: AdapterArtifact, name: str, store: Store) -> None:
         """List the folder, and read and verify its manifest. ``name`` is the name of the other job. Raises UserError
         where the artifact is gone or has changed, and OutsideFailure where the store can't be reached."""
-        super().__init__(S3Source(uri=artifact.uri), store, SECTION)
+        self._where = f"the artifact of job {name} ({one_line(artifact.uri)})"
+        try:
+            source = S3Source(uri=artifact.uri)
+        except ValidationError as error:
+            raise UserError(f"{SECTION}.job", f"{self._where} has no address of an object store") from error
+        super().__init__(source, store, SECTION)
         self.field = f"{SECTION}.job"
-        self._where = f"the artifact of job {name} ({artifact.uri})"
         data = super().read(MANIFEST, 0, LARGEST_MANIFEST_BYTES) if MANIFEST in self.sizes else None
         if data is None:
             raise UserError(self.field, f"{self._where} is gone")
