@@ -55,7 +55,8 @@ class JobObservation:
     undeletable: frozenset[str] = frozenset()
     """Uids of pods whose child is gone and whose deletion the API server has refused. Nothing waits for such pods."""
     checkpoints: Sequence[CheckpointStatus]
-    """Committed checkpoints as the stored status lists them, oldest first."""
+    """Committed checkpoints of the job, oldest first. They are those of the newest report, or of the status without a
+    report."""
     usage: UsageStatus
     """What the job has used until `now`: GPU seconds, and seconds in which at least one of its pods ran."""
     waiting_for: str

@@ -19,6 +19,7 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.disk_space import model_room
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
+from finetune_operator.observe.committed_checkpoints import known_checkpoints
 from finetune_operator.observe.named_job import NamedJob, awaited_name, named_adapter, read_named_job
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
@@ -88,7 +89,7 @@ class Observer:
             child_uid=recorded.uid if recorded else "",
             pods=pods,
             undeletable=frozenset(job.memory.undeletable_pods),
-            checkpoints=job.status.checkpoints,
+            checkpoints=known_checkpoints(job.status.checkpoints, report),
             usage=usage_until(job.now, job.status.usage, pods, gpus=job.resources.gpus_per_node),
             waiting_for=waiting_for,
             final_result=report.result if report else None,

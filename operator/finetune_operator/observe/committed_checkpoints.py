@@ -1,0 +1,33 @@
+"""The committed checkpoints of a job, as far as the operator knows them. `observer.py` calls `known_checkpoints`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC
+
+from finetune_core.api.status import CHECKPOINT_LIMIT, CheckpointStatus
+from finetune_core.contract import Report
+
+
+def known_checkpoints(stored: Sequence[CheckpointStatus], report: Report | None) -> list[CheckpointStatus]:
+    """Return the committed checkpoints of a job, oldest first.
+
+    ``stored`` are those in the stored status. ``report`` is the newest report of the job's pods; None without one. The
+    checkpoints of the report are returned if it has any, because the status is written less often than reports arrive.
+    So the status may lack the checkpoint that the pods committed last. Only the status has the marks `last` and `best`,
+    and only checkpoints from the status have scores.
+    """
+    if report is None or report.run == 0 or not report.checkpoints:
+        return list(stored)
+    return [
+        CheckpointStatus(
+            run=record.run,
+            step=record.step,
+            uri=record.uri,
+            bytes=record.bytes,
+            manifest_sha256=record.manifest_sha256,
+            time=record.time.astimezone(UTC).replace(microsecond=0),
+            damaged=record.damaged,
+        )
+        for record in report.checkpoints[-CHECKPOINT_LIMIT:]
+    ]
