@@ -38,7 +38,7 @@ def volume(name: str, folder: str, *, storage_class: str = "", claim: tuple[str,
     ``folder`` of its own node. With ``claim`` (namespace and name) only this PersistentVolumeClaim can bind the
     volume."""
     spec: Manifest = {
-        "capacity": {"storage": "1Gi"},
+        "capacity": {"storage": "4Gi"},
         "accessModes": ["ReadWriteMany", "ReadWriteOnce"],
         "storageClassName": storage_class,
         "hostPath": {"path": folder},
@@ -122,7 +122,7 @@ def test_a_scratch_folder_and_a_model_on_volumes_of_the_pod_are_writable(
     for number, folder in enumerate(folders):
         disk = volume(f"{namespace}-{number}", folder, storage_class=f"fast-{namespace}")
         installed.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(disk))
-    own = {"size": "1Gi", "storageClassName": f"fast-{namespace}"}
+    own = {"size": "4Gi", "storageClassName": f"fast-{namespace}"}
     writes = then(f"echo x > {MODEL_VOLUME_FOLDER}/x", f"echo x > {SCRATCH_FOLDER}/x")
     job = small_job(
         stand_in(writes),
@@ -136,7 +136,7 @@ def test_a_scratch_folder_and_a_model_on_volumes_of_the_pod_are_writable(
 
 
 def test_pods_that_wait_for_a_volume_say_so(installed: Installed, namespace: str, stand_in: StandIn) -> None:
-    scratch = {"size": "1Gi", "storageClassName": "no-such-class"}
+    scratch = {"size": "4Gi", "storageClassName": "no-such-class"}
     job = small_job(stand_in(then("true")), resources=ONE_POD | {"scratch": scratch}, runPolicy=RUN)
     installed.apply(job, namespace)
 

@@ -250,7 +250,11 @@ def test_the_artifact_of_a_job_that_started_from_an_adapter_is_the_start_of_the_
     own = said["base_model_name_or_path"]
     assert (own == base["s3"]["uri"]) is (use == "Continue")
     own_base = download(trained, f"{own.removeprefix(f's3://{BUCKET}/')}/", tmp_path / "base")
-    assert same_logits(PeftModel.from_pretrained(load_whole(own_base), exported).eval(), plain) < 1e-4
+    # AdamW divides each gradient by its size. So where a gradient is nearly zero, rounding may change its sign, and the
+    # weight moves by the learning rate in the other direction. So the difference is compared with the change that the
+    # second training made.
+    difference = same_logits(PeftModel.from_pretrained(load_whole(own_base), exported).eval(), plain)
+    assert difference < 2e-3 * same_logits(load_whole(own_base), plain)
     origin = said["auto_mapping"]["initial_adapter"]
     assert origin == {"use": use, "source": source["s3"]["uri"], "sha256": GivenAdapter.read(first_artifact).sha256}
 
