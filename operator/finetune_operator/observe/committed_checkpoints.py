@@ -1,4 +1,5 @@
-"""The committed checkpoints of a job, as far as the operator knows them. `observer.py` calls `known_checkpoints`."""
+"""The committed checkpoints of a job, as far as the operator knows them. `observer.py` calls `known_checkpoints`, and
+`status/report_merge.py` calls `committed`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC
 
 from finetune_core.api.status import CHECKPOINT_LIMIT, CheckpointStatus
-from finetune_core.contract import Report
+from finetune_core.contract import CheckpointRecord, Report
 
 
 def known_checkpoints(stored: Sequence[CheckpointStatus], report: Report | None) -> list[CheckpointStatus]:
@@ -19,15 +20,17 @@ def known_checkpoints(stored: Sequence[CheckpointStatus], report: Report | None)
     """
     if report is None or report.run == 0 or not report.checkpoints:
         return list(stored)
-    return [
-        CheckpointStatus(
-            run=record.run,
-            step=record.step,
-            uri=record.uri,
-            bytes=record.bytes,
-            manifest_sha256=record.manifest_sha256,
-            time=record.time.astimezone(UTC).replace(microsecond=0),
-            damaged=record.damaged,
-        )
-        for record in report.checkpoints[-CHECKPOINT_LIMIT:]
-    ]
+    return [committed(record) for record in report.checkpoints[-CHECKPOINT_LIMIT:]]
+
+
+def committed(record: CheckpointRecord) -> CheckpointStatus:
+    """Return the checkpoint ``record`` of a report without its scores and without the marks `last` and `best`."""
+    return CheckpointStatus(
+        run=record.run,
+        step=record.step,
+        uri=record.uri,
+        bytes=record.bytes,
+        manifest_sha256=record.manifest_sha256,
+        time=record.time.astimezone(UTC).replace(microsecond=0),
+        damaged=record.damaged,
+    )

@@ -6,7 +6,7 @@ Pure functions; `compute.py` calls them with the newest report that the report s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.status import (
@@ -44,6 +44,7 @@ from finetune_core.contract import (
 )
 from finetune_core.contract.stock_reports import StockReport
 from finetune_core.requirements import Judgement, judge
+from finetune_operator.observe.committed_checkpoints import committed
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100
@@ -303,18 +304,13 @@ def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | 
         scored = [record for record in whole if (record.run, record.step) == (named.run, named.step)]
     best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
     return [
-        CheckpointStatus(
-            run=record.run,
-            step=record.step,
-            uri=record.uri,
-            bytes=record.bytes,
-            manifest_sha256=record.manifest_sha256,
-            perplexity=_optional(record.perplexity),
-            task_score=_optional(record.task_score),
-            time=record.time.astimezone(UTC).replace(microsecond=0),
-            last=bool(whole) and record is whole[-1],
-            best=record is best,
-            damaged=record.damaged,
+        committed(record).model_copy(
+            update={
+                "perplexity": _optional(record.perplexity),
+                "task_score": _optional(record.task_score),
+                "last": bool(whole) and record is whole[-1],
+                "best": record is best,
+            }
         )
         for record in records
     ]
