@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from tests.cluster import Cluster, wait_for
 from tests.cluster.cert_manager import cert_manager
 from tests.cluster.component import Component
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import Installed, small_job
 from tests.operator.external_certificates import CHART, SECRET, Release, installed_release
-from tests.operator.test_on_cluster import RUNS
 
 # The time-out is long because the first run builds cert-manager.
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]

@@ -13,9 +13,10 @@ import pytest
 from finetune_core.contract import MODEL_CACHE_FOLDER, MODEL_VOLUME_FOLDER, SCRATCH_FOLDER, Outcome
 from finetune_core.contract.preflight_result import InputSizes, PreflightResult
 from tests.cluster import wait_for
+from tests.cluster.until_term import RUNS
 from tests.operator.builders import result
 from tests.operator.conftest import Installed, condition, settled, small_job
-from tests.operator.test_on_cluster import RUNS, StandIn
+from tests.operator.test_on_cluster import StandIn
 from tests.operator.test_preflight_on_cluster import ONE_POD, RUN, named
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

@@ -23,9 +23,9 @@ from cryptography.x509.oid import NameOID
 
 from tests.cluster import Cluster
 from tests.cluster.pki import begin, key_usage
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import Installed, small_job
 from tests.operator.external_certificates import SECRET, Release, installed_release
-from tests.operator.test_on_cluster import RUNS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
 

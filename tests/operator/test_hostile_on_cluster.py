@@ -19,11 +19,12 @@ import pytest
 from finetune_core.contract import report_path
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import OPERATOR_NAMESPACE, REPORT_PORT, SERVICE_ACCOUNT, Installed, small_job
 from tests.operator.report_servers import Streams, client_context, exchange, request
 from tests.operator.report_tokens import report_token
 from tests.operator.test_hostile_requests import IMPOSSIBLE
-from tests.operator.test_on_cluster import RUNS, running
+from tests.operator.test_on_cluster import running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.cluster import wait_for
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import Installed, condition, settled, small_job
 from tests.operator.kstatus import kstatus
-from tests.operator.test_on_cluster import RUNS, StandIn, child_name, pods_run, running
+from tests.operator.test_on_cluster import StandIn, child_name, pods_run, running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -50,6 +51,7 @@ def test_orphaned_pods_go_a_minute_after_their_attempt_and_the_next_one_starts(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
     job = installed.wait(namespace, "both pods", running)
     orphans = set(pods(installed, namespace))
     installed.cluster.kubectl("delete", "pytorchjob", child_name(job), "-n", namespace, "--cascade=orphan")

@@ -18,10 +18,11 @@ import pytest
 from tests.cluster import Cluster, wait_for
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
+from tests.cluster.until_term import RUNS
 from tests.operator.builders import REPOSITORY
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.operator_program import OperatorProgram, operator_program
-from tests.operator.test_on_cluster import RUNS, child_name, post, report, running
+from tests.operator.test_on_cluster import child_name, post, report, running
 from tests.operator.test_preflight_on_cluster import RUN, checks
 from tests.operator.test_reports_on_cluster import token_of
 from tests.operator.test_two_replicas import owner_of_the_slice

@@ -17,13 +17,14 @@ from finetune_core.names import worker_name
 from tests.cluster import wait_for
 from tests.cluster.kueue import FIELD_MANAGER, Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.node import REGISTRY
+from tests.cluster.until_term import HANDLES_TERM, RUNS
 from tests.operator.builders import result
 from tests.operator.conftest import Installed, condition, settled, small_job
-from tests.operator.test_on_cluster import RUNS, StandIn, child_name, ends, pods_run, running
+from tests.operator.test_on_cluster import StandIn, child_name, ends, pods_run, running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-SAVES = "trap 'sleep 4; exit 143' TERM; while :; do sleep 0.2; done"
+SAVES = f"trap 'sleep 4; exit 143' TERM; echo {HANDLES_TERM}; while :; do sleep 0.2; done"
 """Script of a trainer that saves a checkpoint for four seconds after SIGTERM."""
 DEADLINE_SECONDS = 60
 """The smallest deadline that the CRD allows."""
@@ -248,6 +249,7 @@ def test_a_scaled_child_is_noticed_and_costs_a_free_attempt(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
     job = installed.wait(namespace, "both pods", running)
     installed.cluster.kubectl("scale", "pytorchjob", child_name(job), "--replicas=1", "-n", namespace)
     has_cause = lambda job: (job["status"]["attempts"].get("current") or {}).get("cause")  # noqa: E731
@@ -296,7 +298,7 @@ def test_a_namespace_goes_also_while_the_operator_is_down(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    installed.wait(namespace, "both pods", running)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
 
     def is_gone() -> bool:
         return f"namespace/{namespace}\n" not in installed.cluster.kubectl("get", "namespaces", "-o", "name")

@@ -33,14 +33,13 @@ from finetune_core.contract import (
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import ClusterError, wait_for
 from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.until_term import HANDLES_TERM, RUNS
 from tests.operator.builders import NOW, result
 from tests.operator.conftest import HEALTH_PORT, REPORT_PORT, Installed, condition, settled, small_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 StandIn = Callable[[str], str]
-RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
-"""Script of a trainer that runs until SIGTERM."""
 
 
 def ends(code: int, message: str = "") -> str:
@@ -63,9 +62,18 @@ def child_name(job: dict[str, Any], attempt: int = 1) -> str:
 
 
 def pods_run(installed: Installed, namespace: str) -> bool:
-    pods = installed.cluster.get("pods", "-n", namespace)["items"]
-    phases = [pod["status"]["phase"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-    return phases == ["Running", "Running"]
+    """Return whether the namespace has two pods that are not being deleted, and both run and handle SIGTERM. A test
+    waits for this before it does anything that ends the pods."""
+    pods = [
+        pod
+        for pod in installed.cluster.get("pods", "-n", namespace)["items"]
+        if "deletionTimestamp" not in pod["metadata"]
+    ]
+
+    def handles_term(pod: dict[str, Any]) -> bool:
+        return HANDLES_TERM in installed.cluster.kubectl("logs", pod["metadata"]["name"], "-n", namespace)
+
+    return [pod["status"]["phase"] for pod in pods] == ["Running", "Running"] and all(map(handles_term, pods))
 
 
 def test_a_job_succeeds_with_its_artifact_and_stays_as_it_was_applied(
@@ -190,7 +198,7 @@ def test_deleting_the_job_leaves_nothing_also_while_the_operator_is_down(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    installed.wait(namespace, "both pods", running)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
     with installed.operator.stopped():
         installed.cluster.kubectl("delete", "finetunejob", "quickstart", "-n", namespace, "--timeout=20s")
         kinds = "pytorchjobs,pods,configmaps"

@@ -16,10 +16,11 @@ from finetune_core.contract import CREDENTIALS_FOLDER, RUN_FILE, Outcome
 from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from tests.cluster import wait_for
 from tests.cluster.node import REGISTRY
+from tests.cluster.until_term import RUNS
 from tests.operator.builders import result
 from tests.operator.conftest import Installed, condition, settled, small_job
 from tests.operator.test_life_on_cluster import objects, push
-from tests.operator.test_on_cluster import RUNS, StandIn, ends
+from tests.operator.test_on_cluster import StandIn, ends
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -20,6 +20,7 @@ from finetune_core.contract import TOKEN_FILE, report_audience
 from finetune_operator.reports.certificates import LEAF_LIFETIME, from_secret_data, renew_if_due
 from tests.cluster import wait_for
 from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import (
     HEALTH_PORT,
     OPERATOR_NAMESPACE,
@@ -28,7 +29,7 @@ from tests.operator.conftest import (
     Installed,
     small_job,
 )
-from tests.operator.test_on_cluster import RUNS, post, report, running
+from tests.operator.test_on_cluster import post, report, running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -17,10 +17,11 @@ import pytest
 
 from finetune_core.contract.stock_reports import CA_VARIABLE, SERVER_URL_VARIABLE, TOKEN_VARIABLE
 from tests.cluster import wait_for
+from tests.cluster.until_term import RUNS
 from tests.operator.builders import REPOSITORY
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.stock_trainer import SAVED_EVERY, STEPS
-from tests.operator.test_on_cluster import RUNS, pods_run, running
+from tests.operator.test_on_cluster import pods_run, running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(500)]
 

@@ -19,8 +19,9 @@ from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
 from tests.cluster import ClusterError, wait_for
 from tests.cluster.layout import API_URL
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import Installed, small_job
-from tests.operator.test_on_cluster import RUNS, post, report, running
+from tests.operator.test_on_cluster import post, report, running
 from tests.operator.test_two_replicas import StandIn
 from tests.trainer.objectstore import BUCKET, ObjectStore, minio_binary, running_store
 from tests.trainer.test_store_dialects import CLUSTER_AUDIENCE, CLUSTER_ROLE

@@ -24,10 +24,11 @@ from finetune_core.contract import TOKEN_FILE, report_path
 from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
+from tests.cluster.until_term import RUNS
 from tests.operator.conftest import OPERATOR_NAMESPACE, REPORT_PORT, SERVICE_ACCOUNT, Installed, small_job
 from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.tcp_proxy import TcpProxy, tcp_proxy
-from tests.operator.test_on_cluster import RUNS, pods_run, report, running
+from tests.operator.test_on_cluster import pods_run, report, running
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -18,9 +18,10 @@ from tests.cluster import wait_for
 from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
 from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.second_node import TOLERATION
+from tests.cluster.until_term import RUNS
 from tests.e2e.rows.milestones import BACKOFF, SEEN, STARTING, accounted, cause, next_attempt
 from tests.e2e.rows.observer import Manifest
-from tests.e2e.rows.scripts import RUNS, at_first
+from tests.e2e.rows.scripts import at_first
 from tests.e2e.rows.shapes import free
 from tests.e2e.rows.sidecar import SIDECAR
 from tests.e2e.rows.stage import JOB, Stage

@@ -7,6 +7,7 @@ from __future__ import annotations
 from finetune_core.contract import ArtifactRecord, EvaluationRecord, Outcome, Result
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PreflightResult
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image
+from tests.cluster.until_term import RUNS
 
 COMMANDS = (*BUSYBOX_COMMANDS, "dd")
 IMAGE = Image(
@@ -24,8 +25,6 @@ NO_PROGRAM = Image(
 )
 """An image whose program does not exist, so that no container runtime can start it."""
 
-RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
-"""Script that runs until SIGTERM and then exits with code 143, as a trainer does after committing a checkpoint."""
 FILLS_ITS_MEMORY = "x=x; while :; do x=$x$x; done"
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from examples.demo import steps
 from finetune_core.names import attempt_name, worker_name
 from finetune_operator.objects.labels import TRAINING_CONTAINER
-from tests.cluster import Cluster
+from tests.cluster import Cluster, wait_for
 from tests.cluster.second_node import SecondNode
+from tests.cluster.until_term import HANDLES_TERM
 from tests.e2e.rows import scripts
 from tests.e2e.rows.observer import Manifest, Observer, Sighting
 from tests.operator.builders import is_observed
@@ -136,7 +137,8 @@ class Stage:
         ).at
 
     def both_pods_run(self, attempt: int = 1) -> None:
-        """Wait until both training containers run and the status records both pods with their nodes."""
+        """Wait until both training containers run the script `RUNS` and handle SIGTERM, and the status records
+        both pods with their nodes."""
         # Later attempts get a longer wait, because the back-off before an attempt doubles each time.
         patience = PATIENCE_SECONDS * attempt
         for worker in (0, 1):
@@ -150,6 +152,12 @@ class Stage:
             return current.get("number") == attempt and len(placed) == 2
 
         self.job("both pods recorded", are_recorded)
+
+        def handle_term() -> bool:
+            names = [self.pod_name(worker, attempt) for worker in (0, 1)]
+            return all(HANDLES_TERM in self.cluster.kubectl("logs", name, "-n", self.namespace) for name in names)
+
+        wait_for("both pods to handle SIGTERM", handle_term, patience)
 
     def ended(self, worker: int, exit_code: int | None = None) -> float:
         """Wait until the training container of the worker's pod in attempt 1 has ended, with ``exit_code`` if that is

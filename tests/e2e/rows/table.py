@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 from finetune_core.contract import EvaluationRecord, Outcome, ScoreRecord
+from tests.cluster.until_term import RUNS
 from tests.e2e.rows import sidecar
 from tests.e2e.rows.faults import (
     begins,
@@ -41,7 +42,7 @@ from tests.e2e.rows.milestones import (
 )
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Row, condition, on_job
-from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, NO_PROGRAM, RUNS, at_first, says
+from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, NO_PROGRAM, at_first, says
 from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
