@@ -118,9 +118,17 @@ def out_of_memory(limit: str, phase: str) -> str:
     return f"out of memory: the kernel killed the trainer{when} at its memory limit{amount}; {advice}"
 
 
-def pod_deleted(name: str) -> str:
-    """Return the sentence about a pod that somebody deleted."""
-    return f"pod {name} was deleted"
+def pod_deleted(name: str, together: Sequence[str] = ()) -> str:
+    """Return the sentence about a pod that somebody deleted.
+
+    ``together`` are the names of further pods that were deleted in the same second, so that nothing shows which of all
+    these pods was deleted first.
+    """
+    if not together:
+        return f"pod {name} was deleted"
+    if len(together) == 1:
+        return f"pod {name} was deleted, and pod {together[0]} in the same second"
+    return f"pod {name} was deleted, and {len(together)} further pods in the same second, from {together[0]} on"
 
 
 def pods_vanished(names: Sequence[str]) -> str:

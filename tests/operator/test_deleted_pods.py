@@ -82,6 +82,30 @@ def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: 
         assert (ruling.message, ruling.node) == (f"pod job-1-worker-{first} was deleted", f"node-{first}")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(first: int) -> None:
+    """The deleted pod has already ended with 143, and the kubelet has written its status once more. Its resourceVersion
+    is then higher than that of the pod that training-operator deleted in the same second."""
+    second = 1 - first
+    pods = [pod(first, deleted=5, version=1002, exit_code=143, finished=5), pod(second, deleted=5, version=1001)]
+    ruling = judged(pods, child=child(failed=True))
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodDeleted")
+    both = f"pod job-1-worker-{second} was deleted, and pod job-1-worker-{first} in the same second"
+    assert ruling.message == both
+
+
+def test_of_many_pods_that_were_deleted_together_the_message_names_two() -> None:
+    ended = pod(3, deleted=5, version=1009, exit_code=143, finished=5)
+    ruling = judged(
+        [*(pod(i, deleted=5, version=1000 + i) for i in range(3)), ended], child=child(failed=True, workers=4), nodes=4
+    )
+    assert ruling is not None
+    assert ruling.message == (
+        "pod job-1-worker-0 was deleted, and 3 further pods in the same second, from job-1-worker-1 on"
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [

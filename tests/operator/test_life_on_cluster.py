@@ -262,7 +262,9 @@ def test_a_scaled_child_is_noticed_and_costs_a_free_attempt(
 def test_a_free_attempt_names_the_pod_that_was_deleted(
     installed: Installed, namespace: str, stand_in: StandIn, index: int
 ) -> None:
-    installed.apply(small_job(stand_in(RUNS)), namespace)
+    # The pods end four seconds after the deletion. If they ended at once, the operator might look only after their end,
+    # and then it could not tell which of them was deleted first.
+    installed.apply(small_job(stand_in(SAVES)), namespace)
     wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
     job = installed.job(namespace)
     victim = worker_name(child_name(job), index)

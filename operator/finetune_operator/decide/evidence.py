@@ -144,6 +144,23 @@ class Evidence:
                 return Disturbance.DELETED, pod
         return None
 
+    @cached_property
+    def deleted_together(self) -> Sequence[PodObservation]:
+        """The pods, by index, that may have been deleted before the pod of `disturbance`, which was deleted in the same
+        second.
+
+        The order of the resourceVersions (see `_disturbed_first`) shows the order of the deletions only until a
+        container ends, because the kubelet then writes the pod once more. So the sequence is empty as long as no
+        container of the pods in question has ended.
+        """
+        if self.disturbance is None:
+            return []
+        second = self.disturbance[1].delete_requested_at
+        together = [pod for pod in self.pods if pod.delete_requested_at == second is not None]
+        if not any(pod.ended for pod in together):
+            return []
+        return sorted((pod for pod in together if pod is not self.disturbance[1]), key=lambda pod: pod.index)
+
     def _precedes_failures(self, time: datetime | None) -> bool:
         """Return whether a disruption or deletion at ``time`` came before every failure of the attempt."""
         if not self.failures:

@@ -183,7 +183,7 @@ def pod_deleted(evidence: Evidence) -> Ruling | None:
     pod = _disturbed(evidence, Disturbance.DELETED)
     if pod is None:
         return None
-    message = messages.pod_deleted(pod.name)
+    message = messages.pod_deleted(pod.name, [other.name for other in evidence.deleted_together])
     missing = _missing(evidence)
     if missing is None:
         return _free(Cause.POD_DELETED, message, pod.node)
