@@ -98,7 +98,7 @@ def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(f
 def test_of_many_pods_that_were_deleted_together_the_message_names_two() -> None:
     ended = pod(3, deleted=5, version=1009, exit_code=143, finished=5)
     ruling = judged(
-        [*(pod(i, deleted=5, version=1000 + i) for i in range(3)), ended], child=child(failed=True, workers=4), nodes=4
+        [*(pod(i, deleted=5, version=1000 + i) for i in range(3)), ended], child=child(failed=True, replicas=4), nodes=4
     )
     assert ruling is not None
     assert ruling.message == (
