@@ -87,9 +87,14 @@ demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: a
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
-unit: venv ## Run the tests that need no cluster (ROOM=graders: only those of one folder of a package or of tests/)
+unit: venv ## Run the tests that need no cluster and no gang (ROOM=graders: all without a cluster of one folder of a package or of tests/)
 	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); \
-	  $(PYTEST) -m "not cluster and not long" $(if $(ROOM),,--numprocesses $(UNIT_WORKERS) $(PARALLEL)) $$files
+	  $(PYTEST) -m "not cluster and not long $(if $(ROOM),,and not gang)" \
+	    $(if $(ROOM),,--numprocesses $(UNIT_WORKERS) $(PARALLEL)) $$files
+
+.PHONY: gang
+gang: venv ## Run the tests that start the processes of a training
+	@$(PYTEST) -m "gang and not cluster and not long" --numprocesses $(TEST_WORKERS) $(PARALLEL) tests/trainer
 
 .PHONY: test
 test: lint ## Run the linters, the unit tests, and the end-to-end tests on a real cluster

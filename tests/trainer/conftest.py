@@ -12,8 +12,25 @@ import pytest
 from tests.trainer import tiny
 from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
 from tests.trainer.pods import Attempt, fill_bucket, start_pods
+from tests.trainer.zygote import Zygote
 
 StartPods = Callable[..., Attempt]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the marker `gang` to all tests with the fixture `pods`. The other tests that start processes of a training
+    carry the marker themselves. pytest calls this hook first, before it chooses the tests by their markers."""
+    for item in items:
+        if "pods" in getattr(item, "fixturenames", ()):
+            item.add_marker("gang")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Forbid the processes of a training to a test without the markers `gang` and `long`, before its fixtures are
+    made."""
+    Zygote.allowed = any(item.get_closest_marker(name) for name in ("gang", "long"))
 
 
 @pytest.fixture(scope="session")

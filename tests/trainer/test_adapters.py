@@ -134,6 +134,7 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
+@pytest.mark.gang
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
     """On the extended base model, the adapter computes the trainer's logits bit for bit.
 

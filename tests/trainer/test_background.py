@@ -108,6 +108,7 @@ def assert_no_key_is_told(attempt: Attempt) -> None:
             assert not any(secret in data for secret in secrets), name
 
 
+@pytest.mark.gang
 def test_a_store_that_stays_away_from_one_rank_ends_all_with_its_sentence_after_the_budget(
     store: ObjectStore, proxy: StoreProxy, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
         assert assert_every_commit_verifies(small, "runs/default/full/") > 0
 
 
+@pytest.mark.gang
 def test_checkpoints_that_can_not_be_deleted_are_named_once_and_are_not_overdue(
     store: ObjectStore, proxy: StoreProxy, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def runs(
     return {name: (result, log) for name, result, log in zip(names, results, logs, strict=True)}
 
 
+@pytest.mark.gang
 def test_the_base_model_is_scored_again_on_rows_that_changed_before_the_first_checkpoint(
     runs: dict[str, tuple[Result, str]],
 ) -> None:

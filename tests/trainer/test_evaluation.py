@@ -129,6 +129,7 @@ def plain_scores(model: Path) -> dict[str, Any]:
     return {"perplexity": means[0], "all": means[1], "hidden": means[2], "answers": answers}
 
 
+@pytest.mark.gang
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
     """Covers trap 6, a perplexity that is a mean of the batches' means, and trap 24, padding that changes generated
     answers."""
@@ -326,6 +327,7 @@ def runs(
     return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
 
 
+@pytest.mark.gang
 def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:

@@ -190,6 +190,7 @@ TWO_RANKS_FURTHER = [
 ]
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize(
     "cases",
     [
@@ -226,6 +227,7 @@ def as_conversations(rows: Rows) -> list[dict[str, Any]]:
     return [{"messages": [*first, *second]} for first, second in zip(turns[::2], [*turns[1::2], []], strict=False)]
 
 
+@pytest.mark.gang
 def test_conversations_that_become_several_examples_train_like_rows_with_one(
     store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
 ) -> None:

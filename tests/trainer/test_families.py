@@ -67,6 +67,7 @@ def test_every_family_was_examined() -> None:
     assert stored_results().keys() == FAMILIES.keys()
 
 
+@pytest.mark.gang
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_contrasting_family_does_what_the_page_says(name: str, empty_store: ObjectStore, tmp_path: Path) -> None:

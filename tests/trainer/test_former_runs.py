@@ -127,6 +127,7 @@ def found(result: PreflightResult) -> FoundRun:
     return result.found
 
 
+@pytest.mark.gang
 def test_the_committed_artifact_of_the_same_training_is_found(bucket: Bucket, check: Check) -> None:
     bucket.add()
     run = found(check())

@@ -20,6 +20,7 @@ def run_ranks(event: str, folder: Path, world: int = 3) -> list[str]:
     return [(folder / f"rank-{rank}.log").read_text().strip() for rank in range(world)]
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize(
     ("event", "answers"),
     [

@@ -101,6 +101,7 @@ def newest_parent(store: ObjectStore, prefix: str) -> int | None:
     return parent["step"] if parent else None
 
 
+@pytest.mark.gang
 def test_trap_15_five_kills_and_the_same_model(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
     play(store, tiny_model, tmp_path, rounds=5, seed=1)
 

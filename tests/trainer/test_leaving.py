@@ -140,6 +140,7 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
         print(f"{name}: told after {wanted:.1f} s and {steps} steps, {'worker' if workers else 'PID 1'}: {took:.1f} s")
 
 
+@pytest.mark.gang
 def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> None:
     ranks = zygote().start_ranks("tests.trainer.stalling", [[str(tmp_path)]] * 3, tmp_path)
     assert ends_of(ranks) == [75, 75, 75]

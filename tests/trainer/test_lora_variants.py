@@ -190,6 +190,7 @@ def few_and_further(few: Cases, further: Cases) -> pytest.MarkDecorator:
     )
 
 
+@pytest.mark.gang
 @few_and_further(FEW, [*FEW, *FURTHER])
 def test_variants_and_experts_train_as_with_plain_peft(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
@@ -203,6 +204,7 @@ def test_variants_and_experts_train_as_with_plain_peft(
     assert len({round(losses[-1], 4) for losses in plain.values()}) == len(plain), "each variant trains differently"
 
 
+@pytest.mark.gang
 @few_and_further(WITHOUT_GRADIENTS_AT_THE_INPUT, WITHOUT_GRADIENTS_FURTHER)
 def test_trained_modules_whose_input_has_no_gradient_train_as_with_plain_peft(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
@@ -233,6 +235,7 @@ def test_each_parameter_has_the_learning_rate_that_peft_gives_it_in_lora_plus(ti
     assert set(found.values()) == {RATE, RATE * 16}
 
 
+@pytest.mark.gang
 @few_and_further(ROUNDED, ROUNDED_FURTHER)
 def test_variants_and_experts_train_in_bf16_and_with_packing_too(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path
@@ -244,6 +247,7 @@ def test_variants_and_experts_train_in_bf16_and_with_packing_too(
         assert losses_of(store, f"bf16-{name}-{stage}") == pytest.approx(plain, rel=1e-2), (name, stage)
 
 
+@pytest.mark.gang
 @few_and_further(RESUMED, RESUMED_FURTHER)
 def test_a_resumed_training_with_variants_is_the_same_bits(
     cases: Cases, store: ObjectStore, models: dict[str, Path], tmp_path: Path

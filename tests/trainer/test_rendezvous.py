@@ -121,6 +121,7 @@ def assert_undisturbed(ranks: Ranks) -> None:
         assert "Traceback" not in ranks.log(rank), ranks.log(rank)
 
 
+@pytest.mark.gang
 def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ranks]) -> None:
     ranks = start(2)
     ranks.wait_for(lambda: joined(ranks), "the ranks to join")
@@ -159,6 +160,7 @@ async def test_whatever_goes_wrong_in_a_handshake_lets_nobody_pass(error: Except
         store_server.close()
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])
 def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable[..., Ranks]) -> None:
     """The foreign connections are open before the ranks join, and stay open until the ranks have ended."""
@@ -275,6 +277,7 @@ def test_clients_that_use_up_all_file_descriptors_cause_few_lines_and_no_traceba
     assert lines[-1].endswith("no descriptor is left: OSError(24, 'Too many open files') (512 so far)")
 
 
+@pytest.mark.gang
 def test_a_pod_with_another_key_does_not_come_in(start: Callable[..., Ranks]) -> None:
     ranks = start(2, keys=("the key", "another key"))
     ranks.wait_for(lambda: "it does not know the key of the attempt" in ranks.log(0), "the refusal")
@@ -282,6 +285,7 @@ def test_a_pod_with_another_key_does_not_come_in(start: Callable[..., Ranks]) ->
     assert not joined(ranks)
 
 
+@pytest.mark.gang
 def test_one_node_listens_on_the_loopback_interface_only(start: Callable[..., Ranks]) -> None:
     ranks = start(1)
     ranks.wait_for(lambda: joined(ranks), "the rank to join")
@@ -289,6 +293,7 @@ def test_one_node_listens_on_the_loopback_interface_only(start: Callable[..., Ra
     assert_undisturbed(ranks)
 
 
+@pytest.mark.gang
 def test_keys_of_a_program_in_the_same_pod_are_not_read_and_are_logged(start: Callable[..., Ranks]) -> None:
     ranks = start(1, foreign_keys_beats=1)
     ranks.wait_for(lambda: joined(ranks), "the rank to join")

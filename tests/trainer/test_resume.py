@@ -94,6 +94,7 @@ def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize(("method", "stage"), CASES)
 def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     method: str, stage: int, two_ranks: Path, bench: Bench
@@ -112,6 +113,7 @@ def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     assert {**before, **after} == rows_consumed(two_ranks, 2 * index, 2)
 
 
+@pytest.mark.gang
 def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeated(
     two_ranks: Path, bench: Bench, tmp_path: Path
 ) -> None:

@@ -306,6 +306,7 @@ def trained(bench: Bench) -> dict[Case, Trained]:
     return train_cases(FEW, bench, "few")
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize("case", FEW, ids=NAMES)
 def test_a_resume_with_other_ranks_stage_and_packing_has_the_rows_and_losses_of_a_plain_loop(
     case: Case, trained: dict[Case, Trained], bench: Bench

@@ -257,6 +257,7 @@ def run_faults(
     )
 
 
+@pytest.mark.gang
 def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def end_of(store: ObjectStore, name: str, result: Result) -> Ended:
     return Ended(result.outcome, result.message, step, evaluations, result.evaluation, files)
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_that_is_stopped_at_an_evaluation_ends_like_one_that_is_not(
@@ -123,6 +124,7 @@ def test_a_job_that_is_stopped_at_an_evaluation_ends_like_one_that_is_not(
     assert ended[f"{job}-{stop}"] == ended[f"{job}-whole"]
 
 
+@pytest.mark.gang
 def test_a_job_that_is_killed_in_an_evaluation_and_in_the_export_ends_like_one_that_is_not(
     store: ObjectStore, inputs: Inputs, ended: dict[str, Ended], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from tests.trainer.zygote import zygote
 MODULE = "tests.trainer.process_state"
 
 
+@pytest.mark.gang
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("end", ENDS)
 def test_a_forked_program_begins_and_ends_as_a_started_one(end: str, unbuffered: str, tmp_path: Path) -> None:
@@ -26,6 +27,7 @@ def test_a_forked_program_begins_and_ends_as_a_started_one(end: str, unbuffered:
     assert second == first
 
 
+@pytest.mark.gang
 def test_a_worker_of_a_forked_launcher_begins_and_ends_as_a_started_one(tmp_path: Path) -> None:
     first, second = started_and_forked(WORKER, "", tmp_path)
     assert second == first

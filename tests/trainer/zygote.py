@@ -34,7 +34,12 @@ variables of the tests too, except those that are replaced here, such as PATH.""
 
 
 class Zygote:
-    """Sends orders to the process that forks programs, and reads the answers of this process."""
+    """Sends orders to the process that forks programs, and reads the answers of this process.
+
+    ``Zygote.allowed`` is False while a test runs that lacks the marker `gang` (see `conftest.py`).
+    """
+
+    allowed = True
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -46,6 +51,7 @@ class Zygote:
         the tests. The process has only the environment variables in ``environment``, and appends its output and its
         errors to the file ``log``.
         """
+        assert Zygote.allowed, "the test starts a process of a training, so it needs the marker pytest.mark.gang"
         assert self._process.stdin is not None
         # The caller may read the file before the forked process has opened it.
         log.touch()
