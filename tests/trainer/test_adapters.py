@@ -41,6 +41,8 @@ from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 
+pytestmark = pytest.mark.gang
+
 TOKENS = ["<START_Q>", "<END_Q>", "<START_A>", "<END_A>"]
 FORMAT = {
     "promptCompletion": {
@@ -134,7 +136,6 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-@pytest.mark.gang
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
     """On the extended base model, the adapter computes the trainer's logits bit for bit.
 

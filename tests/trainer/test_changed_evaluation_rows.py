@@ -19,6 +19,8 @@ from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 
+pytestmark = pytest.mark.gang
+
 BEFORE_FIRST, AFTER_FIRST = {"kind": "stop", "step": 1}, {"kind": "stop", "step": 3}
 
 
@@ -79,7 +81,6 @@ def runs(
     return {name: (result, log) for name, result, log in zip(names, results, logs, strict=True)}
 
 
-@pytest.mark.gang
 def test_the_base_model_is_scored_again_on_rows_that_changed_before_the_first_checkpoint(
     runs: dict[str, tuple[Result, str]],
 ) -> None:

@@ -35,6 +35,8 @@ from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.zygote import ends_of, zygote
 
+pytestmark = pytest.mark.gang
+
 NEW_TOKENS, CONTEXT = 12, 18
 """The longest answer in tokens, and the longest text that the model reads. The longest prompts of `texts` leave less
 room than the longest answer needs."""
@@ -129,7 +131,6 @@ def plain_scores(model: Path) -> dict[str, Any]:
     return {"perplexity": means[0], "all": means[1], "hidden": means[2], "answers": answers}
 
 
-@pytest.mark.gang
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
     """Covers trap 6, a perplexity that is a mean of the batches' means, and trap 24, padding that changes generated
     answers."""
@@ -327,7 +328,6 @@ def runs(
     return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
 
 
-@pytest.mark.gang
 def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:

@@ -42,6 +42,8 @@ from tests.trainer.pods import run_config, start_pods
 from tests.trainer.test_recovery import root_of
 from tests.trainer.test_start import identity
 
+pytestmark = pytest.mark.gang
+
 TRAINED = "former-trained"
 FORMER, NEW = "uid-1", "uid-2"
 
@@ -127,7 +129,6 @@ def found(result: PreflightResult) -> FoundRun:
     return result.found
 
 
-@pytest.mark.gang
 def test_the_committed_artifact_of_the_same_training_is_found(bucket: Bucket, check: Check) -> None:
     bucket.add()
     run = found(check())

@@ -183,7 +183,7 @@ def train(
 
 
 def few_and_further(few: Cases, further: Cases) -> pytest.MarkDecorator:
-    """Run a test with the cases ``few`` in `make unit` and `make test`, and with the cases ``further`` in `make
+    """Run a test with the cases ``few`` in `make gang` and `make test`, and with the cases ``further`` in `make
     test-long`."""
     return pytest.mark.parametrize(
         "cases", [pytest.param(few, id="few"), pytest.param(further, id="further", marks=pytest.mark.long)]

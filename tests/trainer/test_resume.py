@@ -20,6 +20,8 @@ from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.test_recovery import artifact_files
 
+pytestmark = pytest.mark.gang
+
 STEPS, INTERRUPTED = 9, 4
 RATE, DECAY = 1e-3, 0.1
 Changed = tuple[str, int, int, int]
@@ -94,7 +96,6 @@ def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize(("method", "stage"), CASES)
 def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     method: str, stage: int, two_ranks: Path, bench: Bench
@@ -113,7 +114,6 @@ def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     assert {**before, **after} == rows_consumed(two_ranks, 2 * index, 2)
 
 
-@pytest.mark.gang
 def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeated(
     two_ranks: Path, bench: Bench, tmp_path: Path
 ) -> None:

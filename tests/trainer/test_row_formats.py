@@ -39,6 +39,8 @@ from tests.trainer.row_files import shares, write_files
 from tests.trainer.row_formats import FORMATS, RowFormat, Text, found_examples, plain_example, texts
 from tests.trainer.test_recovery import artifact_files
 
+pytestmark = pytest.mark.gang
+
 STEPS, INTERRUPTED = 6, 2
 RATE, GLOBAL_BATCH = 1e-3, 6
 TRAIN_ROWS, VALIDATION_ROWS = 12, 5
@@ -306,7 +308,6 @@ def trained(bench: Bench) -> dict[Case, Trained]:
     return train_cases(FEW, bench, "few")
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize("case", FEW, ids=NAMES)
 def test_a_resume_with_other_ranks_stage_and_packing_has_the_rows_and_losses_of_a_plain_loop(
     case: Case, trained: dict[Case, Trained], bench: Bench

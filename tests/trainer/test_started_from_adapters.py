@@ -33,6 +33,8 @@ from tests.trainer.preflights import paths_in
 from tests.trainer.test_adapter_sources import write_object
 from tests.trainer.test_recovery import artifact_files
 
+pytestmark = pytest.mark.gang
+
 STEPS, CUT, RATE, GLOBAL_BATCH = 6, 3, 1e-2, 6
 ROWS = tiny.rows(20, seed=1)
 SOURCE = {"volume": {"claimName": "claim", "path": "adapter"}}
@@ -151,7 +153,6 @@ def download(store: ObjectStore, prefix: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("cut")])
 def test_every_loss_is_that_of_plain_peft(name: str, trained: ObjectStore, tiny_model: Path, adapter: Path) -> None:
     use, method, _, _ = CASES[name]
@@ -222,7 +223,6 @@ GENERATIONS = {
 """By name: the case of `CASES` whose artifact a second job starts from, and what this job does with the adapter."""
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_artifact_of_a_job_that_started_from_an_adapter_is_the_start_of_the_next_job(
     name: str, trained: ObjectStore, tiny_model: Path, tmp_path: Path
@@ -261,7 +261,6 @@ def test_the_artifact_of_a_job_that_started_from_an_adapter_is_the_start_of_the_
     assert origin == {"use": use, "source": source["s3"]["uri"], "sha256": GivenAdapter.read(first_artifact).sha256}
 
 
-@pytest.mark.gang
 def test_a_later_attempt_with_another_adapter_is_refused(
     store: ObjectStore, tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -277,7 +276,6 @@ def test_a_later_attempt_with_another_adapter_is_refused(
     assert result.message.startswith("model.adapter: is not what run 1 started from: the sha256 of its files is")
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_lora_are_continued_as_they_are(
     name: str, store: ObjectStore, tiny_model: Path, tmp_path: Path
@@ -291,7 +289,6 @@ def test_variants_of_lora_are_continued_as_they_are(
     assert losses_of(store, f"adapter-variant-{name}") == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.gang
 def test_an_adapter_is_continued_on_a_quantized_base_model_as_by_plain_peft(
     store: ObjectStore, tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:

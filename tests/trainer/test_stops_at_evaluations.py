@@ -24,6 +24,8 @@ from tests.trainer.pods import run_config
 from tests.trainer.test_kills import KILLED
 from tests.trainer.test_recovery import artifact_files, root_of
 
+pytestmark = pytest.mark.gang
+
 UNREACHED = 100.0
 """`evaluation.minDelta` that no evaluation reaches."""
 EVALUATED = 4
@@ -115,7 +117,6 @@ def end_of(store: ObjectStore, name: str, result: Result) -> Ended:
     return Ended(result.outcome, result.message, step, evaluations, result.evaluation, files)
 
 
-@pytest.mark.gang
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_that_is_stopped_at_an_evaluation_ends_like_one_that_is_not(
@@ -124,7 +125,6 @@ def test_a_job_that_is_stopped_at_an_evaluation_ends_like_one_that_is_not(
     assert ended[f"{job}-{stop}"] == ended[f"{job}-whole"]
 
 
-@pytest.mark.gang
 def test_a_job_that_is_killed_in_an_evaluation_and_in_the_export_ends_like_one_that_is_not(
     store: ObjectStore, inputs: Inputs, ended: dict[str, Ended], tmp_path: Path
 ) -> None:
