@@ -115,7 +115,8 @@ every rank, for the answers of that rank, with copies of the row's columns and o
 ## Add a task
 
 Copy the task that is nearest to yours. [GSM8K](#gsm8k) is the smallest one with answers that are right or wrong. For
-a share between 0 and 1 see `PARTIAL` in `tests/trainer/test_tasks.py`, and return `Grade.of(TASK, {{"f1": 0.5}})`.
+a share between 0 and 1 copy the score `found` of [Contains](#contains) or `keys` of [JSON](#json), and return
+`Grade.of(TASK, {{"f1": 0.5}})`. [extending.md](extending.md#1-a-grader) has the complete list of files.
 
 1. `core/finetune_core/tasks.py`: declare the task and add it to `TASKS`. The declaration has the name, the columns that
    the grader reads, an example of each column, an answer that is right for these examples, 1 to {SCORE_LIMIT} scores
