@@ -40,6 +40,7 @@ from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflig
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.credentials import NoCredentials, PodIdentity, identity_http_pool
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot, open_root
 from tests.cluster.waiting import wait_for
@@ -53,7 +54,7 @@ from tests.trainer.objectstore import (
     running_store,
     write_credentials,
 )
-from tests.trainer.storeproxy import proxy_before
+from tests.trainer.storeproxy import Fault, proxy_before
 
 KMS_KEY = "finetune-key"
 CLIENT_ID = "finetune"
@@ -353,6 +354,24 @@ def test_the_pods_own_identity_gives_the_key(
     with pytest.raises(OutsideFailure, match="the pod's own identity gives no access key") as refused:
         late.read(BUCKET, "key")
     assert token.read_text()[:40] not in str(refused.value), "a token is a secret"
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.SLOW_DOWN, Fault.RESET_BEFORE, Fault.RESET_AFTER])
+def test_a_short_fault_of_the_identity_service_costs_no_exchange(
+    fault: Fault, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MinIO without an OpenID provider refuses the token, which shows that MinIO received the repeated request."""
+    token = tmp_path / "token"
+    token.write_text("a.b.c")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ROLE_ARN"):
+        monkeypatch.delenv(name, raising=False)
+    with proxy_before(store.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", proxy.endpoint)
+        proxy.plan = lambda request: fault if request.index < 2 else None
+        with pytest.raises(NoCredentials, match="400"):
+            PodIdentity("us-east-1", identity_http_pool(None)).retrieve()
+        assert [request.method for request in proxy.requests] == ["POST"] * 3
 
 
 def test_a_job_with_an_identity_works_with_a_token_as_the_kubelet_projects_it(

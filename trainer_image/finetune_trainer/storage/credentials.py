@@ -7,6 +7,7 @@ or a session expires.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import urllib3
@@ -94,10 +95,10 @@ def _has_key() -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason of an error, at most 200 characters. The text ends before the first question mark, because the
-    query string of a URL may contain a secret token."""
+    """Return the reason of an error, at most 200 characters. Query strings of URLs are left out, because they may
+    contain a secret token."""
     text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__
-    return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
+    return re.sub(r"\?\S*", "", text).rpartition(">: ")[2][:200] or type(error).__name__
 
 
 def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
@@ -108,9 +109,14 @@ def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
         # Two retries bridge a short fault of the service. After a longer fault `PodIdentity` raises NoCredentials. Only
         # background work then repeats the whole request (see `Retries.retry_refusals`). Retry-After is ignored, because
-        # MinIO asks for a minute with each 503.
+        # MinIO asks for a minute with each 503. `allowed_methods=None` repeats a POST too, which urllib3 does not do by
+        # default: the exchange of a token for an access key is a POST, and may be repeated, because it changes nothing.
         retries=urllib3.Retry(
-            total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], respect_retry_after_header=False
+            total=2,
+            backoff_factor=0.2,
+            status_forcelist=[500, 502, 503, 504],
+            respect_retry_after_header=False,
+            allowed_methods=None,
         ),
         cert_reqs="CERT_REQUIRED",
         ca_certs=str(ca_file) if ca_file is not None else None,
