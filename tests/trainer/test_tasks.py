@@ -342,7 +342,12 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),
         # Duplicate rows count. The order of rows counts only where the reference query has an ORDER BY.
-        ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' UNION ALL SELECT name FROM boat", set()),
+        (
+            "SQL",
+            FOUND,
+            "SELECT name FROM boat WHERE harbour = 'Quay' UNION ALL SELECT name FROM boat WHERE harbour = 'Quay'",
+            set(),
+        ),
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),
         ("SQL", SORTED, "SELECT name FROM boat", set()),

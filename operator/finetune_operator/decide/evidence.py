@@ -287,15 +287,16 @@ def _signalled(pod: PodObservation) -> bool:
     return pod.container is not None and pod.container.exit_code in _SIGNALLED and pod.reason != Cause.EVICTED
 
 
-def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, int]:
+def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, bool, int]:
     """Return a sort key: the pod that was disrupted or deleted first comes first, undisturbed pods come last.
 
-    After somebody deleted a pod, training-operator deletes the other pods a moment later, often in the same second.
-    Within one second the pod with the lowest resourceVersion comes first, because that pod was changed first and so is
-    the pod that somebody else deleted.
+    After somebody deleted a pod, or the cluster disrupted it, training-operator deletes the other pods a moment later,
+    often in the same second. So within one second a disrupted pod comes before deleted ones. Of several deleted pods
+    the one with the lowest resourceVersion comes first, because that pod was changed first and so is the pod that
+    somebody else deleted.
     """
     times = [time for time in (pod.disrupted_at, pod.delete_requested_at) if time is not None]
-    return (not times, min(times, default=pod.created_at), pod.version)
+    return (not times, min(times, default=pod.created_at), not pod.disruption, pod.version)
 
 
 def _ended_before_deletion(pod: PodObservation) -> bool:
