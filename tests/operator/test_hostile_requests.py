@@ -1,8 +1,8 @@
 """Requests without a valid token make the operator do nothing but review a limited number of tokens, and the answers do
 not reveal which jobs exist.
 
-The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
-stand-in that records every request.
+In most tests the report server, its reviewer of tokens and the client of the API server are the real ones, and the API
+server is a stand-in that records every request. Some tests run the reviewer alone, with a stand-in for the client.
 """
 
 from __future__ import annotations

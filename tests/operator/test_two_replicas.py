@@ -137,7 +137,8 @@ def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str
     """Post a report to ``server`` (service name and port) with only ``ca`` (PEM) trusted; return the HTTP status.
 
     Raises:
-        OSError: no server answers, or the server's certificate is not valid for the service name.
+        OSError: the service name has no address, no server answers, or the server's certificate is not valid for the
+            service name.
     """
     service, _, port = server.partition(":")
     found = cluster.run(["getent", "ahostsv4", service], check=False).stdout.split()
