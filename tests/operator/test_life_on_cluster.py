@@ -174,8 +174,9 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
 
 
 def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
-    """Assert that the operator has written nothing into the PyTorchJob since it created the object: spec, labels,
-    annotations and owner references of ``now`` are those that Kueue wrote (``written``)."""
+    """Assert that the operator has written nothing into the PyTorchJob since it created the object. Spec, labels,
+    annotations and owner references of ``now`` must be those of ``written``, the object after the last write of
+    Kueue."""
     assert now["spec"] == written["spec"]
     assert now["metadata"]["generation"] == written["metadata"]["generation"]
     for part in ("labels", "annotations", "ownerReferences"):
