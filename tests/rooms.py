@@ -1,11 +1,11 @@
 """Find the test files of a room for `make unit ROOM=graders`, which runs `python -m tests.rooms graders`.
 
 A room is a folder inside one of the four packages, such as `graders` or `decide`, or a folder of `tests/`. A test file
-belongs to a room of a package if it imports a module of the room, either itself or through one or two other modules.
-Only modules of two kinds count as the first of these: modules in `tests/`, and modules directly in the folder of a
-package, such as `finetune_operator/reconcile.py`. Only modules of the second kind count as the second one. For example,
-tests/operator/test_crashes.py imports tests/operator/operators.py, which imports finetune_operator/reconcile.py, which
-imports the room `act`. So this test file belongs to the room `act`.
+belongs to a folder of `tests/` if it lies there. It belongs to a room of a package if it imports a module of the room,
+directly or through one or two modules between. The first module between must lie in `tests/` or directly in the folder
+of a package, as `finetune_operator/reconcile.py` does. The second must lie directly in the folder of a package. For
+example, tests/operator/test_crashes.py imports tests/operator/operators.py, which imports
+finetune_operator/reconcile.py, which imports the room `act`. So test_crashes.py belongs to the room `act`.
 """
 
 from __future__ import annotations

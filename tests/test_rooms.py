@@ -25,8 +25,8 @@ def test_a_room_has_the_test_files_that_import_it_and_no_others() -> None:
 
 
 def test_a_room_that_is_used_through_the_top_of_a_package_has_the_tests_of_its_user() -> None:
-    """`test_crashes.py` imports `tests/operator/operators.py`. This file imports `finetune_operator/reconcile.py`,
-    which imports the room `act`."""
+    """`test_crashes.py` imports `tests/operator/operators.py`, which imports `finetune_operator/reconcile.py`, which
+    imports the room `act`."""
     assert TESTS / "operator" / "test_crashes.py" in unit_test_files("act")
 
 

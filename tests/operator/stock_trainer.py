@@ -21,7 +21,7 @@ def main(folder: Path, crash_at: int | None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     class Crash(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-        """Ends the process at step ``crash_at`` without clean-up and without a report."""
+        """Ends the process at the end of step ``crash_at`` without clean-up, as a crash does."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == crash_at:

@@ -1,7 +1,8 @@
 """A TCP proxy between one replica of the operator and the API server, with which tests simulate a network partition.
 
 After `TcpProxy.cut`, the proxy passes no data in either direction, and its connections stay open. `TcpProxy.heal`
-resets these connections and discards the data that the proxy held back. New connections then pass data again.
+resets these connections and discards the data that the proxy held back. A connection that a client opens between `cut`
+and `heal` waits until `heal`, and then passes data as every later connection does.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class TcpProxy:
         self._loop.call_soon_threadsafe(self._open.clear)
 
     def heal(self) -> None:
-        """Reset the open connections, and let new connections pass."""
+        """Reset the connections from before `cut`, and pass the data of all other connections."""
         self._loop.call_soon_threadsafe(self._heal)
 
     def _heal(self) -> None:
@@ -77,9 +78,8 @@ class TcpProxy:
             self._writers -= ends
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(
-            ConnectionError
-        ):  # one side has closed its connection, so the other side is closed below
+        # A broken connection ends the pump as the end of the data does.
+        with contextlib.suppress(ConnectionError):
             while data := await source.read(CHUNK):
                 await self._open.wait()
                 if target.transport.is_closing():

@@ -283,7 +283,7 @@ async def test_a_named_job_that_is_deleted_and_created_anew_changes_nothing_once
 
 @pytest.mark.parametrize("left", [None, {"use": "Continue", "source": ADDRESS, "sha256": "cd" * 32}], ids=str)
 async def test_a_record_that_was_lost_is_written_again_before_the_next_attempt(left: Manifest | None) -> None:
-    """An older operator drops the field from the status, and a report may write it again without the uid."""
+    """An older operator drops `status.adapter`, and a report may write this field again without `jobUid`."""
     server = second_job()
     server.others["first"] = first_job()
     await settle(server)

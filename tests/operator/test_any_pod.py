@@ -31,8 +31,8 @@ PREFLIGHT = PreflightSpec(number=1, name="quickstart-preflight", image="trainer:
 
 
 def problems(pod: dict[str, Any], own: set[str]) -> list[str]:
-    """Return what the API server would refuse in the volumes of ``pod``, the spec of a pod, and each mount of the
-    operator outside of `RESERVED_FOLDERS`. ``own`` holds the paths of the mounts that the job asks for."""
+    """Return the faults in the volumes and mounts of the pod spec ``pod``: what the API server would refuse, and each
+    mount outside of `RESERVED_FOLDERS` whose path is not in ``own``, the paths of the mounts that the job asks for."""
     names = [volume["name"] for volume in pod["volumes"]]
     mounts = pod["containers"][0]["volumeMounts"]
     paths = [mount["mountPath"] for mount in mounts]

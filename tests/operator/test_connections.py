@@ -1,7 +1,7 @@
 """The operator's servers disconnect clients that do nothing, or too much, and serve other clients meanwhile.
 
 The tests run these servers on this machine. Where a test waits until a time limit of the server ends a connection, this
-limit is short. Most tests set the other time limits so long that even a slow machine does not reach them.
+limit is short. Most tests set the other limits in `PATIENT` so long that even a slow machine does not reach them.
 """
 
 from __future__ import annotations

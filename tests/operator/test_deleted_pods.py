@@ -84,8 +84,8 @@ def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(first: int) -> None:
-    """The deleted pod has already ended with 143, and the kubelet has written its status once more. Its resourceVersion
-    is then higher than that of the pod that training-operator deleted in the same second."""
+    """The pod that a person deleted has already ended with 143, and the kubelet has written the pod's status once more.
+    The pod's resourceVersion is then higher than that of the pod that training-operator deleted in the same second."""
     second = 1 - first
     pods = [pod(first, deleted=5, version=1002, exit_code=143, finished=5), pod(second, deleted=5, version=1001)]
     ruling = judged(pods, child=child(failed=True))

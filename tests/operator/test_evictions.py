@@ -6,8 +6,9 @@ kubelet first ends the container and then reports the end and its reason, mostly
 the child as failed, and then deletes the other pod. The kubelet ends that pod too, and removes it in two writes, of
 which the first one hides when the deletion was requested.
 
-An eviction leaves no trace where the pod is removed before the first look. Only a person or the collector of ended pods
-removes a pod that early. The attempt is then free, because nothing shows that the job is at fault.
+An eviction leaves no trace where the pod is removed before a reconcile has seen the eviction. Only a person or the
+collector of ended pods removes a pod that early. The attempt is then free, because nothing shows that the job is at
+fault.
 """
 
 from __future__ import annotations
@@ -128,14 +129,15 @@ def states(course: Course) -> Iterator[State]:
 
 
 def courses() -> Iterator[Course]:
-    """Yield all courses in which each write comes in the same second as the write before, or in the next second."""
+    """Yield the courses in which each write comes in the same second as the write before, or in the next second. Two
+    kinds of such courses are left out."""
     waits = (0, 1)
     for mine, code, known, late, to_delete, peer_code, to_end, to_remove in product(
         (0, 1), (143, 137), (True, False), (True, False), waits, (143, 137, 75), waits, waits
     ):
-        # Two kinds of courses are left out. The first kind can't happen: a container that the kubelet has lost always
-        # has the exit code 137, and its end and the reason are reported together. In the second kind, an end by SIGKILL
-        # (137) is reported before the reason, and looks like a crash until the attempt ends.
+        # The first kind that is left out can't happen: a container that the kubelet has lost always has the exit code
+        # 137, and its end and the reason are reported together. In the second kind, an end by SIGKILL (137) is reported
+        # before the reason, and looks like a crash until the attempt ends.
         if (not known and (code != 137 or late)) or (late and code == 137):
             continue
         ended = to_delete + to_end

@@ -1,5 +1,5 @@
-"""The next attempt avoids, if possible, the nodes that ended earlier attempts. Of the attempts that were ended by a
-node, the newest two count. A job ends if no node can start its pods."""
+"""The next attempt avoids, if possible, the nodes that ended earlier attempts. Only the newest two attempts count;
+attempts that ended by a suspension are skipped. A job ends if no node can start its pods."""
 
 from __future__ import annotations
 

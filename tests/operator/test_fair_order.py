@@ -1,6 +1,6 @@
-"""Which key of the work queue is taken next: namespaces take turns, and keys of watch events and reports come before
-keys of the resync. When a key of the resync has waited for RESYNC_PATIENCE_SECONDS, the two kinds of keys take
-turns."""
+"""Which key of the work queue is taken next: namespaces take turns, and keys with news, such as a watch event or a
+report, come before keys that only the resync has listed. While the next key of the resync has waited for longer than
+RESYNC_PATIENCE_SECONDS, keys with news and keys of the resync take turns."""
 
 from __future__ import annotations
 

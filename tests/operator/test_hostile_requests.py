@@ -1,8 +1,8 @@
 """Requests without a valid token make the operator do nothing but review a limited number of tokens, and the answers do
 not reveal which jobs exist.
 
-The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
-stand-in that records every request.
+In most tests the report server, its reviewer of tokens and the client of the API server are the real ones, and the API
+server is a stand-in that records every request. Some tests run the reviewer alone, with a stand-in for the client.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ IMPOSSIBLE = {
 
 @dataclass
 class World:
-    """A report server that knows the job `team/quickstart` with attempt 2, and everything that requests to it can
-    change."""
+    """What surrounds a running report server that knows attempt 2 of the job `team/quickstart`: everything that
+    requests to the server can change, and what a test can set."""
 
     reviews: Reviews = field(default_factory=Reviews)
     calls: list[str] = field(default_factory=list)
@@ -222,8 +222,8 @@ CALLERS: dict[str, Callable[[int], str | None]] = {
     "many guessed jobs": lambda number: report_token(job_uid=f"guess-{number}", signature="forged"),
     "another namespace": lambda _: report_token(namespace="other"),
 }
-"""Callers without a valid token for the namespace, by name. Each caller is a function that gets the number of a request
-and returns the token that the caller sends with this request, or None for no token."""
+"""Callers without a valid token for the namespace `team`, by name. Each caller is a function that gets the number of a
+request and returns the token that the caller sends with this request, or None for no token."""
 
 
 @pytest.mark.parametrize("token", CALLERS.values(), ids=CALLERS.keys())

@@ -87,8 +87,8 @@ def recreate(server: ModelServer) -> None:
 
 
 async def lives(server: ModelServer, memory: Memory) -> list[Any]:
-    """Reconcile the job of ``server`` six times; return each time its status, the names of its PyTorchJobs and the
-    outcome."""
+    """Reconcile the job of ``server`` six times. Return for each reconcile the job's status, the names of the
+    PyTorchJobs, and the outcome."""
     operator, found = reconciler(server, memory=memory), []
     for _ in range(6):
         outcome = await operator.reconcile(KEY)

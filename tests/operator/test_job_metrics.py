@@ -222,8 +222,8 @@ async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason(
         record = StoredJob(key=KEY, manifest=raw, status=accepted("True", Reason.VALID), now=NOW, memory=memory)
         await recorder.record(record, accepted("False", reason))
 
-    # The first flip, at 0:59, creates an event. The other flips come less than 60 s later, and so create none, although
-    # a new minute of the clock begins at 1:00.
+    # The first flip, at 0:59, creates an event. The next three flips come less than 60 s after it, and so create none,
+    # although a new minute of the clock begins at 1:00.
     for seconds in (59.0, 61.0, 100.0, 118.0):
         await flip(seconds, Reason.NAME_CONFLICT)
     assert events.reasons == ["NameConflict"]

@@ -112,7 +112,7 @@ NOTHING: Event = ()
 RESUMED = (sets(suspend=False),)
 
 WALKS = {
-    # walks before attempt 1
+    # walks in which something happens before attempt 1
     "a check passes": Walk(
         policy=CHECKED, events=[(passes_check, passes(10)), NOTHING], states="Checking Opened Running"
     ),
@@ -177,6 +177,7 @@ WALKS = {
     "an attempt is cancelled": Walk(
         events=[NOTHING, (sets(cancel=True),), (passes(1),)], states="Opened Running CleaningUp Failed"
     ),
+    # a walk with a single reconcile after each event
     "a check is suspended, and resumed in the moment in which its pod is removed": Walk(
         policy=CHECKED,
         events=[NOTHING, (sets(suspend=True),), RESUMED],
@@ -218,7 +219,7 @@ async def walked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[JobState]:
 
 
 def recording(states: list[JobState]) -> Callable[[FineTuneJobStatus, JobObservation], Decision]:
-    """Return a replacement of `decide`, which makes the same decisions and records their states.
+    """Return a function to replace `decide`. It makes the decisions that `decide` makes, and records their states.
 
     The state of a decision is appended to ``states`` if it differs from the last recorded state.
     """

@@ -1,4 +1,5 @@
-"""Tests of leader election in cases that a real cluster can't produce on demand, such as clock jumps and hanging calls.
+"""Tests of leader election, also in cases that a real cluster can't produce on demand, such as clock jumps and calls
+that hang.
 
 The API server is a fake with one Lease. `test_two_replicas.py` uses a real API server.
 """
@@ -93,8 +94,8 @@ def candidate(server: OneLease, clock: Clock) -> LeaderElector:
 
 
 def nothing() -> None:
-    """Do nothing. The tests pass this function to `LeaderElector.acquire`, which calls it each time after it has read
-    the Lease."""
+    """Do nothing. The tests pass this function to `LeaderElector.acquire`, which calls it after each try that had no
+    error."""
 
 
 async def test_an_empty_lease_is_taken_at_once(candidate: LeaderElector, server: OneLease) -> None:

@@ -174,8 +174,9 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
 
 
 def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
-    """Assert that the operator has left the PyTorchJob as Kueue wrote it (``written``): spec, labels and
-    annotations."""
+    """Assert that the operator has written nothing into the PyTorchJob since it created the object. Spec, labels,
+    annotations and owner references of ``now`` must be those of ``written``, the object after the last write of
+    Kueue."""
     assert now["spec"] == written["spec"]
     assert now["metadata"]["generation"] == written["metadata"]["generation"]
     for part in ("labels", "annotations", "ownerReferences"):
@@ -183,8 +184,9 @@ def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
     managers = {(entry["manager"], entry.get("subresource", "")) for entry in now["metadata"]["managedFields"]}
     assert (FIELD_MANAGER, "") in managers
     by_operator = [entry for entry in now["metadata"]["managedFields"] if entry["manager"] == "finetune-operator"]
-    # The API server takes the time of a create request before it calls webhooks, and stamps the object afterwards. The
-    # first write can therefore be a second older than the object. A later write of the operator would be younger.
+    # The only entry of the operator must be that of its create request. The API server takes the time of this entry
+    # before it calls webhooks, and sets the object's creationTimestamp afterwards. So the entry may be a second older
+    # than the object, and only a later write would make it younger.
     (entry,) = by_operator
     assert entry["time"] <= now["metadata"]["creationTimestamp"]
 

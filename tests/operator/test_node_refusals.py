@@ -1,4 +1,7 @@
-"""An attempt gets the verdict Free if it ends because a kubelet or a container runtime refused to start a pod."""
+"""An attempt is judged Free if it ends because a kubelet or a container runtime refused to start a pod.
+
+`test_failed_nodes.py` tests which of these attempts are charged nevertheless, because many attempts before ended alike.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tests on a real cluster of a job from creation to end: success, failures, retries, lost pods, reports and restarts.
 
-API server, training-operator and kubelet are real. The training container is a stand-in image whose script ends as the
-trainer would.
+API server, training-operator and kubelet are real. The training container is a stand-in image whose script runs until
+SIGTERM, or ends at once with an exit code and a termination message of the trainer.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def release(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> I
     text = cluster.helm("template", ACCOUNT, chart, "-n", NAMESPACE, "--values", "-", stdin=values)
     objects = [item for item in yaml.safe_load_all(text) if item and not is_excluded(item)]
     cluster.kubectl("create", "namespace", NAMESPACE)
-    # No namespace is given here, because the chart has cluster-wide objects too. All others name their own namespace.
+    # kubectl gets no namespace here, because the chart also has cluster-wide objects. Every other object names its
+    # namespace itself.
     bundle = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
     cluster.kubectl("apply", "-f", "-", stdin=bundle)
     cluster.run(["ip", "address", "replace", f"{ADDRESS}/32", "dev", BRIDGE])

@@ -213,9 +213,10 @@ async def test_a_foreign_pod_that_ends_in_millennia_holds_back_no_check() -> Non
 
 
 async def assert_held_back_by_no_pod(owner: dict[str, str], metadata: dict[str, Any]) -> None:
-    """Assert that a new operator starts a check, although the API server lists a foreign preflight pod.
+    """Assert that a new operator, which may run two checks at a time, starts the checks of two jobs, although the API
+    server lists a foreign preflight pod.
 
-    ``owner`` replaces fields of that pod's owner reference, and ``metadata`` replaces fields of its metadata.
+    ``owner`` replaces fields of the foreign pod's owner reference, and ``metadata`` replaces fields of its metadata.
     """
     fleet = Fleet("ab")
     await fleet.reconcile_all(fleet.operator(1), times=3)

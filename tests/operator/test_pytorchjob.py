@@ -154,8 +154,8 @@ IDENTITY = {"uri": "s3://finetune/runs", "identity": {"audience": "minio"}}
 
 def pods() -> list[dict[str, Any]]:
     """Return the specs of the training pods of four jobs, and then those of their preflight pods. The first job is
-    plain, the second has `storage.identity`, and the others have one of the two kinds of `storage.cache` and of
-    `resources.scratch` each."""
+    plain, and the second has `storage.identity`. The third has a claim as `storage.cache` and an emptyDir of a given
+    size as `resources.scratch`. The fourth has an ephemeral volume for each of the two."""
     check = PreflightSpec(number=1, name="check", image="trainer:1")
     storage = {"uri": "s3://finetune/runs"}
     shared = {"storage": storage | {"cache": {"claimName": "models"}}, "resources": {"scratch": {"size": "9Gi"}}}

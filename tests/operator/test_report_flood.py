@@ -253,8 +253,8 @@ async def test_a_flood_that_changes_everything_is_bounded(flood: Flood) -> None:
 
 def _check(requests: Counter[str]) -> None:
     assert requests["status writes"] <= MOST_WRITES
-    # The watch event of each write causes another reconcile, and a reconcile for a report may find that it has to wait.
-    # The attempt itself is reconciled every 60 s.
+    # The watch event of each write causes another reconcile, and a reconcile for a report may find that the status must
+    # wait. Besides, the job is reconciled every 60 s while its attempt runs.
     assert requests["looks"] <= 3 * MOST_WRITES + 3
     assert requests["annotations"] <= 2 * MOST_WRITES, "two pods are annotated"
 

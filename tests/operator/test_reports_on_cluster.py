@@ -110,8 +110,8 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     counted = {code: after[code] - before.get(code, 0) for code in ("401", "403", "409", "422")}
     assert sum(counted.values()) == 8
     assert all(counted.values())
-    # This token has valid claims, is signed with the same key, and is accepted. So the signed tokens above were
-    # rejected because of their claims.
+    # This token has valid claims, is signed with the same key, and is accepted. So the expired token, and the token of
+    # the other job's pod for this job's audience, were rejected because of their claims.
     assert post(installed, namespace, signed(fresh, key, exp=now + 7200), report(uid).to_json(), attempt=2) == 204
 
 

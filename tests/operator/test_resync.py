@@ -1,4 +1,5 @@
-"""The resync: each namespace is listed on its own, and settled jobs that have not changed are not queued."""
+"""The resync: each namespace of `--watch-namespaces` is listed on its own, and settled jobs that have not changed are
+not queued."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def listed(*names: str, namespace: str = "team", version: str = "1") -> list[Lis
 
 
 class Resync:
-    """A controller whose resync runs in the background."""
+    """A controller of which `run` runs the resync only, with ``lists`` in place of the client of the API server."""
 
     def __init__(self, lists: Lists, memory: Memory | None = None) -> None:
         self.clock = [0.0]

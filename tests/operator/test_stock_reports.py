@@ -1,8 +1,9 @@
 """Tests of stock reports, in the protocol of Kubeflow Trainer's runtime status.
 
 The tests show which reports are rejected, and how the operator handles the reports of the client in transformers. Some
-of these reports hold wrong values. `BEGIN`, `step` and `END` are bodies such as transformers 5.23 sends. Most of the
-rejected bodies are made up. `test_stock_trainer.py` runs the real client.
+values of this client are wrong, such as 0 % at the beginning of a resumed run. `BEGIN`, `END` and the results of `step`
+are bodies such as transformers 5.23 sends. Most of the rejected bodies are made up. `test_stock_trainer.py` runs the
+real client.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def test_a_stock_trainer_reports_crashes_resumes_and_ends(
     assert second.returncode == 0, (tmp_path / "trainer.log").read_text()
     done = installed.wait(namespace, "100 %", lambda job: progress(job)["percentage"] == 100, 30)
     resumed_from = CRASH_AT // SAVED_EVERY * SAVED_EVERY
-    # After a resume the client first reports 0 %. The step in the status must still not fall below the step of the
-    # checkpoint from which the run resumed.
+    # After a resume the client first reports 0 %. The step in the status must still not fall below the lower of two
+    # steps: the step that the status showed after the crash, and that of the checkpoint from which the run resumed.
     assert min(item["step"] for item in seen) >= min(before["step"], resumed_from)
     assert progress(done)["etaSeconds"] == 0
     values = {metric["name"]: float(metric["value"]) for metric in done["status"]["metrics"]}

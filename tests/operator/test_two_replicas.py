@@ -137,7 +137,8 @@ def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str
     """Post a report to ``server`` (service name and port) with only ``ca`` (PEM) trusted; return the HTTP status.
 
     Raises:
-        OSError: no server answers, or the server's certificate is not valid for the service name.
+        OSError: the service name has no address, no server answers, or the server's certificate is not valid for the
+            service name.
     """
     service, _, port = server.partition(":")
     found = cluster.run(["getent", "ahostsv4", service], check=False).stdout.split()
@@ -322,7 +323,7 @@ def test_a_stopped_leader_gives_the_lease_back(replicas: Replicas) -> None:
     renewed = replicas.lease()
     assert renewed["holderIdentity"].startswith(f"{other}_")
     print(f"takeover after SIGTERM {time.monotonic() - stopped_at:.1f} s")
-    # The log proves that the leader released the Lease, which did not simply expire on a slow machine.
+    # The log proves that the leader released the Lease. On a slow machine the Lease could also have expired.
     assert "was given back" in replicas.programs[leader].log.read_text()
     replicas.programs[leader].start()
     replicas.programs[leader].wait_ready()

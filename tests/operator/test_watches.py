@@ -1,4 +1,4 @@
-"""The watches, which kopf runs, obey the `Retry-After` of a 429 as the other requests of the operator do.
+"""The watches, which kopf runs, go on after an answer with status 429, whatever its `Retry-After` says.
 
 `watches.watch` and kopf are the real ones. The API server is a stand-in on the loopback.
 """

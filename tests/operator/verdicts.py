@@ -23,7 +23,7 @@ def judged(pods: list[Any], **changes: Any) -> Ruling | None:
 
 
 def evidence_of(pods: list[Any], **changes: Any) -> Evidence:
-    """Return the evidence of an attempt of two pods, with ``changes``."""
+    """Return the evidence of an attempt of two pods. ``changes`` replaces fields of the evidence."""
     values: dict[str, Any] = {
         "current": current(),
         "child": child(),

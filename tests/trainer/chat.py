@@ -1,4 +1,4 @@
-"""Chat templates of published models, which trl ships as files, and a small tokenizer that can read them."""
+"""Chat templates of published models, which trl ships as files, and a small tokenizer that has their control tokens."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ StartPods = Callable[..., Attempt]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the marker `gang` to all tests with the fixture `pods`. The other tests that start processes of a training
-    carry the marker themselves. pytest calls this hook first, before it chooses the tests by their markers."""
+    carry the marker `gang` or `long` in their own files. pytest calls this hook first, before it chooses the tests by
+    their markers."""
     for item in items:
         if "pods" in getattr(item, "fixturenames", ()):
             item.add_marker("gang")
@@ -28,8 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Forbid the processes of a training to a test without the markers `gang` and `long`, before its fixtures are
-    made."""
+    """Before the fixtures of a test are made, allow the test to start processes of a training only if it has the marker
+    `gang` or `long`."""
     Zygote.allowed = any(item.get_closest_marker(name) for name in ("gang", "long"))
 
 

@@ -1,5 +1,5 @@
 """Tiny, randomly initialized models of the families that transformers can train, made from transformers' own
-configurations, with the tokenizer of `tiny.py`.
+configurations, with one of the two tokenizers of `tiny.py`.
 
 `FAMILIES` describes each family. `write_family` writes the files of a family with the names of tensors that the
 family's maker publishes. For many families these names differ from the names in memory.

@@ -34,10 +34,10 @@ RESULTS = Path(__file__).with_name("family_results.json")
 STEPS = 4
 RATE = 1e-3
 TOLERANCE = 1e-5
-"""Largest relative difference between a loss of the trainer and that of the plain loop."""
+"""Largest relative difference that is allowed between a loss of the trainer and that of the plain loop."""
 LOGITS = 1e-4
-"""Largest difference between a logit of the model that is loaded from the artifact, and that of the model of the plain
-loop."""
+"""Largest difference that is allowed between a logit of the model that is loaded from the artifact, and that of the
+model of the plain loop."""
 SECONDS = 240
 TRAIN = tiny.rows(10, seed=1)
 WAYS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -89,7 +89,8 @@ def _run_name(name: str, method: str, run: str) -> str:
 
 
 def _preflight(name: str, store: ObjectStore, folder: Path) -> str:
-    """Run the preflight check of a LoRA job, and return its findings as one text, which is empty without findings."""
+    """Run the preflight check of a LoRA job, and return its findings as one text, which is empty without findings. If
+    the check ends without a result, the text says that it crashed."""
     config = _job(name, "LoRA", store, "preflight", {"world__nodes": 1, "storage__artifact": "Both"})
     pods = start_pods(config, folder, credentials=store.credentials, arguments=("preflight",), forked=True)
     try:
@@ -103,8 +104,9 @@ def _preflight(name: str, store: ObjectStore, folder: Path) -> str:
 
 
 def _train(name: str, method: str, store: ObjectStore, model: Path, folder: Path) -> Findings:
-    """Train the model in ``model`` with ``method`` three times: padded, packed, and padded with a stop in between.
-    Compare the losses with those of a plain loop, and the artifact with that of the stopped run."""
+    """Train the model in ``model`` with ``method`` three times: padded, packed, and padded with a stop and a resume.
+    Compare the losses of the first two runs with those of a plain loop, and the artifact of the first run with that of
+    the resumed run."""
     folder.mkdir()
     inputs = Inputs(model=model, train=tiny.write_jsonl(folder / "train.jsonl", TRAIN))
     padded, packed = WAYS[method]

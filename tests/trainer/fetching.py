@@ -65,8 +65,8 @@ class NoDigests(ModelDigests):
 
 def fetch(source: Path, log: Path, folder: Path, cache: Path, pace: Pace, output: Path, die_at: int | None) -> None:
     """Fetch the model in ``source`` through ``cache`` into ``folder``. With ``die_at``, the process is killed before
-    the watched event of this number, counted from 0. The process prints to the file ``output``, and writes the number
-    of events to the same path with the suffix `.events`."""
+    the watched event number ``die_at``, counted from 0. The process prints to the file ``output``, and writes the
+    number of watched events to the same path with the suffix `.events`."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -100,8 +100,8 @@ def losses_of(store: ObjectStore, name: str) -> list[float]:
 
 
 def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
-    """Return, by step, the sorted rows that all ranks together consumed in run ``index`` (counted from 0) of
-    `train_all`."""
+    """Return, by step, the sorted numbers of the rows that all ranks together consumed in run ``index`` (counted from
+    0) of `train_all`."""
     consumed: dict[int, list[int]] = {}
     for rank in range(world):
         for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():

@@ -35,7 +35,8 @@ def main() -> None:
         gang.check_stop()
         print("stop requested:", gang.stop_requested(), flush=True)
         gang.final_barrier()
-        # Close the connection of the gang before the gate. In a pod, the worker ends before its launcher.
+        # Close the connection of the gang before the end of the block closes the gate or relay of the rendezvous. In a
+        # pod the order is the same: the worker ends before its launcher, which holds the gate or relay.
         del gang
     os._exit(0)
 

@@ -2,7 +2,8 @@
 
 FILE holds one plan per run. Importing torch takes longer than training the tiny model, so many runs share one import.
 The results are written to `results.json` in the rank's scratch folder. A run may have a scripted fault (see
-`faults.py`). The rows that a run consumed are written to `rows-<rank>.jsonl` in the run's folder.
+`faults.py`). The numbers of the rows that this rank consumed in a run are written to `rows-<rank>.jsonl` in the run's
+folder.
 """
 
 from __future__ import annotations

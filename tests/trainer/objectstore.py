@@ -1,4 +1,5 @@
-"""A real MinIO server on loopback for the tests, with a port, a data folder and access keys of its own."""
+"""A real MinIO server on loopback for the tests. Each server has a port and a data folder of its own, and all have the
+same access key."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ START_SECONDS = 90.0
 
 
 def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
-    """Write the training data to ``folder``, and upload data and model to the addresses that `run_config` names."""
+    """Write training and validation rows to ``folder``, and upload ``model`` and the rows to the addresses that
+    `run_config` names."""
     folder.mkdir(exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.rows(7, seed=2))
@@ -34,7 +35,7 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     """Return a run file for the tiny model, with ``changes``.
 
     A change replaces a whole section, or a single field where its name has the form `section__field`. The value None
-    removes the field.
+    removes the section or the field. With the method Full the run file has no section `lora`.
     """
     config: dict[str, Any] = {
         "version": 1,

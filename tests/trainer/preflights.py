@@ -1,5 +1,4 @@
-"""Runs the preflight checks as a pod does, for `test_preflight.py`, `test_preflight_bounds.py` and
-`test_adapter_sources.py`."""
+"""Runs the preflight check as a pod does, and chooses its paths in the temporary folder of a test."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from tests.trainer.objectstore import ObjectStore
 
 
 def paths_in(tmp_path: Path, store: ObjectStore) -> Paths:
-    """Return the paths of a preflight pod whose files lie in ``tmp_path``."""
+    """Return the paths of a preflight pod whose files lie in ``tmp_path``, but for the credentials of ``store``."""
     return Paths(
         run_file=tmp_path / "run.json",
         credentials=store.credentials,
