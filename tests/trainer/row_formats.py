@@ -1,4 +1,5 @@
-"""One entry for each format of rows that the API has: rows of the format, and the examples that they must become.
+"""A table of the formats of rows that the API has, with several entries for each format. An entry makes rows of its
+format, and the examples that these rows must become.
 
 The examples are written down here as text, each part with a flag that says whether it is learned. No code of the
 trainer makes them. `test_row_formats.py` trains with every entry, and fails if the API gets a format, a field of a
