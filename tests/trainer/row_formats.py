@@ -80,7 +80,7 @@ class RowFormat:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `dataset`."""
     mix: Sequence[str | None] = ()
-    """The weights of a mix. Empty where the format is no mix."""
+    """The weight of each source of a mix, None for a source without one. Empty where the format is no mix."""
 
     def rows(self, count: int, seed: int) -> list[Made]:
         """Return ``count`` rows with their examples. The same ``seed`` gives the same rows."""

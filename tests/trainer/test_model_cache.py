@@ -1,5 +1,5 @@
-"""The files of a model are fetched once for all pods that share a cache. Whatever the cache holds, no pod gets a file
-that is not the one in the source."""
+"""The files of a model are fetched once for all pods that share a cache, or once for each job where the source states
+no digests. Whatever the cache holds, no pod gets a file that is not the one in the source."""
 
 from __future__ import annotations
 

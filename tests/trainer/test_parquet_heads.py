@@ -1,5 +1,5 @@
-"""Of a large parquet file the preflight check reads the schema and the wanted columns of the first row group, and
-nothing else."""
+"""Of a large parquet file the preflight check reads the schema and the wanted columns of the first row group, or the
+schema alone if these columns are too large, and nothing else."""
 
 from __future__ import annotations
 
