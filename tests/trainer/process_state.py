@@ -1,5 +1,6 @@
-"""Prints what a program finds at its start, as one JSON line: `python -m tests.trainer.process_state END`. Then the
-program ends as END says. `test_zygote.py` compares the output and the end of a started and of a forked program."""
+"""A program that prints what it finds at its start, as one JSON line, and then ends as END says: `python -m
+tests.trainer.process_state END`. Where END is `worker`, the program instead starts itself again as a worker, which
+prints the line. `test_zygote.py` compares the output and the end of a started and of a forked program."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def state() -> dict[str, object]:
 
 def start_worker() -> int:
     """Start this program as a launcher starts a worker, and return the exit status of the worker. Before the start,
-    this process gets signal handlers, a thread and a pipe. The worker must have none of them."""
+    this process gets signal handlers, a thread and a pipe, and the worker must have none of them. This process also
+    blocks signals, and they stay blocked in the worker."""
     # These imports are not at the top of the file, because they take a third of a second in a started program.
     from finetune_trainer import processes
     from finetune_trainer.pod.signals import STOP_SIGNALS
@@ -72,7 +74,7 @@ def start_worker() -> int:
 
 
 def main() -> None:
-    """Print the state, and end as the first argument says."""
+    """Print the state and end as the first argument says, or start a worker that does this."""
     end = sys.argv[1]
     if end == WORKER:
         sys.exit(start_worker())

@@ -1,4 +1,5 @@
-"""One entry for each format of rows that the API has: rows of the format, and the examples that they must become.
+"""A table of the formats of rows that the API has, with several entries for each format. An entry makes rows of its
+format, and the examples that these rows must become.
 
 The examples are written down here as text, each part with a flag that says whether it is learned. No code of the
 trainer makes them. `test_row_formats.py` trains with every entry, and fails if the API gets a format, a field of a
@@ -79,7 +80,7 @@ class RowFormat:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `dataset`."""
     mix: Sequence[str | None] = ()
-    """The weights of a mix. Empty where the format is no mix."""
+    """The weight of each source of a mix, None for a source without one. Empty where the format is no mix."""
 
     def rows(self, count: int, seed: int) -> list[Made]:
         """Return ``count`` rows with their examples. The same ``seed`` gives the same rows."""

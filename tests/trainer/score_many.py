@@ -4,8 +4,8 @@ FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch siz
 and `examples` are the tokenised texts to score. `context` is the longest text in tokens that the model can read. The
 rank writes perplexities and answers as JSON to the path in the field `out`. `test_evaluation.py` starts one or two
 ranks and compares their figures with those of plain transformers. At the end rank 0 is told to stop while all prompts
-are answered in as few batches as possible. Where the ranks stop, the output has a field `cut` with the batches of
-answers that were returned before the stop.
+are answered in as few batches as possible. If the ranks stop there, the last entry of the output has a field `cut`
+with the batches of answers that the rank got before StopAgreed was raised.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An HTTP/1.1 proxy in front of a real object store that injects faults which a healthy server does not have.
+"""An HTTP/1.1 proxy that injects faults into the connections to a real object store, because a healthy store has none.
 
 The proxy counts the requests. For each request the proxy calls the test's plan, a function that returns None (forward
-the request) or a fault: answer with an error, cut the connection before, during or after the request, hang, or flip a
-bit. The proxy can also throttle the transfer or refuse all connections. The proxy runs in a thread of
-the test process, and the trainer sees an ordinary endpoint.
+the request) or a fault: answer with an error, cut the connection before, during or after the request or during the
+answer, hang, or flip a bit. The proxy can also throttle the transfer or refuse all connections. The proxy runs in a
+thread of the test process, and the trainer sees an ordinary endpoint.
 """
 
 from __future__ import annotations

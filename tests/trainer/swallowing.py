@@ -1,7 +1,7 @@
 """A proxy that answers refused conditional writes with success.
 
-Behind the proxy the real store looks like an old S3-compatible store that ignores `If-None-Match`. No such store is
-available to the tests.
+Through the proxy a real store answers like an old S3-compatible store that ignores `If-None-Match`, although the real
+store keeps the first object. No store that ignores the header is available to the tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "keep-alive"
 
 @contextmanager
 def swallowing_store(endpoint: str) -> Iterator[str]:
-    """Run a proxy for the store at ``endpoint`` that turns status 412 into 200, and yield the proxy's address."""
+    """Run a proxy that turns each status 412 of the store at ``endpoint`` into 200, and yield the proxy's address."""
     host = urlsplit(endpoint).netloc
 
     class Handler(BaseHTTPRequestHandler):

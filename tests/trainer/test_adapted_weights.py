@@ -249,7 +249,8 @@ def test_a_quantized_base_model_holds_its_linear_layers_in_four_bits(tiny_model:
 
 @pytest.mark.parametrize("name", ["gemma-3n", "mamba", "rwkv"])
 def test_a_quantized_model_trains_where_its_code_reads_weights_itself(name: str, tmp_path: Path) -> None:
-    """Code that multiplies with a weight, or limits it, can't do so with 4-bit numbers."""
+    """Code of a model that multiplies with a weight itself, or limits it, can't do so with 4-bit numbers. So the layers
+    of such weights are not quantized."""
     folder = write_family(name, tmp_path)
     structure, whole = read_structure(folder), load_base(folder, torch.float32)
     lora = LoRASpec(rank=2, quantization="NF4")

@@ -1,5 +1,5 @@
-"""The settings in `adapter_config.json` of an adapter that a job starts from: each is taken as peft takes it, or
-refused in a sentence, and no regular expression in it can hold the trainer up."""
+"""The settings in `adapter_config.json` of an adapter that a job starts from: each setting is taken as peft takes it,
+or refused in a sentence. No regular expression in the file can hold the trainer up."""
 
 from __future__ import annotations
 

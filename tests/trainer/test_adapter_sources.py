@@ -1,5 +1,6 @@
 """Where the adapter of `model.adapter` comes from: the bucket, a volume, the Hugging Face Hub, or the artifact of
-another job, whose manifest must be the one that the operator recorded. Every attempt gets the same bytes.
+another job, whose manifest must be the one that the operator recorded. An adapter that
+has changed since the first attempt is refused.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def test_a_whole_model_of_another_job_is_refused(store: ObjectStore, tiny_model:
 def test_the_same_artifact_in_another_folder_is_the_same_training(
     store: ObjectStore, adapter: Path, tmp_path: Path
 ) -> None:
-    """In a restored cluster the other job has another uid, and may have taken its former artifact over."""
+    """In a restored cluster the other job has another uid, and its artifact may lie in another folder."""
     found = []
     for prefix in ("twice/a", "twice/b"):
         artifact = committed(store, adapter, prefix) | {"jobUid": prefix}

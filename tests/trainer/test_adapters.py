@@ -192,7 +192,8 @@ def test_trap_2_zero_3_leaves_no_tensor_empty(trained: dict[str, Trained]) -> No
 
 
 def expected_shapes(structure: ModelStructure, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
-    """Return the expected shapes of an adapter's tensors, derived only from the model's architecture."""
+    """Return the shapes that the tensors of an adapter must have. The shapes follow from the model's configuration, the
+    number ``added`` of added tokens, and ``rank``."""
     config = structure.model.config
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size + added
     head = hidden // config.num_attention_heads * config.num_key_value_heads

@@ -1,7 +1,8 @@
-"""The choice of the kernel that computes attention, and packed examples with each kernel in models of many families.
+"""The choice of the kernel that computes attention, and packed examples in models of many families with every kernel
+except FlexAttention.
 
 Packed examples must have the logits that they have alone, whatever kernel computes them and whatever the code of a
-model does with position ids.
+model does with position ids. For a model in which this is impossible, packing must be refused.
 """
 
 from __future__ import annotations

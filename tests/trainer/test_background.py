@@ -95,7 +95,7 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
 
 def assert_no_key_is_told(attempt: Attempt) -> None:
     """Assert that the secret access keys are not in the logs and files of the attempt, and not in the arguments or the
-    environment of a process."""
+    environment of its processes."""
     secrets = (SECRET_KEY.encode(), b"rotated-away")
     folder = attempt.pods[0].log.parent
     for path in folder.rglob("*"):

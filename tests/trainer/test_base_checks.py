@@ -225,8 +225,8 @@ def tensor_in_two_files(folder: Path) -> None:
 
 
 def index_of(name: str) -> Callable[[Path], object]:
-    """Return a function that gives a model an index which puts every tensor into the file ``name``. The function moves
-    the tensors into this file, unless it is config.json. In this case it only removes them."""
+    """Return a function that gives a model an index which puts every tensor into the file ``name``. The function
+    removes the weight file, and writes its tensors to ``name`` unless ``name`` is config.json."""
 
     def damage(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)

@@ -59,8 +59,8 @@ def test_the_second_of_two_calls_is_not_lost_in_the_template_of_gpt_oss() -> Non
 
 
 def test_what_a_template_shows_in_one_conversation_may_be_left_out_in_another() -> None:
-    """A renderer remembers which fields the template has shown, but checks a field again in a conversation with other
-    roles."""
+    """A renderer remembers which fields the template has shown. It checks the tools again in a conversation with other
+    roles, and a field of a message again where the messages beside it have other roles."""
     template = "{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + APPENDING.replace(
         "{{ m.content }}", "{{ m.content if loop.first or loop.previtem.role != 'user' or m.role != 'user' }}"
     )

@@ -151,7 +151,8 @@ FAMILIES = {
     "qwen3_vl": Family(IM, NO_THOUGHTS_SHOWN, NO_THOUGHTS, (BREAK,)),
 }
 NO_TEXT_FAMILIES = {"idefics3", "llava_next", "smolvlm"}
-"""Templates of models that read images with every conversation."""
+"""Templates that read the content of a message only as a list of parts. They are not tested here, because
+`at_inference` renders the conversations of this file with texts as contents."""
 TODAY = date(2026, 11, 9)
 
 

@@ -287,7 +287,7 @@ def test_any_bits_of_any_type_are_read_or_cost_their_row(
     values = pyarrow.array(bits, pyarrow.int64()).view(kind)
     if nested:
         values = pyarrow.StructArray.from_arrays([values], names=["inner"])
-    # Some values can't be written, such as days with a fraction, which is no fault of the reader.
+    # pyarrow can't write some values, such as days with a fraction. That is no fault of the reader.
     try:
         parquet.write_table(pyarrow.table({"odd": values}), tmp_path / "a.parquet")
     except pyarrow.ArrowException:
@@ -400,7 +400,7 @@ def test_blank_lines_before_the_header_of_a_csv_file_are_skipped(tmp_path: Path)
 
 @pytest.mark.parametrize("names", [[*map(str, range(200_000)), "199999"], ["7", *map(str, range(200_000))]])
 def test_a_million_names_are_searched_once_for_equal_ones(names: list[str], tmp_path: Path) -> None:
-    """Comparing each name with all others would take hours."""
+    """Comparing each name with all others would take many minutes."""
     twice = names[-1] if names[0] == "0" else "7"
     assert repeated(names) == twice
     row = "{" + ",".join(f'"{name}":0' for name in names) + "}"
@@ -508,7 +508,7 @@ print(json.dumps({"found": found, "peak": PEAK}))
 """
 CHARACTERS = 64 * MIB
 """Largest number of characters of a row. The limit is half of this number for a row with a character beyond U+FFFF, and
-in a csv file for every row that is not ASCII."""
+in a csv or tsv file for every row that is not ASCII."""
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
         # probabilities, so this perplexity is lower.
         assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
         assert case["hidden"] < case["perplexity"]
-    # Rank 0 was told to stop during its only batch of answers. These answers are cut off, and no rank may count them.
+    # Rank 0 was told to stop during its first batch of answers. These answers are cut off, and no rank may count them.
     stops = [case["cut"] for case in found if "cut" in case]
     assert len(stops) == 2
     for (cut,) in stops:

@@ -82,7 +82,8 @@ def test_a_family_does_what_the_page_says(name: str, empty_store: ObjectStore, t
 
 
 def test_a_finding_of_the_preflight_check_is_what_the_trainer_refuses() -> None:
-    """The preflight check has a finding exactly where the trainer refuses the job with a sentence about a field."""
+    """The preflight check of a LoRA job has a finding exactly where the trainer refuses the job with a sentence about a
+    field."""
     differ = {
         name: (findings["preflight"], findings.get("lora", ""))
         for name, findings in stored_results().items()

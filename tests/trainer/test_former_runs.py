@@ -65,7 +65,7 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 class Bucket:
-    """The folder of all runs of one job name, which a test fills and changes."""
+    """The folder in the bucket for all jobs of one name, which a test fills and changes."""
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self.store, self.name = store, name

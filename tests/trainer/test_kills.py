@@ -1,5 +1,5 @@
-"""A rank or a launcher is killed with SIGKILL at arbitrary points. The next attempt resumes from a complete checkpoint,
-and the final model equals that of an undisturbed run.
+"""A rank or a launcher is killed with SIGKILL at arbitrary points. The next attempt resumes from the newest complete
+checkpoint, or begins anew where there is none, and the final model equals that of an undisturbed run.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("template", [APPENDING, published("qwen3")])
 def test_a_row_of_thousands_of_turns_is_too_long_after_its_first_ones(template: str, asked: list[int]) -> None:
-    """For each answer, all messages before the answer are rendered, so all answers of such a row would take hours."""
+    """For each answer, all messages before the answer are rendered, so all answers of a row with thousands of turns
+    would take hours."""
     sentence = problem({"messages": TALK * 1000}, template)
     assert sentence.startswith("dataset.train: a.jsonl line 1 has ")
     assert int(sentence.split()[5]) > 10 * 4096

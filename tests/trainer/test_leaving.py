@@ -88,8 +88,8 @@ def test_trap_21_told_at_some_moment_one_process_makes_all_leave(
     moment: str, whom: str, pod: int, store: ObjectStore, pods: StartPods
 ) -> None:
     name = f"told-{moment.split()[0]}-{whom[0]}{pod}".lower().replace("/", "")
-    # A SIGTERM before the first step must arrive while the workers import torch. Forked workers have imported torch
-    # already, so only the pods that get SIGTERM later are forked.
+    # A worker that gets SIGTERM before the first step must get it while it imports torch. Forked workers have imported
+    # torch already, so only the pods that get SIGTERM later are forked.
     attempt = pods(long_run(store, name), forked=moment.startswith("step"))
     attempt.wait_for(lambda: moment in attempt.pods[0].output, moment)
     if whom == "worker":

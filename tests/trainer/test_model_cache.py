@@ -1,5 +1,5 @@
-"""The files of a model are fetched once for all pods that share a cache. Whatever the cache holds, no pod gets a file
-that is not the one in the source."""
+"""The files of a model are fetched once for all pods that share a cache, or once for each job where the source states
+no digests. Whatever the cache holds, no pod gets a file that is not the one in the source."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from tests.trainer.storeproxy import StoreProxy, proxy_before
 
 MIB = 1 << 20
 QUICK = Pace(beat_seconds=0.02, dead_seconds=0.4, look_seconds=0.02)
-"""The pace of these tests, whose local folder shows a change to all processes at once."""
+"""The pace of the pods in these tests. It may be quick, because a local folder shows a change to all processes at once.
+"""
 
 
 @pytest.fixture
@@ -233,8 +234,9 @@ def test_pods_that_start_at_once_fetch_each_file_once(pod: Pods) -> None:
 
 
 def test_a_pod_that_is_killed_at_any_moment_harms_no_other(pod: Pods) -> None:
-    """For each call to the file system, a process with an empty cache is killed before this call. Each file that the
-    killed process leaves in the cache under the name of a digest is whole, and the next pod gets all files."""
+    """For each event of `fetching.WATCHED`, such as the opening of a file, a process with an empty cache is killed
+    before this event. Each file that the killed process leaves in the cache under the name of a digest is whole, and
+    the next pod gets all files."""
     (pod.source / "model.safetensors").write_bytes(b"weights")
     whole = pod.start(pace=Pace(beat_seconds=60))
     whole.join(30)

@@ -1,5 +1,5 @@
-"""Of a large parquet file the preflight check reads the schema and the wanted columns of the first row group, and
-nothing else."""
+"""Of a large parquet file the preflight check reads the schema and the wanted columns of the first row group, or the
+schema alone if these columns are too large, and nothing else."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def ends_the_process(data: bytes) -> bool:
 
 
 @given(st.data())
-# Each example starts a process that reads the places of the columns.
+# Each example starts a process that reads the places of the columns, so there are few examples.
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 def test_a_damaged_file_is_rows_or_a_sentence(data: bytes, tmp_path: Path, draw: st.DataObject) -> None:
     tail = len(data) - draw.draw(st.integers(0, 3000))

@@ -20,8 +20,8 @@ Send = Callable[[Any], None]
 
 
 def takes(mebibytes: int) -> Callable[[Send], None]:
-    """Return work that takes ``mebibytes`` MiB of memory, sends a value, and then waits until the parent kills the
-    child."""
+    """Return a function for `run_confined` that takes ``mebibytes`` MiB of memory in the child, sends a value, and then
+    waits until the parent kills the child."""
 
     def work(send: Send) -> None:
         taken = bytearray(os.urandom(1) * (mebibytes * MIB))

@@ -1,4 +1,4 @@
-"""Each field of the published formats of rows is honoured or refused by name, as docs/data.md says.
+"""Each field of the published formats of rows is honoured, refused by name, or not read, as docs/data.md says.
 
 `python -m tests.trainer.test_published_rows` writes the table into the page.
 """

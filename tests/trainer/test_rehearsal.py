@@ -1,4 +1,4 @@
-"""Before its first step, a run tries everything that it needs only at its end, so that no training is lost at the
+"""Before its first step, a run tries the export of its artifact without the weights, so that no training is lost at the
 export."""
 
 from __future__ import annotations

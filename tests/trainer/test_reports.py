@@ -220,7 +220,7 @@ def test_reports_count_the_examples_of_each_source_of_a_mix_also_after_a_resume(
 
 
 def test_an_urgent_report_and_the_end_wait_for_no_interval(report_server: ReportServer, tmp_path: Path) -> None:
-    """Both may come while another report is being posted."""
+    """An urgent report and the end may come while another report is being posted."""
     token = tmp_path / "token"
     token.write_text("the-token")
     paths = Paths(ca_file=report_server.ca_file, report_token_file=token)

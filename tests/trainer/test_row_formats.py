@@ -1,8 +1,9 @@
 """Each format of rows trains like a plain PyTorch loop over the examples that the rows must become: with packing, every
 ZeRO stage, evaluation, and after a resume with the same and with other ranks.
 
-`row_formats.py` lists the formats. `FEW` has one case for each format, and among the cases every pair of method, stage,
-packing and number of ranks occurs. The test that is marked long has all combinations.
+`row_formats.py` lists the formats. `FEW` has one case for each entry of this list. In the runs of these cases, each
+value of method, stage, packing and number of ranks occurs together with each value of the other three. The test that is
+marked long trains every entry with every method and stage, with and without packing.
 """
 
 from __future__ import annotations
@@ -364,9 +365,9 @@ def test_every_pair_of_method_stage_and_packing_occurs_among_the_few_runs() -> N
 
 
 def missing_of(models: Sequence[ApiModel], path: str) -> list[str]:
-    """Return what none of ``models`` has: each value of a field of type Literal, and each other field that no model
-    sets, also within the models that are values of fields. All ``models`` are of one class, and ``path`` is the path of
-    their fields. A field that is not set has its default value."""
+    """Return what is missing in ``models``, which are all of one class and lie at ``path``. A choice of a field of type
+    Literal is missing if no model has it, set or by default. Any other field is missing if no model sets it. Models
+    that are values of fields are searched too."""
     found: list[str] = []
     for name, info in type(models[0]).model_fields.items():
         at = f"{path}.{info.alias or name}"

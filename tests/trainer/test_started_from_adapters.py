@@ -123,7 +123,8 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(
     store: ObjectStore, tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> ObjectStore:
-    """The store after all of `CASES` were trained. Those that end with `-cut` were interrupted and resumed."""
+    """The store after all of `CASES` were trained. The cases whose names end with `-cut` were interrupted and
+    resumed."""
     folder = tmp_path_factory.mktemp("started")
     rows = tiny.write_jsonl(folder / "train.jsonl", ROWS)
     inputs = Inputs(model=tiny_model, adapter=adapter, train=rows)

@@ -90,7 +90,7 @@ def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
 
 
 def fails(root: RunRoot, files: list[Path], step: int) -> bool:
-    """Commit a checkpoint and return True if that failed."""
+    """Try to commit a checkpoint, and return whether that failed."""
     try:
         commit_checkpoint(root, files, step)
     except OutsideFailure:

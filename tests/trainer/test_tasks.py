@@ -324,8 +324,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 @pytest.mark.parametrize(
     ("task", "gold", "answer", "right"),
     [
-        # Attributes in another order are right for the score orderFree, but wrong for the score strict. An answer that
-        # lacks a value, or has something behind the representation, is wrong for both.
+        # ViGGO: attributes in another order are right for the score orderFree, but wrong for the score strict. An
+        # answer that lacks a value, or has a second representation behind the first, is wrong for both scores.
         ("ViGGO", MEANING, "inform(rating[good], name[Portal], genres[puzzle, shooter])", {"orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good])", {"strict", "orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle], rating[good])", set()),
