@@ -304,8 +304,8 @@ class TrainingLoop:
     def _save(self, perplexity: float | None, task_score: float | None, *, best: bool = False) -> None:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
-        ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, the
-        new copy replaces waiting copies, but never the copy of the best model.
+        ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, and
+        after SIGTERM, the new copy replaces waiting copies, but never the copy of the best model.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()

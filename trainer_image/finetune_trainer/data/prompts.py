@@ -43,8 +43,8 @@ def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | Non
 
 
 def completion_ending(form: PromptCompletionFormat) -> str:
-    """Return the text with which every completion ends: the text behind the last column of the template `completion`,
-    and behind this text `completionSuffix`. Raises UserError if `completion` is malformed."""
+    """Return the text with which every completion ends: the text behind the last column or optional part of the
+    template `completion`, and behind this text `completionSuffix`. Raises UserError if `completion` is malformed."""
     return _parsed(form)[1].ending + form.completion_suffix
 
 

@@ -2,8 +2,8 @@
 editor.
 
 A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
-Whatever a library raises about a file as a whole becomes a UserError here, or OutsideFailure if the file system refuses
-to read the file.
+Whatever a library raises about a file as a whole, except MemoryError, becomes a UserError here, or OutsideFailure if
+the file system refuses to read the file.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class HeadColumns(NamedTuple):
 
 
 def head_columns(path: Path, field: str, *, most_rows: int, most_bytes: int) -> HeadColumns:
-    """Return the columns of the first rows of a data source: of at most ``most_rows`` rows, and of rows with about
-    ``most_bytes`` bytes in each file. The columns of a parquet file are those of its schema, and none of its values are
-    read. Raises the same errors as `read_rows`."""
+    """Return the columns of the first rows of a data source. Of each file, rows with about ``most_bytes`` bytes are
+    looked at, and no more rows once ``most_rows`` rows of the source were looked at. Of a parquet file only the schema
+    is read, and all its rows count. Raises the same errors as `read_rows`."""
     names: dict[str, None] = {}
     total = parsed = 0
     for file in data_files(path):

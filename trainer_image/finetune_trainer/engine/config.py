@@ -16,8 +16,9 @@ import torch
 from finetune_core.contract import OptimizationConfig
 
 BUCKET_ELEMENTS = 50_000_000
-"""Largest number of elements that DeepSpeed reduces or gathers in one communication call: 100 MB in bf16. DeepSpeed's
-default is 500 million."""
+"""Largest number of elements that DeepSpeed puts together for one communication call, when it reduces or gathers them:
+100 MB in bf16. The gradient of a larger parameter is reduced in a call of its own. DeepSpeed's default is 500
+million."""
 
 
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
