@@ -89,7 +89,8 @@ def answer_reader(
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special or number in stop_ids
     }
-    # Where two tokens begin at the same place, the longer one is found, because it comes first in the expression.
+    # Where two tokens begin at the same place, the longer one is found, because it comes first in the regular
+    # expression below.
     every = sorted(tokens, key=len, reverse=True)
     added = [token for token in every if token in added_tokens]
 

@@ -28,7 +28,8 @@ from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_see
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 DEEPEST = 100
-"""How many levels of lists and mappings a column that is read may have. Columns of parquet files are not checked."""
+"""Largest number of levels of lists and mappings that a value of a column that is read may have. The values in parquet
+files are not checked."""
 _TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
     Kind.JSON_LINES: json_lines,
     Kind.JSON: json_rows,
@@ -74,9 +75,9 @@ class HeadColumns(NamedTuple):
 
 
 def head_columns(path: Path, field: str, *, most_rows: int, most_bytes: int) -> HeadColumns:
-    """Return the columns of the first rows of a data source. Of each file, rows with about ``most_bytes`` bytes are
-    looked at, and no more rows once ``most_rows`` rows of the source were looked at. Of a parquet file only the schema
-    is read, and all its rows count. Raises the same errors as `read_rows`."""
+    """Return the columns of the first rows of a data source. In each file, about ``most_bytes`` bytes of rows are
+    looked at, until ``most_rows`` rows of the source were looked at. Of a parquet file only the schema is read, and all
+    its rows count as looked at. Raises the same errors as `read_rows`."""
     names: dict[str, None] = {}
     total = parsed = 0
     for file in data_files(path):

@@ -34,8 +34,8 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 SMALL_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""The small files of a tokenizer, which must be JSON objects. TOKENIZER_FILE is not among them, because it may have tens
-of megabytes. So only the tokenizers library reads TOKENIZER_FILE as a whole."""
+"""The small files of a tokenizer, which must be JSON objects. TOKENIZER_FILE is not among them, because it may have
+tens of megabytes. So only the tokenizers library reads TOKENIZER_FILE as a whole."""
 TEMPLATE_FILE = "chat_template.jinja"
 WITHOUT_SETTINGS = ("tekken.json",)
 """Files that hold only a part of a tokenizer, like files of sentencepiece and tiktoken, but whose names do not end with
@@ -164,7 +164,7 @@ def tokenize_functions(
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
     `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
-    token ends an answer. ``today`` is the date that a chat template gets; None means the real one."""
+    token ends an answer. ``today`` is the date that a chat template gets as the current date; None means the real current date."""
     end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)

@@ -28,8 +28,8 @@ _SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
 """Characters that separate a label from the text that follows. If the row has texts of options, this text must be the
 one of the label's own option."""
 _WEAK_SEPARATOR = re.compile(r",\s+|\s*[-\u2013\u2014]\s+")
-"""A comma or dash. It separates a label from the text that follows only if the row has texts of options. As behind
-`_SEPARATOR`, this text must then be the one of the label's own option."""
+"""A comma or dash. It separates a label from the text that follows only if the row has texts of options. The text that
+follows must then be the one of the label's own option."""
 _BOXED = re.compile(
     r"\$+(?P<math>[^$]*)\$+|\\[(\[](?P<display>.*)\\[)\]]"
     r"|\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf)\s*\{(?P<inner>.*)\}",
