@@ -164,7 +164,8 @@ def tokenize_functions(
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
     `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
-    token ends an answer. ``today`` is the date that a chat template gets as the current date; None means the real current date."""
+    token ends an answer. ``today`` is the date that a chat template gets as the current date. None means the real
+    one."""
     end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)
