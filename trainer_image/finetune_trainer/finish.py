@@ -110,9 +110,10 @@ def export_files(
 ) -> None:
     """Write the artifact of the checkpoint in folder ``source`` into folder ``target``.
 
-    An adapter's configuration names the base model. Where the run extended the base model, for example by added tokens
-    or a merged adapter, the extended copy is uploaded to the bucket first, and the configuration names the address of
-    the copy. ``digests`` holds the sha256 of the base model and of the extended copy.
+    An adapter's configuration names the base model. Where the artifact is an adapter of a base model that the run
+    extended, for example by added tokens or a merged adapter, the extended copy is uploaded to the bucket first, and
+    the configuration names the address of the copy. ``digests`` holds the sha256 of the base model and of the extended
+    copy.
     """
     options = export_options(plan, data.structure, data.stop_ids)
     options = replace(

@@ -92,8 +92,9 @@ class TrainingLoop:
         status.checkpoint = saver.last.uri if saver.last else None
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
-        # SIGTERM may also come after an evaluation. The step log then has the scores of the step, although its
-        # checkpoint does not, and an evaluation must not count twice against `evaluation.patience`.
+        # If SIGTERM came after the evaluation of a step, the step log has the scores, although the checkpoint that was
+        # saved after SIGTERM has none. Such an evaluation is not made again, because it would count twice against
+        # `evaluation.patience`.
         evaluated = state is not None and (state.perplexity is not None or replayed.evaluated_step == state.step)
         self._evaluation_missing = state is not None and not evaluated and self._evaluation_due()
         if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
@@ -277,8 +278,8 @@ class TrainingLoop:
         the end.
 
         With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing. A
-        checkpoint that is due after the step is then saved again, because the scores of the first one are missing, and
-        without them it could not become the artifact.
+        checkpoint that is due after the step is then saved again with the scores, because a checkpoint without scores
+        can't become the best one.
         """
         perplexity = task_score = None
         if self._validation is not None and self._evaluation_due():
@@ -304,8 +305,8 @@ class TrainingLoop:
     def _save(self, perplexity: float | None, task_score: float | None, *, best: bool = False) -> None:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
-        ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, the
-        new copy replaces waiting copies, but never the copy of the best model.
+        ``best`` says that the model has the best evaluation so far. Where too many copies wait for their upload, and
+        after SIGTERM, the new copy replaces waiting copies, but never the copy of the best model.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()

@@ -43,8 +43,8 @@ def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | Non
 
 
 def completion_ending(form: PromptCompletionFormat) -> str:
-    """Return the text with which every completion ends: the text behind the last column of the template `completion`,
-    and behind this text `completionSuffix`. Raises UserError if `completion` is malformed."""
+    """Return the text with which every completion ends: the text behind the last column or optional part of the
+    template `completion`, and behind this text `completionSuffix`. Raises UserError if `completion` is malformed."""
     return _parsed(form)[1].ending + form.completion_suffix
 
 
@@ -89,7 +89,8 @@ def answer_reader(
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special or number in stop_ids
     }
-    # Where two tokens begin at the same place, the longer one is found, because it comes first in the expression.
+    # Where two tokens begin at the same place, the longer one is found, because it comes first in the regular
+    # expression below.
     every = sorted(tokens, key=len, reverse=True)
     added = [token for token in every if token in added_tokens]
 

@@ -2,8 +2,8 @@
 editor.
 
 A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
-Whatever a library raises about a file as a whole becomes a UserError here, or OutsideFailure if the file system refuses
-to read the file.
+Whatever a library raises about a file as a whole, except MemoryError, becomes a UserError here, or OutsideFailure if
+the file system refuses to read the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_see
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 DEEPEST = 100
-"""How many levels of lists and mappings a column that is read may have. Columns of parquet files are not checked."""
+"""Largest number of levels of lists and mappings that a value of a column that is read may have. The values in parquet
+files are not checked."""
 _TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
     Kind.JSON_LINES: json_lines,
     Kind.JSON: json_rows,
@@ -74,9 +75,9 @@ class HeadColumns(NamedTuple):
 
 
 def head_columns(path: Path, field: str, *, most_rows: int, most_bytes: int) -> HeadColumns:
-    """Return the columns of the first rows of a data source: of at most ``most_rows`` rows, and of rows with about
-    ``most_bytes`` bytes in each file. The columns of a parquet file are those of its schema, and none of its values are
-    read. Raises the same errors as `read_rows`."""
+    """Return the columns of the first rows of a data source. In each file, about ``most_bytes`` bytes of rows are
+    looked at, until ``most_rows`` rows of the source were looked at. Of a parquet file only the schema is read, and all
+    its rows count as looked at. Raises the same errors as `read_rows`."""
     names: dict[str, None] = {}
     total = parsed = 0
     for file in data_files(path):

@@ -34,18 +34,19 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 SMALL_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""The files of a tokenizer that are JSON objects, except TOKENIZER_FILE. That file may have tens of megabytes, so that
-only the tokenizers library reads the file as a whole."""
+"""The small files of a tokenizer, which must be JSON objects. TOKENIZER_FILE is not among them, because it may have
+tens of megabytes. So only the tokenizers library reads TOKENIZER_FILE as a whole."""
 TEMPLATE_FILE = "chat_template.jinja"
 WITHOUT_SETTINGS = ("tekken.json",)
-"""Files that hold a tokenizer as files of sentencepiece and tiktoken do. Their names do not end with `.model`."""
+"""Files that hold only a part of a tokenizer, like files of sentencepiece and tiktoken, but whose names do not end with
+`.model`."""
 UNKNOWN_PART = "did not match any variant"
 """Part of the error message of the tokenizers library for a file that a newer version of the library wrote."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer that can be loaded and be
-    used, if it can only be guessed from its files, or if it has no end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer that can be loaded and
+    used, if the tokenizer can only be guessed from its files, or if it has no end token."""
     _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
     with library_boundary(partial(_not_loaded, folder)):
@@ -82,8 +83,8 @@ def _not_loaded(folder: Path, error: BaseException) -> UserError:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken, or where one of
-    the tokenizer's files can't be read as what it must be."""
+    """Raise UserError where ``folder`` has a tokenizer only in a format of sentencepiece or tiktoken, where only the
+    model's own code can make the tokenizer, or where one of the tokenizer's files can't be read as what it must be."""
     with library_boundary(_unusable):
         check_no_pointer(folder / TOKENIZER_FILE)
         contents = {name: read_json_object(folder / name) for name in SMALL_JSON_FILES}
@@ -163,7 +164,8 @@ def tokenize_functions(
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
     `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
-    token ends an answer. ``today`` is the date that a chat template gets; None means the real one."""
+    token ends an answer. ``today`` is the date that a chat template gets as the current date. None means the real
+    one."""
     end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)
@@ -174,8 +176,9 @@ def tokenize_functions(
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()) -> list[int]:
     """Return the ids of the tokens at which generation stops. These are the end token, the ids of ``model_stop_ids``
     that the tokenizer knows, and, for rows that are conversations, the tokens with which the chat template ends an
-    answer. For rows with a prompt and a completion, the first added token (`added_tokens_decoder`) in the text with
-    which every completion ends is a stop token too (see `completion_ending`).
+    answer. For rows with a prompt and a completion, a token of the text with which every completion ends (see
+    `completion_ending`) is a stop token too: the first of them that is in the tokenizer's `added_tokens_decoder` and is
+    not the unknown token.
 
     The ordinary tokens of that text are no stop tokens, because they may also occur within an answer.
     """

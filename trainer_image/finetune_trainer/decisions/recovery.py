@@ -47,8 +47,8 @@ def plan_recovery(
 ) -> tuple[Incident, RollbackRequired | Diverged | None]:
     """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
 
-    ``rollbacks`` are the earlier rollbacks of the job. Where the job has made MAX_ROLLBACKS rollbacks already, the
-    error is Diverged even if `spec.stability` asks for another rollback.
+    ``rollbacks`` are the earlier rollbacks of the job. Where `spec.stability` asks for a rollback, but the job has made
+    MAX_ROLLBACKS rollbacks already, the error is Diverged.
     """
     action = recovery_action(alarm, config)
     sentence = alarm.describe()

@@ -1,5 +1,5 @@
-"""Restores the state of the decisions that depend on earlier steps, the best evaluation, the alarms and whether an
-evaluation is missing, by replaying the step log from the bucket.
+"""Restores what the decisions about training remember of earlier steps, by replaying the step log from the bucket: the
+best evaluation, the newest evaluated step, and the state of the stability monitor.
 
 `train.py` calls `replay_decisions` on rank 0 with the rows of the step log, and sends the returned state to all ranks.
 Checkpoints therefore need not hold this state.

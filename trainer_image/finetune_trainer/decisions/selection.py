@@ -28,7 +28,7 @@ class Selection(ContractModel):
     best_step: int = 0
     """Step of the best evaluation, 0 before the first."""
     evaluations_without_improvement: int = 0
-    """Number of evaluations since the best evaluation."""
+    """Number of evaluations since the best evaluation. Those without the value that `best_by` names do not count."""
 
     @property
     def exhausted(self) -> bool:

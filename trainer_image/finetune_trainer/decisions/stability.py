@@ -47,9 +47,9 @@ GRADIENT_LOSS_DEVIATIONS = 1.5
 than this number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at
 first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""The steps are a drift, which raises an alarm, if the mean log-loss of the recent steps lies above the median of the
-baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by more than DRIFT_MIN_RISE. A mean above
-the limit of ABOVE_BEST is a drift too."""
+"""The recent steps are a drift, which raises an alarm, if their mean log-loss (without the highest and the lowest) lies
+above the median of the baseline by more than DRIFT_DEVIATIONS standard deviations of this mean, and by more than
+DRIFT_MIN_RISE. A mean above the limit of ABOVE_BEST is a drift too."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies more than this number of standard
 deviations above the median of the baseline, or at the oldest recent step where no step lies so high."""
@@ -116,7 +116,8 @@ class Alarm:
     step: int
     first: int
     value: float
-    """The loss or gradient norm that stands out. In the alarm for a drift, the geometric mean of the recent losses."""
+    """The loss or gradient norm that stands out. In the alarm for a drift, the geometric mean of the recent losses
+    without the highest and the lowest."""
     threshold: float
     """The largest value that would not have raised the alarm. Infinity in the alarm about a loss or a gradient that is
     not finite."""

@@ -102,7 +102,8 @@ def _refuse_if_another_works(
     named: Kernel,
     error: Exception,
 ) -> None:
-    """Raise UserError where another kernel than ``named``, which failed with ``error``, can compute the model."""
+    """Raise UserError where SDPA or EAGER can compute the model. ``named`` is the kernel that failed with ``error``, so
+    it is not tried again."""
     for other in (Kernel.SDPA, Kernel.EAGER):
         if other is named:
             continue

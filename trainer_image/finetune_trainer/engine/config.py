@@ -16,8 +16,9 @@ import torch
 from finetune_core.contract import OptimizationConfig
 
 BUCKET_ELEMENTS = 50_000_000
-"""Largest number of elements that DeepSpeed reduces or gathers in one communication call: 100 MB in bf16. DeepSpeed's
-default is 500 million."""
+"""Largest number of elements that DeepSpeed puts together for one communication call, when it reduces or gathers them:
+100 MB in bf16. The gradient of a larger parameter is reduced in a call of its own. DeepSpeed's default is 500
+million."""
 
 
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
@@ -43,9 +44,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
         # Gradients accumulate in fp32, because a bf16 sum over many micro-batches loses what the last of them add.
-        # Stage 1 is the exception: at stage 1, None selects DeepSpeed's default, the dtype of the model. With bf16
-        # parameters and fp32 accumulation DeepSpeed would use its `BF16_Optimizer` at stage 1, which lacks the gradient
-        # norm and the gradient buffers that `engine.py` uses.
+        # Stage 1 is the exception: at stage 1, None selects DeepSpeed's default, the dtype of the model. At this stage
+        # DeepSpeed would combine bf16 parameters and fp32 accumulation in its `BF16_Optimizer`, which lacks the
+        # gradient norm and the gradient buffers that `engine.py` uses.
         "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW is used even where the optimizer state is in CPU memory. DeepSpeed's own CPU optimizer would

@@ -51,7 +51,7 @@ def generate_answers(
 
     Every rank yields equally many dictionaries, of which some may be empty. All ranks must take each dictionary
     together. If a rank has received SIGTERM, StopAgreed is raised before the next batch begins, or after the last
-    batch. So a caller that gets all dictionaries has only whole answers.
+    batch. So all answers are whole where the iteration ends without this error.
     """
     engine.train(False)
     try:

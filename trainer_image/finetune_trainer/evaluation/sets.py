@@ -48,8 +48,8 @@ class EvaluationSet:
     suffix: str
     """Text at which an answer ends. It does not belong to the answer, and may be empty."""
     answered: int
-    """To how many of the examples answers are generated if the job has a task: to the first ones. The base model
-    answers the rows that the tuned model answers, so that their scores can be compared."""
+    """If the job has a task, answers to this many of the first examples are generated. The base model answers the rows
+    that the tuned model answers, so that the scores of both models can be compared."""
     added_ids: Sequence[int] = ()
     """Ids of `model.addedTokens` in the base model's set, because the base model is scored without these tokens. Empty
     in the tuned model's set."""

@@ -50,7 +50,7 @@ class Part(Enum):
     EXPERTS = auto()
     """The same layer of all experts, as one tensor of three dimensions."""
     ROUTER = auto()
-    """A weight that chooses experts or tokens."""
+    """A weight of a router (ROUTERS) or of an indexer (INDEXERS)."""
     EMBEDDING = auto()
     """An embedding or the output head."""
 
@@ -67,14 +67,14 @@ class AdaptableWeight:
     elements: int
     parameter: str | None = None
     """Full name of the parameter, where peft must adapt the parameter itself (`target_parameters`): where it can't add
-    the output of an adapter to that of the module, or would take the module for experts (see `TextPath._moves`). None
-    where peft adapts the module (`target_modules`)."""
+    the output of an adapter to that of the module, or would read the name of the module as the name of expert weights
+    (see `TextPath._moves`). None where peft adapts the module (`target_modules`)."""
     problem: str = ""
     """Why peft can't adapt the weight, as the end of a sentence. Empty where peft can adapt the weight."""
 
     def has_name(self, name: str) -> bool:
         """Return whether ``name`` is the full name of this weight or the end of the full name, as peft compares. The
-        last part of a parameter's name alone, such as `weight`, is no name of a weight."""
+        word `weight` alone is no name of a weight."""
         names = [self.name, *([self.parameter] if self.parameter is not None and "." in name else [])]
         return any(full == name or full.endswith(f".{name}") for full in names)
 
@@ -194,7 +194,8 @@ class TextPath:
         return not INDEXERS.isdisjoint(parts) or (self._has_experts and not ROUTERS.isdisjoint(parts))
 
     def _moves(self, name: str) -> bool:
-        """Return whether peft would take the module ``name`` in `target_modules` for one of a mixture of experts.
+        """Return whether peft would read the name of the module ``name``, given in `target_modules`, as the name of
+        expert weights.
 
         In some families the experts were linear layers before version 5 of transformers. In such a family, peft turns
         names such as `down_proj` into names of expert weights when it reads a configuration. A dense layer of the same
@@ -274,16 +275,16 @@ def _is_plain_product(module: nn.Linear | Conv1D) -> bool:
 
 
 def _is_plain_table(module: nn.Module) -> bool:
-    """Return whether ``module``, an embedding or an output head, is one to whose output peft can add that of an
-    adapter. An embedding must look up the rows of its input, and may multiply them with its `embed_scale`. Embeddings
-    of positions that compute the positions themselves, as in OPT, look up other rows."""
+    """Return whether peft can add the output of an adapter to the output of ``module``, an embedding or an output head.
+    An embedding must look up the rows of its input, and may multiply them with its `embed_scale`. Embeddings of
+    positions that compute the positions themselves, as in OPT, look up other rows."""
     if not isinstance(module, nn.Embedding):
         return True
     return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
 def _source(kind: type) -> str:
-    """Return the source code of the class ``kind`` and of its base classes, as far as they are models of
+    """Return the source code of the class ``kind`` and of its base classes, as far as they belong to the models of
     transformers."""
     own = [base for base in kind.__mro__ if base.__module__.startswith(MODELS)]
     return "\n".join(_own_source(base) for base in own)

@@ -165,7 +165,8 @@ def fit_adapter(structure: ModelStructure, given: GivenAdapter, *, rows: int) ->
 
 
 def _check_tying(structure: ModelStructure, given: GivenAdapter) -> None:
-    """Raise UserError where the adapter is one for both embeddings of a model in which these share their weights."""
+    """Raise UserError where the adapter changes the input embedding and the output head alike (`ensure_weight_tying`),
+    in a model in which the two share their weights."""
     if not given.config.get("ensure_weight_tying") or not structure.tied:
         return
     for name in given.tensors:

@@ -25,10 +25,11 @@ _MOST_SAID = 4
 _EDGES = " \t\n*_`\"'“”‘’.,;!"
 _OPENING = "(["
 _SEPARATOR = re.compile(r"[)\].:]+\s*(?:[-\u2013\u2014]\s+)?")
-"""Characters that separate a label from any text that follows."""
+"""Characters that separate a label from the text that follows. If the row has texts of options, this text must be the
+one of the label's own option."""
 _WEAK_SEPARATOR = re.compile(r",\s+|\s*[-\u2013\u2014]\s+")
-"""A comma or dash. It separates a label from the text that follows only if this is the text of the label's own
-option."""
+"""A comma or dash. It separates a label from the text that follows only if the row has texts of options. The text that
+follows must then be the one of the label's own option."""
 _BOXED = re.compile(
     r"\$+(?P<math>[^$]*)\$+|\\[(\[](?P<display>.*)\\[)\]]"
     r"|\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf)\s*\{(?P<inner>.*)\}",
@@ -70,8 +71,8 @@ class Options:
         )
 
     def chosen(self, answer: str) -> str | None:
-        """Return the label of the option that ``answer`` names. None where it names no option, or the label of one
-        option with the text of another."""
+        """Return the label of the option that ``answer`` names. None where it names no option, or the label of an
+        option with a text that is not the option's own."""
         text = _bare(_FORM.of(answer))
         for _ in range(_MOST_SAID + 1):
             for candidate in (text, _unboxed(text)):

@@ -28,7 +28,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
         own = row.get("answer")
         if own is None:
             raise NoValueError
-        # A decimal of a parquet file is a number, as in the text that a template shows.
+        # Of a single value, such as a decimal of a parquet file, the text that a template shows is parsed. A list or an
+        # object, which a template can't show, is written as JSON first.
         shown = own if isinstance(own, str) else text_or_none(own)
         reference = parse(json.dumps(own, allow_nan=False, ensure_ascii=False) if shown is None else shown)
     except (NoValueError, ValueError, TypeError, RecursionError):

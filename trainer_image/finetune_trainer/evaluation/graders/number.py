@@ -90,8 +90,9 @@ _END = re.compile(
     rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
-"""The end of a statement: the end of the line or of the sentence, the beginning of a remark in parentheses or brackets,
-or `=`. A comma also ends the statement unless a number follows the comma."""
+"""The end of a statement: the end of the line or of the sentence, `=`, or the beginning of a remark in parentheses or
+brackets, unless the remark begins with `and` or `or`. A comma also ends the statement unless a number follows the
+comma, perhaps behind `and`, `or` or `to`."""
 _FURTHER = re.compile(r"(?<![A-Za-zµ°^0-9.])(?<!\^-)[0-9]|[¼-¾⅐-⅞]|(?<![A-Za-zµ°²³¹⁰-⁹⁻])[²³¹⁰-⁹]")
 """A further number. Digits directly behind a letter belong to a unit, such as `m2`."""
 _WORDS = re.compile(

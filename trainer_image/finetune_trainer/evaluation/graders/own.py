@@ -1,8 +1,9 @@
 """Loads and calls own graders: graders that users add to their trainer image, as entry points of the group
 `finetune_trainer.graders`.
 
-An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function returns or raises
-becomes a grade. So a fault of an own grader leaves rows out and does not end the training, except for lack of memory.
+An entry point names an `OwnGrader`: the declaration of a task, and a function. Whatever that function returns becomes a
+grade, and so does whatever it raises, except MemoryError and KeyboardInterrupt. So a fault of an own grader leaves rows
+out and does not end the training.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from finetune_trainer.evaluation.graders.sql_judge import judge
 MEMORY_BYTES = 256 << 20
 """Largest address space of the process in bytes. Python with sqlite needs about 35 MiB."""
 PROCESSOR_SECONDS = 3.0
-"""Processor time in seconds after which the kernel ends the process during a single request. An ordinary request takes
-a tenth of a second at most."""
+"""Processor time in seconds that a single request may take before the kernel ends the process. An ordinary request
+takes a tenth of a second at most."""
 
 
 def main() -> None:

@@ -38,8 +38,9 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
     - Matching rows satisfy all conditions of the query, as far as one value can satisfy all conditions of a column. The
       first matching row is as near to the literals as possible. The table has this row twice, so that DISTINCT and
       UNION change the result.
-    - For each condition, two rows narrowly miss this condition and satisfy all others. In the columns that the query
-      calculates with or sorts by, one row has large numbers and the other has small numbers.
+    - For each condition, two rows narrowly miss this condition, and satisfy the conditions of all other columns. In the
+      columns without conditions that the query calculates with or sorts by, one of the two rows has large numbers and
+      the other has small numbers.
     - All other rows are random. Most columns have only a few values, so that joins and groups find rows. Columns that
       the query compares with each other have the same values.
     """

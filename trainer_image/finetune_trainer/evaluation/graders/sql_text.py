@@ -205,7 +205,8 @@ def _compare(
 
 
 def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
-    """Return the first column among the tokens ``near``, or None if a literal or another clause comes before it."""
+    """Return the first column among the tokens ``near``. None if there is none, or if a literal, a comma, or the
+    beginning of another condition or clause comes before it."""
     for token in near:
         if token.kind is Kind.WORD and token.text in columns:
             return token.text

@@ -150,8 +150,8 @@ def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]
     normalisation = _normalisation(spec)
 
     def find(text: str) -> str | None:
-        """Return the part of ``text`` that the pattern finds, in the form in which parts are compared. None where the
-        pattern finds nothing."""
+        """Return the part of ``text`` that the pattern finds, or only its first group where the pattern has groups, in
+        the form in which parts are compared. None where the pattern finds nothing."""
         found = pattern.search(text.encode("utf-8", "replace").decode())
         if found is None:
             return None
