@@ -37,7 +37,7 @@ ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token for one byte in tokenizers such as that of Llama 2, for example `<0x0A>`."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
-"""Letters that follow `%` in the format of a date (man 3 strftime)."""
+"""Letters that follow `%` in the format of a date (man 3 strftime), and `%` itself, because `%%` stands for one `%`."""
 DATE_FLAGS = "-_0^#"
 """Characters that may be between `%` and the letter."""
 

@@ -136,7 +136,8 @@ def _is_text(value: Any) -> bool:
 def _is_valid(value: Any) -> bool:
     """Return whether ``value`` is a JSON value in which no text has half of a surrogate pair. Parquet files may also
     hold values that are not JSON, such as dates."""
-    # A list instead of recursion, because JSON may be nested more deeply than Python functions may call each other.
+    # The loop uses a list instead of recursion, because JSON may be nested more deeply than Python functions may call
+    # each other.
     left = [value]
     while left:
         value = left.pop()

@@ -43,7 +43,7 @@ def _variables(template: str) -> frozenset[str] | None:
     """Return the names of the variables that ``template`` reads, or None if it has the operator `**`."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
     parsed = environment.parse(template)
-    # Jinja computes most constant expressions here. So a `**` between constants is usually gone from ``parsed``, and is
-    # not found then.
+    # While Jinja looks for the variables, it replaces constant parts of larger expressions by their values in
+    # ``parsed``. So a `**` in such a part may not be found.
     variables = frozenset(meta.find_undeclared_variables(parsed))
     return variables if parsed.find(nodes.Pow) is None else None
