@@ -81,7 +81,8 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBa
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the chat templates of ``tokenizer`` by name. An unnamed template gets the name `default`, because
-    transformers saves a single template of this name without the name. It does not save an empty list of templates."""
+    transformers saves a single template of this name without the name. An empty list of templates is not saved at
+    all."""
     templates = tokenizer.chat_template or {}
     return templates if isinstance(templates, dict) else {"default": templates}
 
