@@ -65,7 +65,8 @@ def _not_exported(error: BaseException) -> UserError:
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the tokenizer ``saved`` differs from the job's ``tokenizer``."""
+    """Raise UserError where the tokenizer ``saved`` has another end token, number of tokens or chat template than the
+    job's ``tokenizer``, or makes other token ids of a text."""
     with library_boundary(_not_exported):
         text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
         compared = {

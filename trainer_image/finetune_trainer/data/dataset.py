@@ -1,6 +1,6 @@
 """Makes the examples of a data source. A row that can't become examples (a bad row) is skipped, or ends the job with an
-error that names file and line, as `dataset.badRows` says. `dataset.longRows` says the same about a row with an example
-that is too long, which may also be split or truncated.
+error that names file and line, as `dataset.badRows` says. A row with an example that is too long is skipped, split or
+truncated, or ends the job, as `dataset.longRows` says.
 
 The workers and the preflight checks call `make_examples`, and the launcher, the workers and the preflight checks call
 `check_columns`. The launcher and the preflight checks also call `check_tools_of_mix`. The evaluation calls `used_rows`.

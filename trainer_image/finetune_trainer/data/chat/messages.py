@@ -212,7 +212,7 @@ def _reason(value: Any) -> str:
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
-    """Check the content of ``message``. If it is a list, let each part have the fields `type` and `text` only. If
+    """Check the content of ``message``. If it is a list, give each part exactly the fields `type` and `text`. If
     ``message`` calls tools and its content is empty, remove the content."""
     content = message.get("content")
     if isinstance(content, list):

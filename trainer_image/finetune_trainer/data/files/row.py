@@ -14,7 +14,7 @@ class NamedColumn(NamedTuple):
     """A column that a field of the spec names."""
 
     field: str
-    """Path of this field, for example `dataset.format.text.textField`."""
+    """Path of the field in the spec, for example `dataset.format.text.textField`."""
     name: str
 
 
