@@ -1,5 +1,5 @@
 """The graders ExactMatch, Contains, Regex, JSON and Choice: right answers however they are written, wrong ones that
-look right, rows that can't be used, and hostile texts."""
+look right, rows that can't be used, and hostile texts. Some of the tests cover other graders too."""
 
 from __future__ import annotations
 

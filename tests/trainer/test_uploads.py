@@ -1,4 +1,4 @@
-"""The queue of snapshots that wait for their upload.
+"""The queue of snapshots that wait for their upload, and the rule that says after which steps a checkpoint is saved.
 
 Newer snapshots replace some of the waiting snapshots, and no row of the step log is lost. Neither store nor ranks are
 needed, because only the order of events matters.

@@ -61,7 +61,7 @@ def started_and_forked(end: str, unbuffered: str, folder: Path) -> tuple[Run, Ru
 
 
 def run_of(status: int, log: Path) -> Run:
-    """Return what the program's output in the file ``log`` says."""
+    """Return how a program ended that had the exit status ``status`` and wrote its output into the file ``log``."""
     lines = log.read_text().splitlines()
     states = [line for line in lines if line.startswith("{")]
     assert len(states) <= 1

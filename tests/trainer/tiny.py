@@ -1,6 +1,7 @@
-"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn.
+"""A tiny, randomly initialized Llama with a word tokenizer, rows that this model can learn, and small tokenizers of two
+other kinds.
 
-The tests create both, so nothing has to be downloaded.
+The tests create all of them, so nothing has to be downloaded.
 """
 
 from __future__ import annotations

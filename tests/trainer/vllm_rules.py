@@ -37,8 +37,9 @@ class Served:
     `k_proj`, are listed one by one."""
     vocabulary: int
     expert_modules: frozenset[str] = frozenset()
-    """Names from `experts` on, for example `experts.0.gate_proj`, for a family whose experts have adapters of their
-    own. A family with one tensor for all experts has `experts` itself among `modules`."""
+    """The modules of a family in which each expert has an adapter of its own. A name begins with the part `experts` of
+    the module's full name, for example `experts.0.gate_proj`. Empty for other families. A family with one tensor for
+    all experts has `experts` itself among `modules`."""
 
 
 def llama(vocabulary: int) -> Served:

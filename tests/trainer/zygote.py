@@ -36,7 +36,7 @@ variables of the tests too, except those that are replaced here, such as PATH.""
 class Zygote:
     """Sends orders to the process that forks programs, and reads the answers of this process.
 
-    ``Zygote.allowed`` is False while a test runs that lacks the marker `gang` (see `conftest.py`).
+    ``Zygote.allowed`` is False while a test runs that has neither the marker `gang` nor `long` (see `conftest.py`).
     """
 
     allowed = True

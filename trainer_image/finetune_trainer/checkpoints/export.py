@@ -161,7 +161,8 @@ def save_model_configuration(target: Path, options: ExportOptions) -> None:
 def _save_model(
     target: Path, changes: Mapping[str, WeightChange], tokenizer: PreTrainedTokenizerBase, options: ExportOptions
 ) -> None:
-    """Write the base model with the changed parameters ``changes`` (by name) into the folder ``target``."""
+    """Apply ``changes``, which have the names of the parameters, to the base model. Write the changed model, with its
+    configuration and its tokenizer, into the folder ``target``."""
     assert options.names is not None, "the names of the tensors are needed for a whole model"
     save_weights(WeightFiles.of(options.base), options.names, changes, target, DTYPES[options.precision])
     save_model_configuration(target, options)
@@ -171,9 +172,9 @@ def _save_model(
 def save_weights(
     base: WeightFiles, names: TensorNames, changes: Mapping[str, WeightChange], target: Path, dtype: torch.dtype
 ) -> None:
-    """Write the weight files of the model into the folder ``target``. Their names, and the names of the tensors in each
-    of them, are those of ``base``. Only one weight file, and one group of tensors that belong together, is in memory at
-    a time.
+    """Apply ``changes`` to the weights in the files ``base``, and write the results as weight files into the folder
+    ``target``. The names of the files, and of the tensors in each file, are those of ``base``. Only one weight file,
+    and one group of tensors that belong together, is in memory at a time.
 
     All weights are rounded to ``dtype``, the changed ones after they were computed in fp32. A tensor of which the model
     makes no parameter is copied as it is, and so is a tensor of integers.

@@ -24,8 +24,8 @@ from finetune_trainer.sources.inputs import model_revision, source_name
 def job_export_options(
     config: RunConfig, model: Path, base: Path, structure: ModelStructure, stops: Sequence[int]
 ) -> ExportOptions:
-    """Return how the artifact of the job is written. The fields `added_rows` and `base_sha256`, which are known only
-    when the run begins, are None.
+    """Return how the artifact of the job is written. The fields `added_rows`, `base_sha256` and `origin` are None.
+    `finish.py` sets them before the export.
 
     ``model`` is the folder of the base model. ``base`` is the folder of the extended base model if the run trains on
     one, and otherwise the same folder as ``model``. ``structure`` is the structure of the model in ``base``. ``stops``
@@ -51,7 +51,7 @@ def rehearse_job_export(
     artifact. Raises UserError where the artifact could not be written.
 
     ``targets`` names what the adapters are added to, and is empty for a full run. ``model`` and ``base`` are the
-    folders that `job_export_options` describes. Only the headers of their weight files are read.
+    folders that `job_export_options` describes. Of the weight files in them, only the headers are read.
     """
     structure = read_structure(base)
     stops = generation_stop_ids(tokenizer, config.dataset.format, model_stop_ids(model))
@@ -64,7 +64,8 @@ def rehearse_job_export(
     except UserError as error:
         if config.lora is None or only_adapter:
             raise
-        # Where an adapter can't be written either, this raises the error that is no fault of the merged model.
+        # If an adapter can't be written either, the cause is not the merged model, and the second rehearsal raises the
+        # adapter's own error.
         storage = config.storage.model_copy(update={"artifact": "Adapter"})
         adapter = config.model_copy(update={"storage": storage})
         rehearse_export(tokenizer, job_export_options(adapter, model, base, structure, stops), changed, scratch)

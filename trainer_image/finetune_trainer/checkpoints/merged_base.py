@@ -37,8 +37,9 @@ class ReplacedWeight:
 def write_merged_base(
     source: Path, target: Path, structure: ModelStructure, fitted: FittedAdapter, dtype: torch.dtype
 ) -> None:
-    """Write a copy of the model folder ``source`` with the adapter ``fitted`` merged into it to the new folder
-    ``target``. ``structure`` is that of the model. Sums are computed in fp32 and rounded once to ``dtype``.
+    """Merge the adapter ``fitted`` into the model in the folder ``source``, and write the merged model into the new
+    folder ``target``. ``structure`` is the structure of the model. Sums are computed in fp32 and rounded once to
+    ``dtype``.
 
     Raises UserError where a number of the adapter or of a changed weight is not finite.
     """

@@ -123,7 +123,7 @@ def _origin(origin: AdapterOrigin) -> Iterator[str]:
 
 
 def _fields(settings: Any, left_out: set[str] | None = None) -> Mapping[str, Any]:
-    """Return the fields of ``settings``, a section of the run file, without those that are not set and those in
+    """Return the fields of ``settings``, a section of the run file, without those that are None or empty and those in
     ``left_out``. A field that the section gets later appears in the card without a change of this module."""
     values: Mapping[str, Any] = settings.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=left_out)
     return {name: value for name, value in values.items() if value not in ([], {})}
@@ -163,8 +163,8 @@ def _value(value: Any) -> str:
 
 
 def _text(name: str) -> str:
-    """Return ``name``, the name of a Kubernetes object. Characters that such a name can't have become `?`, and the
-    others have no meaning in Markdown."""
+    """Return ``name``, the name of a Kubernetes object, with `?` in place of each character that is no ASCII letter, no
+    digit, no dot and no hyphen. A valid name has no such character. What is left has no meaning in Markdown."""
     return re.sub(r"[^A-Za-z0-9.-]", "?", name)
 
 

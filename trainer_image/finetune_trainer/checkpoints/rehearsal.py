@@ -1,5 +1,6 @@
-"""Tries out before the first step what a run needs only at its end: writing the configuration, the tokenizer and the
-weights of the artifact, so that no training is lost because the artifact can't be written.
+"""Tries out before the first step what a run needs only at its end, so that no training is lost because the artifact
+can't be written: writing the configuration and the tokenizer of the artifact, and finding a place in it for each
+trained weight.
 
 `job_export.py` calls `rehearse_export` before a model is loaded. This function reads no weight, so that the preflight
 check can run it too. `train.py` calls `rehearse_adapter` with the model that will be trained.
@@ -34,9 +35,9 @@ PROBE = "The model's artifact: 1 + 1 = 2\n"
 def rehearse_export(
     tokenizer: PreTrainedTokenizerBase, options: ExportOptions, changed: Iterable[str], scratch: Path
 ) -> list[str]:
-    """Write all files of an artifact except its weights into the new folder ``scratch``, load these files again, and
-    remove the folder. Return sentences about the fields of the base model's generation configuration that had to be
-    repaired or left out.
+    """Write the tokenizer and the generation configuration of an artifact, and the configuration of the model if the
+    artifact has a whole model, into the new folder ``scratch``. Load these files again, and remove the folder. Return
+    sentences about the fields of the base model's generation configuration that had to be repaired or left out.
 
     Of the model in the folder ``options.base`` only the text files are read here. ``options.names`` is None where the
     artifact is only an adapter. ``changed`` are the parameters of the base model for which the artifact has new values:
@@ -64,7 +65,8 @@ def _not_exported(error: BaseException) -> UserError:
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where the tokenizer ``saved`` differs from the job's ``tokenizer``."""
+    """Raise UserError where the tokenizer ``saved`` has another end token, number of tokens or chat template than the
+    job's ``tokenizer``, or makes other token ids of a text."""
     with library_boundary(_not_exported):
         text = PROBE + "".join(token.content for token in tokenizer.added_tokens_decoder.values())
         compared = {
@@ -79,8 +81,9 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBa
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the chat templates of ``tokenizer`` by name. transformers saves a single named template without its name,
-    and an empty list of templates not at all."""
+    """Return the chat templates of ``tokenizer`` by name. An unnamed template gets the name `default`, because
+    transformers saves a single template of this name without the name. An empty list of templates is not saved at
+    all."""
     templates = tokenizer.chat_template or {}
     return templates if isinstance(templates, dict) else {"default": templates}
 

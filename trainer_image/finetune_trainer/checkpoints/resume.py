@@ -168,8 +168,9 @@ def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target
     their sha256 and can be read. Return this checkpoint, if there is one, and what is wrong with the checkpoints that
     were tried before it.
 
-    The notices also name the checkpoint folders without COMMIT that are newer than the chosen checkpoint. Such a folder
-    remains where an upload was cut off, or where somebody deleted COMMIT.
+    The notices also name the checkpoint folders without COMMIT: those that are newer than the chosen checkpoint, or all
+    of them if no checkpoint is chosen. Such a folder remains where an upload was cut off, or where somebody deleted
+    COMMIT.
     """
     damaged: dict[str, str] = {}
     notices: list[str] = []

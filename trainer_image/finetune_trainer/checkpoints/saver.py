@@ -95,7 +95,7 @@ class Saver:
         self._other_checkpoints = tuple(start.other_checkpoints)
         self._uploads = UploadQueue(self._upload)
 
-    # Properties and functions that return which checkpoints exist
+    # Properties and functions that return which checkpoints exist, and how their upload and deletion go
 
     @property
     def committed(self) -> list[CheckpointRecord]:
@@ -133,7 +133,7 @@ class Saver:
         """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made.
 
         If the pod were lost now, the training since the snapshot of the newest committed checkpoint would be lost. This
-        snapshot is older than the COMMIT by the time of the upload.
+        snapshot is older than the COMMIT by the time that it waited in the queue and by the time of its upload.
         """
         return self._clock() - self._committed_at
 

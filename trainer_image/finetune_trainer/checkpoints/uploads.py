@@ -31,7 +31,8 @@ class Snapshot:
     """fp32 tensors by `<parameter>/<kind>`, where the kind names the value or one of AdamW's two moments, for example
     `model.norm.weight/exp_avg`."""
     rows: Sequence[StepRow]
-    """Rows of the step log since the last snapshot. Empty on all ranks but rank 0."""
+    """Rows of the step log since the snapshot before this one. The rows of a dropped snapshot are added to the next one
+    that stays. Empty on all ranks but rank 0."""
     best: bool
     """Whether the evaluation after this step is the best so far. Where too many snapshots wait, the other snapshots are
     dropped first."""

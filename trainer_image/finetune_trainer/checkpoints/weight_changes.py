@@ -22,8 +22,8 @@ class WeightChange(Protocol):
         """Return whether the new value does not depend on the value in the base model."""
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the new value in fp32. ``weight`` is the value in the base model, or an empty tensor of any shape
-        where the change replaces it."""
+        """Return the new value in fp32. ``weight`` is the value in the base model. If `replaces` is true, ``weight`` is
+        not used, and may be a tensor without elements."""
 
 
 @dataclass(frozen=True)

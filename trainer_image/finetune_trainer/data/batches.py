@@ -22,7 +22,8 @@ IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 """Factor by which the position of a token is multiplied, so that small positions spread over all 64 bits of the dropout
-keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio)."""
+keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio). 2^64 is subtracted, so that the factor is a
+signed 64-bit number, as torch has them."""
 
 
 class Batch(NamedTuple):

@@ -1,6 +1,6 @@
 """Makes the examples of a data source. A row that can't become examples (a bad row) is skipped, or ends the job with an
-error that names file and line, as `dataset.badRows` says. `dataset.longRows` says the same about a row with an example
-that is too long, which may also be split or truncated.
+error that names file and line, as `dataset.badRows` says. A row with an example that is too long is skipped, split or
+truncated, or ends the job, as `dataset.longRows` says.
 
 The workers and the preflight checks call `make_examples`, and the launcher, the workers and the preflight checks call
 `check_columns`. The launcher and the preflight checks also call `check_tools_of_mix`. The evaluation calls `used_rows`.
@@ -92,7 +92,8 @@ def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable
 
 def check_tools_of_mix(sources: Mapping[str, Path], form: DatasetFormat) -> None:
     """Raise UserError if none of the first rows of all sources of a mix has the column that `toolsField` names. A
-    source without tools is allowed in a mix, so `check_columns` says nothing about a single source.
+    source without tools is allowed in a mix, so `check_columns` says nothing about a single source. Nothing is raised
+    if `toolsField` has its default value, or if there is a source of which no first row can be parsed.
 
     ``sources`` are the data sources by their paths in the spec. Sources that belong to no mix are left out.
     """
@@ -221,7 +222,7 @@ def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit
 
 
 def _shortened(text: str) -> str:
-    """Return ``text``. If it has more than LONGEST_PROBLEM characters, `...` takes the place of the others."""
+    """Return ``text``. If it has more than LONGEST_PROBLEM characters, `...` takes the place of the rest."""
     return text if len(text) <= LONGEST_PROBLEM else f"{text[:LONGEST_PROBLEM]}..."
 
 

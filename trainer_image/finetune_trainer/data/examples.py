@@ -99,7 +99,7 @@ class ExampleSet(Sequence[Example]):
 
     @property
     def digest_with_rows(self) -> str:
-        """The sha256 of `digest` and of the columns that graders read. The names of the files make no difference."""
+        """The sha256 of `digest` and of the columns of all `rows`. The names of the data files make no difference."""
         columns = json.dumps([row.fields for row in self.rows], default=_as_text)
         return hashlib.sha256(f"{self.digest} {columns}".encode()).hexdigest()
 

@@ -135,7 +135,7 @@ def _behind_other_text(row: Dialogue, index: int, before: str, answered: str) ->
     thoughts that are closed already, and the rendered message has no thoughts (Gemma 4). In the second case, the
     template leaves out an earlier part of the conversation as soon as an answer follows: Mistral's template then leaves
     out the system message, and the template of gpt-oss the text beside a tool call. ``answered`` then still has the end
-    of ``before``, from the last message on, and the answer follows it.
+    of ``before``, from the content of the message before the answer on, and the answer follows this end.
     """
     message, last = row.messages[index], row.messages[index - 1]
     probe = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
@@ -188,7 +188,8 @@ def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: st
     if not thoughts and CLOSED in content:
         thoughts = content.rpartition(CLOSED)[0].strip().removeprefix(OPENED)
     if not thoughts:
-        # A template that renders thoughts shows how it closes them.
+        # The conversation is rendered with a probe as its thoughts. If the template renders the probe, the text behind
+        # the probe shows how the template closes thoughts.
         probed = [*row.messages[:index], {**message, THOUGHTS[0]: PROBE}]
         text = row.text(probed, answer_next=False)
         if text.startswith(before + PROBE):

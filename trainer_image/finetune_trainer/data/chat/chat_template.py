@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 RENDER_SECONDS = SECONDS
 """Largest processor time in seconds that a template may take to render one conversation."""
 LONGEST_TEXT = 4 * 1024 * 1024
-"""Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
+"""Largest number of characters of a rendered conversation: 32 for each token of the longest example that
+`dataset.maxLength` can allow, 131,072 tokens."""
 TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token for one byte in tokenizers such as that of Llama 2, for example `<0x0A>`."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
-"""Letters that follow `%` in the format of a date (man 3 strftime)."""
+"""Letters that follow `%` in the format of a date (man 3 strftime), and `%` itself, because `%%` stands for one `%`."""
 DATE_FLAGS = "-_0^#"
 """Characters that may be between `%` and the letter."""
 

@@ -62,7 +62,7 @@ def conversation_renderer(
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
     """Return the ids of the tokens with which ``template`` ends an answer that is a text, and an answer that calls a
-    tool. Empty if the template can't render a short conversation."""
+    tool. The token of an answer is left out if the template can't render a short conversation with this answer."""
     plain = form.model_copy(update={"learn": "AllAssistant", "roles": {}})
     call = {"name": PROBE, "arguments": {PROBE: PROBE}}
     tool = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}}

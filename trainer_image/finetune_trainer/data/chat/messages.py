@@ -136,7 +136,8 @@ def _is_text(value: Any) -> bool:
 def _is_valid(value: Any) -> bool:
     """Return whether ``value`` is a JSON value in which no text has half of a surrogate pair. Parquet files may also
     hold values that are not JSON, such as dates."""
-    # A list instead of recursion, because JSON may be nested more deeply than Python functions may call each other.
+    # The loop uses a list instead of recursion, because JSON may be nested more deeply than Python functions may call
+    # each other.
     left = [value]
     while left:
         value = left.pop()
@@ -211,7 +212,7 @@ def _reason(value: Any) -> str:
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
-    """Check the content of ``message``. If it is a list, let each part have the fields `type` and `text` only. If
+    """Check the content of ``message``. If it is a list, give each part exactly the fields `type` and `text`. If
     ``message`` calls tools and its content is empty, remove the content."""
     content = message.get("content")
     if isinstance(content, list):

@@ -4,7 +4,7 @@
 A template is a program of a stranger. No code in the same process can stop it at every point: a single expression such
 as `'a' * 10 ** 10` takes all memory, even where Jinja only compiles it, and a signal does not interrupt the
 interpreter's own work. The kernel can stop a process at any point, so the template has a process of its own. Whatever
-goes wrong there becomes a message about the row or about the job.
+the template does there becomes a text, or a message about the row or about the job.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class _GenerationTag(Extension):
 @functools.lru_cache
 def template_variables(template: str, field: str) -> frozenset[str]:
     """Return the names of the variables that ``template`` reads. ``field`` is the path of the template in the spec.
-    Raises UserError if ``template`` is no Jinja, if parsing it takes too much time or memory, or if it has the operator
-    `**`, which no chat template needs."""
+    Raises UserError if ``template`` is no Jinja, if parsing it takes too much time or memory, or if the operator `**`,
+    which no chat template needs, is found in it."""
     try:
         variables: frozenset[str] | None = TemplateProcess(_variables, seconds=SECONDS).call(template)
     except TemplateLimitError as error:
@@ -40,10 +40,10 @@ def template_variables(template: str, field: str) -> frozenset[str]:
 
 
 def _variables(template: str) -> frozenset[str] | None:
-    """Return the names of the variables that ``template`` reads, or None if it has the operator `**`."""
+    """Return the names of the variables that ``template`` reads, or None if the operator `**` is found in it."""
     environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered)
     parsed = environment.parse(template)
-    # Jinja computes most constant expressions here. So a `**` between constants is usually gone from ``parsed``, and is
-    # not found then.
+    # While Jinja looks for the variables, it changes ``parsed``: the constant parts of larger expressions become their
+    # values. So a `**` in such a part may not be found.
     variables = frozenset(meta.find_undeclared_variables(parsed))
     return variables if parsed.find(nodes.Pow) is None else None

@@ -19,8 +19,8 @@ class DataFile(NamedTuple):
     name: str
     """Name for messages about the file, for example `train.jsonl`. Its suffixes say of which kind the file is."""
     place: str = ""
-    """Name for messages about rows of the file, for example `s3://bucket/rows/part-1.jsonl`. If it is empty, the name
-    of the data source is used, because it names the file already."""
+    """Name for messages about rows of the file, for example `s3://bucket/rows/part-1.jsonl`. Empty if the name
+    of the data source names the file already. Such messages then have the name of the data source."""
     is_head: bool = False
     """Whether the local file is only the beginning of the data file. The beginning of a parquet file is its schema,
     with or without the first row group."""

@@ -27,7 +27,7 @@ class Compression(StrEnum):
 
 
 KINDS_TEXT = f"{', '.join(list(Kind)[:-1])} or {list(Kind)[-1]}, each also with .gz or .zst behind it"
-"""The suffixes of data files as a phrase for messages that follows "must be"."""
+"""The suffixes of data files, as a phrase for messages."""
 
 
 class FileKind(NamedTuple):

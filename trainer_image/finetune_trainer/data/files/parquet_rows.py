@@ -25,7 +25,7 @@ def parquet_rows(
     file: Path | BinaryIO, size: int, columns: Collection[str] | None, *, is_head: bool = False
 ) -> Iterator[Row]:
     """Yield the rows of a parquet file of ``size`` bytes, with ``is_head`` only those of its first row group. If the
-    file has any of ``columns``, only these columns are decoded.
+    file has any of ``columns``, only these columns are decoded. Otherwise, or if ``columns`` is None, all columns are.
 
     A value that Python can't hold, such as a time with nanoseconds, is a problem of its row. Raises FileProblem if the
     schema has a column twice or if the rows expand to too much, and whatever pyarrow raises for a damaged file.
@@ -52,7 +52,7 @@ def parquet_rows(
 def parquet_schema(file: Path | BinaryIO) -> tuple[list[str], int]:
     """Return the names of the columns of a parquet file, and the number of its rows. No row is decoded.
 
-    Errors are those of `parquet_rows`.
+    Raises FileProblem if the schema has a column twice, and whatever pyarrow raises for a damaged file.
     """
     from pyarrow import parquet
 
@@ -71,7 +71,7 @@ def _column_names(opened: Any) -> list[str]:
 
 def _batch_rows(metadata: Any) -> int:
     """Return how many rows are decoded at once: as many as BATCH_BYTES hold in the row group with the largest rows, but
-    at most BATCH_ROWS.
+    at least one and at most BATCH_ROWS.
 
     All columns of a row count, also those that are not read. The sizes of single columns are not asked for, because
     pyarrow ends the whole process if the statistics of a column are damaged.

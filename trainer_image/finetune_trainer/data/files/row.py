@@ -14,13 +14,13 @@ class NamedColumn(NamedTuple):
     """A column that a field of the spec names."""
 
     field: str
-    """Path of this field, for example `dataset.format.text.textField`."""
+    """Path of the field in the spec, for example `dataset.format.text.textField`."""
     name: str
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """Return the first of ``names`` that occurs a second time, or None. The function takes time in proportion to the
-    number of names, because a user's row may have a million names."""
+    """Return the first item of ``names`` that equals an earlier item. None if no name occurs twice. The function takes
+    time in proportion to the number of names, because a user's row may have a million names."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
