@@ -207,8 +207,8 @@ class DatasetSpec(ApiModel):
 
     @property
     def sources(self) -> dict[str, DataSource]:
-        """Return the sources that hold files, by their paths in the spec: `dataset.train`, `dataset.test`, or
-        `dataset.train.mix[0]` for the first source of a mix."""
+        """Return the sources that hold files, by their paths in the spec, for example `dataset.test`. The path of the
+        first source of a mix is `dataset.train.mix[0]`."""
         given = {"dataset.train": self.train, "dataset.validation": self.validation, "dataset.test": self.test}
         found: dict[str, DataSource] = {}
         for field, source in given.items():
