@@ -26,7 +26,7 @@ from finetune_core.api.job import FineTuneJob
 PROGRESS_EVERY_PERCENT = 5
 """Smallest advance, in percent of all steps, for which a line about the progress is written. The advance is counted
 from the state for which lines were last written. A line is always written for the first progress of a job, for the last
-step, and for a return to an earlier step."""
+step, and for a return to a lower percentage."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
