@@ -25,6 +25,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.sources.cache import cache_folder
 from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
 from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
@@ -58,8 +59,10 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """The folder at which the volume of the cache is mounted."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder at which the volume of the cache is mounted. The cache leaves only 64 MiB of the volume free, so that
+    the tests also succeed where the disk of the machine is nearly full."""
+    monkeypatch.setattr(cache_folder, "MOST_FREE_BYTES", 64 << 20)
     folder = tmp_path / "cache"
     folder.mkdir()
     return folder

@@ -127,9 +127,10 @@ def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
 
 
 def _load_grading(plan: WorkerPlan, gang: Gang) -> Grading | None:
-    """Return the job's `Grading`, which grades generated answers, on every rank; None where the job has no task.
+    """Return the job's `Grading`, which grades generated answers, on every rank; None if the job has no task.
 
-    Raises UserError on every rank where the grader or its columns do not exist.
+    Raises UserError on all ranks if the grader does not exist, or if `dataset.validation` or `dataset.test` lacks a
+    column that the grader requires.
     """
     config = plan.config
     grading: Grading | None = gang.run_on_all_ranks(
@@ -153,9 +154,9 @@ def _try_rows(
     """Try whether rows of `dataset.validation` and of `dataset.test` can be graded, and return a `Grading` that also
     reads answers with the job's tokenizer. Return None where the job has no task.
 
-    Raises UserError on every rank where none of the tried rows of one field can be graded although
-    `evaluation.bestBy` or `evaluation.require` needs a score on the rows of this field. Where neither needs a score on
-    them, a notice says that none can be graded.
+    Raises UserError on all ranks if none of the tried rows of one field can be graded although `evaluation.bestBy` or
+    `evaluation.require` needs a score on the rows of this field. If neither needs a score on the rows of the field, a
+    notice says that none of the tried rows can be graded.
     """
     form, evaluation = plan.config.dataset.format.prompt_completion, plan.config.evaluation
     if grading is None or form is None:

@@ -31,16 +31,17 @@ from finetune_trainer.storage.client import Store, digest_of_file
 SECTION = "model.adapter"
 """Path of the adapter in the spec."""
 LARGEST_CONFIG_BYTES = 1 << 20
-"""Largest `adapter_config.json` in bytes that is read."""
+"""Largest size in bytes of an `adapter_config.json` that is read."""
 LARGEST_MANIFEST_BYTES = 16 << 20
-"""Largest manifest of an artifact in bytes that is read."""
+"""Largest size in bytes of an artifact's manifest that is read."""
 
 
 def adapter_files(config: RunConfig, paths: Paths, store: Store) -> ModelFiles | None:
     """Return access to the files of the folder that `model.adapter` names; None without that field.
 
-    Raises UserError where the folder does not exist or is not the artifact that the operator recorded, and
-    OutsideFailure where it can't be read.
+    Raises UserError if a folder on a volume or a revision on the Hugging Face Hub does not exist, or if the artifact of
+    another job is gone or is not the one that the operator recorded. Raises OutsideFailure if the folder can't be read.
+    A folder of the object store that does not exist counts as an empty folder.
     """
     source = config.model.adapter
     if source is None:
@@ -53,7 +54,8 @@ def adapter_files(config: RunConfig, paths: Paths, store: Store) -> ModelFiles |
 
 
 def select_adapter_files(files: ModelFiles) -> list[str]:
-    """Return the names of the files of an adapter. Raises UserError where the folder holds no adapter that is read."""
+    """Return the names of the two files of an adapter: its configuration and its weights. Raises UserError if one of
+    them is missing, or if the configuration has more than LARGEST_CONFIG_BYTES bytes."""
     if ADAPTER_CONFIG_FILE not in files.sizes:
         what = "a whole model" if CONFIG_FILE in files.sizes else "no adapter"
         hint = "; name it as the base model, in `model`" if CONFIG_FILE in files.sizes else ""
@@ -118,7 +120,8 @@ class JobFiles(StoreFiles):
         return own_digest(self._stated[name].bytes, self._stated[name].sha256)
 
     def check_content(self, names: Collection[str], folder: Path) -> None:
-        """Raise UserError where a file of ``names`` in the local ``folder`` has not the sha256 of the manifest."""
+        """Raise UserError if the sha256 of a file of ``names`` in the local ``folder`` is not the one that the manifest
+        states for this file."""
         for name in names:
             if digest_of_file(folder / name).sha256 != self._stated[name].sha256:
                 raise UserError(

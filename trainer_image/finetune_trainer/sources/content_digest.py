@@ -1,10 +1,10 @@
-"""Digests of the content of model files. The Hugging Face Hub states the sha256 or the Git id of a file, and an object
-store states the ETag. If the source states no digest, or an ETag that is no digest, the pod that fetches the file
-computes the sha256 itself. A copy of a file on a volume to which other jobs write too is used only if the copy has the
-file's digest.
+"""Digests of the content of model files. The Hugging Face Hub states the sha256 or the Git id of a file, an object
+store states the ETag, and the manifest of another job's artifact states the sha256. If the source states no digest, or
+an ETag that is no digest, the pod that fetches the file computes the sha256 itself. A copy of a file on a volume to
+which other jobs write too is used only if the copy has the file's digest.
 
-`model_files.py` and `cache/cached_fetch.py` make the digests, and `cache/cache_folder.py` compares them with the bytes
-of files.
+`model_files.py`, `adapter_files.py` and `cache/cached_fetch.py` make the digests, and `cache/cache_folder.py` compares
+them with the bytes of files.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class ContentDigest:
 
 def hub_digest(*, size: int, sha256: str | None, blob_id: str) -> ContentDigest | None:
     """Return the digest of a file on the Hugging Face Hub, or None if the hub's answer has no valid digest. ``blob_id``
-    is the Git id of the file. ``sha256`` is None unless the file is in Git LFS, where ``blob_id`` is the id of a
-    pointer file and says nothing about the content."""
+    is the Git id of the file. ``sha256`` is None unless the file is in Git LFS. For a file in Git LFS, ``blob_id`` is
+    the id of a pointer file, so the bytes of the file itself can't be compared with ``blob_id``."""
     if sha256 is not None:
         is_valid = _SHA256.fullmatch(sha256) is not None
         return ContentDigest(algorithm="sha256", value=sha256, bytes=size) if is_valid else None
@@ -90,7 +90,8 @@ def hub_digest(*, size: int, sha256: str | None, blob_id: str) -> ContentDigest 
 
 
 def own_digest(size: int, sha256: str) -> ContentDigest:
-    """Return the digest of a file that a pod of this job has computed itself."""
+    """Return the digest of a file whose ``sha256`` comes from a pod of this job, or from the manifest of another job's
+    artifact."""
     return ContentDigest(algorithm="sha256", value=sha256, bytes=size)
 
 

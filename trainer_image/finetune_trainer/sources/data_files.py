@@ -1,7 +1,8 @@
-"""Access to the data files of a source: which files there are, what identifies their contents, and their download. The
-launcher, the preflight checks and `identities.py` call `find_data_files`.
+"""Access to the data files of a source: which files there are, what identifies their contents, and their download.
+`inputs.py`, `identities.py` and the preflight check of the rows call `find_data_files`.
 
-A source is a file, a folder or a glob in the bucket, on a volume, or on the Hugging Face Hub.
+A source is a file, a folder or a glob in the object store, on a volume or on the Hugging Face Hub, or a split of a data
+set on the hub.
 """
 
 from __future__ import annotations

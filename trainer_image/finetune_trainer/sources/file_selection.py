@@ -108,8 +108,8 @@ def select(paths: Sequence[str], field: str, where: str) -> Selection:
     """Return the data files among ``paths``, ordered by path, and a notice about files that are no data files.
     ``where`` names the folder or glob in messages, for example `s3://bucket/rows`.
 
-    Raises UserError if there is no data file, if there are too many, if they are of several kinds, or if one of them
-    seems to be the compressed form of another.
+    Raises UserError if there is no data file, if there are too many, if they are of several kinds, or if the names of
+    two of them differ only in the suffix of the compression.
     """
     named = [path for path in sorted(set(paths)) if path and not path.endswith("/")]
     found, others = {}, []

@@ -2,8 +2,8 @@
 path names. `data_files.py` calls `HubDataFiles`.
 
 As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
-`configs`, a file belongs to a split if its own name or the name of its folder contains the name of the split. No code
-of the repository is executed.
+`configs`, a file belongs to a split if its own name or the name of its folder contains the name of the split as a word
+(see `_names_split`). No code of the repository is executed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test",
 """Names of splits that are looked for in the names of files and of their folders, as the library `datasets` does. If no
 data file of a repository is named after one of these splits, all data files belong to the split `train`."""
 PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
-"""Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only those of the first
-kind are read."""
+"""Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only the files of the
+first of these kinds that occurs are read."""
 
 
 class HubDataFiles:
@@ -44,8 +44,8 @@ class HubDataFiles:
         """List the files of the repository. If the source names no path, also download the data card beside ``folder``
         and read it. ``field`` is the path of the data source in the spec, for example `dataset.train`.
 
-        Raises UserError if the split, subset or path does not exist, and OutsideFailure if the hub can't be read or
-        refuses access.
+        Raises UserError if the revision, split, subset or path does not exist, and OutsideFailure if the hub can't be
+        read or refuses access.
         """
         self._source, self._token, self._field = source, token, f"{field}.huggingFace"
         self._commit, self._siblings, card = self._call(lambda: self._read_repository(folder.with_suffix(".card")))

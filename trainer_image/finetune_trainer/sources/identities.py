@@ -6,7 +6,8 @@ The launcher of rank 0 determines the identities when an attempt starts, and the
 a former job of the same namespace and name trained with the same settings, the preflight check determines the
 identities again, and compares them with those in the run records of the former job. The object store and the Hugging
 Face Hub state a tag of each file's content (ETag, blob id). So only small files are downloaded from them: the data
-cards of data sets on the hub, and the index of the model's weight files.
+cards of data sets on the hub, the index of the model's weight files, and, if the adapter comes from the artifact of
+another job, the manifest of this artifact.
 """
 
 from __future__ import annotations

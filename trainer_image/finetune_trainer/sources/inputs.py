@@ -1,8 +1,8 @@
 """Fetches the base model, an adapter and the data files before any worker starts, so that missing files and misspelled
 columns are reported early. Files on a volume are used where they are.
 
-The launcher calls `fetch_inputs`. Other modules call `source_name` and `model_revision` to name a source in messages
-and records.
+The launcher calls `fetch_inputs`. Other modules call `source_name`, `adapter_name` and `model_revision` to name a
+source in messages and records.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def source_name(source: ModelSpec | InitialAdapterSpec | DataSource) -> str:
 
 
 def model_revision(source: ModelSpec | InitialAdapterSpec, folder: Path, config_file: str = CONFIG_FILE) -> str | None:
-    """Return the commit of the model on the Hugging Face Hub that was downloaded into ``folder``, or else the revision
-    that the job names. None where the model comes from another place. ``config_file`` is a file of the model."""
+    """Return the commit at which the model or adapter in ``folder`` was downloaded from the Hugging Face Hub. If the
+    commit is not known, return the revision that the job names. Return None if ``source`` is not on the hub.
+    ``config_file`` is a file in ``folder`` for which the hub's client may have noted the commit."""
     if source.hugging_face is None:
         return None
     from huggingface_hub._local_folder import read_download_metadata
@@ -130,7 +131,8 @@ def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path, o
 
 
 def _adapter_folder(config: RunConfig, paths: Paths, store: Store, folder: Path, own: ModelDigests) -> Path | None:
-    """Return the local folder with the two files of the adapter that the job starts from; None without one."""
+    """Fetch the two files of the adapter that the job starts from, and return their local folder; None without an
+    adapter."""
     files = adapter_files(config, paths, store)
     if files is None:
         return None

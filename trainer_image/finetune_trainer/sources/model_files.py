@@ -63,8 +63,8 @@ class ModelFiles(Protocol):
 
 
 def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
-    """Return access to the files of a base model. Raises UserError if the folder has no `config.json` or no safetensors
-    weights."""
+    """Return access to the files of a base model. Raises UserError if the folder has no `config.json`, or if it has
+    neither safetensors weights nor an index of weight files."""
     files = files_of(source, "model", paths.hub_token_file, paths, store)
     if CONFIG_FILE not in files.sizes:
         if ADAPTER_CONFIG_FILE in files.sizes:
@@ -81,8 +81,8 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
 def files_of(
     source: ModelSpec | InitialAdapterSpec, section: str, token_file: Path, paths: Paths, store: Store
 ) -> ModelFiles:
-    """Return access to all files of the folder that ``source`` names. ``section`` is its path in the spec, for example
-    `model`. ``token_file`` is where the access token of the hub is mounted, if the job has one."""
+    """Return access to all files of the folder that ``source`` names. ``section`` is the path of ``source`` in the
+    spec, for example `model`. ``token_file`` is where the access token of the hub is mounted, if the job has one."""
     if source.volume is not None:
         return LocalFiles(source.volume, paths, section)
     if source.s3 is not None:
@@ -208,7 +208,7 @@ class HubFiles:
 
     def __init__(self, source: HuggingFaceSource, token: str | None, section: str = "model") -> None:
         """List the repository. ``section`` is the path of the source in the spec. Raises UserError for an unknown
-        revision, and OutsideFailure if the hub refuses access."""
+        revision, and OutsideFailure if the hub can't be read or refuses access."""
         self.field, self._section = f"{section}.huggingFace.repo", section
         self._repo, self._revision, self._token = source.repo, source.revision, token
         self._blobs, self._sha256s, self.sizes = self._call(self._list)

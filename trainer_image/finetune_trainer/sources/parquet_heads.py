@@ -23,8 +23,9 @@ def fetch_parquet_head(
 ) -> tuple[bool, bool]:
     """Write the schema and the first row group of a parquet file of ``size`` bytes to ``path``. ``read`` returns the
     bytes of the file. Of the row group, only ``columns`` are written, or all columns if the file has none of them.
-    Return two flags: whether the schema was written, and whether the columns were written. If the schema has more than
-    ``most_bytes`` bytes, nothing is written. If the columns have more, only the schema is written.
+    Return two flags: whether the schema was written, and whether the columns were written. If the schema and the
+    _END_BYTES bytes behind it are together more than ``most_bytes`` bytes, nothing is written. If the columns are more
+    than ``most_bytes`` bytes, only the schema is written.
 
     If the places of the columns can't be read, only the schema is written. A reader of a damaged file then raises the
     same error as for the whole file.

@@ -19,8 +19,9 @@ class SourceFile(NamedTuple):
     path: str
     """Key in the bucket, or path in the volume or the repository."""
     name: str
-    """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. If the source names exactly one
-    file in the bucket or on a volume, the name is only the last part of the path: `train.jsonl`."""
+    """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. If the source names
+    the path of one file in the object store or on a volume, and no folder or glob, the name is only the last part of
+    this path: `train.jsonl`."""
     bytes: int
 
 
@@ -69,7 +70,7 @@ def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, 
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes
     if not is_parquet or file.bytes <= limit:
-        # The byte behind the limit shows whether the file is longer, even where a store does not state its size.
+        # The byte behind the limit shows whether the file is longer, even where a store does not state the file's size.
         data = read(0, limit + 1)
         if is_parquet and len(data) > limit:
             return None

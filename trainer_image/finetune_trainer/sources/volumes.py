@@ -54,9 +54,9 @@ class VolumeFolder:
         return self._try(path, lambda: read(local))
 
     def list_files(self, folder: str, *, most: int, glob: str | None = None) -> list[str]:
-        """Return the paths of the files in ``folder``, at any depth, relative to the volume. Folders and links that
-        `_is_left_out` names are left out. With ``glob``, a folder is opened only if a file in it may match, because the
-        pod may not be allowed to read the other folders.
+        """Return the paths of the files in ``folder``, at any depth, relative to the volume. Folders and links for
+        which `_is_left_out` returns True are left out. With ``glob``, a folder is opened only if a file in it may
+        match, because the pod may not be allowed to read the other folders.
 
         Raises UserError if there are more than ``most`` files, or if a link that is not left out leads to no file.
         """

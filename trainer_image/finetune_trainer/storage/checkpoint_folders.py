@@ -1,6 +1,6 @@
 """Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory, and deletion of
-old checkpoints (retention). The modules of `checkpoints/` call this module, and `train.py` and `finish.py` download
-checkpoints with it.
+old checkpoints (retention). The modules of `checkpoints/` call this module. `train.py` and `finish.py` download
+checkpoints with it, and `preflight/former_run.py` lists the committed checkpoints.
 
 The folders are written as `commit.py` describes. For a folder that does not hold what its manifest names,
 `fetch_folder` raises Damaged. `inventory` does not read every file. Where it notices damage, it lists the checkpoint as
@@ -195,9 +195,10 @@ def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> 
     """Delete the checkpoint folders that are not in ``keep`` and that come before the newest committed checkpoint of
     ``run`` in the order of run and step. Return the deleted checkpoints that had a COMMIT.
 
-    Nothing is deleted before ``run`` has committed a checkpoint of its own. Folders that come after this checkpoint
-    stay, because their upload may still be running. COMMIT is deleted first, so that a half-deleted folder no longer
-    counts as a checkpoint. The next retention deletes the rest of the folder.
+    Nothing is deleted before ``run`` has committed a checkpoint of its own. Folders that come after the newest of its
+    committed checkpoints stay, because their upload may still be running. In a folder that is deleted, COMMIT is
+    deleted first, so that a half-deleted folder no longer counts as a checkpoint. The next retention deletes the rest
+    of such a folder.
 
     Raises NewerRun if a later run of the job exists, because that run may be reading a checkpoint. The check is
     repeated before each folder, because this process may have been frozen for a while.

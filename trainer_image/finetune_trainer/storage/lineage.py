@@ -45,8 +45,9 @@ class Rollback(ContractModel):
     """A return to an earlier checkpoint, which changes the learning rate and the data of the runs that follow."""
 
     step: int
-    """Step of the checkpoint that training returned to; 0 for the base model. Until this checkpoint is chosen, the last
-    step whose weights can be trusted. In later steps the learning rate is multiplied by `rate_factor`."""
+    """Step of the checkpoint that training returned to, or 0 if it returned to the beginning. Before the checkpoint is
+    chosen, the field holds the last step whose weights can be trusted. In all steps after this step, the learning rate
+    is multiplied by `rate_factor`."""
     rate_factor: float
     skip_from: int
     """First step whose global batch is left out: the step counts as done, but the weights are not updated."""

@@ -1,5 +1,5 @@
 """The folder of a job's runs in the bucket, together with the access to its object store. All modules of the trainer
-that read or write the keys of `finetune_core.layout` use `RunRoot`.
+that read or write this folder use `RunRoot`.
 """
 
 from __future__ import annotations

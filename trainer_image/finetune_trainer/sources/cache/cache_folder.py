@@ -74,9 +74,10 @@ class _Entry(NamedTuple):
 
 
 class ModelCache:
-    """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system.
-    There are two exceptions: a file that can't be deleted stays, and `copy_out` treats a file that the pod may not read
-    as absent."""
+    """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system,
+    with three exceptions: `copy_out` treats a file that the pod may not read as absent. `copy_out` also goes on if it
+    can't set the time of the file's last use. A file that can't be deleted stays, and only `check_writable` raises
+    OSError for it."""
 
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
@@ -108,11 +109,11 @@ class ModelCache:
         os.unlink(name, dir_fd=self._folder)
 
     def copy_out(self, digest: ContentDigest, target: Path) -> bool:
-        """Copy the file called ``digest.name`` to ``target``. Return whether there is such a file, and its content has
-        the digest.
+        """Copy the file called ``digest.name`` to ``target``. Return True if there is a file of this name and its
+        content has the digest, else False.
 
-        A file of this name is deleted if it has another content, is a link or a socket, or may not be read. Raises
-        OutsideFailure if ``target`` can't be written.
+        A file of this name is deleted if it has another content, is no plain file (for example a link), or may not be
+        read. Raises OutsideFailure if ``target`` can't be written.
         """
         try:
             source = os.open(digest.name, _READ, dir_fd=self._folder)
@@ -143,7 +144,8 @@ class ModelCache:
 
     def copy_in(self, digest: ContentDigest, path: Path, keep: Collection[str]) -> bool:
         """Copy the local file ``path`` into the cache, and return whether the file has the digest ``digest``. A file
-        with another digest is not kept. Nothing is written if the cache has the file already.
+        with another digest is not kept. Nothing is written if the cache already has a file with the digest's name and
+        size.
 
         ``keep`` are the names of files that are not deleted to make room. Raises OSError with ENOSPC where there is no
         room.
@@ -170,7 +172,8 @@ class ModelCache:
             self._discard(name)
 
     def take_turn(self, name: str) -> Turn | None:
-        """Return the turn to fetch ``name``, or None while another pod has the turn."""
+        """Return the turn to fetch ``name``, or None while another pod has the turn. ``name`` stands for the files that
+        `cached_fetch.py` fetches with one call."""
         try:
             file = os.open(name + _TURN_SUFFIX, _CREATE, 0o644, dir_fd=self._folder)
         except FileExistsError:
@@ -256,11 +259,12 @@ class ModelCache:
 
 
 class Turn:
-    """The turn to fetch a file. A `with` block around the turn shows other pods that this process is alive, and gives
+    """The turn to fetch files. A `with` block around the turn shows other pods that this process is alive, and gives
     the turn back at its end."""
 
     def __init__(self, file: int, name: str, folder: int, beat_seconds: float) -> None:
-        """``file`` is the open file ``name`` of the turn in the open folder ``folder``."""
+        """``file`` is the turn's own file, which is open. It is called ``name`` and lies in the open folder
+        ``folder``."""
         self._file, self._name, self._folder, self._beat_seconds = file, name, folder, beat_seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="model-cache-turn", daemon=True)
@@ -274,7 +278,7 @@ class Turn:
         self._thread.join()
         with contextlib.suppress(OSError):
             found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            # Another pod may have thought that this process is dead. Then it has taken the turn, with a new file.
+            # Another pod may have taken the turn, with a new file, because this process seemed to be dead or too slow.
             if found.st_ino == os.fstat(self._file).st_ino:
                 os.unlink(self._name, dir_fd=self._folder)
         os.close(self._file)

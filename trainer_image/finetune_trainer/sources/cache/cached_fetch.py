@@ -1,5 +1,6 @@
-"""Fetches the files of a base model. Files that the cache on a volume (`storage.cache.claimName`) has are copied from
-there, and all others are fetched from their source. `inputs.py` calls `fetch_model_files`.
+"""Fetches the files of a base model or an adapter. Files that the cache on a volume (`storage.cache.claimName`) has are
+copied from there, and all others are fetched from their source. `inputs.py` calls `fetch_model_files`, and the
+preflight check calls `cache_notices`.
 
 The cache only saves time. If the volume can't be read, the files come from their source. If it can't be written to,
 fetched files are not kept in the cache. A sentence in the log says so.
@@ -38,8 +39,9 @@ def fetch_model_files(
     volume of the cache is mounted. If that folder does not exist, the job has no cache. ``own`` holds the digests that
     pods of this job have computed themselves.
 
-    Raises UserError and OutsideFailure as ``files.fetch`` does. Also raises OutsideFailure if a file does not have the
-    content that its source states, or if two downloads of the file had different contents.
+    Raises UserError and OutsideFailure as ``files.fetch`` does. A job with a cache also raises OutsideFailure if a
+    downloaded file does not have the content that its source states, if two downloads of the file had different
+    contents, or if the bucket with the digests ``own`` can't be reached.
     """
     if not cache.is_dir():
         files.fetch(names, folder)
@@ -138,8 +140,8 @@ class _CachedFetch:
         return units
 
     def _look_up(self, names: Collection[str]) -> None:
-        """Look up the digests of the files ``names`` that other pods of this job have computed, and use these digests
-        in all later calls. Only those files are looked up whose source states no digest, or one that is not certain
+        """Look up which digests the pods of this job have computed for the files ``names``, and use these digests in
+        all later calls. Only those files are looked up whose source states no digest, or one that is not certain
         (`ContentDigest.is_certain`)."""
         tags = {name: self._files.tag(name) for name in self._uncertain if name in names and name not in self._done}
         if tags:
