@@ -134,8 +134,8 @@ def _lora(lora: LoRASpec | None, model: ModelSpec) -> LoRASpec:
     """Return the adapters' settings, with defaults for rank and alpha. `rs_lora` and `do_ra` become None where they are
     false, so that a job that sets them to false and a job that does not set them have the same `settings_digest`.
 
-    Where the job continues an adapter, return ``lora`` unchanged, because the trainer takes the absent settings from
-    that adapter.
+    Where the job continues an adapter, return ``lora`` without these changes, because the trainer takes the absent
+    settings from that adapter.
     """
     lora = lora or LoRASpec()
     if model.adapter is not None and model.adapter.use == "Continue":

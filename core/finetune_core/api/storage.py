@@ -176,8 +176,8 @@ class StorageSpec(ApiModel):
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
     """Where the files of a base model from the Hugging Face Hub or the object store are kept: on a claim, so that not
-    every pod of every attempt fetches them, or on a volume of each pod. The claim also keeps the files of
-    `model.adapter`. Must be absent with `model.volume`, because the files of such a model are used where they lie.
+    every pod of every attempt fetches them, or on a volume of each pod. The claim also keeps downloaded files
+    of `model.adapter`. Must be absent with `model.volume`, because the files of such a model are used where they lie.
     Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
