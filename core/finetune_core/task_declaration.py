@@ -44,8 +44,8 @@ ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What kind of value a score has for one answer. The texts of RIGHT_OR_WRONG and PARTIAL_CREDIT say what the mean of
-    these values is. docs/tasks.md shows the text for a score whose aggregation is the mean."""
+    """What kind of value a score has for one answer. The texts of RIGHT_OR_WRONG and PARTIAL_CREDIT say what the mean
+    of these values is. docs/tasks.md shows the text for a score whose aggregation is the mean."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""

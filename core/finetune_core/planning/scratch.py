@@ -27,8 +27,8 @@ RANK_SHARE = 1 / 400
 """Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model, where the rank of
 the adapters is 1. With rank r the share is r times as large: for a weight with d rows and d columns, an adapter of rank
 r has 2 r d numbers. For each of these numbers, three numbers of 32 bits and one of 16 bits are written. The weight
-itself has d^2 numbers of 16 bits. The share is thus 14 r / d, and d is about 5,600 in the layers of a model with 7 billion
-parameters."""
+itself has d^2 numbers of 16 bits. The share is thus 14 r / d, and d is about 5,600 in the layers of a model with 7
+billion parameters."""
 LIMIT_FACTOR = 3
 """Factor by which the request is multiplied for the limit, to which `EXPANSION` and `SPARE_BYTES` add more. The factor
 is 3, because a pod that has resumed may hold three checkpoints at once: a downloaded one, one that is being written,
