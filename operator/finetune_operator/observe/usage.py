@@ -23,7 +23,8 @@ def usage_until(
     ``counted`` is `status.usage`; None where nothing is counted yet. Where ``counted.last_update_time`` is later than
     ``now``, the usage until that later time is returned, so that no number decreases. ``pods`` are the pods of all
     attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node until its training container
-    has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held its GPUs until ``now``.
+    has ended; `_end` says what counts as the end. A pod in ``counted.holders`` that no longer exists is assumed to have
+    held its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
