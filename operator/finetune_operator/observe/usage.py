@@ -1,7 +1,8 @@
 """Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
 
 `usage_until` is a pure function of the current time, the stored count and the times in the manifests of the pods. So
-the result does not depend on how often the operator reconciles the job. `observer.py` calls `usage_until`.
+the result does not depend on how often the operator reconciles the job, except for pods that vanish between two counts.
+`observer.py` calls `usage_until`.
 """
 
 from __future__ import annotations
