@@ -1,8 +1,9 @@
-"""Brings one FineTuneJob a step further: observe, decide, write what must be written first, act, write the status.
+"""Brings one FineTuneJob a step further: observe, decide, and then act on the decision and write the status.
 
-The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call creates or deletes objects
-for at most one attempt or the preflight check. A call that creates an attempt also deletes what is left of the previous
-attempt. Each call writes the status at most once. A crash after any write is harmless, because the next call starts
+The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call writes the status at most
+once: where the decision must be written before objects change, one call only writes it, and the next call acts on it.
+Each call creates or deletes objects for at most one attempt or the preflight check, but a call that creates an attempt
+also deletes what is left of the previous attempt. A crash after any write is harmless, because the next call starts
 from what the API server holds.
 """
 
@@ -250,7 +251,7 @@ class Reconciler:
     def _has_foreign_child(self, stored: StoredJob) -> bool:
         """Return whether another version runs the current attempt by a child of a kind that this version does not know.
 
-        In that case the lack of a PyTorchJob says nothing about the attempt. The answer is False where `runPolicy`
+        In that case the lack of a PyTorchJob says nothing about the attempt. The result is False where `runPolicy`
         orders to cancel or suspend the job, because such an order is obeyed in any case.
         """
         child = stored.status.child
@@ -356,9 +357,9 @@ class Reconciler:
     async def _refuse_for_now(self, stored: StoredJob, message: str) -> Requeue:
         """Start nothing, write why, and reconcile again after a back-off.
 
-        There are two such cases. Either this version can't read the spec or the status, which another version of the
-        operator may be able to read. Or the spec of a job that has had an attempt can't be run any more, and a person
-        may undo the change of the spec. ``message`` says what is wrong.
+        ``message`` says what is wrong. There are two cases. Either this version can't read the spec or the status, but
+        another version of the operator may be able to. Or an attempt of the job has ended already and its spec can't be
+        run any more, but a person may undo the change of the spec.
         """
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)

@@ -378,6 +378,13 @@ def test_a_refused_spec_is_one_event() -> None:
     assert condition(found, ConditionType.ACCEPTED).status == "False"
 
 
+def test_a_note_has_no_more_bytes_than_the_api_server_accepts() -> None:
+    refused = JobEnd(succeeded=False, reason="BadInput", message="é" * 1000)
+    found = status(attempts=AttemptsStatus(), child=None, pods=[], invalid=refused.message, end=refused)
+    (event,) = events_between(FineTuneJobStatus(), found, at(0))
+    assert event.note == "é" * 512
+
+
 def test_events_tell_transitions_once() -> None:
     stored = status(**REPORTED)
     ended = status(stored, attempts=BETWEEN, child=None, pods=[])

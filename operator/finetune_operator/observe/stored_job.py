@@ -43,7 +43,8 @@ class StoredJob:
     manifest: dict[str, Any]
     """The whole object as the API server returned it."""
     status: FineTuneJobStatus
-    """The stored `status`, as far as this version can read it; an empty status where the job has none yet."""
+    """The stored `status`, as far as this version can read it, with counts of attempts that `_counted` has corrected.
+    An empty status where the job has none yet."""
     unread: tuple[str, ...] = ()
     """Paths in the stored status that this version can't read, for example `plan.zeroStage`."""
     now: datetime
@@ -76,8 +77,9 @@ class StoredJob:
     def unread_bookkeeping(self) -> str:
         """Path of a part of the status that this version can't read but would need for its decisions; empty if none.
 
-        For a job with such a part, nothing is created or deleted unless `runPolicy` orders to cancel or suspend the
-        job: an operator that can't read which attempt runs must neither end nor repeat that attempt.
+        For a job that has such a part and has not ended, nothing is created or deleted, unless `runPolicy` orders to
+        cancel or suspend the job: an operator that can't read which attempt runs must neither end nor repeat that
+        attempt.
         """
         return next((path for path in self.unread if _is_bookkeeping(path)), "")
 
@@ -165,12 +167,13 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
 
     Another version of the operator may have left out counts, the number of the current attempt, and uids of pods. The
     counts are corrected, because no second attempt may get a number that is used already, and because retries are
-    limited. A missing number of the current attempt is taken from `started`. Pod records without a uid are removed,
-    because each would look like a pod that vanished.
+    limited. A missing number of the current attempt is taken from `started`. A current attempt with neither a number
+    nor pods is removed. Pod records without a uid are removed, because each would look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:
-        current = None  # server-side apply has kept only the fields of ``current`` that somebody else applied
+        # The operator has removed ``current``, and server-side apply has kept the fields that somebody else applied.
+        current = None
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
         number = current.number if current.number >= 1 else max(1, attempts.started)

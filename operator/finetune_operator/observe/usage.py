@@ -1,7 +1,8 @@
 """Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
 
 `usage_until` is a pure function of the current time, the stored count and the times in the manifests of the pods. So
-the result does not depend on how often the operator reconciles the job. `observer.py` calls `usage_until`.
+the result does not depend on how often the operator reconciles the job, except for pods that vanish between two counts.
+`observer.py` calls `usage_until`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def usage_until(
     ``counted`` is `status.usage`; None where nothing is counted yet. Where ``counted.last_update_time`` is later than
     ``now``, the usage until that later time is returned, so that no number decreases. ``pods`` are the pods of all
     attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node until its training container
-    has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held its GPUs until ``now``.
+    has ended; `_end` says what counts as the end. A pod in ``counted.holders`` that no longer exists is assumed to have
+    held its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time

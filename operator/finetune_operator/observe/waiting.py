@@ -14,7 +14,7 @@ _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIm
 
 
 def why_pod_waits(pod: PodObservation, warning: str) -> str:
-    """Return why ``pod`` does not run; empty where it runs, and where the reason is not known.
+    """Return why ``pod`` does not run yet; empty where it runs or has ended, and where the reason is not known.
 
     ``warning`` is the newest warning event about a waiting pod of the same job; it may be empty.
     """

@@ -1,4 +1,4 @@
-"""Reads Kubernetes' warning events about pods that do not start.
+"""Reads Kubernetes' warning events about pods that do not start, and about child objects that get no pods.
 
 Some causes appear in these events only, such as a Secret that can't be mounted or a quota that is used up.
 `observer.py` calls `WarningReader` whenever it reads the objects of a job. The newest warning is kept in
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 class WarningReader:
     """Reads the newest warning event about the pods that a job waits for, or about the child object while it has no
-    pods. Events are read at most once in ten seconds for each job."""
+    pods. For each attempt, events are read at most once in ten seconds."""
 
     def __init__(self, cluster: KubeClient, clock: Callable[[], float]) -> None:
         """Read with ``cluster``; ``clock`` returns monotonic seconds."""
@@ -57,9 +57,10 @@ class WarningReader:
         await self._read(job, waiting or ([child.uid] if child else []))
 
     async def read_for_pod(self, job: StoredJob, pod: PodObservation | None) -> None:
-        """Update `JobMemory.hint`, the newest warning, for ``pod``.
+        """Update `JobMemory.hint`, the newest warning, for the preflight pod ``pod``, which is None if there is none.
 
-        The hint is emptied where the pod runs, has ended, does not exist, or was created just now.
+        The hint is emptied where the pod runs, has ended, does not exist, or was created less than five seconds ago.
+        Otherwise events are read, unless `JobMemory.hint_read_at` lies less than ten seconds back.
         """
         if pod is None or pod.running or pod.ended or _seconds_since(pod.created_at, job) < EVENTS_AFTER_SECONDS:
             job.memory.hint = ""
@@ -71,7 +72,8 @@ class WarningReader:
         return read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS
 
     async def _read(self, job: StoredJob, uids: Sequence[str]) -> None:
-        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings.
+        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings. Empty the
+        hint where no object has any.
 
         Where the events can't be read, the hint stays as it is, and the reconcile goes on: no decision needs the hint.
         """

@@ -119,7 +119,7 @@ class Connection(asyncio.Protocol):
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Wait for the first request, once the handshake is done."""
+        """Note that the handshake is done, and limit the time for the header of the first request."""
         self._transport = cast(asyncio.Transport, transport)
         self._listener.by_transport[transport] = self
         self._begun = True
@@ -148,7 +148,7 @@ class Connection(asyncio.Protocol):
         """
         if not self._in_header:
             return -self._received
-        # Line ends before the first line of a request belong to no header. HTTP servers skip them.
+        # Line ends before the first line of a request, which HTTP servers skip, must not look like the end of a header.
         window = self._tail + data if self._tail else data.lstrip(b"\r\n")
         end = window.find(_END_OF_HEADER)
         self._tail = window[-len(_END_OF_HEADER) + 1 :]

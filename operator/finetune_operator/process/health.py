@@ -83,9 +83,9 @@ class HealthServer(HttpServer):
     """Serves /healthz, /readyz and /metrics."""
 
     # Connections without TLS are cheap. Many connections are accepted in a second, because the kubelet restarts an
-    # operator whose probes get no connection. One address may make nearly as many connections as all addresses
-    # together, because the kubelet shares its address with pods in the host's network and with pods whose address is
-    # translated.
+    # operator whose probes get no connection. On average one address may make as many new connections per second as all
+    # addresses together, and may hold all connections, because the kubelet shares its address with pods in the host's
+    # network and with pods whose address is translated.
     limits = ConnectionLimits(
         connections=256, per_address=2000, handshakes_per_second=1000.0, requests_per_second=1000.0
     )
@@ -100,9 +100,10 @@ class HealthServer(HttpServer):
         resync_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Keep the parts whose state is served. /healthz fails once ``activity`` is older than three resync periods.
+        """Keep the parts whose state is served.
 
-        ``clock`` returns monotonic seconds.
+        /healthz fails once the last activity in ``activity`` is more than three resync periods ago, each of
+        ``resync_seconds``. ``clock`` returns monotonic seconds.
         """
         self._activity = activity
         self._queue = queue

@@ -1,6 +1,6 @@
 """Base class of the operator's two HTTP servers: `process/health.py` (plain HTTP) and `reports/server.py` (HTTPS).
 
-Neither server trusts its clients before it has looked at their requests, so both serve within the limits of
+Every pod of the cluster can connect to both servers without a credential, so both serve within the limits of
 `connections.py`.
 """
 

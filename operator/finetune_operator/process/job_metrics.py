@@ -110,8 +110,8 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
 def _number(value: str | int | None) -> float | None:
     """Return ``value`` as a number; None where it is absent, or where it is no number that Prometheus can express.
 
-    The series of all jobs are rendered together, so one such value would make the rendering fail for every job. A text
-    of more than `MOST_DIGITS` characters counts as no number, because `float` takes minutes for a text of megabytes.
+    The series of all jobs are rendered together, so one value that is no number would make the rendering fail for every
+    job. A text of more than `MOST_DIGITS` characters counts as no number, because no number of a status is so long.
     """
     if isinstance(value, str) and len(value) > MOST_DIGITS:
         return None
@@ -205,5 +205,5 @@ AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]
     ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
 )
 """Each age by name, with its help text and the time from which it is counted. Ages are exported only while the job
-runs, and are never counted from a time before the job began to run. So a job that was suspended for hours does not get
-an age of hours."""
+runs, and are never counted from a time before `running_since`. So a job that goes on after hours of suspension does not
+get an age of hours."""

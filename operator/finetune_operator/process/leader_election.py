@@ -58,7 +58,8 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
 
     @property
     def holder(self) -> str | None:
-        """Identity of the Lease's holder when the Lease was last read; None or empty where it had no holder."""
+        """Identity of the Lease's holder when the Lease was last read. None or empty where the Lease had no holder, or
+        was never read."""
         return self._record[0] if self._record else None
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:

@@ -1,7 +1,8 @@
 """JSON logs on standard output: one line for each record. A line about a job has the field job and, where they are
 known, the fields uid and attempt.
 
-`__main__.py` configures the logs; `controller.py`, `reconcile.py` and `reports/server.py` set the fields.
+`__main__.py` configures the logs. `controller.py`, `reconcile.py` and `reports/server.py` set the fields of all further
+lines with `set_log_fields`. A logging call may also pass the fields in `extra=`.
 """
 
 from __future__ import annotations

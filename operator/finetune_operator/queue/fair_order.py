@@ -1,8 +1,9 @@
 """The order in which the work queue hands out waiting keys: keys with news before keys that only the resync has listed.
 
-`work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose reconcile has just written
-comes first, and then the other keys in the order in which they were queued. One key of each namespace is taken in turn,
-so that a namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
+`work_queue.py` keeps its waiting keys in a `FairOrder`. Among the keys with news in one namespace, a key whose
+reconcile has just written comes first, and then the others in the order in which they were queued. One key of each
+namespace is taken in turn, so that a namespace with thousands of keys delays a key of another namespace by one key and
+not by thousands.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class JobMemory:
     before that."""
     problem: RetryableError | None = None
     """Why nothing can be created for the job at present: the error of the last try to create its objects, or BadInput
-    where its spec or status can't be read or run. None before the first try, and after a try that succeeded."""
+    where its spec or status can't be read or run. None where no such error is known, for example before the first try,
+    after a try that succeeded, and for a new attempt."""
     retry_at: float = 0.0
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0

@@ -22,7 +22,7 @@ reconciled at least every 10 s."""
 
 
 class PreflightSlots:
-    """The slots of all jobs, of which each job has one at most. Not thread-safe: all callers run in one event loop."""
+    """The slots of all jobs. A job has one slot at most. Not thread-safe: all callers run in one event loop."""
 
     def __init__(
         self,

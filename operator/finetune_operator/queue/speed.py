@@ -60,7 +60,7 @@ class StepWindow:
 def eta_seconds(step: int, total: int, seconds_per_step: float | None, stored: ProgressStatus | None) -> int | None:
     """Return the estimated seconds from ``step`` to the last step ``total``; None where no speed is known.
 
-    Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status. The answer
+    Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status. The result
     is at most LARGEST_NUMBER, because the trainer chooses the numbers of steps.
     """
     if seconds_per_step is None and stored is not None and stored.eta_seconds and stored.total_steps > stored.step:

@@ -1,8 +1,8 @@
 """A token bucket, which limits how often something may happen: at a steady rate, after a burst.
 
-Two limits of status writes are token buckets: one for all jobs together (`status/writer.py`) and one for each job
-(`memory.py`), which bounds what the reports of a job's pods can cause. The limits of HTTP clients are token buckets too
-(`process/rate_limit.py`).
+Status writes have a token bucket for all jobs together (`status/writer.py`). Each job has a bucket for the status
+writes that the reports of its pods cause, and a bucket for the annotations of its pods (`memory.py`). HTTP clients have
+buckets too (`process/rate_limit.py`).
 """
 
 from __future__ import annotations

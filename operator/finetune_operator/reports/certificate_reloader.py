@@ -56,8 +56,8 @@ class CertificateReloader:
         """Load the certificate again every ``seconds``. Never returns.
 
         A failure is retried every 5 s, and the old certificate serves meanwhile. If the operator can't renew its own
-        certificate, the old certificate is still valid for up to 30 days, because the renewal begins 30 days before its
-        end.
+        certificate, the old certificate is still valid for up to 30 days, because the renewal begins 30 days before the
+        certificate ends.
         """
         while True:
             await asyncio.sleep(seconds)

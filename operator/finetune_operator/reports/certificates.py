@@ -83,8 +83,9 @@ class CertificateSet:
 def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
     """Return the certificates in ``data``, the `data` of the operator's Secret.
 
-    Return None where a key is missing, where a value is no PEM of a certificate or of a private key without a password,
-    or where a private key does not belong to its certificate. Such a Secret gets new certificates.
+    Return None where one of the four entries is missing, where a value is no PEM of a certificate or of a private key
+    without a password, where the server certificate names no host, or where a private key does not belong to its
+    certificate. The caller then replaces the content of the Secret.
     """
     if not all(data.get(name) for name in _ALL_KEYS):
         return None

@@ -74,7 +74,7 @@ class RejectedError(Exception):
 
 
 _CLOSING: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS})
-"""HTTP status codes of answers after which the connection closes. So a client without a valid token needs a new
+"""HTTP status codes of answers after which the connection closes. So a client whose token is refused needs a new
 connection for each request, and the server limits new connections."""
 _INVALID_TOKEN: Final = "the token is not valid for this job"  # noqa: S105  (a sentence)
 

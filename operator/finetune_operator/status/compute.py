@@ -70,9 +70,10 @@ def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None
 
 
 def _is_of(repository: str, image: str) -> bool:
-    """Return whether ``repository``, the full name that a node reports, is the repository of ``image``.
+    """Return whether ``repository``, the full name that a node reports, can be the repository of ``image``.
 
-    For example, "docker.io/library/trainer" is the repository of the image "trainer:1".
+    It can be where it ends with the name in ``image``, which may be short: "docker.io/library/trainer" can be the
+    repository of the image "trainer:1".
     """
     folder, slash, name = image.rpartition("/")
     wanted = folder + slash + name.partition(":")[0]

@@ -21,7 +21,7 @@ from finetune_operator.objects.labels import MANAGER
 from finetune_operator.queue.key import Key
 
 NOTE_LIMIT = 1024
-"""Largest number of characters of an event's note that the API server accepts."""
+"""Largest number of bytes of an event's note that the API server accepts. A longer note is cut."""
 _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
 """Reasons for which the event about an ended attempt is no warning, because a person ordered the end."""
 
@@ -102,7 +102,8 @@ def _of_condition(condition: Condition, moment: str, attempt: int) -> list[JobEv
 
 
 def _event(reason: str, note: str, warning: bool, occasion: str) -> JobEvent:
-    return JobEvent(reason=reason, note=note[:NOTE_LIMIT], warning=warning, occasion=occasion)
+    note = note.encode(errors="replace")[:NOTE_LIMIT].decode(errors="ignore")
+    return JobEvent(reason=reason, note=note, warning=warning, occasion=occasion)
 
 
 def event_manifest(event: JobEvent, key: Key, uid: str, now: datetime, instance: str) -> Manifest:

@@ -1,6 +1,7 @@
-"""Merges a trainer's report into the status: progress, metrics, loss curve, checkpoints, scores, incidents and notices.
+"""Merges what a trainer reports into the status, for example progress, metrics, checkpoints, scores and notices.
 
-Pure functions; `compute.py` calls them with the newest report that the report server received.
+Pure functions. `compute.py` calls them with the newest report that the report server received, and at the end of a job
+with the trainer's result.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def adapter_of(stored: AdapterStatus | None, told: AdapterOrigin) -> AdapterStat
 
 
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Return old and new notices, the newest last. Each notice is kept once, because every report repeats its notices.
+    """Return old and new notices, the newest last. Each notice is kept once, because a report repeats earlier notices.
 
     Where there are more than NOTICE_LIMIT notices, the oldest notices are dropped.
     """

@@ -59,8 +59,9 @@ def urgency(
 ) -> Urgency:
     """Return how soon ``new`` is written. ``old`` is the stored status; None where the job has no status yet.
 
-    ``without_report`` computes the new status as it would be if no report had been received. Where that differs from
-    ``old`` too, the operator's own records or observations have changed.
+    ``without_report`` computes the new status without the newest report. Where the status computed in this way differs
+    from ``old`` in what the operator computes itself (`_is_own`), the operator's own records or observations have
+    changed.
     """
     if not is_news(old, new):
         return Urgency.UNCHANGED

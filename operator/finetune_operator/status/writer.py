@@ -30,8 +30,8 @@ WRITES_PER_SECOND: Final = 70.0
 With the limit, the numbers in the statuses of a thousand jobs are at most 15 s old, if the API server can take so many
 writes. Without the limit, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
-"""Largest number of status writes of all jobs that may come at once. Writes that do not wait use up this number as
-well."""
+"""Largest number of writes of new numbers, over all jobs, that may come at once. Status writes that do not wait for the
+limit use up this number as well."""
 
 
 class StatusWriter:
@@ -60,7 +60,8 @@ class StatusWriter:
     async def write(self, job: StoredJob, given: StatusInput) -> float | None:
         """Write the status that follows from ``given`` where it differs from the stored status and may be written now.
 
-        Returns the seconds after which the status may be written; None where it was written or does not differ.
+        Returns the seconds after which the status may be written. None where the status was written, and where it
+        differs at most in usage that grew with time.
 
         `status/urgency.py` decides how soon a status is written. The operator's own changes are written at once.
         Changes from a report are written once the token bucket of the job has a token. Where only numbers differ, two
@@ -152,5 +153,5 @@ class StatusWriter:
 
 
 def ended_as(status: FineTuneJobStatus) -> str:
-    """Return the reason of the condition `Succeeded`, with which a job with ``status`` ended."""
+    """Return the reason with which a job with ``status`` ended: the reason of its condition `Succeeded`."""
     return next((item.reason for item in status.conditions if item.type == ConditionType.SUCCEEDED), "")
