@@ -104,7 +104,8 @@ def adapter_job_in_a_circle(name: str) -> str:
 def exit_sentence(exit_code: int | None, reason: str) -> str:
     """Return the sentence about a training container that ended without a message of its own.
 
-    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error".
+    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error"; it may
+    be empty.
     """
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]

@@ -1,5 +1,5 @@
-"""What one reconcile decides: what to record about attempts and the preflight check, in which state the job is, and
-which change of its objects to make, if any.
+"""What one reconcile decides: what to record about attempts, the preflight check and the adapter that the job starts
+from, in which state the job is, and which change of its objects to make, if any.
 
 `state_machine.py` makes a `Decision`; `reconcile.py` writes it, acts on it and computes the status from it.
 """

@@ -44,7 +44,7 @@ class Disturbance(Enum):
     """What happened to a pod from outside of the job."""
 
     DISRUPTED = auto()
-    """The pod has the condition DisruptionTarget, because of a drain, a preemption, a taint or an eviction."""
+    """The pod has the condition DisruptionTarget, for example because of a drain, a preemption or a taint."""
     NODE_LOST = auto()
     """The pod's node no longer answers."""
     DELETED = auto()

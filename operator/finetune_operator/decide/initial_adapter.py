@@ -23,7 +23,7 @@ from finetune_operator.decide.states import JobState
 from finetune_operator.observe.named_job import NamedJob
 
 LOOK_SECONDS = 15.0
-"""Seconds until a job that waits for another job looks at it again."""
+"""Seconds until a job that waits for the job in `model.adapter.job` looks at that job again."""
 
 
 def before_adapter(stored: FineTuneJobStatus, named: NamedJob | None, unchecked: Decision) -> Decision | None:
