@@ -25,7 +25,7 @@ def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus |
     """Return the record of the run that the job takes over; None if ``found`` is the job's own run in its own folder.
 
     ``found`` is the run that the preflight check found in the bucket. If this job took the run over earlier and then
-    lost its status, ``found`` has the folder of the former job and the uid of this job. In that case the job gets the
+    lost its status, ``found`` names the folder of the former job and the uid of this job. In that case the job gets the
     record again, because it would not use that folder without the record.
     """
     if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
