@@ -34,8 +34,8 @@ class CheckpointFolder:
     run: int
     step: int
     state: str
-    """`committed`, `damaged` (a file or the manifest is missing or is not what was committed) or `unfinished` (COMMIT
-    is missing, for example because the upload still runs)."""
+    """`committed`, `damaged` (a file or the manifest is missing or is not what was committed, or this version can't
+    read the manifest) or `unfinished` (COMMIT is missing, for example because the upload still runs)."""
     uri: str
     bytes: int
     files: int
@@ -58,9 +58,9 @@ def root_of(job: FineTuneJob) -> Location:
 def inspect_checkpoints(
     store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
 ) -> list[CheckpointFolder]:
-    """Return all checkpoint folders below ``root``, sorted by run and step. In each committed folder, names and sizes
-    of the files are compared with the manifest, and the manifest's sha256 with COMMIT. With ``verify`` every file is
-    also read and its sha256 compared with the manifest.
+    """Return all checkpoint folders below ``root``, sorted by run and step. In each folder that has the object
+    COMMIT, names and sizes of the files are compared with the manifest, and the manifest's sha256 with COMMIT. With
+    ``verify`` every file that the manifest names is also read, and its sha256 is compared with the manifest.
 
     ``progress`` is called with the address of each folder before the folder is inspected.
     """
@@ -125,8 +125,8 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """A file or the manifest of a checkpoint is missing or is not what was committed, so the trainer can't resume from
-    the checkpoint. The message names the damaged object."""
+    """A file or the manifest of a checkpoint is missing or is not what was committed, or this version can't read the
+    manifest. The trainer can't resume from such a checkpoint. The message names the file or the manifest."""
 
 
 def _manifest(encoded: bytes) -> Manifest:

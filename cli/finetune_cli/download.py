@@ -35,9 +35,9 @@ def artifact_of(job: FineTuneJob) -> ArtifactStatus:
 def download(
     artifact: ArtifactStatus, store: ObjectStoreReader, folder: Path, progress: Callable[[int], None]
 ) -> Manifest:
-    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where ``folder``
-    exists already, where the size or sha256 of a file differs from the manifest, or where the manifest differs from the
-    job's status.
+    """Download ``artifact`` into the new folder ``folder`` and return the artifact's manifest. Raises UserError where
+    ``folder`` exists already or can't be written, where `read_manifest` refuses the manifest, where a file can't be
+    read from the object store, or where the size or sha256 of a file differs from the manifest.
 
     ``progress`` is called with the number of bytes of each downloaded piece, as `ObjectStoreReader.fetch` describes.
     The files are written into a temporary folder, which gets the name ``folder`` after all files are verified.
@@ -79,7 +79,8 @@ def download(
 
 def read_manifest(artifact: ArtifactStatus, store: ObjectStoreReader) -> Manifest:
     """Return the artifact's manifest. Raises UserError where the manifest's sha256 differs from the sha256 in the job's
-    status or in the object COMMIT, or where the manifest names a file outside the artifact's folder."""
+    status or in the object COMMIT, where the manifest was written by another version of the trainer, or where the
+    manifest names a file outside the artifact's folder."""
     place = parse_uri(artifact.uri)
     committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()
     encoded = store.read(place.bucket, place.key(MANIFEST))

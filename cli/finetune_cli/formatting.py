@@ -74,8 +74,8 @@ def _all_positive(values: Sequence[float]) -> bool:
 
 
 def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
-    """Return the finite values of the part of ``values`` that is drawn as character number ``column`` of a curve.
-    Characters are counted from 0."""
+    """Return the finite values of the part of ``values`` that is drawn as character number ``column``, counted from 0,
+    of a curve of at most ``width`` characters."""
     columns = min(width, len(values))
     start, end = column * len(values) // columns, (column + 1) * len(values) // columns
     return [value for value in values[start:end] if math.isfinite(value)]

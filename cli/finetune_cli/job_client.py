@@ -101,7 +101,7 @@ class JobClient:
 
         If ``give_up_after`` is given, raises TimeoutError after that many seconds. Raises UserError when the job does
         not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
-        ConnectionLostError when no API server answers at the start.
+        ConnectionLostError when, at the start, the API server can't be reached or has a problem of its own.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
         # This first call is not repeated where no API server answers, because at the start a wrong kubeconfig is a more

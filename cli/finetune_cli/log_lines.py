@@ -25,7 +25,8 @@ from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
 """Smallest advance, in percent of all steps, for which a line about the progress is written. The advance is counted
-from the state for which lines were last written. The last step always gets a line."""
+from the state for which lines were last written. A line is always written for the first progress of a job, for the last
+step, and for a return to a lower percentage."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
@@ -33,8 +34,8 @@ def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
     ``job``, the newest state of the job. ``shown`` is None before the first line.
 
     There are lines about the state, ended attempts, the progress, incidents, checkpoints, the artifact and scores. A
-    line about the progress is returned only after each five percent of all steps and after the last step, so that the
-    log of a long run stays readable.
+    small advance of the training gets no line (see PROGRESS_EVERY_PERCENT), so that the log of a long run stays
+    readable.
     """
     return [
         *_state(shown, job),

@@ -34,7 +34,8 @@ SMALL_OBJECT_BYTES = 16 << 20
 """Size in bytes of the largest object that `read` returns. The objects that the commands read with `read`, such as
 manifests, are far smaller."""
 TRIES = 3
-"""Largest number of times that `fetch` tries to download an object, the first time included."""
+"""Largest number of times that `fetch`, `digest` and `read` start the transfer of an object, the first time
+included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 """The S3 error codes with which an object store refuses an access key."""
 
@@ -70,8 +71,8 @@ class MissingError(UserError):
 
 class ObjectStoreReader:
     """Reads objects from a job's object store. A failed request raises a UserError that names the object or the address
-    of the store. A transfer that breaks off is started again from the first byte. There are at most TRIES transfers in
-    all, and after the last one a UserError is raised."""
+    of the store. A transfer that breaks off is started again from the first byte. After TRIES transfers of an object
+    that broke off, a UserError is raised."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None

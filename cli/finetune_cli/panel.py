@@ -121,8 +121,8 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
-    """Return a table with a row for the loss and a row for the validation perplexity. A row has the newest value, the
-    curve and the first value. Return None where the job has no values yet."""
+    """Return a table with a row for the loss and a row for the validation perplexity, each only where the job has a
+    value. A row has the newest value, the curve and the first value. Return None where the job has neither value."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (
@@ -171,7 +171,8 @@ def _ungraded(evaluation: EvaluationStatus) -> list[RenderableType]:
 
 
 def _requirements(evaluation: EvaluationStatus) -> RenderableType:
-    """Return a table with one row for each required score: what is required, both models' scores and the verdict."""
+    """Return a table with one row for each required score: what is required, the scores of base model and tuned
+    model, their difference and the verdict."""
     table = _table("required", "score", "", "base", "tuned", "difference", "")
     for column in (3, 4, 5):
         table.columns[column].justify = "right"
@@ -196,8 +197,9 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and how each ended. Return None where there is nothing to explain: every ended
-    attempt has succeeded, and the status names no cause for an end of the current attempt."""
+    """Return a table of the attempts: how the newest ended attempts ended, the current attempt, and when the next
+    attempt starts. Return None where there is nothing to explain: every ended attempt has succeeded, and the status
+    names no cause for an end of the current attempt."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)

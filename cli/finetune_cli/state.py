@@ -105,7 +105,8 @@ def required_text(requirement: RequirementStatus) -> str:
 
 def ungraded_text(scores: Scores | None) -> str:
     """Return how many of a model's answers were not graded, for example `2 of 40 answers not graded`, and the reasons.
-    The result is empty where all answers were graded."""
+    The result is empty where all answers were graded, and where ``scores`` is None, because the model was not
+    scored."""
     if scores is None or not scores.not_graded:
         return ""
     reasons = "; ".join(f"{group.answers} because {group.reason}" for group in scores.ungraded)

@@ -70,14 +70,14 @@ class LiveView(View):
 
 
 class LineView(View):
-    """A view that writes one line, with the time, for each change of the job."""
+    """A view that writes the changes of the job as lines, each with the time."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write one line for each difference between ``job`` and the state for which lines were last written."""
+        """Write the lines that `new_lines` returns about ``job`` and the state for which lines were last written."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)

@@ -315,7 +315,7 @@ def _integer(number: str) -> int | float:
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # A number with 100 or more characters after its sign becomes 1e308, even if it is negative, because int() refuses
-    # numbers of thousands of digits. The exact value does not matter, because every number in the schema has bounds,
-    # and both the number and 1e308 are outside of them.
+    # Any other number with 100 or more characters after its sign becomes 1e308, even if it is negative, because int()
+    # refuses numbers of thousands of digits. The exact value does not matter, because every number in the schema has
+    # bounds, and both the number and 1e308 are outside of them.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -9,7 +9,7 @@ All keys of a job lie in one folder, the folder of all runs of the job:
   metrics/<run>-<segment>.jsonl   step log: one row per optimizer step, in files (segments) that never change
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
-  evaluation/<run>.json           scores
+  evaluation/<run>.json           scores of base model and tuned model, and their first answers
   model-digests/<digest>.json     sha256 of a model file whose source states no digest of the content; only with
                                   `storage.cache.claimName`
   preflight/<token>               written, read back and deleted by a preflight check
@@ -37,9 +37,9 @@ MODEL_DIGESTS = "model-digests"
 """Name of the folder, below the folder of all runs of a job, with the sha256 of model files."""
 BASES = "_bases"
 """Name of the folder, directly below `storage.uri`, with the extended base models: copies of base models with embedding
-rows for `model.addedTokens` or with an untied output head. Each copy is stored once for all jobs. All other folders
-directly below `storage.uri` are named after namespaces. No namespace has the name of this folder, because the name of a
-namespace has no underscore."""
+rows for `model.addedTokens`, with an untied output head, or with an adapter that was merged into them. Each copy is
+stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. No namespace has
+the name of this folder, because the name of a namespace has no underscore."""
 
 
 class Location(NamedTuple):

@@ -13,8 +13,8 @@ def attempt_name(job_name: str, job_uid: str, attempt: int) -> str:
     """Return the name of an attempt's PyTorchJob, ConfigMap and NetworkPolicy.
 
     The name has at most 53 characters (40 + 1 + 8 + 1 + 3). So `<name>-worker-<2 digits>`, the name of a pod and of its
-    Service, fits into the 63 characters of a DNS label. The name contains a digest of the job's uid, so that it differs
-    from the names of an earlier, deleted job of the same name.
+    Service, fits into the 63 characters of a DNS label. The name contains a digest of ``job_uid``, so that the objects
+    of a job and those of an earlier, deleted job with the same ``job_name`` have different names.
     """
     return f"{job_name}-{hashlib.sha256(job_uid.encode()).hexdigest()[:8]}-{attempt}"
 

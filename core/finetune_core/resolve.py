@@ -52,8 +52,8 @@ def resolve(
     ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
     uses the former job's folder in the bucket. Where the check found runs that the job continues, the record also names
     the date that chat templates got in them, and the job uses that date. Otherwise chat templates get the date
-    ``today``, the day (UTC) on which attempt 1 started. ``adapter`` is the record of the artifact of the job that
-    `model.adapter.job` names.
+    ``today``, the day (UTC) on which attempt 1 started, or the current day where attempt 1 has not started. ``adapter``
+    is the record of the artifact of the job that `model.adapter.job` names.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -131,11 +131,11 @@ def resolve(
 
 
 def _lora(lora: LoRASpec | None, model: ModelSpec) -> LoRASpec:
-    """Return the adapters' settings. `rs_lora` and `do_ra` become None where they are false, so that a job that sets
-    them to false and a job that does not set them have the same `settings_digest`.
+    """Return the adapters' settings, with defaults for rank and alpha. `rs_lora` and `do_ra` become None where they are
+    false, so that a job that sets them to false and a job that does not set them have the same `settings_digest`.
 
-    Where the job continues an adapter, what the spec leaves out stays absent, because the trainer takes it from the
-    adapter.
+    Where the job continues an adapter, return ``lora`` without these changes, because the trainer takes the absent
+    settings from that adapter.
     """
     lora = lora or LoRASpec()
     if model.adapter is not None and model.adapter.use == "Continue":

@@ -118,8 +118,8 @@ def parse(text: str, aliases: Mapping[str, str] | None = None) -> RowTemplate:
     """Return the template that ``text`` holds. ``aliases`` maps names in the template to the columns that they stand
     for, for example `prompt` to `question`.
 
-    Raises TemplateError for a brace that is not doubled and encloses no name, for optional parts that do not close in
-    the reverse order of their beginnings, and for a template that shows no column.
+    Raises TemplateError for a brace that is not doubled and encloses no name, for optional parts that are not closed,
+    or not in the reverse order of their beginnings, and for a template that shows no column.
     """
     tokens: list[_Token] = []
     names: dict[str, str] = {}
@@ -185,8 +185,8 @@ def text_of(column: str, value: Any) -> str:
     false are written as in JSON. Of the types in parquet files, decimals are written without an exponent, and dates and
     times as in ISO 8601.
 
-    Raises RowError where ``value`` is None, because the column is missing or null, where ``value`` is a text with half
-    of a surrogate pair or a number that can't be written, and where ``value`` is anything else, such as a list.
+    Raises RowError for None, which stands for a missing or null column, for a text with half of a surrogate pair, for a
+    number that can't be written, such as infinity, and for any other value, such as a list.
     """
     if value is None:
         raise RowError(f"has no {column!r}")

@@ -44,9 +44,8 @@ ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What kind of value a score has for one answer. The mean over all graded answers has a meaning that follows from
-    this kind. For RIGHT_OR_WRONG and PARTIAL_CREDIT, the member's own text is this meaning as docs/tasks.md shows it,
-    for example "share of right answers"."""
+    """What kind of value a score has for one answer. The texts of RIGHT_OR_WRONG and PARTIAL_CREDIT say what the mean
+    of these values is. docs/tasks.md shows the text for a score whose aggregation is the mean."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
@@ -127,10 +126,10 @@ class Column:
     example: object = ""
     """A value of the column, shown in docs/tasks.md."""
     is_completion: bool = False
-    """Whether the column holds the right answer. This matters where `dataset.task.fields` does not say which column of
-    the rows holds the grader's column. For a column with the right answer, the grader then reads the completion of
-    `dataset.format`: the column that `completionField` names, or the text of the template `completion`. For any other
-    column, the grader then reads the column of the rows that is called ``name``."""
+    """Whether the column holds the right answer. Where `dataset.task.fields` has no entry for such a column, the grader
+    reads the completion of `dataset.format`: the column that `completionField` names, or the text of the template
+    `completion`. Where `dataset.task.fields` has no entry for a column of another kind, the grader reads the column of
+    the rows that is called ``name``."""
     optional: bool = False
     """Whether rows may lack the column."""
 
@@ -200,8 +199,9 @@ class Task:
         """Return for each column that the grader reads, by the grader's own name, the column of the rows that holds it.
 
         ``fields`` is `dataset.task.fields`, and ``completion`` is the column that holds the completion. It is None
-        where the completion is the text of a template that holds more than one single column. The grader's columns that
-        get this text are then not in the result. An optional column is in the result even where the rows lack it.
+        where a template makes the completion of several columns, or of a column and other text. The grader's columns
+        that get this completion are then not in the result. An optional column is in the result even where the rows
+        lack it.
         """
         found = {
             column.name: fields.get(column.name, completion if column.is_completion else column.name)

@@ -91,9 +91,9 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. Inside the `with` block a thread watches the
-    job's pods, of which there are ``pods`` in an attempt. `observe` takes the other milestones from the states of the
-    job."""
+    """Records when the job reaches its milestones, such as its first step. Inside the `with` block a thread records
+    when all pods of an attempt, whose number is ``pods``, exist and run. `observe` takes all other milestones from the
+    states of the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods

@@ -138,7 +138,8 @@ class TrainingData:
 
 
 def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummary:
-    """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
+    """Write the files that the ranks of this node share: the tokenised rows and, where needed, a base model with a
+    merged adapter and an extended base model.
 
     ``graded`` holds all columns that the job's grader reads. It is empty where the job has no task.
 
@@ -257,7 +258,7 @@ def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[
 
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
-    """Load the tokenizer and the tokenised rows that `prepare_node` wrote."""
+    """Load the job's tokenizer, and the tokenised rows that `prepare_node` wrote."""
     tokenizer = _job_tokenizer(plan)
     present = _data_sets(plan)
     sets = {
@@ -313,8 +314,8 @@ def load_model(plan: WorkerPlan) -> Any:
 
 
 def base_model_folder(plan: WorkerPlan) -> Path:
-    """Return the folder of the base model that the run trains: the extended copy or the one with a merged adapter,
-    where `prepare_node` wrote one. A copy that is both is an extended copy."""
+    """Return the folder of the base model that the run trains: the extended copy, else the copy with a merged adapter,
+    else the base model itself. Where `prepare_node` wrote both copies, it made the extended copy of the merged one."""
     for folder in (_extended_folder(plan), _merged_folder(plan)):
         if folder.is_dir():
             return folder

@@ -127,5 +127,5 @@ DISRUPTIONS: Mapping[str, str] = {
     "TerminationByKubelet": "The pod's node shut down, or ran out of a resource.",
 }
 """The reasons that Kubernetes writes into the condition DisruptionTarget of a pod, each with its meaning. Where a pod
-of an attempt gets this condition before a pod of the attempt fails, the attempt ends with the condition's reason and
-the verdict Free."""
+of an attempt gets this condition before a pod of the attempt fails, the attempt ends with the condition's reason. Its
+verdict is Free, with the exception that is described at `CAUSES`."""

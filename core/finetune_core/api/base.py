@@ -1,5 +1,5 @@
-"""The base class of all pydantic models that make up the FineTuneJob resource, and the scalar types that many fields
-share.
+"""The base class of the pydantic models that make up the FineTuneJob resource (all but `Metadata`), and the scalar
+types that many fields share.
 
 Kubernetes' API conventions ask for camelCase names, no floats, and bounds on every string and list. The types here
 contain the bounds, so that each section of the API reads as a list of fields. Regular expressions name their characters
@@ -16,8 +16,8 @@ from pydantic.alias_generators import to_camel, to_snake
 
 
 class ApiModel(BaseModel):
-    """The base class of every section of a FineTuneJob. Keys are camelCase in YAML and snake_case in Python. Unknown
-    fields are refused."""
+    """The base class of the sections of a FineTuneJob. Keys are camelCase in YAML and snake_case in Python. Unknown
+    fields are refused, unless a subclass ignores them, as `StatusModel` does."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,

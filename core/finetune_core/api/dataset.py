@@ -196,10 +196,11 @@ class DatasetSpec(ApiModel):
     keeps the examples of one sequence apart, and the job fails where the attention does not keep them apart."""
     long_rows: Literal["Fail", "Skip", "Split", "Truncate"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
-    before training. Skip: the rows are left out. Split: a row becomes several examples, and each of its tokens is
-    learned exactly once. Each further example begins with the last token of the example before, as context that is not
-    learned again. Truncate: the tokens beyond the limit are left out, and so is the end token. Split and Truncate are
-    for `format.text` only. `status.notices` has the number of rows, and of tokens that were left out."""
+    before training. Skip: the rows are left out. Split: a row becomes several examples, which together learn each of
+    its tokens but the very first exactly once. Each further example begins with the last token of the example before,
+    as context that is not learned again. Truncate: the tokens beyond the limit are left out, and so is the end token.
+    Split and Truncate are for `format.text` only. `status.notices` has the number of rows, and of tokens that were left
+    out."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows that can't be read, lack a field, hold something other than the format asks for, or have
     nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and
@@ -207,8 +208,8 @@ class DatasetSpec(ApiModel):
 
     @property
     def sources(self) -> dict[str, DataSource]:
-        """Return the sources that hold files, by their paths in the spec: `dataset.train`, `dataset.test`, or
-        `dataset.train.mix[0]` for the first source of a mix."""
+        """Return the sources that hold files, by their paths in the spec, for example `dataset.test`. The path of the
+        first source of a mix is `dataset.train.mix[0]`."""
         given = {"dataset.train": self.train, "dataset.validation": self.validation, "dataset.test": self.test}
         found: dict[str, DataSource] = {}
         for field, source in given.items():

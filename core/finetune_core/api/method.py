@@ -69,8 +69,8 @@ class LoRASpec(ApiModel):
     weights (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), and computes in `training.precision`. The weights of these
     layers take about a quarter of the memory that they would take in bf16, and a step takes longer. Embeddings and
     output head stay as they are, as do layers whose weights the code of the model reads itself. Only with `zeroStage`
-    1, 2 or Auto, with `storage.artifact` Adapter, and with models without experts. Absent: the base model is not
-    quantized."""
+    1, 2 or Auto, with `storage.artifact` Adapter, with models without experts, and where peft can adapt every adapted
+    module as a whole. Absent: the base model is not quantized."""
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []

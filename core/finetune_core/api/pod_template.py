@@ -39,9 +39,9 @@ RESERVED_FOLDERS = (
     "/sys",
 )
 """Folders at which, and below which, a user's volume must not be mounted (`mountPath`). The operator mounts volumes of
-its own at `/etc/finetune`, `/etc/finetune-storage`, `/scratch`, `/tmp` and `/dev/shm`, and below the two folders in
-`/var/run`. In many images
-`/var/run` is a link to `/run`. The container runtime needs `/dev`, `/proc` and `/sys` to start the container."""
+its own at `/etc/finetune`, `/etc/finetune-storage`, `/scratch`, `/tmp` and `/dev/shm`, and below `/var/run/finetune`
+and `/var/run/secrets`. `/run` is listed because `/var/run` is a link to `/run` in many images. The container runtime
+needs `/dev`, `/proc` and `/sys` to start the container."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables of users that begin with `AWS_` could override the credentials of the object store."""

@@ -42,8 +42,8 @@ VolatileMemory = Annotated[
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Largest number of nodes of a job. The name of a pod ends with the index of its node, counted from 0, and has room for
-two digits, so no more than 100 nodes are possible."""
+"""Largest number of nodes, and so of pods, of a job. The name of a pod ends with the index of the pod, and has room for
+an index of two digits."""
 
 
 class ScratchSpec(ApiModel):

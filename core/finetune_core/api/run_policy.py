@@ -41,8 +41,9 @@ class RunPolicySpec(ApiModel):
     limits the time until all pods of an attempt run. For each attempt this time begins anew at the attempt's start or,
     with a queue, when the queue admits the attempt. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
-    """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
-    Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""
+    """Seconds from the end of the job until the PyTorchJob and the pods of its last attempt are deleted, where they
+    still exist. The FineTuneJob itself stays. Absent: they stay until the FineTuneJob is deleted, unless a pod still
+    runs a minute after the end of the job, for example because of a sidecar. They are deleted then."""
     preflight: Literal["Run", "Skip"] | None = None
     """Whether a pod without GPUs checks object store, model and data before the first attempt asks for GPUs. The pod
     runs the trainer image with the argument `preflight`. The check also finds the checkpoints and the artifact of a

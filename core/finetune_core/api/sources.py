@@ -110,9 +110,9 @@ class JobSource(ApiModel):
     """A FineTuneJob whose committed artifact is taken."""
 
     name: JobName
-    """`metadata.name` of another FineTuneJob in the same namespace. Its artifact must hold an adapter. The job waits
-    until that job has succeeded, and from then on keeps the artifact that it found, even if that job is deleted or
-    created anew."""
+    """`metadata.name` of another FineTuneJob in the same namespace. Its artifact must hold an adapter. The job starts
+    after the other job has succeeded, and fails where the other job fails. All attempts use the same artifact, even if
+    the other job is deleted or created anew after its artifact was found."""
 
 
 class InitialAdapterSpec(ApiModel):
@@ -130,10 +130,10 @@ class InitialAdapterSpec(ApiModel):
     job: JobSource | None = None
     """The artifact of another FineTuneJob of the namespace."""
     use: AdapterUse
-    """Continue: the adapter itself is trained on, with `method: LoRA`. Its rank, alpha, modules, rsLoRA and DoRA are
-    those of `lora`, which may leave them out and must not name others. Merge: the adapter is merged into the base
-    model first, and the training starts from the merged model, with either method. A new adapter then belongs to the
-    merged model, which the job publishes unless `storage.artifact` is Merged."""
+    """Continue: the adapter itself is trained further, with `method: LoRA`. In `lora`, the rank, alpha, modules, rsLoRA
+    and DoRA must be absent or those of the adapter. Merge: the adapter is merged into the base model first, and the
+    training starts from the merged model, with either method. With `method: LoRA`, the new adapter belongs to the
+    merged model, so the job publishes the merged model too unless `storage.artifact` is Merged."""
 
 
 class ModelSpec(ApiModel):

@@ -114,9 +114,8 @@ class CurrentAttempt(StatusModel):
     start_time: datetime
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
-    """Time at which the attempt was admitted. Without a queue, the attempt is admitted when it is started. With a
-    queue, the attempt is admitted when the queue resumes the PyTorchJob. Absent while the PyTorchJob is suspended, by
-    the queue or by a person."""
+    """Time at which the attempt was admitted. The attempt is admitted when it is started or, where a queue or a person
+    suspends the PyTorchJob, when the PyTorchJob is resumed. Absent while the PyTorchJob is suspended."""
     running_time: datetime | None = None
     """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt was running or
     had run. Absent until then."""
@@ -162,14 +161,15 @@ class AttemptsStatus(StatusModel):
 
 
 class TakenOverStatus(StatusModel):
-    """The run of a former job: of one with the same name and training, or of one that wrote into the folder
-    `storage.runId`. This job resumes from the checkpoints of that run, or takes over the artifact of that run."""
+    """The runs of a former job, which had the same name and training, or wrote into the folder that `storage.runId`
+    names. This job resumes from the newest checkpoint of these runs, or takes over their artifact."""
 
     run_id: Annotated[str, Field(max_length=63)]
     """Name of the folder in the bucket that holds the runs of the former job: the last part of
     `<storage.uri>/<namespace>/<name>/<runId>/`. This job writes into the same folder."""
     uid: Annotated[str, Field(max_length=64)] = ""
-    """`metadata.uid` of the job that last wrote to the folder. Empty if no record in the folder names a job."""
+    """`metadata.uid` of the job that began the newest run in the folder. Empty if the record of this run names no job
+    or can't be read."""
     time: datetime
     """Time at which the first run in the folder began, by the clock of the object store."""
     step: Count = 0
@@ -196,7 +196,8 @@ class PreflightStatus(StatusModel):
     next_try_time: datetime | None = None
     """Time of the next try. Set only while the verdict is Waiting."""
     taken_over: TakenOverStatus | None = None
-    """The run of a former job that the check found and that this job takes over. Absent where the check found none."""
+    """The runs of a former job that the check found and that this job takes over. Absent where the check found no such
+    runs."""
     template_date: Annotated[str, Field(max_length=10)] = ""
     """The day that chat templates got as today's date in the runs that this job continues, for example `2026-11-29`.
     Empty where the check found no runs, or runs that read no conversations."""
@@ -224,14 +225,15 @@ class ProgressStatus(StatusModel):
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all
     processes."""
     mfu: Decimal | None = None
-    """Model FLOPs utilisation (MFU) of the newest step, from 0 to 1: the FLOP/s that the model itself needs, as a share
-    of the GPUs' peak FLOP/s."""
+    """Model FLOPs utilisation (MFU) of the newest step that changed the weights, from 0 to 1: the FLOP/s that the model
+    itself needs, as a share of the GPUs' peak FLOP/s."""
     checkpoint_age_seconds: Count | None = None
-    """Seconds from the commit of this run's newest checkpoint (without one: from the run's start) to the last report. A
-    lost pod would cost the training of this time, and also the training that went on while that checkpoint was
+    """Seconds from the newest commit of a checkpoint in the current run (see `checkpoints[].run`) to the last report.
+    Before the first commit in this run, the seconds are counted from shortly before the run's first step. A lost pod
+    would cost the training of this time, and also the training that went on while the newest checkpoint was
     uploaded."""
     last_update_time: datetime | None = None
-    """Time at which the trainer last reported."""
+    """Time at which the last report arrived. Reports of a trainer that still loads its model do not count."""
 
 
 class MetricValue(StatusModel):
@@ -403,7 +405,8 @@ class IncidentStatus(StatusModel):
     value: Annotated[str, Field(max_length=32)]
     """Measured value, for example `"8.31"` or `"nan"`."""
     threshold: Annotated[str, Field(max_length=32)]
-    """Largest value that would not have been an incident."""
+    """Limit that the measured value exceeded. `"inf"` for NonFiniteLoss and NonFiniteGradient, whose value is not
+    a finite number."""
     action: Annotated[str, Field(max_length=32)]
     """What the trainer did: Record, RollBack or Fail."""
     message: Message = ""
@@ -455,7 +458,8 @@ class AdapterStatus(StatusModel):
     job_uid: Annotated[str, Field(max_length=64)] = ""
     """`metadata.uid` of the job that `model.adapter.job` named when the operator looked. Empty without that field."""
     manifest_sha256: Digest = ""
-    """sha256 of the manifest.json of that job's artifact, which every attempt verifies. Empty without that field."""
+    """sha256 of the manifest.json in the artifact of the job that `model.adapter.job` names. Every attempt verifies it.
+    Empty without `model.adapter.job`."""
     sha256: Digest = ""
     """sha256 over the adapter's files, as the trainer has read them. Empty until the trainer has told."""
 

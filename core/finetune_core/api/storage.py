@@ -1,4 +1,5 @@
-"""`storage`: the object store, the checkpoints in the object store, and the form of the exported artifact."""
+"""`storage`: the object store and the access to it, the checkpoints, the cache of model files, and the form of the
+exported artifact."""
 
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ class EphemeralVolumeSpec(ApiModel):
 
 
 class CacheSpec(ApiModel):
-    """Where the files of the base model are kept. Exactly one of the fields must be set."""
+    """Where the downloaded files of a model are kept. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("claimName", "ephemeral"))
 
@@ -133,8 +134,9 @@ class CacheSpec(ApiModel):
     encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the access mode
     ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their digests."""
     ephemeral: EphemeralVolumeSpec | None = None
-    """A volume of each pod that holds the files of the model instead of the scratch folder. This volume saves space in
-    the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume."""
+    """A volume of each pod that holds the files of the base model instead of the scratch folder. This volume saves
+    space in the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume. The files
+    of `model.adapter` stay in the scratch folder."""
 
 
 class StorageSpec(ApiModel):
@@ -158,8 +160,8 @@ class StorageSpec(ApiModel):
     """Token that the pods exchange for an access key. MinIO and Amazon S3 support this exchange. Absent: the
     operator mounts no token for the object store."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
-    """ConfigMap key that holds the CA certificates (PEM) with which the object store's certificate is verified. Absent:
-    the CA certificates in the image."""
+    """Name of a ConfigMap, and the key in it that holds the CA certificates (PEM) with which the object store's
+    certificate is verified. Absent: the CA certificates in the image."""
     addressing: Addressing | None = None
     """Place of the bucket's name in a request: Path (`https://host/bucket/key`) or VirtualHosted
     (`https://bucket.host/key`). Absent: VirtualHosted for Amazon S3, Path for other stores."""
@@ -173,10 +175,10 @@ class StorageSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are saved, and how many of them are kept."""
     cache: CacheSpec | None = None
-    """Where the files of a base model from the Hugging Face Hub or the object store are kept, and those of
-    `model.adapter`: on a claim, so that not every pod of every attempt fetches them, or on a volume of each pod. Must
-    be absent with `model.volume`, because
-    such a model is used where it lies. Absent: each pod fetches the files into its scratch folder."""
+    """Where the files of a base model from the Hugging Face Hub or the object store are kept: on a claim, so that not
+    every pod of every attempt fetches them, or on a volume of each pod. The claim also keeps downloaded files
+    of `model.adapter`. Must be absent with `model.volume`, because the files of such a model are used where they lie.
+    Absent: each pod fetches the files into its scratch folder."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

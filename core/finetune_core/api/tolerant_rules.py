@@ -70,7 +70,8 @@ def _tolerant(rule: str, parents: list[str], name: str, owner: Mapping[str, Any]
 
 
 def _reads(rule: str, parents: list[str], name: str) -> bool:
-    """Return whether ``rule`` reads the value of the field. The question whether the field is set reads no value."""
+    """Return whether ``rule`` reads the value of the field ``name`` below ``parents``, alone or with a whole section.
+    The question whether the field is set reads no value."""
     path = [*parents, name]
     text = rule.replace(f"has(self.{'.'.join(path)})", "")
     wholes = (".".join(path[:length]) for length in range(1, len(path)))

@@ -23,7 +23,7 @@ class MLflowSpec(ApiModel):
     experiment: Annotated[str, Field(min_length=1, max_length=250)] | None = None
     """Name of the experiment. Absent: namespace and name of the job."""
     token_secret_ref: SecretKeyRef | None = None
-    """Secret key that holds the bearer token for the server."""
+    """Name of a Secret, and the key in it that holds the bearer token for the server."""
 
 
 class WeightsAndBiasesSpec(ApiModel):
@@ -36,7 +36,7 @@ class WeightsAndBiasesSpec(ApiModel):
     base_url: HttpUrl | None = None
     """Address of a self-hosted server. Absent: the public service."""
     api_key_secret_ref: SecretKeyRef
-    """Secret key that holds the API key."""
+    """Name of a Secret, and the key in it that holds the API key."""
 
 
 class TrackingSpec(ApiModel):

@@ -61,8 +61,8 @@ class TrainingSpec(ApiModel):
     process's share of the global batch. When set, this number times `microBatchSize` times the number of processes must
     equal `globalBatchSize`."""
     schedule: Schedule = "Linear"
-    """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
-    a half cosine, Constant stays at the peak."""
+    """How the learning rate changes after the warm-up: Linear falls in a straight line, Cosine falls in a half cosine,
+    Constant stays at the peak. Linear and Cosine would reach zero one step after the last step."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Number of steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"
@@ -121,7 +121,7 @@ class DeepSpeedSpec(ApiModel):
 
 
 class StabilitySpec(ApiModel):
-    """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
+    """What the trainer does when the loss or the gradient is not finite or explodes, or when training hangs."""
 
     on_non_finite: StabilityAction = "Fail"
     """What follows a loss or gradient that is not a finite number. A gradient that is not finite is never applied.

@@ -42,8 +42,8 @@ STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
 certificates in the image are used."""
 HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
-"""Folder with the Hugging Face tokens for gated data sets. Each file is named after the source that needs the token,
-for example `dataset.train`."""
+"""Folder with the Hugging Face tokens for gated data sets and for a gated adapter. Each file is named after the field
+of the spec that needs the token, for example `dataset.train` or `model.adapter`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 """Path of the Hugging Face token for a gated base model."""
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
@@ -54,8 +54,8 @@ SCRATCH_FOLDER = "/scratch"
 """Path at which a writable volume of the pod's own is mounted. This folder is the pod's HOME. The folder contains
 downloaded files, and the files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""Folder below which PersistentVolumeClaims with the model or with data files are mounted read-only, each at `<this
-folder>/<name of the claim>`."""
+"""Folder below which PersistentVolumeClaims with the model, the adapter or data files are mounted read-only, each at
+`<this folder>/<name of the claim>`."""
 MODEL_CACHE_FOLDER = "/var/run/finetune/model-cache"
 """Path at which the claim of `storage.cache.claimName` is mounted. Where the folder does not exist, the job does not
 set this field."""
@@ -79,7 +79,7 @@ class Identity(ContractModel):
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
         """Return the identity in ``environment``, the environment variables of the process. Raises UserError with the
         name of the variable where a variable is missing, or where the attempt is no whole number from 1 to
-        ATTEMPT_LIMIT or the rank no whole number."""
+        ATTEMPT_LIMIT or the rank no whole number from 0 on."""
         values: dict[str, str] = {}
         for field, variable in IDENTITY_VARIABLES.items():
             value = environment.get(variable)

@@ -23,7 +23,8 @@ from finetune_core.contract.same_training import Sha256
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""
 PREFLIGHT_SECONDS = 120
-"""Largest number of seconds that all checks together may take, measured from the start of the preflight program."""
+"""Largest number of seconds that all checks together may take. The start of the preflight program, before the first
+check, does not count."""
 
 FINDING_LIMIT = 2048
 """Largest number of characters of a finding's message."""
@@ -46,9 +47,8 @@ class Finding(ContractModel):
 
 
 class FoundArtifact(ContractModel):
-    """The committed artifact of a run that a preflight check has found. The model has no field for the artifact's
-    address, because the operator does not trust an address from the bucket. The operator makes the address from the
-    spec."""
+    """A committed artifact that a preflight check has found. This class has no field for the artifact's address,
+    because the operator does not trust an address from the bucket. The operator makes the address from the spec."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
     bytes: Count

@@ -51,7 +51,8 @@ class AdapterOrigin(ContractModel):
     use: AdapterUse
     """Whether the run continued the adapter, or merged it into the base model first."""
     source: Annotated[str, Field(max_length=1024)]
-    """Address of the adapter's folder, or the name of its repository on the Hugging Face Hub."""
+    """Where the adapter comes from: the `s3://` address of its folder, the name of its repository on the Hugging Face
+    Hub, or `<claim>/<path>` on a volume."""
     revision: Annotated[str, Field(max_length=200)] | None = None
     """Commit, tag or branch on the Hugging Face Hub. None where the adapter lies elsewhere."""
     job_uid: Annotated[str, Field(max_length=64)] | None = None

@@ -79,8 +79,8 @@ class Report(ContractModel):
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
     and also the training that went on while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
-    """A problem with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't be
-    deleted. Empty where there is no problem."""
+    """Why a checkpoint is committed late: its upload fails, or takes longer than the time between two checkpoints.
+    Empty where no checkpoint is late. `notices` say that old checkpoints can't be deleted."""
     best: CheckpointName | None = None
     """The best checkpoint by `evaluation.bestBy`, among the checkpoints that led to the current weights. None where no
     checkpoint among them was scored."""

@@ -22,8 +22,8 @@ class ExitCode(IntEnum):
     DIVERGED = 65
     OUT_OF_MEMORY = 66
     OUTSIDE_FAILURE = 75
-    """Something outside of the job failed or was missing for longer than the trainer waits, such as the object store,
-    the Hugging Face Hub, the credentials or another rank, or the trainer made no progress for too long."""
+    """Something outside of the spec and the data failed or was missing, such as the object store, the Hugging Face Hub,
+    the credentials or another rank. The trainer also ends with this code where it made no progress for too long."""
     STOPPED = 143
     """The trainer received SIGTERM and ended. All steps that it had finished are in a committed checkpoint."""
 

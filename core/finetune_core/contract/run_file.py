@@ -121,7 +121,7 @@ class StorageConfig(ContractModel):
 
 
 class ReportConfig(ContractModel):
-    """Address of the report server, and the seconds between two reports."""
+    """The URL to which rank 0 posts its reports, and the seconds between two reports."""
 
     url: str
     interval_seconds: Annotated[float, Field(gt=0)] = 3.0

@@ -56,11 +56,11 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained. Among them are the machines, the division of the work, the
-place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, the references to
-access tokens, and the place of the adapter's artifact that the job starts from, whose content is among the inputs. The
-day on which the job began is among them too, because a job that continues a run takes over the day of that run. All
-other fields define what is trained. This includes fields that later versions add. A path through a list means the
-fields of all its items."""
+place of the bucket, the frequency of checkpoints, the scores that the trained model must reach, and the references to
+access tokens. `adapter_artifact` is among them, because `TrainingRecord.inputs` has a digest of the adapter's content.
+`template_date` is among them, because a job that continues a run takes over the day of that run. All other fields
+define what is trained. This includes fields that later versions add. A path through a list means the fields of all its
+items."""
 
 
 class TrainingRecord(ContractModel):

@@ -8,9 +8,9 @@ sets in `podTemplate.env`. `reports/server.py` serves `ROUTE` and parses the bod
 
 KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
 wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
-reports no step. Each report of the client has only the newest metrics. Therefore the operator does not write the
-client's remaining time into the status. The operator writes the client's percentage only where the percentage is 100 or
-the client has never reported steps. Values that a report does not contain stay as they are in the status.
+reports no step. Therefore the operator does not write the client's remaining time into the status, and writes the
+client's percentage only where the percentage is 100 or the client has never reported steps. Each report of the client
+has only the newest metrics. Values that a report does not contain stay as they are in the status.
 """
 
 from __future__ import annotations

@@ -24,12 +24,15 @@ end the one that becomes the artifact."""
 ADAPTER_SHARE = 0.1
 """Least size of checkpoint and artifact of a LoRA training together, as a share of the size of the model."""
 RANK_SHARE = 1 / 400
-"""The same size for each rank of the adapters. An adapter of rank r of a weight with d rows and d columns has 2 r d
-numbers. Three numbers of 32 bits and one of 16 bits are written for each of them, and the weight itself has d^2 numbers
-of 16 bits. The share is thus 14 r / d, and d is about 5,600 in the layers of a model with 7 billion parameters."""
+"""Size of checkpoint and artifact of a LoRA training together, as a share of the size of the model, where the rank of
+the adapters is 1. With rank r the share is r times as large: for a weight with d rows and d columns, an adapter of rank
+r has 2 r d numbers. For each of these numbers, three numbers of 32 bits and one of 16 bits are written. The weight
+itself has d^2 numbers of 16 bits. The share is thus 14 r / d, and d is about 5,600 in the layers of a model with 7
+billion parameters."""
 LIMIT_FACTOR = 3
-"""The limit as a multiple of the request. The factor is 3, because a pod that has resumed may hold three checkpoints at
-once: a downloaded one, one that is being written, and one that is being uploaded."""
+"""Factor by which the request is multiplied for the limit, to which `EXPANSION` and `SPARE_BYTES` add more. The factor
+is 3, because a pod that has resumed may hold three checkpoints at once: a downloaded one, one that is being written,
+and one that is being uploaded."""
 EXPANSION = 20
 """Number of bytes that the limit allows in addition for each byte of a data file, because a compressed file may have
 rows with far more tokens than `TOKENISED` assumes."""

@@ -1,4 +1,4 @@
-"""The model of a problem that makes a job invalid: the path of the field, what is wrong with the field, and which
+"""The class for a problem that makes a job invalid: the path of the field, what is wrong with the field, and which
 component refuses the job."""
 
 from __future__ import annotations

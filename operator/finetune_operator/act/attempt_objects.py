@@ -1,9 +1,9 @@
 """Creates and deletes the objects of an attempt: a ConfigMap with the run file, a NetworkPolicy, and the
 backend's child object.
 
-`reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. `settled.py` calls `remove_orphans`
-for a job that has ended. Where the API server refuses an object, for example because of a quota, the error is kept in
-memory and the creation is tried again after a back-off.
+`reconcile.py` calls `create` after the attempt was recorded in the status, and `remove` and `remove_orphans` after the
+attempt has ended. `settled.py` calls `remove_orphans` for a job that has ended. Where the API server refuses an object,
+for example because of a quota, the error is kept in memory and the creation is tried again after a back-off.
 """
 
 from __future__ import annotations

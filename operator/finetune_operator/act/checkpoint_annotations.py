@@ -59,9 +59,9 @@ class CheckpointAnnotations:
         """Write the time of the newest checkpoint, as the stored status of ``job`` has it, into the annotation of its
         running pods. Of ``pods``, only those of the current attempt are annotated.
 
-        A token bucket limits how often the pods of a job are annotated, because the time comes from reports. Its rate
-        is the same as for the status writes that reports cause. Where it holds no token, a later reconcile annotates
-        the pods.
+        A token bucket limits how often the pods of a job are annotated, because a pod can send any number of reports
+        with new times. The bucket has the same rate as the one for the status writes that reports cause. Where the
+        bucket holds no token, a later reconcile annotates the pods.
         """
         current = job.status.attempts.current
         if not self._enabled or current is None:

@@ -1,6 +1,6 @@
 """Replaces the regular expressions in `adapter_config.json` of a given adapter by names. peft compares such expressions
-with names of modules by Python's `re`, whose time has no bound, and the author of an adapter may be anybody. RE2 takes
-a time proportional to the length of a name.
+with names of modules by Python's `re`, whose time has no bound, and the author of an adapter may be anybody. This
+module uses RE2 instead, which takes a time proportional to the length of a name.
 
 `adapter_fit.py` calls `with_plain_names` before peft sees the configuration.
 """
@@ -25,7 +25,7 @@ def with_plain_names(config: Mapping[str, Any], names: Sequence[str], adapted: S
     the adapter holds as a whole (`modules_to_save`) are excluded, as peft does. ``adapted`` are those of ``names`` for
     which the adapter has matrices.
 
-    Raises UserError where RE2 can't read a regular expression, or where one selects nothing.
+    Raises UserError where RE2 can't read a regular expression, or where `target_modules` selects nothing.
     """
     plain = dict(config)
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
@@ -49,17 +49,18 @@ def with_plain_names(config: Mapping[str, Any], names: Sequence[str], adapted: S
 
 
 def _by_name(field: str, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return ``values`` of ``field``, whose keys are ends of names or regular expressions for such ends, without
-    regular expressions. Like peft, take the first key that fits a name.
+    """Return ``values``, the content of ``field``, with keys that are safe in peft. The keys of ``values`` are ends of
+    names, or regular expressions for such ends. Where one of them is a regular expression, or two may fit one name, the
+    result has one key for each of ``names`` that a key fits, with the value of the first such key, as in peft.
 
-    The result does not depend on the order of its keys, because peft sorts them when it saves a configuration.
+    So the order of the keys in the result has no effect. peft sorts the keys when it saves a configuration.
     """
     ends = sorted(values)
     several = any(one.endswith(f".{other}") for one in ends for other in ends)
     if not several and not any(is_pattern(key) for key in values):
         return dict(values)
     found = _first_fitting(field, values, names)
-    # peft reads each key as a regular expression for the end of a name. These fit one whole name each.
+    # peft reads each key as a regular expression for the end of a name. Each key made here fits one whole name.
     return {f"^{re.escape(name)}": value for name, value in found.items()}
 
 
@@ -73,7 +74,8 @@ def _first_fitting(field: str, values: Mapping[str, Any], names: Sequence[str]) 
 
 
 def _fitting(field: str, text: str, names: Iterable[str], before: str = "") -> list[str]:
-    """Return those of ``names`` that the regular expression ``text`` of ``field`` fits, after ``before``."""
+    """Return those of ``names`` that the regular expression ``text`` of ``field`` fits. ``before`` is a regular
+    expression for what may stand before the part that ``text`` fits. Empty: ``text`` must fit a whole name."""
     try:
         pattern = compile_pattern(f"{before}(?:{text})", FIELD)
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Chooses the weights that get a LoRA adapter, and adds the adapters. `base_check.py` calls `choose_targets`, also in
-the preflight check, and `preparation.py` calls `add_adapters` on every rank.
+"""Chooses the weights that get a LoRA adapter, and adds the adapters. `base_check.py` and `adapter_fit.py` call
+`choose_targets`, also in the preflight check. `preparation.py` calls `add_adapters` on every rank.
 
-The initial matrices of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. So the
-initial matrices are the same at every ZeRO stage, on any number of ranks and on every device.
+The initial matrices of a new adapter depend only on the seed and on the name and shape of each parameter, and are drawn
+in fp32 on the CPU. So they are the same at every ZeRO stage, on any number of ranks and on every device.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def _check_quantizable(path: TextPath, weights: Sequence[AdaptableWeight]) -> No
 
 
 def unquantized_notice(structure: ModelStructure) -> list[str]:
-    """Return the notice about which linear layers a quantized base model holds as they are, if there are any."""
+    """Return a notice about the linear layers that a quantized base model holds unquantized because the code of the
+    model reads their weights itself. The list is empty without such layers. The notice does not name the output
+    head, which is never quantized."""
     ends = sorted({name.rpartition(".")[2] for name in layers_read_past(structure.model)})
     if not ends:
         return []
@@ -201,7 +203,8 @@ def adapts_an_embedding(structure: ModelStructure, targets: AdapterTargets) -> b
 
 
 WRAPPED = ".base_layer"
-"""What peft appends to a module's name for each wrapper around the module, where it adapts several of its weights."""
+"""What peft appends to a module's name for each wrapper that it puts around the module. A module has several wrappers
+where peft adapts several of its parameters."""
 PEFT_PREFIX = "base_model.model."
 """Prefix that peft puts before the names of all modules of the base model."""
 
@@ -241,8 +244,9 @@ def add_adapters(
     """Add LoRA adapters to ``model``. ``targets`` is `target_modules` of peft, and ``parameters`` is
     `target_parameters`.
 
-    ``base_name`` is the base model's name for `adapter_config.json`. With ``given`` the adapters are those that a job
-    continues, and begin with their weights.
+    ``base_name`` is the base model's name for `adapter_config.json`. ``given`` are the adapters that the job continues.
+    With ``given``, configuration and weights are taken from there, and ``targets``, ``parameters`` and ``seed`` have no
+    effect.
     """
     config = given.configuration(lora) if given is not None else new_adapters(lora, targets, parameters)
     parameters = config.target_parameters or ()
@@ -253,7 +257,7 @@ def add_adapters(
         raise UserError(TARGETS, f"must name modules of the model: {first_line(error)}") from error
     # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
     tuned.peft_config["default"].base_model_name_or_path = base_name
-    # peft keeps the names of the parameters in a set, whose order differs between processes.
+    # peft may keep the names of the parameters in a set, whose order differs between processes.
     if parameters:
         tuned.peft_config["default"].target_parameters = sorted(parameters)
     for name, parameter in tuned.named_parameters():
@@ -271,8 +275,8 @@ def add_adapters(
 def _without_bitsandbytes() -> Iterator[None]:
     """Keep peft from importing bitsandbytes inside of the `with` block.
 
-    peft imports bitsandbytes to ask whether a layer is quantized. The import takes seconds and 190 MB in each process,
-    and no layer is quantized here.
+    peft imports bitsandbytes to ask whether a layer is quantized. The import takes time and memory in each process. The
+    caller uses the block only where no layer is quantized.
     """
     known = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
     lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = lambda: False

@@ -1,8 +1,9 @@
 """Chooses the kernel that computes attention (`training.attention`), and refuses what the code of a model can't do.
 
-The functions compute no attention. They look only at the class and the configuration of a model, at the precision and
-at the device. `base_check.py` calls them before a model is loaded, `train.py` calls `kernels` again with the device,
-and `engine/checks.py` tries the returned kernels in their order. `packed_attention.py` holds the kernel Flash.
+The functions compute no attention. They look only at the class and the configuration of a model, at settings of the
+job, at the device, and at the compilers in the image. `base_check.py` calls `check_abilities` and `kernels` before a
+model is loaded, `train.py` calls `kernels` again with the device, and `engine/checks.py` tries the returned kernels in
+their order. `packed_attention.py` holds the kernel Flash.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def kernels(
         if reason:
             raise UserError("training.attention", f"must not be {named} for this job, because {reason}")
         return [named]
-    # SDPA is as fast as FlashAttention where no mask is needed. For packed examples SDPA needs a mask of all positions.
+    # SDPA is as fast as FlashAttention where no mask is needed. For packed examples SDPA needs a mask, with a value
+    # for each pair of positions.
     order = [Kernel.FLASH, Kernel.SDPA] if packing else [Kernel.SDPA]
     return [kernel for kernel in (*order, Kernel.FLEX, Kernel.EAGER) if not why_not(kernel, model, device, precision)]
 

@@ -45,9 +45,11 @@ class JobBase:
     config: RunConfig
     """The run file of the job, with the settings of the adapter that the job continues (`with_settings_of`)."""
     adapter: Path | None = None
-    """Folder of the adapter that the job starts from. The rest of its weight file may be holes too."""
+    """Folder of the adapter that the job starts from; None without one. Of its weight file too, only the header is
+    read."""
     base_name: str = ""
-    """Name of the base model, with which the one in the adapter's configuration is compared. Empty: they are not."""
+    """Name of the base model. The name of a base model in the adapter's configuration is compared with it. Empty: the
+    names are not compared."""
 
     @cached_property
     def structure(self) -> ModelStructure:

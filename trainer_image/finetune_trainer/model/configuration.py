@@ -1,5 +1,5 @@
-"""Loads `config.json` of a base model. `structure.py`, the rehearsal of the export and the preflight check call
-`load_configuration`.
+"""Loads `config.json` of a base model. `structure.py`, `load.py`, the rehearsal of the export and the preflight check
+call `load_configuration`.
 
 The module does not import torch, because the first part of the preflight check runs without torch.
 """

@@ -51,7 +51,7 @@ class BaseDigests(ContractModel):
     """sha256 of the base model's weights. None for a full run, whose checkpoints hold every weight."""
     rows_sha256: str | None = None
     """sha256 of the extended base model, a copy with rows for added tokens, with an untied output head or with a merged
-    adapter. None where the base model was not extended."""
+    adapter. None where the base model was not extended, and for a full run."""
 
     @classmethod
     def of(cls, *, adapters: bool, base: Path, extended: Path) -> BaseDigests:
@@ -62,8 +62,9 @@ class BaseDigests(ContractModel):
         return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)
 
     def other_base_notice(self, adapter_base_sha256: str | None) -> list[str]:
-        """Return a notice where the adapter that the run starts from was trained on other weights than these, by its
-        own account. ``adapter_base_sha256`` is None where it does not say on which."""
+        """Return a notice where the adapter that the run starts from says that it was trained on other weights than
+        those of this base model. ``adapter_base_sha256`` is the sha256 that the adapter names; None where it names
+        none."""
         mine = self.rows_sha256 or self.base_sha256
         if adapter_base_sha256 is None or mine is None or adapter_base_sha256 in (self.base_sha256, self.rows_sha256):
             return []

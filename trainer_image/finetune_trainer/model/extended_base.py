@@ -1,9 +1,9 @@
 """Writes an extended copy of a base model: with the job's added tokens in tokenizer and embeddings, and with separate
-weights for the output head where LoRA adapts an embedding that shares its weights with the head.
+weights for the output head where LoRA adapts the input embedding or the head, and these two share their weights.
 
 `preparation.py` writes the copy before any model is loaded, so that loading, ZeRO-3 and export all see one ordinary
 model folder. The random values of an added token's rows depend only on the seed, the token, the embedding (input or
-output) and the model's `initializer_range`.
+output), and the model's hidden size and `initializer_range`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     """Write a copy of the model folder ``source`` to ``target``, with ``tokens`` added. With ``untie`` the output head
     of the copy does not share its weights with the input embedding.
 
-    Weight files in which nothing changes are linked, not copied. Raises UserError where the embeddings are not found.
+    Weight files in which nothing changes are linked, not copied. Raises UserError where the model can't be extended
+    (see `check_extendable`), or where its `initializer_range` is no positive number below 100.
     """
     target.mkdir(parents=True)
     structure, weights = read_structure(source), WeightFiles.of(source)
@@ -152,7 +153,7 @@ def model_with_rows(structure: ModelStructure, rows: int) -> Any:
     """Return a new model on the meta device with the modules of ``structure`` and ``rows`` rows of the embeddings."""
     config = copy.deepcopy(structure.model.config)
     config.get_text_config().vocab_size = rows
-    # transformers raises whatever a wrong file makes its code raise.
+    # A wrong file can make the code of transformers raise any exception.
     with (
         library_boundary(lambda error: UserError("model.addedTokens", f"must be empty: {first_line(error)}")),
         torch.device("meta"),
@@ -189,7 +190,8 @@ def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, tor
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to ``source``, or a symbolic link where both lie on different volumes."""
+    """Make ``target`` a hard link to ``source``, or a symbolic link where no hard link can be made, for example because
+    both lie on different volumes."""
     try:
         os.link(source.resolve(), target)
     except OSError:

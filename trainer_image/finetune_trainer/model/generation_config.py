@@ -33,7 +33,8 @@ SAMPLING: Mapping[str, Callable[[float], bool]] = {
 """Fields that only have an effect when a text is drawn at random (`do_sample: true`), and the values with which
 transformers can draw."""
 OFF: Mapping[str, float] = {"top_k": 0, "top_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-"""Values of fields of sampling which transformers accepts too when it draws a text."""
+"""For some fields of SAMPLING, one more value with which transformers can draw a text. The bounds in SAMPLING exclude
+this value."""
 ALWAYS: Mapping[str, Callable[[float], bool]] = {
     "repetition_penalty": lambda value: value > 0,
     "encoder_repetition_penalty": lambda value: value > 0,
@@ -58,10 +59,12 @@ def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactG
     """Return the generation configuration for the artifact of a job whose base model is in the folder ``base``. Texts
     end at ``stop_ids``.
 
-    A temperature or another field of sampling without `do_sample` switches sampling on, as the publishers of such
-    models did later. With `do_sample`, a temperature of 0 switches sampling off, because no text can be drawn with it.
-    Other fields that transformers refuses, or with which it can't generate, are left out. Raises UserError where the
-    base model's configuration can't be read.
+    transformers refuses fields of sampling, such as a temperature, without `do_sample: true`. Where `do_sample` is
+    absent, it becomes true if transformers can draw with all these fields, as the publishers of such models did later.
+    Where it is false, or where transformers can't draw with them, these fields are left out. Where it is true, a
+    temperature of 0 switches sampling off, because no text can be drawn with it. All further fields that transformers
+    refuses, or with which it can't generate, are left out. Raises UserError where the base model's configuration can't
+    be read.
     """
     values = _base_values(base)
     notices: list[str] = []
@@ -99,7 +102,8 @@ def _base_values(base: Path) -> dict[str, Any]:
 
 def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
     """Write the numbers in ``values`` with the types that transformers wants, and delete those with which it can't
-    generate. Add a notice about deleted ones to ``notices``."""
+    generate. Fields of sampling are checked only where `do_sample` is true. A temperature of 0 then deletes
+    `do_sample` and all fields of sampling. Add a notice about deleted numbers to ``notices``."""
     for name in (*SAMPLING, *ALWAYS):
         value = values.get(name)
         if name in WHOLE and isinstance(value, float) and value.is_integer():
@@ -167,7 +171,8 @@ def _refused_fields(values: Mapping[str, Any]) -> list[str]:
 
 
 def _refuses(values: Mapping[str, Any]) -> bool:
-    """Return whether transformers refuses to save a configuration with ``values``, or to load it again."""
+    """Return whether transformers refuses to save a configuration with ``values`` or to load it again, or would load it
+    with other values."""
     try:
         # The checks of transformers raise different kinds of exceptions.
         with library_boundary(lambda error: ValueError(first_line(error))):

@@ -1,5 +1,5 @@
-"""Reads the adapter that a job starts from (`model.adapter`), as its `adapter_config.json` describes it: which adapters
-can be used, and which settings of `lora` follow from the adapter.
+"""Reads the adapter that a job starts from (`model.adapter`): its `adapter_config.json`, and the header of its weight
+file. Refuses kinds of adapters that the trainer can't use, and takes settings of `lora` over from the adapter.
 
 `adapter_fit.py` compares the tensors with the base model. This module does without torch, so that the first part of the
 preflight check can call it.
@@ -74,10 +74,12 @@ MOST_RANK, MOST_ALPHA = 512, 1024
 MOST_PATTERNS = 1024
 """Largest number of entries of `rank_pattern` and `alpha_pattern`. peft compares each with the name of each module."""
 LARGEST_SCALE = 1_000_000
-"""Largest absolute value in `alpha_pattern`. NaN and infinity, which Python reads in JSON, are above it."""
+"""Largest absolute value in `alpha_pattern`. A comparison with it also refuses NaN and infinity, which Python reads in
+JSON."""
 BASE_DIGEST = "base_model_sha256"
-"""Key in `auto_mapping` of `adapter_config.json` with the sha256 of the base model's weights, which the trainer writes.
-peft reads this mapping only if the configuration names no task, and warns of keys that it does not know elsewhere."""
+"""Key in `auto_mapping` of `adapter_config.json`, at which the trainer writes the sha256 of the base model's weights.
+peft reads `auto_mapping` only if the configuration names no task. At the top level of the configuration, peft would
+warn of a key that it does not know."""
 
 
 def _is_list(value: object, kind: type) -> bool:
@@ -148,7 +150,8 @@ class GivenAdapter:
 
     @classmethod
     def read(cls, folder: Path) -> GivenAdapter:
-        """Read the adapter in ``folder``. Raises UserError where the adapter is of another kind or can't be read."""
+        """Read `adapter_config.json` of the adapter in ``folder``. Raises UserError where the trainer can't use this
+        kind of adapter, or where the file is no JSON object."""
         try:
             content = (folder / ADAPTER_CONFIG_FILE).read_bytes()
             if problem := pointer_problem(ADAPTER_CONFIG_FILE, content):

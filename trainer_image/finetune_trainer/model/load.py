@@ -52,9 +52,10 @@ def load_base(
     happens, the memory of the mapped files is freed again and again. With ``quantization`` the linear layers are held
     in 4 bits.
 
-    The model has the default settings for generating texts. Those of the base model are only for the artifact: beside
-    the settings of an evaluation they would still count, because transformers takes from the model what a call leaves
-    open, and some of them, such as `stop_strings`, need arguments that an evaluation does not pass.
+    The returned model has transformers' default settings for generating texts. The base model's own settings are only
+    for the artifact. In an evaluation they would still have an effect, because transformers takes each setting that a
+    call of `generate` leaves open from the model. Some settings, such as `stop_strings`, also need arguments that an
+    evaluation does not pass.
     """
     try:
         with (
@@ -120,8 +121,8 @@ def _dropout_rates(module: torch.nn.Module) -> dict[str, float]:
 @contextlib.contextmanager
 def _model_alone(folder: Path) -> Iterator[Path]:
     """Yield a folder with links to those files in ``folder`` from which the model is loaded. From ``folder`` itself,
-    transformers would also load an adapter if there is one. The index of the weight files is written anew, because
-    published ones may lack a part that transformers needs."""
+    transformers would also load an adapter if there is one. The index of several weight files is written anew, because
+    a published index may lack a part that transformers needs."""
     with TemporaryDirectory() as alone:
         weights = WeightFiles.of(folder)
         for name in (CONFIG_FILE, *weights.names):

@@ -3,8 +3,8 @@
 In many model families the two have different names. GPT-2's published files leave out a prefix, Gemma 3's files put the
 parts of the model in another order, and transformers stacks the experts of Mixtral into one parameter. transformers
 converts the tensors when it loads a model. The export of a trained model converts the parameters back, so that the
-artifact has the tensors of the base model, which other programs know. The export, the check of the weight files, and
-the code that adds rows to the embeddings use this module.
+artifact has the tensors of the base model, which other programs know. The check of the weight files and the code that
+adds rows to the embeddings or merges an adapter use this module too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Makes the imports of large libraries cheaper. `worker.py` and the preflight check import torch and transformers in
-the block of `importing`."""
+"""Makes the imports of large libraries cheaper. `worker.py` and the preflight check import the modules that need torch
+or transformers in the block of `importing`."""
 
 from __future__ import annotations
 

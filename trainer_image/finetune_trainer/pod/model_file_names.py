@@ -1,5 +1,5 @@
-"""Names of the files in a model's folder, as transformers writes and reads them. `sources/`, `preflight/`, `model/` and
-`checkpoints/` share these names.
+"""Names of the files in a model's folder, as transformers writes and reads them. Most packages of the trainer share
+these names, for example `sources/`, `preflight/`, `model/` and `checkpoints/`.
 
 transformers has constants for these names too. The constants of transformers are not used, because importing
 transformers takes seconds, and the launcher, which uses `sources/`, does without it.

@@ -17,8 +17,8 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def pointer_problem(name: str, content: bytes) -> str:
-    """Return what is wrong where ``content``, the beginning of the file ``name``, is that of a pointer of Git LFS. The
-    sentence is empty where it is not."""
+    """Return a sentence that says what is wrong where the file ``name`` is a pointer of Git LFS, else an empty text.
+    ``content`` is the beginning of the file, or the whole file."""
     if not content.startswith(LFS_POINTER):
         return ""
     return f"{name} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`"

@@ -66,7 +66,7 @@ class WorkerExit:
     """Exit status of the process. A negative value means that a signal killed the process: -9 is signal 9 (SIGKILL)."""
     outcome: WorkerOutcome | None
     killed_by_launcher: bool = False
-    """Whether the launcher killed the worker because it still ran too long after another worker had exited."""
+    """Whether the launcher killed the worker because it did not exit in time after another worker had exited."""
     frozen: bool = False
     """Whether the launcher killed the worker because its heartbeats had stopped."""
     last_seen: str = ""

@@ -32,7 +32,8 @@ class Findings:
         self._found: list[Finding] = []
         self._notices: list[str] = []
         self.found: FoundRun | None = None
-        """A run that the job takes over instead of training anew."""
+        """The run that the job takes over: its artifact or, without one, its newest checkpoint. None if there is no
+        such run."""
         self._model_bytes: int | None = None
         self._data_bytes = 0
         self.subject = "the run file"

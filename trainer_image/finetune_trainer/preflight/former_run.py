@@ -48,7 +48,8 @@ MOST_RECORDS = 2000
 POINTER_BYTES = 256 * 1024
 """Largest size in bytes of `ARTIFACT` that is read."""
 MANIFEST_BYTES = 16 * 1024 * 1024
-"""Largest size in bytes of a manifest that is read. A manifest has about 150 bytes for each file of the artifact."""
+"""Largest size in bytes of a manifest or a `COMMIT` that is read. A manifest has about 150 bytes for each file of the
+artifact."""
 EVALUATION_BYTES = 64 * 1024 * 1024
 """Largest size in bytes of a file with scores and answers that is read."""
 PARALLEL_FOLDERS = 8

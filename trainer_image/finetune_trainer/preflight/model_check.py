@@ -1,6 +1,7 @@
 """Checks a base model without downloading its weights: all weight files are present and complete, `config.json`
 describes a known language model, and the tokenizer loads. Then the trainer's own checks run on the headers of the
-weight files. `preflight/entrypoint.py` calls `check_model` and `check_for_job`.
+weight files. An adapter that the job starts from is checked in the same way, and compared with that of earlier runs.
+`preflight/entrypoint.py` calls `check_model`, `check_adapter`, `check_same_adapter` and `check_for_job`.
 """
 
 from __future__ import annotations
@@ -117,9 +118,9 @@ def check_adapter(files: ModelFiles, folder: Path) -> None:
 
 
 def check_same_adapter(files: ModelFiles | None, records: Mapping[int, RunRecord], folder: Path) -> None:
-    """Raise UserError where the runs in the job's folder, whose records are ``records``, started from another adapter
-    than the one in ``files``, or from one while the job has none. The adapter is fetched into the new folder
-    ``folder``, unless it is so large that only the trainer compares it."""
+    """Raise UserError where the newest run in the job's folder started from another adapter than the one in ``files``,
+    or where only one of that run and the job has an adapter. ``records`` are those of the runs in the job's folder. The
+    adapter is fetched into the new folder ``folder``, unless it is so large that only the trainer compares it."""
     if not records:
         return
     if files is None:
@@ -150,9 +151,9 @@ def check_for_job(headers: Path, config: RunConfig, adapter: Path | None = None)
 
 
 def check_weights(files: ModelFiles, selection: ModelSelection, folder: Path) -> None:
-    """Raise UserError if a weight file is truncated, has a malformed header, or lacks a tensor that the index expects
-    in it, or if the headers are too long. Write each weight file into ``folder`` with its header and its whole length.
-    The tensors are holes that take no space on the disk."""
+    """Raise UserError if a weight file has another length than its header says, has a malformed header, or lacks a
+    tensor that the index expects in it, or if the headers are too long. Write each weight file into ``folder`` with its
+    header and its whole length. The tensors are holes that take no space on the disk."""
     left = LARGEST_HEADERS_BYTES
     one_header_in_memory = Lock()
 
@@ -182,8 +183,8 @@ def _header_text(files: ModelFiles, name: str) -> bytes:
     """Return the header of the safetensors file ``name`` as JSON text. The text is not parsed yet.
 
     The file consists of the header's length in 8 bytes (little endian), the header, and the bytes of the tensors. The
-    header gives dtype, shape and byte range of each tensor by its name. Raises UserError if the file is shorter than
-    the header, or if the header is longer than LARGEST_HEADER_BYTES.
+    header gives dtype, shape and byte range of each tensor by its name. Raises UserError if the file is a pointer of
+    Git LFS or ends before the end of the header, or if the header is longer than LARGEST_HEADER_BYTES.
     """
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))

@@ -33,15 +33,15 @@ from finetune_trainer.storage.client import Store
 HEAD_ROWS = 1000
 """Largest number of rows of a data source that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Largest number of bytes that are kept of the text files of a data source together. If a file has more bytes than are
-left of this number, only those of its rows are read that end within the bytes left."""
+"""Once the local files of a data source have this many bytes together, no further file is fetched. If a text file has
+more bytes than are left of this number, only those of its rows are read that end within the bytes left."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
 """Once the rows that are turned into examples hold this many bytes of content together, no further row is read. The
 content is limited too, because a compressed file may hold much content in few bytes."""
 LARGEST_HEAD_EXPANSION = 100
 """A data source is refused if its first rows hold at least HEAD_CONTENT_BYTES, and more than this many times the bytes
-of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
-same bytes again and again."""
+of the local files from which they were read. Compression makes ordinary text about ten times smaller at best, so a file
+that expands so much holds the same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Largest size in bytes of a parquet file that is downloaded as a whole. From a larger file only two parts are
 downloaded: the schema, and of the first row group those columns that the job reads. A part with more bytes than this

@@ -41,7 +41,8 @@ def log_line(text: str) -> None:
 
 def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -> str:
     """Return the log line of a step, for example `step 20/100 loss 1.2340 rate 0.001 norm 0.52 485 tok/s`."""
-    loss = f"loss {row.loss:.4f}" if row.loss is not None else "left out" if not row.applied else "loss not finite"
+    # A step that a rollback excluded has no tokens.
+    loss = f"loss {row.loss:.4f}" if row.loss is not None else "loss not finite" if row.tokens else "left out"
     score = f" ppl {row.perplexity:.4g}" if row.perplexity is not None else ""
     norm = f" norm {row.gradient_norm:.3g}" if row.gradient_norm is not None else ""
     speed = f" {tokens_per_second:.0f} tok/s" if tokens_per_second is not None else ""
