@@ -76,7 +76,7 @@ class Replica:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM, and raise any exception that ends the operator earlier.
+        """Run until SIGTERM or SIGINT, and raise any exception that ends the operator earlier.
 
         The loss of the Lease raises no exception: it ends the process at once (`process/leader_election.py`).
         """
@@ -178,7 +178,7 @@ def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateS
 
 
 async def run(settings: Settings) -> None:
-    """Run the operator until SIGTERM, and raise any exception that ends it earlier."""
+    """Run the operator until SIGTERM or SIGINT, and raise any exception that ends it earlier."""
     await Replica(settings, await load_configuration(settings.kubeconfig)).run()
 
 

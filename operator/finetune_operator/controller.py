@@ -143,8 +143,9 @@ class Controller:
     async def _list(self, namespace: str | None) -> None:
         """Queue the jobs of ``namespace`` that exist, and those that exist only in the operator's memory.
 
-        A job that exists only in memory is queued because the watch may have lost the event of the job's deletion. An
-        ended job is left out if nothing was left to do for it at its last reconcile and it has not changed since.
+        A job that exists only in memory is queued because the watch may have lost the event of the job's deletion. A
+        job is left out if its last reconcile found it ended and removed all objects that were due, and if it has not
+        changed since.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):

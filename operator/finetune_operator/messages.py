@@ -1,8 +1,8 @@
-"""The operator's sentences in the conditions of a job, all in one place so that words and tone agree.
+"""The operator's sentences in the status of a job, all in one place so that words and tone agree.
 
 Callers pass values, and the messages of other programs such as the kubelet, as arguments. Two kinds of sentences are
-not made here: results of the trainer and of the preflight check, and errors about a spec. Events repeat the sentences
-of conditions; only the notes that an attempt started or ended are made elsewhere (`status/events.py`).
+not made here: results of the trainer and of the preflight check, and errors about a spec. Events repeat sentences of
+the status; only the notes that an attempt started or ended are made elsewhere (`status/events.py`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def adapter_job_unreadable(name: str) -> str:
 
 
 def adapter_job_failed(name: str, reason: str) -> str:
-    """Return the sentence about a named job that has failed for ``reason``."""
+    """Return the sentence about a `model.adapter.job` that names the job ``name``, which has failed. ``reason`` is the
+    reason of that job's condition Succeeded; it may be empty."""
     return (
         f"{_ADAPTER_JOB}: must name a job that succeeds, and FineTuneJob {name} has ended with {reason or 'a failure'};"
         " an artifact that it has committed all the same can be named by its address in `model.adapter.s3`"
@@ -69,7 +70,7 @@ def adapter_job_failed(name: str, reason: str) -> str:
 
 
 def adapter_job_without_adapter(name: str) -> str:
-    """Return the sentence about a named job whose artifact is a whole model."""
+    """Return the sentence about a `model.adapter.job` that names the job ``name``, whose artifact is a whole model."""
     return (
         f"{_ADAPTER_JOB}: must name a job whose artifact holds an adapter, and that of FineTuneJob {name} is a whole"
         " model; name its address as the base model, in `model.s3`"
@@ -77,7 +78,8 @@ def adapter_job_without_adapter(name: str) -> str:
 
 
 def adapter_job_elsewhere(name: str) -> str:
-    """Return the sentence about a named job whose artifact lies in another object store."""
+    """Return the sentence about a `model.adapter.job` that names the job ``name``, whose artifact lies in another
+    object store."""
     return (
         f"{_ADAPTER_JOB}: must name a job with the same object store, and `storage.endpoint` of FineTuneJob {name} is"
         " another one"
@@ -85,12 +87,14 @@ def adapter_job_elsewhere(name: str) -> str:
 
 
 def adapter_job_without_artifact(name: str) -> str:
-    """Return the sentence about a named job that succeeded and whose status names no artifact of its runs."""
+    """Return the sentence about a `model.adapter.job` that names the job ``name``, which has succeeded, but whose
+    status names no artifact of its runs."""
     return f"{_ADAPTER_JOB}: FineTuneJob {name} has succeeded, and its status names no committed artifact of its runs"
 
 
 def adapter_job_in_a_circle(name: str) -> str:
-    """Return the sentence about a named job that itself waits for the job that names it."""
+    """Return the sentence about a `model.adapter.job` that names the job ``name``, which waits for the job that names
+    it, directly or over other jobs."""
     return (
         f"{_ADAPTER_JOB}: must not name a job that waits for this one: FineTuneJob {name} starts from the adapter of"
         " this job, itself or over other jobs"
@@ -100,7 +104,8 @@ def adapter_job_in_a_circle(name: str) -> str:
 def exit_sentence(exit_code: int | None, reason: str) -> str:
     """Return the sentence about a training container that ended without a message of its own.
 
-    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error".
+    ``exit_code`` is the container's exit code. ``reason`` is the reason that the kubelet gives, such as "Error"; it may
+    be empty.
     """
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
@@ -267,7 +272,7 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
     """Return the sentence about a preflight pod that ended without a result, and about how to skip the check.
 
     ``exit_code`` is the exit code of its container. ``reason`` is the reason that the kubelet gives, and ``last_line``
-    the last line of the pod's log; either may be empty.
+    is the last line of the container's termination message, which mostly is the end of its log. Either may be empty.
     """
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
@@ -369,9 +374,10 @@ def gate_failed(step: int, uri: str) -> str:
 def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
     """Return the sentence about a former run that the job takes over: its folder, its start, and how to train anew.
 
-    ``uid`` is the uid of the job that last wrote to the folder ``run_id``; empty where it is not known. The run began
-    at ``began``, and its newest checkpoint or its artifact is of ``step``. ``done`` says whether the run's artifact is
-    committed, so that nothing is left to train.
+    ``run_id`` is the name of the folder. ``uid`` is the uid of the job that began the newest run in the folder; empty
+    where it is not known. The first run in the folder began at ``began``. ``step`` is the step of the artifact or,
+    without an artifact, of the newest checkpoint. ``done`` says whether the artifact is committed, so that nothing is
+    left to train.
     """
     what = f"takes over the artifact of step {step}" if done else f"resumes from the checkpoint of step {step}"
     job = f" of the job with uid {uid}" if uid and uid != run_id else ""
@@ -382,14 +388,14 @@ def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool)
 
 
 def checkpoint_available(step: int, count: int) -> str:
-    """Return the sentence about ``count`` committed checkpoints, the newest of which is of step ``step``."""
+    """Return the sentence about ``count`` undamaged checkpoints, the newest of which is of step ``step``."""
     return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"
 
 
 def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
     """Return the sentence about a job whose newest checkpoint is older than the job asks for.
 
-    ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer checkpoint was
+    ``what`` is the sentence about the undamaged checkpoints, and ``problem`` says why no newer checkpoint was
     committed. ``age_seconds`` is the time since the newest checkpoint of the run or, before the first one, since the
     trainer was ready to save checkpoints. The sentence gives this time in whole minutes, so that the sentence does not
     change with every report.

@@ -1,8 +1,9 @@
 """Creates and deletes the ConfigMaps with the run file: one for each attempt, and one for each try of the preflight
 check.
 
-`attempt_objects.py` and `preflight_objects.py` create a ConfigMap before the object that mounts it (child object or
-preflight pod), and delete both together. `settled.py` calls `delete_config_map` after the job has ended.
+`attempt_objects.py` creates a ConfigMap before the child object whose pods mount it, and `preflight_objects.py` before
+the preflight pod. Both modules delete the ConfigMap together with child object or preflight pod, or else before the
+objects of the next attempt or try are created. `settled.py` calls `delete_config_map` after the job has ended.
 """
 
 from __future__ import annotations

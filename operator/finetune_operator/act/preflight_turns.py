@@ -1,7 +1,8 @@
 """Lets a job create its preflight pod only when its turn has come, so that few checks run at the same time.
 
-In each reconcile of a job that has not ended, `reconcile.py` passes what was read to `PreflightTurns.observe`. Before a
-check is recorded or a preflight pod is created, `reconcile.py` asks `PreflightTurns.has_come`.
+In each reconcile of a job that has not ended, `reconcile.py` passes what was read to `PreflightTurns.observe`, unless
+this version can't read enough of the job's status. Before a check is recorded or a preflight pod is created,
+`reconcile.py` asks `PreflightTurns.has_come`.
 """
 
 from __future__ import annotations

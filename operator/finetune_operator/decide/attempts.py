@@ -1,8 +1,8 @@
 """The life of attempts: when an attempt may start, what is recorded while it exists, and when it is closed.
 
-Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes what these functions return
-into the status before it creates or deletes an object, so that an operator that restarts after a crash starts no
-attempt twice and counts none twice.
+Pure functions on `status.attempts`, called by `state_machine.py`. Before `reconcile.py` creates or deletes an object,
+it writes the number of a new attempt, the cause of an attempt's end and changed counts into the status. So an operator
+that restarts after a crash starts no attempt twice and counts none twice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ Normally the garbage collector deletes the pods of a deleted child within second
 deleted the child with `--cascade=orphan`.
 """
 _ORPHAN_SECONDS = 5.0
-"""Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods."""
+"""Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods of an ended
+attempt."""
 _DELETION_SECONDS = 1.0
 """Seconds after the deletion of an object until the next reconcile checks whether the object is gone."""
 

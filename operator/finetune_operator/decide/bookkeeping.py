@@ -1,5 +1,5 @@
-"""What the operator must not lose in a crash: how many attempts were started and counted, number and cause of the
-current attempt, and the record of the preflight check.
+"""What the operator must not lose in a crash: how many attempts were started and counted, the number of the current
+attempt and the cause of its end, and the record of the preflight check.
 
 `decision.py` calls `bookkeeping` to find out whether the status must be written before an object is changed. All values
 come from fields that the operator computes itself (`OWN_FIELDS` in `status/urgency.py`), and none from a field that a

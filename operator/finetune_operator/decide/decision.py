@@ -1,5 +1,5 @@
-"""What one reconcile decides: what to record about attempts and the preflight check, in which state the job is, and
-which change of its objects to make, if any.
+"""What one reconcile decides: what to record about attempts, the preflight check and the adapter that the job starts
+from, in which state the job is, and which change of its objects to make, if any.
 
 `state_machine.py` makes a `Decision`; `reconcile.py` writes it, acts on it and computes the status from it.
 """
@@ -32,7 +32,8 @@ class Action(Enum):
     CREATE_ATTEMPT = auto()
     """Create ConfigMap, NetworkPolicy and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
-    """Delete ConfigMap, NetworkPolicy and child of the attempt that ended last."""
+    """Delete ConfigMap and child of the attempt that ended last. Its NetworkPolicy stays until the next attempt begins
+    or the job has ended."""
     REMOVE_ORPHANS = auto()
     """Delete the pods in `Decision.orphans`, whose attempt has ended and whose child does not exist any more."""
 
@@ -46,7 +47,8 @@ class JobEnd:
     """CamelCase reason of the condition, for example "RetriesExhausted"."""
     message: str
     result: Result | None = None
-    """The trainer's result with artifact and scores; None where no artifact is committed."""
+    """The result that names the committed artifact: the trainer's result, or one made from what the preflight check
+    found in the bucket. None where no committed artifact is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +70,12 @@ class Decision:
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether attempt 1 waits for the preflight check, or the job fails because of that check."""
+    """Whether the next attempt waits for the preflight check or for the job that `model.adapter.job` names, or whether
+    the job fails because of that check or of the named job."""
     missing: str = ""
-    """Why the preflight check has not passed yet, as a sentence: why its pod could not be created or does not start, or
-    else what the last try reported. Empty where no reason is known."""
+    """Why the next attempt still waits, as a sentence: why the pod of the preflight check could not be created or does
+    not start, else what the last try of the check reported, or why the job that `model.adapter.job` names can't be used
+    yet. Empty where no reason is known."""
     turn: str = ""
     """A sentence which says that the preflight check waits for its turn; empty where the check does not wait for it."""
     preflight_pods: Sequence[PodObservation] = ()
@@ -103,8 +107,8 @@ class Decision:
         """Return whether the status must be written before any object is created or deleted.
 
         The result is True where one of the values of `bookkeeping` has changed, where the artifact that the job starts
-        from is found, or where the job ends. An operator that
-        crashes right after that write finds its decision in the status and does not decide anew.
+        from is found, or where the job ends. An operator that crashes right after that write finds its decision in the
+        status and does not decide anew.
         """
         changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)
         return changed or self.adapter is not None or self.end is not None

@@ -44,7 +44,7 @@ class Disturbance(Enum):
     """What happened to a pod from outside of the job."""
 
     DISRUPTED = auto()
-    """The pod has the condition DisruptionTarget, because of a drain, a preemption, a taint or an eviction."""
+    """The pod has the condition DisruptionTarget, for example because of a drain, a preemption or a taint."""
     NODE_LOST = auto()
     """The pod's node no longer answers."""
     DELETED = auto()
@@ -85,8 +85,9 @@ class Evidence:
     def decisive_failure(self) -> PodObservation | None:
         """The failed pod whose end explains most (see _LATE_CODES); None where no pod failed.
 
-        Of several such pods, the pod with the lowest index is returned. The exit code of an evicted pod explains
-        nothing, because the kubelet has ended that pod.
+        Of several such pods, the pod with the lowest index is returned. The exit code of an evicted pod does not count,
+        because the kubelet has ended that pod. An eviction explains more than exit code 75, and so does a failure
+        without an exit code.
         """
 
         def rank(pod: PodObservation) -> tuple[int, int]:
@@ -146,12 +147,12 @@ class Evidence:
 
     @cached_property
     def deleted_together(self) -> Sequence[PodObservation]:
-        """The pods, by index, that may have been deleted before the pod of `disturbance`, which was deleted in the same
-        second.
+        """The other pods, by index, that were deleted in the same second as the pod of `disturbance`. Any of them may
+        have been deleted before that pod.
 
         The order of the resourceVersions (see `_disturbed_first`) shows the order of the deletions only until a
         container ends, because the kubelet then writes the pod once more. So the sequence is empty as long as no
-        container of the pods in question has ended.
+        container has ended of all pods that were deleted in that second.
         """
         if self.disturbance is None:
             return []

@@ -15,8 +15,8 @@ from finetune_operator.decide.accounting import SUSPENSIONS
 NODE_FAULTS: Final = frozenset(
     {Cause.NODE_REFUSED, Cause.NODE_LOST, "DeletionByTaintManager", "DeletionByPodGC", "TerminationByKubelet"}
 )
-"""Reasons of attempts that a node ended: the node refused a pod, no longer answers, no longer exists, shut down or ran
-out of a resource."""
+"""Reasons of attempts that a node ended: the node refused a pod, lost the container of a pod, no longer answers, no
+longer exists, got a taint that the pod does not tolerate, shut down, or ran out of a resource."""
 ATTEMPTS_BACK: Final = 2
 """How many of the newest ended attempts count. The number is small, so that a repaired node is soon used again."""
 

@@ -3,8 +3,8 @@ of a former job, and whether the job ends because the artifact is committed alre
 functions.
 
 The preflight check runs in the job's namespace, whose users could forge the result of the check. So the result has no
-address of an artifact. The address is made of the folder that the spec names, and of the folder name and the run number
-in the result, so that a forged result can't lead out of that folder.
+address of an artifact. The address is made of `<storage.uri>/<namespace>/<name>`, and of the folder name and the run
+number in the result. So a forged result can't lead to a folder of jobs with another namespace or name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus |
     """Return the record of the run that the job takes over; None if ``found`` is the job's own run in its own folder.
 
     ``found`` is the run that the preflight check found in the bucket. If this job took the run over earlier and then
-    lost its status, the folder of the former job names the uid of this job. In that case the job gets the record again,
-    because it would not use that folder without the record.
+    lost its status, ``found`` names the folder of the former job and the uid of this job. In that case the job gets the
+    record again, because it would not use that folder without the record.
     """
     if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
         return None

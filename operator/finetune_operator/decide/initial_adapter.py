@@ -1,12 +1,14 @@
 """Decides from which artifact a job starts, if its `model.adapter.job` names another job. `state_machine.py` calls
-`before_adapter` before the preflight check and before each attempt.
+`before_adapter`, whose decision comes before the preflight check and before each attempt.
 
-The record in `status.adapter` holds the uid of the other job, and the address and the digest of its artifact. The
-operator writes these three once. After that it looks up the name no more, and every attempt verifies the recorded
-artifact, even where the other job is deleted or a new job gets its name. Until the record is written, the name means
-the job that has it now. The same holds for a record that was lost after attempt 1, for example because an older version
-of the operator, which does not know the field, has written the status. The trainer then refuses other bytes than those
-of the former attempts.
+The record in `status.adapter` holds the uid of the other job, and the address and the digest of its artifact. Once the
+operator has written this record, it does not look up the name again. Every attempt verifies the recorded artifact, even
+where the other job is deleted or a new job gets its name. Before the record is written, the name means the job that has
+the name at that time.
+
+The record may be lost after attempt 1, for example where an older version of the operator, which does not know
+`status.adapter`, writes the status. The name is then looked up again, and the trainer refuses an adapter whose bytes
+differ from those that the former attempts used.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from finetune_operator.decide.states import JobState
 from finetune_operator.observe.named_job import NamedJob
 
 LOOK_SECONDS = 15.0
-"""Seconds until a job that waits for another job looks at it again."""
+"""Seconds until a job that waits for the job in `model.adapter.job` looks at that job again."""
 
 
 def before_adapter(stored: FineTuneJobStatus, named: NamedJob | None, unchecked: Decision) -> Decision | None:
-    """Return the decision for a job that may not start before the artifact of the job ``named`` is recorded.
+    """Return the decision for a job whose next attempt may not start before the artifact of ``named`` is recorded.
 
     ``unchecked`` is the decision that would be made without this record and without a preflight check. Return None
     where nothing has to be recorded (``named`` is None), or where ``unchecked`` opens no attempt.

@@ -1,9 +1,9 @@
 """The preflight check: a small pod checks a job before attempt 1, which is opened only after the verdict Passed.
 
-Pure functions on `status.preflight`, called by `state_machine.py`. A try is one run of the pod. First the verdict of a
-try is recorded, then the objects of the try are removed. Only then does the verdict take effect: attempt 1 is opened,
-the job ends, or another try follows. There is one exception: if the check finds the job's artifact committed already,
-the job ends when the verdict is recorded.
+Pure functions on `status.preflight`. `state_machine.py` calls `before_first_attempt`, and `reconcile.py` calls
+`waits_for_turn`. A try is one run of the pod. First the verdict of a try is recorded, then the objects of the try are
+removed. Only then does the verdict take effect: attempt 1 is opened, the job ends, or another try follows. There is one
+exception: if the check finds the job's artifact committed already, the job ends when the verdict is recorded.
 """
 
 from __future__ import annotations

@@ -259,7 +259,8 @@ def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
 
 
 def outside_failure(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Charged where something outside of the job failed, such as the store (exit code 75)."""
+    """Return the verdict Charged where a trainer ended with exit code 75: something outside of the spec and the data
+    failed, such as the store or another rank."""
     return _exited(evidence, Cause.OUTSIDE_FAILURE, lambda code: code == ExitCode.OUTSIDE_FAILURE)
 
 

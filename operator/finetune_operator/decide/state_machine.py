@@ -1,8 +1,8 @@
 """Decides what happens next to a job that has not ended: one state machine for the preflight check and all attempts.
 
 `reconcile.py` calls `decide` in each reconcile of such a job, unless this version can't read enough of its status.
-`attempts.py` decides about attempts, and `preflight.py` about the check that comes before attempt 1. `states.py` has
-the table of all transitions.
+`attempts.py` decides about attempts, `initial_adapter.py` about the job that `model.adapter.job` names, and
+`preflight.py` about the check that comes before attempt 1. `states.py` has the table of all transitions.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ class ApiError(Exception):
     def is_name_taken(self) -> bool:
         """Whether an object was not created because an object of that name exists: 409 with the reason AlreadyExists.
 
-        No other 409 means that an object exists. A ResourceQuota that was changed meanwhile answers a creation with 409
-        and the reason Conflict, and a webhook may answer 409 with any reason.
+        A 409 with another reason does not mean that such an object exists. The API server answers a creation with 409
+        and the reason Conflict where a ResourceQuota was changed meanwhile, and a webhook may answer 409 with any
+        reason.
         """
         return self.status == HTTPStatus.CONFLICT and self.reason == "AlreadyExists"
 
@@ -76,7 +77,8 @@ again later catches all of them."""
 
 
 def going_away(error: ApiError, kind: str, name: str) -> ApiError:
-    """Return the error for an object that could not be created because an object of that name is being deleted.
+    """Return the error for an object that could not be created, because an object of that name is being deleted or has
+    just been deleted.
 
     ``error`` is the answer to the creation. The returned error is a conflict. The caller raises the conflict, so that
     the job is reconciled again soon.

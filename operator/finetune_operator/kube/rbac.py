@@ -1,7 +1,8 @@
 """The table of RBAC permissions that the operator needs: one entry for each verb on each resource.
 
 `client.py` names an entry of the table in each request. kopf's watches and the leader election need the other entries.
-A test compares the table with the roles in the Helm chart, so that the chart grants exactly these permissions.
+A test compares the table with the roles in the Helm chart, so that the chart grants no other permissions. Where
+somebody else keeps the certificate, the chart leaves out CREATE_CERTIFICATES and UPDATE_CERTIFICATES.
 """
 
 from __future__ import annotations

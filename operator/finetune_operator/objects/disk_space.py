@@ -1,7 +1,9 @@
 """Builds the volumes for the scratch folder and for `storage.cache` of a training pod, and computes the request and the
 limit of `ephemeral-storage` of its container.
 
-The functions are pure. `pod_template.py` calls most of them; `act/attempt_objects.py` calls `sizes_of_inputs`.
+The functions are pure. `pod_template.py` calls `disk_amounts`, `disk_volumes` and `cache_mounts`. The preflight check
+needs `model_room` (`observe/observer.py`) and `quantity` (`decide/preflight.py`). `act/attempt_objects.py` calls
+`sizes_of_inputs`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ROOM_BESIDE_SCRATCH = 2048 * MEBIBYTE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRoom:
-    """The volume on which a training pod puts the files of the base model, where the job states its size."""
+    """The volume on which a training pod puts the files of the base model, for a job that states the volume's size."""
 
     field: str
     """Path in the spec of the volume's size, for example `resources.scratch.size`."""
@@ -115,10 +117,10 @@ def _need(job: FineTuneJob, sizes: InputSizes | None) -> ScratchNeed | None:
     return scratch_need(
         model_bytes=sizes.model_bytes,
         data_bytes=sizes.data_bytes,
-        # The rank of an adapter that the job continues is not known here. The limit has room for a high one.
+        # The rank of an adapter that the job continues is not known here. The limit has room for a high rank.
         rank=None if spec.method is Method.FULL else (spec.lora or LoRASpec()).rank or DEFAULT_RANK,
-        # With added tokens the pod also writes a copy of the base model that has their rows, and with an adapter that
-        # is merged first a copy with the changed weights.
+        # With `model.addedTokens` the pod also writes a copy of the base model with embedding rows for these tokens.
+        # Where `model.adapter.use` is Merge, the pod writes a copy with the changed weights.
         models_written=exports_model + bool(spec.model.added_tokens) + merges_adapter,
         model_is_elsewhere=spec.model.volume is not None
         or (spec.storage.cache is not None and spec.storage.cache.ephemeral is not None),

@@ -1,8 +1,8 @@
 """Builds the NetworkPolicy of an attempt: only pods of the same attempt may open connections to its pods.
 
 The policy is needed because the ranks of an attempt talk to each other in clear text, and gloo and NCCL accept any
-connection. The job owns the policy. `act/network_policies.py` creates and deletes the policy together with the
-attempt's ConfigMap.
+connection. The job owns the policy. `act/attempt_objects.py` creates the policy after the attempt's ConfigMap, and
+deletes the policy when the next attempt begins. `settled.py` deletes the policy of the last attempt.
 """
 
 from __future__ import annotations

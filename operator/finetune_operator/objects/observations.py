@@ -167,8 +167,8 @@ class ChildObservation:
     """Whether the child is suspended, for example by Kueue. Right after a resume this is still True, until the
     backend's controller has acted on the resume."""
     resumed_at: datetime | None = None
-    """When the backend last resumed the child after a suspension; None while the child is
-    suspended, and where it was never resumed."""
+    """When the backend last resumed the child after a suspension; None where the backend has never resumed the child,
+    or has suspended the child again since."""
     failed_at: datetime | None = None
     replicas: int
     """Number of workers in the child's spec."""

@@ -85,7 +85,8 @@ class AttemptSpec:
     report_base_url: str
     """Address of the report server, for example ``"https://finetune-operator.finetune-system.svc:8443"``."""
     avoided_nodes: tuple[str, ...] = ()
-    """Names of nodes on which the scheduler is to place the pods only where no other node can take them."""
+    """Names of nodes that the scheduler is asked to avoid. This is a preference, which preferences of `podTemplate` may
+    outweigh."""
     sizes: InputSizes | None = None
     """Sizes of model and data, from which the scratch space is computed. None where the preflight check did not record
     these sizes."""

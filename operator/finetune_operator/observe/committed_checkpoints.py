@@ -14,9 +14,9 @@ def known_checkpoints(stored: Sequence[CheckpointStatus], report: Report | None)
     """Return the committed checkpoints of a job, oldest first.
 
     ``stored`` are those in the stored status. ``report`` is the newest report of the job's pods; None without one. The
-    checkpoints of the report are returned if it has any, because the status is written less often than reports arrive.
-    So the status may lack the checkpoint that the pods committed last. Only the status has the marks `last` and `best`,
-    and only checkpoints from the status have scores.
+    checkpoints of the report are returned if it has any and if its trainer has taken a run number: the status is
+    written less often than reports arrive, and so may lack the checkpoint that the pods committed last. Only
+    checkpoints from the status have scores and the marks `last` and `best`.
     """
     if report is None or report.run == 0 or not report.checkpoints:
         return list(stored)

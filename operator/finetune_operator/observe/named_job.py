@@ -27,7 +27,7 @@ class NamedJob:
 
     name: str
     use: str
-    """`model.adapter.use` of the job that names it."""
+    """`model.adapter.use` of the job that names this one."""
     exists: bool = False
     """Whether an object of that name exists and is not being deleted."""
     is_readable: bool = True
@@ -36,18 +36,19 @@ class NamedJob:
     is_itself: bool = False
     """Whether the job names itself."""
     has_adapter: bool = True
-    """Whether its artifact holds an adapter, by its spec."""
+    """Whether the artifact of the named job holds an adapter, as the spec of the named job says."""
     same_store: bool = True
-    """Whether its artifact lies in the object store of the job that names it."""
+    """Whether the artifact of the named job lies in the object store of the job that names it."""
     succeeded: str = "Unknown"
-    """Status of its condition `Succeeded`: True, False or Unknown."""
+    """Status of the named job's condition `Succeeded`: True, False or Unknown."""
     reason: str = ""
-    """Reason of its condition `Succeeded`; empty where it has none yet."""
+    """Reason of the named job's condition `Succeeded`; empty where that job does not have the condition yet."""
     artifact: ArtifactStatus | None = None
-    """The artifact that its status names, if the address is one that a run of that job can have. Whoever may edit the
-    status of a job could otherwise name any folder, which the pods would read with the keys of another job."""
+    """The artifact in the status of the named job, if a run of that job can have written it (`_is_own`). Whoever may
+    edit the status of a job could otherwise name any folder, which the pods of another job would read with their own
+    keys."""
     waits_for_it: bool = False
-    """Whether it waits, directly or over further jobs, for the job that names it."""
+    """Whether the named job waits, directly or over further jobs, for the job that names it."""
 
 
 def named_adapter(job: StoredJob) -> InitialAdapterSpec | None:
@@ -116,8 +117,11 @@ def _ended(status: FineTuneJobStatus) -> tuple[str, str]:
 
 
 def _is_own(artifact: ArtifactStatus, resource: FineTuneJob) -> bool:
-    """Return whether a run of the job ``resource`` can have written ``artifact``: by the address, which lies in the
-    folder of the runs of all jobs with its name, and by the form of the digest."""
+    """Return whether a run of the job ``resource`` can have written ``artifact``.
+
+    The address must be that of an artifact in the folder of all jobs with the namespace and the name of ``resource``,
+    and the digest must have the form of a sha256.
+    """
     folder = re.escape(runs_folder_of(resource))
     address = re.fullmatch(rf"{folder}/[A-Za-z0-9][-._A-Za-z0-9]*/artifacts/[0-9]+", artifact.uri)
     return address is not None and re.fullmatch("[0-9a-f]{64}", artifact.manifest_sha256) is not None

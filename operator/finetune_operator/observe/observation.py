@@ -33,7 +33,8 @@ class PreflightObservation:
     """`s3://` address of the folder that holds the folders of all jobs, also former ones, with this job's namespace and
     name. Empty where this version can not read the spec."""
     model_room: ModelRoom | None = None
-    """The volume for the files of the base model. None where the job states no size for this volume."""
+    """The volume for the files of the base model. None where the job states no size for this volume, where the model is
+    used where it lies, and where this version can't read the spec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +72,8 @@ class JobObservation:
     object without pods; else empty."""
     preflight: PreflightObservation = field(default_factory=PreflightObservation)
     named_job: NamedJob | None = None
-    """The job that `model.adapter.job` names. None where the job names none, or where the artifact to start from is
-    recorded already."""
+    """The job that `model.adapter.job` names. None where the job names none, where the artifact to start from is
+    recorded already, while an attempt is current, and where this version can't read the spec."""
 
     @property
     def held(self) -> bool:

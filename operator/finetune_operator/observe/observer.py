@@ -1,4 +1,5 @@
-"""Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
+"""Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods, warnings, and
+the job that `model.adapter.job` names.
 
 `reconcile.py` calls `Observer.observe` in each reconcile of a job that has not ended, unless this version can't read
 enough of the job's status. The observer also stores in memory which pods may send reports, so that the report server

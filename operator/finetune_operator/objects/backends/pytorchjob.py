@@ -113,7 +113,7 @@ class PyTorchJobBackend:
 
         Raises RetryableError where a PyTorchJob of that name has another owner, where the API server refuses the
         PyTorchJob, or where the CRD of PyTorchJobs is missing. Raises ApiError (409) where the existing PyTorchJob is
-        being deleted, so that the job is soon reconciled again.
+        being deleted or has just been deleted, so that the job is soon reconciled again.
         """
         name = manifest["metadata"]["name"]
         try:
