@@ -197,8 +197,11 @@ class Memory:
         The newest report is kept, so that the status can still show it.
         """
         job = self.job(key, uid)
+        # The method is called in every reconcile without an attempt. The warning event of a preflight check, and the
+        # time at which it was read, must outlast these calls.
+        if job.reporting is not None:
+            _end_attempt(job)
         job.reporting = None
-        _end_attempt(job)
 
     def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
         """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
