@@ -1,4 +1,5 @@
-"""Fixtures of tests/api: the test cluster's API server with the CRD. No operator runs, so no job changes by itself."""
+"""Fixtures of tests/api: the test cluster's API server with the CRD. No operator is running, so only the tests
+change the jobs."""
 
 from __future__ import annotations
 

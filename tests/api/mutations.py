@@ -1,8 +1,9 @@
 """Mutations of a valid job. A mutation changes one place of the job, such as a field or a list item. The new value is a
-mistake that users and generators make, or an unusual value.
+mistake that users and generators make, an unusual value, or another allowed value.
 
-The mutations of a place are chosen by its schema. The value `2.0` for an integer is left out for two reasons: kubectl
-sends 2 instead, and whether the API server accepts 2.0 depends on whether a CEL rule reads the field.
+Every place gets the same values of many types. The schema of a place determines which further mutations it gets, such
+as values at and beyond its bounds. No mutation has the value `2.0` for an integer, for two reasons: kubectl sends 2
+instead, and whether the API server accepts 2.0 depends on whether a CEL rule reads the field.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from tests.api.strategies import Schema, SchemaPath
 
 
 class _Marker:
-    """A placeholder for what JSON can't express: `MISSING` for no value at all, `DEEP_LIST` for a list with too many
-    levels."""
+    """A placeholder for what `json.dumps` can't write: `MISSING` for no value at all, `DEEP_LIST` for a list with too
+    many levels."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,8 +1,8 @@
 """Sends jobs to the real API server with strict field validation, and returns the server's answers.
 
 A job or an update is sent as JSON text. The answer has the status code, and the object that the server would store or
-the reason why it refuses the request. By default a request is a dry run: the server fills in defaults and validates the
-object, but stores nothing.
+the reason why it refuses the request. By default `create` and `update` are dry runs: the server fills in defaults and
+validates the object, but stores nothing.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 be mutated.
 
 Types, bounds, patterns, enums, unions and unique lists come from the schema. Random values almost never satisfy the CEL
-rules. So `_CHOSEN` has strategies for some fields, and `_agree` makes fields fit together.
+rules. So `_CHOSEN` has strategies for some fields, `_agree_locally` makes the fields of a section fit together, and
+`_agree` makes sections fit together.
 """
 
 from __future__ import annotations
@@ -211,8 +212,8 @@ _TASK_ARGUMENTS = {field for fields in _ARGUMENTS.values() for field in fields}
 
 
 def _agreeing_task(value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return ``value``, the section `dataset.task`, with a name or an entry point of a task that takes the field at
-    ``force``, a path below the section, and without the fields that this task does not take."""
+    """Return ``value``, the section `dataset.task`, without the fields that its task does not take. If
+    ``force``, a path below the section, leads to a field that only some tasks take, one of these tasks is set first."""
     if force[:1] == ("arguments",):
         return {"entryPoint": "own"} | {
             name: value[name] for name in ("fields", "arguments", "oneLine") if name in value
@@ -278,7 +279,7 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
 
 
 def _without_mix(train: dict[str, Any]) -> dict[str, Any]:
-    """Return the source of the training rows, or the first source of a mix without its weight."""
+    """Return ``train``, the source of the training rows. If it is a mix, return its first source without the weight."""
     source = train["mix"][0] if "mix" in train else train
     return {name: value for name, value in source.items() if name != "weight"}
 
@@ -286,8 +287,8 @@ def _without_mix(train: dict[str, Any]) -> dict[str, Any]:
 def _accumulate(spec: dict[str, Any]) -> None:
     """Set the global batch size to micro-batch size x processes x accumulation steps, as the CEL rule demands. Before
     that, lower accumulation steps and micro-batch size so that the product is at most 65536. If the spec has no
-    micro-batch size, round the global batch size down to a multiple of processes x accumulation steps, which is at
-    least one times that product."""
+    micro-batch size, round the global batch size to a multiple of processes x accumulation steps: down, but never to
+    0."""
     training, resources = spec["training"], spec.get("resources", {})
     processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)

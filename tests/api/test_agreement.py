@@ -1,7 +1,8 @@
 """The Python validation (pydantic models and CEL rules) accepts a job exactly when the real API server accepts it. Both
 then return the same spec, with all defaults filled in.
 
-The jobs are generated from the schema. The mutations change every place that the schema has.
+The jobs are generated from the schema. A long test tries every mutation of every place that the schema has; a short one
+mutates random places.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PLACES: dict[SchemaPath, Schema] = dict(leaves())
 
 
 def seeded(examples: int) -> settings:
-    """Return Hypothesis settings for ``examples`` generated jobs. They are the same jobs in every run of the test."""
+    """Return Hypothesis settings for ``examples`` generated jobs. The jobs are the same in every run of the test."""
     return settings(
         max_examples=examples,
         derandomize=True,

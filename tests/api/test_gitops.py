@@ -28,8 +28,8 @@ from tests.core.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RECONCILES = 6
-"""Number of times that the job is reconciled. This number is enough to record attempt 1 in the status, create its
-objects, observe them, and then find nothing more to do."""
+"""Number of times that the job is reconciled. This number is enough to record attempt 1 in the status, create the
+attempt's objects, observe them, and then find nothing more to do."""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 
@@ -120,7 +120,8 @@ def test_no_drift_after_the_operator_has_run(cluster: Cluster, namespace: str, *
     assert live["status"]["attempts"]["started"] == 1
     assert len(cluster.get("pytorchjobs", "-n", namespace)["items"]) == 1
 
-    # The stored spec is the applied spec with the schema's defaults, and nothing else. The metadata has not changed.
+    # The stored spec is the applied spec with the schema's defaults, and nothing else. The operator has changed no
+    # label, annotation, finalizer or owner reference of the job.
     assert canonical(live["spec"]) == canonical(validate_spec(manifest["spec"]).stored)
     kept = ("labels", "annotations", "finalizers", "generation", "uid", "ownerReferences")
     assert {key: live["metadata"].get(key) for key in kept} == {key: before["metadata"].get(key) for key in kept}

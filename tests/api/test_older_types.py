@@ -1,7 +1,8 @@
-"""A job in which a field still has the type of an older CRD can be changed after an upgrade of the CRD.
+"""After an upgrade of the CRD, a job in which a field still has an older type can be cancelled, and its status can be
+written. The settings of its training still can't be changed.
 
-The CRD of these tests has a group of its own, so that no other test sees it. It first has the older types, then jobs
-are created, and then the CRD gets the schema of this version, as in an upgrade of the chart.
+The CRD of these tests has a group of its own, so that no other test sees this CRD. The CRD first has the older types,
+then jobs are created, and then the CRD gets the schema of this version, as in an upgrade of the chart.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def upgraded(cluster: Cluster) -> Iterator[Cluster]:
 
 
 def patch(cluster: Cluster, name: str, change: Any, *options: str, kind: str = "merge") -> str:
-    """Change the stored job ``name``, and return what the API server says against it; empty where it accepts."""
+    """Send ``change`` to the API server, as a patch of the stored job ``name``. Return the error that kubectl prints if
+    the server refuses the patch, and an empty text if it accepts the patch."""
     kubectl = cluster.layout.programs / "kubectl"
     done = cluster.run(
         [kubectl, "patch", RESOURCE, name, f"--type={kind}", f"--patch={json.dumps(change)}", *options], check=False

@@ -1,4 +1,5 @@
-"""After the creation of a job only `runPolicy` and the retention of checkpoints (`keepLast`, `keepBest`) may change.
+"""In the spec of a job, only `runPolicy` and the retention of checkpoints (`keepLast`, `keepBest`) may change after the
+creation, and a cancelled job stays cancelled.
 
 The Python validation and the API server give the same answer to each update. A refused update changes nothing.
 """
@@ -27,7 +28,8 @@ FIXED = [path for path in PLACES if not any(path[: len(place)] == place for plac
 
 
 def value_at(spec: dict[str, Any], path: SchemaPath) -> Any:
-    """Return the value of ``spec`` at ``path``."""
+    """Return the value of ``spec`` at ``path``. `[]` in the path means the first item of a list, and `*` the first
+    value of a map."""
     node: Any = spec
     for part in path:
         node = node[0] if part == "[]" else next(iter(node.values())) if part == "*" else node[part]

@@ -77,8 +77,8 @@ class Fleet:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that the given share of ``values`` does not exceed. ``values`` must be sorted; ``share`` is 0.99
-    for the 99th percentile."""
+    """Return a percentile of ``values``, which must be sorted: at least ``share`` of them are not above the result.
+    ``share`` is 0.99 for the 99th percentile."""
     return values[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -118,7 +118,8 @@ def child_is_over(manifest: Manifest) -> bool:
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
     """Return the manifest of a FineTuneJob with one pod. ``words`` is the script (see stub_node.py) that determines how
-    the stub node ends the pods. The script has one word for each attempt."""
+    the stub node ends the pods. The script has one word for each attempt. ``spec`` replaces whole sections of the
+    job's spec."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest
@@ -294,8 +295,8 @@ def run() -> None:
         with lag_of(world.operator) as lag:
             world.wait(
                 "the next resync",
-                # The resync leaves out the ended jobs, because nothing was left to do for them and they have not
-                # changed since.
+                # The resync leaves out the ended jobs, because their last reconcile left nothing to do, and they have
+                # not changed since then.
                 lambda: reconciles(world.operator) >= before + JOBS_IDLE - JOBS_NEW,
                 PATIENCE_SECONDS,
                 SCRAPE_SECONDS,
@@ -333,7 +334,8 @@ def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory
 
 
 def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print ``rows``: for each gate its name, the measured figure and the limit."""
+    """Print ``rows`` as a table. Each row has the name of a figure, the measured figure, and its limit, which is empty
+    if the figure has no limit."""
     table = Table(title=f"gates, load average {os.getloadavg()[0]:.1f}")
     for column in ("gate", "figure", "bar on 2 idle cores"):
         table.add_column(column, justify="left")

@@ -114,8 +114,8 @@ async def report_forever(admin: Admin, number: int, pod: Manifest, job_uid: str,
 
 
 async def start_reporters(world: World, namespace: str, reporting: Reporting) -> None:
-    """Start a reporter for each pod of ``namespace``. The reporters run until the event loop of ``world``
-    is stopped, which cancels them."""
+    """Start a reporter for each pod of ``namespace``. The reporters run until the end of ``world``, whose
+    event loop then cancels them."""
     pods = await world.admin.list_all(f"/api/v1/namespaces/{namespace}/pods")
     jobs = await world.admin.list_all(f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs")
     uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in jobs}

@@ -35,8 +35,8 @@ ATTACKS = (
     "\x1b[2J",  # clears the screen
     "\x1b]0;owned\x07",  # sets the title of the window
     "\x1b]52;c;b3duZWQ=\x07",  # sets the clipboard
-    "\x9b31m",  # sets a colour by CSI as one C1 control character
-    "\x90q\x9c",  # a device control string in C1 control characters
+    "\x9b31m",  # sets a colour: \x9b is the C1 control character for ESC [
+    "\x90q\x9c",  # a device control string between two C1 control characters
     "\r\x08\x7f",  # writes over the line
     "\n12:00:00  Completed: forged",  # forges a line
     "\u2028\u202e\u2066\u200b",  # ends the line, changes the direction of reading twice, and adds an invisible space
@@ -46,7 +46,8 @@ ATTACKS = (
 HOSTILE = "before" + "".join(ATTACKS) + "after"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b]")
 OWN_CODES = re.compile(r"\x1b\[[0-9;?]*[mKAhlG]|\r")
-"""Matches the control characters that rich itself writes on a terminal: colours, cursor and carriage return."""
+"""Matches what rich itself writes to control a terminal: the sequences that set colours, erase a line, or move, hide or
+show the cursor, and the carriage return."""
 
 
 def hostile_job(name: str) -> dict[str, Any]:

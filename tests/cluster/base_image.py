@@ -1,5 +1,5 @@
 """Build the base image for the project's Dockerfiles: a Debian with Python. debootstrap makes it from the Debian
-archive that the machine's apt uses."""
+archive that the machine's apt uses for `SUITE`, or else from debootstrap's default archive."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ class Credentials:
     # Certificates with which the kubelets serve HTTPS, by the name of the node.
     kubelet_servers: dict[str, Pair]
     webhook: Pair
-    # Paths of the kubeconfig files, by the name of the program that uses them, for example ``"scheduler"``.
+    # Paths of the kubeconfig files. The key is ``"administrator"`` or the name of the program that uses the file, for
+    # example ``"scheduler"``.
     kubeconfigs: dict[str, Path]
 
     def kubelet_config(self, node: NodePlace) -> Path:
@@ -93,8 +94,8 @@ def _kubelet_client(authority: Authority, node: NodePlace) -> Pair:
 
 
 def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:
-    """Write a kubeconfig for the program ``name`` and return the file's path. The file contains the certificates and
-    the key themselves instead of their paths. The file is JSON, which is also valid YAML."""
+    """Write a kubeconfig for ``name``, the administrator or a program, and return the file's path. The file
+    contains the certificates and the key themselves instead of their paths. It is JSON, which is also valid YAML."""
     content = {
         "apiVersion": "v1",
         "kind": "Config",

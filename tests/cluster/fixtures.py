@@ -1,4 +1,4 @@
-"""The pytest fixture ``cluster``: one cluster for a test session. It starts when the first test asks for it.
+"""The pytest fixture ``cluster``: a cluster that starts when the first test asks for it and ends with the test session.
 
 A ``conftest.py`` makes the fixture available by ``from tests.cluster.fixtures import cluster  # noqa: F401``. If
 several files do so, each of them provides a cluster of its own to the tests in its folder. On a machine that can't run
@@ -28,6 +28,6 @@ def started() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster for all tests that get this fixture from the same ``conftest.py``. Each test creates Kubernetes
-    namespaces of its own in it."""
+    """A running cluster for all tests that get this fixture from the same ``conftest.py``. Most tests create
+    Kubernetes namespaces of their own in it, so that they do not disturb each other."""
     yield from started()

@@ -1,9 +1,9 @@
 """Build the project's images without a container engine, and push them into the storage of the clusters' registry.
 debootstrap makes the base image, and buildah builds the Dockerfiles.
 
-``ensure`` returns the reference by which a pod spec names the image. The tag is a hash of everything that determines
-the image's content, so that an unchanged image is neither built nor pushed again. The registry's storage is in the
-cache folder, so later clusters find the image there.
+``ensure`` returns the reference by which a pod spec names the image. The tag of the reference is a hash of everything
+that determines the image's content, so that an unchanged image is neither built nor pushed again. The registry's
+storage is in the cache folder, so later clusters find the image there.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def copied_sources(dockerfile: str) -> list[str]:
 
 def _files(context: Path, source: str) -> Iterable[Path]:
     """Yield, in a fixed order, the files in ``context`` that ``source`` selects. ``source`` is a path or a glob
-    pattern."""
+    pattern. If it selects a folder, it selects all files in the folder, except those that `IGNORED` excludes."""
     matches = sorted(context.glob(source.strip("/"))) if source.strip("/.") else [context]
     if not matches:
         raise ClusterError(f"a Dockerfile copies {source}, which is not in {context}")

@@ -54,8 +54,8 @@ def network() -> None:
 
 
 def mounts(layout: Layout) -> None:
-    """Mount folders of the cluster over the folders of the machine to which the kubelet and containerd write. Mount a
-    resolv.conf that names CoreDNS over the machine's resolv.conf."""
+    """Mount folders of the cluster over the machine's /var/lib and /var/log, and a new tmpfs over /run, because the
+    kubelet and containerd write to all three. Mount a resolv.conf that names CoreDNS over the machine's resolv.conf."""
     # /etc/resolv.conf may be a link into /run. The link is resolved here, before the mount over /run hides its target.
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):

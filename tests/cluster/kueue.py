@@ -2,9 +2,8 @@
 nothing of Kueue except these changes. With the real Kueue the tests would also need its CRDs, quotas and a queue.
 
 A webhook sets `runPolicy.suspend` to true in each new PyTorchJob that has a queue label. Admission sets
-`runPolicy.suspend` to false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of
-nodes) into every pod template. Eviction restores the pod templates and suspends the PyTorchJob. Admission and eviction
-each update the whole object at once.
+`runPolicy.suspend` to false, and merges a `PodSetInfo` into every pod template. Eviction restores the pod templates and
+suspends the PyTorchJob. Admission and eviction each update the whole object at once.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class PodSetInfo:
 
 
 class Kueue:
-    """Replaces Kueue's controller: its methods admit and evict the PyTorchJobs of one namespace."""
+    """Replaces Kueue's controller. The methods of this class admit and evict the PyTorchJobs of one namespace."""
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         """Manage the PyTorchJobs of ``namespace``."""

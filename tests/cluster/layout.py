@@ -11,8 +11,8 @@ from pathlib import Path
 
 BRIDGE = "cni0"
 BRIDGE_MAC = "0a:58:0a:f4:00:01"
-"""MAC address of the bridge: the bytes 0a:58, which mark a locally administered address, and the four bytes of
-`HOST_ADDRESS`."""
+"""MAC address of the bridge: the bytes 0a:58, of which the first marks a locally administered address, and the four
+bytes of `HOST_ADDRESS`."""
 POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 CLUSTER_PODS = "10.244.0.0/16"

@@ -1,5 +1,6 @@
 """Install the Debian packages that the cluster and the image builds need. A package is not installed if the machine
-already has its program. A package whose installation would start a service is only unpacked."""
+already has its program. The package prometheus is only unpacked: the tests need just one program of it, and its
+installation would start a service."""
 
 from __future__ import annotations
 
@@ -50,9 +51,9 @@ def install(packages: Mapping[str, str]) -> None:
 
 
 def unpacked_program(package: str) -> Path | None:
-    """Return the path of the program of ``package``, one of `UNPACKED_PACKAGES`. If the environment variable
-    FINETUNE_TOOL_<PROGRAM> (for example FINETUNE_TOOL_PROMTOOL) is set, it contains the path. Otherwise the program is
-    in the cache folder. Return None if the program is not in the cache folder either, because `unpack` was not
+    """Return the path of the program of ``package``, one of `UNPACKED_PACKAGES`. The environment variable
+    FINETUNE_TOOL_<PROGRAM>, for example FINETUNE_TOOL_PROMTOOL, contains the path if it is set. If it is not set, the
+    path is that of the program in the cache folder, or None if the program is not there because `unpack` was not
     called."""
     program = Path(UNPACKED_PACKAGES[package])
     if named := os.environ.get(f"FINETUNE_TOOL_{program.name.upper()}"):

@@ -140,7 +140,7 @@ class SecondNode:
         self._layout.namespaces_ready.unlink(missing_ok=True)
 
     def evidence(self) -> str:
-        """Return the last log lines of each of the node's programs."""
+        """Return the last log lines of each of the node's programs and of the process that holds the namespaces."""
         return "\n".join(component.evidence() for component in (self._anchor, *self.components.values()))
 
     def _define_components(self) -> None:

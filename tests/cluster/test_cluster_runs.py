@@ -1,4 +1,4 @@
-"""The parts of a test cluster that other tests use work: pods, DNS, devices, PyTorchJobs, object store and registry. No
+"""What other tests need from a test cluster works: for example pods, DNS, devices, PyTorchJobs and the object store. No
 connection leads out of the cluster."""
 
 from __future__ import annotations

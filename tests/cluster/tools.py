@@ -36,7 +36,7 @@ class Tool:
     ``stamps_version`` writes the Kubernetes version into the binary, because clients and the kubelet compare versions.
     ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. The files are taken from the
     Go module that contains the package ``data_from``. If ``data_from`` is None, they are taken from the Go module that
-    contains ``package``. ``data_from`` is needed if ``package`` is a package of this project.
+    contains ``package``. If ``package`` is a package of this project, ``data`` needs ``data_from``.
     """
 
     name: str
@@ -98,7 +98,8 @@ class Tool:
         return not os.environ.get(self.variable) and not self.cached.exists()
 
     def data_files(self) -> list[Path]:
-        """Return the paths of the files beside the binary that ``data`` selected."""
+        """Return the paths of the files that ``data`` selects, as they were copied beside the binary in the cache
+        folder."""
         if self.data is None:
             raise ValueError(f"{self.name} has no data files")
         found = sorted(self.cached.parent.glob(Path(self.data).name))

@@ -1,5 +1,6 @@
 """The watcher: a process that creates the namespaces of a cluster, and that removes the cluster at the request of
-its owner or after the owner has ended. The owner is the process that called ``Cluster.start``.
+its owner, or after the owner or the cluster's first process has ended. The owner is the process that called
+``Cluster.start``.
 
 ``Cluster`` starts the watcher as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
 own, so that neither Ctrl-C nor a closed terminal reaches it. The watcher's standard input is a pipe that only the owner

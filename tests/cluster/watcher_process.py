@@ -21,7 +21,8 @@ STOP_QUIET_SECONDS = 120
 
 
 class WatcherProcess:
-    """The running watcher of a cluster, which creates the cluster's namespaces and removes the cluster at its end."""
+    """The running watcher of a cluster. The watcher creates the cluster's namespaces, and removes the cluster when
+    `end` is called or the process that started the cluster ends."""
 
     def __init__(self, layout: Layout, cgroup: str) -> None:
         """Start the watcher of the cluster whose files are in ``layout`` and whose cgroups are named ``cgroup``."""

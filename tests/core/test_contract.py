@@ -136,7 +136,8 @@ def test_each_job_has_its_own_audience() -> None:
 
 
 def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
-    """The scores are those of ViGGO, because no task has more: five for the base model and five for the tuned model."""
+    """The scores are those of ViGGO, because no other task of this project has as many: five for the base model and
+    five for the tuned model."""
     names = ("strict", "orderFree", "function", "attributes", "values")
     score = ScoreRecord(
         perplexity=1.0234567890123,

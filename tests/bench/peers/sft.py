@@ -2,8 +2,8 @@
 loss on answers only.
 
 trl packs over the whole data set, so its updates hold other rows than the updates of the other contenders. The number
-of updates and the rows of all updates together are the same. transformers keeps packed rows apart by their position
-ids.
+of updates is the same, and with the default options so are the rows of all updates together. transformers keeps packed
+rows apart by their position ids.
 
     python -m tests.bench.peers.sft WORKLOAD OUT
 """
