@@ -1,7 +1,7 @@
-"""Jobs are created before something that they need. The status of each job names something that is missing, and the job
-runs once everything exists. In both tests Kubeflow's training-operator is installed after the jobs were created. In the second
-test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created later, each for one of the jobs, and
-everything appears ten minutes after the jobs.
+"""Jobs are created before something that they need. The status of each job names something that is missing, and the
+job runs once everything exists. In both tests Kubeflow's training-operator is installed after the jobs were created. In
+the second test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created later, each for one of the
+jobs, and everything appears ten minutes after the jobs.
 
 Each test needs a cluster of its own, because all other tests need Kubeflow from the start.
 """
