@@ -59,7 +59,8 @@ class StubNode:
 
     def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
         """Prepare the node. ``delay`` is the number of seconds from the moment at which all pods of an attempt run
-        until the node carries out the script's word for the attempt."""
+        until the node carries out the script's word for the attempt. A word in `DISRUPTIONS` waits longer if the job's
+        status does not list the pods yet."""
         self._admin = admin
         self._delay = delay
         self._pods: dict[str, Manifest] = {}
