@@ -1,4 +1,5 @@
-"""The commands and examples on the pages are right: their names, versions, namespaces, options and YAML."""
+"""The commands and examples on the pages of the documentation are right: their names, versions, namespaces, options and
+YAML."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ ALL = dict(patterns(openapi_schema(FineTuneJobSpec)))
 
 
 def accepted(tokens: Any) -> set[int]:
-    """Return the control characters that can occur in a text that matches ``tokens``, a parsed regular expression."""
+    """Return the control characters that can occur in a text that matches ``tokens``, a parsed regular expression. A
+    category of characters, such as the digits, counts as all control characters."""
     found: set[int] = set()
     for operation, value in tokens:
         name = str(operation)

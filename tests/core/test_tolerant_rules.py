@@ -1,4 +1,5 @@
-"""The rules of the CRD that are rewritten for fields of an older type mean the same as before for all other values.
+"""Some rules of the CRD are rewritten, so that they do not fail where a stored field still has the type of an older
+version. For a field of the present type, the rewritten rules mean the same as before.
 
 tests/api/test_older_types.py shows with the real API server that the rules hold for the older types.
 """

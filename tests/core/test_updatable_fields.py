@@ -1,7 +1,7 @@
 """Every field of the spec either has a rule that forbids updates, or is one of the fields that may change.
 
-The test in this file needs no cluster, so it finds a new field without a rule sooner than tests/api/test_updates.py,
-which sends updates of every field to a real API server.
+The test in this file looks at every field and needs no cluster. tests/api/test_updates.py sends updates of randomly
+chosen fields to a real API server, so it may find a new field without a rule only later.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class RunFolder:
     methods inside ``cluster.enter()``."""
 
     def __init__(self, cluster: Cluster, uri: str) -> None:
-        """Make a reader of the folder ``uri`` that uses MinIO's administrator keys."""
+        """Prepare to read the folder ``uri`` with MinIO's administrator keys."""
         self._store: Minio = steps.object_store(cluster)
         self._root = parse_uri(uri)
 

@@ -1,6 +1,6 @@
-"""A job loses all its pods three times. After the second loss its newest checkpoint is damaged, and after the third the
-object store is restarted. The job still ends with the same losses, bit for bit, as an undisturbed job, and no attempt
-is charged."""
+"""All pods of a job are deleted three times. After the second deletion the job's newest checkpoint is damaged. After
+the third deletion the object store is restarted, while the next attempt trains. The training losses of the job are
+still the same, bit for bit, as those of an undisturbed job, and no attempt is charged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Jobs are created before Kubeflow is installed. The status of each job names the missing training-operator, and the
-jobs run after the training-operator was installed. In the second test, a Secret, a PersistentVolumeClaim, an image and
-a bucket are also created ten minutes after the jobs that need them.
+"""Jobs are created before something that they need. The status of each job names something that is missing, and the
+job runs once everything exists. In both tests Kubeflow's training-operator is installed after the jobs were created. In
+the second test, a Secret, a PersistentVolumeClaim, an image and a bucket are also created later, each for one of the
+jobs, and everything appears ten minutes after the jobs.
 
-The tests need a cluster of their own, because all other tests need Kubeflow from the start.
+Each test needs a cluster of its own, because all other tests need Kubeflow from the start.
 """
 
 from __future__ import annotations

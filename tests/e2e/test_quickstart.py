@@ -1,5 +1,6 @@
 """The quickstart with the real base model, from `kubectl apply` to an adapter that peft loads without code of this
-project."""
+project. Two further tests use a tiny model: the operator changes nothing in the spec of a job, and the model of a full
+fine-tuning is judged by the scores that the job requires."""
 
 from __future__ import annotations
 

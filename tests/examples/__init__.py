@@ -1,1 +1,2 @@
-"""Tests of the demo in examples/demo and of the generator of its data. These tests need no cluster."""
+"""Tests of the job files and the programs in examples/, such as the demo and the generator of its data. These tests
+need no cluster."""

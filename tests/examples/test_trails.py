@@ -1,5 +1,6 @@
-"""examples/trails generates the same rows in every call with the same seed. No training row has the function of a
-held-out row with the same attributes, whatever their values, and no training row has the name of a held-out row."""
+"""examples/trails generates the same rows in every call with the same seed. No training row has both the function and
+the attributes of a held-out row, even with other values of the attributes. No training row has the name of a held-out
+row."""
 
 from __future__ import annotations
 

@@ -62,26 +62,26 @@ class Record:
 
 @dataclass
 class Kill:
-    """An order to kill a process right after the ``number``-th successful write in ``namespace``, counted from 1."""
+    """An order to kill the operator right after the ``number``-th successful write in ``namespace``, counted from 1."""
 
     number: int
     victim: Callable[[], int | None]
-    """Returns the process id to kill, or None where no process runs."""
+    """Returns the operator's process id, or None where no operator runs."""
     namespace: str = ""
     """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the proxy first sends the API server's answer to the operator and then kills it, so that the operator may
-    have read the answer. If False, the answer is never sent."""
+    """Whether the proxy sends the API server's answer before it kills the operator, so that the operator may have read
+    the answer. If False, the answer is never sent."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""
     struck: bool = field(default=False, init=False)
-    """Whether this order killed a running process. False until write ``number`` has happened, and False if another
-    `Kill` had already ended the process."""
+    """Whether this order killed a running operator. False until write ``number`` has happened, and False if another
+    `Kill` had already ended the operator."""
 
     def is_due(self, request: Request) -> bool:
-        """Count ``request``, a successful write. Return True if it is write number ``number``, after which the victim
-        must be killed."""
+        """Count ``request``, a successful write, if it is in `namespace`. Return True if it is write number `number`,
+        after which the operator must be killed."""
         if self.done or (self.namespace and request.namespace != self.namespace):
             return False
         self.writes += 1

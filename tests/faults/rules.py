@@ -91,7 +91,8 @@ class ServeOld:
 
 @dataclass(frozen=True, slots=True)
 class CutWatch:
-    """Fault: the stream of a watch ends after ``after_events`` events, without an error."""
+    """Fault: a watch sends the first ``after_events`` events. When the next event arrives, the stream ends without this
+    event and without an error."""
 
     after_events: int
 

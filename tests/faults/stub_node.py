@@ -29,7 +29,8 @@ NODE = "stub-1"
 HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
-"""Seconds from the deletion of a pod to its end. A real trainer saves a checkpoint in this time."""
+"""Seconds from the deletion of a running pod to the end of its trainer. A real trainer would need this time to save a
+checkpoint."""
 PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -58,7 +59,8 @@ class StubNode:
 
     def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
         """Prepare the node. ``delay`` is the number of seconds from the moment at which all pods of an attempt run
-        until the node carries out the script's word for the attempt."""
+        until the node carries out the script's word for the attempt. A word in `DISRUPTIONS` waits longer if the job's
+        status does not list the pods yet."""
         self._admin = admin
         self._delay = delay
         self._pods: dict[str, Manifest] = {}
@@ -324,7 +326,8 @@ class StubNode:
 
 
 def word_of(pod: Manifest) -> str:
-    """Return the word of the script for the pod's attempt. For a preflight pod, return `PASSES`."""
+    """Return the word of the script for the pod's attempt, or an empty text if the pod has no script. For a preflight
+    pod, return `PASSES`."""
     if PREFLIGHT in pod["metadata"]["labels"]:
         return PASSES
     words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()

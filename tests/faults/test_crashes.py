@@ -45,8 +45,8 @@ SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
 """Largest allowed shares of trials whose own kill did not happen. `SPARE` is the share of all trials of a group, unless
 the test allows more. `SPARE_OF_SCENARIO` is the share of the trials of one scenario.
 
-In a scenario with few writes, the trials of one write may exceed `SPARE_OF_SCENARIO`, because the fault-free run may by
-chance have made one write more than the other runs.
+In a scenario with few writes, the trials of one write may miss their kill even if they are a larger share than
+`SPARE_OF_SCENARIO`, because the fault-free run may by chance have made one write more than the other runs.
 """
 STATUS = "patch finetunejobs/job/status"
 

@@ -1,8 +1,8 @@
-"""The rules by which kstatus computes one word for an object of any kind. Flux waits for the word Current.
+"""The rules by which kstatus computes the state of an object, such as Current. Flux waits for the state Current.
 
 Source: the Go package sigs.k8s.io/cli-utils/pkg/kstatus/status, functions `Compute` (status.go),
-`checkGenericProperties` and `checkGeneration` (generic.go), and `checkReadyCondition`. For a kind without rules of its
-own, the rules apply in this order:
+`checkGenericProperties` and `checkGeneration` (generic.go), and `checkReadyCondition`. kstatus has no special rules for
+the kind FineTuneJob, so these rules apply, in this order:
 
 1. `metadata.deletionTimestamp` is set: Terminating.
 2. `status.observedGeneration` exists and differs from `metadata.generation`: InProgress.

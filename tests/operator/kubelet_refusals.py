@@ -22,7 +22,8 @@ KUBELET_REFUSALS = frozenset(
         "OutOfephemeral-storage",
         "OutOfpods",
         "OutOfnvidia.com/gpu",  # an example: the reason is "OutOf" and the name of the extended resource
-        # pkg/scheduler/eventhandlers.go: the names of the scheduler's plugins that AdmissionCheck and generalFilter run
+        # The names of plugins of the scheduler, whose checks the kubelet repeats: AdmissionCheck in
+        # pkg/scheduler/eventhandlers.go, and the check of taints in pkg/kubelet/lifecycle/predicate.go
         "NodeAffinity",
         "NodeName",
         "NodePorts",

@@ -1,4 +1,4 @@
-"""Runs the operator as a program on the test machine, outside the cluster, with the token of a service account.
+"""Runs the operator as a program on the test machine, and not in a pod, with the token of a service account.
 
 The program is started again when it ends by itself, as the kubelet restarts a container.
 """

@@ -35,8 +35,8 @@ class HasTime(Protocol):
 def reconciler(server: HasTime, memory: Memory | None = None, **options: Any) -> Reconciler:
     """Return the reconciler of an operator that has just started, with the fake API server ``server`` and its time.
 
-    Its memory is empty where ``memory`` is None. ``options`` are arguments of `Reconciler` that differ from those of a
-    plain operator without preflight checks.
+    The reconciler's memory is empty where ``memory`` is None. ``options`` are arguments of `Reconciler` that differ
+    from those of a plain operator without preflight checks.
     """
     arguments: dict[str, Any] = {
         "cluster": server,

@@ -43,8 +43,8 @@ def sample(annotation: Any) -> Json:
 
 
 def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
-    """Return ``known`` with a sample value in every field of ``model`` that is missing or empty in ``known``. Objects
-    in ``known`` are filled in the same way, but not the items of its lists."""
+    """Return ``known`` with a sample value in every field of ``model`` that is missing, empty or 0 in ``known``.
+    Objects in ``known`` are filled in the same way, but not the items of its lists."""
     result = dict(known)
     for name, info in model.model_fields.items():
         key, kind = info.alias or name, plain(info.annotation)
@@ -86,8 +86,8 @@ def new_word(key: str, value: Json) -> Json:
 
 
 def long_text(key: str, value: Json) -> Json:
-    """Return a text that is 3000 times as long as the text ``value``. Names, times, words from a list and values that
-    are no text are returned unchanged."""
+    """Return a text that is 3000 times as long as the text ``value``. Names, uids, times, types of conditions, words
+    from a list and values that are no text are returned unchanged."""
     named = key in ("name", "uid", "type", "holders", "kind", *ENUMS) or key.lower().endswith("time")
     return value * 3000 if isinstance(value, str) and not named else value
 

@@ -1,6 +1,6 @@
-"""Functions that cause the events of the test cases in `table.py`. Each function gets a `Stage`, causes an event in the
-cluster or waits for one, and returns the time (`time.monotonic`) at which the event was observed. The functions with
-other arguments return such a function."""
+"""Functions that cause the events of the test cases in `table.py`. A function that gets a `Stage` causes an event in
+the cluster or waits for an event, and returns the time (`time.monotonic`) at which the event was observed. `exits` and
+`is_ordered` get other arguments, and return a function that gets a `Stage`."""
 
 from __future__ import annotations
 

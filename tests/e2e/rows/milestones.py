@@ -3,8 +3,9 @@ a pod, and the number of seconds in which it must do so by design.
 
 The designed times follow from the design of the operator. The operator writes most changes to the status within 2 s. If
 only a message changes, the operator waits until 10 s have passed since its last write. The operator counts an attempt
-as ended when the pods have ended, at most 10 s after the cause. The next attempt starts after a back-off of 10 s. The
-back-off doubles with each further attempt in a row without a checkpoint, up to 300 s.
+as ended when its pods have ended, or when 10 s have passed since the cause was recorded. A permanent cause, an order of
+a person or a deadline ends the attempt at once. The next attempt starts after a back-off of 10 s. The back-off doubles
+with each further attempt in a row without a new checkpoint, up to 300 s. Suspended attempts do not count in the row.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ drained, loses its network or loses its kubelet. In one case both pods run on th
 one the second node can't allocate its GPUs. The cases run one after another, because there is only one second node.
 
 The designed times come from the defaults of Kubernetes and of the operator. The controller manager marks a node as not
-ready 40 to 55 s after the kubelet's last heartbeat. The pods tolerate such a node for 30 s, and are then deleted with a
-grace period of 90 s. After 60 more seconds the operator counts a pod on a dead node as gone. The sum is less than 4
-minutes.
+ready 50 to 55 s after the kubelet's last heartbeat, which is 40 to 55 s after the kubelet's death or the cut of the
+network. The pods tolerate such a node for 30 s, and are then deleted with a grace period of 90 s. After 60 more seconds
+the operator counts a pod on a dead node as gone. The sum is less than 4 minutes.
 """
 
 from __future__ import annotations

@@ -131,8 +131,9 @@ def words_of(row: Row, stage: Stage) -> list[str]:
 
 
 def assert_conditions(row: Row, job: Manifest) -> None:
-    """Assert that six conditions have the statuses that follow from the expected end of the job, and that the condition
-    Succeeded has the expected reason."""
+    """Assert that six conditions have the statuses that follow from the expected end of the job. If the job must have
+    ended, assert also that the condition Succeeded has the expected reason, and that the status has a
+    `completionTime`."""
     shown = {item["type"]: item["status"] for item in job["status"]["conditions"]}
     status = row.final[0] if row.final else "Unknown"
     expected = {

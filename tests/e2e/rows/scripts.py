@@ -1,6 +1,6 @@
-"""The scripted trainer: an image whose entry point runs the shell script in the environment variable `SCRIPT`. The
-scripts in this module write termination messages and end with exit codes as the real trainer does. With them, a test
-case needs no model and takes only seconds."""
+"""The scripted trainer: an image whose entry point runs the shell script in the environment variable `SCRIPT`. A script
+that `says` returns writes a termination message and ends with an exit code as the real trainer does. A job with the
+scripted trainer needs no model, and its pods start within seconds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Functions that make the common kinds of test cases: a job whose first attempt fails and whose second attempt
-succeeds, or a job that ends with its first attempt. Keyword arguments set any other fields of `Row`."""
+succeeds, or a job that fails with its first attempt. Keyword arguments (``more``) set other fields of `Row`, and also
+replace fields that the function sets, such as `attempts` and `milestones`."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def _rests(stage: Stage, job: Manifest) -> None:
 
 
 def _tells_the_verdict(stage: Stage, job: Manifest) -> None:
-    """Assert that the status has the artifact and the verdict on the required score, and that `finetune watch` shows
-    the verdict and ends with exit code 3, which only this verdict has."""
+    """Assert that the status has the artifact, and says that the model did not reach the required score. Assert that
+    `finetune watch` says so too, and ends with exit code 3, which no other end of a job has."""
     assert job["status"]["artifact"]["step"] == 100
     evaluation = job["status"]["evaluation"]
     assert evaluation["passed"] is False
