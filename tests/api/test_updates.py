@@ -20,11 +20,8 @@ from tests.api.server import Server
 from tests.api.strategies import SchemaPath, jobs
 from tests.api.test_agreement import PLACES, document, seeded
 from tests.core.jobs import quickstart
-from tests.core.test_updatable_fields import MUTABLE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
-
-FIXED = [path for path in PLACES if not any(path[: len(place)] == place for place in MUTABLE)]
 
 
 def value_at(spec: dict[str, Any], path: SchemaPath) -> Any:

@@ -23,10 +23,10 @@ NOT_THE_LEASE = r"^(?!.*/leases)"
 Outage = Callable[[World], AbstractContextManager[None]]
 
 
-def answering(*answers: Answer, path: str = "") -> Outage:
+def answering(answer: Answer, path: str = "") -> Outage:
     """Return an outage in which the proxy answers every request whose path matches the regular expression ``path`` with
-    the first error in ``answers``."""
-    return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
+    ``answer``."""
+    return lambda world: world.proxy.fault(Rule(answer, path=path))
 
 
 @contextmanager

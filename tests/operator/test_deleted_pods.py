@@ -98,7 +98,7 @@ def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(f
 @pytest.mark.parametrize("evicted", [0, 1])
 def test_in_the_same_second_an_eviction_comes_before_the_deletion_by_the_backend(evicted: int) -> None:
     """The evicted pod has already ended, so that its resourceVersion is higher than that of the other pod."""
-    disrupted = {"disruption": "EvictionByEvictionAPI", "disrupted_at": at(5)}
+    disrupted: dict[str, Any] = {"disruption": "EvictionByEvictionAPI", "disrupted_at": at(5)}
     ended = pod(evicted, deleted=5, exit_code=143, finished=5, version=9, **disrupted)
     ruling = judged([ended, pod(1 - evicted, deleted=5, version=8)], child=child(failed=True))
     assert ruling is not None
