@@ -19,7 +19,8 @@ from finetune_core.api.status import FineTuneJobStatus
 
 Json = Any
 ENUMS = ("status", "reason", "verdict", "kind", "action", "rows")
-"""Names of status fields whose values are words from a list. Some of these lists are closed enums and some are open."""
+"""Names of status fields whose values are words from a list; only the `reason` of ungraded answers is a free text. Of
+`status` and `rows` the schema allows only the listed words, of the other fields also further words."""
 
 
 def plain(annotation: Any) -> Any:

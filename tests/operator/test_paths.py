@@ -100,7 +100,7 @@ async def recording_server(paths: list[str]) -> AsyncIterator[KubeClient]:
         paths.append(request.raw_path)
         return web.json_response({"items": [], "metadata": {"resourceVersion": "1"}, "status": {}})
 
-    # The server accepts long paths, so that it records what the client sends instead of refusing the path itself.
+    # The server accepts long paths. Otherwise it would refuse such a request before it records the path.
     runner = web.ServerRunner(web.Server(answer, max_line_size=1 << 20))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

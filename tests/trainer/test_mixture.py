@@ -1,4 +1,5 @@
-"""A step of a mix takes its examples from all sources in their shares, as a pure function of seed and step."""
+"""The steps of a mix take examples from the sources in their shares. Which examples a step takes depends only on the
+seed, the step, and the sizes and weights of the sources."""
 
 from __future__ import annotations
 

@@ -59,9 +59,10 @@ def reference() -> str:
 
 
 def _sections(schema: Schema, path: str) -> Iterator[str]:
-    """Yield the Markdown lines about the section at ``path``, whose schema is ``schema``: its heading, description,
-    table of fields and rules, and then the same for each of its subsections. `reference` writes the headings of `spec`
-    and `status`. The subsections of a section in FOLDED have no lines of their own."""
+    """Yield the Markdown lines about the section at ``path``, whose schema is ``schema``: its heading, its description,
+    the table of its fields and the list of its rules. The same follows for each of its subsections, except where the
+    section is in FOLDED: then the fields of its subsections are further lines of the section's own table. `reference`
+    writes the headings of `spec` and `status`."""
     if path.count(".") > 0:
         yield f"\n### {path}\n"
     yield schema.get("description", "") + "\n"
