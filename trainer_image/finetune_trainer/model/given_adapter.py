@@ -77,9 +77,10 @@ LARGEST_SCALE = 1_000_000
 """Largest absolute value in `alpha_pattern`. A comparison with it also refuses NaN and infinity, which Python reads in
 JSON."""
 BASE_DIGEST = "base_model_sha256"
-"""Key in `auto_mapping` of `adapter_config.json`. Its value is the sha256 of the base model's weights, which the trainer
-writes there. peft ignores the key there, because peft reads `auto_mapping` only where `task_type` is absent, and the
-trainer always sets `task_type`. At the top level of the configuration, peft would warn of a key that it does not know."""
+"""Key in `auto_mapping` of `adapter_config.json`. Its value is the sha256 of the base model's weights, which the
+trainer writes there. peft ignores the key there, because peft reads `auto_mapping` only where `task_type` is absent,
+and the trainer always sets `task_type`. At the top level of the configuration, peft would warn of a key that it does
+not know."""
 
 
 def _is_list(value: object, kind: type) -> bool:
