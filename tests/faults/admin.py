@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -15,6 +17,8 @@ from tests.cluster.layout import API_URL
 
 Manifest = dict[str, Any]
 RETRY_SECONDS = 0.3
+BUSY_SECONDS = 30.0
+"""Longest time for which a request is sent again while the API server answers 429."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -52,16 +56,29 @@ class Admin:
     async def call(
         self, method: str, path: str, body: Manifest | None = None, *, content_type: str = "application/json"
     ) -> Manifest:
-        """Send one request and return the decoded answer; raises RefusedError for a status of 300 or more."""
+        """Send one request and return the decoded answer.
+
+        While the API server answers 429, as it does for some seconds after a change of a CRD ("storage is
+        (re)initializing"), the request is sent again after the time for which the server asks, for at most
+        `BUSY_SECONDS`.
+
+        Raises:
+            RefusedError: the answer has a status of 300 or more.
+        """
         data = json.dumps(body) if body is not None else None
-        async with self._session.request(
-            method, path, data=data, headers={"Content-Type": content_type}, timeout=aiohttp.ClientTimeout(total=30)
-        ) as response:
-            text = await response.text()
-            if response.status >= 300:
-                raise RefusedError(response.status, text[:500])
-            answer: Manifest = json.loads(text)
-            return answer
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            async with self._session.request(
+                method, path, data=data, headers={"Content-Type": content_type}, timeout=aiohttp.ClientTimeout(total=30)
+            ) as response:
+                text = await response.text()
+                if response.status == HTTPStatus.TOO_MANY_REQUESTS and time.monotonic() < deadline:
+                    await asyncio.sleep(float(response.headers.get("Retry-After", RETRY_SECONDS)))
+                    continue
+                if response.status >= 300:
+                    raise RefusedError(response.status, text[:500])
+                answer: Manifest = json.loads(text)
+                return answer
 
     async def list_all(self, path: str) -> list[Manifest]:
         """Return all items of the collection at ``path``."""

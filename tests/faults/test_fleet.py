@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import yaml
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.kube.client import FIELD_MANAGER
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
-from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, condition, job, settled
 from tests.operator.builders import REPOSITORY
@@ -244,13 +242,8 @@ def install_crd(world: World, manifest: dict[str, Any]) -> None:
     published = f"/openapi/v3/apis/{GROUP}/{VERSION}"
 
     def is_used() -> bool:
-        try:
-            world.jobs()
-        except RefusedError as error:
-            # While the API server changes to the new schema, it answers 429: "storage is (re)initializing".
-            if error.status != HTTPStatus.TOO_MANY_REQUESTS:
-                raise
-            return False
+        # While the API server changes to the new schema, it answers 429, and the request is sent again.
+        world.jobs()
         return mark in str(world.call("GET", published))
 
     world.wait("the API server to use the CRD", is_used, 60)
