@@ -362,15 +362,16 @@ def test_a_short_fault_of_the_identity_service_costs_no_exchange(
 ) -> None:
     """MinIO without an OpenID provider refuses the token, which shows that MinIO received the repeated request."""
     token = tmp_path / "token"
-    token.write_text("a.b.c")
+    token.write_text("secret? &secret#secret\tsecret\nsecret")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ROLE_ARN"):
         monkeypatch.delenv(name, raising=False)
     with proxy_before(store.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", proxy.endpoint)
         proxy.plan = lambda request: fault if request.index < 2 else None
-        with pytest.raises(NoCredentials, match="400"):
+        with pytest.raises(NoCredentials, match="400") as refused:
             PodIdentity("us-east-1", identity_http_pool(None)).retrieve()
+        assert "secret" not in str(refused.value), "no part of a token, whatever its characters, stands in a message"
         assert [request.method for request in proxy.requests] == ["POST"] * 3
 
 

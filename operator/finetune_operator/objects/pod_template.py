@@ -75,7 +75,9 @@ SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """What the builders of an attempt's child object, ConfigMap and NetworkPolicy need to know besides the job."""
+    """The facts about an attempt, besides the job, from which its child object, ConfigMap and NetworkPolicy are built.
+    The ConfigMap also needs the run file, the CA certificate and a nonce. A preflight pod is built from an AttemptSpec
+    too."""
 
     number: int
     """Number of the attempt, from 1."""

@@ -168,7 +168,8 @@ def _ending_pods(seen: JobObservation, decision: Decision) -> int:
 
 
 def plan_of(config: RunConfig) -> PlanStatus:
-    """Return `status.plan` for the run file ``config``: processes, ZeRO stage and batch sizes of an attempt."""
+    """Return `status.plan` for the run file ``config``: the ZeRO stage, the number of processes, the size of a
+    micro-batch, and the number of micro-batches of one process per optimizer step."""
     batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
     return PlanStatus(
         zero_stage=config.optimization.zero_stage,

@@ -46,7 +46,7 @@ class PieceTokenizer:
         These are read as tokens in columns of the row too, because the user added them for the rows. ``ends`` are the
         ids at which the model stops.
 
-        This module does not import transformers, because `__main__.py` imports it through other modules, and the
+        This module does not import transformers. `__main__.py` imports this module through other modules, and the
         process that starts the preflight check must stay small.
         """
         self._tokenizer = tokenizer
