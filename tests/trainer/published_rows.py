@@ -390,8 +390,8 @@ LINES = (
     Line(
         AXOLOTL,
         "`training`, `train_detail` (fields of a message)",
-        "Refused: `weight` says what is learned.",
-        {"messages": asked(training=True)},
+        "Refused, whatever their value is: `weight` says what is learned.",
+        {"messages": asked(training=False)},
         refused=f"has 'training' in message 2 of role 'assistant', {LEFT_OUT}",
     ),
     Line(

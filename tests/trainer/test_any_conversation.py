@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data.chat.conversations import _forms
-from tests.trainer.chat import byte_tokenizer, rendered
+from tests.trainer.chat import byte_tokenizer, rendered, renderer
 
 Message = Mapping[str, Any]
 
@@ -147,6 +147,40 @@ def test_each_answer_stands_behind_the_tokens_of_inference_and_no_word_is_lost(
             [{"role": "tools", "content": before}], thoughts=True
         )
         assert example.ids[last - 1] in tokenizer.convert_tokens_to_ids(["<|end|>", "</s>", "<|ret|>", "<eos>"])
+
+
+ODD_TEXTS = (
+    "W#",
+    " ",
+    "<think>\nW#\n</think>\n\nW#",
+    "W# <think>W#</think> W#",
+    "<think>\n\n</think>\n\nW#",
+    "</think>W#",
+    "<think>W#",
+)
+ODD_VALUES = st.sampled_from([*ODD_TEXTS, None, True, False, 0, 1, [], ["W#"], {}, {"W#": "W#"}])
+ODD_ANSWERS = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": st.sampled_from(ODD_TEXTS)},
+    optional={"reasoning_content": ODD_VALUES, "name": ODD_VALUES, "training": ODD_VALUES, "tool_calls": CALLED},
+)
+ODD_ROWS = st.lists(st.lists(ODD_ANSWERS, min_size=1, max_size=2), min_size=2, max_size=4)
+
+
+@given(template=TEMPLATES, rows=ODD_ROWS)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_what_a_row_becomes_does_not_depend_on_the_rows_before_it(
+    template: str, rows: Sequence[Sequence[Message]]
+) -> None:
+    tokenizer = byte_tokenizer(template + "{# <|system|><|user|><|assistant|><|tool|><|sys|><|ret|><|end|></s> #}")
+    numbers = iter(range(999))
+    question = {"role": "user", "content": "W#"}
+    talks = [
+        numbered(conversation([message for answer in answers for message in (question, answer)]), numbers)
+        for answers in rows
+    ]
+    render = renderer(tokenizer, ["<|end|>"])
+    together = [render({"messages": talk}) for talk in talks]
+    assert together == [rendered(tokenizer, {"messages": talk}, ["<|end|>"]) for talk in talks]
 
 
 def asked(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None) -> Iterator[str]:

@@ -300,6 +300,7 @@ def test_any_content_of_a_models_small_files_is_a_model_or_a_sentence(models: Pa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # 2,000 models are loaded, which takes ten minutes on a busy machine
 def test_many_contents_of_a_models_small_files_are_models_or_sentences(models: Path, tmp_path: Path) -> None:
     outcomes: Counter[bool] = Counter()
 

@@ -37,6 +37,10 @@ TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
 ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token for one byte in tokenizers such as that of Llama 2, for example `<0x0A>`."""
+TAG = re.compile(r"<[^<>\s'\"{}%]{1,60}>|\[/?[A-Z_]{1,40}\]")
+"""A tag in the source of a template, such as `</think>` or `[INST]`."""
+NOTHING = "(?!)"
+"""A regular expression that finds nothing."""
 DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%` in the format of a date (man 3 strftime), and `%` itself, because `%%` stands for one `%`."""
 DATE_FLAGS = "-_0^#"
@@ -87,11 +91,25 @@ def _variables_of_all(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
             "dataset.format.messages",
             f"the model has the chat templates {names} and none with the name default; give one in chatTemplate",
         )
-    with_tools: list[dict[str, Any]] = [{}]
-    texts = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=with_tools)]
+    texts = _templates(tokenizer)
     if not all(isinstance(text, str) for text in texts):
         raise UserError("dataset.format.messages", "the chat template of the model's tokenizer must be a text")
     return frozenset[str]().union(*(_variables(text) for text in texts))
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the templates for rows without tools and with tools."""
+    with_tools: list[dict[str, Any]] = [{}]
+    return [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=with_tools)]
+
+
+def tags_of(templates: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern with one group that finds the tags that the source of one of ``templates`` has, such as
+    `<think>` and `[INST]`. Templates look for them in the texts of messages."""
+    tags = {tag for template in templates for tag in TAG.findall(template)}
+    # A longer tag comes first, because the first alternative that fits is taken.
+    found = "|".join(re.escape(tag) for tag in sorted(tags, key=lambda tag: (-len(tag), tag)))
+    return re.compile(f"({found or NOTHING})")
 
 
 def taken_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
@@ -150,6 +168,9 @@ class ChatTemplate:
         """Results of `is_blank` by token id. They are kept, because a template may write millions of spaces."""
         self.row_texts = RowTexts(pieces, added_tokens)
         self._taken = taken_names(tokenizer)
+        self.tags = tags_of(_templates(tokenizer))
+        """Finds, in the text of a message, the tags by which a template may treat messages differently, such as
+        `</think>`. The pattern has one group, the tag."""
 
     def text(
         self,

@@ -10,6 +10,7 @@ for example by removing their thoughts, each answer has an example of its own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ NOT_TEXT = ("role", "content", "tool_call_id")
 MOST_CALLS = 3
 """How many tool calls of a message are checked: the first calls, and the first calls that have arguments, up to this
 number of each. The rendering must contain every checked call and its arguments."""
+MOST_ROLES = 5
+"""How many roles the sentence about a row without a message of the assistant names at most."""
 CALL_ID = "a1b2c3d4e"
 """An id of a tool call in the form that the strictest templates ask for (Mistral's)."""
 LACKS = "has no attribute"
@@ -113,7 +116,9 @@ class _Renderer:
         if self._form.learn == "Everything" and conversation.messages:
             return
         if not any(message["role"] == "assistant" for message in conversation.messages):
-            raise ProblemError("has no message of the assistant, so there is nothing to learn")
+            found = ", ".join(sorted({repr(message["role"]) for message in conversation.messages})[:MOST_ROLES])
+            hint = f" (roles here: {found}; dataset.format.messages.roles gives other names of roles)" if found else ""
+            raise ProblemError(f"has no message of the assistant, so there is nothing to learn{hint}")
         if not any(conversation.weights):
             raise ProblemError("has no message of the assistant to learn, because all have weight 0")
 
@@ -217,7 +222,7 @@ class _Renderer:
             # What templates do with a message can depend on the messages beside it.
             beside = [row.messages[at]["role"] if 0 <= at <= turn else None for at in (index - 1, index + 1)]
             for name, changed in _changes(message, with_thoughts=index in with_thoughts):
-                kind = (name, message["role"], index == 0, index == turn, *beside, _shape(message))
+                kind = (name, message["role"], index == 0, index == turn, *beside, _shape(message, self._template.tags))
                 if kind in self._shown:
                     continue
                 if not self._is_shown(row, index, changed, turn):
@@ -248,13 +253,31 @@ class _Renderer:
         return row.text(messages[: turn + 1], answer_next=False, with_tools=tools)
 
 
-def _shape(message: Message) -> tuple[object, ...]:
+def _shape(message: Message, tags: re.Pattern[str]) -> tuple[object, ...]:
     """Return the properties of a message by which a template may treat messages of one role differently: which fields
-    the message has, whether its content is a list of no, one or several parts, and whether the content closes
-    thoughts."""
-    content = message.get("content")
-    parts = min(len(content), 2) if isinstance(content, list) else None
-    return (frozenset(message), parts, CLOSED in content_text(message))
+    the message has and of which type, and for each text which ``tags`` it has, in order, and where it has other text
+    beside them. Contents of tool calls are no such property."""
+    return tuple(
+        (name, type(value).__name__ if name == "tool_calls" else _form_of(value, tags))
+        for name, value in sorted(message.items())
+    )
+
+
+def _form_of(value: object, tags: re.Pattern[str]) -> tuple[object, ...]:
+    """Return the type of ``value`` and of the values in it. For a text, also return its tags, and which stretches
+    before, between and behind the tags are blank."""
+    if isinstance(value, str):
+        # The odd stretches are tags, because the pattern has one group.
+        return tuple(
+            stretch if number % 2 else bool(stretch.strip()) for number, stretch in enumerate(tags.split(value))
+        )
+    if isinstance(value, list):
+        # Two parts stand for more of them, because a row may have any number of parts.
+        forms = [_form_of(part, tags) for part in value]
+        return ("list", min(len(value), 2), frozenset(forms))
+    if isinstance(value, dict):
+        return ("object", *((name, _form_of(part, tags)) for name, part in sorted(value.items())))
+    return (type(value).__name__, bool(value))
 
 
 def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Message]]:
@@ -277,9 +300,15 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
     if content_text(message).strip() and not may_be_cut:
         begun = [{**parts[0], "text": _other_beginning(parts[0]["text"])}, *parts[1:]] if parts else []
         yield CONTENT_BEGINNING, {**message, "content": begun or _other_beginning(content)}
-    for name in message:
-        if name not in NOT_TEXT and name not in left_out and message[name]:
-            yield name, {key: value for key, value in message.items() if key != name}
+    for name, value in message.items():
+        if name in NOT_TEXT or name in left_out or _is_empty(value):
+            continue
+        if value:
+            yield name, {key: other for key, other in message.items() if key != name}
+        else:
+            # False and 0 are values, such as `training: false`. A template that reads the field reads them like a
+            # field that is absent, so the field is tried with the opposite.
+            yield name, {**message, name: True if value is False else 1}
     calls = message.get("tool_calls", ())
     with_arguments = [number for number, call in enumerate(calls) if call["function"]["arguments"] not in ({}, "{}")]
     # A template that renders three calls goes through all of them. A row may have thousands.
@@ -293,6 +322,11 @@ def _changes(message: Message, *, with_thoughts: bool) -> Iterator[tuple[str, Me
             without = {**call, "function": {**function, "arguments": none}}
             changed = [*calls[:number], without, *calls[number + 1 :]]
             yield f"tool_calls[{number}].function.arguments", {**message, "tool_calls": changed}
+
+
+def _is_empty(value: object) -> bool:
+    """Return whether a field with ``value`` says nothing, so that it may be left out like a field that is absent."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _other_beginning(text: str) -> str:
