@@ -1,0 +1,151 @@
+"""Runs sections in a process of their own, within their bounds. `__main__.py` calls `run_sections`.
+
+All sections share one process as long as they end by themselves and give their GPU memory back. After any other end the
+next section gets a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from tests.gpu.catalogue import Section
+from tests.gpu.report import End, Line, SectionEnd, from_json
+from tests.gpu.section_process import READY
+
+IMPORT_SECONDS = 60.0
+"""After this time the import of a section's module is cut off. The first import of torch and transformers on a new
+machine reads gigabytes."""
+GRACE_SECONDS = 1.0
+"""Time that a section has after its bound, in which its process writes the stacks of its threads."""
+LEFT_GIB = 1.0
+"""A process that still holds more GPU memory than this is replaced, because the peaks of the next section would be
+wrong."""
+LEAVE_SECONDS = 5.0
+PIECE_BYTES = 1 << 16
+STANDARD_ERROR = 2
+
+
+class SectionProcess:
+    """A process that runs sections (`section_process.py`)."""
+
+    def __init__(self, *, dry: bool) -> None:
+        """Start the process."""
+        self._reading, writing = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.section_process", str(writing), *(["--dry"] if dry else [])],
+            stdin=subprocess.PIPE,
+            # Standard output belongs to the lines of the check.
+            stdout=STANDARD_ERROR,
+            pass_fds=(writing,),
+            # With a session of its own, the process can be killed together with its children.
+            start_new_session=True,
+            text=True,
+        )
+        os.close(writing)
+        self._unread = b""
+
+    def run(self, section: Section, seconds: float) -> Iterator[Line]:
+        """Run ``section`` for at most ``seconds`` and yield its lines. The last one is a `SectionEnd`."""
+        began = time.monotonic()
+        deadline, ready = began + IMPORT_SECONDS, False
+        order = {"name": section.name, "module": section.module, "function": section.function, "seconds": seconds}
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            while True:
+                text = self._read_line(deadline)
+                if text == READY:
+                    began, ready = time.monotonic(), True
+                    deadline = began + seconds + GRACE_SECONDS
+                    continue
+                line = from_json(text)
+                yield line
+                if isinstance(line, SectionEnd):
+                    return
+        except TimeoutError:
+            how, problem = End.CUT, f"took longer than {seconds:.0f} s"
+            if not ready:
+                problem = f"its import took longer than {IMPORT_SECONDS:.0f} s"
+        except (EOFError, OSError):
+            self.kill()
+            how, problem = End.DIED, f"its process ended with status {self._process.returncode}"
+        yield SectionEnd(section.name, how, round(time.monotonic() - began, 1), problem=problem)
+
+    def _read_line(self, deadline: float) -> str:
+        """Return the next line from the process. Raises TimeoutError at ``deadline``, and EOFError where the process
+        has ended."""
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._reading], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            piece = os.read(self._reading, PIECE_BYTES)
+            if not piece:
+                raise EOFError
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode()
+
+    def leave(self) -> None:
+        """Let the process end, and kill it where it does not."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVE_SECONDS)
+        self.kill()
+        os.close(self._reading)
+
+    def kill(self) -> None:
+        """Kill the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def run_sections(
+    sections: Sequence[Section], *, dry: bool, seconds: float, write: Callable[[Line], None]
+) -> list[Line]:
+    """Run ``sections`` in their order within ``seconds`` in all, and return all lines. Each line goes to ``write`` as
+    soon as it is known.
+
+    A section for which less time is left than its bound is skipped. In a dry run it gets the time that is left.
+    """
+    ends_at = time.monotonic() + seconds
+    lines: list[Line] = []
+
+    def keep(line: Line) -> None:
+        lines.append(line)
+        write(line)
+
+    process: SectionProcess | None = None
+    try:
+        for section in sections:
+            left = ends_at - time.monotonic()
+            if left < (0 if dry else section.seconds):
+                keep(SectionEnd(section.name, End.SKIPPED, 0.0, problem=_skipped(left, section)))
+                continue
+            if process is None:
+                process = SectionProcess(dry=dry)
+            for line in process.run(section, min(section.seconds, left)):
+                keep(line)
+                if isinstance(line, SectionEnd) and (line.how is not End.DONE or line.left_gib > LEFT_GIB):
+                    process.kill()
+                    process.leave()
+                    process = None
+    finally:
+        if process is not None:
+            process.leave()
+    return lines
+
+
+def _skipped(left: float, section: Section) -> str:
+    return f"{max(0.0, left):.0f} s were left, and it may take {section.seconds:.0f} s"
