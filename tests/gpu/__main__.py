@@ -2,7 +2,8 @@
 
 Standard output has one JSON object a line, and the verdict as a table at the end. Where the variable OUT names a
 folder, the same JSON lines go into `gpu-check.jsonl` there. Logs of libraries go to standard error. The exit status is
-the number of failures, at most 125, and 2 where the command line is wrong or packages are missing.
+the number of failures, at most 125. It is 2 with a sentence on standard error where the command line is wrong or where
+packages are missing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,11 +27,11 @@ DRY_SECONDS = 60.0
 WRONG_USE = 2
 FILE = "gpu-check.jsonl"
 EXAMPLES = """examples:
-  python -m tests.gpu                                  everything, on one GPU, within 8 minutes
-  python -m tests.gpu --only machine,join,lora-512     three sections
-  python -m tests.gpu --seconds 300                    less time: what does not fit any more is skipped, and counts as failed
-  python -m tests.gpu --dry                            a tiny model on the CPU: shows that the check runs, measures nothing
-  OUT=results python -m tests.gpu                      also writes results/gpu-check.jsonl
+  python -m tests.gpu                                everything, on one GPU, within 8 minutes
+  python -m tests.gpu --only machine,join,lora-512   three sections
+  python -m tests.gpu --seconds 300                  sections for which no time is left are skipped, and count as failed
+  python -m tests.gpu --dry                          a tiny model on the CPU: only shows that the check itself works
+  OUT=results python -m tests.gpu                    also writes results/gpu-check.jsonl
 """
 
 
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if missing:
         print(advice(missing), file=sys.stderr)
         sys.exit(WRONG_USE)
+    # Python ends without its cleanup at SIGTERM, and would leave the process of the sections behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # These modules import packages that may be missing.
     from tests.gpu.report import Line, to_json
     from tests.gpu.runner import run_sections

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+READY = "ready"
+"""What the process of a section sends instead of a JSON object once the section's module is imported."""
 Figure = Any
 """A figure of a line: a number, a text, a bool, None, or a list or mapping of these."""
 

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.gpu.catalogue import Section
-from tests.gpu.report import End, Line, SectionEnd, from_json
-from tests.gpu.section_process import READY
+from tests.gpu.report import READY, End, Line, SectionEnd, from_json
 
 IMPORT_SECONDS = 60.0
 """After this time the import of a section's module is cut off. The first import of torch and transformers on a new
@@ -31,6 +30,7 @@ wrong."""
 LEAVE_SECONDS = 5.0
 PIECE_BYTES = 1 << 16
 STANDARD_ERROR = 2
+PROGRAM = (sys.executable, "-m", "tests.gpu.section_process")
 
 
 class SectionProcess:
@@ -40,7 +40,7 @@ class SectionProcess:
         """Start the process."""
         self._reading, writing = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.section_process", str(writing), *(["--dry"] if dry else [])],
+            [*PROGRAM, str(writing), str(os.getpid()), *(["--dry"] if dry else [])],
             stdin=subprocess.PIPE,
             # Standard output belongs to the lines of the check.
             stdout=STANDARD_ERROR,
@@ -133,14 +133,15 @@ def run_sections(
             if left < (0 if dry else section.seconds):
                 keep(SectionEnd(section.name, End.SKIPPED, 0.0, problem=_skipped(left, section)))
                 continue
-            if process is None:
-                process = SectionProcess(dry=dry)
+            process = process or SectionProcess(dry=dry)
+            end: Line | None = None
             for line in process.run(section, min(section.seconds, left)):
                 keep(line)
-                if isinstance(line, SectionEnd) and (line.how is not End.DONE or line.left_gib > LEFT_GIB):
-                    process.kill()
-                    process.leave()
-                    process = None
+                end = line
+            if isinstance(end, SectionEnd) and (end.how is not End.DONE or end.left_gib > LEFT_GIB):
+                process.kill()
+                process.leave()
+                process = None
     finally:
         if process is not None:
             process.leave()

@@ -1,4 +1,4 @@
-"""The process that runs sections: `python -m tests.gpu.section_process FILE_DESCRIPTOR [--dry]`.
+"""The process that runs sections: `python -m tests.gpu.section_process FILE_DESCRIPTOR PARENT_PID [--dry]`.
 
 `runner.py` starts the process, and writes an order for each section to its standard input: a JSON object with the
 section's name, module, function and bound in seconds. The process answers through the file descriptor, first with a
@@ -26,10 +26,10 @@ from typing import Any, TextIO
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.ranks.process import prepare_environment
-from tests.gpu.report import Check, End, Line, SectionEnd, to_json
+from finetune_trainer.worker import end_with_launcher
+from tests.gpu.report import READY, Check, End, Line, SectionEnd, to_json
 from tests.gpu.settings import SHORT, rank_environment, run_config
 
-READY = "ready"
 TRACE_CHARACTERS = 2000
 GIB = 2**30
 
@@ -37,7 +37,8 @@ GIB = 2**30
 def main() -> None:
     """Run the sections that are ordered, until standard input ends."""
     channel = os.fdopen(int(sys.argv[1]), "w", buffering=1)
-    dry = "--dry" in sys.argv[2:]
+    dry = "--dry" in sys.argv[3:]
+    end_with_launcher(int(sys.argv[2]))
     # The same preparation as that of a worker of the trainer. It must come before the first import of torch.
     prepare_environment(Path(tempfile.mkdtemp()))
     leave_out_bitsandbytes(run_config(SHORT, dry=dry))
@@ -87,7 +88,7 @@ def _left_gib() -> float:
         return 0.0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return round(torch.cuda.memory_allocated() / GIB, 2)
+    return round(float(torch.cuda.memory_allocated()) / GIB, 2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Shapes of models, settings of trainings, and the environment of a rank. Nothing here imports torch, because some of it
-is needed before torch may be imported.
+"""Shapes of models, settings of trainings, and the environment of a rank. Nothing here imports torch, because some of
+this is needed before torch may be imported.
 
 `section_process.py` prepares its process with this module, and the sections make their trainings of it.
 """

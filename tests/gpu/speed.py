@@ -7,7 +7,6 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,7 @@ def generation(check: Check) -> None:
     prepared = prepare(check, setup, random_model(shape, DTYPES[setup.precision], gang.device))
     tokenizer = _tokenizer(shape.vocab_size)
     for size in (2, 4) if check.dry else (8, 32, 64):
-        prompts: Sequence[Sequence[int]] = [random_example(prompt, seed).ids for seed in range(size)]
+        prompts = [[int(token) for token in random_example(prompt, seed).ids] for seed in range(size)]
         decoding = Decoding(
             tokenizer=tokenizer,
             stop_ids=[PAD],
