@@ -13,6 +13,23 @@ from pathlib import Path
 
 LOCK = Path(__file__).resolve().parents[2] / "locks" / "trainer.txt"
 FOLDER = "vendor"
+HUB = (
+    "huggingface-hub",
+    "annotated-doc",
+    "click",
+    "filelock",
+    "fsspec",
+    "hf-xet",
+    "httpx2",
+    "markdown-it-py",
+    "mdurl",
+    "pygments",
+    "pyyaml",
+    "rich",
+    "shellingham",
+    "typer",
+)
+"""What huggingface-hub needs. tokenizers and transformers need huggingface-hub."""
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "certifi": ("certifi",),
     "deepspeed": ("deepspeed", "einops", "hjson", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "tqdm"),
@@ -22,9 +39,9 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "pydantic": ("pydantic", "pydantic-core", "annotated-types", "typing-extensions", "typing-inspection"),
     "requests": ("requests", "charset-normalizer", "idna"),
     "safetensors": ("safetensors",),
-    "tokenizers": ("tokenizers",),
+    "tokenizers": ("tokenizers", *HUB),
     "torch": ("torch",),
-    "transformers": ("transformers", "huggingface-hub", "regex", "filelock", "pyyaml"),
+    "transformers": ("transformers", "regex"),
     "urllib3": ("urllib3",),
 }
 """For each package that the check imports: the distribution that has the package, and the distributions that this one
