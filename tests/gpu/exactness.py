@@ -124,7 +124,7 @@ def resume(check: Check) -> None:
     """Compare a straight run with its repetition, and with a run that stops, writes a checkpoint, and resumes."""
     for method, stage in (("LoRA", 1), ("Full", 2)):
         setup = setup_for(check, Setup(method=method, stage=stage, rows=2, length=512))
-        shape = shape_for(check, TWO_LAYERS)
+        shape = shape_for(check, SMALL)
         straight, again = (_run(check, setup, shape) for _ in range(2))
         with tempfile.TemporaryDirectory() as folder:
             _run(check, setup, shape, steps=RESUMED_AFTER, then=_writer(Path(folder)))

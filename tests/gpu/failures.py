@@ -25,8 +25,6 @@ from tests.gpu.training import train_step
 
 CPU_BYTES = 1 << 50
 """More bytes than an address space of 47 bits has, so that no machine can give them."""
-GPU_SHARE = 0.02
-"""Share of the GPU's memory that the process may use while it runs out of memory."""
 RANK_SECONDS = 30.0
 """The two ranks of `lost_rank` are ended after this time."""
 NCCL_CAUSE = "Duplicate GPU"
@@ -46,9 +44,10 @@ def out_of_memory(check: Check) -> None:
         torch.empty(CPU_BYTES, dtype=torch.uint8, device=gang.device)
 
     if gang.device.type == "cuda":
-        # The limit is below what the model already takes, so the step gets no memory.
+        # The process may use what the model takes already, so a step gets no memory.
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(GPU_SHARE, gang.device)
+        total = torch.cuda.get_device_properties(gang.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(gang.device) / total, gang.device)
     try:
         result = _result_of(fail, check, WorkerStatus(step=3, phase=Phase.TRAINING.value))
     finally:

@@ -77,11 +77,12 @@ def full(check: Check) -> None:
 def _measure(check: Check, wanted: Setup) -> tuple[Prepared, Batch]:
     """Make the training of ``wanted`` and measure its steps. Return the engine and the measured micro-batch."""
     setup, gang = setup_for(check, wanted), joined_gang(dry=check.dry)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), _memory(gang.device)
     model = random_model(shape_for(check, LLAMA_2_7B), DTYPES[setup.precision], gang.device)
     prepared = prepare(check, setup, model)
     synchronize(gang.device)
-    check.say(f"{wanted.case}: engine", seconds=time.perf_counter() - began, **_memory(gang.device))
+    seconds = time.perf_counter() - began
+    check.say(f"{wanted.case}: engine", seconds=seconds, before=before, after=_memory(gang.device))
     return prepared, _measure_steps(check, wanted, prepared)
 
 
@@ -91,8 +92,8 @@ def _measure_steps(check: Check, wanted: Setup, prepared: Prepared) -> Batch:
     engine, device = prepared.engine, gang.device
     sequences = examples_of(setup, vocabulary=shape.vocab_size)
     batch = batch_of(sequences, packed=setup.packed_tokens is not None)
-    for _ in timed_steps(engine, gang, [batch], RATE, WARM_UP):
-        pass
+    warm_up = list(timed_steps(engine, gang, [batch], RATE, WARM_UP))
+    first = _memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = list(timed_steps(engine, gang, [batch], RATE, 1 if check.dry else STEPS))
@@ -110,6 +111,8 @@ def _measure_steps(check: Check, wanted: Setup, prepared: Prepared) -> Batch:
         "mfu": utilisation(flops, seconds, 1, peak_flops(name)) if name is not None else None,
         "step_seconds": seconds,
         "slowest_step_seconds": max(times),
+        "warm_up_seconds": sum(warm_up),
+        "peak_gib_until_warm": first.get("peak_gib"),
         "examples": len(lengths),
         "attention": prepared.attention.kernel.value,
         "notices": prepared.attention.notices,
@@ -142,11 +145,12 @@ def _counted(model: Any, *, adapters: bool) -> ModelShape:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """Return the most GPU memory in GiB that was allocated and reserved since the counters were reset. On the CPU the
-    mapping is empty."""
+    """Return the GPU memory in GiB that is allocated, and the most that was allocated and reserved since the counters
+    were reset. On the CPU the mapping is empty."""
     if device.type != "cuda":
         return {}
     return {
+        "allocated_gib": torch.cuda.memory_allocated(device) / GIB,
         "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
     }
