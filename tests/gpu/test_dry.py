@@ -138,7 +138,7 @@ def test_the_verdict_of_a_dry_run_counts_its_lines_and_judges_no_goal(dry: DryRu
     assert dry.verdict["exit_status"] == 0
     assert dry.verdict["goals"] == {goal.name: "not judged" for goal in GOALS}
     assert [row.split()[0] for row in dry.table.splitlines()[1 : len(SECTIONS) + 1]] == [each.name for each in SECTIONS]
-    assert dry.table.rstrip().endswith("0 failures")
+    assert dry.table.rstrip().endswith("failures: 0")
 
 
 @pytest.mark.gang

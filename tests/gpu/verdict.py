@@ -93,7 +93,7 @@ class Verdict:
             found = f"{judged.figure:,.4g}" if judged.figure is not None else "-"
             grade = f"{judged.grade}: {judged.reason}" if judged.reason else judged.grade
             goals.append((judged.goal.name, judged.bound, found, grade))
-        failures = [f"{len(self.failures)} failures", *(f"  {failure}" for failure in self.failures)]
+        failures = [f"failures: {len(self.failures)}", *(f"  {failure}" for failure in self.failures)]
         return "\n".join([*_aligned(rows), "", *_aligned(goals), "", *failures])
 
 
