@@ -52,10 +52,11 @@ class SectionProcess:
         os.close(writing)
         self._unread = b""
 
-    def run(self, section: Section, seconds: float) -> Iterator[Line]:
-        """Run ``section`` for at most ``seconds`` and yield its lines. The last one is a `SectionEnd`."""
+    def run(self, section: Section, *, seconds: float, import_seconds: float) -> Iterator[Line]:
+        """Import the module of ``section`` within ``import_seconds``, run the section within ``seconds``, and yield its
+        lines. The last one is a `SectionEnd`."""
         began = time.monotonic()
-        deadline, ready = began + IMPORT_SECONDS, False
+        deadline, ready = began + import_seconds, False
         order = {"name": section.name, "module": section.module, "function": section.function, "seconds": seconds}
         try:
             assert self._process.stdin is not None
@@ -74,7 +75,7 @@ class SectionProcess:
         except TimeoutError:
             how, problem = End.CUT, f"took longer than {seconds:.0f} s"
             if not ready:
-                problem = f"its import took longer than {IMPORT_SECONDS:.0f} s"
+                problem = f"its import took longer than {import_seconds:.0f} s"
         except (EOFError, OSError):
             self.kill()
             how, problem = End.DIED, f"its process ended with status {self._process.returncode}"
@@ -83,6 +84,8 @@ class SectionProcess:
     def _read_line(self, deadline: float) -> str:
         """Return the next line from the process. Raises TimeoutError at ``deadline``, and EOFError where the process
         has ended."""
+        if time.monotonic() > deadline:
+            raise TimeoutError
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self._reading], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -99,16 +102,18 @@ class SectionProcess:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(LEAVE_SECONDS)
-        self.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
         os.close(self._reading)
 
     def kill(self) -> None:
         """Kill the process and its children."""
-        with contextlib.suppress(ProcessLookupError):
+        # Once the process has been waited for, the kernel may give its number to another process.
+        if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
 
 
 def run_sections(
@@ -135,7 +140,8 @@ def run_sections(
                 continue
             process = process or SectionProcess(dry=dry)
             end: Line | None = None
-            for line in process.run(section, min(section.seconds, left)):
+            bounds = {"seconds": min(section.seconds, left), "import_seconds": min(IMPORT_SECONDS, left)}
+            for line in process.run(section, **bounds):
                 keep(line)
                 end = line
             if isinstance(end, SectionEnd) and (end.how is not End.DONE or end.left_gib > LEFT_GIB):

@@ -57,6 +57,11 @@ def hang(check: Check) -> None:
     threading.Event().wait()
 
 
+def write_for_ever(check: Check) -> None:
+    while True:
+        check.say("more")
+
+
 def die(check: Check) -> None:
     os._exit(3)
 
@@ -184,6 +189,12 @@ def test_a_section_past_its_bound_is_cut_and_its_process_is_gone() -> None:
     assert ends_of(lines) == [End.CUT, End.DONE]
     assert verdict.failures == ["hang: cut: took longer than 1 s"]
     assert not Path(f"/proc/{process_of(lines, 'hang')}").exists()
+
+
+def test_a_section_that_writes_past_its_bound_is_cut_too() -> None:
+    verdict, lines = verdict_of(section("write_for_ever", seconds=1))
+    assert ends_of(lines) == [End.CUT]
+    assert verdict.exit_status == 1
 
 
 def test_a_section_whose_process_ends_is_one_failure() -> None:
