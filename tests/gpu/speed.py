@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from finetune_core.planning.flops import ModelShape, peak_flops, training_flops, utilisation
@@ -45,12 +47,20 @@ STALL_SECONDS = 0.3
 """For how long a snapshot of LoRA's training state may stall the training."""
 MICRO_BATCHES = 3
 PLACES = 12
+KINDS = {
+    "matrix": ("gemm", "cutlass", "xmma", "nvjet", "cublas", "::mm", "addmm", "::bmm"),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "copy": ("memcpy", "memset", "copy"),
+}
+"""Parts of the names of kernels, by kind. A kernel with none of them is elementwise work or a reduction."""
+KERNEL_TABLE = "lora-512-kernels.txt"
 
 
 def lora_512(check: Check) -> None:
     """Measure LoRA with 8 sequences of 512 tokens, the waits of the CPU, and a snapshot."""
     prepared, batch = _measure(check, SHORT)
     _count_waits(check, prepared, batch)
+    _count_kernels(check, prepared, batch)
     seconds = _snapshot(check, prepared)
     if not check.dry:
         check.expect(
@@ -198,6 +208,28 @@ def _count_waits(check: Check, prepared: Prepared, batch: Batch) -> None:
         waits_per_step=counts[1] - per_micro_batch,
         places=dict(places.most_common(PLACES)),
     )
+
+
+def _count_kernels(check: Check, prepared: Prepared, batch: Batch) -> None:
+    """Count the kernels of a step, and add up their time by kind. On the CPU these are torch's operators. Where the
+    variable OUT names a folder, a table of the kernels that take longest goes into a file there."""
+    gang = joined_gang(dry=check.dry)
+    gpu = gang.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
+        train_step(prepared.engine, gang, [batch], RATE)
+        synchronize(gang.device)
+    spent: dict[str, float] = dict.fromkeys((*KINDS, "other"), 0.0)
+    events = seen.key_averages()
+    for event in events:
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+        spent[kind] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
+    layers = shape_for(check, LLAMA_2_7B).num_hidden_layers
+    count = sum(event.count for event in events)
+    check.say("kernels", kernels=count, kernels_a_layer=count / layers, milliseconds=spent)
+    if folder := os.environ.get("OUT"):
+        order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+        (Path(folder) / KERNEL_TABLE).write_text(events.table(sort_by=order, row_limit=40), encoding="utf-8")
 
 
 def _snapshot(check: Check, prepared: Prepared) -> float:

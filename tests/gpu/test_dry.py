@@ -161,6 +161,7 @@ def test_a_dry_run_computes_every_figure_that_a_goal_needs(dry: DryRun) -> None:
         assert goal.relative_to is None or goal.figure in figures[goal.relative_to], goal.name
     assert figures["lora-512", "8 x 512"]["tokens_per_second"] > 0
     assert figures["lora-4096", "1 x 4096 packed"]["examples"] > 1
+    assert figures["lora-512", "kernels"]["milliseconds"]["matrix"] > 0
 
 
 # ---- How sections end ----
