@@ -70,7 +70,7 @@ SECTIONS: Sequence[Section] = (
         module="tests.gpu.speed",
         function="lora_512",
         seconds=45,
-        measures="LoRA of Llama-2-7B, 8 x 512 tokens: speed, memory, waits of the CPU, kernels, and the stall of a snapshot",
+        measures="LoRA of Llama-2-7B, 8 x 512 tokens: speed, memory, kernels, waits of the CPU, stall of a snapshot",
         expects="a snapshot that stalls the training for less than 0.3 s",
     ),
     Section(
