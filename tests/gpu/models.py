@@ -42,7 +42,6 @@ class Prepared:
 
     engine: Engine
     attention: ChosenAttention
-    config: RunConfig
 
 
 @cache
@@ -130,7 +129,7 @@ def prepare(check: Check, setup: Setup, model: Any, *, is_tuned: bool = False) -
         packing=packing,
         kernels=abilities(check, config, packing=packing),
     )
-    return Prepared(engine, attention, config)
+    return Prepared(engine, attention)
 
 
 def random_example(tokens: int, seed: int, *, vocabulary: int = TINY.vocab_size) -> Example:

@@ -66,6 +66,33 @@ def die(check: Check) -> None:
     os._exit(3)
 
 
+def compute_a_wrong_gradient(check: Check) -> None:
+    """The section `stages` with a gradient that is a thousandth too large."""
+    from finetune_trainer.engine.engine import Engine
+    from tests.gpu.exactness import stages
+
+    right = Engine.backward
+
+    def wrong(engine: Engine, loss: Any, *, last: bool) -> None:
+        right(engine, loss * 1.001, last=last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "backward", wrong)
+        stages(check)
+
+
+def forget_the_moments(check: Check) -> None:
+    """The section `resume` with a resumed run that keeps the weights and forgets AdamW's moments."""
+    from tests.gpu.exactness import resume
+
+    def load_nothing(engine: Any, folder: Path, *, updates: int) -> None:
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.gpu.exactness.load_state", load_nothing)
+        resume(check)
+
+
 def section(function: str, *, seconds: float = 60, module: str = __name__) -> Section:
     return Section(name=function, module=module, function=function, seconds=seconds, measures="", expects="")
 
@@ -162,6 +189,16 @@ def test_a_dry_run_computes_every_figure_that_a_goal_needs(dry: DryRun) -> None:
     assert figures["lora-512", "8 x 512"]["tokens_per_second"] > 0
     assert figures["lora-4096", "1 x 4096 packed"]["examples"] > 1
     assert figures["lora-512", "kernels"]["milliseconds"]["matrix"] > 0
+
+
+@pytest.mark.gang
+def test_the_sections_notice_a_wrong_gradient_and_a_resume_that_forgets() -> None:
+    wrong, forgetful = section("compute_a_wrong_gradient", seconds=200), section("forget_the_moments", seconds=100)
+    verdict, lines = verdict_of(wrong, forgetful)
+    assert ends_of(lines) == [End.DONE, End.DONE]
+    held = [line for line in lines if isinstance(line, Expectation) and line.holds]
+    assert held == []
+    assert verdict.exit_status == len(verdict.expectations) == 10
 
 
 # ---- How sections end ----
