@@ -28,6 +28,8 @@ LEFT_GIB = 1.0
 """A process that still holds more GPU memory than this is replaced, because the peaks of the next section would be
 wrong."""
 LEAVE_SECONDS = 5.0
+DRY_SLACK = 4.0
+"""Factor for the bounds in a dry run, because the CPU may be busy with other work."""
 PIECE_BYTES = 1 << 16
 STANDARD_ERROR = 2
 PROGRAM = (sys.executable, "-m", "tests.gpu.section_process")
@@ -122,9 +124,10 @@ def run_sections(
     """Run ``sections`` in their order within ``seconds`` in all, and return all lines. Each line goes to ``write`` as
     soon as it is known.
 
-    A section for which less time is left than its bound is skipped. In a dry run it gets the time that is left.
+    A section for which less time is left than its bound is skipped. In a dry run the bounds are DRY_SLACK times as long,
+    and a section gets the time that is left.
     """
-    ends_at = time.monotonic() + seconds
+    ends_at, slack = time.monotonic() + seconds, DRY_SLACK if dry else 1.0
     lines: list[Line] = []
 
     def keep(line: Line) -> None:
@@ -140,8 +143,8 @@ def run_sections(
                 continue
             process = process or SectionProcess(dry=dry)
             end: Line | None = None
-            bounds = {"seconds": min(section.seconds, left), "import_seconds": min(IMPORT_SECONDS, left)}
-            for line in process.run(section, **bounds):
+            bound, import_bound = (min(slack * each, left) for each in (section.seconds, IMPORT_SECONDS))
+            for line in process.run(section, seconds=bound, import_seconds=import_bound):
                 keep(line)
                 end = line
             if isinstance(end, SectionEnd) and (end.how is not End.DONE or end.left_gib > LEFT_GIB):

@@ -24,7 +24,7 @@ from tests.gpu.__main__ import FILE, LONGEST_SECONDS, main, parse
 from tests.gpu.catalogue import GOALS, SECTIONS, Section
 from tests.gpu.expected_memory import expected_peak_bytes
 from tests.gpu.report import Check, End, Expectation, Figures, Line, SectionEnd, from_json, to_json
-from tests.gpu.runner import IMPORT_SECONDS, run_sections
+from tests.gpu.runner import DRY_SLACK, IMPORT_SECONDS, run_sections
 from tests.gpu.settings import FULL_SHORT, LLAMA_2_7B, SHORT
 from tests.gpu.verdict import HIGHEST_STATUS, Verdict, judge
 
@@ -223,14 +223,14 @@ def test_sections_that_end_by_themselves_share_a_process() -> None:
 
 
 def test_a_section_past_its_bound_is_cut_and_its_process_is_gone() -> None:
-    verdict, lines = verdict_of(section("hang", seconds=1), section("succeed"))
+    verdict, lines = verdict_of(section("hang", seconds=1 / DRY_SLACK), section("succeed"))
     assert ends_of(lines) == [End.CUT, End.DONE]
     assert verdict.failures == ["hang: cut: took longer than 1 s"]
     assert not Path(f"/proc/{process_of(lines, 'hang')}").exists()
 
 
 def test_a_section_that_writes_past_its_bound_is_cut_too() -> None:
-    verdict, lines = verdict_of(section("write_for_ever", seconds=1))
+    verdict, lines = verdict_of(section("write_for_ever", seconds=1 / DRY_SLACK))
     assert ends_of(lines) == [End.CUT]
     assert verdict.exit_status == 1
 
