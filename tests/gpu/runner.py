@@ -124,8 +124,8 @@ def run_sections(
     """Run ``sections`` in their order within ``seconds`` in all, and return all lines. Each line goes to ``write`` as
     soon as it is known.
 
-    A section for which less time is left than its bound is skipped. In a dry run the bounds are DRY_SLACK times as long,
-    and a section gets the time that is left.
+    A section for which less time is left than its bound is skipped. In a dry run the bounds are DRY_SLACK times as
+    long, and a section gets the time that is left.
     """
     ends_at, slack = time.monotonic() + seconds, DRY_SLACK if dry else 1.0
     lines: list[Line] = []
