@@ -3,8 +3,9 @@ packed examples with the same examples alone, and a resumed run with a straight 
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,12 @@ def _difference(found: Sequence[Step], expected: Sequence[Step]) -> float:
         for one, other in zip(found, expected, strict=True)
         for pair in ((one.loss, other.loss), (one.norm, other.norm))
     ]
-    return max(abs(one - other) / abs(other) for one, other in pairs)
+    return _largest(abs(one - other) / abs(other) for one, other in pairs)
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """Return the largest of ``differences``, or infinity where one of them is no number."""
+    return max(math.inf if math.isnan(difference) else difference for difference in differences)
 
 
 def packing(check: Check) -> None:
@@ -192,4 +198,4 @@ def _largest_change(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
     for name, tensor in one.items():
         change, size = float((tensor - other[name]).abs().max()), float(tensor.abs().max())
         changes.append(change / size if size > 0 else change)
-    return max(changes)
+    return _largest(changes)
