@@ -135,7 +135,7 @@ class Goal:
     """The goal is judged only on GPUs whose name contains this text."""
 
 
-ISSUE = "the project's goals for its first GPU"
+PROJECT = "the project's goals for its first GPU"
 GOALS: Sequence[Goal] = (
     Goal(
         name="LoRA 7B, 8 x 512: TFLOP/s",
@@ -144,7 +144,7 @@ GOALS: Sequence[Goal] = (
         figure="tflops",
         at_least=500,
         gpu="H200",
-        source=f"{ISSUE}; NeMo AutoModel reports 402 TFLOP/s for LoRA on an H100",
+        source=f"{PROJECT}; NeMo AutoModel reports 402 TFLOP/s for LoRA on an H100",
     ),
     Goal(
         name="LoRA 7B, 8 x 512: tokens per second",
@@ -162,7 +162,7 @@ GOALS: Sequence[Goal] = (
         figure="tokens_per_second",
         at_least=0.9,
         relative_to=("lora-512", "8 x 512"),
-        source=ISSUE,
+        source=PROJECT,
     ),
     Goal(
         name="Full 7B, 8 x 512: tokens per second",
@@ -180,7 +180,7 @@ GOALS: Sequence[Goal] = (
         figure="tokens_per_second",
         at_least=1.4,
         relative_to=("full", "8 x 512"),
-        source=ISSUE,
+        source=PROJECT,
     ),
     Goal(
         name="LoRA 7B: waits of the CPU for the GPU in a micro-batch",
@@ -188,7 +188,7 @@ GOALS: Sequence[Goal] = (
         case="waits",
         figure="waits_per_micro_batch",
         at_most=0,
-        source=ISSUE,
+        source=PROJECT,
     ),
     Goal(
         name="LoRA 7B: waits of the CPU for the GPU in a step, without those of its micro-batches",
@@ -196,6 +196,6 @@ GOALS: Sequence[Goal] = (
         case="waits",
         figure="waits_per_step",
         at_most=1,
-        source=ISSUE,
+        source=PROJECT,
     ),
 )
