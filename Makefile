@@ -55,13 +55,14 @@ crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 .PHONY: docs
-docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architecture.md, the alerts of docs/observability.md and the table of docs/data.md
+docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architecture.md, the alerts of docs/observability.md and the tables of docs/data.md and docs/gpu-check.md
 	@$(PYTHON) -m finetune_core.api.reference docs
 	@$(PYTHON) -m finetune_core.tasks_page docs
 	@$(PYTHON) -m finetune_operator.decide.reference docs/architecture.md
 	@$(PYTHON) -m tests.operator.test_observability_page
 	@$(PYTHON) -m tests.trainer.test_published_rows
 	@$(PYTHON) -m tests.trainer.test_families
+	@$(PYTHON) -m tests.gpu.test_page
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28
@@ -117,3 +118,10 @@ test-long: venv ## Run the tests that take many minutes
 .PHONY: bench
 bench: .venv-bench/.ready ## Measure the project against alternatives (BENCH="--only NAME": one measurement)
 	@.venv-bench/bin/python -m tests.bench $(BENCH)
+
+# A machine with GPUs often has a Python of its own, with a torch that fits its driver.
+GPU_PYTHON ?= $(or $(wildcard $(PYTHON)),python3)
+
+.PHONY: gpu-check
+gpu-check: ## Check the trainer on one GPU in at most 8 minutes (GPU_CHECK="--only NAME,...": some sections; "--dry": on the CPU)
+	@PYTHONPATH=core:cli:operator:trainer_image$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m tests.gpu $(GPU_CHECK)
