@@ -47,8 +47,8 @@ class DeviceFacts:
     """What a rank knows about its GPUs before it joins the other ranks."""
 
     driver_version: int | None
-    """The newest version of CUDA that the node's driver supports, as CUDA writes it: 12080 for CUDA 12.8. None where the
-    pod has no driver."""
+    """The newest version of CUDA that the node's driver supports, as CUDA writes it: 12080 for CUDA 12.8. None where
+    the pod has no driver."""
     torch_cuda: str | None
     """The version of CUDA that torch was built with: `13.0`. None where torch was built for the CPU alone."""
     architectures: Sequence[str]
