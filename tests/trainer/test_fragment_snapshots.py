@@ -1,5 +1,5 @@
-"""Snapshots from fragments: the files have the same bytes as those from whole parameters, at every ZeRO stage and for any
-number of ranks. The number of collectives follows from the bytes, and the memory is used again."""
+"""Snapshots from fragments: the files have the same bytes as those from whole parameters, at every ZeRO stage and for
+any number of ranks. The number of collectives follows from the bytes, and the memory is used again."""
 
 from __future__ import annotations
 
