@@ -171,10 +171,10 @@ def test_the_files_have_the_same_bytes(
             if world == 1 or stage == 0:
                 assert step["fragments"] == 0
             else:
-                # A third of the round's room may stay empty, because the parts of the pairs of ranks differ in size.
                 assert step["whole"] == 3 * step["parameters"]
-                bytes_of_all = sum(each[0]["stored"] for each in counted)
-                assert step["fragments"] <= 1 + 2 * bytes_of_all / world / PIECE_BYTES
+                # A rank holds an equal share of the state. At worst it sends its whole share to one other rank, for
+                # which the buffers of the device have an equal share of their room.
+                assert step["fragments"] <= 1 + sum(each[0]["stored"] for each in counted) / PIECE_BYTES
             assert step["allocated"] == step["stored"] + PIECES * PIECE_BYTES
         # After the first step the memory of the host is used again. Only the buffers of a round are new.
-        assert all(step["largest"] <= PIECE_BYTES or stage == 3 for step in steps[1:])
+        assert all(step["largest"] <= PIECE_BYTES for step in steps[1:])

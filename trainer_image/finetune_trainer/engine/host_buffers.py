@@ -131,6 +131,9 @@ class StagingRing:
         with torch.cuda.stream(self._stream):
             target.copy_(values, non_blocking=True)
             piece.copied = self._stream.record_event()
+        if values.is_cuda:
+            # The values may be a temporary tensor, whose memory must not be used again before the copy is made.
+            values.record_stream(self._stream)
 
     def _next_piece(self) -> None:
         """Turn to the next buffer, which is the one that was filled first."""
