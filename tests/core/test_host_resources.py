@@ -1,5 +1,5 @@
-"""Requests and limits of a training container follow from the GPUs and the training state, and resources that a job
-names itself are passed on or refused with a reason."""
+"""Requests and limits of a training container are made of planned and chosen amounts, and resources that a job names
+itself are passed on or refused with a reason."""
 
 from __future__ import annotations
 
@@ -14,89 +14,64 @@ from finetune_core.planning.host_resources import (
     GPU_RESOURCE,
     LOCK_MEMORY,
     HostChoices,
-    HostDemand,
+    PlannedHost,
     extended_problem,
-    host_memory_bytes,
     host_resources,
 )
 
-FULL_7B = HostDemand(
-    processes=8,
-    gpus=8,
-    snapshot_bytes=12 * 6_738_415_616,
-    staging_bytes=8 * 2 * 64 * (1 << 20),
-    load_bytes=8 * 2 * 6_738_415_616,
-    shared_memory_bytes=16 * GIBIBYTE,
-)
-"""Every parameter of a Llama-2-7B on one node. Each of the 8 processes loads the model by itself."""
-LORA_7B = replace(FULL_7B, snapshot_bytes=12 * 20_000_000)
-ON_CPU = HostDemand(processes=1, gpus=0, snapshot_bytes=12 * 1_000_000)
-PLANNED: list[tuple[str, HostDemand, dict[str, str], dict[str, str]]] = [
+EIGHT_GPUS = PlannedHost(gpus=8, cpus=64, memory_bytes=220 * GIBIBYTE + 1)
+ON_CPUS = PlannedHost(gpus=0, cpus=8, memory_bytes=3 * GIBIBYTE)
+Amounts = dict[str, str]
+CASES: list[tuple[str, PlannedHost, HostChoices, Amounts, Amounts]] = [
     (
-        "every parameter of a 7B: two snapshots of 75 GiB decide",
-        FULL_7B,
+        "with GPUs the CPUs have no limit",
+        EIGHT_GPUS,
+        HostChoices(),
         {"cpu": "64", "memory": "221Gi", GPU_RESOURCE: "8"},
         {"memory": "221Gi", GPU_RESOURCE: "8"},
     ),
     (
-        "LoRA of a 7B: loading the model eight times decides",
-        LORA_7B,
-        {"cpu": "64", "memory": "166Gi", GPU_RESOURCE: "8"},
-        {"memory": "166Gi", GPU_RESOURCE: "8"},
+        "without GPUs the CPUs have a limit",
+        ON_CPUS,
+        HostChoices(),
+        {"cpu": "8", "memory": "3Gi"},
+        {"cpu": "8", "memory": "3Gi"},
     ),
     (
-        "every parameter of a 7B over two nodes",
-        replace(FULL_7B, snapshot_bytes=6 * 6_738_415_616),
-        {"cpu": "64", "memory": "166Gi", GPU_RESOURCE: "8"},
-        {"memory": "166Gi", GPU_RESOURCE: "8"},
+        "what the job sets is taken",
+        EIGHT_GPUS,
+        HostChoices(cpu="96", memory="1000Gi"),
+        {"cpu": "96", "memory": "1000Gi", GPU_RESOURCE: "8"},
+        {"memory": "1000Gi", GPU_RESOURCE: "8"},
     ),
     (
-        "one GPU",
-        replace(LORA_7B, processes=1, gpus=1, load_bytes=2 * 6_738_415_616, staging_bytes=128 << 20),
-        {"cpu": "8", "memory": "38Gi", GPU_RESOURCE: "1"},
-        {"memory": "38Gi", GPU_RESOURCE: "1"},
+        "a limit of CPUs by choice",
+        EIGHT_GPUS,
+        HostChoices(limit_cpu=True),
+        {"cpu": "64", "memory": "221Gi", GPU_RESOURCE: "8"},
+        {"cpu": "64", "memory": "221Gi", GPU_RESOURCE: "8"},
     ),
     (
-        "offload of the optimizer state",
-        replace(FULL_7B, offload_bytes=12 * 6_738_415_616),
-        {"cpu": "64", "memory": "304Gi", GPU_RESOURCE: "8"},
-        {"memory": "304Gi", GPU_RESOURCE: "8"},
+        "resources of RDMA are requested whole",
+        EIGHT_GPUS,
+        HostChoices(extended={"vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"}),
+        {"cpu": "64", "memory": "221Gi", GPU_RESOURCE: "8", "vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"},
+        {"memory": "221Gi", GPU_RESOURCE: "8", "vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"},
     ),
-    ("CPUs alone keep their limit", ON_CPU, {"cpu": "8", "memory": "3Gi"}, {"cpu": "8", "memory": "3Gi"}),
 ]
 
 
-@pytest.mark.parametrize(("case", "demand", "requests", "limits"), PLANNED, ids=[case for case, *_ in PLANNED])
-def test_what_is_planned(case: str, demand: HostDemand, requests: dict[str, str], limits: dict[str, str]) -> None:
-    planned = host_resources(demand, HostChoices())
-    assert (planned.requests, planned.limits) == (requests, limits), case
-    assert planned.added_capabilities == []
-    assert set(planned.reasons) == {"cpu", "memory"}
+@pytest.mark.parametrize(("case", "planned", "choices", "requests", "limits"), CASES, ids=[case for case, *_ in CASES])
+def test_the_resources_of_a_container(
+    case: str, planned: PlannedHost, choices: HostChoices, requests: Amounts, limits: Amounts
+) -> None:
+    found = host_resources(planned, choices)
+    assert (found.requests, found.limits) == (requests, limits), case
+    assert found.added_capabilities == []
 
 
-def test_what_the_job_sets_is_taken() -> None:
-    choices = HostChoices(cpu="96", memory="1000Gi")
-    planned = host_resources(FULL_7B, choices)
-    assert planned.requests == {"cpu": "96", "memory": "1000Gi", GPU_RESOURCE: "8"}
-    assert planned.limits == {"memory": "1000Gi", GPU_RESOURCE: "8"}
-    assert planned.reasons == {}
-    assert host_resources(FULL_7B, replace(choices, limit_cpu=True)).limits["cpu"] == "96"
-
-
-def test_resources_of_rdma_are_requested_whole_with_the_right_to_lock_memory() -> None:
-    extended = {"vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"}
-    planned = host_resources(FULL_7B, HostChoices(extended=extended, lock_memory=True))
-    for amounts in (planned.requests, planned.limits):
-        assert {name: amounts[name] for name in extended} == extended
-    assert planned.added_capabilities == [LOCK_MEMORY]
-
-
-def test_the_reason_names_the_parts() -> None:
-    assert host_resources(FULL_7B, HostChoices()).reasons["memory"] == (
-        "33.0 GiB for 8 processes, 150.6 GiB for 2 snapshots of the training state, 100.4 GiB for loading the model,"
-        " 1.0 GiB for pinned buffers, 16.0 GiB for shared memory, and 10% to spare; loading ends before the first"
-        " snapshot"
-    )
+def test_memory_is_locked_by_choice_alone() -> None:
+    assert host_resources(EIGHT_GPUS, HostChoices(lock_memory=True)).added_capabilities == [LOCK_MEMORY]
 
 
 @pytest.mark.parametrize(
@@ -137,23 +112,8 @@ def test_any_name_and_amount_are_judged(name: str, amount: str) -> None:
     assert problem is None or problem.startswith("must ")
 
 
-SIZES = st.integers(0, 1 << 45)
-DEMANDS = st.builds(
-    HostDemand,
-    processes=st.integers(1, 16),
-    gpus=st.integers(0, 16),
-    snapshot_bytes=SIZES,
-    snapshots=st.integers(1, 3),
-    staging_bytes=SIZES,
-    load_bytes=SIZES,
-    offload_bytes=SIZES,
-    shared_memory_bytes=SIZES,
-)
-
-
-@given(DEMANDS, st.sampled_from(["snapshot_bytes", "staging_bytes", "load_bytes", "offload_bytes"]))
-def test_the_memory_holds_the_parts_and_never_falls_when_one_grows(demand: HostDemand, field: str) -> None:
-    memory = host_memory_bytes(demand)
-    assert memory >= demand.snapshots * demand.snapshot_bytes + demand.shared_memory_bytes + demand.offload_bytes
-    assert memory >= demand.load_bytes
-    assert host_memory_bytes(replace(demand, **{field: getattr(demand, field) + 1})) >= memory
+@given(st.integers(0, 1 << 45), st.integers(0, 16))
+def test_the_memory_is_rounded_up_to_whole_gibibytes(memory: int, gpus: int) -> None:
+    planned = replace(EIGHT_GPUS, memory_bytes=memory, gpus=gpus)
+    requested = int(host_resources(planned, HostChoices()).requests["memory"].removesuffix("Gi")) * GIBIBYTE
+    assert 0 <= requested - memory < GIBIBYTE

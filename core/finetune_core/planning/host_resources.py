@@ -1,8 +1,8 @@
-"""Computes the requests and limits of a training container: memory of the host, CPUs, GPUs, and extended resources such
-as network devices for RDMA, and whether the container may lock memory.
+"""Makes the requests and limits of a training container out of planned and chosen amounts: memory of the host, CPUs,
+GPUs, and extended resources such as network devices for RDMA. Also says whether the container may lock memory.
 
-The functions return values for the container of a pod, as `operator/finetune_operator/objects` writes them. Each value
-has its reason, which a plan can show.
+The functions return values for the container of a pod, as `operator/finetune_operator/objects` writes them, and judge
+the names and amounts that a job sets itself. How much memory and how many CPUs a pod needs is computed elsewhere.
 """
 
 from __future__ import annotations
@@ -11,27 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-MEBIBYTE = 1 << 20
-"""Number of bytes in one MiB."""
 GIBIBYTE = 1 << 30
 """Number of bytes in one GiB."""
 GPU_RESOURCE = "nvidia.com/gpu"
 """Name of the resource of NVIDIA's device plugin."""
-CPUS_PER_GPU = 8
-"""CPUs that are requested for each GPU. A process of the training keeps two CPUs busy, Python's and torch's thread for
-the backward pass, and NCCL, the upload of checkpoints and the tokenising of rows use the others at times. Machines with
-8 GPUs have 96 CPUs or more."""
-CPUS_WITHOUT_GPU = 8
-GPU_PROCESS_BYTES = 4 * GIBIBYTE
-"""Memory of the host that a process takes for Python, torch's libraries, the context of CUDA and the buffers of
-NCCL."""
-CPU_PROCESS_BYTES = 3 * GIBIBYTE // 2
-"""Memory that a process without a GPU takes for Python and torch's libraries."""
-POD_BYTES = GIBIBYTE
-"""Memory of the launcher, of the program that fetches the model, and of small files in memory."""
-SPARE_SHARE = 0.1
-"""Share of all memory that is added, because the sizes are estimates and the kernel counts pages of files for a
-while."""
 LOCK_MEMORY = "IPC_LOCK"
 """The capability that lets a container lock any amount of memory. Network devices for RDMA register the memory that
 they read, and the kernel locks registered memory. Without the capability the limit of the node's container runtime
@@ -43,27 +26,14 @@ _SIZE = re.compile(r"([1-9][0-9]{0,11})(Ki|Mi|Gi)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostDemand:
-    """What the ranks of one pod need of the host, in bytes where nothing else is said."""
+class PlannedHost:
+    """What the plan of a job says about one pod."""
 
-    processes: int
-    """Training processes of the pod, one for each GPU."""
     gpus: int
     """GPUs of the pod. 0 where the job computes on CPUs."""
-    snapshot_bytes: int
-    """One snapshot of the training state of all ranks of the pod together: 12 bytes for each trained parameter, divided
-    by the number of pods."""
-    snapshots: int = 2
-    """How many snapshots a rank holds at once at most."""
-    staging_bytes: int = 0
-    """Pinned buffers of all ranks of the pod together."""
-    load_bytes: int = 0
-    """Largest amount that loading the model takes, over all ranks of the pod together. It is free again before the
-    first snapshot."""
-    offload_bytes: int = 0
-    """Optimizer state and parameters that the ranks of the pod keep in the memory of the host."""
-    shared_memory_bytes: int = 0
-    """Size of /dev/shm, which counts towards the memory of the container."""
+    cpus: int
+    memory_bytes: int
+    """Memory of the host, with /dev/shm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,62 +62,27 @@ class ContainerResources:
     requests: Mapping[str, str]
     limits: Mapping[str, str]
     added_capabilities: Sequence[str]
-    reasons: Mapping[str, str]
-    """Why each planned value is what it is, as a sentence, by the name of the resource."""
 
 
-def host_resources(demand: HostDemand, choices: HostChoices) -> ContainerResources:
-    """Return the resources of the training container of each pod. The caller has refused the choices for which
-    `extended_problem` returns a sentence."""
-    reasons: dict[str, str] = {}
-    memory = choices.memory
-    if memory is None:
-        planned = host_memory_bytes(demand)
-        memory = f"{-(-planned // GIBIBYTE)}Gi"
-        reasons["memory"] = _memory_reason(demand)
-    cpu = choices.cpu
-    if cpu is None:
-        cpu = str(CPUS_PER_GPU * demand.gpus if demand.gpus else CPUS_WITHOUT_GPU)
-        reasons["cpu"] = (
-            f"{CPUS_PER_GPU} CPUs for each GPU" if demand.gpus else f"{CPUS_WITHOUT_GPU} CPUs without a GPU"
-        )
+def host_resources(planned: PlannedHost, choices: HostChoices) -> ContainerResources:
+    """Return the resources of the training container of each pod. What the job sets wins over what is planned. The
+    caller has refused the choices for which `extended_problem` returns a sentence."""
+    memory = choices.memory or f"{-(-planned.memory_bytes // GIBIBYTE)}Gi"
+    cpu = choices.cpu or str(planned.cpus)
     requests = {"cpu": cpu, "memory": memory}
     limits = {"memory": memory}
-    # On CPUs the number of threads, and with it the last bits of each sum, follows from the limit and must not follow
-    # from the size of the node.
-    if choices.limit_cpu or not demand.gpus:
+    # With GPUs a limit of CPUs only slows the processes down. Without GPUs there is a limit, because the number of
+    # threads, and with it the last bits of each sum, follows from the limit, and must not follow from the size of the
+    # node.
+    if choices.limit_cpu or not planned.gpus:
         limits["cpu"] = cpu
     # Kubernetes wants the same request and limit for everything that it can't share out.
-    whole = dict(choices.extended) | ({GPU_RESOURCE: str(demand.gpus)} if demand.gpus else {})
+    whole = dict(choices.extended) | ({GPU_RESOURCE: str(planned.gpus)} if planned.gpus else {})
     return ContainerResources(
         requests=requests | whole,
         limits=limits | whole,
         added_capabilities=[LOCK_MEMORY] if choices.lock_memory else [],
-        reasons=reasons,
     )
-
-
-def host_memory_bytes(demand: HostDemand) -> int:
-    """Return how much memory of the host a pod needs, in bytes."""
-    process = GPU_PROCESS_BYTES if demand.gpus else CPU_PROCESS_BYTES
-    # The memory for loading is free again when the first snapshot is taken.
-    largest = max(demand.load_bytes, demand.snapshots * demand.snapshot_bytes)
-    standing = POD_BYTES + demand.processes * process + demand.staging_bytes + demand.offload_bytes
-    return int((standing + largest + demand.shared_memory_bytes) * (1 + SPARE_SHARE))
-
-
-def _memory_reason(demand: HostDemand) -> str:
-    process = GPU_PROCESS_BYTES if demand.gpus else CPU_PROCESS_BYTES
-    parts = {
-        f"{demand.processes} processes": POD_BYTES + demand.processes * process,
-        f"{demand.snapshots} snapshots of the training state": demand.snapshots * demand.snapshot_bytes,
-        "loading the model": demand.load_bytes,
-        "pinned buffers": demand.staging_bytes,
-        "offload": demand.offload_bytes,
-        "shared memory": demand.shared_memory_bytes,
-    }
-    texts = [f"{size / GIBIBYTE:.1f} GiB for {name}" for name, size in parts.items() if size]
-    return ", ".join(texts) + f", and {SPARE_SHARE:.0%} to spare; loading ends before the first snapshot"
 
 
 def extended_problem(name: str, amount: str) -> str | None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.engine.host_buffers import ELEMENT_BYTES, StagingRing, StateBuffer, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
 
@@ -27,6 +27,20 @@ PIECE_BYTES = 64 << 20
 ranks exchange fragments, in bytes."""
 Extents = Mapping[str, tuple[int, int]]
 """The fragment that a rank holds of each parameter: its first element and its number of elements."""
+
+
+class HoldsFragments(Protocol):
+    """What a snapshot needs of an engine."""
+
+    device: torch.device
+    """The device that the engine computes on."""
+
+    @property
+    def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Whole shapes of the trained parameters by name, in the model's order."""
+
+    def read_fragment(self, name: str, kind: str) -> Fragment:
+        """Return the part that this rank holds of a trained parameter, or of one of its moments."""
 
 
 class Part(NamedTuple):
@@ -128,7 +142,7 @@ class FragmentSnapshots:
     """Takes the snapshots of one engine into memory that is used again. One rank has one object for each engine."""
 
     def __init__(
-        self, engine: Engine, *, rank: int, world_size: int, alive: int = ALIVE, piece_bytes: int = PIECE_BYTES
+        self, engine: HoldsFragments, *, rank: int, world_size: int, alive: int = ALIVE, piece_bytes: int = PIECE_BYTES
     ) -> None:
         """Tell the other ranks which fragments this rank holds. All ranks must make their object together. ``alive`` is
         the largest number of snapshots at once."""
