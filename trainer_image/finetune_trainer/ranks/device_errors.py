@@ -246,7 +246,8 @@ def _marks(line: str) -> Iterator[_Mark]:
 def _joined(first: Sequence[str], causes: Sequence[str], limit: int) -> str:
     """Return the first line of a text and the lines that hold its cause as one line of at most ``limit`` characters.
     Where they are too long, the first line is cut first."""
-    parts = list(dict.fromkeys(valid_text(line)[: limit // max(1, len(causes))] for line in causes))
+    different = dict.fromkeys(causes)
+    parts = [valid_text(line)[: limit // len(different)] for line in different]
     cause = ": ".join(parts)[:limit]
     start = valid_text("".join(first))
     if not cause or start in parts:
