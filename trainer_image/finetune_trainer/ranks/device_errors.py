@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from finetune_core.errors import valid_text
+from finetune_trainer.pod.errors import one_line
 
 
 class DeviceFault(StrEnum):
@@ -247,10 +247,10 @@ def _joined(first: Sequence[str], causes: Sequence[str], limit: int) -> str:
     """Return the first line of a text and the lines that hold its cause as one line of at most ``limit`` characters.
     Where they are too long, the first line is cut first."""
     different = dict.fromkeys(causes)
-    parts = [valid_text(line)[: limit // len(different)] for line in different]
-    cause = ": ".join(parts)[:limit]
-    start = valid_text("".join(first))
-    if not cause or start in parts:
+    parts = [one_line(line, limit=limit // len(different)) for line in different]
+    cause = ": ".join(part for part in parts if part)[:limit]
+    start = one_line("".join(first))
+    if not cause or not start or start in parts:
         return (cause or start or "no message")[:limit]
     room = limit - len(cause) - len(": ")
     return f"{start[:room]}: {cause}" if room > 0 else cause
