@@ -32,8 +32,9 @@ Extents = Mapping[str, tuple[int, int]]
 class HoldsFragments(Protocol):
     """What a snapshot needs of an engine."""
 
-    device: torch.device
-    """The device that the engine computes on."""
+    @property
+    def device(self) -> torch.device:
+        """The device that the engine computes on."""
 
     @property
     def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
