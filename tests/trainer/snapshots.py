@@ -23,7 +23,6 @@ def main() -> None:
     offload = sys.argv[5] == "offload"
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers import AutoModelForCausalLM
 
     from finetune_core.contract import OptimizationConfig
     from finetune_trainer.data.batches import collate
@@ -32,6 +31,7 @@ def main() -> None:
     from finetune_trainer.engine.engine import Engine
     from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots
     from finetune_trainer.engine.state import take_snapshot, write_snapshot
+    from finetune_trainer.model.load import load_base
     from finetune_trainer.ranks.gang import Gang
 
     class Counted(TorchDispatchMode):
@@ -58,7 +58,7 @@ def main() -> None:
     )  # fmt: skip
     sharding = shard_new_models(optimization, gang.world_size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    engine = Engine(AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype), optimization, gang.device)
+    engine = Engine(load_base(model_folder, dtype, sharded=sharding is not None), optimization, gang.device)
     batch = collate([[(Example(tuple(range(3 + gang.rank, 13 + gang.rank)), [(0, 10)]), 1)]], pad=0, packed=False)
     snapshots: FragmentSnapshots | None = None
     told: list[dict[str, Any]] = []
