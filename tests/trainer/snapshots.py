@@ -34,7 +34,7 @@ def main() -> None:
     from finetune_trainer.model.load import load_base
     from finetune_trainer.ranks.gang import Gang
 
-    class Counted(TorchDispatchMode):
+    class Counted(TorchDispatchMode):  # type: ignore[misc]
         """Counts the collectives of torch, and the bytes of new tensors in the memory of the host."""
 
         def __init__(self) -> None:

@@ -35,7 +35,7 @@ def own_fragment(
         return Fragment(0, whole.flatten())
     if stage == 3:
         return _shard(parameter, rank=rank, moment=moment)
-    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    mapping: Any = parameter._hp_mapping
     if mapping is None:
         # The partition of this rank begins behind the parameter or ends before it.
         return Fragment(0, torch.empty(0))
@@ -50,6 +50,6 @@ def _shard(parameter: torch.nn.Parameter, *, rank: int, moment: str | None) -> F
     values = (
         safe_get_local_fp32_param(parameter) if moment is None else safe_get_local_optimizer_state(parameter, moment)
     )
-    elements: int = parameter.ds_numel  # type: ignore[attr-defined]
+    elements: int = parameter.ds_numel
     start = min(rank * values.numel(), elements)
     return Fragment(start, values.detach()[: elements - start])
