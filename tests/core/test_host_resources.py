@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.planning.host_resources import (
-    GIBIBYTE,
     GPU_RESOURCE,
     LOCK_MEMORY,
     HostChoices,
@@ -18,6 +17,7 @@ from finetune_core.planning.host_resources import (
     extended_problem,
     host_resources,
 )
+from finetune_core.planning.scratch import GIBIBYTE
 
 EIGHT_GPUS = PlannedHost(gpus=8, cpus=64, memory_bytes=220 * GIBIBYTE + 1)
 ON_CPUS = PlannedHost(gpus=0, cpus=8, memory_bytes=3 * GIBIBYTE)

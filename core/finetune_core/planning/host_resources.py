@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-GIBIBYTE = 1 << 30
-"""Number of bytes in one GiB."""
+from finetune_core.planning.scratch import GIBIBYTE
+
 GPU_RESOURCE = "nvidia.com/gpu"
 """Name of the resource of NVIDIA's device plugin."""
 LOCK_MEMORY = "IPC_LOCK"

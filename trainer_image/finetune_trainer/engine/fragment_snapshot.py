@@ -77,6 +77,7 @@ class SnapshotPlan:
                         self._parts[source, owner].append(Part(name, kind, length, sizes[owner] + start))
                 sizes[owner] += elements
         self._sizes = sizes
+        self._elements = {pair: sum(part.length for part in parts) for pair, parts in self._parts.items()}
 
     def _owners_in_order(self) -> Iterator[tuple[str, int]]:
         return ((name, self._owners[name]) for name in self._shapes)
@@ -87,7 +88,7 @@ class SnapshotPlan:
 
     def elements(self, source: int, owner: int) -> int:
         """Return how many values the parts between the two ranks have together."""
-        return sum(part.length for part in self._parts[source, owner])
+        return self._elements[source, owner]
 
     def stored_elements(self, rank: int) -> int:
         """Return how many values ``rank`` stores."""
@@ -96,7 +97,7 @@ class SnapshotPlan:
     def rounds(self, elements: int) -> int:
         """Return in how many rounds the ranks exchange their parts, if each rank sends at most ``elements`` values to
         another rank in a round."""
-        largest = max((self.elements(*pair) for pair in self._parts if pair[0] != pair[1]), default=0)
+        largest = max((count for (source, owner), count in self._elements.items() if source != owner), default=0)
         return -(-largest // elements)
 
     def tensors(self, values: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
