@@ -11,11 +11,8 @@ import pytest
 from finetune_core.contract import Outcome
 from finetune_trainer.pod.outcomes import read_outcome
 from finetune_trainer.ranks.return_guard import LEAST_SECONDS, MOST_SECONDS, ReturnGuard, return_seconds
-from tests.trainer.hanging import LEFT
+from tests.trainer.hanging import LEAVES, LEFT, STOPS
 from tests.trainer.zygote import ends_of, zygote
-
-LEAVE_SECONDS = 60.0
-"""A rank must leave within this time, in which a loaded machine also starts the ranks."""
 
 
 class Recorder:
@@ -135,10 +132,9 @@ def test_the_thread_of_the_guard_acts_by_itself() -> None:
 
 @pytest.mark.gang
 def test_a_rank_that_waits_in_a_call_without_end_leaves_after_rank_0(tmp_path: Path) -> None:
-    """The call holds no lock of Python, and no signal interrupts it for good: the C library's `read` of an empty
-    pipe."""
-    ranks = zygote().start_ranks("tests.trainer.hanging", [[str(tmp_path)]] * 2, tmp_path)
-    assert ends_of(ranks, LEAVE_SECONDS) == [LEFT, 75]
+    """The call holds no lock of Python, and no exception can end it: the C library's `read` of an empty pipe."""
+    ranks = zygote().start_ranks("tests.trainer.hanging", [[str(tmp_path), LEAVES]] * 2, tmp_path)
+    assert ends_of(ranks) == [LEFT, 75]
     outcome = read_outcome(tmp_path, 1)
     assert outcome is not None
     assert outcome.caused_by_peer
@@ -148,3 +144,18 @@ def test_a_rank_that_waits_in_a_call_without_end_leaves_after_rank_0(tmp_path: P
     log = (tmp_path / "rank-1.log").read_text()
     assert "the stacks of all threads of rank 1:" in log
     assert "a_call_that_never_returns" in log
+
+
+@pytest.mark.gang
+def test_a_rank_that_waits_in_a_call_without_end_leaves_after_sigterm(tmp_path: Path) -> None:
+    """Rank 0 receives SIGTERM and waits for the agreement to stop, to which rank 1 never comes. The rank whose bound
+    ends first tells the other rank, and is the cause. Which rank that is depends on when each learned of the
+    signal."""
+    ranks = zygote().start_ranks("tests.trainer.hanging", [[str(tmp_path), STOPS]] * 2, tmp_path)
+    assert ends_of(ranks) == [75, 75]
+    outcomes = [outcome for rank in range(2) if (outcome := read_outcome(tmp_path, rank)) is not None]
+    assert len(outcomes) == 2
+    assert not all(outcome.caused_by_peer for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome.result.message.startswith("told to stop, and the training thread did not return")
+    assert "a_call_that_never_returns" in (tmp_path / "rank-1.log").read_text()
