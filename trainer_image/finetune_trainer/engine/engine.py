@@ -2,7 +2,7 @@
 training state.
 
 `train.py` makes one engine for each run. All code that depends on DeepSpeed's internals is in this module, in
-`leaf_modules.py` and in `config.py`, so that an upgrade of DeepSpeed changes only these three files.
+`fragments.py`, in `leaf_modules.py` and in `config.py`, so that an upgrade of DeepSpeed changes only these four files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.config import engine_config, prevent_compilation
+from finetune_trainer.engine.fragments import Fragment, own_fragment
 from finetune_trainer.engine.leaf_modules import make_leaf_modules
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
@@ -215,6 +216,17 @@ class Engine:
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             tensors[key] = safe_get_full_optimizer_state(parameter, key)
         return tensors
+
+    def read_fragment(self, name: str, kind: str) -> Fragment:
+        """Return the part that this rank holds of the trained parameter ``name``: of its fp32 value or of one of
+        AdamW's two moments, as ``kind`` says. The call communicates with no other rank."""
+        return own_fragment(
+            self._parameters[name],
+            self._optimizer,
+            stage=self._stage,
+            rank=torch.distributed.get_rank(),
+            moment=None if kind == MASTER else kind,
+        )
 
     def _link_moments(self) -> None:
         """At ZeRO stages 1 and 2, link every parameter to its AdamW moments, once after the first update.

@@ -1,0 +1,78 @@
+"""Time limits that grow with the bytes of a job and with its number of nodes.
+
+A fixed limit is right for small models only: a merged model of 140 GB takes longer than 20 minutes to upload at
+100 MB/s, and the other ranks would give up after the whole training. `ranks/gang.py` takes the limits for the work of
+one rank for which the others wait, and the launcher takes the limit for the other pods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+
+NODE_BYTES_PER_SECOND = 25e6
+"""The slowest transfer between a node and the store that a limit allows for: a fifth of a link of 1 Gbit/s."""
+STORE_BYTES_PER_SECOND = 500e6
+"""The slowest transfer of the store to or from all nodes together that a limit allows for: half of a link of
+10 Gbit/s."""
+DISK_BYTES_PER_SECOND = 100e6
+"""The slowest disk that a limit allows for, in bytes per second. Making a file of an artifact reads or writes its bytes
+three times at most: the weights are read, and the file is written and read again for its digest."""
+DISK_PASSES = 3
+LEAST_WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
+"""The limit for work of one rank without a transfer. Such work may make several calls to the store, each with a time
+limit of its own."""
+MOST_SECONDS = 24 * 3600.0
+"""No limit is longer than a day, because a transfer that takes longer is taken for a fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSize:
+    """The sizes on which the time limits depend."""
+
+    model_bytes: int
+    """Size of the files of the base model, which every node fetches."""
+    artifact_bytes: int
+    """Size of everything that the job publishes, which rank 0 makes and uploads."""
+    checkpoint_bytes: int
+    """Size of a whole checkpoint, which every node fetches at a resume and before the artifact is made."""
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeLimits:
+    """Time limits in seconds."""
+
+    fetch: float
+    """How long a node may take to fetch a checkpoint."""
+    export: float
+    """How long rank 0 may take to make the artifact from a checkpoint that lies on the node, and to upload the
+    artifact."""
+    share: float
+    """How long the other ranks wait for the work of one rank, which may be one of the two above."""
+    peers: float
+    """How long a pod waits for the other pods at the start. The nodes pull the image and fetch the model at different
+    speeds, and a node may have both already."""
+
+
+def time_limits(size: JobSize) -> TimeLimits:
+    """Return the time limits for a job of ``size``. None is shorter than today's constant limits: 1,200 s for the work
+    of a rank, and 300 s for the other pods at the start."""
+    fetch = LEAST_WORK_SECONDS + _transfer_seconds(size.checkpoint_bytes, nodes=size.nodes)
+    disk = DISK_PASSES * size.artifact_bytes / DISK_BYTES_PER_SECOND
+    export = LEAST_WORK_SECONDS + disk + _transfer_seconds(size.artifact_bytes, nodes=1)
+    # A pod without other pods waits for nothing but the processes that its own launcher starts.
+    model = _transfer_seconds(size.model_bytes, nodes=size.nodes) if size.nodes > 1 else 0.0
+    return TimeLimits(
+        fetch=min(fetch, MOST_SECONDS),
+        export=min(export, MOST_SECONDS),
+        share=min(max(fetch, export), MOST_SECONDS),
+        peers=min(PEER_WAIT_SECONDS + model, MOST_SECONDS),
+    )
+
+
+def _transfer_seconds(amount: int, *, nodes: int) -> float:
+    """Return the longest time in seconds that the transfer of ``amount`` bytes between the store and each of ``nodes``
+    nodes at the same time may take."""
+    return amount / min(NODE_BYTES_PER_SECOND, STORE_BYTES_PER_SECOND / nodes)
