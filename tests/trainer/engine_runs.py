@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -43,7 +42,7 @@ class EngineRun(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     method: Literal["LoRA", "Full"]
-    parts: Sequence[tuple[Kind, int]]
+    parts: tuple[tuple[Kind, int], ...]
     """Engine and number of steps of each part."""
     precision: Literal["fp32", "bf16"] = "fp32"
     micro: int = 2

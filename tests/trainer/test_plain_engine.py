@@ -88,10 +88,10 @@ def plain(tiny_model: Path) -> Callable[[str, float], Plain]:
 @pytest.mark.parametrize(
     "run",
     [
-        EngineRun(method="LoRA", parts=[(PLAIN, STEPS)], micro=6, decay=DECAY),
-        EngineRun(method="LoRA", parts=[(PLAIN, STEPS)], micro=1, recompute=True),
-        EngineRun(method="Full", parts=[(PLAIN, STEPS)], micro=4),
-        EngineRun(method="Full", parts=[(PLAIN, STEPS)], micro=2, recompute=True, decay=DECAY),
+        EngineRun(method="LoRA", parts=((PLAIN, STEPS),), micro=6, decay=DECAY),
+        EngineRun(method="LoRA", parts=((PLAIN, STEPS),), micro=1, recompute=True),
+        EngineRun(method="Full", parts=((PLAIN, STEPS),), micro=4),
+        EngineRun(method="Full", parts=((PLAIN, STEPS),), micro=2, recompute=True, decay=DECAY),
     ],
     ids=lambda run: run.name,
 )
@@ -115,7 +115,7 @@ def test_lora_plus_trains_as_with_the_optimizer_of_peft(tiny_model: Path, tmp_pa
     assert variant.ratio is not None
     run = EngineRun(
         method="LoRA",
-        parts=[(PLAIN, variants.STEPS)],
+        parts=((PLAIN, variants.STEPS),),
         decay=variant.decay,
         lora_plus_ratio=variant.ratio,
         rate=variants.RATE,
@@ -128,24 +128,24 @@ def test_lora_plus_trains_as_with_the_optimizer_of_peft(tiny_model: Path, tmp_pa
 # ---- DeepSpeed's engine ----
 
 EXACT = [
-    EngineRun(method="LoRA", parts=[(2, STEPS)], clipping=0.3, decay=DECAY, lora_plus_ratio=4),
-    EngineRun(method="LoRA", parts=[(2, STEPS)], precision="bf16", micro=1, recompute=True, infinite=2),
-    EngineRun(method="LoRA", parts=[(1, STEPS)], precision="bf16", micro=6),
-    EngineRun(method="Full", parts=[(1, STEPS)], infinite=2),
-    EngineRun(method="Full", parts=[(2, STEPS)], precision="bf16", decay=DECAY),
-    EngineRun(method="Full", parts=[(1, STEPS)], precision="bf16", micro=6, recompute=True),
+    EngineRun(method="LoRA", parts=((2, STEPS),), clipping=0.3, decay=DECAY, lora_plus_ratio=4),
+    EngineRun(method="LoRA", parts=((2, STEPS),), precision="bf16", micro=1, recompute=True, infinite=2),
+    EngineRun(method="LoRA", parts=((1, STEPS),), precision="bf16", micro=6),
+    EngineRun(method="Full", parts=((1, STEPS),), infinite=2),
+    EngineRun(method="Full", parts=((2, STEPS),), precision="bf16", decay=DECAY),
+    EngineRun(method="Full", parts=((1, STEPS),), precision="bf16", micro=6, recompute=True),
 ]
 """Runs at ZeRO stages 1 and 2 that the plain engine repeats bit for bit. At stage 1 in bf16, DeepSpeed adds up the
 gradients of several micro-batches in bf16, so these runs have one micro-batch."""
 CLOSE = [
-    EngineRun(method="LoRA", parts=[(0, STEPS)], decay=DECAY, lora_plus_ratio=4),
-    EngineRun(method="Full", parts=[(0, STEPS)], decay=DECAY, recompute=True),
+    EngineRun(method="LoRA", parts=((0, STEPS),), decay=DECAY, lora_plus_ratio=4),
+    EngineRun(method="Full", parts=((0, STEPS),), decay=DECAY, recompute=True),
 ]
 """Runs at ZeRO stage 0, which rounds norms and factors in another order."""
 CHANGED = [
     EngineRun(method=method, parts=parts, precision=precision, decay=DECAY)
     for method, precision in (("LoRA", "fp32"), ("Full", "bf16"))
-    for parts in ([(2, 3), (PLAIN, 3)], [(PLAIN, 3), (2, 3)])
+    for parts in (((2, 3), (PLAIN, 3)), ((PLAIN, 3), (2, 3)))
 ]
 """Runs that change the engine in the middle."""
 Made = dict[EngineRun, tuple[Figures, dict[str, torch.Tensor]]]
@@ -259,7 +259,7 @@ def test_weight_and_remainder_are_exactly_the_fp32_value(numbers: list[tuple[int
 def test_parts_of_a_parameter_in_several_batches_train_like_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = EngineRun(method="Full", parts=[(PLAIN, 3)], precision="bf16", decay=DECAY)
+    run = EngineRun(method="Full", parts=((PLAIN, 3),), precision="bf16", decay=DECAY)
     wanted = train(run, tiny_model, tmp_path / "one"), state_after(run, tmp_path / "one")
     monkeypatch.setattr(masters, "BATCH_ELEMENTS", 1024)
     found = train(run, tiny_model, tmp_path / "many"), state_after(run, tmp_path / "many")
@@ -283,7 +283,7 @@ def test_a_parameter_that_is_not_contiguous_trains_in_its_place() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_discarded_gradient_changes_nothing(precision: Any, tiny_model: Path) -> None:
-    run = EngineRun(method="Full", parts=[(PLAIN, 1)], precision=precision, infinite=2)
+    run = EngineRun(method="Full", parts=((PLAIN, 1),), precision=precision, infinite=2)
     engine, batches = make_engine(run, PLAIN, load(run, tiny_model)), micro_batcher(tiny_model)
     one_step(engine, batches, run, 1)
     before = whole_state(engine)
@@ -350,7 +350,7 @@ def test_a_parameter_without_a_gradient_decays_as_with_zero(kind: Any) -> None:
 
 @pytest.fixture
 def engine(tiny_model: Path) -> Iterator[TrainingEngine]:
-    run = EngineRun(method="LoRA", parts=[(PLAIN, 1)])
+    run = EngineRun(method="LoRA", parts=((PLAIN, 1),))
     made = make_engine(run, PLAIN, load(run, tiny_model))
     yield made
     made.close()
@@ -384,7 +384,7 @@ def test_excluded_tokens_and_full_logits_are_those_of_the_objective(engine: Trai
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_weight_of_a_checkpoint_becomes_that_of_the_model(precision: Any, tiny_model: Path) -> None:
-    run = EngineRun(method="LoRA", parts=[(PLAIN, 1)], precision=precision)
+    run = EngineRun(method="LoRA", parts=((PLAIN, 1),), precision=precision)
     model = load(run, tiny_model)
     engine = make_engine(run, PLAIN, model)
     name, shape = next(iter(engine.parameter_shapes.items()))
@@ -394,7 +394,7 @@ def test_a_weight_of_a_checkpoint_becomes_that_of_the_model(precision: Any, tiny
 
 
 def test_a_closed_engine_holds_no_memory(tiny_model: Path) -> None:
-    run = EngineRun(method="Full", parts=[(PLAIN, 1)], precision="bf16")
+    run = EngineRun(method="Full", parts=((PLAIN, 1),), precision="bf16")
     model = load(run, tiny_model)
     engine = make_engine(run, PLAIN, model)
     one_step(engine, micro_batcher(tiny_model), run, 1)
@@ -448,7 +448,7 @@ def test_a_step_needs_16_bytes_for_each_trained_parameter(
     model = LlamaForCausalLM(config).to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
     model.config.use_cache = False
     count = sum(parameter.numel() for parameter in model.parameters())
-    run = EngineRun(method="Full", parts=[(PLAIN, 1)], precision=precision)
+    run = EngineRun(method="Full", parts=((PLAIN, 1),), precision=precision)
     made: list[PlainEngine] = []
     grown, _ = memory_of(lambda: made.append(PlainEngine(model, run.optimization(PLAIN), torch.device("cpu"))))
     assert weight + grown / count == pytest.approx(standing, abs=0.05)
