@@ -162,7 +162,8 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
     from finetune_trainer.model.load import trained_parameters
 
     batches = micro_batcher(model_folder)
-    losses, norms = [], []
+    losses: list[float] = []
+    norms: list[float] = []
     updates = 0
     for part, (kind, steps) in enumerate(run.parts):
         model = load(run, model_folder)

@@ -70,7 +70,10 @@ def plain(tiny_model: Path) -> Callable[[str, float], Plain]:
     torch.set_num_threads(1)
     known: dict[tuple[str, float], Plain] = {}
     examples = [
-        PlainExample(example.ids, [example.spans[0][0] <= position for position in range(len(example.ids))])
+        PlainExample(
+            [int(token) for token in example.ids],
+            [example.spans[0][0] <= position for position in range(len(example.ids))],
+        )
         for example in micro_batcher(tiny_model).examples
     ]
     batches = [global_batch(step, rows=ROWS, global_batch_size=GLOBAL_BATCH, seed=42) for step in range(1, STEPS + 1)]
@@ -478,7 +481,7 @@ def test_a_step_needs_16_bytes_for_each_trained_parameter(
     assert max(peaks.values()) < 16.5
 
 
-class CountedKernels(TorchDispatchMode):
+class CountedKernels(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
     """Counts the functions of torch that are called."""
 
     def __init__(self) -> None:
