@@ -47,17 +47,18 @@ def test_a_job_finds_the_micro_batch_that_fits_or_ends(
         assert (ruling.reason, ruling.node) == (Reason.OUT_OF_MEMORY, "n1")
         if ruling.verdict is Verdict.PERMANENT:
             break
-        assert micro_batch_of(planned, halvings=halvings + 1, share=share).size == min(used.size, share) // 2
+        assert micro_batch_of(planned, halvings=halvings + 1, share=share).size == used.size // 2
         halvings += 1
     assert halvings <= HALVINGS_LIMIT
-    fits = planned <= fitting or max(1, min(planned, share) >> HALVINGS_LIMIT) <= fitting
+    fits = max(1, min(planned, share) >> HALVINGS_LIMIT) <= fitting
     assert (Verdict.PERMANENT not in verdicts) == fits
     assert attempts.charged == (halvings > 0), "the search is charged once"
     assert attempts.free == max(0, halvings - 1)
 
 
 @pytest.mark.parametrize(
-    ("planned", "halvings", "size", "steps"), [(8, 0, 8, 2), (8, 1, 4, 4), (8, 3, 1, 16), (5, 1, 2, 8), (64, 1, 8, 2)]
+    ("planned", "halvings", "size", "steps"),
+    [(8, 0, 8, 2), (8, 1, 4, 4), (8, 3, 1, 16), (5, 1, 2, 8), (64, 0, 16, 1), (64, 1, 8, 2)],
 )
 def test_half_the_examples_are_computed_in_twice_the_steps(planned: int, halvings: int, size: int, steps: int) -> None:
     assert micro_batch_of(planned, halvings=halvings, share=16) == MicroBatch(size=size, accumulation_steps=steps)

@@ -50,10 +50,10 @@ def micro_batch_of(planned: int, *, halvings: int, share: int) -> MicroBatch:
     """Return the micro-batch of an attempt before which ``halvings`` attempts of the job ran out of memory.
 
     ``planned`` is the size that the spec sets or leaves to the plan. ``share`` is how many examples of a global batch
-    one process computes (`process_share` of the planning). A planned size may be larger than the share, so the smaller
-    one of both is halved. An odd size is rounded down.
+    one process computes (`process_share` of the planning), which is less than ``planned`` where the spec asks for more
+    than there is. An odd size is rounded down when it is halved.
     """
-    size = max(1, min(planned, share) >> halvings) if halvings else planned
+    size = max(1, min(planned, share) >> halvings)
     return MicroBatch(size=size, accumulation_steps=-(-share // size))
 
 
