@@ -148,12 +148,12 @@ def memory_not_enough(failure: str, why: str, advice: str) -> str:
 
 
 def micro_batch_halved(failure: str, size: int, smaller: int, steps: int, time: int, limit: int) -> str:
-    """Return the sentence about lack of memory after which the next attempt computes ``smaller`` examples at once
-    instead of ``size``, in ``steps`` gradient accumulation steps. ``time`` of at most ``limit`` says how often the
+    """Return the sentence about lack of memory after which the next attempt has a micro-batch of ``smaller`` examples
+    instead of ``size``, and ``steps`` gradient accumulation steps. ``time`` of at most ``limit`` says how often the
     micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
     return (
-        f"the next attempt computes {smaller} examples at once instead of {size}, in {steps} accumulation steps, and"
-        f" makes the same updates (micro-batch halved {time} of at most {limit} times): {failure}"
+        f"the next attempt has a micro-batch of {smaller} instead of {size}, gradient accumulation of {steps}, and the"
+        f" same updates (halved {time} of at most {limit} times): {failure}"
     )
 
 

@@ -157,7 +157,7 @@ class Bf16Masters:
                 [batch.moments[SECOND_MOMENT]],
                 [],
                 # The function adds one update itself.
-                [torch.tensor(float(self._updates), device=masters.device)],
+                [torch.full((), float(self._updates), device=masters.device)],
                 fused=True,
                 amsgrad=False,
                 beta1=BETAS[0],
