@@ -68,8 +68,8 @@ def test_the_status_says_what_the_next_attempt_does() -> None:
     ruling = rule_on(FAILED, planned=8, halvings=1, share=8, advice=ADVICE)
     assert ruling.verdict is Verdict.FREE
     assert ruling.message == (
-        "the next attempt has a micro-batch of 2 instead of 4, gradient accumulation of 4, and the same updates (halved 2"
-        " of at most 3 times): out of memory at step 1"
+        "the next attempt has a micro-batch of 2 instead of 4, gradient accumulation of 4, and the same updates (halved"
+        " 2 of at most 3 times): out of memory at step 1"
     )
 
 
