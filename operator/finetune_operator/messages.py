@@ -123,6 +123,40 @@ def out_of_memory(limit: str, phase: str) -> str:
     return f"out of memory: the kernel killed the trainer{when} at its memory limit{amount}; {advice}"
 
 
+NODE_MEMORY = "the memory of a pod that computes on GPUs does not depend on the micro-batch"
+SMALLEST_MICRO_BATCH = "the micro-batch has one example, so it can't be halved"
+
+
+def memory_of_phase(phase: str) -> str:
+    """Return the sentence about lack of memory in ``phase`` of the trainer, for example "Generating"."""
+    return f"the memory of phase {phase} does not depend on the micro-batch"
+
+
+def halved_too_often(times: int, size: int) -> str:
+    """Return the sentence about a job that ran out of memory again after its micro-batch was halved ``times`` times.
+    ``size`` is the number of examples in its last micro-batch."""
+    return f"the micro-batch was halved {times} times, to {size}"
+
+
+def memory_not_enough(failure: str, why: str, advice: str) -> str:
+    """Return the sentence about lack of memory that ends a job.
+
+    ``failure`` is the sentence of the trainer, ``why`` says why no smaller micro-batch helps, and ``advice`` says what
+    to change; empty where the sentence of the trainer says it.
+    """
+    return "; ".join(part for part in (why, advice, failure) if part)
+
+
+def micro_batch_halved(failure: str, size: int, smaller: int, steps: int, time: int, limit: int) -> str:
+    """Return the sentence about lack of memory after which the next attempt has a micro-batch of ``smaller`` examples
+    instead of ``size``, and ``steps`` gradient accumulation steps. ``time`` of at most ``limit`` says how often the
+    micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
+    return (
+        f"the next attempt has a micro-batch of {smaller} instead of {size}, gradient accumulation of {steps}, and the"
+        f" same updates (halved {time} of at most {limit} times): {failure}"
+    )
+
+
 def pod_deleted(name: str, together: Sequence[str] = ()) -> str:
     """Return the sentence about a pod that somebody deleted.
 

@@ -15,7 +15,7 @@ import torch
 from finetune_core.errors import UserError
 from finetune_trainer.data.batches import Batch, collate
 from finetune_trainer.data.examples import Example
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.model.attention import Kernel
 from finetune_trainer.pod.errors import first_line
 
@@ -40,7 +40,7 @@ class ChosenAttention(NamedTuple):
 
 
 def check_model(
-    engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool, kernels: Sequence[Kernel]
+    engine: TrainingEngine, examples: Sequence[Example], *, pad: int, packing: bool, kernels: Sequence[Kernel]
 ) -> ChosenAttention:
     """Find the first of ``kernels`` with which the model of ``engine`` passes the checks on the first two of
     ``examples``. The engine computes with this kernel from now on. All ranks must call this function together.
@@ -83,7 +83,7 @@ def _shortened(example: Example) -> Example:
     return Example(ids, [(0, len(ids))])
 
 
-def _check_separation(engine: Engine, first: Example, second: Example, pad: int, *, packing: bool) -> None:
+def _check_separation(engine: TrainingEngine, first: Example, second: Example, pad: int, *, packing: bool) -> None:
     with torch.no_grad():
         for training in (False, True):
             engine.train(training)
@@ -93,7 +93,7 @@ def _check_separation(engine: Engine, first: Example, second: Example, pad: int,
 
 
 def _refuse_if_another_works(
-    engine: Engine,
+    engine: TrainingEngine,
     first: Example,
     second: Example,
     pad: int,
@@ -118,7 +118,7 @@ def _refuse_if_another_works(
         ) from error
 
 
-def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
+def _check_isolation(engine: TrainingEngine, first: Example, second: Example, pad: int) -> None:
     """Raise UserError where the attention does not keep packed examples apart.
 
     The logits of ``second`` are computed three times: alone, packed behind ``first``, and read as the continuation of
@@ -143,7 +143,7 @@ def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) 
         )
 
 
-def _check_causality(engine: Engine, first: Example, second: Example, pad: int) -> None:
+def _check_causality(engine: TrainingEngine, first: Example, second: Example, pad: int) -> None:
     """Raise UserError where the logits of ``first`` change by more than LEAK times their spread when ``second``
     follows. A model whose logits change so reads a text in both directions, and would be trained to copy. The mean
     change of all logits is compared and not the largest, because in bf16 a mixture of experts may send a single token
@@ -162,11 +162,11 @@ def _check_causality(engine: Engine, first: Example, second: Example, pad: int) 
         )
 
 
-def _logits(engine: Engine, batch: Batch) -> torch.Tensor:
+def _logits(engine: TrainingEngine, batch: Batch) -> torch.Tensor:
     return engine.logits(batch.to(engine.device)).float()
 
 
-def _choose_loss(engine: Engine, batch: Batch) -> None:
+def _choose_loss(engine: TrainingEngine, batch: Batch) -> None:
     batch = batch.to(engine.device)
     inside, outside = float(engine.loss(batch)), float(engine.loss(batch, full_logits=True))
     if not abs(inside - outside) <= HEAD_DIFFERENCE * abs(outside):

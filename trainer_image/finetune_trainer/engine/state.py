@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign_parameter, full_shape
+from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, assign_parameter, full_shape
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
 
@@ -40,7 +41,7 @@ def state_file(rank: int, world_size: int) -> str:
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def take_snapshot(engine: TrainingEngine, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Return the part of the training state that this rank stores, as fp32 tensors on the CPU. The keys are
     `<parameter>/<kind>`, where the kind is one of STATE_KINDS. All ranks must call this function together.
 
@@ -92,7 +93,7 @@ def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Pat
         raise Damaged(f"the checkpoint lacks parameter {next(iter(missing))}")
 
 
-def load_state(engine: Engine, folder: Path, *, updates: int) -> None:
+def load_state(engine: TrainingEngine, folder: Path, *, updates: int) -> None:
     """Set the engine's fp32 values and AdamW moments to those of the checkpoint in ``folder``, and its number of
     updates to ``updates``."""
     engine.prepare_state(updates)

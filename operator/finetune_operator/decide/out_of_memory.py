@@ -1,0 +1,96 @@
+"""Which attempt follows one that ran out of memory: the next one halves the micro-batch, which doubles the number of
+gradient accumulation steps. The optimisation stays the same, because the global batch does.
+
+A pure function from the failure and the attempts so far to a ruling, for `rules.py`, and the micro-batch of the next
+attempt, for its run file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from finetune_core.api.conditions import Reason
+from finetune_core.contract import Phase
+from finetune_operator import messages
+from finetune_operator.decide.verdict import Ruling, Verdict
+
+HALVINGS_LIMIT: Final = 3
+"""The micro-batch of a job is halved at most this number of times. Each try costs the start of an attempt, and a job
+that does not fit with an eighth of its micro-batch seldom fits with less."""
+HELPED_PHASES: Final = frozenset({"", Phase.TRAINING, Phase.EVALUATING})
+"""Phases in which memory depends on the micro-batch. The empty phase is that of a trainer that has not reported yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """How a process computes its share of a global batch."""
+
+    size: int
+    """Examples (with `dataset.packing`: sequences) that the process computes at once."""
+    accumulation_steps: int
+    """Micro-batches in an optimizer step, where examples are not packed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryFailure:
+    """An attempt that ran out of memory."""
+
+    message: str
+    """The sentence about the failure, for example `out of memory in phase Training`."""
+    phase: str
+    """Phase of the trainer in its last report; empty without a report."""
+    in_node_memory: bool = False
+    """Whether a job that computes on GPUs ran out of the pod's memory, which does not depend on the micro-batch."""
+    node: str = ""
+    """Name of the node of the pod that failed."""
+
+
+def micro_batch_of(planned: int, *, halvings: int, share: int) -> MicroBatch:
+    """Return the micro-batch of an attempt before which ``halvings`` attempts of the job ran out of memory.
+
+    ``planned`` is the size that the spec sets or leaves to the plan. ``share`` is how many examples of a global batch
+    one process computes (`process_share` of the planning), which is less than ``planned`` where the spec asks for more
+    than there is. An odd size is rounded down when it is halved.
+    """
+    size = max(1, min(planned, share) >> halvings)
+    return MicroBatch(size=size, accumulation_steps=-(-share // size))
+
+
+def rule_on(failure: MemoryFailure, *, planned: int, halvings: int, share: int, advice: str) -> Ruling:
+    """Return the ruling on an attempt that ran out of memory: another attempt follows where a smaller micro-batch can
+    help, and else the job ends.
+
+    ``halvings`` is how many earlier attempts of the job ran out of memory and were followed by another one. ``planned``
+    and ``share`` are those of `micro_batch_of`. ``advice`` is the sentence that says which fields of the job to change
+    so that it fits.
+
+    The first such attempt is charged, and those that follow it are free: they are one search, which HALVINGS_LIMIT
+    bounds, for the one thing that is wrong with the job.
+    """
+    tried = micro_batch_of(planned, halvings=halvings, share=share)
+    if why := _why_final(failure, tried, halvings):
+        message = messages.memory_not_enough(failure.message, why, advice)
+        return Ruling(verdict=Verdict.PERMANENT, reason=Reason.OUT_OF_MEMORY, message=message, node=failure.node)
+    following = micro_batch_of(planned, halvings=halvings + 1, share=share)
+    return Ruling(
+        verdict=Verdict.FREE if halvings else Verdict.CHARGED,
+        reason=Reason.OUT_OF_MEMORY,
+        message=messages.micro_batch_halved(
+            failure.message, tried.size, following.size, following.accumulation_steps, halvings + 1, HALVINGS_LIMIT
+        ),
+        node=failure.node,
+    )
+
+
+def _why_final(failure: MemoryFailure, tried: MicroBatch, halvings: int) -> str:
+    """Return why no smaller micro-batch helps; empty where one may help."""
+    if failure.in_node_memory:
+        return messages.NODE_MEMORY
+    if failure.phase not in HELPED_PHASES:
+        return messages.memory_of_phase(failure.phase)
+    if tried.size == 1:
+        return messages.SMALLEST_MICRO_BATCH
+    if halvings >= HALVINGS_LIMIT:
+        return messages.halved_too_often(halvings, tried.size)
+    return ""

@@ -1,0 +1,325 @@
+"""The fp32 values of trained parameters in one process, with their gradients and AdamW's moments, and AdamW's update.
+
+`plain_engine.py` makes one object for each parameter group of the optimizer: `Fp32Masters` where the model computes in
+fp32, and `Bf16Masters` where it computes in bf16.
+
+AdamW must update fp32 values, because most updates are too small to change a number in bf16. An fp32 value (4 bytes)
+beside a weight in bf16 (2 bytes) would store the upper half of each value twice. So `Bf16Masters` stores the weight and
+a remainder of 16 bits, which together are the exact fp32 value. Apex has the same format in its
+DistributedFusedAdam (`store_param_remainders`), and TransformerEngine in its FusedAdam. Unlike there, a weight is the
+fp32 value rounded to nearest even, as torch and DeepSpeed round it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.optim.adamw import adamw
+
+from finetune_trainer.engine.engine import BETAS, EPSILON, FIRST_MOMENT, MASTER, SECOND_MOMENT
+
+BATCH_ELEMENTS = 1 << 24
+"""`Bf16Masters` updates at most this number of values at a time. While it does so, it needs up to 11 bytes for each of
+them: 176 MiB."""
+NORM_ELEMENTS = 1 << 22
+"""The squares of this number of values are added up in fp64 at a time: 32 MiB. In fp32, torch's norm on the CPU is
+wrong by half a percent for 67 million values."""
+TIE = 1 << 15
+"""Distance, as a difference of bits, from an fp32 value in the middle between two numbers in bf16 to both of them."""
+
+
+class Masters(Protocol):
+    """The trained parameters of one parameter group: fp32 values, moments and gradients."""
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the L2 norm of the accumulated gradient, a scalar in fp32."""
+
+    def update(self, rate: float, *, gradient_factor: float) -> None:
+        """Multiply the gradient by ``gradient_factor``, make one update of AdamW with the learning rate ``rate``, and
+        drop the gradient. A parameter without a gradient is updated with a gradient of zeros, as ZeRO stages 1 to 3
+        do."""
+
+    def drop_gradient(self) -> None:
+        """Drop the accumulated gradient."""
+
+    def reset(self, updates: int) -> None:
+        """Set all moments to zero, and the number of updates to ``updates``."""
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return fp32 value and moments of a parameter. The tensors may be those of the optimizer itself."""
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set fp32 value and moments of a parameter, and its weight."""
+
+    def close(self) -> None:
+        """Stop collecting gradients."""
+
+
+class Fp32Masters:
+    """Parameters in fp32, which are their own masters: 16 bytes a parameter with gradient and moments."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float) -> None:
+        self._parameters = dict(parameters)
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()), betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
+        )
+        self.reset(0)
+
+    def gradient_norm(self) -> torch.Tensor:
+        return _norm([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None])
+
+    def update(self, rate: float, *, gradient_factor: float) -> None:
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif gradient_factor != 1:
+                parameter.grad.mul_(gradient_factor)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def reset(self, updates: int) -> None:
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(updates), device=parameter.device),
+                FIRST_MOMENT: torch.zeros_like(parameter),
+                SECOND_MOMENT: torch.zeros_like(parameter),
+            }
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        state = self._optimizer.state[self._parameters[name]]
+        return {MASTER: self._parameters[name].detach(), **{key: state[key] for key in (FIRST_MOMENT, SECOND_MOMENT)}}
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        for kind, tensor in self.read(name).items():
+            tensor.copy_(tensors[kind])
+
+    def close(self) -> None:
+        """Do nothing, because autograd itself accumulates the gradients."""
+
+
+class Bf16Masters:
+    """Parameters in bf16, each with a 16-bit remainder, moments and a gradient in fp32: 16 bytes a parameter.
+
+    The values of all parameters are stored one after the other in batches of at most BATCH_ELEMENTS values. A large
+    parameter has parts in several batches, and a batch may have many small parameters. So an update runs few kernels
+    also where there are hundreds of small adapters, and its temporary tensors are small also where a parameter is
+    large.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, weight_decay: float) -> None:
+        self._weight_decay = weight_decay
+        self._updates = 0
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._parts: dict[str, list[_Part]] = {name: [] for name in parameters}
+        self._batches = [_Batch(slices) for slices in _batched(parameters)]
+        for batch in self._batches:
+            start = 0
+            for piece in batch.slices:
+                self._parts[piece.name].append(_Part(batch, start, piece))
+                start += piece.weight.numel()
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._collector(name))
+            for name, parameter in parameters.items()
+        ]
+
+    def _collector(self, name: str) -> Any:
+        """Return a function that adds the gradient of the last backward pass to the fp32 gradient, and drops it. So
+        gradients exist in bf16 for one parameter at a time."""
+
+        def collect(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.reshape(-1)
+            for part in self._parts[name]:
+                part.of(part.batch.gradient_buffer()).add_(part.of_parameter(gradient))
+            parameter.grad = None
+
+        return collect
+
+    def gradient_norm(self) -> torch.Tensor:
+        return _norm([batch.gradient for batch in self._batches if batch.gradient is not None])
+
+    def update(self, rate: float, *, gradient_factor: float) -> None:
+        for batch in self._batches:
+            gradient = batch.gradient_buffer()
+            if gradient_factor != 1:
+                gradient.mul_(gradient_factor)
+            masters = batch.masters(batch.slices)
+            adamw(
+                [masters],
+                [gradient],
+                [batch.moments[FIRST_MOMENT]],
+                [batch.moments[SECOND_MOMENT]],
+                [],
+                # The function adds one update itself.
+                [torch.full((), float(self._updates), device=masters.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=rate,
+                weight_decay=self._weight_decay,
+                eps=EPSILON,
+                maximize=False,
+            )
+            # The gradient of this batch is freed before more memory is needed.
+            del gradient
+            batch.gradient = None
+            batch.set_masters(batch.slices, masters)
+        self._updates += 1
+
+    def drop_gradient(self) -> None:
+        for batch in self._batches:
+            batch.gradient = None
+
+    def reset(self, updates: int) -> None:
+        self._updates = updates
+        for batch in self._batches:
+            for moment in batch.moments.values():
+                moment.zero_()
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        parts = self._parts[name]
+        tensors = {MASTER: _joined([part.batch.masters([part.slice], start=part.start) for part in parts])}
+        for kind in (FIRST_MOMENT, SECOND_MOMENT):
+            tensors[kind] = _joined([part.of(part.batch.moments[kind]) for part in parts])
+        return {kind: tensor.view(self._shapes[name]) for kind, tensor in tensors.items()}
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        flat = {kind: tensor.reshape(-1) for kind, tensor in tensors.items()}
+        for part in self._parts[name]:
+            masters = part.of_parameter(flat[MASTER]).to(part.slice.weight.device, torch.float32)
+            part.batch.set_masters([part.slice], masters, start=part.start)
+            for kind, moment in part.batch.moments.items():
+                part.of(moment).copy_(part.of_parameter(flat[kind]))
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Slice(NamedTuple):
+    """Consecutive values of a parameter, as a flat view of the parameter that begins at ``start``."""
+
+    name: str
+    start: int
+    weight: torch.Tensor
+
+
+class _Batch:
+    """Values of one parameter or of several, stored one after the other, at most BATCH_ELEMENTS of them."""
+
+    def __init__(self, slices: Sequence[_Slice]) -> None:
+        """Take the weights of ``slices`` as the fp32 values."""
+        self.slices = list(slices)
+        size, device = sum(piece.weight.numel() for piece in slices), slices[0].weight.device
+        self._remainder = torch.zeros(size, dtype=torch.int16, device=device)
+        self._ties = torch.zeros(0, dtype=torch.int64, device=device)
+        """Positions of the values whose remainder is TIE, which int16 can't store: about one value in 2^17. Here -TIE
+        is stored for them."""
+        self.moments = {kind: torch.zeros(size, device=device) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+        self.gradient: torch.Tensor | None = None
+        """The accumulated gradient in fp32, flat; None before the first backward pass of a step."""
+
+    def gradient_buffer(self) -> torch.Tensor:
+        """Return the accumulated gradient, which is zero before the first backward pass of a step."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.moments[FIRST_MOMENT])
+        return self.gradient
+
+    def masters(self, slices: Sequence[_Slice], *, start: int = 0) -> torch.Tensor:
+        """Return the fp32 values of consecutive ``slices`` of the batch as a new flat tensor. Their first value is at
+        position ``start`` of the batch.
+
+        The bits of an fp32 number are those of a number in bf16, followed by 16 bits more. Read as integers, the bits
+        of numbers with the same sign have the order of the numbers' magnitudes. So the difference between the bits of
+        a value and those of its nearest number in bf16 is from -TIE to TIE.
+        """
+        masters = _joined([piece.weight for piece in slices]).float()
+        stop = start + masters.numel()
+        bits = masters.view(torch.int32).add_(self._remainder[start:stop])
+        bits[self._ties_between(start, stop) - start] += 2 * TIE
+        return masters
+
+    def set_masters(self, slices: Sequence[_Slice], masters: torch.Tensor, *, start: int = 0) -> None:
+        """Set the fp32 values of consecutive ``slices`` to ``masters``, a flat tensor, and the weights to the nearest
+        numbers in bf16. The first value is at position ``start`` of the batch."""
+        stop = start + masters.numel()
+        rounded = masters.to(torch.bfloat16)
+        weights = [piece.weight for piece in slices]
+        torch._foreach_copy_(weights, rounded.split([weight.numel() for weight in weights]))
+        bits = rounded.float().view(torch.int32)
+        del rounded
+        remainder = torch.sub(masters.view(torch.int32), bits, out=bits)
+        ties = (remainder == TIE).nonzero().flatten()
+        remainder[ties] = -TIE
+        self._remainder[start:stop].copy_(remainder)
+        if masters.numel() == self._remainder.numel():
+            self._ties = ties
+            return
+        others = self._ties[(self._ties < start) | (self._ties >= stop)]
+        self._ties = torch.cat([others, ties + start])
+
+    def _ties_between(self, start: int, stop: int) -> torch.Tensor:
+        # In an update the whole batch is read. Then no mask is needed, whose number of values a GPU would have to tell
+        # the CPU first.
+        if stop - start == self._remainder.numel():
+            return self._ties
+        return self._ties[(self._ties >= start) & (self._ties < stop)]
+
+
+class _Part(NamedTuple):
+    """The part of a parameter that lies in one batch."""
+
+    batch: _Batch
+    start: int
+    """Position of the first value in the batch."""
+    slice: _Slice
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the values of this part as a view of ``tensor``, which has the values of the whole batch."""
+        return tensor[self.start : self.start + self.slice.weight.numel()]
+
+    def of_parameter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the values of this part as a view of ``tensor``, which has the values of the whole parameter, flat."""
+        return tensor[self.slice.start : self.slice.start + self.slice.weight.numel()]
+
+
+def _batched(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[list[_Slice]]:
+    """Yield the values of all ``parameters`` in their order, in lists of together at most BATCH_ELEMENTS values."""
+    batch: list[_Slice] = []
+    room = BATCH_ELEMENTS
+    for name, parameter in parameters.items():
+        # Only a contiguous tensor has a flat view.
+        parameter.data = parameter.data.contiguous()
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), BATCH_ELEMENTS):
+            part = flat[start : start + BATCH_ELEMENTS]
+            if part.numel() > room:
+                yield batch
+                batch, room = [], BATCH_ELEMENTS
+            batch.append(_Slice(name, start, part))
+            room -= part.numel()
+    if batch:
+        yield batch
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return flat ``tensors`` as one, without a copy where there is only one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the L2 norm of the values of all ``tensors``, a scalar in fp32. The squares are added up in fp64, piece by
+    piece, and the sum is rounded to fp32 before the root is taken, so that the norm has the bits of DeepSpeed's."""
+    norms = [
+        torch.linalg.vector_norm(piece, dtype=torch.float64)
+        for tensor in tensors
+        for piece in tensor.reshape(-1).split(NORM_ELEMENTS)
+    ]
+    return torch.stack(norms).square().sum().float().sqrt() if norms else torch.zeros(())
