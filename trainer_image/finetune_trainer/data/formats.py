@@ -83,8 +83,9 @@ def renderer(
     shown: ShownKinds | None = None,
 ) -> Render:
     """Return the function that renders rows in the format ``form``. Of a row with an example of more than
-    ``most_tokens`` tokens, other examples may be left out. For ``shown`` see `conversation_renderer`. Raises UserError if a template of `promptCompletion` is
-    malformed, or if the format is chat messages and the tokenizer has no chat template."""
+    ``most_tokens`` tokens, other examples may be left out. For ``shown`` see `conversation_renderer`. Raises UserError
+    if a template of `promptCompletion` is malformed, or if the format is chat messages and the tokenizer has no chat
+    template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
