@@ -62,7 +62,8 @@ class TemplateProcess:
         reaches a limit, MemoryError if the pod has no memory left, and OutsideFailure if the child process gives no
         answer in time or can't be started.
         """
-        if self._child is None:
+        # A process that was forked from this one must not ask the child of this one: the answers would get mixed.
+        if self._child is None or self._child.parent != os.getpid():
             try:
                 self._child = _Child(self._work)
             except OSError as error:
@@ -131,7 +132,7 @@ class _Child:
     def __init__(self, work: Callable[[Connection], None]) -> None:
         """Fork this process. ``work`` is called in the child with the connection on which the questions arrive."""
         self._asking, answering = multiprocessing.Pipe()
-        self._parent = os.getpid()
+        self.parent = os.getpid()
         self._process = os.fork()
         if self._process == 0:
             self._asking.close()
@@ -150,7 +151,7 @@ class _Child:
 
     def end(self) -> int:
         """End the process if it still runs, and return its status (man 2 wait)."""
-        if self._status is None and os.getpid() == self._parent:
+        if self._status is None and os.getpid() == self.parent:
             self._asking.close()
             ended, self._status = os.waitpid(self._process, os.WNOHANG)
             if not ended:
