@@ -10,15 +10,18 @@ copied bytes have the digests in its seal, and the seal the right key. Whatever 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -33,7 +36,12 @@ FILES = (*(f"{name}.npy" for name in (*ARRAYS, *ORIGIN_ARRAYS)), ROWS_FILE, NOTE
 """All files of a folder but the seal."""
 LONGEST_SEAL = 64 * 1024
 COPY_BYTES = 4 << 20
+FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
+"""Share of a volume that is left free for other files, and the largest number of bytes that is left free."""
+LEFTOVER_SECONDS = 24 * 3600
+"""An unfinished folder counts as left by a pod that died if the newest folder is that many seconds younger."""
 _UNFINISHED = ".unfinished-"
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
 
 
 class DamagedExamples(Exception):  # noqa: N818  (the files are at fault)
@@ -63,9 +71,9 @@ def obtain_examples(
     """Put the examples with the identity ``identity`` into the folder ``target``, and return them, mapped from there.
 
     They are copied from the folder ``cache``, which need not exist, or made by ``make``, and then kept in ``cache`` for
-    later. Without ``cache``, or if ``identity`` is None, they are made. ``key`` is a secret that all pods know which may
-    use each other's examples. Without it, the seal only shows damage, and anybody who can write to ``cache`` can put
-    other examples there. If ``target`` exists, it is replaced.
+    later. Without ``cache``, or if ``identity`` is None, they are made. ``key`` is a secret that all pods know which
+    may use each other's examples. Without it, the seal only shows damage, and anybody who can write to ``cache`` can
+    put other examples there. If ``target`` exists, it is replaced.
 
     Raises OutsideFailure if ``target`` can't be written, and whatever ``make`` raises. Trouble with ``cache`` is no
     error.
@@ -109,8 +117,11 @@ def write_examples(prepared: PreparedRows, folder: Path, identity: str, key: byt
         np.save(folder / f"{name}.npy", values)
     notes = {"notices": prepared.notices, "rows": prepared.rows, "files": list(prepared.origins.files)}
     (folder / NOTES_FILE).write_text(json.dumps(notes), encoding="utf-8")
-    digests = {name: _copy_and_digest(folder / name, None) for name in FILES}
-    content = json.dumps({"identity": identity, "sha256": digests}, sort_keys=True)
+    files = {}
+    for name in FILES:
+        size = (folder / name).stat().st_size
+        files[name] = [size, _copied_digest(folder / name, None, size)]
+    content = json.dumps({"identity": identity, "files": files}, sort_keys=True)
     (folder / SEAL_FILE).write_text(json.dumps({"content": content, "mac": _mac(content, key)}), encoding="utf-8")
 
 
@@ -118,11 +129,11 @@ def _mac(content: str, key: bytes) -> str:
     return hmac.digest(key, content.encode(), "sha256").hex()
 
 
-def _sealed_digests(folder: Path, identity: str, key: bytes) -> dict[str, str] | None:
-    """Return the sha256 of each file of a folder by the name of the file, or None if there is no folder. Raises
+def _sealed_files(folder: Path, identity: str, key: bytes) -> dict[str, tuple[int, str]] | None:
+    """Return size and sha256 of each file of a folder by the name of the file, or None if there is no folder. Raises
     DamagedExamples if the seal is not the one of a folder with this identity and key."""
     try:
-        with (folder / SEAL_FILE).open("rb") as file:
+        with _opened(folder / SEAL_FILE) as file:
             found = file.read(LONGEST_SEAL)
     except (FileNotFoundError, NotADirectoryError):
         if os.path.lexists(folder):
@@ -134,25 +145,25 @@ def _sealed_digests(folder: Path, identity: str, key: bytes) -> dict[str, str] |
         if not hmac.compare_digest(_mac(content, key).encode(), mac.encode()):
             raise DamagedExamples("have another seal")
         sealed = json.loads(content)
-        digests = {name: str(sealed["sha256"][name]) for name in FILES}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        files = {name: (int(sealed["files"][name][0]), str(sealed["files"][name][1])) for name in FILES}
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DamagedExamples(f"have a seal that can't be read ({first_line(error)})") from None
     if sealed["identity"] != identity:
         raise DamagedExamples("have the seal of other examples")
-    return digests
+    return files
 
 
 def _copied(kept: Path, target: Path, identity: str, key: bytes) -> bool:
     """Copy the folder ``kept`` to ``target``, and return whether there is such a folder. Raises DamagedExamples if it
     does not hold what its seal says, and OutsideFailure if ``target`` can't be written."""
-    digests = _sealed_digests(kept, identity, key)
-    if digests is None:
+    files = _sealed_files(kept, identity, key)
+    if files is None:
         return False
 
     def copy(folder: Path) -> None:
-        for name, digest in digests.items():
+        for name, (size, digest) in files.items():
             try:
-                found = _copy_and_digest(kept / name, folder / name)
+                found = _copied_digest(kept / name, folder / name, size)
             except FileNotFoundError:
                 raise DamagedExamples(f"have no {name}") from None
             if found != digest:
@@ -165,23 +176,33 @@ def _copied(kept: Path, target: Path, identity: str, key: bytes) -> bool:
     return True
 
 
-def _copy_and_digest(source: Path, target: Path | None) -> str:
-    """Return the sha256 of a file, and copy it to ``target`` if that is not None. A link is not followed."""
-    sha256 = hashlib.sha256()
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file, contextlib.ExitStack() as stack:
+def _copied_digest(source: Path, target: Path | None, size: int) -> str:
+    """Return the sha256 of a file of ``size`` bytes, and copy it to ``target`` if that is not None. Return an empty
+    text if the file has another size. Not more is copied, because another writer may let a file grow without end."""
+    sha256, left = hashlib.sha256(), size
+    with _opened(source) as file, contextlib.ExitStack() as stack:
         copy = stack.enter_context(target.open("wb")) if target is not None else None
-        while chunk := file.read(COPY_BYTES):
+        while chunk := file.read(min(COPY_BYTES, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                return ""
             sha256.update(chunk)
             if copy is not None:
                 copy.write(chunk)
-    return sha256.hexdigest()
+    return sha256.hexdigest() if left == 0 else ""
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file that somebody else may have made: a link is not followed, and a named pipe does not hold this process
+    up."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _keep(made: Path, kept: Path, *, replace: bool) -> None:
     """Copy the folder ``made`` to ``kept``. If another pod has put a folder there meanwhile, it stays, unless
-    ``replace`` is set, because the folder that is there is damaged."""
+    ``replace`` is set, because the folder that is there is damaged. Raises OSError with ENOSPC if there is no room."""
     kept.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(kept.parent, _bytes_of(made))
     unfinished = kept.parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
     try:
         shutil.copytree(made, unfinished)
@@ -191,6 +212,35 @@ def _keep(made: Path, kept: Path, *, replace: bool) -> None:
             _rename(unfinished, kept)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _make_room(cache: Path, size: int) -> None:
+    """Remove what pods that died have left, and then the examples that were not used for the longest time, until there
+    is room for ``size`` bytes. Raises OSError with ENOSPC if there can't be enough room."""
+    entries: list[tuple[float, Path]] = []
+    for entry in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            entries.append((entry.lstat().st_mtime, entry))
+    newest = max((changed for changed, _ in entries), default=0.0)
+    for changed, entry in sorted(entries):
+        if entry.name.startswith(_UNFINISHED):
+            if changed < newest - LEFTOVER_SECONDS:
+                _remove(entry)
+        elif _missing_bytes(cache, size) > 0 and _IDENTITY.fullmatch(entry.name):
+            _remove(entry)
+    if _missing_bytes(cache, size) > 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _missing_bytes(cache: Path, size: int) -> int:
+    """Return how many bytes must become free before ``size`` bytes can be written and FREE_SHARE still is free."""
+    volume = os.statvfs(cache)
+    free, total = volume.f_bavail * volume.f_frsize, volume.f_blocks * volume.f_frsize
+    return size + min(int(FREE_SHARE * total), MOST_FREE_BYTES) - free
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:

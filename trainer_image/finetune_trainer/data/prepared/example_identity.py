@@ -51,6 +51,7 @@ def example_identity(
     if not tokenizer.is_fast:
         return None
     form = dataset.model_dump(mode="json", include={"format", "bad_rows", "long_rows"})
+    files = data_files(path)
     decided_by = {
         "files": [
             [file.name, file.place, file.is_head, file.has_rows, _sha256(file.path)] for file in data_files(path)

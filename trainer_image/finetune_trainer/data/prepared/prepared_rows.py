@@ -9,9 +9,9 @@ before it are done, the chunk is rendered once more. So the result is the same w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -34,7 +34,7 @@ CHUNK_BYTES = 1024 * 1024
 """A chunk has at most CHUNK_ROWS rows, and fewer if these have more than about CHUNK_BYTES bytes of text."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Origins:
     """The rows from which examples were made."""
 
@@ -46,7 +46,7 @@ class Origins:
     """For each example the number of its row (`Row.number`); shape (examples,)."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PreparedRows:
     """The examples of a data source, and what was noticed about its rows."""
 
@@ -61,7 +61,7 @@ class PreparedRows:
 def prepare_rows(
     rows: Iterable[Row],
     source: str,
-    field_name: str,
+    field: str,
     dataset: DatasetSpec,
     tokenize: TokenizeFunctions,
     *,
@@ -71,8 +71,7 @@ def prepare_rows(
     stop: Callable[[], bool] = lambda: False,
 ) -> PreparedRows:
     """Return the examples of ``rows``. All arguments but the last two, and the errors about rows, are those of
-    `make_examples`, whose argument ``field`` is called ``field_name`` here. With a `BatchPieceTokenizer` in
-    ``tokenize``, many texts are tokenised with one call.
+    `make_examples`. With a `BatchPieceTokenizer` in ``tokenize``, many texts are tokenised with one call.
 
     ``processes`` is the number of processes that work beside this one, which reads the rows and collects the examples.
     If it is 0, or if there is only one chunk of rows, this process does all the work. Raises StopAgreed soon after
@@ -95,16 +94,16 @@ def prepare_rows(
                 raise chunk.error
 
     examples, notices = collect_examples(
-        outcomes(), source, field_name, dataset, limit=limit, keep_rows=keep_rows, made=made
+        outcomes(), source, field, dataset, limit=limit, keep_rows=keep_rows, made=made
     )
     return PreparedRows(examples, notices, count, made.origins())
 
 
-@dataclass
+@dataclasses.dataclass
 class Chunk:
     """Rows that follow each other."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
     error: Exception | None = None
     """The error that was raised by the reader behind the last of the rows."""
 
