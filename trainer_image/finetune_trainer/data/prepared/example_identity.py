@@ -53,9 +53,7 @@ def example_identity(
     form = dataset.model_dump(mode="json", include={"format", "bad_rows", "long_rows"})
     files = data_files(path)
     decided_by = {
-        "files": [
-            [file.name, file.place, file.is_head, file.has_rows, _sha256(file.path)] for file in data_files(path)
-        ],
+        "files": [[file.name, file.place, file.is_head, file.has_rows, _sha256(file.path)] for file in files],
         "messages": [source, field],
         "dataset": form,
         "limit": [limit.tokens, limit.origin, limit.rows],
