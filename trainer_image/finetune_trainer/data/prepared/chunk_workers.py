@@ -14,6 +14,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -202,7 +203,7 @@ def _run(work: Callable[[Any], Any], asked: Connection, parent: int) -> NoReturn
         gc.freeze()
         with contextlib.suppress(EOFError, OSError):
             while True:
-                asked.send(_answer(work, asked.recv()))
+                asked.send_bytes(_answer(work, asked.recv()))
     finally:
         os._exit(0)
 
@@ -215,7 +216,19 @@ def _end_with(parent: int) -> None:
         os._exit(0)
 
 
-def _answer(work: Callable[[Any], Any], argument: Any) -> tuple[_Kind, Any]:
+def _answer(work: Callable[[Any], Any], argument: Any) -> bytes:
+    """Return what the first process gets, pickled: the kind of the answer, and its value."""
+    kind, value = _worked(work, argument)
+    try:
+        return pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL)
+    except MemoryError:
+        return pickle.dumps((_Kind.MEMORY, None))
+    except Exception:  # noqa: BLE001  (a value can make pickle raise anything)
+        traceback.print_exc()
+        return pickle.dumps((_Kind.FAILED, "its result can't be sent"))
+
+
+def _worked(work: Callable[[Any], Any], argument: Any) -> tuple[_Kind, Any]:
     try:
         return _Kind.RESULT, work(argument)
     except MemoryError:
