@@ -44,11 +44,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 3))
 def test_results_come_in_the_order_of_the_work(work: list[int], count: int) -> None:
     def done(value: int) -> tuple[int, int]:
-        return value, sum(range(value * 20_000)) * 0 + value * value
+        return value, sum(range(value * 20_000)) * 0 + value**2
 
     with ChunkWorkers[int, tuple[int, int]](count, done) as workers:
         found = list(workers.results(work, lambda value: value))
-    assert found == [(value, (value, value * value)) for value in work]
+    assert found == [(value, (value, value**2)) for value in work]
     assert not any(is_alive(process) for process in workers.process_ids)
 
 

@@ -166,8 +166,10 @@ def _copied(kept: Path, target: Path, identity: str, key: bytes) -> bool:
                 found = _copied_digest(kept / name, folder / name, size)
             except FileNotFoundError:
                 raise DamagedExamples(f"have no {name}") from None
+            except IsADirectoryError:
+                found = ""
             if found != digest:
-                raise DamagedExamples(f"have a {name} that was changed")
+                raise DamagedExamples(f"have a changed {name}")
         shutil.copyfile(kept / SEAL_FILE, folder / SEAL_FILE)
 
     _replace(target, copy)
