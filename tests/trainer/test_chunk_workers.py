@@ -74,6 +74,15 @@ def test_long_work_and_long_results_do_not_block_each_other() -> None:
     assert found == [2 << 20] * 8
 
 
+def test_a_process_finishes_before_it_ends(tmp_path: Path) -> None:
+    def finish() -> None:
+        (tmp_path / str(os.getpid())).touch()
+
+    with ChunkWorkers[int, int](3, lambda value: value, finish) as workers:
+        assert len(list(workers.results(range(5), lambda value: value))) == 5
+    assert {int(file.name) for file in tmp_path.iterdir()} == set(workers.process_ids)
+
+
 def _raise(error: Exception) -> None:
     raise error
 

@@ -4,6 +4,7 @@ any number of processes and with chunks of any size."""
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,6 +186,10 @@ def test_processes_do_not_share_the_process_that_renders_the_template(tokenizer_
     found = prepare_rows(read_rows(path, FIELD), "rows", FIELD, dataset, tokenize, limit=limit, processes=3)
     assert found.examples.digest == whole.digest
     assert found.rows == 40
+    assert tokenize.chat is not None
+    tokenize.chat.end()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.usefixtures("small_chunks")

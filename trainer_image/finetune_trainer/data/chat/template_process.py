@@ -80,6 +80,12 @@ class TemplateProcess:
             raise TemplateLimitError(f"takes more than {MEMORY_BYTES >> 20} MiB of memory")
         raise ValueError(value)
 
+    def end(self) -> None:
+        """End the child process that this process has forked, if there is one. The next call forks another one."""
+        if self._child is not None and self._child.parent == os.getpid():
+            self._child.end()
+            self._child = None
+
     def _why_it_ended(self) -> str:
         """Return why the child process ended. Raises TemplateLimitError if the child took too much processor time, and
         MemoryError if the pod had no memory left."""

@@ -120,6 +120,11 @@ class ChunkRenderer:
         packed.found, packed.failed = kinds.found, kinds.failed
         return packed
 
+    def end(self) -> None:
+        """End the process that renders the chat template, if there is one."""
+        if self._tokenize.chat is not None:
+            self._tokenize.chat.end()
+
 
 def _ahead_texts(form: DatasetFormat) -> Callable[[Mapping[str, Any]], Sequence[AheadText]] | None:
     """Return the function that returns the texts which the renderer of `prompts.py` will tokenise for a row: none for a

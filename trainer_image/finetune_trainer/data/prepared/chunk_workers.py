@@ -35,6 +35,8 @@ IN_FLIGHT = 4
 back, and these would fill the memory without a bound."""
 LOOK_SECONDS = 0.2
 """Longest time between two looks at whether the work shall stop."""
+FINISH_SECONDS = 5.0
+"""How long a process that has no work may take to end by itself, before it is ended."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -52,13 +54,16 @@ class _Kind(Enum):
 class ChunkWorkers(Generic[Item, Result]):
     """Several processes that do one kind of work. A `with` block around them ends all processes at its end."""
 
-    def __init__(self, count: int, work: Callable[[Any], Result]) -> None:
+    def __init__(self, count: int, work: Callable[[Any], Result], finish: Callable[[], None] = lambda: None) -> None:
         """Fork ``count`` processes, which must be at least 1. ``work`` is called in them with values that can be
-        pickled, and so must be its results. Raises OutsideFailure if no process can be started."""
+        pickled, and so must be its results. ``finish`` is called in a process before it ends, unless it is ended while
+        it works. Raises OutsideFailure if no process can be started."""
         self._workers: list[_Worker] = []
         try:
             for number in range(1, count + 1):
-                self._workers.append(_Worker(work, f"{number} of {count}", [each.asking for each in self._workers]))
+                self._workers.append(
+                    _Worker(work, finish, f"{number} of {count}", [each.asking for each in self._workers])
+                )
         except OSError as error:
             self.end()
             raise OutsideFailure(f"no process can be started for the rows: {error.strerror}") from error
@@ -78,7 +83,9 @@ class ChunkWorkers(Generic[Item, Result]):
         return [worker.process for worker in self._workers]
 
     def end(self) -> None:
-        """End all processes, whatever they do."""
+        """End all processes: at once those that work, and the others by themselves."""
+        for worker in self._workers:
+            worker.dismiss()
         for worker in self._workers:
             worker.end()
 
@@ -132,23 +139,26 @@ class ChunkWorkers(Generic[Item, Result]):
 class _Worker:
     """A forked process that does one piece of work after the other."""
 
-    def __init__(self, work: Callable[[Any], Any], name: str, others: list[Connection]) -> None:
+    def __init__(
+        self, work: Callable[[Any], Any], finish: Callable[[], None], name: str, others: list[Connection]
+    ) -> None:
         """Fork this process. ``name`` is the name of the process in messages, and ``others`` are connections of this
         process that the new process must not hold open."""
         self.asking, answering = multiprocessing.Pipe()
         self._name, self._parent = name, os.getpid()
-        self._is_ended = False
+        self._is_busy = self._is_ended = False
         self.process = os.fork()
         if self.process == 0:
             for connection in (self.asking, *others):
                 connection.close()
-            _run(work, answering, self._parent)
+            _run(work, finish, answering, self._parent)
         answering.close()
 
     def begin(self, argument: Any) -> None:
         """Let the process work on ``argument``."""
+        self._is_busy = True
         try:
-            self.asking.send(argument)
+            self.asking.send((argument,))
         except OSError:
             raise self._ended_error() from None
 
@@ -158,6 +168,7 @@ class _Worker:
             kind, value = self.asking.recv()
         except (EOFError, OSError):
             raise self._ended_error() from None
+        self._is_busy = False
         if kind is _Kind.RESULT:
             return value
         if kind is _Kind.MEMORY:
@@ -175,11 +186,20 @@ class _Worker:
             return MemoryError(f"{problem}, as the kernel does where the pod has no memory left")
         return WorkerProcessError(problem)
 
+    def dismiss(self) -> None:
+        """Tell the process to end by itself, if it does not work."""
+        if not self._is_busy and not self._is_ended:
+            with contextlib.suppress(OSError):
+                self.asking.send(())
+
     def end(self) -> int:
-        """End the process if it still runs, and return its status (man 2 wait)."""
+        """End the process if it still runs, and return its status (man 2 wait). A process that was dismissed gets some
+        time to end by itself."""
         if self._is_ended or os.getpid() != self._parent:
             return 0
         self._is_ended = True
+        if not self._is_busy:
+            self.asking.poll(FINISH_SECONDS)  # the process closes its end of the connection
         self.asking.close()
         ended, status = os.waitpid(self.process, os.WNOHANG)
         if not ended:
@@ -189,8 +209,8 @@ class _Worker:
         return status
 
 
-def _run(work: Callable[[Any], Any], asked: Connection, parent: int) -> NoReturn:
-    """Work in the forked process until the first process closes the connection. The forked process ends without
+def _run(work: Callable[[Any], Any], finish: Callable[[], None], asked: Connection, parent: int) -> NoReturn:
+    """Work in the forked process until the first process dismisses it or closes the connection. The forked process ends without
     Python's cleanup, which would clean up what belongs to the first process."""
     try:
         _end_with(parent)
@@ -202,8 +222,9 @@ def _run(work: Callable[[Any], Any], asked: Connection, parent: int) -> NoReturn
         # A search for garbage among the objects of the first process would copy their memory.
         gc.freeze()
         with contextlib.suppress(EOFError, OSError):
-            while True:
-                asked.send_bytes(_answer(work, asked.recv()))
+            while argument := asked.recv():
+                asked.send_bytes(_answer(work, *argument))
+        finish()
     finally:
         os._exit(0)
 

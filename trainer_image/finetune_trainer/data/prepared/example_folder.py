@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +167,6 @@ def _copied(kept: Path, target: Path, identity: str, key: bytes) -> bool:
                 found = _copied_digest(kept / name, folder / name, size)
             except FileNotFoundError:
                 raise DamagedExamples(f"have no {name}") from None
-            except IsADirectoryError:
-                found = ""
             if found != digest:
                 raise DamagedExamples(f"have a changed {name}")
         shutil.copyfile(kept / SEAL_FILE, folder / SEAL_FILE)
@@ -195,9 +194,13 @@ def _copied_digest(source: Path, target: Path | None, size: int) -> str:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a file that somebody else may have made: a link is not followed, and a named pipe does not hold this process
-    up."""
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    """Open a file that somebody else may have made. A link is not followed, and a named pipe does not hold this process
+    up. Raises DamagedExamples if it is no plain file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedExamples(f"have a {path.name} that is no file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _keep(made: Path, kept: Path, *, replace: bool) -> None:

@@ -147,7 +147,9 @@ class _Work:
             if processes < 1 or len(head) < 2:
                 done = self._here([*head], rest, stop)
             else:
-                workers = stack.enter_context(ChunkWorkers[Chunk, PackedOutcomes](processes, self._in_worker))
+                workers = stack.enter_context(
+                    ChunkWorkers[Chunk, PackedOutcomes](processes, self._in_worker, self._render.end)
+                )
                 done = workers.results(_chained(head, rest), self._asked, stop)
             for chunk, packed in done:
                 yield chunk, self._exact(chunk, packed)
