@@ -210,8 +210,8 @@ class _Worker:
 
 
 def _run(work: Callable[[Any], Any], finish: Callable[[], None], asked: Connection, parent: int) -> NoReturn:
-    """Work in the forked process until the first process dismisses it or closes the connection. The forked process ends without
-    Python's cleanup, which would clean up what belongs to the first process."""
+    """Work in the forked process until the first process dismisses it or closes the connection. The forked process ends
+    without Python's cleanup, which would clean up what belongs to the first process."""
     try:
         _end_with(parent)
         # The first process only notes a SIGTERM, and its handlers were inherited. It also ends this process itself.
