@@ -4,7 +4,7 @@ comparison of `prepare_rows` with `make_examples`."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.formats import TokenizeFunctions
-from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
 from finetune_trainer.data.prepared.prepared_rows import prepare_rows
 from finetune_trainer.data.reader import read_rows
@@ -39,11 +38,18 @@ def dataset_of(form: Mapping[str, Any], **fields: Any) -> DatasetSpec:
     return DatasetSpec.model_validate({"train": {"s3": {"uri": "s3://bucket/rows.jsonl"}}, "format": form, **fields})
 
 
-def functions(folder: Path, dataset: DatasetSpec, make_pieces: Callable[..., PieceTokenizer]) -> TokenizeFunctions:
-    """Return the functions for the tokenizer in ``folder``."""
-    tokenizer = load_tokenizer(folder)
-    use_chat_template(tokenizer, dataset.format, folder)
-    return tokenize_functions(tokenizer, make_pieces=make_pieces)
+class Functions(NamedTuple):
+    """The functions that turn rows into token ids, with both kinds of `PieceTokenizer`."""
+
+    slow: TokenizeFunctions
+    fast: TokenizeFunctions
+
+    @classmethod
+    def of(cls, folder: Path, dataset: DatasetSpec) -> Functions:
+        """Return the functions for the tokenizer in ``folder``."""
+        tokenizer = load_tokenizer(folder)
+        use_chat_template(tokenizer, dataset.format, folder)
+        return cls(tokenize_functions(tokenizer), tokenize_functions(tokenizer, make_pieces=BatchPieceTokenizer))
 
 
 class Told(NamedTuple):
@@ -59,9 +65,9 @@ class Told(NamedTuple):
         return cls(examples.digest, list(examples.rows), notices)
 
 
-def made_one_by_one(folder: Path, path: Path, dataset: DatasetSpec) -> Told:
+def made_one_by_one(tokenize: TokenizeFunctions, path: Path, dataset: DatasetSpec) -> Told:
     """Return the result of `make_examples`."""
-    tokenize, limit = functions(folder, dataset, PieceTokenizer), length_limit(dataset, None)
+    limit = length_limit(dataset, None)
     try:
         return Told.of(
             *make_examples(read_rows(path, FIELD), path.name, FIELD, dataset, tokenize, limit=limit, keep_rows=True)
@@ -70,25 +76,12 @@ def made_one_by_one(folder: Path, path: Path, dataset: DatasetSpec) -> Told:
         return Told("", (), [str(error)])
 
 
-def prepared(
-    folder: Path,
-    path: Path,
-    dataset: DatasetSpec,
-    processes: int,
-    make_pieces: Callable[..., PieceTokenizer] = BatchPieceTokenizer,
-) -> Told:
+def prepared(tokenize: TokenizeFunctions, path: Path, dataset: DatasetSpec, processes: int) -> Told:
     """Return the result of `prepare_rows`."""
-    tokenize, limit = functions(folder, dataset, make_pieces), length_limit(dataset, None)
+    rows, limit = read_rows(path, FIELD), length_limit(dataset, None)
     try:
         found = prepare_rows(
-            read_rows(path, FIELD),
-            path.name,
-            FIELD,
-            dataset,
-            tokenize,
-            limit=limit,
-            keep_rows=True,
-            processes=processes,
+            rows, path.name, FIELD, dataset, tokenize, limit=limit, keep_rows=True, processes=processes
         )
     except UserError as error:
         return Told("", (), [str(error)])

@@ -20,7 +20,6 @@ from finetune_trainer.data.dataset import LengthLimit, Refusal, RowOutcome, leng
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import format_columns, renderer
-from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prepared import prepared_rows
 from finetune_trainer.data.prepared.chunk_outcomes import ChunkRenderer, PackedOutcomes
 from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
@@ -30,7 +29,7 @@ from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.errors import OutsideFailure, StopAgreed
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer, published
-from tests.trainer.prepared import FIELD, dataset_of, functions, made_one_by_one, prepared, write_tokenizer
+from tests.trainer.prepared import FIELD, Functions, dataset_of, made_one_by_one, prepared, write_tokenizer
 from tests.trainer.published_rows import LINES
 from tests.trainer.row_files import write_files
 from tests.trainer.row_formats import FORMATS, RowFormat
@@ -64,15 +63,16 @@ def test_every_format_has_the_same_examples_notices_and_errors(
     bad = [
         spoiled(row, rng) if number % 3 == 1 and ".parquet" not in form.file else row for number, row in enumerate(good)
     ]
+    tokenize = Functions.of(tokenizer_folder, dataset_of(form.form, **form.dataset))
     told = []
     for name, rows in (("good", good), ("bad", bad)):
         for policy in ("Fail", "Skip"):
             dataset = dataset_of(form.form, **{**form.dataset, "badRows": policy})
             for path in write_files(form, tmp_path / f"{name}-{policy}", rows):
-                expected = made_one_by_one(tokenizer_folder, path, dataset)
+                expected = made_one_by_one(tokenize.slow, path, dataset)
                 for processes in (0, 2):
-                    assert prepared(tokenizer_folder, path, dataset, processes) == expected
-                assert prepared(tokenizer_folder, path, dataset, 0, PieceTokenizer) == expected
+                    assert prepared(tokenize.fast, path, dataset, processes) == expected
+                assert prepared(tokenize.slow, path, dataset, 0) == expected
                 told.append(expected)
     assert any(each.digest for each in told)
 
@@ -146,7 +146,8 @@ def test_any_rows_become_the_same_with_any_number_of_processes(
     dataset = dataset_of(tiny.PROMPT_COMPLETION, badRows=bad, longRows=long, maxLength=most)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared_rows, "CHUNK_ROWS", size)
-        assert prepared(tokenizer_folder, path, dataset, processes) == made_one_by_one(tokenizer_folder, path, dataset)
+        tokenize = Functions.of(tokenizer_folder, dataset)
+        assert prepared(tokenize.fast, path, dataset, processes) == made_one_by_one(tokenize.slow, path, dataset)
 
 
 MOODY = (
@@ -171,17 +172,18 @@ def test_a_template_that_treats_rows_of_one_kind_in_different_ways_makes_no_diff
     rows = [conversation("w3" if number % 4 == 0 else "w1") for number in range(12)]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [conversation(first), *rows[1:]])
     dataset = dataset_of({"messages": {"chatTemplate": {"text": MOODY}}}, badRows="Skip")
-    expected = made_one_by_one(tokenizer_folder, path, dataset)
+    tokenize = Functions.of(tokenizer_folder, dataset)
+    expected = made_one_by_one(tokenize.slow, path, dataset)
     assert len(expected.rows) == (12 if first == "w1" else 11)
     for processes in (0, 1, 3):
-        assert prepared(tokenizer_folder, path, dataset, processes) == expected
+        assert prepared(tokenize.fast, path, dataset, processes) == expected
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_processes_do_not_share_the_process_that_renders_the_template(tokenizer_folder: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [conversation(f"w{number}") for number in range(40)])
     dataset = dataset_of({"messages": {}})
-    tokenize, limit = functions(tokenizer_folder, dataset, BatchPieceTokenizer), length_limit(dataset, None)
+    tokenize, limit = Functions.of(tokenizer_folder, dataset).fast, length_limit(dataset, None)
     whole, _ = make_examples(read_rows(path, FIELD), "rows", FIELD, dataset, tokenize, limit=limit)
     found = prepare_rows(read_rows(path, FIELD), "rows", FIELD, dataset, tokenize, limit=limit, processes=3)
     assert found.examples.digest == whole.digest
@@ -203,7 +205,7 @@ def test_a_bad_row_before_the_end_of_a_file_that_can_not_be_read_comes_first(
         raise OutsideFailure("the file can't be read")
 
     dataset = dataset_of(tiny.PROMPT_COMPLETION)
-    tokenize, limit = functions(tokenizer_folder, dataset, BatchPieceTokenizer), length_limit(dataset, None)
+    tokenize, limit = Functions.of(tokenizer_folder, dataset).fast, length_limit(dataset, None)
     with pytest.raises(UserError, match=r"rows line 7 has an empty 'reply'"):
         prepare_rows(rows(True), "rows", FIELD, dataset, tokenize, limit=limit, processes=processes)
     with pytest.raises(OutsideFailure, match="the file can't be read"):
@@ -213,7 +215,7 @@ def test_a_bad_row_before_the_end_of_a_file_that_can_not_be_read_comes_first(
 @pytest.mark.parametrize("form", [tiny.PROMPT_COMPLETION, {"text": {"textField": "reply"}}, {"messages": {}}])
 def test_no_text_has_a_call_of_the_tokenizer_of_its_own(form: Mapping[str, Any], tokenizer_folder: Path) -> None:
     dataset = dataset_of(form)
-    tokenize = functions(tokenizer_folder, dataset, BatchPieceTokenizer)
+    tokenize = Functions.of(tokenizer_folder, dataset).fast
     rows = [
         Row(number, {"question": f"w{number}", "reply": "w2", **conversation(f"w{number}")}) for number in range(1, 30)
     ]
@@ -224,7 +226,7 @@ def test_no_text_has_a_call_of_the_tokenizer_of_its_own(form: Mapping[str, Any],
 
 def test_a_stop_ends_the_preparation(tokenizer_folder: Path) -> None:
     dataset = dataset_of(tiny.PROMPT_COMPLETION)
-    tokenize, limit = functions(tokenizer_folder, dataset, BatchPieceTokenizer), length_limit(dataset, None)
+    tokenize, limit = Functions.of(tokenizer_folder, dataset).fast, length_limit(dataset, None)
     read: list[int] = []
 
     def endless() -> Iterator[Row]:
