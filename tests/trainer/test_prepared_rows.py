@@ -3,7 +3,6 @@ any number of processes and with chunks of any size."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from finetune_trainer.data.formats import format_columns, renderer
 from finetune_trainer.data.prepared import prepared_rows
 from finetune_trainer.data.prepared.chunk_outcomes import ChunkRenderer, PackedOutcomes
 from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
-from finetune_trainer.data.prepared.prepared_rows import chunks_of, prepare_rows
+from finetune_trainer.data.prepared.prepared_rows import chunks_of, prepare_rows, process_count
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.errors import OutsideFailure, StopAgreed
@@ -291,7 +290,11 @@ def test_an_error_of_the_job_is_unpacked_as_it_was() -> None:
     assert str(found) == "dataset.format.messages: the chat template takes more than 10 s for one row"
 
 
+@pytest.mark.parametrize(("cpus", "processes"), [(0.5, 0), (1, 0), (2, 1), (16, 15), (16.7, 15), (192, 32)])
+def test_the_first_process_keeps_a_cpu(cpus: float, processes: int) -> None:
+    assert process_count(cpus) == processes
+
+
 def test_every_format_of_the_api_is_one_that_a_chunk_can_have() -> None:
     """A new format of rows must be looked at in `chunk_outcomes.py`, so that its texts are tokenised together."""
     assert set(DatasetFormat.model_fields) == {"prompt_completion", "messages", "text"}
-    assert json.dumps(sorted(form.name for form in FORMATS))

@@ -52,11 +52,12 @@ class PackedOutcomes:
     failed: Set[Kind] = frozenset()
     """See `RecordedKinds`."""
 
-    def add(self, outcome: RowOutcome) -> None:
+    def add(self, outcome: RowOutcome | _Fault) -> None:
         """Append what the next row became."""
-        if isinstance(outcome, Refusal | UserError):
-            is_fault = isinstance(outcome, UserError)
-            self.unused[len(self.counts)] = _Fault(outcome.subject, outcome.problem) if is_fault else outcome
+        if isinstance(outcome, UserError):
+            outcome = _Fault(outcome.subject, outcome.problem)
+        if isinstance(outcome, Refusal | _Fault):
+            self.unused[len(self.counts)] = outcome
             self.counts.append(NOT_USED)
             return
         self.counts.append(len(outcome))

@@ -32,6 +32,15 @@ from finetune_trainer.pod.errors import StopAgreed
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1024 * 1024
 """A chunk has at most CHUNK_ROWS rows, and fewer if these have more than about CHUNK_BYTES bytes of text."""
+MOST_PROCESSES = 32
+"""Largest number of processes that work on rows. The first process, which reads the rows and collects the examples,
+could not keep more of them busy."""
+
+
+def process_count(cpus: float) -> int:
+    """Return the number of processes for `prepare_rows` where ``cpus`` CPUs are free, one of which the first process
+    needs. 0 means that the first process does all the work."""
+    return max(0, min(int(cpus) - 1, MOST_PROCESSES))
 
 
 @dataclasses.dataclass(frozen=True)
