@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from finetune_core.row_templates import Piece, RowError
@@ -38,6 +38,26 @@ def made(pre_tokenizer: Any = None, normalizer: Any = None, **flags: bool) -> Pr
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL if token != "<end>"])
     tokenizer.add_tokens([AddedToken("<end>", special=True, **{"normalized": False, **flags})])
+    return tokenizer
+
+
+def around() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts tokens around each text that begins an example."""
+    tokenizer = made()
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends),
+        ]
+    )
+    return tokenizer
+
+
+def literal() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that reads control tokens in texts as ordinary text."""
+    tokenizer = made()
+    tokenizer.split_special_tokens = True
     return tokenizer
 
 
@@ -75,6 +95,8 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "white space beside a token": (lambda _: made(lstrip=True, rstrip=True), False),
     "a token that is a word": (lambda _: made(single_word=True), False),
     "a token in normalized text": (lambda _: made(None, normalizers.Lowercase(), normalized=True), False),
+    "tokens around each text": (lambda _: around(), True),
+    "control tokens are text": (lambda _: literal(), False),
     "llama": (llama, True),
 }
 """Tokenizers, each with whether its texts can be cut into parts."""
@@ -124,8 +146,12 @@ def test_a_text_that_can_not_be_tokenised_does_not_harm_the_others(tokenizers: d
     assert list(pieces.follow([Piece("good", from_row=True)]).ids) == list(
         PieceTokenizer(tokenizers["bytes"]).follow([Piece("good", from_row=True)]).ids
     )
-    with pytest.raises(RowError, match="can't be tokenised"):
-        pieces.follow([Piece("\ud800", from_row=True)])
+    for from_row in (True, False):
+        bad = [Piece("\ud800", from_row)]
+        slow = PieceTokenizer(tokenizers["bytes"])
+        assert result(pieces.follow, bad) == result(slow.follow, bad)
+        with pytest.raises(RowError, match="can't be tokenised"):
+            pieces.follow(bad)
 
 
 def test_nothing_is_kept_after_forget(tokenizers: dict[str, Any]) -> None:

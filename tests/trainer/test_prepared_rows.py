@@ -76,6 +76,11 @@ def test_every_format_has_the_same_examples_notices_and_errors(
     assert any(each.digest for each in told)
 
 
+def no_child_is_left() -> None:
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def as_values(outcome: RowOutcome) -> object:
     """Return an outcome in a form that can be compared."""
     if isinstance(outcome, UserError):
@@ -189,8 +194,7 @@ def test_processes_do_not_share_the_process_that_renders_the_template(tokenizer_
     assert found.rows == 40
     assert tokenize.chat is not None
     tokenize.chat.end()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    no_child_is_left()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -205,8 +209,10 @@ def test_a_bad_row_before_the_end_of_a_file_that_can_not_be_read_comes_first(
 
     dataset = dataset_of(tiny.PROMPT_COMPLETION)
     tokenize, limit = Functions.of(tokenizer_folder, dataset).fast, length_limit(dataset, None)
-    with pytest.raises(UserError, match=r"rows line 7 has an empty 'reply'"):
+    with pytest.raises(UserError, match=r"rows line 7 has an empty 'reply'") as raised:
         prepare_rows(rows(True), "rows", FIELD, dataset, tokenize, limit=limit, processes=processes)
+    no_child_is_left()  # also while somebody still has the error
+    assert raised.value.subject == FIELD
     with pytest.raises(OutsideFailure, match="the file can't be read"):
         prepare_rows(rows(False), "rows", FIELD, dataset, tokenize, limit=limit, processes=processes)
 

@@ -30,7 +30,7 @@ from finetune_trainer.pod.errors import OutsideFailure, StopAgreed, first_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 4
+IN_FLIGHT = 2
 """How many pieces of work for each process may be begun and not yet returned. A slow piece holds all later results
 back, and these would fill the memory without a bound."""
 LOOK_SECONDS = 0.2

@@ -7,6 +7,7 @@ Whatever this module can't do in the short way, `PieceTokenizer` does in its own
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,8 +93,10 @@ class BatchPieceTokenizer(PieceTokenizer):
         if known is not None and (is_own or self._tokens.keys().isdisjoint(known[0])):
             return *known, ()
         if self._parts is not None and is_own and not specials:
-            ids = self._parts.ids(text)
-            return ids, [0] * len(ids), ()
+            # Where a part can't be tokenised, the whole text shows the error.
+            with contextlib.suppress(_BatchError), library_boundary(lambda error: _BatchError(first_line(error))):
+                ids = self._parts.ids(text)
+                return ids, [0] * len(ids), ()
         self.calls += 1
         return super()._encode_whole(pieces, specials=specials)
 
@@ -141,6 +144,8 @@ def are_parts_independent(tokenizer: Any) -> bool:
         return False
     if type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
         return False  # the class changes texts before it tokenises them
+    if tokenizer.split_special_tokens:
+        return False  # the tokens are ordinary text
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     if any(token[flag] for token in stored["added_tokens"] for flag in flags):

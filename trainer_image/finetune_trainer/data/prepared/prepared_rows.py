@@ -10,8 +10,8 @@ before it are done, the chunk is rendered once more. So the result is the same w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from contextlib import ExitStack, closing
 from itertools import islice
 
 import numpy as np
@@ -92,19 +92,20 @@ def prepare_rows(
     head = list(islice(chunks, 2))
     count = 0
 
-    def outcomes() -> Iterator[tuple[Row, RowOutcome]]:
+    def outcomes() -> Generator[tuple[Row, RowOutcome], None, None]:
         nonlocal count
-        for chunk, packed in work.packed_in_order(head, chunks, processes, stop):
-            for row, outcome in zip(chunk.rows, packed.outcomes(), strict=False):
-                made.row = row
-                count += 1
-                yield row, outcome
-            if chunk.error is not None:
-                raise chunk.error
+        with closing(work.packed_in_order(head, chunks, processes, stop)) as done:
+            for chunk, packed in done:
+                for row, outcome in zip(chunk.rows, packed.outcomes(), strict=False):
+                    made.row = row
+                    count += 1
+                    yield row, outcome
+                if chunk.error is not None:
+                    raise chunk.error
 
-    examples, notices = collect_examples(
-        outcomes(), source, field, dataset, limit=limit, keep_rows=keep_rows, made=made
-    )
+    # An error ends the processes at once, and not only when nobody has the error any more.
+    with closing(outcomes()) as found:
+        examples, notices = collect_examples(found, source, field, dataset, limit=limit, keep_rows=keep_rows, made=made)
     return PreparedRows(examples, notices, count, made.origins())
 
 
@@ -149,7 +150,7 @@ class _Work:
 
     def packed_in_order(
         self, head: Sequence[Chunk], rest: Iterable[Chunk], processes: int, stop: Callable[[], bool]
-    ) -> Iterator[tuple[Chunk, PackedOutcomes]]:
+    ) -> Generator[tuple[Chunk, PackedOutcomes], None, None]:
         """Yield the chunks of ``head`` and then those of ``rest``, each with what its rows become."""
         with ExitStack() as stack:
             done: Iterator[tuple[Chunk, PackedOutcomes]]
