@@ -45,11 +45,9 @@ def around() -> PreTrainedTokenizerFast:
     """Return a tokenizer that puts tokens around each text that begins an example."""
     tokenizer = made()
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends),
-        ]
+        [processors.ByteLevel(trim_offsets=True), template]
     )
     return tokenizer
 
