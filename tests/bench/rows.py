@@ -2,10 +2,11 @@
 and with `prepared_rows.prepare_rows`, in one process and with several.
 
 Three kinds of rows are measured: prompts and completions as in the quickstart, conversations, and long texts. The
-tokenizer is that of SmolLM2, with its chat template. For each kind, all ways are measured one after the other, in
-several rounds, and the ratios are those of one round. The processor time counts all processes that took part, also
-those that render chat templates. `FINETUNE_BENCH_ROWS` (default 20000) is the number of rows of a kind; of long texts a
-tenth is taken.
+tokenizer is that of SmolLM2, with its chat template. For each kind, all ways are measured one after the other, each in a
+process of its own, in several rounds, and a ratio compares two ways of one round. The processor time counts all
+processes that took part, also those that render chat templates. `FINETUNE_BENCH_ROWS` (default 20000) is the number of
+rows of the quickstart's kind, and `FINETUNE_BENCH_ROUNDS` (default 3) the number of rounds. Of the other kinds there
+are fewer rows, because each has more tokens.
 
     python -m tests.bench --only rows
 """
@@ -17,14 +18,13 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -32,13 +32,15 @@ from rich.table import Table
 from examples.demo.base_model import base_model
 from finetune_core.api.dataset import DatasetSpec
 from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers
 from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
 from finetune_trainer.data.prepared.prepared_rows import prepare_rows
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 
 ROWS = int(os.environ.get("FINETUNE_BENCH_ROWS", "20000"))
-ROUNDS = 3
+ROUNDS = int(os.environ.get("FINETUNE_BENCH_ROUNDS", "3"))
 DOCS = Path(__file__).parents[2] / "docs"
 FIELD = "dataset.train"
 GOAL_ROWS = 1_000_000 / 60 / 16
@@ -55,6 +57,8 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "conversations": {"messages": {}},
     "long texts": {"text": {}},
 }
+SHARES: Mapping[str, float] = {"quickstart": 1.0, "conversations": 0.2, "long texts": 0.1}
+"""The number of rows of each kind, as a share of ROWS."""
 WAYS: Mapping[str, int | None] = {"row by row": None, "chunks": 0, "1 process": 1, "2 processes": 2}
 """The number of processes beside the first one. None stands for `make_examples`."""
 
@@ -101,28 +105,55 @@ def made_rows(kind: str, count: int) -> Iterator[dict[str, Any]]:
             yield {"text": text(400, 1200)}
 
 
-def prepare(kind: str, path: Path, model: Path, processes: int | None) -> Measured:
-    """Prepare the rows in ``path`` once, and return the figures. Call this function once in a process."""
-    source, long_rows = {"s3": {"uri": "s3://bucket/rows.jsonl"}}, "Split" if kind == "long texts" else "Skip"
-    dataset = DatasetSpec.model_validate(
-        {"train": source, "format": FORMS[kind], "maxLength": 2048, "longRows": long_rows}
-    )
-    tokenizer, limit = load_tokenizer(model), length_limit(dataset, None)
-    ends = stop_ids(tokenizer, dataset.format, model_stop_ids(model))
-    rows, began, count = read_rows(path, FIELD), time.perf_counter(), 0
-    before = _processor_seconds()
-    if processes is None:
-        tokenize = tokenize_functions(tokenizer, ends=ends)
-        examples, _ = make_examples(rows, path.name, FIELD, dataset, tokenize, limit=limit)
-        count = sum(1 for _ in path.open(encoding="utf-8"))
-    else:
-        tokenize = tokenize_functions(tokenizer, ends=ends, make_pieces=BatchPieceTokenizer)
-        found = prepare_rows(rows, path.name, FIELD, dataset, tokenize, limit=limit, processes=processes)
-        examples, count = found.examples, found.rows
-    seconds = time.perf_counter() - began
-    if tokenize.chat is not None:
-        tokenize.chat.end()  # only the time of processes that have ended counts
-    return Measured(count, sum(examples.lengths), _processor_seconds() - before, seconds, examples.digest)
+class Workload(NamedTuple):
+    """What is measured."""
+
+    kind: str
+    path: Path
+    tokenizer: Any
+    ends: Sequence[int]
+    dataset: DatasetSpec
+
+    @classmethod
+    def of(cls, kind: str, path: Path, model: Path) -> Workload:
+        """Return the workload of the rows in ``path``, with the tokenizer of ``model``."""
+        long_rows = "Split" if kind == "long texts" else "Skip"
+        dataset = DatasetSpec.model_validate(
+            {
+                "train": {"s3": {"uri": "s3://bucket/rows.jsonl"}},
+                "format": FORMS[kind],
+                "maxLength": 2048,
+                "longRows": long_rows,
+            }
+        )
+        tokenizer = load_tokenizer(model)
+        return cls(kind, path, tokenizer, stop_ids(tokenizer, dataset.format, model_stop_ids(model)), dataset)
+
+    def measured(self, processes: int | None) -> Measured:
+        """Return the figures of a preparation, which runs in a forked process, so that its processes and its memory are
+        its own."""
+        with ChunkWorkers[int | None, Measured](1, self._prepare) as worker:
+            ((_, found),) = worker.results([processes], lambda asked: asked)
+        return found
+
+    def _prepare(self, processes: int | None) -> Measured:
+        rows, limit = read_rows(self.path, FIELD), length_limit(self.dataset, None)
+        make_pieces = PieceTokenizer if processes is None else BatchPieceTokenizer
+        tokenize = tokenize_functions(self.tokenizer, ends=self.ends, make_pieces=make_pieces)
+        began, before = time.perf_counter(), _processor_seconds()
+        if processes is None:
+            examples, _ = make_examples(rows, self.path.name, FIELD, self.dataset, tokenize, limit=limit)
+        else:
+            examples = prepare_rows(
+                rows, self.path.name, FIELD, self.dataset, tokenize, limit=limit, processes=processes
+            ).examples
+        seconds = time.perf_counter() - began
+        if tokenize.chat is not None:
+            tokenize.chat.end()  # only the time of processes that have ended counts
+        used = _processor_seconds() - before
+        with self.path.open(encoding="utf-8") as file:
+            count = sum(1 for _ in file)
+        return Measured(count, sum(examples.lengths), used, seconds, examples.digest)
 
 
 def _processor_seconds() -> float:
@@ -131,20 +162,9 @@ def _processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in found)
 
 
-def measured(kind: str, path: Path, model: Path, processes: int | None) -> Measured:
-    """Return the figures of a preparation in a process of its own."""
-    arguments = json.dumps([kind, str(path), str(model), processes])
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.rows", arguments], env=environment, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        sys.exit(f"error: the preparation failed:\n{done.stderr[-4000:]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def run() -> None:
     """Run the measurement and print its table."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the trainer
     model = base_model()
     table = Table(
         title=f"rows that become examples (median of {ROUNDS} rounds; the goal is {GOAL_ROWS:,.0f} rows/s a core)"
@@ -163,10 +183,10 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in FORMS:
             path = Path(folder) / f"{kind.replace(' ', '-')}.jsonl"
-            count = max(1, ROWS // 10) if kind == "long texts" else ROWS
             with path.open("w", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(row)}\n" for row in made_rows(kind, count))
-            rounds = [{way: measured(kind, path, model, WAYS[way]) for way in WAYS} for _ in range(ROUNDS)]
+                file.writelines(f"{json.dumps(row)}\n" for row in made_rows(kind, int(ROWS * SHARES[kind])))
+            workload = Workload.of(kind, path, model)
+            rounds = [{way: workload.measured(WAYS[way]) for way in WAYS} for _ in range(ROUNDS)]
             digests = {found.digest for each in rounds for found in each.values()}
             if len(digests) != 1:
                 sys.exit(f"error: the ways made different examples of {kind}")
@@ -188,9 +208,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        kind, path, model, processes = json.loads(sys.argv[1])
-        found = prepare(kind, Path(path), Path(model), processes)
-        print(json.dumps(found.__dict__))
-    else:
-        run()
+    run()
