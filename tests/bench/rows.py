@@ -2,8 +2,8 @@
 and with `prepared_rows.prepare_rows`, in one process and with several.
 
 Three kinds of rows are measured: prompts and completions as in the quickstart, conversations, and long texts. The
-tokenizer is that of SmolLM2, with its chat template. For each kind, all ways are measured one after the other, each in a
-process of its own, in several rounds, and a ratio compares two ways of one round. The processor time counts all
+tokenizer is that of SmolLM2, with its chat template. For each kind, all ways are measured one after the other, each in
+a process of its own, in several rounds, and a ratio compares two ways of one round. The processor time counts all
 processes that took part, also those that render chat templates. `FINETUNE_BENCH_ROWS` (default 20000) is the number of
 rows of the quickstart's kind, and `FINETUNE_BENCH_ROUNDS` (default 3) the number of rounds. Of the other kinds there
 are fewer rows, because each has more tokens.

@@ -76,9 +76,9 @@ def tokenizer_identity(tokenizer: Any) -> str:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        tokenizer.init_kwargs,
+        tokenizer.split_special_tokens,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
