@@ -323,7 +323,6 @@ def test_the_identity_changes_with_everything_that_decides_the_examples(
         {"keep_rows": True},
         {"added_tokens": ["w1"]},
         {"ends": [1, 2]},
-        {"today": date(2026, 12, 1)},
         {"tokenizer": other_tokenizer(tmp_path / "a", lambda each: each.add_tokens(["w99"]))},
         {"tokenizer": other_tokenizer(tmp_path / "b", lambda each: setattr(each, "chat_template", "{{ messages }}"))},
         {"tokenizer": other_tokenizer(tmp_path / "c", lambda each: setattr(each, "eos_token", "ask"))},
@@ -333,6 +332,20 @@ def test_the_identity_changes_with_everything_that_decides_the_examples(
     monkeypatch.setattr(example_identity, "code_identity", lambda: "another version")
     found.append(given_identity())
     assert len({each for each in found if each is not None}) == len(changes) + 2
+
+
+def test_the_date_is_part_of_the_identity_only_where_rows_may_show_it(
+    given_identity: Callable[..., str | None], tmp_path: Path
+) -> None:
+    dated = other_tokenizer(
+        tmp_path / "dated", lambda each: setattr(each, "chat_template", "{{ strftime_now('%Y') }}{{ messages }}")
+    )
+    days = [{"today": date(2026, 11, 30)}, {"today": date(2026, 12, 1)}]
+    chat = dataset_of({"messages": {}})
+    assert len({given_identity(**day) for day in days}) == 1
+    assert len({given_identity(**day, dataset=chat) for day in days}) == 1
+    assert len({given_identity(**day, tokenizer=dated) for day in days}) == 1
+    assert len({given_identity(**day, tokenizer=dated, dataset=chat) for day in days}) == 2
 
 
 def test_the_code_that_decides_the_examples_is_part_of_the_identity(

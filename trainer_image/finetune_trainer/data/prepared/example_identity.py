@@ -45,8 +45,8 @@ def example_identity(
 
     ``path`` is the data source on this machine, whose files are read as a whole, and ``columns`` are the columns that
     are read of it. ``added_tokens``, ``ends`` and ``today`` are the arguments of `tokenize_functions`, and the other
-    arguments those of `prepare_rows`. Where ``today`` is None, a chat template may show the date of the day on which it
-    runs, so that date is part of the identity. Raises OSError if a file can't be read.
+    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Where ``today`` is None, that
+    is the date of the day on which the template runs. Raises OSError if a file can't be read.
     """
     if not tokenizer.is_fast:
         return None
@@ -62,7 +62,7 @@ def example_identity(
         "tokenizer": tokenizer_identity(tokenizer),
         "added_tokens": list(added_tokens),
         "ends": list(ends),
-        "today": (today or date.today()).isoformat(),
+        "today": (today or date.today()).isoformat() if _shows_the_date(dataset, tokenizer) else "",
         "code": code_identity(),
     }
     return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
@@ -79,6 +79,11 @@ def tokenizer_identity(tokenizer: Any) -> str:
         tokenizer.split_special_tokens,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _shows_the_date(dataset: DatasetSpec, tokenizer: Any) -> bool:
+    """Return whether rows may contain the date: only a chat template can show it, by the function of this name."""
+    return dataset.format.messages is not None and "strftime_now" in str(tokenizer.chat_template)
 
 
 @functools.cache
