@@ -45,8 +45,8 @@ def example_identity(
 
     ``path`` is the data source on this machine, whose files are read as a whole, and ``columns`` are the columns that
     are read of it. ``added_tokens``, ``ends`` and ``today`` are the arguments of `tokenize_functions`, and the other
-    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Where ``today`` is None, that
-    is the date of the day on which the template runs. Raises OSError if a file can't be read.
+    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Where ``today`` is None,
+    that is the date of the day on which the template runs. Raises OSError if a file can't be read.
     """
     if not tokenizer.is_fast:
         return None
