@@ -45,7 +45,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 FIELD = "dataset.train"
 GOAL_ROWS = 1_000_000 / 60 / 16
 """Rows a second and core that prepare a million rows in a minute on 16 cores."""
-COLUMNS = ("rows", "tokens a row", "way", "rows/s a core", "tokens/s a core", "ratio", "ratios from to", "rows/s")
+COLUMNS = ("way", "rows/s a core", "tokens/s a core", "ratio", "ratios from to", "rows/s")
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "quickstart": {
         "promptCompletion": {
@@ -162,49 +162,41 @@ def _processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in found)
 
 
+def table_of(kind: str, rounds: Sequence[Mapping[str, Measured]]) -> Table:
+    """Return the table of a kind of rows. ``rounds`` has the figures of each way for each round."""
+    first = rounds[0]["row by row"]
+    tokens = first.tokens / first.rows
+    table = Table(title=f"{kind}: {first.rows:,} rows of {tokens:.0f} tokens; goal: {GOAL_ROWS:,.0f} rows/s a core")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for way in WAYS:
+        ratios = sorted(each[way].rate / each["row by row"].rate for each in rounds)
+        rate = statistics.median(each[way].rate for each in rounds)
+        table.add_row(
+            way,
+            f"{rate:,.0f}",
+            f"{rate * tokens:,.0f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{ratios[0]:.2f} {ratios[-1]:.2f}",
+            f"{statistics.median(each[way].rows / each[way].seconds for each in rounds):,.0f}",
+        )
+    return table
+
+
 def run() -> None:
-    """Run the measurement and print its table."""
+    """Run the measurement and print a table for each kind of rows."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the trainer
     model = base_model()
-    table = Table(
-        title=f"rows that become examples (median of {ROUNDS} rounds; the goal is {GOAL_ROWS:,.0f} rows/s a core)"
-    )
-    for column in (
-        "rows",
-        "tokens a row",
-        "way",
-        "rows/s a core",
-        "tokens/s a core",
-        "ratio",
-        "ratios from to",
-        "rows/s",
-    ):
-        table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         for kind in FORMS:
-            path = Path(folder) / f"{kind.replace(' ', '-')}.jsonl"
+            path = Path(folder) / "rows.jsonl"
             with path.open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(row)}\n" for row in made_rows(kind, int(ROWS * SHARES[kind])))
             workload = Workload.of(kind, path, model)
             rounds = [{way: workload.measured(WAYS[way]) for way in WAYS} for _ in range(ROUNDS)]
-            digests = {found.digest for each in rounds for found in each.values()}
-            if len(digests) != 1:
+            if len({found.digest for each in rounds for found in each.values()}) != 1:
                 sys.exit(f"error: the ways made different examples of {kind}")
-            for way in WAYS:
-                ratios = sorted(each[way].rate / each["row by row"].rate for each in rounds)
-                first = rounds[0][way]
-                rate = statistics.median(each[way].rate for each in rounds)
-                table.add_row(
-                    kind,
-                    f"{first.tokens / first.rows:.0f}",
-                    way,
-                    f"{rate:,.0f}",
-                    f"{rate * first.tokens / first.rows:,.0f}",
-                    f"{statistics.median(ratios):.2f}",
-                    f"{ratios[0]:.2f} {ratios[-1]:.2f}",
-                    f"{statistics.median(each[way].rows / each[way].seconds for each in rounds):,.0f}",
-                )
-    Console(width=140).print(table)
+            Console(width=120).print(table_of(kind, rounds))
 
 
 if __name__ == "__main__":

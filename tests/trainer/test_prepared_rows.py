@@ -134,7 +134,7 @@ ANY_ROWS = st.lists(
     st.integers(1, 5),
     st.sampled_from(["Fail", "Skip"]),
     st.sampled_from(["Fail", "Skip"]),
-    st.integers(4, 24),
+    st.integers(8, 24),
 )
 def test_any_rows_become_the_same_with_any_number_of_processes(
     tokenizer_folder: Path,
