@@ -5,6 +5,7 @@ other."""
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import finetune_trainer
 from finetune_trainer.data.dataset import LengthLimit, length_limit
 from finetune_trainer.data.files.index import DataFile, write_index
 from finetune_trainer.data.prepared import example_folder, example_identity
@@ -353,7 +355,14 @@ def test_the_code_that_decides_the_examples_is_part_of_the_identity(
 ) -> None:
     before = example_identity.code_identity.__wrapped__()
     assert before == example_identity.code_identity()
-    monkeypatch.setattr(example_identity.importlib.metadata, "version", lambda name: "0")
+    installed = list(importlib.metadata.distributions())
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed[1:])
+    assert example_identity.code_identity.__wrapped__() != before
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed[::-1])
+    assert example_identity.code_identity.__wrapped__() == before
+    (tmp_path / "finetune_trainer" / "data").mkdir(parents=True)
+    (tmp_path / "finetune_trainer" / "data" / "new.py").write_text("")
+    monkeypatch.setattr(finetune_trainer, "__file__", str(tmp_path / "finetune_trainer" / "__init__.py"))
     assert example_identity.code_identity.__wrapped__() != before
 
 

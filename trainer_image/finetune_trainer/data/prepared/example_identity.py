@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
@@ -19,8 +20,6 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_trainer.data.dataset import LengthLimit
 from finetune_trainer.data.reader import data_files
 
-LIBRARIES = ("jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
-"""Libraries that decide what a row becomes."""
 CODE = ((finetune_trainer, "data"), (finetune_core, ""))
 """The folders with the code that decides what a row becomes, each as a package and a folder in it."""
 CHUNK_BYTES = 4 << 20
@@ -88,11 +87,10 @@ def _shows_the_date(dataset: DatasetSpec, tokenizer: Any) -> bool:
 
 @functools.cache
 def code_identity() -> str:
-    """Return a sha256 over the code of this project and the versions of the libraries that decide what a row
-    becomes."""
-    sha256 = hashlib.sha256()
-    for name in LIBRARIES:
-        sha256.update(f"{name} {importlib.metadata.version(name)}\n".encode())
+    """Return a sha256 over the code of this project that decides what a row becomes, and over the versions of Python and
+    of all installed packages, because many of them read, render or tokenise rows."""
+    versions = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
+    sha256 = hashlib.sha256("\n".join([sys.version, *versions, ""]).encode())
     for package, folder in CODE:
         root = Path(str(package.__file__)).parent / folder
         for file in sorted(root.rglob("*.py")):
