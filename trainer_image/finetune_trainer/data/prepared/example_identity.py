@@ -87,8 +87,8 @@ def _shows_the_date(dataset: DatasetSpec, tokenizer: Any) -> bool:
 
 @functools.cache
 def code_identity() -> str:
-    """Return a sha256 over the code of this project that decides what a row becomes, and over the versions of Python and
-    of all installed packages, because many of them read, render or tokenise rows."""
+    """Return a sha256 over the code of this project that decides what a row becomes, and over the versions of Python
+    and of all installed packages, because many of them read, render or tokenise rows."""
     versions = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
     sha256 = hashlib.sha256("\n".join([sys.version, *versions, ""]).encode())
     for package, folder in CODE:
