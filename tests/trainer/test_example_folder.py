@@ -139,6 +139,16 @@ def link(path: Path, place: int) -> None:
     path.symlink_to(other)
 
 
+def folder(path: Path, place: int) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def pipe(path: Path, place: int) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: dict[str, Callable[[Path, int], object]] = {
     "changed": flip,
     "cut off": lambda path, place: os.truncate(path, place % path.stat().st_size),
@@ -146,8 +156,8 @@ DAMAGES: dict[str, Callable[[Path, int], object]] = {
     "deleted": lambda path, place: path.unlink(),
     "emptied": lambda path, place: path.write_bytes(b""),
     "a link": link,
-    "a folder": lambda path, place: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path, place: (path.unlink(), os.mkfifo(path)),
+    "a folder": folder,
+    "a pipe": pipe,
 }
 
 
