@@ -139,12 +139,12 @@ def link(path: Path, place: int) -> None:
     path.symlink_to(other)
 
 
-def folder(path: Path, place: int) -> None:
+def make_folder(path: Path, place: int) -> None:
     path.unlink()
     path.mkdir()
 
 
-def pipe(path: Path, place: int) -> None:
+def make_pipe(path: Path, place: int) -> None:
     path.unlink()
     os.mkfifo(path)
 
@@ -156,8 +156,8 @@ DAMAGES: dict[str, Callable[[Path, int], object]] = {
     "deleted": lambda path, place: path.unlink(),
     "emptied": lambda path, place: path.write_bytes(b""),
     "a link": link,
-    "a folder": folder,
-    "a pipe": pipe,
+    "a folder": make_folder,
+    "a pipe": make_pipe,
 }
 
 
