@@ -18,6 +18,7 @@ import sys
 BENCHES = {
     "step": "the trainer's optimizer step against a plain PyTorch loop",
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
+    "rows": "examples of many rows at once and in several processes against one row at a time",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "reports": "the memory of the report server with many connections against few",
     "reporting": "the operator with a thousand jobs that report against its limits",

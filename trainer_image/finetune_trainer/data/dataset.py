@@ -143,28 +143,50 @@ def make_examples(
     row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize, limit.tokens)
-    made = ExampleWriter()
+
+    def rendered() -> Iterator[tuple[Row, RowOutcome]]:
+        for row in rows:
+            try:
+                yield row, render_row(row, dataset, render, limit)
+            except UserError as error:
+                yield row, error
+
+    return collect_examples(rendered(), source, field, dataset, limit=limit, keep_rows=keep_rows)
+
+
+def collect_examples(
+    outcomes: Iterable[tuple[Row, RowOutcome]],
+    source: str,
+    field: str,
+    dataset: DatasetSpec,
+    *,
+    limit: LengthLimit,
+    keep_rows: bool = False,
+    made: ExampleWriter | None = None,
+) -> tuple[ExampleSet, list[str]]:
+    """Return the examples and the notices of `make_examples`, from rows and what each of them became, in the order of
+    the rows. The other arguments, and the errors, are those of `make_examples`. ``made`` collects the examples, and
+    must be empty. None means a new `ExampleWriter`."""
+    made = ExampleWriter() if made is None else made
     used = 0
     read_as_text = _Rows()
     skipped: dict[str, _Rows] = {}
     long_texts = LongTexts(dataset.long_rows, limit.tokens) if dataset.long_rows in ("Split", "Truncate") else None
-    for row in rows:
-        try:
-            rendered = _rendered(row, dataset, render, limit)
-        except UserError as error:
+    for row, outcome in outcomes:
+        if isinstance(outcome, UserError):
             # The row shows a fault of the job, such as a chat template that does not end.
-            raise UserError(error.subject, f"{error.problem} ({row.place(source)})") from error
-        if isinstance(rendered, _Refusal):
-            problem = f"{row.place(source)} {rendered.problem}"
-            if rendered.policy == "Fail":
-                raise UserError(field, f"{problem} (set dataset.{rendered.option} to Skip to leave such rows out)")
-            skipped.setdefault(rendered.option, _Rows()).add(problem)
+            raise UserError(outcome.subject, f"{outcome.problem} ({row.place(source)})") from outcome
+        if isinstance(outcome, Refusal):
+            problem = f"{row.place(source)} {outcome.problem}"
+            if outcome.policy == "Fail":
+                raise UserError(field, f"{problem} (set dataset.{outcome.option} to Skip to leave such rows out)")
+            skipped.setdefault(outcome.option, _Rows()).add(problem)
             continue
         used += 1
-        controls = [token for example in rendered for token in example.read_as_text]
+        controls = [token for example in outcome for token in example.read_as_text]
         if controls:
             read_as_text.add(f"{row.place(source)} ({controls[0]!r})")
-        for example in rendered:
+        for example in outcome:
             is_long = long_texts is not None and len(example.ids) > limit.tokens
             pieces = long_texts.pieces(example, row.place(source)) if long_texts is not None and is_long else [example]
             for piece in pieces:
@@ -186,10 +208,10 @@ def used_rows(
 ) -> Iterator[Row]:
     """Yield those of ``rows`` of which `make_examples` makes examples. Rows that it skips or refuses are left out."""
     render = renderer(dataset.format, tokenize, limit.tokens)
-    return (row for row in rows if not isinstance(_rendered(row, dataset, render, limit), _Refusal))
+    return (row for row in rows if not isinstance(render_row(row, dataset, render, limit), Refusal))
 
 
-class _Refusal(NamedTuple):
+class Refusal(NamedTuple):
     """Why a row can't be used."""
 
     option: Literal["badRows", "longRows"]
@@ -200,24 +222,29 @@ class _Refusal(NamedTuple):
     """What is wrong with the row, as a phrase that follows its place."""
 
 
-def _rendered(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit) -> Sequence[Example] | _Refusal:
+RowOutcome = Sequence[Example] | Refusal | UserError
+"""What a row becomes: its examples, at least one, or why it can't be used, or an error that ends the job."""
+
+
+def render_row(row: Row, dataset: DatasetSpec, render: Render, limit: LengthLimit) -> Sequence[Example] | Refusal:
     """Return the examples of a row, or why the row can't be used. Examples are longer than ``limit.tokens`` only where
-    `dataset.longRows` is Split or Truncate, because `make_examples` then makes shorter examples of them."""
+    `dataset.longRows` is Split or Truncate, because `collect_examples` then makes shorter examples of them. Raises
+    UserError where the row shows a fault of the job."""
     rendered = row.problem or render(row.fields)
     if isinstance(rendered, str):
-        return _Refusal("badRows", dataset.bad_rows, _shortened(rendered))
+        return Refusal("badRows", dataset.bad_rows, _shortened(rendered))
     highest = max((max(example.ids, default=0) for example in rendered), default=0)
     if limit.rows is not None and highest >= limit.rows:
-        return _Refusal(
+        return Refusal(
             "badRows",
             dataset.bad_rows,
             f"has a token with the id {highest}, and the model's embedding has only {limit.rows} rows",
         )
     length = max(len(example.ids) for example in rendered)
     if length > limit.tokens and dataset.long_rows in ("Fail", "Skip"):
-        return _Refusal("longRows", dataset.long_rows, f"has {length} tokens, more than {limit.origin}")
+        return Refusal("longRows", dataset.long_rows, f"has {length} tokens, more than {limit.origin}")
     if min(example.supervised_tokens for example in rendered) < 1:
-        return _Refusal("badRows", dataset.bad_rows, "has no token to learn")
+        return Refusal("badRows", dataset.bad_rows, "has no token to learn")
     return rendered
 
 

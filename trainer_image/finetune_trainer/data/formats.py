@@ -14,7 +14,7 @@ from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError
 from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
-from finetune_trainer.data.chat.conversations import conversation_renderer
+from finetune_trainer.data.chat.conversations import ShownKinds, conversation_renderer
 from finetune_trainer.data.chat.messages import optional_columns
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import NamedColumn
@@ -76,10 +76,16 @@ def format_columns(form: DatasetFormat) -> list[str]:
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
 
 
-def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int | None = None) -> Render:
+def renderer(
+    form: DatasetFormat,
+    tokenize: TokenizeFunctions,
+    most_tokens: int | None = None,
+    shown: ShownKinds | None = None,
+) -> Render:
     """Return the function that renders rows in the format ``form``. Of a row with an example of more than
-    ``most_tokens`` tokens, other examples may be left out. Raises UserError if a template of `promptCompletion` is
-    malformed, or if the format is chat messages and the tokenizer has no chat template."""
+    ``most_tokens`` tokens, other examples may be left out. For ``shown`` see `conversation_renderer`. Raises UserError
+    if a template of `promptCompletion` is malformed, or if the format is chat messages and the tokenizer has no chat
+    template."""
     if form.prompt_completion is not None:
         return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
@@ -89,7 +95,7 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions, most_tokens: int 
                 "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or"
                 " use promptCompletion",
             )
-        return conversation_renderer(form.messages, tokenize.chat, tokenize.end, most_tokens)
+        return conversation_renderer(form.messages, tokenize.chat, tokenize.end, most_tokens, shown)
     if form.text is not None:
         return _one_example(render_text(form.text, tokenize.pieces))
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -161,12 +161,13 @@ def tokenize_functions(
     *,
     ends: Sequence[int] = (),
     today: date | None = None,
+    make_pieces: Callable[..., PieceTokenizer] = PieceTokenizer,
 ) -> TokenizeFunctions:
     """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
     `model.addedTokens` that the tokenizer has. ``ends`` is the result of `stop_ids`; where it is empty, only the end
     token ends an answer. ``today`` is the date that a chat template gets as the current date. None means the real
-    one."""
-    end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens, ends)
+    one. ``make_pieces`` makes the `PieceTokenizer`, and takes the arguments of its class."""
+    end, pieces = tokenizer.eos_token_id, make_pieces(tokenizer, added_tokens, ends)
     if not tokenizer.chat_template:
         return TokenizeFunctions(pieces, end)
     chat = ChatTemplate(tokenizer, pieces, ends=ends or [end], today=today, added_tokens=added_tokens)

@@ -195,6 +195,10 @@ class ChatTemplate:
             raise ValueError("it makes half of a surrogate pair, which is no text")
         return text
 
+    def end(self) -> None:
+        """End the process that renders the template. The next call of `text` starts another one."""
+        self._process.end()
+
     def ids(self, text: str) -> list[int]:
         """Return the token ids of rendered text, to which no special tokens are added. Control tokens that `row_texts`
         has marked are read as ordinary text. Raises RowError if the text can't be tokenised, or if a marked token can't

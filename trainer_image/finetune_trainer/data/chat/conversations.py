@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.row_templates import RowError
@@ -54,13 +54,30 @@ class _LeftOutError(ProblemError):
         self.of_content = of_content
 
 
+class ShownKinds(Protocol):
+    """A set of kinds of fields that the template was seen to render. A kind is a value that can be hashed and pickled.
+    A renderer asks for each kind before it checks the kind, and adds the kind right after the check if the template
+    renders it."""
+
+    def __contains__(self, kind: object, /) -> bool:
+        """Return whether the template was seen to render ``kind``."""
+
+    def add(self, kind: tuple[object, ...], /) -> None:
+        """Note that the template renders ``kind``."""
+
+
 def conversation_renderer(
-    form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None = None
+    form: MessagesFormat,
+    template: ChatTemplate,
+    end: int,
+    most_tokens: int | None = None,
+    shown: ShownKinds | None = None,
 ) -> Callable[[Mapping[str, Any]], Sequence[Example] | str]:
     """Return the function that turns the columns of a row into its examples, or into a phrase with what is wrong.
     ``end`` is the id of the tokenizer's end token. The caller refuses a row with an example of more than
-    ``most_tokens`` tokens. So only some examples of such a row are made, among them one that is too long."""
-    return _Renderer(form, template, end, most_tokens).render
+    ``most_tokens`` tokens. So only some examples of such a row are made, among them one that is too long. ``shown`` are
+    the kinds of fields that the template is known to render. None means that none is known yet."""
+    return _Renderer(form, template, end, most_tokens, set() if shown is None else shown).render
 
 
 def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[int]:
@@ -86,14 +103,15 @@ def answer_ends(form: MessagesFormat, template: ChatTemplate, end: int) -> list[
 class _Renderer:
     """Renders rows, and remembers which kinds of fields the chat template was seen to render."""
 
-    def __init__(self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None) -> None:
+    def __init__(
+        self, form: MessagesFormat, template: ChatTemplate, end: int, most_tokens: int | None, shown: ShownKinds
+    ) -> None:
         self._form = form
         self._most_tokens = most_tokens
         self._template = template
         self._end = end
         self._arguments = template_arguments(form.template_arguments)
-        self._shown: set[tuple[object, ...]] = set()
-        """Kinds of fields that the template was seen to render."""
+        self._shown = shown
 
     def render(self, fields: Mapping[str, Any]) -> Sequence[Example] | str:
         """Return the examples of a row, or what is wrong with the row."""

@@ -123,6 +123,7 @@ def _texts(value: Any) -> Iterator[str]:
     """Yield all texts of a JSON value, also the names of its fields."""
     if isinstance(value, str):
         yield value
+        return
     inner = [*value, *value.values()] if isinstance(value, Mapping) else value
     for item in inner if isinstance(inner, list | tuple) else ():
         yield from _texts(item)

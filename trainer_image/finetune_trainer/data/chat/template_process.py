@@ -62,7 +62,8 @@ class TemplateProcess:
         reaches a limit, MemoryError if the pod has no memory left, and OutsideFailure if the child process gives no
         answer in time or can't be started.
         """
-        if self._child is None:
+        # A process that was forked from this one must not ask the child of this one: the answers would get mixed.
+        if self._child is None or self._child.parent != os.getpid():
             try:
                 self._child = _Child(self._work)
             except OSError as error:
@@ -78,6 +79,12 @@ class TemplateProcess:
         if kind is _Answer.MEMORY:
             raise TemplateLimitError(f"takes more than {MEMORY_BYTES >> 20} MiB of memory")
         raise ValueError(value)
+
+    def end(self) -> None:
+        """End the child process that this process has forked, if there is one. The next call forks another one."""
+        if self._child is not None and self._child.parent == os.getpid():
+            self._child.end()
+            self._child = None
 
     def _why_it_ended(self) -> str:
         """Return why the child process ended. Raises TemplateLimitError if the child took too much processor time, and
@@ -131,7 +138,7 @@ class _Child:
     def __init__(self, work: Callable[[Connection], None]) -> None:
         """Fork this process. ``work`` is called in the child with the connection on which the questions arrive."""
         self._asking, answering = multiprocessing.Pipe()
-        self._parent = os.getpid()
+        self.parent = os.getpid()
         self._process = os.fork()
         if self._process == 0:
             self._asking.close()
@@ -150,7 +157,7 @@ class _Child:
 
     def end(self) -> int:
         """End the process if it still runs, and return its status (man 2 wait)."""
-        if self._status is None and os.getpid() == self._parent:
+        if self._status is None and os.getpid() == self.parent:
             self._asking.close()
             ended, self._status = os.waitpid(self._process, os.WNOHANG)
             if not ended:
