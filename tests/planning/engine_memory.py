@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +89,10 @@ def main(names: Sequence[str]) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(CASES[names[0]].processes))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=CASES[names[0]].processes)
     let_fake_tensors_through()
+    started = time.monotonic()
     for name in names:
+        if time.monotonic() - started > float(os.environ.get("LIMIT", "inf")):
+            break
         print(json.dumps({"case": name, **asdict(measure(CASES[name]))}), flush=True)
 
 
@@ -146,7 +150,8 @@ def measure(case: MemoryCase) -> Measurement:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
+                # DeepSpeed remembers shapes as tensors on the device meta, which have no memory.
+                if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                     self._add(tensor.untyped_storage())
             return out
 

@@ -233,22 +233,22 @@ CASES: Mapping[str, MemoryCase] = {
     "13b-full-z3-2048-recomputed": _full("Llama-2-13B", 3, 8, 2048, micro_batch=2, recompute=True),
     "70b-lora-z3-512": _lora("Llama-2-70B", 3, 8, 512, recompute=True),
     "70b-lora-z3-512x2": _lora("Llama-2-70B", 3, 8, 512, micro_batch=2),
-    "70b-full-z3-512-recomputed": _full("Llama-2-70B", 3, 16, 512, recompute=True),
+    "70b-full-z3-512-recomputed": _full("Llama-2-70B", 3, 8, 512, recompute=True),
     "llama3-8b-lora-z2-2048": _lora("Llama-3-8B", 2, 8, 2048, micro_batch=2),
     "llama3-8b-full-z2-2048-accumulated": _full("Llama-3-8B", 2, 8, 2048, accumulation=2),
     "llama3-8b-full-z3-8192-recomputed": _full("Llama-3-8B", 3, 8, 8192, recompute=True),
-    "llama3.2-1b-full-z2-2048x4": _full("Llama-3.2-1B", 2, 4, 2048, micro_batch=4, layers=None),
+    "llama3.2-1b-full-z2-2048x4": _full("Llama-3.2-1B", 2, 8, 2048, micro_batch=4, layers=None),
     "llama3.2-1b-full-fp32-z0-512": _full("Llama-3.2-1B", 0, 1, 512, precision="fp32", layers=None),
     "llama3.2-1b-lora-z1-1024x4": _lora("Llama-3.2-1B", 1, 1, 1024, micro_batch=4, layers=None),
     "mistral-7b-lora-r64-z2-8192-recomputed": MemoryCase(
-        model="Mistral-7B", rank=64, stage=2, processes=4, length=8192, recompute=True, layers=4
+        model="Mistral-7B", rank=64, stage=2, processes=8, length=8192, recompute=True, layers=4
     ),
     "qwen2.5-0.5b-full-z1-1024x4": _full("Qwen2.5-0.5B", 1, 1, 1024, micro_batch=4, layers=None),
     "qwen2.5-7b-lora-z2-2048": _lora("Qwen2.5-7B", 2, 8, 2048),
     "qwen2.5-7b-full-z2-1024": _full("Qwen2.5-7B", 2, 8, 1024, micro_batch=2),
-    "qwen3-8b-lora-z2-2048": _lora("Qwen3-8B", 2, 2, 2048),
-    "qwen3-8b-full-z3-2048": _full("Qwen3-8B", 3, 16, 2048),
-    "gemma3-1b-full-z2-1024": _full("Gemma-3-1B", 2, 4, 1024, micro_batch=2),
+    "qwen3-8b-lora-z2-2048": _lora("Qwen3-8B", 2, 8, 2048),
+    "qwen3-8b-full-z3-2048": _full("Qwen3-8B", 3, 8, 2048),
+    "gemma3-1b-full-z2-1024": _full("Gemma-3-1B", 2, 8, 1024, micro_batch=2),
     "gemma3-1b-lora-z1-1024": _lora("Gemma-3-1B", 1, 1, 1024, micro_batch=4),
     "mixtral-lora-z3-1024": _lora("Mixtral-8x7B", 3, 8, 1024),
 }
