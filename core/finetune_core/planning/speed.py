@@ -25,6 +25,8 @@ BANDWIDTH_SHARE = 0.76
 """Share of the peak bandwidth of the memory that elementwise kernels reach."""
 LINK_SHARE = 0.75
 """Share of the bandwidth between GPUs that collective calls of 100 MB reach."""
+LAUNCH_SECONDS = 5e-6
+"""Seconds of the CPU to launch a kernel. A micro-batch never takes less than its launches."""
 NODE_LINK_BANDWIDTH = 12.5
 """Bandwidth between two nodes in GB/s, in one direction, that all GPUs of a node share: Ethernet with 100 Gbit/s."""
 
@@ -81,6 +83,8 @@ def estimate_speed(setup: TrainingSetup, gpu: GpuType, *, kernels: Kernels = CUR
     bandwidth = gpu.memory_bandwidth * 1e9 * BANDWIDTH_SHARE
     elementwise = kept * tokens * passes * (1.3 if setup.recompute else 1.0) / bandwidth
     micro_batches = setup.accumulation
+    launches = kernels.launches_lora if setup.adapters is not None else kernels.launches_full
+    launching = launches * len(sizes.layers) * LAUNCH_SECONDS * (1.3 if setup.recompute else 1.0)
     # The update reads and writes weights, moments and gradients: about 32 bytes for each parameter of the shard.
     update = 32 * setup.trained_parameters / setup.processes / bandwidth
     communication = _communication_seconds(setup, gpu)
@@ -89,6 +93,10 @@ def estimate_speed(setup: TrainingSetup, gpu: GpuType, *, kernels: Kernels = CUR
         "attention": attention * micro_batches,
         "elementwise work, which the bandwidth of the memory bounds": elementwise * micro_batches + update,
         "communication": communication,
+        "launches of kernels, for which the micro-batch is too small": max(
+            0.0, launching - matrix - attention - elementwise
+        )
+        * micro_batches,
     }
     seconds = sum(parts.values())
     step_tokens = min(setup.global_batch, micro_batches * setup.micro_batch * setup.processes) * setup.length

@@ -6,6 +6,7 @@ The other modules of the room compute with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -99,3 +100,26 @@ class TrainingSetup:
     def vocabulary(self) -> int:
         """Number of tokens, with added ones."""
         return self.sizes.vocabulary + self.added_rows
+
+
+def adapter_setup(
+    sizes: ModelSizes,
+    *,
+    rank: int,
+    targets: Sequence[str] = (),
+    dropout: bool = False,
+    added_rows: int = 0,
+    quantized: bool = False,
+) -> AdapterSetup:
+    """Return the adapters of rank ``rank`` on the modules that ``targets``, the entries of `lora.targetModules`, name.
+    Raises UserError where an entry names nothing."""
+    parts = sizes.adapted(targets, added_tokens=added_rows > 0)
+    return AdapterSetup(
+        rank=rank,
+        parameters=parts.parameters(sizes, rank, added_rows=added_rows),
+        per_layer=tuple(len(layer) for layer in parts.layers),
+        dropped_features=tuple(sum(linear.inputs for linear in layer) if dropout else 0 for layer in parts.layers),
+        on_embedding=parts.embedding,
+        on_head=parts.head,
+        quantized=quantized,
+    )
