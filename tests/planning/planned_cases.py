@@ -14,7 +14,9 @@ def setup_of(case: MemoryCase) -> TrainingSetup:
     adapters = None
     if case.rank is not None:
         # The measured models get adapters on linear layers only, and not on experts.
-        layers = [[one for one in layer.linears if one.part not in (Part.ROUTER, Part.EXPERTS)] for layer in sizes.layers]
+        layers = [
+            [one for one in layer.linears if one.part not in (Part.ROUTER, Part.EXPERTS)] for layer in sizes.layers
+        ]
         dropped = [sum(one.inputs for one in layer) if case.dropout != "0" else 0 for layer in layers]
         adapters = AdapterSetup(
             rank=case.rank,

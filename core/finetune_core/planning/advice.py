@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from finetune_core.planning.gpu_types import GIBIBYTE, GpuType
+from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
 from finetune_core.planning.training_setup import TrainingSetup, adapter_setup
 

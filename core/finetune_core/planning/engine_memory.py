@@ -110,7 +110,9 @@ def largest_trained(setup: TrainingSetup) -> int:
     return max(trained_tensors(setup))
 
 
-def engine_bytes(setup: TrainingSetup, engine: EngineKind = CURRENT_ENGINE, *, quantized: int | None = None) -> EngineBytes:
+def engine_bytes(
+    setup: TrainingSetup, engine: EngineKind = CURRENT_ENGINE, *, quantized: int | None = None
+) -> EngineBytes:
     """Return the bytes that ``engine`` takes. ``quantized`` are the bytes of the linear layers where they are held in 4
     bits."""
     if engine is EngineKind.PLAIN:

@@ -113,7 +113,9 @@ def with_types(values: Any, source: str) -> tuple[GpuType, ...]:
     Raises UserError that names the file, the entry and the field.
     """
     if not isinstance(values, list) or not values:
-        raise UserError(source, "must be a list of GPU types, each an object with name, memoryGibibytes, teraFlops, ...")
+        raise UserError(
+            source, "must be a list of GPU types, each an object with name, memoryGibibytes, teraFlops, ..."
+        )
     own: dict[str, GpuType] = {}
     for place, value in enumerate(values):
         try:

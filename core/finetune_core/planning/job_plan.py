@@ -20,6 +20,11 @@ MICRO_BATCH_TOKENS = 16_384
 """Tokens of a micro-batch beyond which a larger one is not faster: every matrix product fills the GPU long before."""
 
 
+LARGEST_HOST = 2048 * GIBIBYTE
+"""Memory of the host in bytes beyond which the plan takes no machine for granted: the machines with 8 GPUs that clouds
+rent have at most 2 TiB."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
     """A job, with what it leaves open."""
@@ -127,7 +132,12 @@ def gibibytes(count: float) -> str:
 def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
     """Return the fastest setup that fits, without offload where possible. Where none fits, return the one that needs
     the least memory."""
-    fitting = [setup for setup in _candidates(wishes) if fits_gpu(setup, gpu)]
+    most = wishes.memory if wishes.memory is not None else LARGEST_HOST
+    fitting = [
+        setup
+        for setup in _candidates(wishes)
+        if fits_gpu(setup, gpu) and host_needs(setup, shared_memory=wishes.shared_memory).memory <= most
+    ]
     if fitting:
         return min(fitting, key=lambda setup: (setup.offload_optimizer, estimate_speed(setup, gpu).seconds_per_step))
     return min(_candidates(wishes), key=lambda setup: memory_plan(setup).needed)
@@ -221,9 +231,7 @@ def _stage_reason(setup: TrainingSetup) -> str:
     return "The weights must be sharded too, or sharding them leaves room for larger micro-batches."
 
 
-def _problems(
-    wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: HostNeeds, gpu: GpuType
-) -> Iterator[str]:
+def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: HostNeeds, gpu: GpuType) -> Iterator[str]:
     if not gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield f"The {gpu.name} has no bf16 arithmetic, and spec.training.precision is bf16."
     if memory.needed > gpu.memory:
@@ -232,8 +240,11 @@ def _problems(
             f" {gibibytes(gpu.memory)}."
         )
     if wishes.memory is not None and host.memory > wishes.memory:
+        yield (f"spec.resources.memory: a pod needs {gibibytes(host.memory)}, and gets {gibibytes(wishes.memory)}.")
+    if host.memory > LARGEST_HOST:
         yield (
-            f"spec.resources.memory: a pod needs {gibibytes(host.memory)}, and gets {gibibytes(wishes.memory)}."
+            f"A pod needs {gibibytes(host.memory)} of memory, and machines with 8 GPUs have at most"
+            f" {gibibytes(LARGEST_HOST)}."
         )
     if wishes.scratch is not None and host.scratch.request_gibibytes * GIBIBYTE > wishes.scratch:
         yield (

@@ -114,7 +114,11 @@ def memory_plan(
         parts={
             "weights": state.weights,
             "optimizer": state.optimizer,
-            "gradients": below - state.weights - state.optimizer - buffers * (top in _WITH_GATHERED) - state.standing_bucket * (top not in _WITH_GATHERED),
+            "gradients": below
+            - state.weights
+            - state.optimizer
+            - buffers * (top in _WITH_GATHERED)
+            - state.standing_bucket * (top not in _WITH_GATHERED),
             "activations": activations,
             "logits": logits,
             "buffers": buffers if top in _WITH_GATHERED else state.standing_bucket,

@@ -300,9 +300,7 @@ FAMILIES: Mapping[str, Family] = {
         experts="num_experts",
         expert_width="moe_intermediate_size",
     ),
-    "olmoe": Family(
-        query_bias="attention_bias", output_bias="attention_bias", head_norms="all", experts="num_experts"
-    ),
+    "olmoe": Family(query_bias="attention_bias", output_bias="attention_bias", head_norms="all", experts="num_experts"),
 }
 """The families that the plan knows, by `model_type`. The sources are the classes of transformers 5 with these types."""
 
@@ -318,7 +316,8 @@ def model_sizes(configuration: Mapping[str, Any]) -> ModelSizes:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnknownModelError(
-            f"{CONFIGURATION}: model_type", f"must be one that the plan knows, and {fields.family!r} is none; known are {known}"
+            f"{CONFIGURATION}: model_type",
+            f"must be one that the plan knows, and {fields.family!r} is none; known are {known}",
         )
     fields.defaults = family.defaults
     hidden, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
@@ -373,9 +372,7 @@ def _layer(fields: _Fields, family: Family, number: int, widths: tuple[int, int,
     else:
         linears += _dense(fields, family, hidden)
     head_norms = {"": (), "head": (head, head), "all": (queries, keys)}[family.head_norms]
-    return LayerSizes(
-        linears=tuple(linears), norm_widths=(hidden,) * family.norms, head_norm_widths=head_norms
-    )
+    return LayerSizes(linears=tuple(linears), norm_widths=(hidden,) * family.norms, head_norm_widths=head_norms)
 
 
 def _has_experts(fields: _Fields, number: int) -> bool:
