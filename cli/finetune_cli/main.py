@@ -1,11 +1,10 @@
 """The program `finetune`: parses the command line, runs the command, and prints one sentence for an error that a user
 can correct.
 
-Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, a job does not fit its GPUs, or a checkpoint is
-damaged; 2 the command
-line is wrong, or the command could not do its work, for example because the API server can't be reached; 130
-interrupted. `finetune watch` also has the exit code 3: the model was trained, but did not reach a score of
-`evaluation.require`.
+Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, a job does not fit its GPUs, or a checkpoint
+is damaged; 2 the command line is wrong, or the command could not do its work, for example because the API server can't
+be reached; 130 interrupted. `finetune watch` also has the exit code 3: the model was trained, but did not reach a score
+of `evaluation.require`.
 """
 
 from __future__ import annotations

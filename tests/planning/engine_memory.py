@@ -97,7 +97,8 @@ def main(names: Sequence[str]) -> None:
 
 
 def let_fake_tensors_through() -> None:
-    """Change the places in libraries that need values, which fake tensors do not have, or another device, in this process."""
+    """Change the places in libraries that need values, which fake tensors do not have, or that need another device. The
+    change is for this process."""
     import deepspeed.runtime.zero.partition_parameters as sharding
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import torch

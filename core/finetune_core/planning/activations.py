@@ -1,5 +1,4 @@
-"""Computes the bytes of activations: what the forward pass keeps for the backward pass, and what both passes need on top
-of that for a moment.
+"""Computes the bytes of activations: what the forward pass keeps for the backward pass.
 
 `memory.py` adds the bytes to those of weights and optimizer. What is kept follows from the code of the models in
 transformers and from the trainer's own kernels (`loss/kernels.py`, `loss/head.py`). The constants that change with the

@@ -198,8 +198,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         gathered=0,
         bucket=bucket,
         standing_bucket=0,
-        # The gradient itself, a copy of it in the same format, and its shard in fp32.
-        reduction=2 * width * largest + MASTER_BYTES * fragment,
+        reduction=_reduction(setup),
         norm=norm,
         update=0 if offloaded else max(flat, norm),
         checkpoint=STATE_BYTES * largest,
@@ -224,13 +223,29 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         standing_gradients=gradients,
         accumulated=0,
         gradients=gradients,
-        gathered=width * min(whole, max(LIVE_PARAMETERS, setup.sizes.largest_tensor + BUCKET_ELEMENTS)),
+        # DeepSpeed checks the limit before it fetches the next weight and a bucket ahead of that.
+        gathered=width * min(whole, LIVE_PARAMETERS + BUCKET_ELEMENTS + largest_linear(setup)),
         bucket=bucket,
         standing_bucket=bucket,
-        reduction=2 * width * largest,
+        reduction=_reduction(setup),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
         update=0 if offloaded else MASTER_BYTES * shard,
         checkpoint=STATE_BYTES * largest,
+    )
+
+
+def _reduction(setup: TrainingSetup) -> int:
+    """Return the bytes while the largest gradient is reduced: the gradient and two copies of it. With one process the
+    second copy is in fp32."""
+    width = setup.number_format.bytes
+    copies = 3 * width if setup.processes > 1 else 2 * width + MASTER_BYTES
+    return copies * largest_trained(setup)
+
+
+def largest_linear(setup: TrainingSetup) -> int:
+    """Return the number of elements of the largest weight inside of the layers."""
+    return max(
+        linear.inputs * linear.outputs * linear.experts for layer in setup.sizes.layers for linear in layer.linears
     )
 
 

@@ -19,7 +19,7 @@ from finetune_core.planning.activations import (
     kept_outside,
     largest_layer,
 )
-from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes
+from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, largest_linear
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.host_needs import quantized_bytes
 from finetune_core.planning.training_setup import TrainingSetup
@@ -97,7 +97,7 @@ def memory_plan(
     computing = base + state.gathered
     ranges = {
         Phase.FORWARD: (computing, passes.kept + passes.outside, passes.forward_head),
-        Phase.BACKWARD: (computing + passes.early_gradients(state), *passes.backward),
+        Phase.BACKWARD: max((passes.head_backward(computing, state), passes.layer_backward(computing, state)), key=sum),
         Phase.REDUCTION: (_reduction(state), 0, 0),
         Phase.NORM: (_after_backward(state) + state.norm, 0, 0),
         Phase.UPDATE: (_after_backward(state) + state.update, 0, 0),
@@ -169,32 +169,33 @@ class _Passes:
             return each * self._logits + self._hidden
         return 8 * self._logits
 
-    @property
-    def backward(self) -> tuple[int, int]:
-        """Bytes of activations and of logits where the backward pass takes most."""
-        setup, width = self._setup, self._width
+    def head_backward(self, below: int, state: EngineBytes) -> tuple[int, int, int]:
+        """Return weights and gradients, activations, and logits while the backward pass of head and last norm runs, on
+        top of ``below``."""
+        setup = self._setup
         if self._frozen:
             # The last norm: gradients and intermediate results in fp32 of as many features as the hidden states have.
-            start = self.kept + 24 * setup.sizes.hidden * setup.tokens
-        else:
-            start = self.kept + self.outside + self._hidden
-        # The last layer: gradients of two results of the feed-forward network, and of four hidden states.
-        inside = self.kept + self._layer + 2 * self._wide + 4 * self._hidden
-        head = 0
-        if not self._frozen:
-            # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the
-            # weights.
-            head = (12 if self._chunks > 1 else 8) * self._logits
-        if inside >= start + head:
-            return inside, 0
-        return start, head
-
-    def early_gradients(self, state: EngineBytes) -> int:
-        """Return the bytes of gradients while most activations are alive: that of the output head, where it is
-        trained."""
+            return below, self.kept + 24 * setup.sizes.hidden * setup.tokens, 0
+        # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the weights.
+        logits = (12 if self._chunks > 1 else 8) * self._logits
         if not self._trains_head:
-            return 0
-        return self._width * self._setup.vocabulary * self._setup.sizes.hidden
+            return below, self.kept + self.outside + self._hidden, logits
+        gradient = self._width * setup.vocabulary * setup.sizes.hidden
+        if state.reduction > gradient + self._hidden + logits:
+            # The gradient of the head is reduced as soon as it is whole.
+            return below + state.reduction, self.kept + self.outside, 0
+        return below + gradient, self.kept + self.outside + self._hidden, logits
+
+    def layer_backward(self, below: int, state: EngineBytes) -> tuple[int, int, int]:
+        """Return the same while the backward pass of the last layer runs: gradients of two results of the feed-forward
+        network and of four hidden states, and where layers are computed again all that the layer keeps."""
+        inside = self.kept + self._layer + 2 * self._wide + 4 * self._hidden
+        if self._trains_head:
+            # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
+            shard = 4 * self._setup.vocabulary * self._setup.sizes.hidden // self._setup.processes
+            own = 2 * self._width * largest_linear(self._setup)
+            below += (0 if state.standing_gradients else shard) + state.bucket - state.standing_bucket + own
+        return below, inside, 0
 
     @property
     def evaluation(self) -> tuple[int, int]:

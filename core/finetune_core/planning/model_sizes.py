@@ -1,8 +1,8 @@
 """Reads the sizes of a model out of its `config.json`: which linear layers, embeddings and norms the model has, and so
 how many parameters of each kind.
 
-`memory.py`, `activations.py` and `speed.py` compute with the sizes. Only the families in `FAMILIES` are known. Any other
-`model_type` raises `UnknownModelError`, because a guess could be wrong by the size of the model.
+`memory.py`, `activations.py` and `speed.py` compute with the sizes. Only the families in `FAMILIES` are known. Any
+other `model_type` raises `UnknownModelError`, because a guess could be wrong by the size of the model.
 tests/planning/test_model_sizes.py compares the counts with those of transformers for each known family.
 """
 

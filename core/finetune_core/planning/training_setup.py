@@ -1,7 +1,7 @@
 """What of a job its memory and its speed depend on.
 
-`finetune_core/planned_job.py` makes a `TrainingSetup` out of a job, and `job_plan.py` fills in what the job leaves open.
-The other modules of the room compute with it.
+`finetune_core/planned_job.py` makes a `TrainingSetup` out of a job, and `job_plan.py` fills in what the job leaves
+open. The other modules of the room compute with it.
 """
 
 from __future__ import annotations
