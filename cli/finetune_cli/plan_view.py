@@ -36,6 +36,7 @@ def as_view(name: str, plan: JobPlan, changes: Sequence[Suggestion]) -> Renderab
         Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red"),
         *(Text(f"  {problem}", style="red") for problem in plan.problems),
     ]
+    parts += [Text(f"  note: {note}", style="yellow") for note in plan.notes]
     if plan.choices:
         parts += [Text(), _choices(plan)]
     parts += [Text(), _speed(plan), Text(), _host(plan)]
@@ -127,6 +128,7 @@ def as_json(plan: JobPlan, changes: Sequence[Suggestion]) -> dict[str, Any]:
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
+        "notes": list(plan.notes),
         "gpu": {"name": plan.gpu.name, "memoryBytes": plan.gpu.memory, "count": setup.processes},
         "parameters": setup.parameters,
         "trainedParameters": setup.trained_parameters,

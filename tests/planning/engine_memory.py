@@ -130,15 +130,12 @@ def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool 
     return module
 
 
-def measure(case: MemoryCase) -> Measurement:
-    """Run an optimizer step of ``case`` after the first one, the reading of a checkpoint and an evaluation, and return
-    the peaks."""
+def live_storages() -> Any:
+    """Return a context manager that counts the bytes of all storages that an operation makes and that still exist:
+    ``live`` now, ``peak`` at most, and ``peak_of(work)`` while ``work`` is called."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-
-    from finetune_trainer.engine.engine import Engine
 
     class LiveStorages(TorchDispatchMode):
         """Counts the bytes of all storages that an operation made and that still exist."""
@@ -173,6 +170,18 @@ def measure(case: MemoryCase) -> Measurement:
             work()
             return self.peak
 
+    return LiveStorages()
+
+
+def measure(case: MemoryCase) -> Measurement:
+    """Run an optimizer step of ``case`` after the first one, the reading of a checkpoint and an evaluation, and return
+    the peaks."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from finetune_trainer.engine.engine import Engine
+
     class Scalars(TorchDispatchMode):
         """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite."""
 
@@ -181,7 +190,7 @@ def measure(case: MemoryCase) -> Measurement:
                 return 0.0 if args[0].dtype.is_floating_point else 0
             return func(*args, **(kwargs or {}))
 
-    memory = LiveStorages()
+    memory = live_storages()
     with FakeTensorMode(allow_non_fake_inputs=True), memory, Scalars():
         model = _model(case)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]

@@ -250,5 +250,4 @@ CASES: Mapping[str, MemoryCase] = {
     "qwen3-8b-full-z3-2048": _full("Qwen3-8B", 3, 8, 2048),
     "gemma3-1b-full-z2-1024": _full("Gemma-3-1B", 2, 8, 1024, micro_batch=2),
     "gemma3-1b-lora-z1-1024": _lora("Gemma-3-1B", 1, 1, 1024, micro_batch=4),
-    "mixtral-lora-z3-1024": _lora("Mixtral-8x7B", 3, 8, 1024),
 }

@@ -73,6 +73,10 @@ def kept_in_layer(setup: TrainingSetup, number: int, *, kernels: Kernels = CURRE
             kept += width * features
     if layer.head_norm_widths:
         kept += _norm(setup, queries + keys, kernels)
+    if sizes.window is not None and setup.length > sizes.window and not setup.packed:
+        # A mask stands for the window then. torch takes a kernel that needs keys and values for each head, and the mask.
+        keys = queries
+        kept += setup.length
     # FlashAttention keeps queries, keys, values, its result, and the logarithm of the softmax's sum in fp32.
     kept += width * (2 * queries + 2 * keys) + 4 * sizes.heads
     for linear in layer.linears:
@@ -97,7 +101,7 @@ def _norm(setup: TrainingSetup, features: int, kernels: Kernels) -> float:
         return width * features + 8
     kept = kernels.norm_copies * features + 4
     if setup.adapters is None and kernels.norm_result:
-        kept += width * features
+        kept += (4 if setup.sizes.wide_norms else width) * features
     return kept
 
 

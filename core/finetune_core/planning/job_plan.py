@@ -79,6 +79,8 @@ class JobPlan:
     choices: tuple[Choice, ...]
     problems: tuple[str, ...]
     """What keeps the job from running, in sentences. Empty where it fits."""
+    notes: tuple[str, ...]
+    """What the figures leave out, in sentences."""
     hours: float | None
     """Hours of the training, without evaluations and checkpoints. None where the number of steps is not known."""
     cost: float | None
@@ -111,6 +113,7 @@ def plan_job(wishes: Wishes, gpu: GpuType, *, price: float | None = None) -> Job
         speed=speed,
         choices=tuple(_choices(wishes, setup, memory, host, gpu)),
         problems=tuple(_problems(wishes, setup, memory, host, gpu)),
+        notes=tuple(_notes(setup)),
         hours=hours,
         cost=hours * setup.processes * price if hours is not None and price is not None else None,
     )
@@ -251,3 +254,15 @@ def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: Ho
             f"spec.resources.scratch.size: a pod needs {host.scratch.request_gibibytes}.0 GiB, and gets"
             f" {gibibytes(wishes.scratch)}."
         )
+
+
+def _notes(setup: TrainingSetup) -> Iterator[str]:
+    if setup.sizes.active_experts:
+        yield (
+            "The activations of the experts were never measured, and depend on the kernel that computes them: the"
+            " memory is a lower bound."
+        )
+    if setup.adapters is not None and setup.adapters.quantized:
+        yield "The memory of a base model in 4 bits was never measured."
+    if setup.offload_optimizer or setup.offload_parameters:
+        yield "Offload was never measured: memory follows from DeepSpeed's code, and the speed leaves out its transfers."

@@ -109,6 +109,10 @@ class ModelSizes:
     norm: NormKind
     layers: tuple[LayerSizes, ...]
     head_biased: bool = False
+    wide_norms: bool = False
+    """Whether norms multiply with their factors in fp32, as in Gemma."""
+    window: int | None = None
+    """Number of tokens that a sliding window of the attention has, in some or all layers. None without one."""
     positions: int = 0
     """Number of learned positions; 0 where positions are computed."""
     context: int | None = None
@@ -247,6 +251,12 @@ class Family:
     """Whether queries, keys and values are one linear layer, and gate and input another one."""
     tied: bool = False
     """Whether input embedding and head share a weight where the configuration does not say so."""
+    wide_norms: bool = False
+    """As in `ModelSizes`."""
+    window: str = ""
+    """The field with the sliding window. Empty: the family has none."""
+    window_switch: str = ""
+    """The field that switches the sliding window on. Empty: it is always on."""
     experts: str = ""
     """The field with the number of experts. Empty: the family has none."""
     expert_width: str = "intermediate_size"
@@ -262,15 +272,27 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(query_bias="attention_bias", output_bias="attention_bias", feed_forward_bias="mlp_bias"),
-    "mistral": Family(),
-    "ministral": Family(),
-    "qwen2": Family(query_bias=True),
-    "qwen3": Family(query_bias="attention_bias", output_bias="attention_bias", head_norms="head"),
-    "gemma": Family(query_bias="attention_bias", output_bias="attention_bias", tied=True),
-    "gemma3_text": Family(
-        norms=4, head_norms="head", query_bias="attention_bias", output_bias="attention_bias", tied=True
+    "mistral": Family(window="sliding_window"),
+    "ministral": Family(window="sliding_window"),
+    "qwen2": Family(query_bias=True, window="sliding_window", window_switch="use_sliding_window"),
+    "qwen3": Family(
+        query_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norms="head",
+        window="sliding_window",
+        window_switch="use_sliding_window",
     ),
-    "phi3": Family(fused=True),
+    "gemma": Family(query_bias="attention_bias", output_bias="attention_bias", tied=True, wide_norms=True),
+    "gemma3_text": Family(
+        norms=4,
+        head_norms="head",
+        query_bias="attention_bias",
+        output_bias="attention_bias",
+        tied=True,
+        wide_norms=True,
+        window="sliding_window",
+    ),
+    "phi3": Family(fused=True, window="sliding_window"),
     "granite": Family(query_bias="attention_bias", output_bias="attention_bias", feed_forward_bias="mlp_bias"),
     "smollm3": Family(
         query_bias="attention_bias", output_bias="attention_bias", feed_forward_bias="mlp_bias", tied=True
@@ -343,9 +365,17 @@ def model_sizes(configuration: Mapping[str, Any]) -> ModelSizes:
         shared_feed_forward=fields.number(family.shared_width, 0) if family.shared_width else 0,
         tied=fields.flag("tie_word_embeddings", default=family.tied),
         norm=family.norm,
+        wide_norms=family.wide_norms,
+        window=_window(fields, family),
         layers=layers,
         context=fields.number("max_position_embeddings", 0) or None,
     )
+
+
+def _window(fields: _Fields, family: Family) -> int | None:
+    if not family.window or (family.window_switch and not fields.flag(family.window_switch, default=False)):
+        return None
+    return fields.number(family.window, 0) or None
 
 
 def _layer(fields: _Fields, family: Family, number: int, widths: tuple[int, int, int, int]) -> LayerSizes:
