@@ -1,7 +1,7 @@
 """The plan's memory is what the trainer's own engine takes.
 
-`measured_memory.json` holds what `engine_memory.py` measured of each case. `python -m tests.planning.test_planned_memory`
-measures all cases and writes the file anew, and with names of cases only those.
+`measured_memory.json` holds what `engine_memory.py` measured of each case. The command `python -m
+tests.planning.test_planned_memory` measures all cases and writes the file anew, and with names of cases only those.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def kept_in_layer(setup: TrainingSetup, number: int, *, kernels: Kernels = CURRE
     if layer.head_norm_widths:
         kept += _norm(setup, queries + keys, kernels)
     if sizes.window is not None and setup.length > sizes.window and not setup.packed:
-        # A mask stands for the window then. torch takes a kernel that needs keys and values for each head, and the mask.
+        # A mask stands for the window then. torch takes a kernel that keeps keys and values for each head, and the
+        # mask.
         keys = queries
         kept += setup.length
     # FlashAttention keeps queries, keys, values, its result, and the logarithm of the softmax's sum in fp32.

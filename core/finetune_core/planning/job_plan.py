@@ -265,4 +265,7 @@ def _notes(setup: TrainingSetup) -> Iterator[str]:
     if setup.adapters is not None and setup.adapters.quantized:
         yield "The memory of a base model in 4 bits was never measured."
     if setup.offload_optimizer or setup.offload_parameters:
-        yield "Offload was never measured: memory follows from DeepSpeed's code, and the speed leaves out its transfers."
+        yield (
+            "Offload was never measured: the memory follows from DeepSpeed's code, and the speed leaves out the"
+            " transfers."
+        )
