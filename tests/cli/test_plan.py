@@ -14,7 +14,7 @@ import yaml
 from finetune_cli.main import main
 from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS
-from tests.trainer.objectstore import ObjectStore
+from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore
 
 JOB = EXAMPLES / "llama2/7b-full-gsm8k.yaml"
 
@@ -82,19 +82,15 @@ def test_a_job_from_the_standard_input(
 def test_the_configuration_is_read_from_the_bucket_of_the_job(
     capsys: pytest.CaptureFixture[str], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.client.put_object(
-        store.bucket,
-        "models/llama/config.json",
-        io.BytesIO(raw := json.dumps(MODELS["Llama-3.2-1B"]).encode()),
-        len(raw),
-    )
+    raw = json.dumps(MODELS["Llama-3.2-1B"]).encode()
+    store.client.put_object(BUCKET, "planned/config.json", io.BytesIO(raw), len(raw))
     document = quickstart("resources", {"nodes": 1, "gpusPerNode": 1})
-    document["spec"]["model"] = {"s3": {"uri": f"s3://{store.bucket}/models/llama"}}
+    document["spec"]["model"] = {"s3": {"uri": f"s3://{BUCKET}/planned"}}
     del document["metadata"]["uid"]
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.secret_key)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     code, output, error = run(capsys, file, "--endpoint", store.endpoint, "-o", "json")
     assert error == ""
     assert code == 0

@@ -195,8 +195,8 @@ FIGURES: tuple[PublicFigure, ...] = (
         planned=lambda: million_tokens_an_hour(
             setup("Llama-2-70B", rank=8, length=512, micro_batch=2, recompute=True, zero_stage=3)
         ),
-        explanation="With 1,024 tokens in a micro-batch, gathers of 138 GB, which nothing overlaps, take a large part of"
-        " the time here.",
+        explanation="With 1,024 tokens in a micro-batch, gathers of 138 GB, which nothing overlaps, take a large part"
+        " of the time here.",
     ),
 )
 """The figures, in the order of the page."""

@@ -24,8 +24,8 @@ A100, H200 = find_gpu("A100-80GB"), find_gpu("H200-141GB")
 
 
 def job(**fields: Any) -> FineTuneJobSpec:
-    """Return the spec of a Full training on one node of 8 A100-80GB that leaves open what it can, with ``fields`` (paths
-    below `spec`, with `__` for the dots) set. The value None removes a field."""
+    """Return the spec of a Full training on one node of 8 A100-80GB that leaves open what it can, with ``fields`` set,
+    which are paths below `spec` with `__` for the dots. The value None removes a field."""
     document = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
     spec = document["spec"]
     for path in (

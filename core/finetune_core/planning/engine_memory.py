@@ -174,7 +174,8 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             gathered=0,
             bucket=0,
             standing_bucket=0,
-            reduction=width * largest,
+            # A tied weight has a gradient as embedding and one as head, which are added up.
+            reduction=2 * width * largest,
             norm=0,
             update=0,
             checkpoint=0,
@@ -198,7 +199,8 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         gathered=0,
         bucket=bucket,
         standing_bucket=0,
-        reduction=_reduction(setup),
+        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
+        reduction=max(_reduction(setup), width * shard if first else 0),
         norm=norm,
         update=0 if offloaded else max(flat, norm),
         checkpoint=STATE_BYTES * largest,

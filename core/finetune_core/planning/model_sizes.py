@@ -258,7 +258,8 @@ class Family:
     window_switch: str = ""
     """The field that switches the sliding window on. Empty: it is always on."""
     experts: str = ""
-    """The field with the number of experts. Empty: the family has none."""
+    """The field with the number of experts, or two such fields with `|` between them: the first that is there counts.
+    Empty: the family has none."""
     expert_width: str = "intermediate_size"
     """The field with the width of an expert."""
     shared_width: str = ""
@@ -307,10 +308,10 @@ FAMILIES: Mapping[str, Family] = {
         tied=True,
         defaults={"use_bias": True},
     ),
-    "mixtral": Family(experts="num_local_experts"),
+    "mixtral": Family(experts="num_local_experts|num_experts"),
     "qwen2_moe": Family(
         query_bias="qkv_bias",
-        experts="num_experts",
+        experts="num_experts|num_local_experts",
         expert_width="moe_intermediate_size",
         shared_width="shared_expert_intermediate_size",
         defaults={"qkv_bias": True},
@@ -319,10 +320,10 @@ FAMILIES: Mapping[str, Family] = {
         query_bias="attention_bias",
         output_bias="attention_bias",
         head_norms="head",
-        experts="num_experts",
+        experts="num_experts|num_local_experts",
         expert_width="moe_intermediate_size",
     ),
-    "olmoe": Family(query_bias="attention_bias", output_bias="attention_bias", head_norms="all", experts="num_experts"),
+    "olmoe": Family(query_bias="attention_bias", output_bias="attention_bias", head_norms="all", experts="num_experts|num_local_experts"),
 }
 """The families that the plan knows, by `model_type`. The sources are the classes of transformers 5 with these types."""
 
@@ -467,7 +468,9 @@ class _Fields:
         self.defaults: Mapping[str, Any] = {}
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return the field ``name``, a positive whole number, or ``default`` where the field is absent or null."""
+        """Return the field ``name``, a positive whole number, or ``default`` where the field is absent or null.
+        ``name`` may be several names with `|` between them."""
+        name = next((one for one in name.split("|") if self.values.get(one) is not None), name.partition("|")[0])
         value = self.values.get(name, self.defaults.get(name))
         if value is None and default is not None:
             return default
