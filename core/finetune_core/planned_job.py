@@ -15,7 +15,7 @@ from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
 from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
 from finetune_core.planning.model_sizes import ModelSizes, model_sizes
 from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
-from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
+from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
 from finetune_core.validation.runnable import to_bytes
 
 PRODUCT: Final = "spec.resources.gpuProduct"
@@ -106,7 +106,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
     )
 
 
-def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> Any:
+def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> AdapterSetup:
     lora = spec.lora
     return adapter_setup(
         sizes,

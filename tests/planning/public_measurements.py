@@ -189,7 +189,7 @@ FIGURES: tuple[PublicFigure, ...] = (
     ),
     PublicFigure(
         source=STUDY_LATER,
-        training="70B, LoRA, batch 16",
+        training="70B, batch 16 (LoRA, as Full does not fit)",
         published=11.2,
         unit="M tokens an hour",
         planned=lambda: million_tokens_an_hour(

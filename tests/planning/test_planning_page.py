@@ -94,6 +94,11 @@ def measured() -> str:
     return f"{table(head, rows)}\n\n{sentence}"
 
 
+def quantity(value: float, unit: str) -> str:
+    """Return ``value`` with at most four digits, or as a whole number from 1000 on, and its unit."""
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
+
+
 def published() -> str:
     """Return the table of the published figures."""
 
@@ -101,8 +106,8 @@ def published() -> str:
         return (
             figure.source,
             figure.training,
-            f"{figure.published:g} {figure.unit}",
-            f"{figure.planned():,.4g} {figure.unit}",
+            quantity(figure.published, figure.unit),
+            quantity(figure.planned(), figure.unit),
             f"{figure.difference:+.0%}",
             figure.explanation,
         )

@@ -69,8 +69,10 @@ class EngineBytes:
     """Buffer of the communication while gradients are computed."""
     standing_bucket: int
     """Of it, what stays from step to step."""
+    head_reduction: int
+    """The gradient of the output head with its copies, while it is reduced."""
     reduction: int
-    """Copies of the largest gradient while it is reduced."""
+    """The last gradient of a step with its copies, while it is reduced."""
     norm: int
     """For the norm of the gradient, on top of the gradients."""
     update: int
@@ -149,6 +151,7 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         gathered=0,
         bucket=0,
         standing_bucket=0,
+        head_reduction=width * largest_trained(setup),
         reduction=width * largest_trained(setup),
         norm=0,
         update=0,
@@ -174,6 +177,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             gathered=0,
             bucket=0,
             standing_bucket=0,
+            head_reduction=width * largest,
             # A tied weight has a gradient as embedding and one as head, which are added up.
             reduction=2 * width * largest,
             norm=0,
@@ -194,12 +198,13 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         weights=_weights(setup, quantized),
         optimizer=optimizer,
         standing_gradients=0,
-        accumulated=accumulated + bucket if setup.accumulation > 1 else 0,
+        accumulated=accumulated if setup.accumulation > 1 else 0,
         gradients=0 if offloaded else gradients,
         gathered=0,
         bucket=bucket,
         standing_bucket=0,
         # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
+        head_reduction=_reduction(setup),
         reduction=max(_reduction(setup), width * shard if first else 0),
         norm=norm,
         update=0 if offloaded else max(flat, norm),
@@ -229,6 +234,7 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         gathered=width * min(whole, LIVE_PARAMETERS + BUCKET_ELEMENTS + largest_linear(setup)),
         bucket=bucket,
         standing_bucket=bucket,
+        head_reduction=_reduction(setup),
         reduction=_reduction(setup),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
         update=0 if offloaded else MASTER_BYTES * shard,

@@ -84,6 +84,20 @@ class MemoryPlan:
         return self.peak + self.device
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Need:
+    """Bytes of a phase on top of weights and optimizer."""
+
+    gradients: int
+    buffers: int
+    activations: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers + self.activations + self.logits
+
+
 def memory_plan(
     setup: TrainingSetup, *, engine: EngineKind = CURRENT_ENGINE, kernels: Kernels = CURRENT_KERNELS
 ) -> MemoryPlan:
@@ -92,115 +106,119 @@ def memory_plan(
     adapters = setup.adapters
     quantized = quantized_bytes(setup) if adapters is not None and adapters.quantized else None
     state = engine_bytes(setup, engine, quantized=quantized)
-    passes = _Passes(setup, kernels)
-    base = state.standing + state.accumulated
-    computing = base + state.gathered
-    ranges = {
-        Phase.FORWARD: (computing, passes.kept + passes.outside, passes.forward_head),
-        Phase.BACKWARD: max((passes.head_backward(computing, state), passes.layer_backward(computing, state)), key=sum),
-        Phase.REDUCTION: (_reduction(state), 0, 0),
-        Phase.NORM: (_after_backward(state) + state.norm, 0, 0),
-        Phase.UPDATE: (_after_backward(state) + state.update, 0, 0),
-        Phase.EVALUATION: (state.standing + state.gathered, *passes.evaluation),
-        Phase.CHECKPOINT: (state.standing + state.checkpoint, 0, 0),
+    passes = _Passes(setup, kernels, state)
+    standing, standing_bucket = state.standing_gradients, state.standing_bucket
+    needs = {
+        Phase.FORWARD: passes.forward,
+        Phase.BACKWARD: max((passes.head_backward, passes.layer_backward), key=lambda need: need.total),
+        # All activations are freed before the last gradient is reduced.
+        Phase.REDUCTION: _Need(gradients=state.gradients + state.reduction, buffers=state.bucket + state.gathered),
+        Phase.NORM: _Need(gradients=state.gradients + state.norm, buffers=standing_bucket),
+        Phase.UPDATE: _Need(gradients=state.gradients + state.update, buffers=standing_bucket),
+        Phase.EVALUATION: passes.evaluation,
+        Phase.CHECKPOINT: _Need(gradients=standing, buffers=standing_bucket + state.checkpoint),
     }
-    phases = {phase: sum(parts) for phase, parts in ranges.items()}
-    top = max(phases, key=lambda phase: phases[phase])
-    below, activations, logits = ranges[top]
-    buffers = state.gathered + state.standing_bucket
+    base = state.weights + state.optimizer
+    phases = {phase: base + need.total for phase, need in needs.items()}
+    top = needs[max(phases, key=lambda phase: phases[phase])]
     return MemoryPlan(
         standing=state.standing,
         phases=phases,
         parts={
             "weights": state.weights,
             "optimizer": state.optimizer,
-            "gradients": below
-            - state.weights
-            - state.optimizer
-            - buffers * (top in _WITH_GATHERED)
-            - state.standing_bucket * (top not in _WITH_GATHERED),
-            "activations": activations,
-            "logits": logits,
-            "buffers": buffers if top in _WITH_GATHERED else state.standing_bucket,
+            "gradients": top.gradients,
+            "activations": top.activations,
+            "logits": top.logits,
+            "buffers": top.buffers,
         },
     )
 
 
-_WITH_GATHERED = (Phase.FORWARD, Phase.BACKWARD, Phase.EVALUATION)
-"""The phases during which ZeRO-3 has weights of other ranks gathered."""
-
-
-def _after_backward(state: EngineBytes) -> int:
-    return state.standing - state.standing_gradients + state.gradients
-
-
-def _reduction(state: EngineBytes) -> int:
-    """Return the bytes while the last gradient of a step is reduced. All activations are freed then."""
-    gathered = state.bucket - state.standing_bucket + state.reduction + state.gathered
-    return _after_backward(state) + gathered
-
-
 class _Passes:
-    """The bytes of activations and logits of a forward and a backward pass of ``setup``."""
+    """The needs of a forward and a backward pass of ``setup``, and of an evaluation."""
 
-    def __init__(self, setup: TrainingSetup, kernels: Kernels) -> None:
-        self._setup = setup
+    def __init__(self, setup: TrainingSetup, kernels: Kernels, state: EngineBytes) -> None:
+        self._setup, self._state = setup, state
         width, sizes, tokens = setup.number_format.bytes, setup.sizes, setup.tokens
         self._width, self._hidden = width, width * sizes.hidden * tokens
         wide = max(sizes.feed_forward * max(1, sizes.active_experts), sizes.shared_feed_forward)
         self._wide = width * wide * tokens
-        self.kept = kept(setup, kernels=kernels)
-        self.outside = int(tokens * kept_outside(setup, kernels=kernels))
+        self._kept = kept(setup, kernels=kernels)
+        self._outside = int(tokens * kept_outside(setup, kernels=kernels))
         self._layer = largest_layer(setup, kernels=kernels) if setup.recompute else 0
         self._logits = head_rows(setup) * setup.vocabulary
         self._chunks = -(-tokens // head_rows(setup))
         adapters = setup.adapters
         self._frozen = adapters is not None and not adapters.on_head
         self._trains_head = adapters is None
+        self._gradients = state.standing_gradients + state.accumulated
+        # The bucket is there from the first backward pass of a step on.
+        self._buffers = state.gathered + (state.bucket if setup.accumulation > 1 else state.standing_bucket)
+
+    def _need(self, *, activations: int, logits: int = 0, gradients: int = 0, buffers: int = 0) -> _Need:
+        """Return a need of both passes with the buffers that they have in any case."""
+        return _Need(
+            gradients=self._gradients + gradients,
+            buffers=self._buffers + buffers,
+            activations=activations,
+            logits=logits,
+        )
 
     @property
-    def forward_head(self) -> int:
-        """Bytes of the output head in the forward pass, on top of ``outside``."""
-        width, more = self._width, self._chunks > 1
+    def forward(self) -> _Need:
+        """The need while the output head computes the loss."""
+        width, more, kept_now = self._width, self._chunks > 1, self._kept + self._outside
         if self._frozen:
             # Logits, their copy in fp32, log-probabilities in fp32, and these in the format of the weights. The fp32
             # tensors of a chunk are alive while the next chunk is begun. The gradient of the hidden states is kept.
             each = 8 + 4 + width if more else 8 + width
-            return each * self._logits + self._hidden
-        return 8 * self._logits
+            return self._need(activations=kept_now + self._hidden, logits=each * self._logits)
+        return self._need(activations=kept_now, logits=8 * self._logits)
 
-    def head_backward(self, below: int, state: EngineBytes) -> tuple[int, int, int]:
-        """Return weights and gradients, activations, and logits while the backward pass of head and last norm runs, on
-        top of ``below``."""
+    @property
+    def head_backward(self) -> _Need:
+        """The need while the backward pass of head and last norm runs."""
         setup = self._setup
         if self._frozen:
             # The last norm: gradients and intermediate results in fp32 of as many features as the hidden states have.
-            return below, self.kept + 24 * setup.sizes.hidden * setup.tokens, 0
+            return self._need(activations=self._kept + 24 * setup.sizes.hidden * setup.tokens)
+        kept_now = self._kept + self._outside
         # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the weights.
         logits = (12 if self._chunks > 1 else 8) * self._logits
         if not self._trains_head:
-            return below, self.kept + self.outside + self._hidden, logits
+            return self._need(activations=kept_now + self._hidden, logits=logits)
         gradient = self._width * setup.vocabulary * setup.sizes.hidden
-        if state.reduction > gradient + self._hidden + logits:
-            # The gradient of the head is reduced as soon as it is whole.
-            return below + state.reduction, self.kept + self.outside, 0
-        return below + gradient, self.kept + self.outside + self._hidden, logits
-
-    def layer_backward(self, below: int, state: EngineBytes) -> tuple[int, int, int]:
-        """Return the same while the backward pass of the last layer runs: gradients of two results of the feed-forward
-        network and of four hidden states, and where layers are computed again all that the layer keeps."""
-        inside = self.kept + self._layer + 2 * self._wide + 4 * self._hidden
-        if self._trains_head:
-            # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
-            shard = 4 * self._setup.vocabulary * self._setup.sizes.hidden // self._setup.processes
-            own = 2 * self._width * largest_linear(self._setup)
-            below += (0 if state.standing_gradients else shard) + state.bucket - state.standing_bucket + own
-        return below, inside, 0
+        # The gradient of the head is reduced as soon as it is whole.
+        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction)
+        computed = self._need(activations=kept_now + self._hidden, logits=logits, gradients=gradient)
+        return max((reduced, computed), key=lambda need: need.total)
 
     @property
-    def evaluation(self) -> tuple[int, int]:
-        """Bytes of activations and of logits in a forward pass without gradients."""
+    def layer_backward(self) -> _Need:
+        """The need while the backward pass of the last layer runs: gradients of two results of the feed-forward network
+        and of four hidden states, and where layers are computed again all that the layer keeps."""
+        inside = self._kept + self._layer + 2 * self._wide + 4 * self._hidden
+        if not self._trains_head:
+            return self._need(activations=inside)
+        setup, state = self._setup, self._state
+        # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
+        head = 0 if state.standing_gradients else 4 * setup.vocabulary * setup.sizes.hidden // setup.processes
+        own = 2 * self._width * largest_linear(setup)
+        bucket = state.bucket + state.gathered - self._buffers
+        return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
+
+    @property
+    def evaluation(self) -> _Need:
+        """The need of a forward pass without gradients."""
         inside = 4 * self._wide + 4 * self._hidden
         head = 3 * self._hidden
         logits = (4 + 4 + self._width) * self._logits
-        return (inside, 0) if inside >= head + logits else (head, logits)
+        activations, logits = (inside, 0) if inside >= head + logits else (head, logits)
+        state = self._state
+        return _Need(
+            gradients=state.standing_gradients,
+            buffers=state.standing_bucket + state.gathered,
+            activations=activations,
+            logits=logits,
+        )

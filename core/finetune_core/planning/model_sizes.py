@@ -9,7 +9,7 @@ tests/planning/test_model_sizes.py compares the counts with those of transformer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -264,11 +264,8 @@ class Family:
     """The field with the width of an expert."""
     shared_width: str = ""
     """The field with the width of the expert that computes every token."""
-    defaults: Mapping[str, Any] = None  # type: ignore[assignment]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of fields that the configuration may leave out."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "defaults", self.defaults or {})
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -323,7 +320,12 @@ FAMILIES: Mapping[str, Family] = {
         experts="num_experts|num_local_experts",
         expert_width="moe_intermediate_size",
     ),
-    "olmoe": Family(query_bias="attention_bias", output_bias="attention_bias", head_norms="all", experts="num_experts|num_local_experts"),
+    "olmoe": Family(
+        query_bias="attention_bias",
+        output_bias="attention_bias",
+        head_norms="all",
+        experts="num_experts|num_local_experts",
+    ),
 }
 """The families that the plan knows, by `model_type`. The sources are the classes of transformers 5 with these types."""
 
