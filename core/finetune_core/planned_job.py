@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from finetune_core.api.method import DEFAULT_RANK, Method
@@ -79,6 +79,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         packed=spec.dataset.packing,
         global_batch=training.global_batch_size,
         added_rows=added,
+        left_out=tuple(_left_out(spec)),
     )
     set_here = resources.model_fields_set
     known = training.max_steps is not None or rows is not None
@@ -104,6 +105,17 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         models_written=_models_written(spec),
         model_is_elsewhere=spec.model.volume is not None,
     )
+
+
+def _left_out(spec: FineTuneJobSpec) -> Iterator[str]:
+    if spec.training.attention in ("Eager", "Flex"):
+        yield f"spec.training.attention: the memory of {spec.training.attention} is left out; that of Flash is planned."
+    if spec.dataset.packing:
+        yield "spec.dataset.packing: packed sequences were never measured; they are planned as single long examples."
+    if spec.deepspeed.overrides is not None:
+        yield "spec.deepspeed.overrides: what they change is left out."
+    if spec.lora is not None and spec.lora.do_ra:
+        yield "spec.lora.doRA: the memory of its norms is left out."
 
 
 def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> AdapterSetup:

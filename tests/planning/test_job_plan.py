@@ -176,6 +176,13 @@ def test_experts_are_said_to_be_a_lower_bound() -> None:
     assert any("lower bound" in note for note in notes)
 
 
+def test_settings_that_the_plan_leaves_out_are_named() -> None:
+    spec = job(dataset__packing=True, deepspeed__overrides='{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    notes = plan_of(spec, MODELS["Llama-2-7B"], H200).notes
+    assert [note.partition(":")[0] for note in notes] == ["spec.dataset.packing", "spec.deepspeed.overrides"]
+    assert plan_of(job(), MODELS["Llama-2-7B"], H200).notes == ()
+
+
 def test_a_gpu_without_bf16_is_refused() -> None:
     plan = plan_of(job(), MODELS["Llama-3.2-1B"], find_gpu("T4"))
     assert plan.problems[0] == "The T4 has no bf16 arithmetic, and spec.training.precision is bf16."

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune_core.planning.activations import MEASURED_FAMILIES
 from finetune_core.planning.memory import STEP_PHASES, Phase
 from tests.planning.engine_memory import Measurement, measure_all
-from tests.planning.memory_cases import CASES
+from tests.planning.memory_cases import CASES, MODELS
 from tests.planning.planned_cases import planned, setup_of
 
 STORED = Path(__file__).with_name("measured_memory.json")
@@ -44,6 +45,7 @@ def errors(measured: dict[str, Measurement]) -> dict[str, float]:
 def test_every_case_was_measured() -> None:
     assert stored().keys() == CASES.keys()
     assert len(CASES) >= 24
+    assert {MODELS[case.model]["model_type"] for case in CASES.values()} == MEASURED_FAMILIES
 
 
 def test_the_plan_is_right_on_average_and_never_much_too_low() -> None:

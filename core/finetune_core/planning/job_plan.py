@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from finetune_core.planning.activations import MEASURED_FAMILIES
 from finetune_core.planning.gpu_types import GIBIBYTE, GpuType
 from finetune_core.planning.host_needs import CPUS_PER_GPU, HostNeeds, host_needs
 from finetune_core.planning.memory import MemoryPlan, memory_plan
@@ -257,6 +258,9 @@ def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: Ho
 
 
 def _notes(setup: TrainingSetup) -> Iterator[str]:
+    yield from setup.left_out
+    if setup.sizes.family not in MEASURED_FAMILIES:
+        yield f"The memory of a {setup.sizes.family} was never measured."
     if setup.sizes.active_experts:
         yield (
             "The activations of the experts were never measured, and depend on the kernel that computes them: the"

@@ -68,6 +68,8 @@ class TrainingSetup:
     """Examples of an optimizer step, over all processes; with packing the sequences that they fill at most."""
     added_rows: int = 0
     """Number of added tokens, by which embedding and head grow."""
+    left_out: tuple[str, ...] = ()
+    """Settings of the job that the plan leaves out, in sentences."""
 
     @property
     def tokens(self) -> int:
