@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import FineTuneJob
@@ -103,6 +103,7 @@ def test_one_process_is_planned_at_stage_2() -> None:
     assert chosen(plan)["zeroStage"] == "2"
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     model=st.sampled_from(sorted(MODELS)),
     gpu=st.sampled_from(GPU_TYPES),
