@@ -158,7 +158,7 @@ def as_json(plan: JobPlan, changes: Sequence[Suggestion]) -> dict[str, Any]:
             "flopsPerStep": speed.flops_per_step,
             "tokensPerStep": speed.tokens_per_step,
             "tokensPerSecond": round(speed.tokens_per_second, 1),
-            "mfu": round(speed.model_flops_utilisation, 4),
+            "modelFlopsUtilisation": round(speed.model_flops_utilisation, 4),
             "secondsPerStep": round(speed.seconds_per_step, 4),
         },
         "hours": round(plan.hours, 3) if plan.hours is not None else None,

@@ -19,6 +19,12 @@ from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStor
 JOB = EXAMPLES / "llama2/7b-full-gsm8k.yaml"
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no line be broken."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """Return the configuration of Llama 2 7B as a file."""
@@ -46,6 +52,7 @@ def test_a_job_that_fits(capsys: pytest.CaptureFixture[str], config: Path) -> No
 def test_a_job_that_does_not_fit_ends_with_1_and_shows_changes(
     capsys: pytest.CaptureFixture[str], config: Path
 ) -> None:
+    config.write_text(json.dumps(MODELS["Llama-2-13B"]), encoding="utf-8")
     code, output, _ = run(capsys, JOB, "--model-config", config, "--gpu", "L4")
     assert code == 1
     assert "\ndoes not fit\n" in output
@@ -88,7 +95,7 @@ def test_the_configuration_is_read_from_the_bucket_of_the_job(
     document["spec"]["model"] = {"s3": {"uri": f"s3://{BUCKET}/planned"}}
     del document["metadata"]["uid"]
     file = tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    file.write_text(json.dumps(document), encoding="utf-8")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     code, output, error = run(capsys, file, "--endpoint", store.endpoint, "-o", "json")

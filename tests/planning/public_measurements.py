@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
 from finetune_core.planning.host_needs import adapter_bytes, host_needs
@@ -41,7 +43,7 @@ class PublicFigure:
 
 
 def setup(
-    model: str, *, rank: int | None = None, targets: tuple[str, ...] = (), added: int = 0, **values: int
+    model: str, *, rank: int | None = None, targets: tuple[str, ...] = (), added: int = 0, **values: Any
 ) -> TrainingSetup:
     """Return a training of ``model`` on 8 GPUs of one node, with the settings ``values``."""
     sizes = model_sizes(MODELS[model])
@@ -69,7 +71,13 @@ def million_tokens_an_hour(training: TrainingSetup) -> float:
     return estimate_speed(training, A100).tokens_per_second * 3600 / 1e6
 
 
-LITGPT = "litgpt, `resource-tables.md`, one A100-40GB, length 1304"
+def fsdp_megabytes(rank: int | None, gpus: int) -> float:
+    """Return the peak of a training of Llama 2 7B on ``gpus`` GPUs with 4 x 4096 tokens and sharded weights, in MB."""
+    training = setup("Llama-2-7B", rank=rank, zero_stage=3, processes=gpus, length=4096, micro_batch=4, recompute=True)
+    return 1000 * gigabytes(training)
+
+
+LITGPT = "litgpt, table of resources, one A100-40GB, length 1304"
 ATORCH = "atorch (dlrover) README, FSDP on A100, 4 x 4096 tokens, recomputation"
 STUDY = "Anyscale, LoRA against full fine-tuning (2023), 8 x A100-80GB"
 STUDY_LATER = "Anyscale, fine-tuning costs (January 2024), 8 x A100-80GB, length 512"
@@ -109,20 +117,7 @@ FIGURES: tuple[PublicFigure, ...] = (
             training=f"Llama 2 7B, {method}, {gpus} GPUs",
             published=published,
             unit="MB",
-            planned=lambda rank=rank, gpus=gpus: (
-                1000
-                * gigabytes(
-                    setup(
-                        "Llama-2-7B",
-                        rank=rank,
-                        zero_stage=3,
-                        processes=gpus,
-                        length=4096,
-                        micro_batch=4,
-                        recompute=True,
-                    )
-                )
-            ),
+            planned=partial(fsdp_megabytes, rank, gpus),
             explanation=FULL_LOGITS,
         )
         for method, rank, gpus, published in (

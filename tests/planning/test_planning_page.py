@@ -143,7 +143,7 @@ def with_tables(page: str) -> str:
         shown = re.compile(f"<!-- generated: {name} -->\n.*?<!-- end -->", re.DOTALL)
         assert len(shown.findall(page)) == 1
         text = f"<!-- generated: {name} -->\n\n{make()}\n\n<!-- end -->"
-        page = shown.sub(lambda _, text=text: text, page)
+        page = shown.sub(text.replace("\\", r"\\"), page)
     return page
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
@@ -97,7 +98,7 @@ def _changes(setup: TrainingSetup) -> Iterator[_Change]:
         yield _Change(
             kind="micro-batch",
             lines=(f"spec.training.microBatchSize: {size}",),
-            apply=lambda before, size=size: replace(before, micro_batch=size),
+            apply=partial(replace, micro_batch=size),
         )
     if not setup.recompute:
         yield _Change(
@@ -110,7 +111,7 @@ def _changes(setup: TrainingSetup) -> Iterator[_Change]:
         yield _Change(
             kind="stage",
             lines=(f"spec.deepspeed.zeroStage: {stage}",),
-            apply=lambda before, stage=stage: replace(before, zero_stage=stage),
+            apply=partial(replace, zero_stage=stage),
         )
     if not setup.offload_optimizer and setup.zero_stage >= 1:
         yield _Change(
@@ -123,7 +124,7 @@ def _changes(setup: TrainingSetup) -> Iterator[_Change]:
         yield _Change(
             kind="length",
             lines=(f"spec.dataset.maxLength: {length}",),
-            apply=lambda before, length=length: replace(before, length=length),
+            apply=partial(replace, length=length),
         )
     if setup.adapters is None:
         yield _Change(
