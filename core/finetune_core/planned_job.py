@@ -13,7 +13,8 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
 from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
-from finetune_core.planning.model_sizes import ModelSizes, model_sizes
+from finetune_core.planning.model_families import model_sizes
+from finetune_core.planning.model_sizes import ModelSizes
 from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
 from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
 from finetune_core.validation.runnable import to_bytes

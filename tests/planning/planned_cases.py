@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from finetune_core.planning.memory import MemoryPlan, memory_plan
-from finetune_core.planning.model_sizes import Part, model_sizes
+from finetune_core.planning.model_families import model_sizes
+from finetune_core.planning.model_sizes import Part
 from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup
 from tests.planning.memory_cases import MemoryCase
 

@@ -14,7 +14,7 @@ from typing import Any
 from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
 from finetune_core.planning.host_needs import adapter_bytes, host_needs
 from finetune_core.planning.memory import memory_plan
-from finetune_core.planning.model_sizes import model_sizes
+from finetune_core.planning.model_families import model_sizes
 from finetune_core.planning.speed import estimate_speed
 from finetune_core.planning.training_setup import TrainingSetup, adapter_setup
 from tests.planning.memory_cases import MODELS

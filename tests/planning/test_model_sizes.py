@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_core.errors import UserError
-from finetune_core.planning.model_sizes import FAMILIES, Part, UnknownModelError, model_sizes
+from finetune_core.planning.model_families import FAMILIES, UnknownModelError, model_sizes
+from finetune_core.planning.model_sizes import Part
 from tests.planning.memory_cases import MODELS
 
 TINY = {

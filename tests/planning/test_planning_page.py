@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune_core.planning.gpu_types import GIBIBYTE, GPU_TYPES
-from finetune_core.planning.model_sizes import FAMILIES
+from finetune_core.planning.model_families import FAMILIES
 from tests.planning.memory_cases import CASES, MODELS
 from tests.planning.planned_cases import planned
 from tests.planning.public_measurements import (
