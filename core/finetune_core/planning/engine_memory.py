@@ -89,7 +89,7 @@ class EngineBytes:
 def trained_tensors(setup: TrainingSetup) -> tuple[int, ...]:
     """Return the sizes of the large trained tensors: of the weights, or of the matrices of the adapters."""
     sizes, adapters = setup.sizes, setup.adapters
-    linears: list[Linear] = [linear for layer in sizes.layers[:1] for linear in layer.linears]
+    linears: set[Linear] = {linear for layer in sizes.layers for linear in layer.linears}
     ends = setup.vocabulary
     if adapters is None:
         return (
