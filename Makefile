@@ -55,7 +55,7 @@ crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 .PHONY: docs
-docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architecture.md, the alerts of docs/observability.md and the tables of docs/data.md and docs/gpu-check.md
+docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architecture.md, the alerts of docs/observability.md and the tables of docs/data.md, docs/gpu-check.md and docs/planning.md
 	@$(PYTHON) -m finetune_core.api.reference docs
 	@$(PYTHON) -m finetune_core.tasks_page docs
 	@$(PYTHON) -m finetune_operator.decide.reference docs/architecture.md
@@ -63,6 +63,7 @@ docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architectu
 	@$(PYTHON) -m tests.trainer.test_published_rows
 	@$(PYTHON) -m tests.trainer.test_families
 	@$(PYTHON) -m tests.gpu.test_page
+	@$(PYTHON) -m tests.planning.test_planning_page
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28

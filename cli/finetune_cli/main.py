@@ -1,16 +1,17 @@
 """The program `finetune`: parses the command line, runs the command, and prints one sentence for an error that a user
 can correct.
 
-Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, or a checkpoint is damaged; 2 the command
-line is wrong, or the command could not do its work, for example because the API server can't be reached; 130
-interrupted. `finetune watch` also has the exit code 3: the model was trained, but did not reach a score of
-`evaluation.require`.
+Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, a job does not fit its GPUs, or a checkpoint
+is damaged; 2 the command line is wrong, or the command could not do its work, for example because the API server can't
+be reached; 130 interrupted. `finetune watch` also has the exit code 3: the model was trained, but did not reach a score
+of `evaluation.require`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import size
 from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
 from finetune_cli.object_store import ObjectStoreReader, access_key_from
+from finetune_cli.plan import plan_file
 from finetune_cli.terminal import SafeConsole, TerminalHandler, complain, say, say_json
 from finetune_cli.validate import validate_files
 from finetune_cli.watch import show_until_ended, view_for
@@ -37,6 +39,7 @@ GATE_FAILED_CODE = 3
 EXAMPLES = """\
 examples:
   finetune validate job.yaml
+  finetune plan job.yaml --model-config config.json
   finetune watch quickstart
   finetune watch quickstart -n research
   finetune checkpoints quickstart
@@ -49,6 +52,19 @@ examples:
   finetune validate -o json job.yaml | jq -r '.problems[].message'
 
 exit code: 0 every job is valid, 1 one is not
+"""
+PLAN_EXAMPLES = """\
+examples:
+  finetune plan job.yaml --model-config config.json
+  finetune plan job.yaml --model-config config.json --gpu H100-80GB --rows 7473 --price 2.5
+  finetune plan job.yaml --model-config config.json --gpu-table gpus.yaml --gpu MI300X
+  finetune plan job.yaml --model-config config.json -o json | jq -r '.changes[].lines[]'
+
+The configuration of the base model comes from --model-config, a file or the folder of a model. Where the model is in
+the job's bucket, the command reads it there, with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+A --gpu-table is a list of objects with name, memoryGibibytes, teraFlops, memoryBandwidth and linkBandwidth (GB/s).
+
+exit code: 0 the job fits, 1 it does not, 2 it cannot be planned
 """
 WATCH_EXAMPLES = """\
 examples:
@@ -184,7 +200,7 @@ def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finetune",
-        description="Check job files, watch FineTuneJobs, and fetch what they made.",
+        description="Check and plan job files, watch FineTuneJobs, and fetch what they made.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -201,6 +217,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     validate.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json for pipelines")
     validate.set_defaults(run=validate_files)
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a job fits its GPUs, how fast it is, and what to change",
+        description="Plan the memory, the speed and the cost of a job. Needs neither a cluster nor a GPU.",
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("file", metavar="FILE", help="YAML or JSON file with one job; - for standard input")
+    plan.add_argument("--model-config", type=Path, metavar="PATH", help="config.json of the base model, or its folder")
+    plan.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as H100-80GB (default: resources.gpuProduct)")
+    plan.add_argument("--gpu-table", type=Path, metavar="FILE", help="YAML or JSON file with more types of GPUs")
+    plan.add_argument("--price", type=_positive, metavar="PRICE", help="price of one GPU for one hour")
+    plan.add_argument("--rows", type=_count, metavar="N", help="number of training rows, for hours and cost")
+    plan.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
+    plan.add_argument("-o", "--output", choices=("text", "json", "yaml"), default="text", help="json for pipelines")
+    plan.set_defaults(run=plan_file)
     watch = _command(commands, "watch", "show a job live until it has ended", WATCH_EXAMPLES)
     watch.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give up watching after so long (default: never)"
@@ -216,6 +248,22 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
     listing.set_defaults(run=list_checkpoints)
     return parser
+
+
+def _positive(text: str) -> float:
+    """Return the number above 0 that ``text`` is. argparse shows the error of this function to the user."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, and is {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    """Return the whole number of at least 1 that ``text`` is."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, and is {text}")
+    return value
 
 
 def _command(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, Final
 
+import yaml
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
@@ -49,6 +50,11 @@ def say_json(value: Any) -> None:
     """Write ``value`` as indented JSON to the standard output. Control characters in texts are not removed, but written
     as escape sequences. `json.dumps` escapes all control characters except DEL, which is escaped here."""
     print(json.dumps(value, indent=2, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
+
+
+def say_yaml(value: Any) -> None:
+    """Write ``value`` as YAML to the standard output. Characters that are not ASCII are written as escape sequences."""
+    print(yaml.safe_dump(value, sort_keys=False, allow_unicode=False), end="", flush=True)
 
 
 class TerminalHandler(logging.Handler):

@@ -1,0 +1,143 @@
+"""Makes the plan of a FineTuneJob: takes from the job what the arithmetic of `planning` needs.
+
+`finetune plan` calls `wishes_of` and `plan_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from finetune_core.api.method import DEFAULT_RANK, Method
+from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.errors import UserError
+from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
+from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
+from finetune_core.planning.model_families import model_sizes
+from finetune_core.planning.model_sizes import ModelSizes
+from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
+from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
+from finetune_core.validation.runnable import to_bytes
+
+PRODUCT: Final = "spec.resources.gpuProduct"
+"""The field that names the GPU of a job."""
+
+
+def gpu_of(spec: FineTuneJobSpec, types: tuple[GpuType, ...] = GPU_TYPES) -> GpuType:
+    """Return the type of the GPUs that ``spec`` asks for. Raises UserError where the job names none, or one that is not
+    in ``types``."""
+    if spec.resources.device == "CPU":
+        raise UserError("spec.resources.device", "must be GPU, or --gpu must name a type: the plan is about GPUs")
+    if not spec.resources.gpu_product:
+        raise UserError(PRODUCT, "must name a GPU, or --gpu must")
+    return find_gpu(spec.resources.gpu_product, types, field=PRODUCT)
+
+
+def plan_of(
+    spec: FineTuneJobSpec,
+    configuration: Mapping[str, Any],
+    gpu: GpuType,
+    *,
+    rows: int | None = None,
+    price: float | None = None,
+) -> JobPlan:
+    """Return the plan of the job ``spec`` on GPUs of the type ``gpu``. The arguments are those of `wishes_of`."""
+    return plan_job(wishes_of(spec, configuration, rows=rows), gpu, price=price)
+
+
+def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: int | None = None) -> Wishes:
+    """Return what ``spec`` says and leaves open, with a base model of ``configuration`` (the content of `config.json`).
+    ``rows`` is the number of training examples, where it is known.
+
+    A field counts as open where the job does not set it. Raises UserError for a model of an unknown family, and for
+    entries of `lora.targetModules` that the model does not have.
+    """
+    sizes = model_sizes(configuration)
+    training, deepspeed, resources = spec.training, spec.deepspeed, spec.resources
+    processes = resources.processes
+    stage = zero_stage(deepspeed.zero_stage, processes=processes)
+    open_micro_batch = training.micro_batch_size is None and training.gradient_accumulation_steps is None
+    length = min(spec.dataset.max_length, sizes.context or spec.dataset.max_length)
+    micro_batch = micro_batch_size(
+        training.micro_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        global_batch_size=training.global_batch_size,
+        processes=processes,
+    )
+    added = len(spec.model.added_tokens)
+    setup = TrainingSetup(
+        sizes=sizes,
+        adapters=_adapters(spec, sizes, added) if spec.method is Method.LORA else None,
+        number_format=NumberFormat(training.precision),
+        processes=processes,
+        processes_per_node=resources.processes_per_node,
+        zero_stage=stage,
+        offload_optimizer=deepspeed.offload_optimizer == "CPU",
+        offload_parameters=deepspeed.offload_parameters == "CPU",
+        recompute=training.gradient_checkpointing,
+        micro_batch=micro_batch,
+        length=length,
+        packed=spec.dataset.packing,
+        global_batch=training.global_batch_size,
+        added_rows=added,
+        left_out=tuple(_left_out(spec)),
+    )
+    set_here = resources.model_fields_set
+    known = training.max_steps is not None or rows is not None
+    scratch = resources.scratch
+    return Wishes(
+        setup=setup,
+        open_stage=deepspeed.zero_stage == "Auto" and training.precision == "bf16",
+        open_micro_batch=open_micro_batch,
+        open_recompute="gradient_checkpointing" not in training.model_fields_set,
+        open_offload="offload_optimizer" not in deepspeed.model_fields_set and stage >= 1,
+        memory=to_bytes(resources.memory) if "memory" in set_here else None,
+        cpus=_cpus(resources.cpu) if "cpu" in set_here else None,
+        scratch=to_bytes(scratch.size) if scratch is not None else None,
+        shared_memory=to_bytes(resources.shared_memory),
+        steps=total_steps(
+            rows=rows or 0,
+            global_batch_size=training.global_batch_size,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        )
+        if known
+        else None,
+        models_written=_models_written(spec),
+        model_is_elsewhere=spec.model.volume is not None,
+    )
+
+
+def _left_out(spec: FineTuneJobSpec) -> Iterator[str]:
+    if spec.training.attention in ("Eager", "Flex"):
+        yield f"spec.training.attention: the memory of {spec.training.attention} is left out; that of Flash is planned."
+    if spec.dataset.packing:
+        yield "spec.dataset.packing: packed sequences were never measured; they are planned as single long examples."
+    if spec.deepspeed.overrides is not None:
+        yield "spec.deepspeed.overrides: what they change is left out."
+    if spec.lora is not None and spec.lora.do_ra:
+        yield "spec.lora.doRA: the memory of its norms is left out."
+
+
+def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> AdapterSetup:
+    lora = spec.lora
+    return adapter_setup(
+        sizes,
+        rank=(lora.rank if lora is not None else None) or DEFAULT_RANK,
+        targets=lora.target_modules if lora is not None else (),
+        dropout=lora is not None and float(lora.dropout) > 0,
+        added_rows=added_rows,
+        quantized=lora is not None and lora.quantization is not None,
+    )
+
+
+def _models_written(spec: FineTuneJobSpec) -> int:
+    """Return how many models of the base model's size the job writes."""
+    if spec.method is Method.FULL:
+        return 1
+    return 0 if (spec.storage.artifact or "Adapter") == "Adapter" else 1
+
+
+def _cpus(quantity: int | str) -> float:
+    text = str(quantity)
+    return float(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)

@@ -1,0 +1,278 @@
+"""Computes the bytes that the training engine takes: weights, optimizer state, gradients, buffers, and what each phase
+of an optimizer step needs for a moment.
+
+`memory.py` adds the activations. An `EngineKind` stands for an engine of the trainer. The constants of DeepSpeed 0.19
+hold for the settings in the trainer's `engine/config.py`; tests/planning compares the sums with measurements of that
+engine. An engine with other figures is another branch of `engine_bytes`.
+
+All sizes are bytes of one process. P is the number of all parameters, T that of the trained ones, N the number of
+processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from finetune_core.planning.model_sizes import Linear, Part
+from finetune_core.planning.training_setup import TrainingSetup
+
+BUCKET_ELEMENTS = 50_000_000
+"""Numbers in a bucket of DeepSpeed's communication: `BUCKET_ELEMENTS` in the trainer's `engine/config.py`."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered at most, apart from those that a layer needs at the moment: DeepSpeed's default
+of `stage3_max_live_parameters`."""
+PERSISTENT_ELEMENTS = 100_000
+"""A parameter with fewer numbers is never sharded under ZeRO-3: DeepSpeed's default of
+`stage3_param_persistence_threshold`."""
+MOMENT_BYTES = 8
+"""Bytes of both moments of AdamW, in fp32, for each trained parameter."""
+MASTER_BYTES = 4
+"""Bytes of the fp32 value of each trained parameter, which the engine keeps beside the weight in bf16."""
+NORM_BYTES = 8
+"""Bytes of a number in the copy of a gradient from which DeepSpeed computes its norm: float64."""
+STATE_BYTES = 12
+"""Bytes of the state of a parameter that is gathered whole for a checkpoint: three numbers in fp32."""
+
+
+class EngineKind(StrEnum):
+    """An engine of the trainer."""
+
+    DEEPSPEED = "DeepSpeed"
+    """DeepSpeed with ZeRO 0 to 3."""
+    PLAIN = "Plain"
+    """An engine for one process without DeepSpeed: an fp32 value for each parameter and a fused AdamW, 16 bytes a
+    trained parameter at the most."""
+
+
+CURRENT_ENGINE = EngineKind.DEEPSPEED
+"""The engine that a job gets where nothing else is said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineBytes:
+    """Bytes that an engine takes beside activations."""
+
+    weights: int
+    """The weights that the model computes with, and those of other ranks that ZeRO-3 has gathered."""
+    optimizer: int
+    """fp32 values and moments."""
+    standing_gradients: int
+    """Gradients that stay from step to step."""
+    accumulated: int
+    """Gradients that the micro-batches of a step before the last have left."""
+    gradients: int
+    """Gradients right after the last backward pass of a step, with ``standing_gradients``."""
+    gathered: int
+    """Weights of other ranks that are gathered for a while (ZeRO-3), during both passes."""
+    bucket: int
+    """Buffer of the communication while gradients are computed."""
+    standing_bucket: int
+    """Of it, what stays from step to step."""
+    head_reduction: int
+    """The gradient of the output head with its copies, while it is reduced."""
+    reduction: int
+    """The last gradient of a step with its copies, while it is reduced."""
+    norm: int
+    """For the norm of the gradient, on top of the gradients."""
+    update: int
+    """For the update, on top of the gradients."""
+    checkpoint: int
+    """For reading the state of the largest parameter."""
+
+    @property
+    def standing(self) -> int:
+        """Bytes between two steps."""
+        return self.weights + self.optimizer + self.standing_gradients + self.standing_bucket
+
+
+def trained_tensors(setup: TrainingSetup) -> tuple[int, ...]:
+    """Return the sizes of the large trained tensors: of the weights, or of the matrices of the adapters."""
+    sizes, adapters = setup.sizes, setup.adapters
+    linears: set[Linear] = {linear for layer in sizes.layers for linear in layer.linears}
+    ends = setup.vocabulary
+    if adapters is None:
+        return (
+            ends * sizes.hidden,
+            *(
+                linear.inputs * linear.outputs * (linear.experts if linear.part is Part.EXPERTS else 1)
+                for linear in linears
+            ),
+        )
+    inside = tuple(
+        adapters.rank * max(linear.inputs, linear.outputs) * linear.experts
+        for linear in linears
+        if linear.part is not Part.ROUTER
+    )
+    return (*inside, adapters.rank * ends) if adapters.on_embedding or adapters.on_head else inside
+
+
+def largest_trained(setup: TrainingSetup) -> int:
+    """Return the number of elements of the largest trained tensor."""
+    return max(trained_tensors(setup))
+
+
+def engine_bytes(
+    setup: TrainingSetup, engine: EngineKind = CURRENT_ENGINE, *, quantized: int | None = None
+) -> EngineBytes:
+    """Return the bytes that ``engine`` takes. ``quantized`` are the bytes of the linear layers where they are held in 4
+    bits."""
+    if engine is EngineKind.PLAIN:
+        return _plain(setup, quantized)
+    if setup.zero_stage == 3:
+        return _stage_3(setup)
+    return _stages_0_to_2(setup, quantized)
+
+
+def _weights(setup: TrainingSetup, quantized: int | None) -> int:
+    width = setup.number_format.bytes
+    if quantized is None:
+        return width * setup.parameters
+    linear = sum(
+        linear.inputs * linear.outputs
+        for layer in setup.sizes.layers
+        for linear in layer.linears
+        if linear.part is not Part.ROUTER
+    )
+    return width * (setup.parameters - linear) + quantized
+
+
+def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
+    """bf16 weights, fp32 values and moments are 14 bytes, and the gradients in bf16 are 2."""
+    width, trained = setup.number_format.bytes, setup.trained_parameters
+    master = MASTER_BYTES if width == 2 else 0
+    gradients = width * trained
+    return EngineBytes(
+        weights=_weights(setup, quantized),
+        optimizer=(master + MOMENT_BYTES) * trained,
+        standing_gradients=0,
+        accumulated=gradients if setup.accumulation > 1 else 0,
+        gradients=gradients,
+        gathered=0,
+        bucket=0,
+        standing_bucket=0,
+        head_reduction=width * largest_trained(setup),
+        reduction=width * largest_trained(setup),
+        norm=0,
+        update=0,
+        checkpoint=0,
+    )
+
+
+def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
+    """DeepSpeed's `DeepSpeedZeroOptimizer` (deepspeed/runtime/zero/stage_1_and_2.py), and without ZeRO plain AdamW."""
+    width, trained, ranks = setup.number_format.bytes, setup.trained_parameters, setup.processes
+    shard = -(-trained // ranks)
+    largest = largest_trained(setup)
+    fragment = min(largest, shard)
+    bucket = width * BUCKET_ELEMENTS
+    if setup.zero_stage == 0:
+        gradients = width * trained
+        return EngineBytes(
+            weights=_weights(setup, quantized),
+            optimizer=MOMENT_BYTES * trained,
+            standing_gradients=0,
+            accumulated=gradients if setup.accumulation > 1 else 0,
+            gradients=gradients,
+            gathered=0,
+            bucket=0,
+            standing_bucket=0,
+            head_reduction=width * largest,
+            # A tied weight has a gradient as embedding and one as head, which are added up.
+            reduction=2 * width * largest,
+            norm=0,
+            update=0,
+            checkpoint=0,
+        )
+    # Stage 1 accumulates whole gradients in the number format of the weights, and shards them in the last backward
+    # pass. Stage 2 accumulates the rank's shard in fp32.
+    first = setup.zero_stage == 1
+    accumulated = width * trained if first else MASTER_BYTES * shard
+    gradients = width * shard if first else MASTER_BYTES * shard
+    # The update makes a flat copy in fp32. At stage 1 a flat copy in the number format of the weights comes before it.
+    flat = (width + MASTER_BYTES) * shard if first else 0
+    offloaded = setup.offload_optimizer
+    optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
+    norm = NORM_BYTES * fragment
+    return EngineBytes(
+        weights=_weights(setup, quantized),
+        optimizer=optimizer,
+        standing_gradients=0,
+        accumulated=accumulated if setup.accumulation > 1 else 0,
+        gradients=0 if offloaded else gradients,
+        gathered=0,
+        bucket=bucket,
+        standing_bucket=0,
+        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
+        head_reduction=_reduction(setup),
+        reduction=max(_reduction(setup), width * shard if first else 0),
+        norm=norm,
+        update=0 if offloaded else max(flat, norm),
+        checkpoint=STATE_BYTES * largest,
+    )
+
+
+def _stage_3(setup: TrainingSetup) -> EngineBytes:
+    """DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` (deepspeed/runtime/zero/stage3.py)."""
+    width, trained, ranks = setup.number_format.bytes, setup.trained_parameters, setup.processes
+    shard = -(-trained // ranks)
+    largest = largest_trained(setup)
+    persistent = _persistent(setup)
+    offloaded = setup.offload_optimizer
+    optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
+    gradients = 0 if offloaded else MASTER_BYTES * shard
+    whole = setup.parameters - persistent
+    weights = width * persistent + (0 if setup.offload_parameters else width * -(-whole // ranks))
+    bucket = width * BUCKET_ELEMENTS
+    return EngineBytes(
+        weights=weights,
+        optimizer=optimizer,
+        standing_gradients=gradients,
+        accumulated=0,
+        gradients=gradients,
+        # DeepSpeed checks the limit before it fetches the next weight and a bucket ahead of that.
+        gathered=width * min(whole, LIVE_PARAMETERS + BUCKET_ELEMENTS + largest_linear(setup)),
+        bucket=bucket,
+        standing_bucket=bucket,
+        head_reduction=_reduction(setup),
+        reduction=_reduction(setup),
+        norm=NORM_BYTES * min(-(-largest // ranks), shard),
+        update=0 if offloaded else MASTER_BYTES * shard,
+        checkpoint=STATE_BYTES * largest,
+    )
+
+
+def _reduction(setup: TrainingSetup) -> int:
+    """Return the bytes while the largest gradient is reduced: the gradient and two copies of it. With one process the
+    second copy is in fp32."""
+    width = setup.number_format.bytes
+    copies = 3 * width if setup.processes > 1 else 2 * width + MASTER_BYTES
+    return copies * largest_trained(setup)
+
+
+def largest_linear(setup: TrainingSetup) -> int:
+    """Return the number of elements of the largest weight inside of the layers."""
+    return max(
+        linear.inputs * linear.outputs * linear.experts for layer in setup.sizes.layers for linear in layer.linears
+    )
+
+
+def _persistent(setup: TrainingSetup) -> int:
+    """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
+    sizes, adapters = setup.sizes, setup.adapters
+    small = sizes.parameters_by_kind()["norms"]
+    for layer in sizes.layers:
+        for linear in layer.linears:
+            small += linear.biased * linear.outputs
+            if linear.inputs * linear.outputs * linear.experts <= PERSISTENT_ELEMENTS:
+                small += linear.inputs * linear.outputs * linear.experts
+    if adapters is not None:
+        small += sum(
+            features * adapters.rank * linear.experts
+            for layer in sizes.layers
+            for linear in layer.linears
+            if linear.part is not Part.ROUTER
+            for features in (linear.inputs, linear.outputs)
+            if features * adapters.rank <= PERSISTENT_ELEMENTS
+        )
+    return min(small, setup.parameters)

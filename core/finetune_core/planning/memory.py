@@ -1,0 +1,224 @@
+"""Computes the memory of a training on one GPU: the peak of each phase of an optimizer step, and the parts that the
+highest peak consists of.
+
+`job_plan.py` calls `memory_plan`. The sums are compared with measurements of the trainer's engine in docs/planning.md.
+What a GPU takes beside tensors (`DEVICE_BYTES`, `FRAGMENTED_SHARE`) can't be measured without one, and is added by
+`MemoryPlan.needed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from finetune_core.planning.activations import (
+    CURRENT_KERNELS,
+    Kernels,
+    head_rows,
+    kept,
+    kept_outside,
+    largest_layer,
+)
+from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, largest_linear
+from finetune_core.planning.gpu_types import GIBIBYTE
+from finetune_core.planning.host_needs import quantized_bytes
+from finetune_core.planning.training_setup import TrainingSetup
+
+DEVICE_BYTES = int(1.2 * GIBIBYTE)
+"""Bytes of a GPU that torch's allocator does not count: the CUDA context with its kernels, the work spaces of cuBLAS,
+and the buffers of NCCL."""
+FRAGMENTED_SHARE = 0.03
+"""Share of the peak that the allocator holds in gaps between tensors."""
+
+
+class Phase(StrEnum):
+    """A phase of a training with a peak of its own."""
+
+    FORWARD = "forward pass"
+    BACKWARD = "backward pass"
+    REDUCTION = "last gradients"
+    NORM = "norm of the gradient"
+    UPDATE = "update"
+    EVALUATION = "evaluation"
+    CHECKPOINT = "checkpoint"
+
+
+STEP_PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.REDUCTION, Phase.NORM, Phase.UPDATE)
+"""The phases of an optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes of one GPU."""
+
+    standing: int
+    """Bytes between two steps."""
+    phases: dict[Phase, int]
+    """The peak of each phase, with the standing bytes."""
+    parts: dict[str, int]
+    """The parts of the highest peak, in bytes: weights, optimizer, gradients, activations, logits, buffers."""
+
+    @property
+    def peak(self) -> int:
+        """The highest peak of tensors."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase of the highest peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def step_peak(self) -> int:
+        """The highest peak of an optimizer step, without evaluation and checkpoint."""
+        return max(self.phases[phase] for phase in STEP_PHASES)
+
+    @property
+    def device(self) -> int:
+        """Bytes that the GPU takes beside tensors."""
+        return DEVICE_BYTES + int(FRAGMENTED_SHARE * self.peak)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the GPU's memory that the training needs."""
+        return self.peak + self.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Need:
+    """Bytes of a phase on top of weights and optimizer."""
+
+    gradients: int
+    buffers: int
+    activations: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers + self.activations + self.logits
+
+
+def memory_plan(
+    setup: TrainingSetup, *, engine: EngineKind = CURRENT_ENGINE, kernels: Kernels = CURRENT_KERNELS
+) -> MemoryPlan:
+    """Return the memory of ``setup`` on one GPU, where each micro-batch has its full length and every token a
+    target."""
+    adapters = setup.adapters
+    quantized = quantized_bytes(setup) if adapters is not None and adapters.quantized else None
+    state = engine_bytes(setup, engine, quantized=quantized)
+    passes = _Passes(setup, kernels, state)
+    standing, standing_bucket = state.standing_gradients, state.standing_bucket
+    needs = {
+        Phase.FORWARD: passes.forward,
+        Phase.BACKWARD: max((passes.head_backward, passes.layer_backward), key=lambda need: need.total),
+        # All activations are freed before the last gradient is reduced.
+        Phase.REDUCTION: _Need(gradients=state.gradients + state.reduction, buffers=state.bucket + state.gathered),
+        Phase.NORM: _Need(gradients=state.gradients + state.norm, buffers=standing_bucket),
+        Phase.UPDATE: _Need(gradients=state.gradients + state.update, buffers=standing_bucket),
+        Phase.EVALUATION: passes.evaluation,
+        Phase.CHECKPOINT: _Need(gradients=standing, buffers=standing_bucket + state.checkpoint),
+    }
+    base = state.weights + state.optimizer
+    phases = {phase: base + need.total for phase, need in needs.items()}
+    top = needs[max(phases, key=lambda phase: phases[phase])]
+    return MemoryPlan(
+        standing=state.standing,
+        phases=phases,
+        parts={
+            "weights": state.weights,
+            "optimizer": state.optimizer,
+            "gradients": top.gradients,
+            "activations": top.activations,
+            "logits": top.logits,
+            "buffers": top.buffers,
+        },
+    )
+
+
+class _Passes:
+    """The needs of a forward and a backward pass of ``setup``, and of an evaluation."""
+
+    def __init__(self, setup: TrainingSetup, kernels: Kernels, state: EngineBytes) -> None:
+        self._setup, self._state = setup, state
+        width, sizes, tokens = setup.number_format.bytes, setup.sizes, setup.tokens
+        self._width, self._hidden = width, width * sizes.hidden * tokens
+        wide = max(sizes.feed_forward * max(1, sizes.active_experts), sizes.shared_feed_forward)
+        self._wide = width * wide * tokens
+        self._kept = kept(setup, kernels=kernels)
+        self._outside = int(tokens * kept_outside(setup, kernels=kernels))
+        self._layer = largest_layer(setup, kernels=kernels) if setup.recompute else 0
+        self._logits = head_rows(setup) * setup.vocabulary
+        self._chunks = -(-tokens // head_rows(setup))
+        adapters = setup.adapters
+        self._frozen = adapters is not None and not adapters.on_head
+        self._trains_head = adapters is None
+        self._gradients = state.standing_gradients + state.accumulated
+        # The bucket is there from the first backward pass of a step on.
+        self._buffers = state.gathered + (state.bucket if setup.accumulation > 1 else state.standing_bucket)
+
+    def _need(self, *, activations: int, logits: int = 0, gradients: int = 0, buffers: int = 0) -> _Need:
+        """Return a need of both passes with the buffers that they have in any case."""
+        return _Need(
+            gradients=self._gradients + gradients,
+            buffers=self._buffers + buffers,
+            activations=activations,
+            logits=logits,
+        )
+
+    @property
+    def forward(self) -> _Need:
+        """The need while the output head computes the loss."""
+        width, more, kept_now = self._width, self._chunks > 1, self._kept + self._outside
+        if self._frozen:
+            # Logits, their copy in fp32, log-probabilities in fp32, and these in the format of the weights. The fp32
+            # tensors of a chunk are alive while the next chunk is begun. The gradient of the hidden states is kept.
+            each = 8 + 4 + width if more else 8 + width
+            return self._need(activations=kept_now + self._hidden, logits=each * self._logits)
+        return self._need(activations=kept_now, logits=8 * self._logits)
+
+    @property
+    def head_backward(self) -> _Need:
+        """The need while the backward pass of head and last norm runs."""
+        setup = self._setup
+        if self._frozen:
+            # The last norm: gradients and intermediate results in fp32 of as many features as the hidden states have.
+            return self._need(activations=self._kept + 24 * setup.sizes.hidden * setup.tokens)
+        kept_now = self._kept + self._outside
+        # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the weights.
+        logits = (12 if self._chunks > 1 else 8) * self._logits
+        if not self._trains_head:
+            return self._need(activations=kept_now + self._hidden, logits=logits)
+        gradient = self._width * setup.vocabulary * setup.sizes.hidden
+        # The gradient of the head is reduced as soon as it is whole.
+        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction)
+        computed = self._need(activations=kept_now + self._hidden, logits=logits, gradients=gradient)
+        return max((reduced, computed), key=lambda need: need.total)
+
+    @property
+    def layer_backward(self) -> _Need:
+        """The need while the backward pass of the last layer runs: gradients of two results of the feed-forward network
+        and of four hidden states, and where layers are computed again all that the layer keeps."""
+        inside = self._kept + self._layer + 2 * self._wide + 4 * self._hidden
+        if not self._trains_head:
+            return self._need(activations=inside)
+        setup, state = self._setup, self._state
+        # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
+        head = 0 if state.standing_gradients else 4 * setup.vocabulary * setup.sizes.hidden // setup.processes
+        own = 2 * self._width * largest_linear(setup)
+        bucket = state.bucket + state.gathered - self._buffers
+        return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
+
+    @property
+    def evaluation(self) -> _Need:
+        """The need of a forward pass without gradients."""
+        inside = 4 * self._wide + 4 * self._hidden
+        head = 3 * self._hidden
+        logits = (4 + 4 + self._width) * self._logits
+        activations, logits = (inside, 0) if inside >= head + logits else (head, logits)
+        state = self._state
+        return _Need(
+            gradients=state.standing_gradients,
+            buffers=state.standing_bucket + state.gathered,
+            activations=activations,
+            logits=logits,
+        )

@@ -1,0 +1,153 @@
+"""`finetune plan` prints a plan, ends with a code that says whether the job fits, and names every wrong input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_cli.main import main
+from tests.core.jobs import EXAMPLES, quickstart
+from tests.planning.memory_cases import MODELS
+from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore
+
+JOB = EXAMPLES / "llama2/7b-full-gsm8k.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no line be broken."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Return the configuration of Llama 2 7B as a file."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["Llama-2-7B"]), encoding="utf-8")
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run `finetune plan` with ``arguments``. Return its exit code and what it printed."""
+    code = main(["plan", *map(str, arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_a_job_that_fits(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    code, output, _ = run(capsys, JOB, "--model-config", config, "--rows", 7473, "--price", 2.5)
+    assert code == 0
+    assert "llama2-7b-full-gsm8k  Full of 6.74 B parameters on 1 x 8 A100-80GB" in output
+    assert "\nfits\n" in output
+    for word in ("weights", "optimizer", "activations", "tokens per second", "by the price", "a checkpoint  80.9 GB"):
+        assert word in output
+
+
+def test_a_job_that_does_not_fit_ends_with_1_and_shows_changes(
+    capsys: pytest.CaptureFixture[str], config: Path
+) -> None:
+    config.write_text(json.dumps(MODELS["Llama-2-13B"]), encoding="utf-8")
+    code, output, _ = run(capsys, JOB, "--model-config", config, "--gpu", "L4")
+    assert code == 1
+    assert "\ndoes not fit\n" in output
+    assert "  - spec." in output
+
+
+@pytest.mark.parametrize(("form", "parse"), [("json", json.loads), ("yaml", yaml.safe_load)])
+def test_programs_get_the_same_figures(capsys: pytest.CaptureFixture[str], config: Path, form: str, parse: Any) -> None:
+    code, output, _ = run(capsys, JOB, "--model-config", config.parent, "-o", form)
+    plan = parse(output)
+    assert (code, plan["fits"]) == (0, True)
+    assert plan["parameters"] == plan["trainedParameters"] == 6_738_448_384  # with 4 rows in two embeddings
+    parts = plan["memory"]["parts"]
+    assert sum(parts.values()) == plan["memory"]["neededBytes"]
+    assert plan["gpu"] == {"name": "A100-80GB", "memoryBytes": plan["gpu"]["memoryBytes"], "count": 8}
+
+
+def test_the_table_of_a_user_is_read(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path) -> None:
+    table = tmp_path / "gpus.yaml"
+    own = {"name": "Big", "memoryGibibytes": 500, "teraFlops": 900, "memoryBandwidth": 4000, "linkBandwidth": 400}
+    table.write_text(yaml.safe_dump([own]), encoding="utf-8")
+    code, output, _ = run(capsys, JOB, "--model-config", config, "--gpu-table", table, "--gpu", "Big")
+    assert code == 0
+    assert "500.0 GiB" in output
+
+
+def test_a_job_from_the_standard_input(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(JOB.read_text(encoding="utf-8")))
+    assert run(capsys, "-", "--model-config", config)[0] == 0
+
+
+def test_the_configuration_is_read_from_the_bucket_of_the_job(
+    capsys: pytest.CaptureFixture[str], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = json.dumps(MODELS["Llama-3.2-1B"]).encode()
+    store.client.put_object(BUCKET, "planned/config.json", io.BytesIO(raw), len(raw))
+    document = quickstart("resources", {"nodes": 1, "gpusPerNode": 1})
+    document["spec"]["model"] = {"s3": {"uri": f"s3://{BUCKET}/planned"}}
+    del document["metadata"]["uid"]
+    file = tmp_path / "job.yaml"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    code, output, error = run(capsys, file, "--endpoint", store.endpoint, "-o", "json")
+    assert error == ""
+    assert code == 0
+    assert json.loads(output)["parameters"] > 1e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((JOB,), "--model-config: must name the file config.json of meta-llama/Llama-2-7b-hf"),
+        (("missing.yaml",), "missing.yaml:1: can't be read"),
+        ((JOB, "--model-config", "missing.json"), "--model-config: must name a file: missing.json can't be read"),
+        ((JOB, "--model-config", "CONFIG", "--gpu", "X1"), "--gpu: must be a type of GPU that the plan knows"),
+        (
+            (JOB, "--model-config", "BERT"),
+            "config.json: model_type: must be one that the plan knows, and 'bert' is none",
+        ),
+        ((JOB, "--model-config", "LIST"), "must hold a JSON object"),
+        ((JOB, "--model-config", "BROKEN"), "--model-config: must name a YAML or JSON file"),
+        ((JOB, "--model-config", "CONFIG", "--gpu-table", "LIST"), "[0]: must be another value"),
+    ],
+)
+def test_a_wrong_input_is_named(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path, arguments: tuple[Any, ...], sentence: str
+) -> None:
+    texts = {"BERT": '{"model_type": "bert"}', "LIST": "[1]", "BROKEN": "{", "CONFIG": config.read_text("utf-8")}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    code, output, error = run(capsys, *(tmp_path / one if one in texts else one for one in arguments))
+    assert (code, output) == (2, "")
+    assert sentence in error
+
+
+def test_a_file_must_hold_one_job(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path) -> None:
+    text = JOB.read_text(encoding="utf-8")
+    for content, count in ((f"{text}\n---\n{text}", "2"), ("a: 1", "none")):
+        file = tmp_path / "jobs.yaml"
+        file.write_text(content, encoding="utf-8")
+        code, _, error = run(capsys, file, "--model-config", config)
+        assert code == 2
+        assert f"must hold one FineTuneJob, and holds {count}" in error
+
+
+@pytest.mark.parametrize(
+    "option", [("--price", "0"), ("--price", "x"), ("--rows", "0"), ("--rows", "1.5"), ("-o", "xml")]
+)
+def test_a_wrong_option_is_an_error_of_the_command_line(
+    capsys: pytest.CaptureFixture[str], config: Path, option: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(JOB), "--model-config", str(config), *option])
+    assert caught.value.code == 2
+    assert option[0] in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""A job gets a plan that fits, and where none does, changes that make it fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_core.api.job import FineTuneJob
+from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.errors import UserError
+from finetune_core.planned_job import gpu_of, plan_of, wishes_of
+from finetune_core.planning.advice import suggestions
+from finetune_core.planning.gpu_types import GIBIBYTE, GPU_TYPES, find_gpu, with_types
+from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, plan_job
+from finetune_core.planning.memory import memory_plan
+from tests.core.jobs import EXAMPLES, set_at
+from tests.planning.memory_cases import MODELS
+
+A100, H200 = find_gpu("A100-80GB"), find_gpu("H200-141GB")
+
+
+def job(**fields: Any) -> FineTuneJobSpec:
+    """Return the spec of a Full training on one node of 8 A100-80GB that leaves open what it can, with ``fields`` set,
+    which are paths below `spec` with `__` for the dots. The value None removes a field."""
+    document = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
+    spec = document["spec"]
+    for path in (
+        "training.microBatchSize",
+        "training.gradientCheckpointing",
+        "deepspeed",
+        "resources.memory",
+        "resources.cpu",
+    ):
+        set_at(spec, path.split("."), None)
+    for path, value in fields.items():
+        set_at(spec, path.split("__"), value)
+    return FineTuneJob.model_validate(document).spec
+
+
+def chosen(plan: JobPlan) -> dict[str, str]:
+    """Return the values that ``plan`` chose, by the last part of their fields."""
+    return {choice.field.rpartition(".")[2]: choice.value for choice in plan.choices}
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("llama2/*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_the_study_fits(example: Any) -> None:
+    spec = FineTuneJob.model_validate(yaml.safe_load(example.read_text(encoding="utf-8"))).spec
+    plan = plan_of(spec, MODELS[f"Llama-2-{example.stem.partition('-')[0].upper()}"], gpu_of(spec))
+    assert plan.problems == ()
+
+
+def test_what_a_job_leaves_open_is_chosen_with_a_reason() -> None:
+    plan = plan_of(job(), MODELS["Llama-2-7B"], A100)
+    assert plan.fits
+    values = chosen(plan)
+    assert values["zeroStage"] in ("2", "3")
+    assert values["offloadOptimizer"] == "None"
+    assert int(values["microBatchSize"]) * 512 == plan.setup.tokens
+    assert values.keys() == {
+        "zeroStage",
+        "gradientCheckpointing",
+        "offloadOptimizer",
+        "microBatchSize",
+        "memory",
+        "cpu",
+        "size",
+    }
+    assert all(choice.reason.endswith(".") for choice in plan.choices)
+
+
+def test_what_a_job_sets_is_never_chosen() -> None:
+    spec = job(
+        training__microBatchSize=4,
+        training__gradientCheckpointing=True,
+        deepspeed__zeroStage=3,
+        deepspeed__offloadOptimizer="CPU",
+        resources__memory="900Gi",
+        resources__cpu=32,
+        resources__scratch={"size": "500Gi"},
+    )
+    plan = plan_of(spec, MODELS["Llama-2-7B"], A100)
+    assert plan.choices == ()
+    setup = plan.setup
+    assert (setup.micro_batch, setup.recompute, setup.zero_stage, setup.offload_optimizer) == (4, True, 3, True)
+
+
+def test_weights_are_sharded_and_moved_only_where_they_must_be() -> None:
+    """13B in bf16 with fp32 state takes 208 GB, which 8 A100 hold only where the state is sharded; 70B takes 1.1 TB, so
+    its state must leave the GPUs, or more of them are needed."""
+    assert chosen(plan_of(job(), MODELS["Llama-2-13B"], A100))["offloadOptimizer"] == "None"
+    large = plan_of(job(resources__nodes=4), MODELS["Llama-2-70B"], A100)
+    assert large.fits
+    assert chosen(large)["zeroStage"] == "3"
+    assert not large.setup.offload_optimizer
+
+
+def test_one_process_is_planned_at_stage_2() -> None:
+    plan = plan_of(job(resources__gpusPerNode=1), MODELS["Llama-3.2-1B"], A100)
+    assert chosen(plan)["zeroStage"] == "2"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    gpu=st.sampled_from(GPU_TYPES),
+    gpus=st.sampled_from([1, 2, 8]),
+    length=st.sampled_from([128, 512, 4096]),
+    batch=st.sampled_from([8, 64]),
+)
+def test_a_suggestion_makes_the_job_fit(model: str, gpu: Any, gpus: int, length: int, batch: int) -> None:
+    spec = job(resources__gpusPerNode=gpus, dataset__maxLength=length, training__globalBatchSize=batch)
+    wishes = wishes_of(spec, MODELS[model])
+    plan = plan_job(wishes, gpu)
+    assert sum(plan.memory.parts.values()) == plan.memory.peak
+    assert plan.fits == (gpu.bf16 and plan.memory.needed <= gpu.memory and plan.host.memory <= LARGEST_HOST)
+    found = [] if plan.fits else suggestions(wishes, plan)
+    for suggestion in found:
+        assert suggestion.plan.fits
+        assert suggestion.lines
+        assert memory_plan(suggestion.plan.setup).needed <= gpu.memory
+    assert len({suggestion.lines for suggestion in found}) == len(found)
+
+
+def test_the_lines_of_a_suggestion_can_be_written_into_the_job() -> None:
+    spec = job(training__microBatchSize=8, training__gradientCheckpointing=False, deepspeed__zeroStage=2)
+    wishes = wishes_of(spec, MODELS["Llama-2-13B"])
+    plan = plan_job(wishes, find_gpu("A100-40GB"))
+    assert not plan.fits
+    found = suggestions(wishes, plan)
+    assert found
+    for suggestion in found:
+        fields: dict[str, Any] = {
+            "training__microBatchSize": 8,
+            "training__gradientCheckpointing": False,
+            "deepspeed__zeroStage": 2,
+        }
+        for line in suggestion.lines:
+            path, _, value = line.removeprefix("spec.").partition(": ")
+            fields[path.replace(".", "__")] = yaml.safe_load(value)
+        again = plan_of(job(**fields), MODELS["Llama-2-13B"], find_gpu("A100-40GB"))
+        assert again.fits, suggestion.lines
+
+
+def test_more_of_everything_never_takes_less_memory() -> None:
+    def needed(**fields: Any) -> int:
+        spec = job(training__microBatchSize=2, training__gradientCheckpointing=False, **fields)
+        return plan_of(spec, MODELS["Llama-2-7B"], H200).memory.needed
+
+    assert needed(dataset__maxLength=1024) > needed(dataset__maxLength=512)
+    assert needed(training__precision="fp32") > needed()
+    assert needed(deepspeed__zeroStage=1) >= needed(deepspeed__zeroStage=2) > needed(deepspeed__zeroStage=3)
+
+
+def test_a_pod_with_too_little_memory_is_a_problem_that_names_the_field() -> None:
+    plan = plan_of(job(resources__memory="64Gi"), MODELS["Llama-2-7B"], H200)
+    assert [problem.partition(":")[0] for problem in plan.problems] == ["spec.resources.memory"]
+    wishes = wishes_of(job(resources__memory="64Gi"), MODELS["Llama-2-7B"])
+    lines = [line for suggestion in suggestions(wishes, plan) for line in suggestion.lines]
+    assert any(line.startswith("spec.resources.memory: ") for line in lines)
+
+
+def test_hours_and_cost_follow_from_rows_or_steps() -> None:
+    by_rows = plan_of(job(), MODELS["Llama-2-7B"], H200, rows=6400, price=2.5)
+    by_steps = plan_of(job(training__epochs=None, training__maxSteps=1000), MODELS["Llama-2-7B"], H200, price=2.5)
+    assert by_rows.hours is not None
+    assert by_rows.hours == pytest.approx(by_steps.hours)  # 10 epochs of 100 steps
+    assert by_rows.cost == pytest.approx(by_rows.hours * 8 * 2.5)
+    assert plan_of(job(), MODELS["Llama-2-7B"], H200).hours is None
+
+
+def test_experts_are_said_to_be_a_lower_bound() -> None:
+    notes = plan_of(job(), MODELS["Mixtral-8x7B"], H200).notes
+    assert any("lower bound" in note for note in notes)
+
+
+def test_settings_that_the_plan_leaves_out_are_named() -> None:
+    spec = job(dataset__packing=True, deepspeed__overrides='{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    notes = plan_of(spec, MODELS["Llama-2-7B"], H200).notes
+    assert [note.partition(":")[0] for note in notes] == ["spec.dataset.packing", "spec.deepspeed.overrides"]
+    assert plan_of(job(), MODELS["Llama-2-7B"], H200).notes == ()
+
+
+def test_a_gpu_without_bf16_is_refused() -> None:
+    plan = plan_of(job(), MODELS["Llama-3.2-1B"], find_gpu("T4"))
+    assert plan.problems[0] == "The T4 has no bf16 arithmetic, and spec.training.precision is bf16."
+
+
+def test_the_gpu_comes_from_the_product_of_the_job() -> None:
+    assert gpu_of(job()).name == "A100-80GB"
+    assert find_gpu("nvidia-h200").name == "H200-141GB"
+    for fields, sentence in (
+        (
+            {"resources__gpuProduct": "NVIDIA-X1"},
+            "spec.resources.gpuProduct: must be a type of GPU that the plan knows",
+        ),
+        ({"resources__gpuProduct": ""}, "spec.resources.gpuProduct: must name a GPU, or --gpu must"),
+        ({"resources__device": "CPU"}, "spec.resources.device: must be GPU"),
+    ):
+        with pytest.raises(UserError) as caught:
+            gpu_of(job(**fields))
+        assert str(caught.value).startswith(sentence)
+
+
+def test_a_table_of_a_user_adds_and_replaces_types() -> None:
+    own = {"name": "h200-141gb", "memoryGibibytes": 100, "teraFlops": 1, "memoryBandwidth": 2, "linkBandwidth": 3}
+    types = with_types([own], "gpus.yaml")
+    assert find_gpu("H200-141GB", types).memory == 100 * GIBIBYTE
+    assert len(types) == len(GPU_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({}, "gpus.yaml: must be a list of GPU types"),
+        ([{"name": "X"}], "gpus.yaml: [0].memoryGibibytes: must be set"),
+        ([{"name": "X", "speed": 3}], "gpus.yaml: [0]."),
+        ([3], "gpus.yaml: [0]: must be another value"),
+        (
+            [{"name": "X", "memoryGibibytes": -1, "teraFlops": 1, "memoryBandwidth": 1, "linkBandwidth": 1}],
+            "gpus.yaml: [0].memoryGibibytes: must be another value: Input should be greater than 0",
+        ),
+    ],
+)
+def test_a_wrong_table_is_named(values: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        with_types(values, "gpus.yaml")
+    assert str(caught.value).startswith(sentence)
