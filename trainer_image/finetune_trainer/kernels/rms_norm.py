@@ -44,9 +44,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form:
 
 class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form) -> torch.Tensor:
         scale = weight if form is Form.SCALED else None
         output, reciprocal = ATEN._fused_rms_norm(x, [x.shape[-1]], scale, epsilon)
         if form is Form.CENTERED:

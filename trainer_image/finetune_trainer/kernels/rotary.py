@@ -45,9 +45,7 @@ class _Rotation(torch.autograd.Function):  # type: ignore[misc]  # torch has no 
         return alias(turned[:, :heads]), alias(turned[:, heads:])
 
     @staticmethod
-    def backward(
-        ctx: Any, query_gradient: torch.Tensor, key_gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, query_gradient: torch.Tensor, key_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cosine, sine = ctx.saved_tensors
         both = side_by_side(query_gradient, key_gradient)
         if both is not None:

@@ -1,0 +1,138 @@
+"""The products of LoRA's matrices A with a dropped input, without the dropped input in memory.
+
+Each adapter has a mask of its own (`loss/dropout.py`). In plain torch, each mask and each dropped input is written to
+memory and read again, which triples the traffic of a training step. The three operators of this module read the input
+once for all adapters that share it. On CUDA they are the kernels of `dropped_product_cuda.py`, which compute the masks
+in registers. On the CPU they are plain torch: the reference.
+
+`projections.py` calls the three functions. T is the number of tokens, I that of input features, and R the sum of the
+ranks of the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetune_trainer.kernels import dropped_product_cuda as cuda
+from finetune_trainer.loss.dropout import keep_mask
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The dropout of adapters that share an input."""
+
+    keys: torch.Tensor
+    """Shape (T,), int64: the dropout key of each token."""
+    p: float
+    salts: tuple[int, ...]
+    """A number for each adapter, with which its masks differ from those of other adapters."""
+    ranks: tuple[int, ...]
+    """The rank of each adapter."""
+
+
+def dropped_inner(x: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Return the products (T, R) of the dropped ``x`` (T, I) with the rows of ``a`` (R, I)."""
+    product: torch.Tensor = _inner(x, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p)
+    return product
+
+
+def dropped_gradient_of_a(gradient: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Return the gradient (R, I) of the matrices A, where ``gradient`` (T, R) is that of `dropped_inner`."""
+    found: torch.Tensor = _gradient_of_a(gradient, x, dropout.keys, dropout.salts, dropout.ranks, dropout.p)
+    return found
+
+
+def dropped_input_gradient(total: torch.Tensor, gradient: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> None:
+    """Add the gradient (T, I) of x to ``total``, where ``gradient`` (T, R) is that of `dropped_inner`."""
+    _add_input_gradient(total, gradient, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p)
+
+
+def _adapters(
+    keys: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], features: int, p: float
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield for each adapter its rows of the matrices A, and its mask (T, ``features``)."""
+    start = 0
+    for salt, rank in zip(salts, ranks, strict=True):
+        yield slice(start, start + rank), keep_mask(keys ^ salt, features, p)
+        start += rank
+
+
+@torch.library.custom_op("finetune::dropped_inner", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def _inner(
+    x: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
+) -> torch.Tensor:
+    if cuda.is_used(x):
+        return cuda.dropped_inner(x, keys, a, salts, ranks, p)
+    inner = torch.empty((len(x), len(a)), dtype=x.dtype, device=x.device)
+    for rows, kept in _adapters(keys, salts, ranks, x.shape[1], p):
+        inner[:, rows] = (x * kept * (1 / (1 - p))) @ a[rows].T
+    return inner
+
+
+@_inner.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+def _(
+    x: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
+) -> torch.Tensor:
+    return torch.empty((len(x), len(a)), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("finetune::dropped_gradient_of_a", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def _gradient_of_a(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    salts: Sequence[int],
+    ranks: Sequence[int],
+    p: float,
+) -> torch.Tensor:
+    if cuda.is_used(x):
+        return cuda.dropped_gradient_of_a(gradient, x, keys, salts, ranks, p)
+    found = torch.empty((gradient.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+    for rows, kept in _adapters(keys, salts, ranks, x.shape[1], p):
+        found[rows] = gradient[:, rows].T @ (x * kept * (1 / (1 - p)))
+    return found
+
+
+@_gradient_of_a.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+def _(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    salts: Sequence[int],
+    ranks: Sequence[int],
+    p: float,
+) -> torch.Tensor:
+    return torch.empty((gradient.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("finetune::add_dropped_input_gradient", mutates_args=("total",))  # type: ignore[untyped-decorator, unused-ignore]
+def _add_input_gradient(
+    total: torch.Tensor,
+    gradient: torch.Tensor,
+    keys: torch.Tensor,
+    a: torch.Tensor,
+    salts: Sequence[int],
+    ranks: Sequence[int],
+    p: float,
+) -> None:
+    if cuda.is_used(total):
+        cuda.add_dropped_input_gradient(total, gradient, keys, a, salts, ranks, p)
+        return
+    for rows, kept in _adapters(keys, salts, ranks, total.shape[1], p):
+        total += (gradient[:, rows] @ a[rows]) * kept * (1 / (1 - p))
+
+
+@_add_input_gradient.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+def _(
+    total: torch.Tensor,
+    gradient: torch.Tensor,
+    keys: torch.Tensor,
+    a: torch.Tensor,
+    salts: Sequence[int],
+    ranks: Sequence[int],
+    p: float,
+) -> None:
+    return None

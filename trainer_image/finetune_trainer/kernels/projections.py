@@ -1,0 +1,232 @@
+"""Linear layers that read the same input, with or without LoRA adapters, as one autograd function.
+
+`install.py` groups the layers, for example those of queries, keys and values, and calls `project`. The last linear
+layer of a gated feed-forward layer goes through `project_gated`, which keeps the two inputs of the gated product and
+computes the product again in the backward pass.
+
+The matrices A of a group are multiplied with the input in one product, so that the input is read once. The adapter's
+part of an output or of the input's gradient is added in place, and does not exist as a tensor of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from finetune_trainer.kernels.dropped_product import (
+    Dropout,
+    dropped_gradient_of_a,
+    dropped_inner,
+    dropped_input_gradient,
+)
+from finetune_trainer.kernels.gated_product import Activation, activate, gated_product_backward
+from finetune_trainer.kernels.rotary import alias
+
+
+class Projection(NamedTuple):
+    """A linear layer x W^T + bias + scaling (dropout(x) A^T) B^T."""
+
+    weight: torch.Tensor
+    """W, of shape (O, I)."""
+    bias: torch.Tensor | None = None
+    """Shape (O,)."""
+    a: torch.Tensor | None = None
+    """A, of shape (r, I). None for a layer without an adapter."""
+    b: torch.Tensor | None = None
+    """B, of shape (O, r)."""
+    scaling: float = 1.0
+
+
+TENSORS = 4
+"""Number of tensors in a projection. `torch.autograd.Function` takes tensors as single arguments only."""
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What the functions need beside tensors."""
+
+    scalings: tuple[float, ...]
+    dropout: Dropout | None
+    joined: bool = False
+
+
+def project(
+    x: torch.Tensor, layers: Sequence[Projection], dropout: Dropout | None = None, *, joined: bool = False
+) -> list[torch.Tensor]:
+    """Return the outputs (..., O) of ``layers`` for ``x`` (..., I). ``dropout`` acts between x and the matrices A.
+
+    With ``joined``, the first two outputs of a token lie side by side in memory, as `rotary.py` likes queries and keys.
+    """
+    fixed = _Fixed(tuple(layer.scaling for layer in layers), dropout, joined and len(layers) > 1)
+    return list(_Projections.apply(x, fixed, *_tensors(layers)))
+
+
+def project_gated(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    layer: Projection,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Return the output of ``layer`` for activation(``gate``) * ``up``, all of the shape (..., I)."""
+    output: torch.Tensor = _GatedProjection.apply(
+        gate, up, activation, _Fixed((layer.scaling,), dropout), *_tensors([layer])
+    )
+    return output
+
+
+def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
+    return [tensor for layer in layers for tensor in layer[:TENSORS]]
+
+
+def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Projection]:
+    """Return the projections that `_tensors` took apart."""
+    parts = [tensors[first : first + TENSORS] for first in range(0, len(tensors), TENSORS)]
+    return [Projection(*part, scaling) for part, scaling in zip(parts, fixed.scalings, strict=True)]  # type: ignore[misc, arg-type]
+
+
+class _Projections(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fixed: _Fixed, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        layers = _layers(tensors, fixed)
+        outputs, inner, all_a = _forward(x, layers, fixed)
+        ctx.save_for_backward(x, inner, all_a, *tensors)
+        ctx.fixed = fixed
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, inner, all_a, *tensors = ctx.saved_tensors
+        layers = _layers(tensors, ctx.fixed)
+        flat = x.reshape(-1, x.shape[-1])
+        x_gradient, found = _backward(
+            gradients, flat, layers, inner, all_a, ctx.fixed, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        )
+        return x_gradient.view(x.shape) if x_gradient is not None else None, None, *found
+
+
+class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: Activation,
+        fixed: _Fixed,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        product = activate(gate, activation).mul_(up)
+        (output,), inner, all_a = _forward(product, _layers(tensors, fixed), fixed)
+        ctx.save_for_backward(gate, up, inner, all_a, *tensors)
+        ctx.activation, ctx.fixed = activation, fixed
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, inner, all_a, *tensors = ctx.saved_tensors
+        layers, wanted = _layers(tensors, ctx.fixed), ctx.needs_input_grad
+        active = activate(gate, ctx.activation)
+        # Only the gradients of the weight W and of the matrix A need the product.
+        product = active * up if wanted[4] or wanted[6] else active
+        flat = product.reshape(-1, product.shape[-1])
+        needs_product = wanted[0] or wanted[1]
+        product_gradient, found = _backward(
+            (gradient,), flat, layers, inner, all_a, ctx.fixed, needs_product, wanted[4:]
+        )
+        if product_gradient is None:
+            return None, None, None, None, *found
+        parts = gated_product_backward(product_gradient.view(gate.shape), gate, up, active, ctx.activation)
+        return *parts, None, None, *found
+
+
+def _forward(
+    x: torch.Tensor, layers: Sequence[Projection], fixed: _Fixed
+) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """Return the outputs of ``layers``, the products of ``x`` with all matrices A (tokens, sum of ranks), and these
+    matrices (sum of ranks, I). The last two are None where no layer has an adapter."""
+    flat = x.reshape(-1, x.shape[-1])
+    matrices = [layer.a for layer in layers if layer.a is not None]
+    inner = all_a = None
+    if matrices:
+        all_a = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        inner = flat @ all_a.T if fixed.dropout is None else dropped_inner(flat, all_a, fixed.dropout)
+    outputs = _joined(x, flat, layers[:2]) if fixed.joined else []
+    # The result must not be a view, because some models change it in place.
+    outputs += [functional.linear(flat.view(x.shape), layer.weight, layer.bias) for layer in layers[len(outputs) :]]
+    for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
+        if part is not None and layer.b is not None:
+            output.view(-1, output.shape[-1]).addmm_(part, layer.b.T, alpha=layer.scaling)
+    return outputs, inner, all_a
+
+
+def _joined(x: torch.Tensor, flat: torch.Tensor, layers: Sequence[Projection]) -> list[torch.Tensor]:
+    """Return the outputs of ``layers`` without their adapters, side by side in memory."""
+    sizes = [len(layer.weight) for layer in layers]
+    both = torch.empty((len(flat), sum(sizes)), dtype=x.dtype, device=x.device)
+    for part, layer in zip(both.split(sizes, dim=1), layers, strict=True):
+        if layer.bias is None:
+            torch.mm(flat, layer.weight.T, out=part)
+        else:
+            torch.addmm(layer.bias, flat, layer.weight.T, out=part)
+    return [alias(part) for part in both.view(*x.shape[:-1], -1).split(sizes, dim=-1)]
+
+
+def _parts(inner: torch.Tensor | None, layers: Sequence[Projection]) -> list[torch.Tensor | None]:
+    """Return for each layer its columns of ``inner``, None for a layer without an adapter."""
+    if inner is None:
+        return [None for _ in layers]
+    parts = iter(inner.split([len(layer.a) for layer in layers if layer.a is not None], dim=1))
+    return [next(parts) if layer.a is not None else None for layer in layers]
+
+
+def _backward(
+    gradients: Sequence[torch.Tensor],
+    flat: torch.Tensor,
+    layers: Sequence[Projection],
+    inner: torch.Tensor | None,
+    all_a: torch.Tensor | None,
+    fixed: _Fixed,
+    needs_x: bool,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Return the gradient (tokens, I) of the input ``flat``, and those of the tensors of ``layers`` in the order of
+    `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted."""
+    found: list[torch.Tensor | None] = [None] * len(needed)
+    inner_gradient = torch.empty_like(inner) if inner is not None else None
+    x_gradient: torch.Tensor | None = None
+    zipped = zip(gradients, layers, _parts(inner, layers), _parts(inner_gradient, layers), strict=True)
+    for number, (gradient, layer, part, part_gradient) in enumerate(zipped):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        weight, bias, _, b = range(number * TENSORS, (number + 1) * TENSORS)
+        if part is not None and part_gradient is not None and layer.b is not None:
+            # With beta=0 the first argument has no effect.
+            torch.addmm(part_gradient, rows, layer.b, beta=0, alpha=layer.scaling, out=part_gradient)
+            if needed[b]:
+                found[b] = torch.addmm(layer.b, rows.T, part, beta=0, alpha=layer.scaling)
+        if needed[weight]:
+            found[weight] = rows.T @ flat
+        if needed[bias]:
+            found[bias] = rows.sum(0)
+        if needs_x:
+            x_gradient = rows @ layer.weight if x_gradient is None else x_gradient.addmm_(rows, layer.weight)
+    if inner_gradient is None or all_a is None:
+        return x_gradient, found
+    adapted = [number * TENSORS + 2 for number, layer in enumerate(layers) if layer.a is not None]
+    if any(needed[position] for position in adapted):
+        if fixed.dropout is None:
+            a_gradient = inner_gradient.T @ flat
+        else:
+            a_gradient = dropped_gradient_of_a(inner_gradient, flat, fixed.dropout)
+        ranks = [len(layer.a) for layer in layers if layer.a is not None]
+        for position, part in zip(adapted, a_gradient.split(ranks), strict=True):
+            found[position] = part
+    if x_gradient is not None:
+        if fixed.dropout is None:
+            x_gradient.addmm_(inner_gradient, all_a)
+        else:
+            dropped_input_gradient(x_gradient, inner_gradient, all_a, fixed.dropout)
+    return x_gradient, found
