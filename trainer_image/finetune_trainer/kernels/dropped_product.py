@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,19 +36,25 @@ class Dropout:
 
 def dropped_inner(x: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """Return the products (T, R) of the dropped ``x`` (T, I) with the rows of ``a`` (R, I)."""
-    product: torch.Tensor = _inner(x, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p)
+    product: torch.Tensor = torch.ops.finetune.dropped_inner(
+        x, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p
+    )
     return product
 
 
 def dropped_gradient_of_a(gradient: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """Return the gradient (R, I) of the matrices A, where ``gradient`` (T, R) is that of `dropped_inner`."""
-    found: torch.Tensor = _gradient_of_a(gradient, x, dropout.keys, dropout.salts, dropout.ranks, dropout.p)
+    found: torch.Tensor = torch.ops.finetune.dropped_gradient_of_a(
+        gradient, x, dropout.keys, dropout.salts, dropout.ranks, dropout.p
+    )
     return found
 
 
 def dropped_input_gradient(total: torch.Tensor, gradient: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> None:
     """Add the gradient (T, I) of x to ``total``, where ``gradient`` (T, R) is that of `dropped_inner`."""
-    _add_input_gradient(total, gradient, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p)
+    torch.ops.finetune.add_dropped_input_gradient(
+        total, gradient, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p
+    )
 
 
 def _adapters(
@@ -60,26 +67,19 @@ def _adapters(
         start += rank
 
 
-@torch.library.custom_op("finetune::dropped_inner", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
 def _inner(
     x: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
 ) -> torch.Tensor:
-    if cuda.is_used(x):
-        return cuda.dropped_inner(x, keys, a, salts, ranks, p)
-    inner = torch.empty((len(x), len(a)), dtype=x.dtype, device=x.device)
+    inner = _empty_inner(x, keys, a, salts, ranks, p)
     for rows, kept in _adapters(keys, salts, ranks, x.shape[1], p):
         inner[:, rows] = (x * kept * (1 / (1 - p))) @ a[rows].T
     return inner
 
 
-@_inner.register_fake  # type: ignore[untyped-decorator, unused-ignore]
-def _(
-    x: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
-) -> torch.Tensor:
+def _empty_inner(x: torch.Tensor, _keys: torch.Tensor, a: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty((len(x), len(a)), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("finetune::dropped_gradient_of_a", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
 def _gradient_of_a(
     gradient: torch.Tensor,
     x: torch.Tensor,
@@ -88,27 +88,16 @@ def _gradient_of_a(
     ranks: Sequence[int],
     p: float,
 ) -> torch.Tensor:
-    if cuda.is_used(x):
-        return cuda.dropped_gradient_of_a(gradient, x, keys, salts, ranks, p)
-    found = torch.empty((gradient.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+    found = _empty_gradient_of_a(gradient, x)
     for rows, kept in _adapters(keys, salts, ranks, x.shape[1], p):
         found[rows] = gradient[:, rows].T @ (x * kept * (1 / (1 - p)))
     return found
 
 
-@_gradient_of_a.register_fake  # type: ignore[untyped-decorator, unused-ignore]
-def _(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    keys: torch.Tensor,
-    salts: Sequence[int],
-    ranks: Sequence[int],
-    p: float,
-) -> torch.Tensor:
+def _empty_gradient_of_a(gradient: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty((gradient.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("finetune::add_dropped_input_gradient", mutates_args=("total",))  # type: ignore[untyped-decorator, unused-ignore]
 def _add_input_gradient(
     total: torch.Tensor,
     gradient: torch.Tensor,
@@ -118,21 +107,47 @@ def _add_input_gradient(
     ranks: Sequence[int],
     p: float,
 ) -> None:
-    if cuda.is_used(total):
-        cuda.add_dropped_input_gradient(total, gradient, keys, a, salts, ranks, p)
-        return
     for rows, kept in _adapters(keys, salts, ranks, total.shape[1], p):
         total += (gradient[:, rows] @ a[rows]) * kept * (1 / (1 - p))
 
 
-@_add_input_gradient.register_fake  # type: ignore[untyped-decorator, unused-ignore]
-def _(
-    total: torch.Tensor,
-    gradient: torch.Tensor,
-    keys: torch.Tensor,
-    a: torch.Tensor,
-    salts: Sequence[int],
-    ranks: Sequence[int],
-    p: float,
-) -> None:
-    return None
+def _nothing(*_: Any) -> None:
+    """Compute nothing: what an operator on the meta device does that returns nothing."""
+
+
+def _on_cuda(kernel: Any, plain: Any) -> Any:
+    """Return the function of an operator on CUDA: ``kernel``, or ``plain`` for tensors of a type that the kernels do not
+    take."""
+    return lambda first, *others: (kernel if first.dtype in cuda.VALUES else plain)(first, *others)
+
+
+NAMESPACE = "finetune"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+"""The operators as torch knows them. They have no gradients of their own: `projections.py` calls them inside of an
+autograd function."""
+for _name, _arguments, _plain, _kernel, _meta in (
+    (
+        "dropped_inner",
+        "(Tensor x, Tensor keys, Tensor a, int[] salts, int[] ranks, float p) -> Tensor",
+        _inner,
+        cuda.dropped_inner,
+        _empty_inner,
+    ),
+    (
+        "dropped_gradient_of_a",
+        "(Tensor gradient, Tensor x, Tensor keys, int[] salts, int[] ranks, float p) -> Tensor",
+        _gradient_of_a,
+        cuda.dropped_gradient_of_a,
+        _empty_gradient_of_a,
+    ),
+    (
+        "add_dropped_input_gradient",
+        "(Tensor(a!) total, Tensor gradient, Tensor keys, Tensor a, int[] salts, int[] ranks, float p) -> ()",
+        _add_input_gradient,
+        cuda.add_dropped_input_gradient,
+        _nothing,
+    ),
+):
+    _LIBRARY.define(_name + _arguments)
+    for _place, _function in (("CPU", _plain), ("CUDA", _on_cuda(_kernel, _plain)), ("Meta", _meta)):
+        _LIBRARY.impl(_name, _function, _place)

@@ -1,5 +1,5 @@
-"""The three operators of `dropped_product.py` as CUDA kernels, which NVRTC compiles when a training begins. NVRTC is part
-of torch's packages, so no compiler is needed in the image.
+"""The three operators of `dropped_product.py` as CUDA kernels, which NVRTC compiles when a training begins. NVRTC is
+part of torch's packages, so no compiler is needed in the image.
 
 `tests/trainer/test_dropped_product.py` compiles the source with NVRTC for each GPU architecture that the trainer
 supports, and runs the same source on the CPU.
@@ -149,18 +149,13 @@ def source_for(dtype: torch.dtype) -> str:
     return f"#define VALUE {VALUES[dtype]}\n{SOURCE}"
 
 
-def is_used(x: torch.Tensor) -> bool:
-    """Return whether the kernels compute on ``x``, so that plain torch does not have to."""
-    return x.is_cuda and x.dtype in VALUES
-
-
 @cache
 def _kernel(name: str, dtype: torch.dtype, _device: int) -> Any:
     """Return the kernel ``name`` for tensors of ``dtype``. A compiled kernel belongs to one GPU."""
     from torch.utils import cpp_extension
 
     if cpp_extension.CUDA_HOME is None:
-        # `_compile_kernel` asks for the folder of CUDA's headers, which the kernels don't include and images don't have.
+        # `_compile_kernel` wants to know the folder of CUDA's headers. The kernels include none, and images have none.
         cpp_extension.CUDA_HOME = "/usr/local/cuda"
     return torch.cuda._compile_kernel(source_for(dtype), name)
 
@@ -171,8 +166,8 @@ def threshold_of(p: float) -> int:
 
 
 def chunks_of(ranks: Sequence[int]) -> list[int]:
-    """Return (adapter, first row, number of rows) for each chunk of at most RANKS rows, one after the other. A chunk has
-    rows of one adapter only."""
+    """Return (adapter, first row, number of rows) for each chunk of at most RANKS rows, one after the other. A chunk
+    has rows of one adapter only."""
     chunks: list[int] = []
     start = 0
     for adapter, rank in enumerate(ranks):
@@ -207,8 +202,10 @@ def dropped_inner(
     _kernel("dropped_inner", x.dtype, x.device.index)(
         (len(chunks) // 3, -(-tokens // TOKENS), 1),
         (THREADS, 1, 1),
-        [x.contiguous(), keys.contiguous(), a.contiguous(), salt_table, chunk_table, inner]
-        + [tokens, features, rows, threshold_of(p), 1 / (1 - p)],
+        [
+            *(x.contiguous(), keys.contiguous(), a.contiguous(), salt_table, chunk_table, inner),
+            *(tokens, features, rows, threshold_of(p), 1 / (1 - p)),
+        ],
     )
     return inner
 
@@ -230,8 +227,10 @@ def dropped_gradient_of_a(
     _kernel("dropped_gradient_of_a", x.dtype, x.device.index)(
         (-(-features // THREADS), len(chunks) // 3, slices),
         (THREADS, 1, 1),
-        [gradient.contiguous(), x.contiguous(), keys.contiguous(), salt_table, chunk_table, partial]
-        + [tokens, features, rows, threshold_of(p), 1 / (1 - p), per_slice],
+        [
+            *(gradient.contiguous(), x.contiguous(), keys.contiguous(), salt_table, chunk_table, partial),
+            *(tokens, features, rows, threshold_of(p), 1 / (1 - p), per_slice),
+        ],
     )
     return partial.sum(0).to(x.dtype)
 
@@ -252,6 +251,8 @@ def add_dropped_input_gradient(
     _kernel("add_dropped_input_gradient", total.dtype, total.device.index)(
         (-(-features // THREADS), -(-tokens // TOKENS), 1),
         (THREADS, 1, 1),
-        [total, gradient.contiguous(), keys.contiguous(), a.contiguous(), salt_table, bounds]
-        + [tokens, features, len(a), len(ranks), threshold_of(p), 1 / (1 - p)],
+        [
+            *(total, gradient.contiguous(), keys.contiguous(), a.contiguous(), salt_table, bounds),
+            *(tokens, features, len(a), len(ranks), threshold_of(p), 1 / (1 - p)),
+        ],
     )
