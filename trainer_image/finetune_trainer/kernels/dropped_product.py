@@ -34,6 +34,10 @@ class Dropout:
     """The rank of each adapter."""
 
 
+NAMESPACE = "finetune"
+OPERATORS = getattr(torch.ops, NAMESPACE)
+
+
 def dropped_inner(x: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """Return the products (T, R) of the dropped ``x`` (T, I) with the rows of ``a`` (R, I)."""
     product: torch.Tensor = torch.ops.finetune.dropped_inner(
@@ -116,15 +120,14 @@ def _nothing(*_: Any) -> None:
 
 
 def _on_cuda(kernel: Any, plain: Any) -> Any:
-    """Return the function of an operator on CUDA: ``kernel``, or ``plain`` for tensors of a type that the kernels do not
-    take."""
+    """Return the function of an operator on CUDA: ``kernel``, or ``plain`` for tensors of a type that the kernels do
+    not take."""
     return lambda first, *others: (kernel if first.dtype in cuda.VALUES else plain)(first, *others)
 
 
-NAMESPACE = "finetune"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-"""The operators as torch knows them. They have no gradients of their own: `projections.py` calls them inside of an
-autograd function."""
+"""Makes the operators known to torch. They have no gradients, because `projections.py` calls them inside of an autograd
+function."""
 for _name, _arguments, _plain, _kernel, _meta in (
     (
         "dropped_inner",

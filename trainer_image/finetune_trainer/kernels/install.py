@@ -180,7 +180,7 @@ class _Installation:
             return
         down = getattr(module, names[-1])
         last = None
-        if KernelPart.GATED_PROJECTIONS not in self._plain and not self._plain & {KernelPart.PROJECTIONS}:
+        if KernelPart.GATED_PROJECTIONS not in self._plain:
             reason = _why_not(down, replaced=True)
             if not reason and (type(down) is nn.Linear or isinstance(down, AdaptedLinear)):
                 last = SharedInput([down], dropout=KernelPart.DROPOUT not in self._plain)

@@ -82,7 +82,7 @@ def gate_activation(module: nn.Module) -> Activation | None:
     def small(inputs: int, outputs: int) -> nn.Linear:
         layer = nn.Linear(inputs, outputs, bias=False, device="cpu", dtype=torch.float32)
         layer.weight.data = torch.randn((outputs, inputs), generator=generator)
-        return layer
+        return layer.requires_grad_(False)
 
     # Some rows are large, so that a formula with a limit is not taken for one without.
     x = torch.randn((5, 6), generator=generator) * torch.tensor([[0.1], [1.0], [1.0], [20.0], [300.0]])
