@@ -26,32 +26,11 @@ from finetune_trainer.model.adapters import add_adapters
 from tests.trainer.plain_loop import DENSE
 
 VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "permute",
-        "as_strided",
-        "detach",
-        "alias",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "reshape",
-        "unsafe_split",
-        "narrow",
-        "lift_fresh",
-        "_reshape_alias",
-        "set_",
-        "empty",
-        "empty_like",
-    ]
+    {
+        *("view", "_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze", "expand", "as_strided", "set_"),
+        *("t", "transpose", "permute", "slice", "select", "narrow", "split", "unsafe_split", "split_with_sizes"),
+        *("unbind", "detach", "alias", "lift_fresh", "empty", "empty_like"),
+    }
 )
 """Operators without a kernel: they make other views of memory, or only reserve memory."""
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "addmm_", "baddbmm"})
