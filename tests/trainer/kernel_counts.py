@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, mask
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.kernels import rms_norm
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.adapters import add_adapters
 from tests.trainer.plain_loop import DENSE
@@ -82,9 +84,8 @@ def _norm(x: torch.Tensor, _shape: Any, _weight: Any, _epsilon: float) -> tuple[
 
 
 _LIBRARY.impl("attention", _attention, "Meta")
-_ATEN = torch.library.Library("aten", "IMPL")
-# ATen has a kernel for CUDA. On the meta device it would compute the norm by eight operators, as on the CPU.
-_ATEN.impl("_fused_rms_norm", _norm, "Meta")
+_LIBRARY.define("rms_norm(Tensor x, int[] shape, Tensor? weight, float epsilon) -> (Tensor, Tensor)")
+_LIBRARY.impl("rms_norm", _norm, "Meta")
 _LIBRARY.impl("attention_backward", _attention_backward, "Meta")
 
 
@@ -139,14 +140,19 @@ class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types 
 
 
 @contextmanager
-def _without_borders() -> Iterator[None]:
-    """Keep transformers from looking for packed examples in position ids, which needs their values."""
-    find = masking_utils.find_packed_sequence_indices
+def _on_meta() -> Iterator[None]:
+    """Keep transformers from looking for packed examples in position ids, which needs their values, and count the norm
+    of ATen as the one kernel that it is on CUDA. On the meta device ATen computes it by eight operators, as on the
+    CPU."""
+    find, aten = masking_utils.find_packed_sequence_indices, rms_norm.ATEN
     masking_utils.find_packed_sequence_indices = lambda _positions: None
+    rms_norm.ATEN = SimpleNamespace(  # type: ignore[assignment]
+        _fused_rms_norm=torch.ops.counted.rms_norm, _fused_rms_norm_backward=aten._fused_rms_norm_backward
+    )
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = find
+        masking_utils.find_packed_sequence_indices, rms_norm.ATEN = find, aten
 
 
 def count(
@@ -179,7 +185,7 @@ def count(
             kept[storage._cdata] = storage
         return tensor
 
-    with _without_borders():
+    with _on_meta():
         prepare(model)
         objective = Objective(model)
         model.train()
