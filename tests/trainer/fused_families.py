@@ -34,8 +34,8 @@ class Difference:
     loss: float
     """Relative to the loss."""
     gradient: float
-    """The largest difference between two gradients of a parameter, relative to the largest gradient of the
-    parameter."""
+    """The largest difference between the two gradients of a parameter, as the norm of the difference relative to the
+    norm of the gradient."""
     parameter: str
     """The parameter with this difference."""
 
@@ -116,5 +116,5 @@ def _gradients(engine: OneProcess, batch: Batch) -> dict[str, torch.Tensor]:
 def _differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Iterator[tuple[float, str]]:
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
-        largest = float(wanted[name].abs().max())
-        yield (float((gradient - wanted[name]).abs().max()) / largest if largest else float(gradient.abs().max()), name)
+        norm, away = float(wanted[name].norm()), float((gradient - wanted[name]).norm())
+        yield away / norm if norm else away, name

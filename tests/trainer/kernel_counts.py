@@ -124,19 +124,20 @@ class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types 
         if name in VIEWS:
             return result
         self.names[name] += 1
-        read = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
-        written = [value for value in tree_flatten(result)[0] if isinstance(value, torch.Tensor)]
-        if not written:
-            # An operator that changes its first argument in place and returns nothing.
-            written = read[:1]
+        # Where beta is 0, the first argument of `addmm` is not read. The place for a result is written only.
+        first = 1 if name == "addmm" and not (kwargs or {}).get("beta", 1) else 0
+        read, written = _tensors(args[first:]), _tensors(result)
         if name in PRODUCTS:
-            left, right = [value for value in read if value.ndim >= 2][-2:] if name != "mm" else read[:2]
-            flops = 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
-            if flops > self._large:
+            left, right = read[-2:]
+            if 2 * left.shape[-2] * left.shape[-1] * right.shape[-1] > self._large:
                 return result
         if not name.startswith("attention"):
             self.moved += sum(value.numel() * value.element_size() for value in (*read, *written))
         return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def count(
     prepare: Callable[[Any], object],
     dropout: str = "0",
     length: int = 512,
-    batch_size: int = 2,
+    batch_size: int = 8,
     **shape: int,
 ) -> Counts:
     """Return the counts of a micro-batch for a model of Llama-2-7B's shape with ``layers`` layers, in bf16. ``prepare``

@@ -15,7 +15,7 @@ from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.fused_families import batches, compare, engine_of, trained_model
 
 NEAR = 1e-6
-"""Largest relative difference of a loss, and of a gradient relative to the largest gradient of its parameter."""
+"""Largest relative difference of a loss, and of the gradient of a parameter, in its norm."""
 FAST = ("llama-3", "gemma-3", "qwen3", "phi-3", "mixtral", "gpt-neox")
 WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
 """The parts of a model without dropout."""

@@ -15,7 +15,7 @@ from finetune_trainer.loss.kernels import fuse_adapters
 from tests.trainer.kernel_counts import Counts, count_layer
 
 LAYERS = 32
-TOKENS = 2 * 512
+TOKENS = 8 * 512
 
 
 @cache
@@ -53,7 +53,7 @@ def test_a_layer_with_lora_stays_within_its_budgets() -> None:
 
 def test_a_layer_that_is_trained_whole_stays_within_its_budgets() -> None:
     counts = fused(lora=False)
-    assert counts.kernels <= 53, counts.names
+    assert counts.kernels <= 47, counts.names
     assert megabytes_a_token(counts) <= 28.5
     assert kilobytes_kept(counts) <= 110
 
@@ -71,5 +71,4 @@ def test_each_part_saves_kernels_or_memory_and_can_be_left_plain(part: KernelPar
         assert part not in use_fused_kernels(model, plain=[part]).replaced
 
     counts, all_parts = count_layer(lora=True, prepare=prepare), fused(lora=True)
-    assert (counts.kernels, counts.kept) > (all_parts.kernels, all_parts.kept) or counts.kept > all_parts.kept
-    assert counts.moved > all_parts.moved or part is KernelPart.GATED_PROJECTIONS
+    assert counts.kernels > all_parts.kernels or counts.moved > all_parts.moved or counts.kept > all_parts.kept

@@ -245,7 +245,7 @@ def test_outputs_may_be_changed_in_place() -> None:
     x = numbers(3, 5, 16, seed=99)
     query, key, _ = project(x, layers_of(tensors, adapted=(0, 1, 2)), joined=True)
     query.clamp_(min=-0.1)
-    key.clamp_(max=0.1)
-    assert float(key.detach().max()) <= 0.1 < float(query.detach().max())
+    key.clamp_(max=0.125)
+    assert float(key.detach().max()) <= 0.125 < float(query.detach().max())
     (query.sum() + key.sum()).backward()
     assert x.grad is not None

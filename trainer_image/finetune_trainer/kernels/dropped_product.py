@@ -54,11 +54,11 @@ def dropped_gradient_of_a(gradient: torch.Tensor, x: torch.Tensor, dropout: Drop
     return found
 
 
-def dropped_input_gradient(total: torch.Tensor, gradient: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> None:
-    """Add the gradient (T, I) of x to ``total``, where ``gradient`` (T, R) is that of `dropped_inner`."""
-    torch.ops.finetune.add_dropped_input_gradient(
-        total, gradient, dropout.keys, a, dropout.salts, dropout.ranks, dropout.p
-    )
+def dropped_input_gradient(gradient: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Return the gradient (T, I) of x, where ``gradient`` (T, R) is that of `dropped_inner`."""
+    d = dropout
+    found: torch.Tensor = OPERATORS.dropped_input_gradient(gradient, d.keys, a, d.salts, d.ranks, d.p)
+    return found
 
 
 def _adapters(
@@ -102,21 +102,17 @@ def _empty_gradient_of_a(gradient: torch.Tensor, x: torch.Tensor, *_: Any) -> to
     return torch.empty((gradient.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
 
-def _add_input_gradient(
-    total: torch.Tensor,
-    gradient: torch.Tensor,
-    keys: torch.Tensor,
-    a: torch.Tensor,
-    salts: Sequence[int],
-    ranks: Sequence[int],
-    p: float,
-) -> None:
-    for rows, kept in _adapters(keys, salts, ranks, total.shape[1], p):
-        total += (gradient[:, rows] @ a[rows]) * kept * (1 / (1 - p))
+def _input_gradient(
+    gradient: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
+) -> torch.Tensor:
+    found = torch.zeros((len(gradient), a.shape[1]), dtype=a.dtype, device=a.device)
+    for rows, kept in _adapters(keys, salts, ranks, a.shape[1], p):
+        found += (gradient[:, rows] @ a[rows]) * kept * (1 / (1 - p))
+    return found
 
 
-def _nothing(*_: Any) -> None:
-    """Compute nothing: what an operator on the meta device does that returns nothing."""
+def _empty_input_gradient(gradient: torch.Tensor, _keys: torch.Tensor, a: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty((len(gradient), a.shape[1]), dtype=a.dtype, device=a.device)
 
 
 def _on_cuda(kernel: Any, plain: Any) -> Any:
@@ -144,11 +140,11 @@ for _name, _arguments, _plain, _kernel, _meta in (
         _empty_gradient_of_a,
     ),
     (
-        "add_dropped_input_gradient",
-        "(Tensor(a!) total, Tensor gradient, Tensor keys, Tensor a, int[] salts, int[] ranks, float p) -> ()",
-        _add_input_gradient,
-        cuda.add_dropped_input_gradient,
-        _nothing,
+        "dropped_input_gradient",
+        "(Tensor gradient, Tensor keys, Tensor a, int[] salts, int[] ranks, float p) -> Tensor",
+        _input_gradient,
+        cuda.dropped_input_gradient,
+        _empty_input_gradient,
     ),
 ):
     _LIBRARY.define(_name + _arguments)

@@ -117,8 +117,8 @@ extern "C" __global__ void dropped_gradient_of_a(
 }}
 
 // Grid: (features / THREADS, tokens / TOKENS). The rows of adapter g are those from bounds[g] to bounds[g + 1].
-extern "C" __global__ void add_dropped_input_gradient(
-    VALUE* total, const VALUE* gradient, const i64* keys, const VALUE* a, const i64* salts, const int* bounds,
+extern "C" __global__ void dropped_input_gradient(
+    const VALUE* gradient, const i64* keys, const VALUE* a, const i64* salts, const int* bounds, VALUE* found,
     int tokens, int features, int rows, int adapters, int threshold, double scale) {{
   const int i = blockIdx.x * THREADS + threadIdx.x, first = blockIdx.y * TOKENS;
   if (i >= features) return;
@@ -135,11 +135,8 @@ extern "C" __global__ void add_dropped_input_gradient(
     for (int t = 0; t < TOKENS; t++)
       if (first + t < tokens && kept(hash_of(keys[first + t], salts[g]), i, threshold)) sums[t] += products[t];
   }}
-  for (int t = 0; t < TOKENS; t++) {{
-    if (first + t >= tokens) break;
-    VALUE* const place = &total[(i64)(first + t) * features + i];
-    narrow(widen(*place) + sums[t] * (float)scale, place);
-  }}
+  for (int t = 0; t < TOKENS; t++)
+    if (first + t < tokens) narrow(sums[t] * (float)scale, &found[(i64)(first + t) * features + i]);
 }}
 """
 
@@ -235,24 +232,19 @@ def dropped_gradient_of_a(
     return partial.sum(0).to(x.dtype)
 
 
-def add_dropped_input_gradient(
-    total: torch.Tensor,
-    gradient: torch.Tensor,
-    keys: torch.Tensor,
-    a: torch.Tensor,
-    salts: Sequence[int],
-    ranks: Sequence[int],
-    p: float,
-) -> None:
-    """Add the gradient (T, I) of x to the contiguous ``total``, where ``gradient`` (T, R) is that of
-    `dropped_inner`."""
-    tokens, features = total.shape
-    salt_table, bounds = _tables(salts, bounds_of(ranks), total.device)
-    _kernel("add_dropped_input_gradient", total.dtype, total.device.index)(
+def dropped_input_gradient(
+    gradient: torch.Tensor, keys: torch.Tensor, a: torch.Tensor, salts: Sequence[int], ranks: Sequence[int], p: float
+) -> torch.Tensor:
+    """Return the gradient (T, I) of x, where ``gradient`` (T, R) is that of `dropped_inner`."""
+    tokens, (rows, features) = len(gradient), a.shape
+    found = torch.empty((tokens, features), dtype=a.dtype, device=a.device)
+    salt_table, bounds = _tables(salts, bounds_of(ranks), a.device)
+    _kernel("dropped_input_gradient", a.dtype, a.device.index)(
         (-(-features // THREADS), -(-tokens // TOKENS), 1),
         (THREADS, 1, 1),
         [
-            *(total, gradient.contiguous(), keys.contiguous(), a.contiguous(), salt_table, bounds),
-            *(tokens, features, len(a), len(ranks), threshold_of(p), 1 / (1 - p)),
+            *(gradient.contiguous(), keys.contiguous(), a.contiguous(), salt_table, bounds, found),
+            *(tokens, features, rows, len(ranks), threshold_of(p), 1 / (1 - p)),
         ],
     )
+    return found

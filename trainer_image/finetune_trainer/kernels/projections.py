@@ -5,7 +5,8 @@ layer of a gated feed-forward layer goes through `project_gated`, which keeps th
 computes the product again in the backward pass.
 
 The matrices A of a group are multiplied with the input in one product, so that the input is read once. The adapter's
-part of an output or of the input's gradient is added in place, and does not exist as a tensor of its own.
+part of an output, or of the input's gradient, is where the large product then adds its own part, so that it costs no
+pass over memory of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from finetune_trainer.kernels.dropped_product import (
     Dropout,
@@ -154,25 +154,37 @@ def _forward(
     if matrices:
         all_a = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
         inner = flat @ all_a.T if fixed.dropout is None else dropped_inner(flat, all_a, fixed.dropout)
-    outputs = _joined(x, flat, layers[:2]) if fixed.joined else []
-    # The result must not be a view, because some models change it in place.
-    outputs += [functional.linear(flat.view(x.shape), layer.weight, layer.bias) for layer in layers[len(outputs) :]]
-    for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
-        if part is not None and layer.b is not None:
-            output.view(-1, output.shape[-1]).addmm_(part, layer.b.T, alpha=layer.scaling)
-    return outputs, inner, all_a
+    places = _places(x, layers, joined=fixed.joined)
+    for place, layer, part in zip(places, layers, _parts(inner, layers), strict=True):
+        rows = place.view(-1, place.shape[-1])
+        if part is None or layer.b is None:
+            _linear(flat, layer, rows)
+            continue
+        # The small product is written first, and the large product adds to it, so that no kernel only adds.
+        start = layer.bias if layer.bias is not None else rows
+        torch.addmm(start, part, layer.b.T, beta=layer.bias is not None, alpha=layer.scaling, out=rows)
+        rows.addmm_(flat, layer.weight.T)
+    return places, inner, all_a
 
 
-def _joined(x: torch.Tensor, flat: torch.Tensor, layers: Sequence[Projection]) -> list[torch.Tensor]:
-    """Return the outputs of ``layers`` without their adapters, side by side in memory."""
-    sizes = [len(layer.weight) for layer in layers]
-    both = torch.empty((len(flat), sum(sizes)), dtype=x.dtype, device=x.device)
-    for part, layer in zip(both.split(sizes, dim=1), layers, strict=True):
-        if layer.bias is None:
-            torch.mm(flat, layer.weight.T, out=part)
-        else:
-            torch.addmm(layer.bias, flat, layer.weight.T, out=part)
-    return [alias(part) for part in both.view(*x.shape[:-1], -1).split(sizes, dim=-1)]
+def _places(x: torch.Tensor, layers: Sequence[Projection], *, joined: bool) -> list[torch.Tensor]:
+    """Return memory for the outputs of ``layers``. No output is a view, because some models change the outputs in
+    place. With ``joined``, the first two lie side by side."""
+    sizes, shape = [len(layer.weight) for layer in layers], x.shape[:-1]
+
+    def memory(size: int) -> torch.Tensor:
+        return torch.empty((*shape, size), dtype=x.dtype, device=x.device)
+
+    together = [alias(part) for part in memory(sum(sizes[:2])).split(sizes[:2], dim=-1)] if joined else []
+    return [*together, *(memory(size) for size in sizes[len(together) :])]
+
+
+def _linear(flat: torch.Tensor, layer: Projection, rows: torch.Tensor) -> None:
+    """Write the output of ``layer`` without its adapter to ``rows``."""
+    if layer.bias is None:
+        torch.mm(flat, layer.weight.T, out=rows)
+    else:
+        torch.addmm(layer.bias, flat, layer.weight.T, out=rows)
 
 
 def _parts(inner: torch.Tensor | None, layers: Sequence[Projection]) -> list[torch.Tensor | None]:
@@ -197,7 +209,6 @@ def _backward(
     `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted."""
     found: list[torch.Tensor | None] = [None] * len(needed)
     inner_gradient = torch.empty_like(inner) if inner is not None else None
-    x_gradient: torch.Tensor | None = None
     zipped = zip(gradients, layers, _parts(inner, layers), _parts(inner_gradient, layers), strict=True)
     for number, (gradient, layer, part, part_gradient) in enumerate(zipped):
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -211,8 +222,7 @@ def _backward(
             found[weight] = rows.T @ flat
         if needed[bias]:
             found[bias] = rows.sum(0)
-        if needs_x:
-            x_gradient = rows @ layer.weight if x_gradient is None else x_gradient.addmm_(rows, layer.weight)
+    x_gradient = _input_gradient(gradients, layers, inner_gradient, all_a, fixed) if needs_x else None
     if inner_gradient is None or all_a is None:
         return x_gradient, found
     adapted = [number * TENSORS + 2 for number, layer in enumerate(layers) if layer.a is not None]
@@ -224,9 +234,24 @@ def _backward(
         ranks = [len(layer.a) for layer in layers if layer.a is not None]
         for position, part in zip(adapted, a_gradient.split(ranks), strict=True):
             found[position] = part
-    if x_gradient is not None:
-        if fixed.dropout is None:
-            x_gradient.addmm_(inner_gradient, all_a)
-        else:
-            dropped_input_gradient(x_gradient, inner_gradient, all_a, fixed.dropout)
     return x_gradient, found
+
+
+def _input_gradient(
+    gradients: Sequence[torch.Tensor],
+    layers: Sequence[Projection],
+    inner_gradient: torch.Tensor | None,
+    all_a: torch.Tensor | None,
+    fixed: _Fixed,
+) -> torch.Tensor | None:
+    """Return the gradient (tokens, I) of the input. The small product is first, and the large products add to it."""
+    total: torch.Tensor | None = None
+    if inner_gradient is not None and all_a is not None:
+        if fixed.dropout is None:
+            total = inner_gradient @ all_a
+        else:
+            total = dropped_input_gradient(inner_gradient, all_a, fixed.dropout)
+    for gradient, layer in zip(gradients, layers, strict=True):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        total = rows @ layer.weight if total is None else total.addmm_(rows, layer.weight)
+    return total
