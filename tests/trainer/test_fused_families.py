@@ -11,11 +11,18 @@ import torch
 from torch import nn
 
 from finetune_trainer.kernels.install import NOT_UNDER_ZERO_3, KernelPart, KernelReport, use_fused_kernels
+from finetune_trainer.model.packed_attention import note_borders
 from tests.trainer.families import FAMILIES, write_family
-from tests.trainer.fused_families import batches, compare, engine_of, trained_model
+from tests.trainer.fused_families import (
+    NEAR,
+    batches,
+    compare,
+    differences,
+    engine_of,
+    gradients_of,
+    trained_model,
+)
 
-NEAR = 1e-6
-"""Largest relative difference of a loss, and of the gradient of a parameter, in its norm."""
 FAST = ("llama-3", "gemma-3", "qwen3", "phi-3", "mixtral", "gpt-neox")
 WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
 """The parts of a model without dropout."""
@@ -26,7 +33,7 @@ def check(name: str, folder: Path, *, lora: bool, dropout: str = "0") -> KernelR
     assert differences
     for found in differences:
         assert found.loss <= NEAR, found
-        assert found.gradient <= NEAR, found
+        assert found.gradient <= found.allowed, found
     return report
 
 
@@ -71,13 +78,15 @@ def test_the_report_says_what_was_replaced_and_what_was_left(tmp_path: Path) -> 
 @pytest.mark.parametrize("part", list(WHOLE))
 def test_a_part_that_is_switched_off_stays_plain(part: KernelPart, tmp_path: Path) -> None:
     folder = write_family("llama-3", tmp_path / "model")
-    assert WHOLE - {part} == set(use_fused_kernels(trained_model(folder, lora=True), plain=[part]).replaced)
+    with_it = {KernelPart.GATED_PROJECTIONS} if part is KernelPart.GATED_PRODUCTS else set()
+    assert WHOLE - {part} - with_it == set(use_fused_kernels(trained_model(folder, lora=True), plain=[part]).replaced)
 
 
 def test_what_is_scored_and_exported_stays_bit_for_bit_what_transformers_computes(tmp_path: Path) -> None:
     folder = write_family("llama-3", tmp_path / "model")
     plain, model = trained_model(folder, lora=True), trained_model(folder, lora=True)
     use_fused_kernels(model)
+    note_borders(None)
     ids = batches(packed=False).input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
@@ -122,17 +131,15 @@ def test_the_parts_that_are_allowed_under_zero_3_read_no_weights_of_other_module
     report = use_fused_kernels(model, plain=NOT_UNDER_ZERO_3)
     assert set(report.replaced) == WHOLE - NOT_UNDER_ZERO_3
     batch = batches(packed=False)
-    wanted = engine_of(plain, packed=False).loss(batch, full_logits=True)
+    wanted = gradients_of(engine_of(plain, packed=False), batch)
     engine = engine_of(model, packed=False)
     gathering = Gathering(model)
     loss = engine.loss(batch, full_logits=True)
     gathering.gather_all()
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=NEAR)
-    wanted.backward()
     loss.backward()
-    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if other.grad is not None:
-            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
+    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    apart = differences(found, wanted)
+    assert max(apart.values()) <= 2 * NEAR, apart
 
 
 def test_the_other_parts_would_read_weights_of_other_modules(tmp_path: Path) -> None:

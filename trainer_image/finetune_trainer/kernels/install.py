@@ -45,7 +45,8 @@ class KernelPart(StrEnum):
     PROJECTIONS = "Projections"
     """Linear layers with an adapter, and those that read the same tensor."""
     GATED_PROJECTIONS = "GatedProjections"
-    """The last linear layer of a gated feed-forward layer, without its input in memory."""
+    """The last linear layer of a gated feed-forward layer, without its input in memory. It is plain too where
+    GATED_PRODUCTS is."""
     DROPOUT = "Dropout"
     """LoRA's dropout inside of the products with the matrices A."""
 
@@ -161,8 +162,9 @@ class _Installation:
         for group in [*groups, *alone]:
             SharedInput(group, dropout=KernelPart.DROPOUT not in self._plain).install()
             self._replaced[KernelPart.PROJECTIONS] += len(group)
-            if KernelPart.DROPOUT not in self._plain:
-                self._replaced[KernelPart.DROPOUT] += sum(_drops(layer) for layer in group)
+            dropped = sum(_drops(layer) for layer in group)
+            if dropped and KernelPart.DROPOUT not in self._plain:
+                self._replaced[KernelPart.DROPOUT] += dropped
 
     def _count_unfit_adapters(self) -> None:
         for layer in _linear_layers(self._model):

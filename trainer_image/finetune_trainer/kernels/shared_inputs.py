@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune_trainer.model.packed_attention import note_borders
+
 
 def find_shared_inputs(model: nn.Module, layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
     """Return groups of ``layers`` of ``model`` that get the same tensor, one directly after the other. Each group is in
@@ -46,6 +48,8 @@ def find_shared_inputs(model: nn.Module, layers: Iterable[nn.Module]) -> list[li
 def _compute_two_tokens(model: nn.Module) -> None:
     """Call ``model`` as in an evaluation, and leave its modules in the mode in which they were."""
     device = next(model.parameters()).device
+    # The borders of an earlier micro-batch would divide the two tokens.
+    note_borders(None)
     modes = [module.training for module in model.modules()]
     model.eval()
     try:
