@@ -45,8 +45,9 @@ def test_fused_kernels_are_exact(name: str, lora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "Full"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FAST])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*FAST, "bert")])
 def test_fused_kernels_are_exact_in_every_family(name: str, lora: bool, tmp_path: Path) -> None:
+    """BERT is left out, because the trainer refuses it: it reads a text in both directions."""
     check(name, tmp_path / name, lora=lora)
 
 

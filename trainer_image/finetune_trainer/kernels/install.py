@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as AdaptedLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from finetune_trainer.kernels import recognition
@@ -206,9 +207,11 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     inner: set[nn.Module] = set()
     for module in model.modules():
-        if module in inner or not isinstance(module, nn.Linear | AdaptedLinear):
+        if module in inner or not isinstance(module, nn.Linear | LoraLayer):
             continue
-        found.append(module)
+        # peft adapts some weights by wrapping the layer that holds them, and changes the weights while the layer computes.
+        if isinstance(module, nn.Linear | AdaptedLinear):
+            found.append(module)
         inner.update(module.modules())
     return found
 
@@ -246,7 +249,7 @@ def _computes_gradients(module: nn.Module) -> bool:
 
 def _norm(module: nn.Module, own: Any, epsilon: float, form: Form, x: torch.Tensor, **options: Any) -> torch.Tensor:
     """The forward function of a norm; ``own`` is that of its class."""
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight", None) if form is not Form.BARE else None
     if options or not _computes_gradients(module) or (weight is not None and weight.dtype != x.dtype):
         result: torch.Tensor = own(x, **options)
         return result
