@@ -209,7 +209,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if module in inner or not isinstance(module, nn.Linear | LoraLayer):
             continue
-        # peft adapts some weights by wrapping the layer that holds them, and changes the weights while the layer computes.
+        # peft adapts some weights by wrapping their layer, and changes the weights while the layer computes.
         if isinstance(module, nn.Linear | AdaptedLinear):
             found.append(module)
         inner.update(module.modules())
