@@ -147,7 +147,7 @@ def _on_meta() -> Iterator[None]:
     CPU."""
     find, aten = masking_utils.find_packed_sequence_indices, rms_norm.ATEN
     masking_utils.find_packed_sequence_indices = lambda _positions: None
-    rms_norm.ATEN = SimpleNamespace(  # type: ignore[assignment]
+    rms_norm.ATEN = SimpleNamespace(
         _fused_rms_norm=torch.ops.counted.rms_norm, _fused_rms_norm_backward=aten._fused_rms_norm_backward
     )
     try:

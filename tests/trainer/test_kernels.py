@@ -154,7 +154,9 @@ def layers_of(tensors: Sequence[torch.Tensor], *, adapted: Sequence[int]) -> lis
     for number in range(len(tensors) // 4):
         weight, bias, a, b = tensors[4 * number : 4 * number + 4]
         has = number in adapted
-        layers.append(Projection(weight, bias if number else None, *((a, b) if has else ()), scaling=1.5 - number))
+        layers.append(
+            Projection(weight, bias if number else None, a if has else None, b if has else None, 1.5 - number)
+        )
     return layers
 
 

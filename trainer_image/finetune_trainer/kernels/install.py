@@ -244,7 +244,7 @@ def _drops(layer: nn.Module) -> bool:
 
 
 def _computes_gradients(module: nn.Module) -> bool:
-    return module.training and torch.is_grad_enabled()
+    return module.training and bool(torch.is_grad_enabled())
 
 
 def _norm(module: nn.Module, own: Any, epsilon: float, form: Form, x: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -372,7 +372,7 @@ class SharedInput:
 def _projection(layer: nn.Module) -> Projection | None:
     """Return the tensors of the linear layer ``layer``, None where its adapter is merged or switched off."""
     if not isinstance(layer, AdaptedLinear):
-        return Projection(layer.weight, layer.bias)  # type: ignore[arg-type]  # a linear layer has tensors there
+        return Projection(layer.weight, layer.bias)
     if layer.disable_adapters or layer.merged:
         return None
     base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

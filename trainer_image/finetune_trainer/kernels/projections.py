@@ -85,8 +85,12 @@ def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
 
 def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Projection]:
     """Return the projections that `_tensors` took apart."""
-    parts = [tensors[first : first + TENSORS] for first in range(0, len(tensors), TENSORS)]
-    return [Projection(*part, scaling) for part, scaling in zip(parts, fixed.scalings, strict=True)]  # type: ignore[misc, arg-type]
+    layers = []
+    for number, scaling in enumerate(fixed.scalings):
+        weight, bias, a, b = tensors[number * TENSORS : (number + 1) * TENSORS]
+        assert weight is not None
+        layers.append(Projection(weight, bias, a, b, scaling))
+    return layers
 
 
 class _Projections(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
