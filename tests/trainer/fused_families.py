@@ -22,6 +22,8 @@ from tests.trainer.test_objective import OneProcess
 
 NEAR = 1e-6
 """Largest relative difference of a loss, and of the gradient of a parameter, in its norm."""
+CHANGES = 4
+"""Number of random changes of the weights of which `sensitivity` takes the largest effect."""
 LENGTHS = (11, 6, 9)
 """The lengths of the examples. Some are longer than the windows of the tiny models, which have 8 tokens."""
 
@@ -120,12 +122,16 @@ def sensitivity(plain: Any, batch: Batch, wanted: dict[str, torch.Tensor]) -> fl
     multiplies the rounding of its first operations as it multiplies this change.
     """
     generator = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-            parameter.mul_(1 + signs * 2**-23)
-    packed = batch.position_ids is not None
-    return max(differences(gradients_of(engine_of(plain, packed=packed), batch), wanted).values())
+    engine = engine_of(plain, packed=batch.position_ids is not None)
+    weights = [parameter.detach().clone() for parameter in plain.parameters()]
+    moved = 0.0
+    for _ in range(CHANGES):
+        with torch.no_grad():
+            for parameter, weight in zip(plain.parameters(), weights, strict=True):
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.copy_(weight * (1 + signs * 2**-23))
+        moved = max(moved, *differences(gradients_of(engine, batch), wanted).values())
+    return moved
 
 
 def gradients_of(engine: OneProcess, batch: Batch) -> dict[str, torch.Tensor]:

@@ -23,6 +23,9 @@ from tests.trainer.fused_families import (
     trained_model,
 )
 
+LEFT_OUT = ("bert", "phi-moe")
+"""BERT is refused by the trainer, because it reads a text in both directions. The router of Phi-MoE draws random noise
+in training, so that the plain model differs from itself."""
 FAST = ("llama-3", "gemma-3", "qwen3", "phi-3", "mixtral", "gpt-neox")
 WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
 """The parts of a model without dropout."""
@@ -45,9 +48,8 @@ def test_fused_kernels_are_exact(name: str, lora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "Full"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*FAST, "bert")])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*FAST, *LEFT_OUT)])
 def test_fused_kernels_are_exact_in_every_family(name: str, lora: bool, tmp_path: Path) -> None:
-    """BERT is left out, because the trainer refuses it: it reads a text in both directions."""
     check(name, tmp_path / name, lora=lora)
 
 

@@ -120,7 +120,7 @@ def turns_halves(rotate: Callable[..., Any]) -> bool:
         wanted = [plain_rotation(x, cosine.unsqueeze(1), sine.unsqueeze(1)) for x in (query, key)]
         try:
             found = rotate(query, key, cosine, sine)
-        except (TypeError, RuntimeError, ValueError, IndexError):
+        except (TypeError, RuntimeError, ValueError, LookupError):
             # Many functions turn all features, and can't compute with cosines of fewer features.
             continue
         both = isinstance(found, tuple) and len(found) == 2
@@ -133,7 +133,7 @@ def _computes(module: nn.Module, inputs: list[torch.Tensor], wanted: torch.Tenso
     with torch.no_grad():
         try:
             found = type(module).forward(module, *inputs)
-        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError):
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError):
             # The code expects something else than a module with this formula does.
             return False
     return _near(found, wanted)
