@@ -37,6 +37,16 @@ class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types her
         self._salt = int.from_bytes(digest, "big", signed=True)
         self._keys = keys
 
+    @property
+    def keys(self) -> DropoutKeys:
+        """The keys of the tokens that `forward` gets."""
+        return self._keys
+
+    @property
+    def salt(self) -> int:
+        """A number that differs between layers. `forward` combines it with each key by exclusive or."""
+        return self._salt
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """In training, return ``x`` (..., F) with dropped features set to zero and the others divided by 1 - p. In
         evaluation mode return ``x`` unchanged."""

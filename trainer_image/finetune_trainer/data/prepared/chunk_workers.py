@@ -14,7 +14,6 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -22,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -238,15 +238,15 @@ def _end_with(parent: int) -> None:
 
 
 def _answer(work: Callable[[Any], Any], argument: Any) -> bytes:
-    """Return what the first process gets, pickled: the kind of the answer, and its value."""
+    """Return what the first process gets, in the form of `Connection.send`: the kind of the answer, and its value."""
     kind, value = _worked(work, argument)
     try:
-        return pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL)
+        return bytes(ForkingPickler.dumps((kind, value)))
     except MemoryError:
-        return pickle.dumps((_Kind.MEMORY, None))
-    except Exception:  # noqa: BLE001  (a value can make pickle raise anything)
+        return bytes(ForkingPickler.dumps((_Kind.MEMORY, None)))
+    except Exception:  # noqa: BLE001  (a value can make multiprocessing raise anything)
         traceback.print_exc()
-        return pickle.dumps((_Kind.FAILED, "its result can't be sent"))
+        return bytes(ForkingPickler.dumps((_Kind.FAILED, "its result can't be sent")))
 
 
 def _worked(work: Callable[[Any], Any], argument: Any) -> tuple[_Kind, Any]:

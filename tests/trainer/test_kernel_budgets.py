@@ -1,0 +1,74 @@
+"""What a layer of Llama-2-7B's shape asks of a GPU stays within budgets, counted on the meta device.
+
+docs/kernels.md has the counts. A lower budget is set where the code became better; a budget is never raised.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from finetune_trainer.kernels.install import KernelPart, use_fused_kernels
+from finetune_trainer.loss.kernels import fuse_adapters
+from tests.trainer.kernel_counts import Counts, count_layer
+
+LAYERS = 32
+TOKENS = 8 * 512
+
+
+@cache
+def fused(*, lora: bool, dropout: str = "0") -> Counts:
+    return count_layer(lora=lora, dropout=dropout, prepare=use_fused_kernels)
+
+
+def megabytes_a_token(counts: Counts) -> float:
+    """Return the bytes that the kernels of all layers move for a token, in MB."""
+    return LAYERS * counts.moved / TOKENS / 1e6
+
+
+def kilobytes_kept(counts: Counts) -> float:
+    """Return the bytes that a layer keeps for a token, in KB."""
+    return counts.kept / TOKENS / 1e3
+
+
+def test_the_plain_code_is_counted_right() -> None:
+    """The numbers are those of transformers' and peft's code, counted by hand once."""
+    lora = count_layer(lora=True, prepare=fuse_adapters)
+    full = count_layer(lora=False, prepare=lambda _model: None)
+    assert (lora.kernels, full.kernels) == (154, 109)
+    assert megabytes_a_token(lora) == pytest.approx(81.6, abs=0.1)
+    assert megabytes_a_token(full) == pytest.approx(63.6, abs=0.1)
+    assert kilobytes_kept(lora) == pytest.approx(170.1, abs=0.2)
+    assert kilobytes_kept(full) == pytest.approx(186.4, abs=0.2)
+
+
+def test_a_layer_with_lora_stays_within_its_budgets() -> None:
+    counts = fused(lora=True)
+    assert counts.kernels <= 75, counts.names
+    assert megabytes_a_token(counts) <= 37.5
+    assert kilobytes_kept(counts) <= 110
+
+
+def test_a_layer_that_is_trained_whole_stays_within_its_budgets() -> None:
+    counts = fused(lora=False)
+    assert counts.kernels <= 47, counts.names
+    assert megabytes_a_token(counts) <= 25
+    assert kilobytes_kept(counts) <= 110
+
+
+def test_dropout_costs_no_more_than_15_percent_of_the_traffic() -> None:
+    plain, dropped = fused(lora=True), fused(lora=True, dropout="0.05")
+    assert dropped.names["dropped_inner"] == 4, "the layer computes without dropout"
+    assert dropped.moved <= 1.15 * plain.moved
+    assert kilobytes_kept(dropped) <= 110
+
+
+@pytest.mark.parametrize("part", [part for part in KernelPart if part is not KernelPart.DROPOUT])
+def test_each_part_saves_kernels_or_memory_and_can_be_left_plain(part: KernelPart) -> None:
+    def prepare(model: Any) -> None:
+        assert part not in use_fused_kernels(model, plain=[part]).replaced
+
+    counts, all_parts = count_layer(lora=True, prepare=prepare), fused(lora=True)
+    assert counts.kernels > all_parts.kernels or counts.moved > all_parts.moved or counts.kept > all_parts.kept

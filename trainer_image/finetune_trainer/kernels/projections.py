@@ -1,0 +1,261 @@
+"""Linear layers that read the same input, with or without LoRA adapters, as one autograd function.
+
+`install.py` groups the layers, for example those of queries, keys and values, and calls `project`. The last linear
+layer of a gated feed-forward layer goes through `project_gated`, which keeps the two inputs of the gated product and
+computes the product again in the backward pass.
+
+The matrices A of a group are multiplied with the input in one product, so that the input is read once. The adapter's
+part of an output, or of the input's gradient, is where the large product then adds its own part, so that it costs no
+pass over memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from finetune_trainer.kernels.dropped_product import (
+    Dropout,
+    dropped_gradient_of_a,
+    dropped_inner,
+    dropped_input_gradient,
+)
+from finetune_trainer.kernels.gated_product import Activation, activate, gated_product_backward
+from finetune_trainer.kernels.rotary import alias
+
+
+class Projection(NamedTuple):
+    """A linear layer x W^T + bias + scaling (dropout(x) A^T) B^T."""
+
+    weight: torch.Tensor
+    """W, of shape (O, I)."""
+    bias: torch.Tensor | None = None
+    """Shape (O,)."""
+    a: torch.Tensor | None = None
+    """A, of shape (r, I). None for a layer without an adapter."""
+    b: torch.Tensor | None = None
+    """B, of shape (O, r)."""
+    scaling: float = 1.0
+
+
+TENSORS = 4
+"""Number of tensors in a projection. `torch.autograd.Function` takes tensors as single arguments only."""
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What the functions need beside tensors."""
+
+    scalings: tuple[float, ...]
+    dropout: Dropout | None
+    joined: bool = False
+
+
+def project(
+    x: torch.Tensor, layers: Sequence[Projection], dropout: Dropout | None = None, *, joined: bool = False
+) -> list[torch.Tensor]:
+    """Return the outputs (..., O) of ``layers`` for ``x`` (..., I). ``dropout`` acts between x and the matrices A.
+
+    With ``joined``, the first two outputs of a token lie side by side in memory, as `rotary.py` likes queries and keys.
+    """
+    fixed = _Fixed(tuple(layer.scaling for layer in layers), dropout, joined and len(layers) > 1)
+    return list(_Projections.apply(x, fixed, *_tensors(layers)))
+
+
+def project_gated(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    layer: Projection,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Return the output of ``layer`` for activation(``gate``) * ``up``, all of the shape (..., I)."""
+    output: torch.Tensor = _GatedProjection.apply(
+        gate, up, activation, _Fixed((layer.scaling,), dropout), *_tensors([layer])
+    )
+    return output
+
+
+def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
+    return [tensor for layer in layers for tensor in layer[:TENSORS]]
+
+
+def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Projection]:
+    """Return the projections that `_tensors` took apart."""
+    layers = []
+    for number, scaling in enumerate(fixed.scalings):
+        weight, bias, a, b = tensors[number * TENSORS : (number + 1) * TENSORS]
+        assert weight is not None
+        layers.append(Projection(weight, bias, a, b, scaling))
+    return layers
+
+
+class _Projections(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fixed: _Fixed, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        layers = _layers(tensors, fixed)
+        outputs, inner, all_a = _forward(x, layers, fixed)
+        ctx.save_for_backward(x, inner, all_a, *tensors)
+        ctx.fixed = fixed
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, inner, all_a, *tensors = ctx.saved_tensors
+        layers = _layers(tensors, ctx.fixed)
+        flat = x.reshape(-1, x.shape[-1])
+        x_gradient, found = _backward(
+            gradients, flat, layers, inner, all_a, ctx.fixed, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        )
+        return x_gradient.view(x.shape) if x_gradient is not None else None, None, *found
+
+
+class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: Activation,
+        fixed: _Fixed,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        product = activate(gate, activation).mul_(up)
+        (output,), inner, all_a = _forward(product, _layers(tensors, fixed), fixed)
+        ctx.save_for_backward(gate, up, inner, all_a, *tensors)
+        ctx.activation, ctx.fixed = activation, fixed
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, inner, all_a, *tensors = ctx.saved_tensors
+        layers, wanted = _layers(tensors, ctx.fixed), ctx.needs_input_grad
+        active = activate(gate, ctx.activation)
+        # Only the gradients of the weight W and of the matrix A need the product.
+        product = active * up if wanted[4] or wanted[6] else active
+        flat = product.reshape(-1, product.shape[-1])
+        needs_product = wanted[0] or wanted[1]
+        product_gradient, found = _backward(
+            (gradient,), flat, layers, inner, all_a, ctx.fixed, needs_product, wanted[4:]
+        )
+        if product_gradient is None:
+            return None, None, None, None, *found
+        parts = gated_product_backward(product_gradient.view(gate.shape), gate, up, active, ctx.activation)
+        return *parts, None, None, *found
+
+
+def _forward(
+    x: torch.Tensor, layers: Sequence[Projection], fixed: _Fixed
+) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """Return the outputs of ``layers``, the products of ``x`` with all matrices A (tokens, sum of ranks), and these
+    matrices (sum of ranks, I). The last two are None where no layer has an adapter."""
+    flat = x.reshape(-1, x.shape[-1])
+    matrices = [layer.a for layer in layers if layer.a is not None]
+    inner = all_a = None
+    if matrices:
+        all_a = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        inner = flat @ all_a.T if fixed.dropout is None else dropped_inner(flat, all_a, fixed.dropout)
+    places = _places(x, layers, joined=fixed.joined)
+    for place, layer, part in zip(places, layers, _parts(inner, layers), strict=True):
+        rows = place.view(-1, place.shape[-1])
+        if part is None or layer.b is None:
+            _linear(flat, layer, rows)
+            continue
+        # The small product is written first, and the large product adds to it, so that no kernel only adds.
+        start = layer.bias if layer.bias is not None else rows
+        torch.addmm(start, part, layer.b.T, beta=layer.bias is not None, alpha=layer.scaling, out=rows)
+        rows.addmm_(flat, layer.weight.T)
+    return places, inner, all_a
+
+
+def _places(x: torch.Tensor, layers: Sequence[Projection], *, joined: bool) -> list[torch.Tensor]:
+    """Return memory for the outputs of ``layers``. No output is a view, because some models change the outputs in
+    place. With ``joined``, the first two lie side by side."""
+    sizes, shape = [len(layer.weight) for layer in layers], x.shape[:-1]
+
+    def memory(size: int) -> torch.Tensor:
+        return torch.empty((*shape, size), dtype=x.dtype, device=x.device)
+
+    together = [alias(part) for part in memory(sum(sizes[:2])).split(sizes[:2], dim=-1)] if joined else []
+    return [*together, *(memory(size) for size in sizes[len(together) :])]
+
+
+def _linear(flat: torch.Tensor, layer: Projection, rows: torch.Tensor) -> None:
+    """Write the output of ``layer`` without its adapter to ``rows``."""
+    if layer.bias is None:
+        torch.mm(flat, layer.weight.T, out=rows)
+    else:
+        torch.addmm(layer.bias, flat, layer.weight.T, out=rows)
+
+
+def _parts(inner: torch.Tensor | None, layers: Sequence[Projection]) -> list[torch.Tensor | None]:
+    """Return for each layer its columns of ``inner``, None for a layer without an adapter."""
+    if inner is None:
+        return [None for _ in layers]
+    parts = iter(inner.split([len(layer.a) for layer in layers if layer.a is not None], dim=1))
+    return [next(parts) if layer.a is not None else None for layer in layers]
+
+
+def _backward(
+    gradients: Sequence[torch.Tensor],
+    flat: torch.Tensor,
+    layers: Sequence[Projection],
+    inner: torch.Tensor | None,
+    all_a: torch.Tensor | None,
+    fixed: _Fixed,
+    needs_x: bool,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Return the gradient (tokens, I) of the input ``flat``, and those of the tensors of ``layers`` in the order of
+    `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted."""
+    found: list[torch.Tensor | None] = [None] * len(needed)
+    inner_gradient = torch.empty_like(inner) if inner is not None else None
+    zipped = zip(gradients, layers, _parts(inner, layers), _parts(inner_gradient, layers), strict=True)
+    for number, (gradient, layer, part, part_gradient) in enumerate(zipped):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        weight, bias, _, b = range(number * TENSORS, (number + 1) * TENSORS)
+        if part is not None and part_gradient is not None and layer.b is not None:
+            # With beta=0 the first argument has no effect.
+            torch.addmm(part_gradient, rows, layer.b, beta=0, alpha=layer.scaling, out=part_gradient)
+            if needed[b]:
+                found[b] = torch.addmm(layer.b, rows.T, part, beta=0, alpha=layer.scaling)
+        if needed[weight]:
+            found[weight] = rows.T @ flat
+        if needed[bias]:
+            found[bias] = rows.sum(0)
+    x_gradient = _input_gradient(gradients, layers, inner_gradient, all_a, fixed) if needs_x else None
+    if inner_gradient is None or all_a is None:
+        return x_gradient, found
+    adapted = [number * TENSORS + 2 for number, layer in enumerate(layers) if layer.a is not None]
+    if any(needed[position] for position in adapted):
+        if fixed.dropout is None:
+            a_gradient = inner_gradient.T @ flat
+        else:
+            a_gradient = dropped_gradient_of_a(inner_gradient, flat, fixed.dropout)
+        ranks = [len(layer.a) for layer in layers if layer.a is not None]
+        for position, part in zip(adapted, a_gradient.split(ranks), strict=True):
+            found[position] = part
+    return x_gradient, found
+
+
+def _input_gradient(
+    gradients: Sequence[torch.Tensor],
+    layers: Sequence[Projection],
+    inner_gradient: torch.Tensor | None,
+    all_a: torch.Tensor | None,
+    fixed: _Fixed,
+) -> torch.Tensor | None:
+    """Return the gradient (tokens, I) of the input. The small product is first, and the large products add to it."""
+    total: torch.Tensor | None = None
+    if inner_gradient is not None and all_a is not None:
+        if fixed.dropout is None:
+            total = inner_gradient @ all_a
+        else:
+            total = dropped_input_gradient(inner_gradient, all_a, fixed.dropout)
+    for gradient, layer in zip(gradients, layers, strict=True):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        total = rows @ layer.weight if total is None else total.addmm_(rows, layer.weight)
+    return total

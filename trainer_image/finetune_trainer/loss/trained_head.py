@@ -1,0 +1,87 @@
+"""The loss of an output head that is trained, with its gradients computed in the forward pass.
+
+`frozen_head_loss` in `kernels.py` is the same for a frozen head. Without this function, the logits of each chunk of
+positions are computed again in the backward pass (`head.py`), which is a third of the head's work. The price is the
+memory of the weight's gradient between the forward and the backward pass: as many bytes as the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from finetune_trainer.data.batches import IGNORED
+
+
+def trained_head_loss(
+    hidden: torch.Tensor,
+    head: nn.Linear,
+    targets: torch.Tensor,
+    *,
+    excluded: torch.Tensor | None,
+    chunk_rows: int,
+) -> torch.Tensor:
+    """Return the summed negative log-likelihood, a scalar in nats and fp32, of ``targets`` (N,) given ``hidden`` (N, H)
+    and a linear ``head``.
+
+    The tokens ``excluded`` get no probability. ``chunk_rows`` positions are computed at a time. Gradients flow to
+    ``hidden``, and to weight and bias of ``head`` as far as they are trained. They can be computed once: a second
+    backward pass through the result raises RuntimeError.
+    """
+    loss: torch.Tensor = _TrainedHeadLoss.apply(hidden, head.weight, head.bias, targets, excluded, chunk_rows)
+    return loss
+
+
+class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """Computes the loss that `trained_head_loss` returns, and its gradients. With d = softmax(W h + b) - onehot(t), the
+    gradient of -log softmax(W h + b)[t] with regard to h is W^T d, with regard to W it is d h^T, and with regard to b
+    it is d."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        excluded: torch.Tensor | None,
+        chunk_rows: int,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wanted = ctx.needs_input_grad
+        of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        of_weight = torch.zeros_like(weight) if wanted[1] else None
+        of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+        for start in range(0, len(hidden), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            if excluded is not None:
+                logits.index_fill_(1, excluded, float("-inf"))
+            is_supervised = (targets[part] != IGNORED).unsqueeze(1)
+            target = targets[part].clamp(min=0).unsqueeze(1)
+            values = logits.log_softmax(-1)
+            total -= (values.gather(1, target) * is_supervised).sum()
+            values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
+            difference = values.mul_(is_supervised).to(weight.dtype)
+            if of_hidden is not None:
+                torch.mm(difference, weight, out=of_hidden[part])
+            if of_weight is not None:
+                of_weight.addmm_(difference.T, hidden[part])
+            if of_bias is not None:
+                of_bias += difference.sum(0)
+        ctx.gradients = of_hidden, of_weight, of_bias
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a trained head can be computed once only")
+        # In place, because a second tensor of the weight's size would be the largest of the step.
+        gradients = [
+            gradient.mul_(factor.to(gradient.dtype)) if gradient is not None else None for gradient in ctx.gradients
+        ]
+        ctx.gradients = None
+        return *gradients, None, None, None
