@@ -159,7 +159,7 @@ def card_configs(card: str) -> Mapping[str, CardConfig]:
     matter that can be read."""
     import yaml
 
-    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.removeprefix("\ufeff"), re.DOTALL)
+    matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|\Z)", card.removeprefix("\ufeff"), re.DOTALL)
     try:
         fields = yaml.safe_load(matter[1]) if matter else None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
@@ -260,7 +260,7 @@ def _names_split(file: str, split: str) -> bool:
     """Return whether the file's name or its folder's name contains the split's name as a word. For example,
     `main/train-00000-of-00001.parquet` belongs to the split `train`."""
     parts = PurePosixPath(file).parts[-2:]
-    return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
+    return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}(\Z|[-._ 0-9])", part) for part in parts)
 
 
 def _chosen(configs: Mapping[str, CardConfig], subset: str | None, field: str) -> CardConfig:

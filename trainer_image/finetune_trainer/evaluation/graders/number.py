@@ -42,7 +42,7 @@ _SPACE = r"[^\S\n]*+"
 """White space and removed markup on one line. The quantifier never gives characters back, so that the search takes only
 time in proportion to the length of the text."""
 _CURRENCY = (
-    r"(?:(?:US|CA|AU|NZ|HK|[AC])?\\?[$€£¥₹₩₽]"
+    r"(?:(?:US|CA|AU|NZ|HK|SG|NT|MX|[ACRS])?\\?[$£¥฿\u20a0-\u20c0]"
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|NZD|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
 )
 _DIGITS = (
@@ -71,7 +71,7 @@ _SCIENTIFIC = re.compile(
 """A number with a power of ten behind it, such as `1e-07`, `2.4 × 10^5` or `2.4 × 10⁵`."""
 _BEFORE = re.compile(r"[^\S\n]*+(?:[*_\"'“”‘’=:][^\S\n]*+)*+")
 """Text that may come before the number of a statement: markup, quotes, `=` and `:`."""
-_LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?$")
+_LEAD = re.compile(rf"(?:(?:[-+]|\b(?:[Mm]inus|[Nn]egative)\b){_SPACE})?(?:{_CURRENCY}{_SPACE})?[-+]?\.?\Z")
 """The part of a number before its first digit, such as a sign. It is looked for at the end of the text before that
 digit."""
 _SCALE = re.compile(
@@ -87,7 +87,7 @@ metres."""
 _AMOUNT_SCALE = re.compile("[ ]?(?:(?P<m>[mM])|(?P<b>[bB]))(?![A-Za-z])")
 """Letters that mean millions and billions behind an amount of money."""
 _END = re.compile(
-    rf"\n|[.!?;](?:[\s*_\"'”’]|$)|[(\[](?!(?:and|or)\b)|="
+    rf"\n|[.!?;](?:[\s*_\"'”’]|\Z)|[(\[](?!(?:and|or)\b)|="
     rf"|,(?!{_SPACE}(?:(?:and|or|to)\b)?{_SPACE}[-+]?{_SPACE}{_CURRENCY}?{_SPACE}\.?[0-9])"
 )
 """The end of a statement: the end of the line or of the sentence, `=`, or the beginning of a remark in parentheses or
@@ -102,12 +102,23 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 """A further number in words, such as the `and a half` of `2 and a half`."""
+_PARTS = re.compile(
+    rf"{_SPACE}-?{_SPACE}(?:(?:ten|hundred){_SPACE}-?{_SPACE})?(?:thi|four|fif|six|seven|eigh|nin|ten|eleven|twelf"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie"
+    rf"|hundred|thousand|million|billion|trillion)(?:th|(?<=thi)rd)(?:s(?![A-Za-z])|(?={_SPACE}(?:of\b|[.,;!?\n]|\Z)))",
+    re.IGNORECASE,
+)
+"""A word that makes the number before it a fraction, such as the last word of `3 thousandths`. The singular counts only
+where no noun follows, because the number of `12 sixth graders` is 12. Halves and quarters are not here, because they
+may be things that are counted, such as coins."""
+_LINE_BREAK = re.compile("\r\n?|[\x85\u2028\u2029]")
+"""Line breaks that are not `\\n`."""
 _ANY_DIGIT = re.compile("[0-9]")
 _OPERATOR = re.compile(
-    r"(?:[√∛∜±∓^/÷×]|(?:\\|\b)(?:sqrt|log|ln|lg|exp|sin|cos|tan)[({]?|\\(?:pm|mp|times|div|cdot|[dt]?frac|binom))\s*$"
+    r"(?:[√∛∜±∓^/÷×]|(?:\\|\b)(?:sqrt|log|ln|lg|exp|sin|cos|tan)[({]?|\\(?:pm|mp|times|div|cdot|[dt]?frac|binom))\s*\Z"
 )
 """An operator that changes the value of the number behind it, such as the sign of a root."""
-_DASH = re.compile(rf"(?P<word>[^\W\d_]+)\s+-\s+(?P<behind>(?:{_CURRENCY}{_SPACE})?\.?)$")
+_DASH = re.compile(rf"(?P<word>[^\W\d_]+)\s+-\s+(?P<behind>(?:{_CURRENCY}{_SPACE})?\.?)\Z")
 """A word, a dash between white space, and the text between the dash and the first digit behind it."""
 _BEFORE_MINUS = frozenset({"is", "are", "was", "be", "equals", "equal", "about", "of", "to"})
 """Words behind which a dash is a minus: `it is - 5`."""
@@ -118,7 +129,7 @@ def plain(text: str, *, any_script: bool = False) -> str:
     digits of all scripts become ASCII digits."""
     if any_script:
         text = _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.decimal(found[0])), text.translate(_FORMS))
-    text = text.translate(_MINUS).replace("{,}", ",")
+    text = _LINE_BREAK.sub("\n", text).translate(_MINUS).replace("{,}", ",")
     return _MARKUP.sub(_GAP, _THIN_SPACE.sub("\u2009", text))
 
 
@@ -148,6 +159,8 @@ def read_statement(text: str, *, scientific: bool = False) -> Decimal | None:
         factor *= _FACTORS[scale.lastgroup or "k"]
         end = scale.end()
         scales = [_SCALE]
+    if _PARTS.match(text, end):
+        return None
     ended = _END.search(text, end)
     rest = text[end : ended.start() if ended else len(text)].replace("^" + _GAP, "^")
     if _FURTHER.search(rest) or _WORDS.search(rest):
