@@ -344,7 +344,8 @@ LINES = (
     Line(
         TRL,
         "`tool_calls[].function.arguments` as an object",
-        "As JSON text.",
+        "As JSON text. In a `.parquet` file, keys of these objects that are null are left out, also in nested objects,"
+        " because parquet gives all rows the same keys. Elsewhere null stays, also in JSON text in a `.parquet` file.",
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "area", "arguments": {"side": 3}}]}]},
         learned=[CALLED],
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +27,12 @@ def parquet_rows(
     """Yield the rows of a parquet file of ``size`` bytes, with ``is_head`` only those of its first row group. If the
     file has any of ``columns``, only these columns are decoded. Otherwise, or if ``columns`` is None, all columns are.
 
-    A value that Python can't hold, such as a time with nanoseconds, is a problem of its row. Raises FileProblem if the
-    schema has a column twice or if the rows expand to too much, and whatever pyarrow raises for a damaged file.
+    A float16 or float32 becomes the number with the shortest decimal text that stands for the same value of that type:
+    0.1, and not 0.10000000149011612. In the arguments of a tool call, keys of structs that are null are left out (see
+    `_conversion`). A value that Python can't hold, such as a time with nanoseconds, is a problem of its row.
+
+    Raises FileProblem if the schema has a column twice or if the rows expand to too much, and whatever pyarrow raises
+    for a damaged file.
     """
     from pyarrow import parquet
 
@@ -81,6 +85,9 @@ def _batch_rows(metadata: Any) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
 
+_Conversion = Callable[[Any], Any]
+
+
 class _Unreadable:
     """Takes the place of a value that Python can't hold."""
 
@@ -103,22 +110,81 @@ def _rows_of(batch: Any, names: Sequence[str]) -> Iterator[Sequence[Any]]:
 
 def _values(column: Any) -> Sequence[Any]:
     """Return the values of a column as Python objects."""
+    convert = _conversion(column.type) or _as_it_is
     try:
         values: Sequence[Any] = column.to_pylist()
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  (pyarrow raises whatever the conversion of one value makes it raise)
-        return [_value(column[index]) for index in range(len(column))]
-    return values
+        return [_value(column[index], convert) for index in range(len(column))]
+    return values if convert is _as_it_is else [convert(value) for value in values]
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: Any, convert: _Conversion) -> Any:
     try:
-        return scalar.as_py()
+        return convert(scalar.as_py())
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (as in `_values`)
         return _Unreadable(first_line(error))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _conversion(kind: Any, *, in_arguments: bool = False) -> _Conversion | None:
+    """Return the function that completes the conversion of a value of the Arrow type ``kind`` from pyarrow's Python
+    object, or None if nothing is left to do.
+
+    pyarrow widens float16 and float32 to float64, which shows digits that nobody wrote. With ``in_arguments``, keys of
+    structs that are null are left out: all rows of a parquet file have the same keys, so the file cannot tell an
+    argument that the call lacks from an argument that is null.
+    """
+    from pyarrow import types
+
+    if types.is_float16(kind) or types.is_float32(kind):
+        import numpy
+
+        narrow = numpy.float16 if types.is_float16(kind) else numpy.float32
+        return lambda value: None if value is None else float(str(narrow(value)))
+    if types.is_struct(kind):
+        return _of_struct([kind.field(index) for index in range(kind.num_fields)], in_arguments=in_arguments)
+    if types.is_map(kind):
+        of_key, of_item = _conversion(kind.key_type), _conversion(kind.item_type, in_arguments=in_arguments)
+        if of_key is None and of_item is None:
+            return None
+        key, item = of_key or _as_it_is, of_item or _as_it_is
+        return lambda pairs: None if pairs is None else [(key(name), item(value)) for name, value in pairs]
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _conversion(kind.value_type, in_arguments=in_arguments)
+    if any(is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+        of_each = _conversion(kind.value_type, in_arguments=in_arguments)
+        return of_each and (lambda values: None if values is None else [of_each(value) for value in values])
+    return None
+
+
+def _of_struct(fields: Sequence[Any], *, in_arguments: bool) -> _Conversion | None:
+    """Return the conversion of structs with ``fields``. A struct with a `name` and `arguments` is a tool call."""
+    is_call = {"name", "arguments"} <= {field.name for field in fields}
+    found = {
+        field.name: _conversion(field.type, in_arguments=in_arguments or (is_call and field.name == "arguments"))
+        for field in fields
+    }
+    conversions = {name: convert for name, convert in found.items() if convert is not None}
+    if not conversions and not in_arguments:
+        return None
+
+    def converted(value: Any) -> Any:
+        if value is None:
+            return None
+        return {
+            key: conversions.get(key, _as_it_is)(item)
+            for key, item in value.items()
+            if item is not None or not in_arguments
+        }
+
+    return converted
 
 
 def _row(number: int, names: Sequence[str], values: Sequence[Any]) -> Row:
