@@ -43,6 +43,18 @@ KERNEL_FIELDS = (
 """Fields of a configuration that name a kernel for attention or experts. transformers does not save these fields,
 because a kernel that one machine has may be missing on another. Some published files have them nevertheless."""
 
+ANSWER_FIELDS: Mapping[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+    "gradient_checkpointing": False,
+    "chunk_size_feed_forward": 0,
+}
+"""Fields of a configuration that change in which form the forward pass of a model answers, what it returns beside the
+logits, or how it computes the same logits, and the values that the trainer needs. The job, not the model's publisher,
+chooses gradient checkpointing. A chunk of a feed-forward layer would have to divide the length of every sequence."""
+
 
 def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``document``, the content of `config.json`, without the fields that name a kernel, also in its parts."""
@@ -60,7 +72,7 @@ def load_configuration(folder: Path, field: str) -> Any:
     causal language model, that is quantised, or that is too large to be built.
 
     The configuration names no kernels for attention and experts, even where the file does: the trainer chooses them,
-    and those in the file may not be installed.
+    and those in the file may not be installed. The fields `ANSWER_FIELDS` have the values that the trainer needs.
     """
 
     def unusable(error: BaseException) -> UserError:
@@ -74,6 +86,10 @@ def load_configuration(folder: Path, field: str) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
         text = config.get_text_config()
+        for part in (config, text):
+            for name, value in ANSWER_FIELDS.items():
+                if hasattr(part, name):
+                    setattr(part, name, value)
         counts = {name: getattr(text, name, None) for name in COUNTS}
     for name, count in counts.items():
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
@@ -128,6 +144,17 @@ def _check_kind(config: Any, field: str) -> None:
             f"config.json describes a {config.model_type!r} that reads a text in both directions (is_decoder is false),"
             " which is no causal language model",
         )
+    for part in (config, config.get_text_config()):
+        # transformers builds no causal mask with these values.
+        both = {"is_causal": not getattr(part, "is_causal", True)}
+        both["use_bidirectional_attention"] = getattr(part, "use_bidirectional_attention", None) is True
+        name = next((name for name, wrong in both.items() if wrong), None)
+        if name is not None:
+            raise UserError(
+                field,
+                f"config.json describes a {config.model_type!r} that reads a text in both directions ({name} is"
+                f" {str(getattr(part, name)).lower()}), which is no causal language model",
+            )
 
 
 def model_context(config: Any) -> int | None:
