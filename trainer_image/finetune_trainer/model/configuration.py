@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
@@ -82,14 +83,13 @@ def load_configuration(folder: Path, field: str) -> Any:
         document = read_json_object(folder / CONFIG_FILE)
     _check_fields(document, field)
     # A wrong file can make the code of transformers raise any exception.
-    with library_boundary(unusable):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config._attn_implementation = config._experts_implementation = None
+    with library_boundary(
+        lambda error: UserError(
+            field, f"its config.json can't be used: {explained(folder, [CONFIG_FILE], read_configuration, error)}"
+        )
+    ):
+        config = read_configuration(folder)
         text = config.get_text_config()
-        for part in (config, text):
-            for name, value in ANSWER_FIELDS.items():
-                if hasattr(part, name):
-                    setattr(part, name, value)
         counts = {name: getattr(text, name, None) for name in COUNTS}
     for name, count in counts.items():
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
@@ -108,6 +108,18 @@ def load_configuration(folder: Path, field: str) -> Any:
     return config
 
 
+def read_configuration(folder: Path) -> Any:
+    """Return the configuration of the model in ``folder`` as `load_configuration` does, without any check. Raises
+    whatever a wrong file makes the code of transformers raise."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None
+    for part in (config, config.get_text_config()):
+        for name, value in ANSWER_FIELDS.items():
+            if hasattr(part, name):
+                setattr(part, name, value)
+    return config
+
+
 def _check_fields(document: Mapping[str, Any], field: str) -> None:
     """Raise UserError if transformers does not know the type of model in ``document``, the content of `config.json`, or
     if a field that describes the data type of the weights has no value that transformers reads."""
@@ -123,6 +135,9 @@ def _check_fields(document: Mapping[str, Any], field: str) -> None:
             value = part.get(name)
             if value is not None and not (isinstance(value, Mapping) and value):
                 problem = problem or f"{name} must be left out for weights that are not quantised"
+        ends = part.get("eos_token_id")
+        if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])) and ends is not None:
+            problem = problem or f"eos_token_id must be a token id or a list of token ids, and is {str(ends)[:40]!r}"
         for name in DTYPE_FIELDS:
             if part.get(name) is not None and part[name] not in DTYPES:
                 problem = problem or f"{name} must be float32, float16 or bfloat16, and is {str(part[name])[:40]!r}"
