@@ -18,8 +18,8 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary, one_line
 from finetune_trainer.pod.model_text_files import read_json_object
 
-MOST_TRIALS = 200
-LONGEST_SECONDS = 6.0
+MOST_TRIALS = 80
+LONGEST_SECONDS = 4.0
 """After this many trials or seconds, no further field is tried. The preflight check must not take long."""
 DEEPEST = 3
 """How deep the objects may lie within each other whose fields are tried."""
@@ -79,6 +79,8 @@ def explained(
                     if path.name != name:
                         (trial / path.name).symlink_to(path.resolve())
                 loads = _Trial(trial, name, load)
+                if "model_type" not in document and not loads({}):
+                    continue  # The error does not come from this file.
                 small = _with_two_layers(document)
                 found = faulty_field(small if smaller and not loads(small) else document, loads, message)
         except (OSError, ValueError):
