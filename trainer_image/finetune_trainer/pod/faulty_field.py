@@ -25,8 +25,8 @@ DEEPEST = 3
 """How deep the objects may lie within each other whose fields are tried."""
 LAST = ("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_file")
 """Fields that are tried after all others. A model without them is another one, which may load for that reason alone."""
-NAMES_FIELD = "Validation error for field '"
-"""Part of the messages of transformers that name the field and its type themselves."""
+NAMES_FIELD = ("Validation error for field '", "`")
+"""How messages of transformers begin that name the field, and say what it must be, themselves."""
 
 
 class FaultyField(NamedTuple):
@@ -70,7 +70,7 @@ def explained(
     message alone is returned. ``load`` is called with folders in which a field of one file is left out. With
     ``smaller``, these folders describe a model of two layers, if ``load`` fails with it too."""
     message = first_line(error)
-    if NAMES_FIELD in message:
+    if message.startswith(NAMES_FIELD):
         return message
     for name in files:
         try:
