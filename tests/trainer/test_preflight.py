@@ -339,11 +339,12 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no heads": (
         lambda folder: _write(folder / "config.json", {"model_type": "llama", "num_attention_heads": 0}),
-        "its config.json can't be used: integer division or modulo by zero",
+        "its config.json can't be used: `num_attention_heads` of config.json is 0, with which transformers fails:"
+        " integer division or modulo by zero",
     ),
     "labels that are a number": (
         lambda folder: _write(folder / "config.json", {"model_type": "llama", "id2label": 5}),
-        "its config.json can't be used: 'int' object has no attribute 'items'",
+        "its config.json can't be used: `id2label` of config.json is 5, with which transformers fails: 'int'",
     ),
     "a deep tokenizer": (
         lambda folder: (folder / "tokenizer_config.json").write_text("[" * 100_000),
@@ -355,7 +356,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tokenizer whose end is a number": (
         lambda folder: _write(folder / "tokenizer_config.json", {"eos_token": 5}),
-        "its tokenizer can't be loaded: Special token eos_token has to be",
+        "its tokenizer can't be loaded: `eos_token` of tokenizer_config.json is 5, with which transformers fails:",
     ),
 }
 

@@ -26,7 +26,8 @@ from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line, library_boundary
-from finetune_trainer.pod.model_text_files import check_no_pointer, read_json_object
+from finetune_trainer.pod.faulty_field import explained
+from finetune_trainer.pod.model_text_files import check_begins_object, check_no_pointer, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 """The file in which the tokenizers library stores a whole tokenizer. A file of sentencepiece or tiktoken (suffix
@@ -50,18 +51,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _check_tokenizer_files(folder)
     # transformers and tokenizers raise whatever a wrong file makes their code raise.
     with library_boundary(partial(_not_loaded, folder)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with library_boundary(_unusable):
-        end = tokenizer.eos_token_id
-        # Some wrong values in the tokenizer's files raise an error only when they are used. The following calls use
-        # them.
-        tokenizer("")
-        len(tokenizer)
-        # To look up a token that is not in the vocabulary, transformers needs the unknown token, which may itself not
-        # be in the vocabulary.
-        list(tokenizer.all_special_ids)
-        dict(tokenizer.added_tokens_decoder)
-        tokenizer.decode([end] if end is not None else [])
+        tokenizer = _read_tokenizer(folder)
+    with library_boundary(
+        lambda error: UserError("model", f"its tokenizer can't be used: {_reason(folder, error, _read_and_use)}")
+    ):
+        end = _use(tokenizer)
     if type(tokenizer) is TokenizersBackend and not (folder / TOKENIZER_FILE).is_file():
         raise UserError(
             "model",
@@ -73,8 +67,37 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _use(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the end token, None without one. Some wrong values in the tokenizer's files raise an error only
+    when they are used, and this function uses them."""
+    end: int | None = tokenizer.eos_token_id
+    tokenizer("")
+    len(tokenizer)
+    # To look up a token that is not in the vocabulary, transformers needs the unknown token, which may itself not be in
+    # the vocabulary.
+    list(tokenizer.all_special_ids)
+    dict(tokenizer.added_tokens_decoder)
+    tokenizer.decode([end] if end is not None else [])
+    return end
+
+
+def _read_and_use(folder: Path) -> None:
+    _use(_read_tokenizer(folder))
+
+
+def _reason(folder: Path, error: BaseException, load: Callable[[Path], object]) -> str:
+    """Return why ``load`` raised ``error`` for the tokenizer in ``folder``: the field at fault, if one of the small
+    files has such a field, and the message of the library."""
+    return explained(folder, SMALL_JSON_FILES, load, error)
+
+
 def _not_loaded(folder: Path, error: BaseException) -> UserError:
-    reason = first_line(error).rstrip(" :\n")
+    known_cause = UNKNOWN_PART in str(error) or not (folder / TOKENIZER_FILE).is_file()
+    reason = (first_line(error) if known_cause else _reason(folder, error, _read_tokenizer)).rstrip(" :\n")
     if UNKNOWN_PART in reason:
         reason = f"{TOKENIZER_FILE} has a part that this version of the tokenizers library does not know ({reason})"
     if not (folder / TOKENIZER_FILE).is_file():
@@ -87,6 +110,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     model's own code can make the tokenizer, or where one of the tokenizer's files can't be read as what it must be."""
     with library_boundary(_unusable):
         check_no_pointer(folder / TOKENIZER_FILE)
+        check_begins_object(folder / TOKENIZER_FILE)
         contents = {name: read_json_object(folder / name) for name in SMALL_JSON_FILES}
     _check_class(contents["tokenizer_config.json"])
     template = folder / TEMPLATE_FILE

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
@@ -43,6 +44,18 @@ KERNEL_FIELDS = (
 """Fields of a configuration that name a kernel for attention or experts. transformers does not save these fields,
 because a kernel that one machine has may be missing on another. Some published files have them nevertheless."""
 
+ANSWER_FIELDS: Mapping[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+    "gradient_checkpointing": False,
+    "chunk_size_feed_forward": 0,
+}
+"""Fields of a configuration that change in which form the forward pass of a model answers, what it returns beside the
+logits, or how it computes the same logits, and the values that the trainer needs. The job, not the model's publisher,
+chooses gradient checkpointing. A chunk of a feed-forward layer would have to divide the length of every sequence."""
+
 
 def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``document``, the content of `config.json`, without the fields that name a kernel, also in its parts."""
@@ -60,7 +73,7 @@ def load_configuration(folder: Path, field: str) -> Any:
     causal language model, that is quantised, or that is too large to be built.
 
     The configuration names no kernels for attention and experts, even where the file does: the trainer chooses them,
-    and those in the file may not be installed.
+    and those in the file may not be installed. The fields `ANSWER_FIELDS` have the values that the trainer needs.
     """
 
     def unusable(error: BaseException) -> UserError:
@@ -70,9 +83,12 @@ def load_configuration(folder: Path, field: str) -> Any:
         document = read_json_object(folder / CONFIG_FILE)
     _check_fields(document, field)
     # A wrong file can make the code of transformers raise any exception.
-    with library_boundary(unusable):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config._attn_implementation = config._experts_implementation = None
+    with library_boundary(
+        lambda error: UserError(
+            field, f"its config.json can't be used: {explained(folder, [CONFIG_FILE], read_configuration, error)}"
+        )
+    ):
+        config = read_configuration(folder)
         text = config.get_text_config()
         counts = {name: getattr(text, name, None) for name in COUNTS}
     for name, count in counts.items():
@@ -92,6 +108,18 @@ def load_configuration(folder: Path, field: str) -> Any:
     return config
 
 
+def read_configuration(folder: Path) -> Any:
+    """Return the configuration of the model in ``folder`` as `load_configuration` does, without any check. Raises
+    whatever a wrong file makes the code of transformers raise."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None
+    for part in (config, config.get_text_config()):
+        for name, value in ANSWER_FIELDS.items():
+            if hasattr(part, name):
+                setattr(part, name, value)
+    return config
+
+
 def _check_fields(document: Mapping[str, Any], field: str) -> None:
     """Raise UserError if transformers does not know the type of model in ``document``, the content of `config.json`, or
     if a field that describes the data type of the weights has no value that transformers reads."""
@@ -107,6 +135,9 @@ def _check_fields(document: Mapping[str, Any], field: str) -> None:
             value = part.get(name)
             if value is not None and not (isinstance(value, Mapping) and value):
                 problem = problem or f"{name} must be left out for weights that are not quantised"
+        ends = part.get("eos_token_id")
+        if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])) and ends is not None:
+            problem = problem or f"eos_token_id must be a token id or a list of token ids, and is {str(ends)[:40]!r}"
         for name in DTYPE_FIELDS:
             if part.get(name) is not None and part[name] not in DTYPES:
                 problem = problem or f"{name} must be float32, float16 or bfloat16, and is {str(part[name])[:40]!r}"
@@ -128,6 +159,17 @@ def _check_kind(config: Any, field: str) -> None:
             f"config.json describes a {config.model_type!r} that reads a text in both directions (is_decoder is false),"
             " which is no causal language model",
         )
+    for part in (config, config.get_text_config()):
+        # transformers builds no causal mask with these values.
+        both = {"is_causal": not getattr(part, "is_causal", True)}
+        both["use_bidirectional_attention"] = getattr(part, "use_bidirectional_attention", None) is True
+        name = next((name for name, wrong in both.items() if wrong), None)
+        if name is not None:
+            raise UserError(
+                field,
+                f"config.json describes a {config.model_type!r} that reads a text in both directions ({name} is"
+                f" {str(getattr(part, name)).lower()}), which is no causal language model",
+            )
 
 
 def model_context(config: Any) -> int | None:

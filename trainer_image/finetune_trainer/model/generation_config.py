@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line, library_boundary, one_line
+from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
@@ -90,13 +91,21 @@ def _base_values(base: Path) -> dict[str, Any]:
         file = CONFIG_FILE  # in this case, transformers makes a generation configuration of the model's configuration
     if not (base / file).is_file():
         return {}
-    # A wrong file can make the code of transformers raise any exception.
     with library_boundary(lambda error: UserError("model", f"its {file} can't be used: {first_line(error)}")):
         read_json_object(base / file)
+
+    def read(folder: Path) -> dict[str, Any]:
         config = GenerationConfig.from_pretrained(
-            base, config_file_name=file, local_files_only=True, _from_model_config=file == CONFIG_FILE
+            folder, config_file_name=file, local_files_only=True, _from_model_config=file == CONFIG_FILE
         )
-        values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        found: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        return found
+
+    # A wrong file can make the code of transformers raise any exception.
+    with library_boundary(
+        lambda error: UserError("model", f"its {file} can't be used: {explained(base, [file], read, error)}")
+    ):
+        values = read(base)
     return {name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")}
 
 

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.configuration import load_configuration, model_context
-from finetune_trainer.pod.errors import first_line, library_boundary
+from finetune_trainer.model.configuration import load_configuration, model_context, read_configuration
+from finetune_trainer.pod.errors import library_boundary
+from finetune_trainer.pod.faulty_field import explained
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ def read_structure(folder: Path) -> ModelStructure:
     unset_hf_deepspeed_config()
     config = load_configuration(folder, "model")
     # A wrong file can make the code of transformers raise any exception.
-    with (
-        library_boundary(lambda error: UserError("model", f"its files can't be loaded: {first_line(error)}")),
-        torch.device("meta"),
+    with library_boundary(
+        lambda error: UserError(
+            "model", f"its files can't be loaded: {explained(folder, [CONFIG_FILE], _build, error, smaller=True)}"
+        )
     ):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = _skeleton(config)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     text = config.get_text_config()
@@ -64,3 +67,13 @@ def read_structure(folder: Path) -> ModelStructure:
         rows=int(inner.weight.shape[0]),
         context=model_context(config),
     )
+
+
+def _build(folder: Path) -> Any:
+    return _skeleton(read_configuration(folder))
+
+
+def _skeleton(config: Any) -> Any:
+    """Return the model with the configuration ``config`` on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -81,11 +81,15 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:
-    """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
-    part of a sentence for the user. If the line ends with a colon, the next line is added, which says what is wrong."""
+    """Return the first line of another library's error message. A line of more than ``limit`` characters is cut off
+    between two words and ends with an ellipsis. The line becomes part of a sentence for the user. If the line ends with
+    a colon, the next line is added, which says what is wrong."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return valid_text(text[:limit])
+    if len(text) > limit:
+        text = text[: limit - 1]
+        text = (text.rsplit(None, 1)[0] if " " in text else text) + "…"
+    return valid_text(text)
 
 
 def one_line(text: str, *, limit: int = 1000) -> str:

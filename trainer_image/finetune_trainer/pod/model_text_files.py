@@ -32,6 +32,15 @@ def check_no_pointer(path: Path) -> None:
                 raise ValueError(problem)
 
 
+def check_begins_object(path: Path) -> None:
+    """Raise ValueError if the file ``path`` does not begin like a JSON object. Only the beginning of the file is read,
+    because the file may be large."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if not file.read(1000).lstrip(b" \t\r\n").startswith(b"{"):
+                raise ValueError(f"{path.name} must be a JSON object")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file ``path``. Return an empty object if there is no such file. Raises ValueError
     with a sentence that names the file if the file has no JSON object in UTF-8, which is what transformers reads."""
