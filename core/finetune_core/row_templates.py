@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from finetune_core.errors import valid_text
 
 HALF_PAIR = "half of a surrogate pair"
+NOT_FINITE = "a number that is not finite"
 """Name, in messages, of a character that a JSON text can contain, but that no tokenizer accepts."""
 
 WELL_FORMED_PATTERN = "^([^{}]|[{][{]|[}][}]|[{][#^/]?[^{}#^/\\n\\r][^{}\\n\\r]*[}])*$"
@@ -219,7 +220,7 @@ def text_or_none(value: Any) -> str | None:
 
 def _kind_of(value: Any) -> str:
     if isinstance(value, float | Decimal):
-        return "a number that is not finite"
+        return NOT_FINITE
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):

@@ -171,7 +171,8 @@ LINES = (
     Line(
         OPENAI,
         "`tool_calls[].id`, `tool_call_id`",
-        "Passed to the chat template. An answer to a call that does not exist makes the row a bad row.",
+        "Passed to the chat template. An answer with an id that no call before it has makes the row a bad row. Where"
+        " there are calls before it, but none with an id, its id is not compared.",
         {"messages": [*called(tool_call_id="c2"), *asked()[1:]]},
         refused="has a tool_call_id in message 3 that no tool call before it has",
     ),

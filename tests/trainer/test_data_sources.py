@@ -468,6 +468,21 @@ def test_files_whose_names_tell_no_split_are_training_rows() -> None:
             split_files(others, {}, subset=None, split="train" if len(others) > 1 else "test", field="f")
 
 
+@pytest.mark.parametrize(
+    ("files", "split", "found"),
+    [
+        (["training.csv", "valid.csv"], "train", ["training.csv"]),
+        (["training.csv", "valid.csv"], "validation", ["valid.csv"]),
+        (["train.csv", "dev.csv", "val-1.csv"], "validation", ["dev.csv", "val-1.csv"]),
+        (["train.csv", "test.csv", "eval.csv"], "test", ["test.csv"]),
+        (["train.csv", "test.csv", "eval.csv"], "eval", ["eval.csv"]),
+        (["TRAIN.csv", "TEST.csv"], "train", ["TEST.csv", "TRAIN.csv"]),
+    ],
+)
+def test_files_are_found_by_every_spelling_of_their_split(files: list[str], split: str, found: list[str]) -> None:
+    assert split_files(files, {}, subset=None, split=split, field="f") == found
+
+
 @pytest.mark.parametrize("files", ["5", "[{split: train}]", "[{split: train, path: [1]}]", "[null]", "{train: {a: b}}"])
 def test_a_card_that_can_not_be_understood_is_one_sentence(files: str) -> None:
     configs = card_configs(f"---\nconfigs:\n- data_files: {files}\n---\n")

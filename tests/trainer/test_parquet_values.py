@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import pyarrow
@@ -80,7 +80,7 @@ def test_null_keys_of_structs_outside_of_tool_calls_stay(tmp_path: Path) -> None
 def test_a_narrow_float_is_the_shortest_number_that_stands_for_it(
     tmp_path_factory: pytest.TempPathFactory, narrow: Any, data: st.DataObject
 ) -> None:
-    width = 32 if narrow is numpy.float32 else 16
+    width: Literal[16, 32] = 32 if narrow is numpy.float32 else 16
     values = data.draw(st.lists(st.floats(width=width, allow_nan=False), min_size=1, max_size=9))
     kind = pyarrow.from_numpy_dtype(numpy.dtype(narrow))
     column = pyarrow.array(numpy.array(values, dtype=narrow), type=kind)

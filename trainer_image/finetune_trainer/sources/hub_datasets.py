@@ -28,9 +28,15 @@ T = TypeVar("T")
 DATA_CARD = "README.md"
 MAIN_BRANCH = "main"
 DEFAULT_CONFIG = "default"
-SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""Names of splits that are looked for in the names of files and of their folders, as the library `datasets` does. If no
-data file of a repository is named after one of these splits, all data files belong to the split `train`."""
+SPELLINGS: Mapping[str, Sequence[str]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files and of their folders by which the library `datasets` knows a split. As there, case
+matters: `TRAIN.csv` is not named after a split."""
+SPLIT_NAMES = tuple(word for words in SPELLINGS.values() for word in words)
+"""If no data file of a repository is named after one of these words, all data files belong to the split `train`."""
 PREFERRED_KINDS = (Kind.PARQUET, Kind.JSON_LINES, Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
 """Kinds of data files, the preferred kind first. If the files of a split are of several kinds, only the files of the
 first of these kinds that occurs are read."""
@@ -235,8 +241,9 @@ def split_files(
 
 
 def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: str) -> list[str]:
-    """Return the data files of a split by their names (see `_names_split`). If no data file is named after one of
-    SPLIT_NAMES, all data files belong to the split `train`. With ``subset``, only files below a folder of this name
+    """Return the data files of a split by their names (see `_names_split`). Files with the word ``split`` itself come
+    first; only where there are none, files with another of its SPELLINGS are taken. If no data file is named after one
+    of SPLIT_NAMES, all data files belong to the split `train`. With ``subset``, only files below a folder of this name
     count."""
     data = [file for file in files if kind_of(file) and PurePosixPath(file).name not in METADATA]
     if not data:
@@ -246,6 +253,9 @@ def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: 
         if not data:
             raise UserError(f"{field}.subset", f"there is no folder {subset!r} with data files")
     found = [file for file in data if _names_split(file, split)]
+    if not found:
+        words = SPELLINGS.get(split, ())
+        found = [file for file in data if any(_names_split(file, word) for word in words)]
     if not found and split == "train" and not any(_names_split(file, name) for file in data for name in SPLIT_NAMES):
         found = data
     if not found:

@@ -8,13 +8,14 @@ the one form that chat templates read. docs/data.md lists what happens to each f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_core.api.dataset import KNOWN_ROLES, MessagesFormat
 from finetune_core.errors import valid_text
-from finetune_core.row_templates import HALF_PAIR
+from finetune_core.row_templates import HALF_PAIR, NOT_FINITE
 from finetune_trainer.data.files.row import repeated
 
 Message = Mapping[str, Any]
@@ -98,8 +99,10 @@ def _conversation(fields: Mapping[str, Any], form: MessagesFormat) -> Conversati
             raise _ProblemError(f"has a system message both in {SYSTEM_COLUMN!r} and in {form.messages_field!r}")
         messages, weights = [{"role": "system", "content": system}, *messages], [0, *weights]
     arguments = _parsed(fields.get(ARGUMENTS_COLUMN) or {}, repr(ARGUMENTS_COLUMN))
-    if not isinstance(arguments, dict) or not _is_valid(arguments):
+    if not isinstance(arguments, dict):
         raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object")
+    if not _is_valid(arguments):
+        raise _ProblemError(f"has a {ARGUMENTS_COLUMN!r} that is not an object of JSON values{_reason(arguments)}")
     # Arguments that are null are left out. Parquet adds such an argument to a row if other rows of the file have the
     # argument.
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -135,7 +138,8 @@ def _is_text(value: Any) -> bool:
 
 def _is_valid(value: Any) -> bool:
     """Return whether ``value`` is a JSON value in which no text has half of a surrogate pair. Parquet files may also
-    hold values that are not JSON, such as dates."""
+    hold values that are not JSON, such as dates, and Python's parser of JSON takes NaN and Infinity, which are not
+    JSON, and makes an infinity of a number as large as 1e999."""
     # The loop uses a list instead of recursion, because JSON may be nested more deeply than Python functions may call
     # each other.
     left = [value]
@@ -148,7 +152,7 @@ def _is_valid(value: Any) -> bool:
         elif isinstance(value, str):
             if not _is_text(value):
                 return False
-        elif not (value is None or isinstance(value, bool | int | float)):
+        elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
             return False
     return True
 
@@ -208,7 +212,19 @@ def _read_tools_of_sharegpt(message: dict[str, Any], number: int, form: Messages
 
 
 def _reason(value: Any) -> str:
-    return f" ({HALF_PAIR})" if "\\ud" in ascii(value) else ""
+    """Return why ``value`` is not valid (see `_is_valid`), in brackets, or an empty text if the reason is obvious."""
+    if "\\ud" in ascii(value):
+        return f" ({HALF_PAIR})"
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f" ({NOT_FINITE})"
+    return ""
 
 
 def _set_content(message: dict[str, Any], number: int) -> None:
@@ -280,13 +296,16 @@ def _call(found: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _check_call_ids(messages: Sequence[Message]) -> None:
-    """Raise _ProblemError if a message answers a tool call that no message before it has. If no call before it has an
-    id, every answer is accepted."""
+    """Raise _ProblemError if a message answers a tool call that no message before it has. If there are calls before it
+    and none of them has an id, the id of the answer has nothing to be compared with, and the answer is accepted."""
     known: set[Any] = set()
+    has_calls = False
     for number, message in enumerate(messages, start=1):
-        known.update(str(call["id"]) for call in message.get("tool_calls", ()) if "id" in call)
+        calls = message.get("tool_calls", ())
+        has_calls = has_calls or bool(calls)
+        known.update(str(call["id"]) for call in calls if "id" in call)
         answered = message.get("tool_call_id")
-        if answered is not None and known and str(answered) not in known:
+        if answered is not None and str(answered) not in known and (known or not has_calls):
             raise _ProblemError(f"has a tool_call_id in message {number} that no tool call before it has")
 
 
