@@ -160,8 +160,9 @@ REGEX = Task(
     description="`pattern` is a regular expression in the syntax of RE2, which has no back references and searches"
     " every text in time proportional to its length. What its first match in the answer finds (its first group, or the"
     " whole match where the pattern has no group) is compared with what the pattern finds in the row's own text, or"
-    " with that whole text where it finds nothing there. `ignore` is as with ExactMatch. A row whose column holds no"
-    " text is left out.",
+    " with that whole text where it finds nothing there. Where the pattern finds nothing in a text, the"
+    " text is searched again without the white space at its ends. `ignore` is as with ExactMatch. A row whose column"
+    " holds no text, or in whose text the pattern finds an empty part, is left out.",
     columns=(
         Column(
             name="answer",
@@ -209,9 +210,9 @@ NUMBER = Task(
 JSON = Task(
     name="JSON",
     grading="compares JSON values",
-    description="The answer must be JSON and nothing else; a Markdown fence around it is ignored. Values are compared,"
-    " not texts: the order of keys, white space and the spelling of a number (`1`, `1.0`) make no difference, the order"
-    " of a list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
+    description="The answer must be JSON and nothing else; a Markdown fence around it, of several lines or of"
+    " one, is ignored. Values are compared, not texts: the order of keys, white space and the spelling of a number"
+    " (`1`, `1.0`) make no difference, the order of a list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
     columns=(
         Column(
             name="answer",

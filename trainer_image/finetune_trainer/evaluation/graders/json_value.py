@@ -16,6 +16,10 @@ DEEPEST = 100
 
 _FENCE = re.compile(r"(`{3,9}|~{3,9})[^\n`]*\n(.*)\1", re.DOTALL)
 """A Markdown fence around a whole text. Its first line may name a language, such as `json`."""
+_FENCE_OF_ONE_LINE = re.compile(r"(`{3,9}|~{3,9})([^\n]*)\1")
+_LANGUAGE = re.compile(r"\s*json[a-z0-9]*(?=\s|[{\[\"])", re.IGNORECASE)
+"""The language that a fence of one line may name before the value. It is always JSON, since any other word, such as
+`null`, may be the value."""
 
 
 class NoValueError(ValueError):
@@ -48,11 +52,9 @@ def parse(text: str) -> object:
     Raises NoValueError where the text is something else, has a key twice in an object, or is nested deeper than
     DEEPEST.
     """
-    text = text.strip()
-    fenced = _FENCE.fullmatch(text)
     try:
         value = json.loads(
-            fenced[2] if fenced else text,
+            _unfenced(text.strip()),
             object_pairs_hook=_object,
             parse_int=Decimal,
             parse_float=Decimal,
@@ -63,6 +65,16 @@ def parse(text: str) -> object:
     if _deeper_than(value, DEEPEST):
         raise NoValueError
     return value
+
+
+def _unfenced(text: str) -> str:
+    """Return ``text``, which has no white space at its ends, without a Markdown fence around it."""
+    if fenced := _FENCE.fullmatch(text):
+        return fenced[2]
+    if fenced := _FENCE_OF_ONE_LINE.fullmatch(text):
+        language = _LANGUAGE.match(fenced[2])
+        return fenced[2][language.end() :] if language else fenced[2]
+    return text
 
 
 def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:

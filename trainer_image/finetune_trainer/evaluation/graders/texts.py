@@ -15,12 +15,17 @@ from finetune_core.tasks import CONTAINS, EXACT_MATCH, REGEX
 from finetune_trainer.evaluation.graders.grades import Grade
 
 NO_TEXT = "the row has no text to compare with"
-
+EMPTY_GROUP = "the first group of the pattern finds no text in the row's own text"
+EMPTY_MATCH = "the pattern finds an empty text in the row's own text"
 
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 """Characters without width, such as the byte order mark. With this table `str.translate` removes them."""
-_OF_NUMBERS = re.compile(r"(?<=[0-9])\.(?=[0-9])|(?<![\w)])-(?=\.?[0-9])")
-"""Punctuation that belongs to a number: a decimal point, and the sign before a number."""
+_LEADING_POINT = r"(?<![\w.,)])(?<![\w)]-)[.\u066b](?=\d)"
+"""A decimal point before the first digit of a number, as in `.5`. In `1-.5` and `1,.5` the point could belong to both
+numbers, so it is left out."""
+_OF_NUMBERS = re.compile(rf"(?<=\d)[.\u066b](?=\d)|{_LEADING_POINT}|(?<![\w)])-(?=[.\u066b]?\d)")
+"""Punctuation that belongs to a number: a decimal point, and the sign before a number. Digits may be those of any
+script. U+066B is the decimal point of Arabic numbers."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,10 @@ def contains_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Gra
     return grade
 
 
-_IN_NUMBERS = re.compile(r"(?<=[0-9])(?:\.(?=[0-9])|,(?=[0-9]{3}(?![0-9])))")
-"""A decimal point or a comma that joins the digits of a number."""
-_SIGN = re.compile(r"(?<![\w.,)])[-\u2212](?=\.?[0-9])")
-"""The sign of a number."""
+_IN_NUMBERS = re.compile(r"(?<=\d)(?:[.\u066b](?=\d)|[,\u066c](?=\d{3}(?!\d)))")
+"""A decimal point or a comma that joins the digits of a number. U+066B and U+066C are those of Arabic numbers."""
+_SIGN = re.compile(rf"(?<![\w.,)])[-\u2212](?=[.\u066b]?\d)|{_LEADING_POINT}")
+"""The sign of a number, or a decimal point before its first digit."""
 
 
 def _parts_in(text: str, parts: Sequence[str]) -> list[bool]:
@@ -152,15 +157,24 @@ def regex_grader(spec: TaskSpec) -> Callable[[str, Mapping[str, object]], Grade]
     def find(text: str) -> str | None:
         """Return the part of ``text`` that the pattern finds, or only its first group where the pattern has groups, in
         the form in which parts are compared. None where the pattern finds nothing."""
+        part = find_in(text)
+        # In RE2 a `$` is the end of the text, so white space behind the answer can keep a pattern from finding
+        # anything. Patterns that look for white space find it first.
+        return part or (again if (again := find_in(text.strip())) is not None else part)
+
+    def find_in(text: str) -> str | None:
         found = pattern.search(text.encode("utf-8", "replace").decode())
         if found is None:
             return None
         return normalisation.of((found[1] if pattern.groups else found[0]) or "")
 
     def grade(answer: str, row: Mapping[str, object]) -> Grade:
+        own = _normalised(row.get("answer"), normalisation)
+        if not own:
+            return Grade.left_out(NO_TEXT)
         right = _right(references(row.get("answer")) or (), find, normalisation)
         if not right:
-            return Grade.left_out(NO_TEXT)
+            return Grade.left_out(EMPTY_GROUP if pattern.groups else EMPTY_MATCH)
         found = find(answer)
         if found is None:
             return Grade.of(REGEX, {}, problem="the pattern finds nothing in the answer")
