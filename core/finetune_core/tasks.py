@@ -212,7 +212,8 @@ JSON = Task(
     grading="compares JSON values",
     description="The answer must be JSON and nothing else; a Markdown fence around it, of several lines or of"
     " one, is ignored. Values are compared, not texts: the order of keys, white space and the spelling of a number"
-    " (`1`, `1.0`) make no difference, the order of a list does. An answer with the same key twice is no JSON. A row whose column holds no JSON is left out.",
+    " (`1`, `1.0`) make no difference, the order of a list does. An answer with the same key twice is no JSON. A row"
+    " whose column holds no JSON is left out.",
     columns=(
         Column(
             name="answer",
@@ -238,9 +239,12 @@ CHOICE = Task(
     name="Choice",
     grading="compares chosen options",
     description="The answer names one option, by its letter (`B`, `(B)`, `B.`, `Answer: B`), by its text, or by both"
-    " (`B) Paris`), which must then agree. Upper and lower case, words such as `the answer is` and a box of LaTeX make"
-    " no difference. A row is left out whose own answer names no option, or in which the text of an option is the"
-    " letter or the text of another one.",
+    " (`B) Paris`), which must then agree. Upper and lower case, words such as `the answer is` or `is correct`, and a"
+    " box of LaTeX make no difference. If an answer of several lines names no option, its first line counts, unless a"
+    " later line names another option. Without texts of options, any text may follow `B.` or `(B)`, but a sentence such"
+    " as `the answer is C`, `it is C` or, behind another sentence, `C is right` makes the answer wrong. A row is left"
+    " out whose own answer names no option, or in which the text of an option is the letter or the text of another"
+    " one.",
     columns=(
         Column(
             name="answer",
