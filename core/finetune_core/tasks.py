@@ -160,9 +160,10 @@ REGEX = Task(
     description="`pattern` is a regular expression in the syntax of RE2, which has no back references and searches"
     " every text in time proportional to its length. What its first match in the answer finds (its first group, or the"
     " whole match where the pattern has no group) is compared with what the pattern finds in the row's own text, or"
-    " with that whole text where it finds nothing there. Where the pattern finds nothing in a text, the"
-    " text is searched again without the white space at its ends. `ignore` is as with ExactMatch. A row whose column"
-    " holds no text, or in whose text the pattern finds an empty part, is left out.",
+    " with that whole text where it finds nothing there. Where the pattern finds nothing in a text, or"
+    " only an empty part, the text is searched again without the white space at its ends. `ignore` is as with"
+    " ExactMatch. A row whose column holds no text, or in whose text the pattern finds only an empty part, is left"
+    " out.",
     columns=(
         Column(
             name="answer",
