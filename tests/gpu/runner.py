@@ -81,6 +81,10 @@ class SectionProcess:
         except (EOFError, OSError):
             self.kill()
             how, problem = End.DIED, f"its process ended with status {self._process.returncode}"
+            # At its bound a section writes its stack. Python reads the stack of a thread that goes on, which may end
+            # the process.
+            if ready and time.monotonic() - began > seconds:
+                how, problem = End.CUT, f"took longer than {seconds:.0f} s"
         yield SectionEnd(section.name, how, round(time.monotonic() - began, 1), problem=problem)
 
     def _read_line(self, deadline: float) -> str:

@@ -128,6 +128,8 @@ def chunks_of(rows: Iterable[Row]) -> Iterator[Chunk]:
             row = next(source)
         except StopIteration:
             break
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001  (raised by `prepare_rows` after the rows before it)
             chunk.error = error
             break
