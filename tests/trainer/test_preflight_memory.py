@@ -19,12 +19,21 @@ MIB = 1 << 20
 Send = Callable[[Any], None]
 
 
+def new_memory(mebibytes: int) -> mmap.mmap:
+    """Return ``mebibytes`` MiB of written memory that the kernel gives now. The memory of a bytearray may be what this
+    process has freed and not returned to the kernel, as after tests with large models. A child of this process has such
+    memory already, so its use adds nothing."""
+    memory = mmap.mmap(-1, mebibytes * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"x" * len(memory))
+    return memory
+
+
 def takes(mebibytes: int) -> Callable[[Send], None]:
     """Return a function for `run_confined` that takes ``mebibytes`` MiB of memory in the child, sends a value, and then
     waits until the parent kills the child."""
 
     def work(send: Send) -> None:
-        taken = bytearray(os.urandom(1) * (mebibytes * MIB))
+        taken = new_memory(mebibytes)
         send(len(taken))
         os.read(blocked, 1)
 
@@ -56,15 +65,12 @@ def test_a_child_whose_parent_looks_late_can_not_take_more_than_the_excess(monke
     took: list[int] = []
 
     def work(send: Send) -> None:
-        # `mmap` takes new memory from the kernel. A bytearray could use memory that this process has freed but not
-        # returned to the kernel, and the limit counts such memory already.
         held = []
         while True:
             try:
-                held.append(mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+                held.append(new_memory(1))
             except OSError as error:
                 raise MemoryError from error
-            held[-1].write(b"x" * MIB)
             send(len(held))
 
     assert run_confined(work, took.append, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
@@ -73,7 +79,7 @@ def test_a_child_whose_parent_looks_late_can_not_take_more_than_the_excess(monke
 
 def test_a_library_that_aborts_for_lack_of_memory_was_too_large() -> None:
     def work(_send: Send) -> None:
-        held = os.urandom(1) * (100 * MIB)
+        held = new_memory(100)
         os.kill(os.getpid(), signal.SIGABRT if held else 0)
 
     assert run_confined(work, lambda _: None, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
