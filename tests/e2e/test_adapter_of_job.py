@@ -54,4 +54,7 @@ def test_a_job_waits_for_the_adapter_of_another_job_and_goes_on_with_it(
     with installed.enter():
         before = run_folder(installed, namespace, first).losses()
         after = run_folder(installed, namespace, second).losses()
-    assert after[1] < before[1] / 2, (before, after)
+    # Both jobs begin with the same batch. At least half of what the first job has learned must be there at once.
+    learned = before[1] - before[max(before)]
+    assert learned > 0.2
+    assert before[1] - after[1] > learned / 2, (before, after)
