@@ -3,6 +3,8 @@ GPUs, and extended resources such as network devices for RDMA. Also says whether
 
 The functions return values for the container of a pod, as `operator/finetune_operator/objects` writes them, and judge
 the names and amounts that a job sets itself. How much memory and how many CPUs a pod needs is computed elsewhere.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@ gradient accumulation steps. The optimisation stays the same, because the global
 
 A pure function from the failure and the attempts so far to a ruling, for `rules.py`, and the micro-batch of the next
 attempt, for its run file.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

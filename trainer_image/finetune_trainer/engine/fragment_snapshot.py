@@ -4,6 +4,8 @@ A snapshot has the same tensors as one of `state.take_snapshot`: each parameter 
 reduces or gathers three tensors for each parameter, and so sends every value to every rank. Here each rank reads its
 own fragments, and sends them only to the rank that stores the parameter, in rounds of a fixed size. So the number of
 collectives follows from the bytes and not from the number of parameters, and a single process needs none.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

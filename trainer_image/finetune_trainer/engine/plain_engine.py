@@ -17,6 +17,8 @@ together 16, and 12 between an update and the next backward pass. In fp32 the we
 a bounded size: 176 MiB in the update, and 32 MiB for the norm, which is computed once for each step. With a whole fp32
 value of 4 bytes beside the weight the sum would be 18. DeepSpeed holds such a value, and copies of gradients too: it
 takes 24 bytes at ZeRO stage 1, and 20 at stage 2.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

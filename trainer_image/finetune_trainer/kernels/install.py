@@ -4,6 +4,8 @@ after adapters were added, and before `Objective` and DeepSpeed take the model.
 The forward functions of single modules are replaced. In training they call the kernels; otherwise the module's own code
 computes, so that scores and exports are bit for bit those of transformers and peft. What is not recognized stays as it
 is, and the report says why.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

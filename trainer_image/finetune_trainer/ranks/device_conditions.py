@@ -3,6 +3,8 @@
 A refusal is final where another attempt would end in the same way, and is retried where another node may do the work.
 `read_device_facts` reads the facts, and `start_refusal` is a pure function of them. A rank calls both before it joins
 the other ranks, once torch is imported.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

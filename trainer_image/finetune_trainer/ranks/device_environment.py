@@ -3,6 +3,8 @@ and whether DeepSpeed overlaps communication with computation.
 
 The launcher adds the variables to those of each worker before the worker imports torch, and `engine/config.py` takes
 the value for DeepSpeed. Nothing here imports torch.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

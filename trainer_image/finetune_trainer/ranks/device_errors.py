@@ -4,6 +4,8 @@ memory, a fault of the node, a driver that is too old, a wrong set-up of the pod
 Only the texts tell these errors apart, because torch raises nearly all of them as RuntimeError or DistBackendError. A
 test looks for each text of `TEXTS` in the installed library that prints the text, so that an upgrade that changes a
 text fails the test.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

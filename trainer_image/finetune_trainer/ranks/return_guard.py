@@ -6,6 +6,8 @@ waits in a kernel of NCCL, which no signal and no exception can reach. So anothe
 ranks leave, demands that the training thread comes back within a bound, and the guard ends the process where it does
 not. The watchdog (`watchdog.py`) has the same means but another question: whether there is progress at all, within the
 much longer `stability.stallTimeoutSeconds`.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ files with `load_examples`. A folder on a volume that other pods share saves the
 A folder is written under a name of its own, and gets the name of its identity by one rename, so that several writers
 do not harm each other. Nothing in the folder of a volume is believed: it is copied to the node, and counts only if the
 copied bytes have the digests in its seal, and the seal the right key. Whatever is damaged is made again.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

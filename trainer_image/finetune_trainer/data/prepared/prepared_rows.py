@@ -5,6 +5,8 @@ The processes work on the chunks in any order. What a row becomes depends on the
 chat template is checked once for each kind of field (`recorded_kinds.py`). A chunk is rendered with the kinds that were
 known when its work began. If one of the kinds whose check failed in the chunk is known by the time when all chunks
 before it are done, the chunk is rendered once more. So the result is the same with any number of processes.
+
+Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations
