@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from finetune_trainer.data.batches import IGNORED
+from finetune_trainer.loss.kernels import frozen_head_loss
 from finetune_trainer.loss.trained_head import trained_head_loss
 
+HeadLoss = Callable[..., torch.Tensor]
 TARGETS = torch.tensor([1, 5, IGNORED, 0, 10, 7, IGNORED, 2])
 
 
@@ -35,6 +39,20 @@ def test_loss_and_gradients_under_a_trained_head_are_those_of_cross_entropy(
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_loss", [frozen_head_loss, trained_head_loss])
+def test_a_row_without_a_target_adds_nothing_also_where_token_0_is_excluded(head_loss: HeadLoss) -> None:
+    torch.manual_seed(0)
+    head, targets, excluded = nn.Linear(6, 11), torch.tensor([1, IGNORED, 7, IGNORED]), torch.tensor([0, 9])
+    wanted, found = (torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    logits = head(wanted).index_fill(1, excluded, float("-inf"))
+    expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    expected.backward()
+    loss = head_loss(found, head, targets, excluded=excluded, chunk_rows=3)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_a_second_backward_pass_is_refused() -> None:

@@ -140,7 +140,8 @@ class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
             is_supervised = (targets[part] != IGNORED).unsqueeze(1)
             target = targets[part].clamp(min=0).unsqueeze(1)
             log_probabilities = logits.log_softmax(-1)
-            total -= (log_probabilities.gather(1, target) * is_supervised).sum()
+            # Token 0, which takes the place of a missing target, may be excluded: minus infinity times 0 is NaN.
+            total -= log_probabilities.gather(1, target).masked_fill(~is_supervised, 0).sum()
             log_probabilities.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_probabilities.dtype))
             torch.mm(log_probabilities.to(weight.dtype), weight, out=gradient[part])
             gradient[part].mul_(is_supervised)

@@ -65,7 +65,8 @@ class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
             is_supervised = (targets[part] != IGNORED).unsqueeze(1)
             target = targets[part].clamp(min=0).unsqueeze(1)
             values = logits.log_softmax(-1)
-            total -= (values.gather(1, target) * is_supervised).sum()
+            # Token 0, which takes the place of a missing target, may be excluded: minus infinity times 0 is NaN.
+            total -= values.gather(1, target).masked_fill(~is_supervised, 0).sum()
             values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
             difference = values.mul_(is_supervised).to(weight.dtype)
             if of_hidden is not None:
