@@ -143,7 +143,7 @@ def finding(folder: Path) -> str:
         load_configuration(folder, "model")
         load_tokenizer(folder)
         read_structure(folder)
-        artifact_generation_config(folder, [1])
+        artifact_generation_config(folder, [1], vocabulary=64)
     except UserError as error:
         return str(error)
     return ""

@@ -8,12 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.generation_config import SAMPLING, artifact_generation_config
+from finetune_trainer.model.generation_config import ALWAYS, SAMPLING, artifact_generation_config
+from finetune_trainer.model.trial_generation import TRIED
+
+VOCABULARY = 64
+SWITCHES = {
+    "do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "token_healing", "low_memory", "disable_compile", "is_assistant", "use_mtp",
+    "assistant_early_exit",
+}  # fmt: skip
+"""Fields that switch something on or off; transformers takes any value."""
+OF_THE_CALLER = {
+    "cache_implementation", "cache_config", "max_cache_len", "compile_config", "continuous_batching_config",
+    "prefill_chunk_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "speculation_type",
+}  # fmt: skip
+"""Fields about memory and speed: how the keys and values are kept, and how a second model helps."""
+OF_OLDER_VERSIONS = {
+    "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids",
+}  # fmt: skip
+"""Fields of ways of generating that transformers no longer contains."""
+OWN = {"eos_token_id", "stop_strings", "transformers_version", "_from_model_config"}
+"""Fields with a rule of their own in `generation_config.py`, and fields that transformers writes for itself."""
+
+
+def test_every_field_that_transformers_knows_has_one_rule() -> None:
+    groups = (SAMPLING, ALWAYS, TRIED, SWITCHES, OF_THE_CALLER, OF_OLDER_VERSIONS, OWN)
+    known = set(vars(GenerationConfig()))
+    for name in known:
+        assert [name in group for group in groups].count(True) == 1, name
+    assert {name for group in groups for name in group} - OF_OLDER_VERSIONS <= known
 
 
 def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], str]:
@@ -22,7 +53,7 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
     and the version of transformers are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "generation_config.json").write_text(json.dumps(values))
-    config, notices = artifact_generation_config(folder, stop_ids)
+    config, notices = artifact_generation_config(folder, stop_ids, vocabulary=VOCABULARY)
     config.save_pretrained(folder / "artifact")
     loaded = GenerationConfig.from_pretrained(folder / "artifact")
     loaded.max_new_tokens = 7
@@ -60,6 +91,18 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
         ({"do_sample": True, "temperature": float("nan")}, {"do_sample": True}, "has temperature nan, with which no"),
         ({"do_sample": True, "top_k": 0, "typical_p": 1.0}, {"do_sample": True, "top_k": 0, "typical_p": 1.0}, ""),
         ({"repetition_penalty": "1.1", "num_beams": 0}, {}, "has num_beams 0, repetition_penalty 1.1, with which no"),
+        ({"no_repeat_ngram_size": "2"}, {}, "has no_repeat_ngram_size 2, with which no text can be generated"),
+        ({"min_length": -1, "max_length": 20.0}, {"max_length": 20}, "has min_length -1, with which no text"),
+        ({"exponential_decay_length_penalty": 3}, {}, "has exponential_decay_length_penalty 3, with which no text"),
+        ({"exponential_decay_length_penalty": [3, 1.5]}, {"exponential_decay_length_penalty": [3, 1.5]}, ""),
+        ({"sequence_bias": "never"}, {}, "has sequence_bias never, with which no text"),
+        ({"sequence_bias": [[[999], 1.0]]}, {}, "has sequence_bias [[[999], 1.0]], with which no text"),
+        ({"sequence_bias": [[[9], 1.0]]}, {"sequence_bias": [[[9], 1.0]]}, ""),
+        ({"bad_words_ids": [[-4]]}, {}, "has bad_words_ids [[-4]], with which no text"),
+        ({"suppress_tokens": ["a"]}, {}, "has suppress_tokens ['a'], with which no text"),
+        ({"bos_token_id": "w1", "pad_token_id": 3}, {"pad_token_id": 3}, "has bos_token_id w1, with which no text"),
+        ({"stop_strings": [3]}, {}, "has stop_strings [3], with which no text"),
+        ({"stop_strings": ["end"]}, {"stop_strings": ["end"]}, ""),
         ({"max_length": 4096, "of_the_publisher": [1]}, {"max_length": 4096, "of_the_publisher": [1]}, ""),
     ],
 )  # fmt: skip
@@ -78,10 +121,16 @@ def test_the_stop_tokens_are_those_of_the_trained_model(tmp_path: Path) -> None:
 
 def test_without_a_file_of_its_own_the_configuration_of_the_model_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "temperature": 0.5, "bos_token_id": 7}')
-    config, notices = artifact_generation_config(tmp_path, [1])
+    config, notices = artifact_generation_config(tmp_path, [1], vocabulary=VOCABULARY)
     assert (config.bos_token_id, config.eos_token_id) == (7, 1)
     config.save_pretrained(tmp_path / "artifact")
     assert len(notices) == (config.temperature == 0.5)
+
+
+def test_the_trial_draws_no_random_number(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    written({"suppress_tokens": [3], "sequence_bias": "never"}, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 VALUES = st.one_of(
@@ -90,11 +139,28 @@ VALUES = st.one_of(
     st.integers(-2, 100),
     st.floats(-1, 3),
     st.sampled_from(["", "a", "static", "never"]),
+    st.lists(st.integers(-2, 100) | st.floats(-1, 3) | st.just("a") | st.lists(st.integers(-2, 100), max_size=2)),
 )
 FIELDS = [
-    *SAMPLING, "do_sample", "num_beams", "early_stopping", "length_penalty", "pad_token_id", "eos_token_id",
-    "use_cache", "cache_implementation", "num_return_sequences", "max_new_tokens", "output_scores", "other",
+    *SAMPLING, *ALWAYS, *TRIED, "do_sample",
+    "eos_token_id", "use_cache", "cache_implementation", "output_scores", "stop_strings", "other",
 ]  # fmt: skip
+
+
+def generate(values: dict[str, Any]) -> None:
+    """Generate a short text with a tiny model and the generation configuration ``values``. Fields for which a caller
+    must also pass a tokenizer, or that concern memory and speed, are left out."""
+    ruled = {name: value for name, value in values.items() if name not in OF_THE_CALLER | OF_OLDER_VERSIONS | OWN}
+    beams = int(ruled.get("num_beams", 1))
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        )
+    )  # fmt: skip
+    short = {"max_new_tokens": 4, "min_new_tokens": 0, "num_return_sequences": min(beams, 2)}
+    config = GenerationConfig(**{"pad_token_id": 0} | ruled | short, eos_token_id=[1, 2])
+    assert len(model.generate(torch.tensor([[3, 4]]), generation_config=config)) == short["num_return_sequences"]
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6))
@@ -111,10 +177,12 @@ def test_any_configuration_is_exported_or_bad_input(
         assert problem.startswith("model: its generation_config.json can't be used: ")
     else:
         assert found["eos_token_id"] == [1, 2]
+        if found.get("num_beams", 1) < 5:
+            generate(found)
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", "null", '"text"', "{", "", "\ufeff{}"])
 def test_a_file_that_is_no_configuration_is_bad_input(content: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"^model: its generation_config\.json can't be used"):
-        artifact_generation_config(tmp_path, [1])
+        artifact_generation_config(tmp_path, [1], vocabulary=VOCABULARY)

@@ -6,11 +6,12 @@ The module does not import torch, because the first part of the preflight check 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, __version__
+from transformers import AutoConfig, PreTrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,10 +21,18 @@ from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
-COUNTS = {"num_hidden_layers": 2_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
+COUNTS = {"num_hidden_layers": 2_000, "num_experts": 20_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
 """Fields of a configuration that say how often transformers repeats a part of a model, and the largest values that are
-accepted. The largest published models have 126 layers and 512 experts. A model with a billion layers would never be
-built."""
+accepted. The largest published models have 126 layers and 512 experts, but `num_experts` of Doge's models is 16384. A
+model with a billion layers would never be built."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of a configuration with the number of experts among which a router chooses, in all families."""
+CHOSEN_EXPERTS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
+)  # fmt: skip
+"""Fields of a configuration with the number of experts that a router chooses for a token, in all families."""
+EXPERT_GROUPS = ("n_group", "num_expert_group")
+"""Fields of a configuration with the number of groups of experts. A router first chooses `topk_group` groups."""
 
 
 ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")
@@ -94,6 +103,8 @@ def load_configuration(folder: Path, field: str) -> Any:
     for name, count in counts.items():
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
             raise UserError(field, f"its config.json can't be used: {name} must be between 0 and {COUNTS[name]}")
+    for part in (text, *(value for value in vars(text).values() if isinstance(value, PreTrainedConfig))):
+        _check_routing(part, json.dumps(document), field)
     _check_kind(config, field)
     for part in (config, text):
         for name in QUANTISATION_FIELDS:
@@ -143,6 +154,41 @@ def _check_fields(document: Mapping[str, Any], field: str) -> None:
                 problem = problem or f"{name} must be float32, float16 or bfloat16, and is {str(part[name])[:40]!r}"
     if problem:
         raise UserError(field, f"its config.json can't be used: {problem}")
+
+
+def _check_routing(config: Any, document: str, field: str) -> None:
+    """Raise UserError if the routers that ``config`` describes can't choose experts. A model is built with these
+    numbers, and fails only when a text goes through it. The message names the fields as ``document``, the text of
+    `config.json`, does, because transformers has two names for some fields."""
+
+    def written(name: str) -> str:
+        others = [other for other, mapped in config.attribute_map.items() if mapped == name]
+        return next((known for known in (name, *others) if f'"{known}"' in document), name)
+
+    fields = vars(config)
+    name = next((name for name in EXPERTS if isinstance(fields.get(name), int)), None)
+    if name is None or fields[name] < 2:
+        return  # With one expert, several families have no router.
+    experts = fields[name]
+    # LongCat's routers also choose among experts that return their input.
+    most = experts + (fields.get("zero_expert_num") or 0)
+    limits = dict.fromkeys(CHOSEN_EXPERTS, (most, name))
+    for of_groups in EXPERT_GROUPS:
+        groups = fields.get(of_groups)
+        if not isinstance(groups, int) or groups < 2:
+            continue
+        limits["topk_group"] = (groups, of_groups)
+        if experts % groups or experts // groups < 2:
+            problem = (
+                f"{written(of_groups)} must divide {written(name)} ({experts}) into groups of at least 2 experts, and"
+                f" is {groups}"
+            )
+            raise UserError(field, f"its config.json can't be used: {problem}")
+    for chosen, (limit, source) in limits.items():
+        value = fields.get(chosen)
+        if value is not None and not (type(value) is int and 1 <= value <= limit):
+            problem = f"{written(chosen)} must be between 1 and {written(source)} ({limit}), and is {str(value)[:40]}"
+            raise UserError(field, f"its config.json can't be used: {problem}")
 
 
 def _check_kind(config: Any, field: str) -> None:

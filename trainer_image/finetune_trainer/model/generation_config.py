@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig
 
 from finetune_core.errors import UserError
+from finetune_trainer.model.trial_generation import unusable_fields
 from finetune_trainer.pod.errors import first_line, library_boundary, one_line
 from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE
@@ -40,9 +41,22 @@ ALWAYS: Mapping[str, Callable[[float], bool]] = {
     "repetition_penalty": lambda value: value > 0,
     "encoder_repetition_penalty": lambda value: value > 0,
     "num_beams": lambda value: value >= 1 and value == int(value),
+    "num_return_sequences": lambda value: value >= 1 and value == int(value),
+    "max_length": lambda value: value >= 1 and value == int(value),
+    "max_new_tokens": lambda value: value >= 1 and value == int(value),
+    "min_length": lambda value: value >= 0 and value == int(value),
+    "min_new_tokens": lambda value: value >= 0 and value == int(value),
+    "no_repeat_ngram_size": lambda value: value >= 0 and value == int(value),
+    "encoder_no_repeat_ngram_size": lambda value: value >= 0 and value == int(value),
+    "length_penalty": lambda value: True,
+    "max_time": lambda value: value > 0,
+    "guidance_scale": lambda value: True,
 }
 """Fields that have an effect in every generation, and the values with which transformers can generate."""
-WHOLE = ("top_k", "num_beams")
+WHOLE = (
+    "top_k", "num_beams", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
 """Fields of SAMPLING and ALWAYS that must be whole numbers. transformers wants all others as floating-point numbers."""
 DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 """Fields whose values decide which other fields transformers accepts."""
@@ -56,9 +70,9 @@ class ArtifactGeneration(NamedTuple):
     """Sentences about what differs from the base model's configuration, except the stop tokens."""
 
 
-def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactGeneration:
-    """Return the generation configuration for the artifact of a job whose base model is in the folder ``base``. Texts
-    end at ``stop_ids``.
+def artifact_generation_config(base: Path, stop_ids: Sequence[int], *, vocabulary: int) -> ArtifactGeneration:
+    """Return the generation configuration for the artifact of a job whose base model is in the folder ``base`` and has
+    ``vocabulary`` tokens. Texts end at ``stop_ids``.
 
     transformers refuses fields of sampling, such as a temperature, without `do_sample: true`. Where `do_sample` is
     absent, it becomes true if transformers can draw with all these fields, as the publishers of such models did later.
@@ -70,6 +84,7 @@ def artifact_generation_config(base: Path, stop_ids: Sequence[int]) -> ArtifactG
     values = _base_values(base)
     notices: list[str] = []
     _repair_numbers(values, notices)
+    _repair_forms(values, notices, vocabulary)
     if values.get("do_sample") is not True:
         _repair_sampling(values, notices)
     values["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
@@ -130,6 +145,25 @@ def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
         values.pop(name, None)
     told = "the artifact has no do_sample" if greedy else "the artifact leaves this out"
     notices.append(f"model: its {GENERATION_CONFIG_FILE} has {named}, with which no text can be generated; {told}")
+
+
+def _repair_forms(values: dict[str, Any], notices: list[str], vocabulary: int) -> None:
+    """Delete the fields of ``values`` that are no plain numbers and with which transformers can't generate. Add a
+    notice about them to ``notices``."""
+    stop = values.get("stop_strings")
+    texts = stop if isinstance(stop, list) else [stop]
+    wrong = unusable_fields(values, vocabulary=vocabulary)
+    if stop is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+        wrong.append("stop_strings")
+    if not wrong:
+        return
+    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
+    for name in wrong:
+        del values[name]
+    notices.append(
+        f"model: its {GENERATION_CONFIG_FILE} has {named}, with which no text can be generated; the artifact leaves"
+        " this out"
+    )
 
 
 def _fits(name: str, value: Any, bound: Callable[[float], bool]) -> bool:
