@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.generation_config import ALWAYS, SAMPLING, artifact_generation_config
+from finetune_trainer.model.generation_config import ALWAYS, FORMS, SAMPLING, artifact_generation_config
 from finetune_trainer.model.trial_generation import TRIED
 
 VOCABULARY = 64
@@ -35,12 +35,12 @@ OF_OLDER_VERSIONS = {
     "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids",
 }  # fmt: skip
 """Fields of ways of generating that transformers no longer contains."""
-OWN = {"eos_token_id", "stop_strings", "transformers_version", "_from_model_config"}
-"""Fields with a rule of their own in `generation_config.py`, and fields that transformers writes for itself."""
+OWN = {"eos_token_id", "transformers_version", "_from_model_config"}
+"""The stop tokens, which are those of the trained model, and fields that transformers writes for itself."""
 
 
 def test_every_field_that_transformers_knows_has_one_rule() -> None:
-    groups = (SAMPLING, ALWAYS, TRIED, SWITCHES, OF_THE_CALLER, OF_OLDER_VERSIONS, OWN)
+    groups = (SAMPLING, ALWAYS, TRIED, FORMS, SWITCHES, OF_THE_CALLER, OF_OLDER_VERSIONS, OWN)
     known = set(vars(GenerationConfig()))
     for name in known:
         assert [name in group for group in groups].count(True) == 1, name
@@ -87,6 +87,11 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
             {"do_sample": True, "temperature": 0.7, "top_k": -1}, {"do_sample": True, "temperature": 0.7},
             "has top_k -1, with which no text can be generated; the artifact leaves this out",
         ),
+        (
+            {"do_sample": True, "temperature": 1e-9}, {},
+            "has temperature 1e-09, with which no text can be generated; the artifact has no do_sample",
+        ),
+        ({"length_penalty": 1e300}, {}, "has length_penalty 1e+300, with which no text can be generated"),
         ({"do_sample": True, "top_k": 5.0, "temperature": 2}, {"do_sample": True, "top_k": 5, "temperature": 2.0}, ""),
         ({"do_sample": True, "temperature": float("nan")}, {"do_sample": True}, "has temperature nan, with which no"),
         ({"do_sample": True, "top_k": 0, "typical_p": 1.0}, {"do_sample": True, "top_k": 0, "typical_p": 1.0}, ""),
@@ -103,6 +108,7 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
         ({"bos_token_id": "w1", "pad_token_id": 3}, {"pad_token_id": 3}, "has bos_token_id w1, with which no text"),
         ({"stop_strings": [3]}, {}, "has stop_strings [3], with which no text"),
         ({"stop_strings": ["end"]}, {"stop_strings": ["end"]}, ""),
+        ({"top_k": True}, {}, "has top_k True, which can't be used without do_sample"),
         ({"max_length": 4096, "of_the_publisher": [1]}, {"max_length": 4096, "of_the_publisher": [1]}, ""),
     ],
 )  # fmt: skip
@@ -142,15 +148,19 @@ VALUES = st.one_of(
     st.lists(st.integers(-2, 100) | st.floats(-1, 3) | st.just("a") | st.lists(st.integers(-2, 100), max_size=2)),
 )
 FIELDS = [
-    *SAMPLING, *ALWAYS, *TRIED, "do_sample",
-    "eos_token_id", "use_cache", "cache_implementation", "output_scores", "stop_strings", "other",
+    *SAMPLING, *ALWAYS, *TRIED, *FORMS, "do_sample",
+    "eos_token_id", "use_cache", "cache_implementation", "output_scores", "other",
 ]  # fmt: skip
 
 
 def generate(values: dict[str, Any]) -> None:
     """Generate a short text with a tiny model and the generation configuration ``values``. Fields for which a caller
     must also pass a tokenizer, or that concern memory and speed, are left out."""
-    ruled = {name: value for name, value in values.items() if name not in OF_THE_CALLER | OF_OLDER_VERSIONS | OWN}
+    ruled = {
+        name: value
+        for name, value in values.items()
+        if name not in OF_THE_CALLER | OF_OLDER_VERSIONS | OWN | {"stop_strings"}
+    }
     beams = int(ruled.get("num_beams", 1))
     torch.manual_seed(1)
     model = LlamaForCausalLM(

@@ -22,8 +22,11 @@ from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE, GENERATION_CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
+SMALLEST = 1e-5
+"""The smallest divisor of logits with which probabilities are still numbers. vLLM, too, takes a lower temperature for
+0."""
 SAMPLING: Mapping[str, Callable[[float], bool]] = {
-    "temperature": lambda value: value > 0,
+    "temperature": lambda value: value >= SMALLEST,
     "top_k": lambda value: value > 0 and value == int(value),
     "top_p": lambda value: 0 < value <= 1,
     "min_p": lambda value: 0 <= value <= 1,
@@ -38,8 +41,8 @@ OFF: Mapping[str, float] = {"top_k": 0, "top_p": 0, "typical_p": 1, "epsilon_cut
 """For some fields of SAMPLING, one more value with which transformers can draw a text. The bounds in SAMPLING exclude
 this value."""
 ALWAYS: Mapping[str, Callable[[float], bool]] = {
-    "repetition_penalty": lambda value: value > 0,
-    "encoder_repetition_penalty": lambda value: value > 0,
+    "repetition_penalty": lambda value: SMALLEST <= value <= 1 / SMALLEST,
+    "encoder_repetition_penalty": lambda value: SMALLEST <= value <= 1 / SMALLEST,
     "num_beams": lambda value: value >= 1 and value == int(value),
     "num_return_sequences": lambda value: value >= 1 and value == int(value),
     "max_length": lambda value: value >= 1 and value == int(value),
@@ -48,11 +51,22 @@ ALWAYS: Mapping[str, Callable[[float], bool]] = {
     "min_new_tokens": lambda value: value >= 0 and value == int(value),
     "no_repeat_ngram_size": lambda value: value >= 0 and value == int(value),
     "encoder_no_repeat_ngram_size": lambda value: value >= 0 and value == int(value),
-    "length_penalty": lambda value: True,
+    "length_penalty": lambda value: abs(value) <= 100,
     "max_time": lambda value: value > 0,
-    "guidance_scale": lambda value: True,
+    "guidance_scale": lambda value: abs(value) <= 1 / SMALLEST,
 }
 """Fields that have an effect in every generation, and the values with which transformers can generate."""
+FORMS: Mapping[str, Callable[[Any], bool]] = {
+    "stop_strings": lambda value: _texts(value if isinstance(value, list) else [value]),
+    "exponential_decay_length_penalty": lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(part) in (int, float) and math.isfinite(part) and part >= 0 for part in value)
+        and value[0] == int(value[0])
+    ),
+}
+"""Fields with values of another kind, and the forms with which transformers can generate. A short trial would not find
+a wrong value: the first field needs a tokenizer, and the second has an effect only after many tokens."""
 WHOLE = (
     "top_k", "num_beams", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
@@ -139,7 +153,7 @@ def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
     wrong = [name for name in bounds if values.get(name) is not None and not _fits(name, values[name], bounds[name])]
     if not wrong:
         return
-    greedy = "temperature" in wrong and values["temperature"] == 0
+    greedy = "temperature" in wrong and _below(values["temperature"], SMALLEST)
     named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
     for name in [*wrong, *((*SAMPLING, "do_sample") if greedy else ())]:
         values.pop(name, None)
@@ -150,11 +164,8 @@ def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
 def _repair_forms(values: dict[str, Any], notices: list[str], vocabulary: int) -> None:
     """Delete the fields of ``values`` that are no plain numbers and with which transformers can't generate. Add a
     notice about them to ``notices``."""
-    stop = values.get("stop_strings")
-    texts = stop if isinstance(stop, list) else [stop]
     wrong = unusable_fields(values, vocabulary=vocabulary)
-    if stop is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
-        wrong.append("stop_strings")
+    wrong += [name for name, fits in FORMS.items() if values.get(name) is not None and not fits(values[name])]
     if not wrong:
         return
     named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
@@ -164,6 +175,14 @@ def _repair_forms(values: dict[str, Any], notices: list[str], vocabulary: int) -
         f"model: its {GENERATION_CONFIG_FILE} has {named}, with which no text can be generated; the artifact leaves"
         " this out"
     )
+
+
+def _below(value: Any, bound: float) -> bool:
+    return type(value) in (int, float) and 0 <= value < bound
+
+
+def _texts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
 def _fits(name: str, value: Any, bound: Callable[[float], bool]) -> bool:
@@ -180,7 +199,7 @@ def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
     refused = [name for name in present if _refuses({name: values[name]})]
     if not refused:
         return
-    drawable = all(isinstance(values[name], int | float) and SAMPLING[name](values[name]) for name in present)
+    drawable = all(type(values[name]) in (int, float) and SAMPLING[name](values[name]) for name in present)
     named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in refused)
     if "do_sample" not in values and drawable:
         values["do_sample"] = True

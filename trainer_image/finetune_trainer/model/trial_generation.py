@@ -18,8 +18,8 @@ from finetune_trainer.pod.errors import first_line, library_boundary
 
 TRIED = (
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "early_stopping",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "pad_token_id",
-    "remove_invalid_values", "renormalize_logits", "sequence_bias", "suppress_tokens", "watermarking_config",
+    "forced_bos_token_id", "forced_eos_token_id", "pad_token_id", "remove_invalid_values", "renormalize_logits",
+    "sequence_bias", "suppress_tokens", "watermarking_config",
 )  # fmt: skip
 """The fields whose values are no plain numbers, or are token ids, and that have an effect on every generated text."""
 NEW_TOKENS = 3
@@ -37,11 +37,12 @@ def unusable_fields(values: Mapping[str, Any], *, vocabulary: int) -> list[str]:
         return []
     model = _tiny_model(vocabulary)
     with _quiet():
-        return [name for name in present if _fails(model, {name: values[name]})]
+        return [name for name in present if _fails(model, {name: values[name]}, vocabulary)]
 
 
-def _fails(model: Any, values: Mapping[str, Any]) -> bool:
-    settings: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 0, **values}
+def _fails(model: Any, values: Mapping[str, Any], vocabulary: int) -> bool:
+    # The logits are all equal, of which transformers takes the first. So the text does not end before NEW_TOKENS.
+    settings: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": vocabulary - 1, **values}
     try:
         # A wrong value can make the code of transformers raise any exception.
         with library_boundary(lambda error: ValueError(first_line(error))), torch.inference_mode():
