@@ -64,7 +64,13 @@ def resolve(
     world = WorldConfig(nodes=resources.nodes, processes_per_node=resources.processes_per_node, device=resources.device)
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
-    stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
+    deepspeed = spec.deepspeed
+    stage = zero_stage(
+        deepspeed.zero_stage,
+        processes=world.size,
+        lora=spec.method is Method.LORA,
+        configured=deepspeed.offload_optimizer == "CPU" or deepspeed.overrides is not None,
+    )
     return RunConfig(
         world=world,
         model=spec.model,
@@ -91,9 +97,9 @@ def resolve(
             attention=training.attention,
             seed=training.seed,
             zero_stage=stage,
-            offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",
-            offload_parameters=spec.deepspeed.offload_parameters == "CPU",
-            overrides=spec.deepspeed.overrides,
+            offload_optimizer=deepspeed.offload_optimizer == "CPU",
+            offload_parameters=deepspeed.offload_parameters == "CPU",
+            overrides=deepspeed.overrides,
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,8 @@ from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
+from finetune_trainer.engine.plain_engine import PlainEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -109,9 +111,16 @@ def _kill(fault: dict[str, Any]) -> Any:
 
         return mock.patch.object(owner, name, call)
 
+    def in_both(name: str) -> Any:
+        """Return a patch of the function ``name`` of both engines, of which the run uses one."""
+        stack = ExitStack()
+        for engine in (Engine, PlainEngine):
+            stack.enter_context(patched(engine, name, ""))
+        return stack
+
     return {
-        "accumulation": lambda: patched(Engine, "backward", ""),
-        "snapshot": lambda: patched(Engine, "read_state", ""),
+        "accumulation": lambda: in_both("backward"),
+        "snapshot": lambda: in_both("read_state"),
         "upload": lambda: patched(RunRoot, "upload", "", act=soon),
         "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
         "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
@@ -216,21 +225,25 @@ def _rate(fault: dict[str, Any]) -> Any:
 
 @contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
-    step_of, backward = loop.TrainingLoop._train_step, Engine.backward
+    step_of = loop.TrainingLoop._train_step
     now: dict[str, Any] = {"step": 0, "done": False}
 
     def one_step(self: loop.TrainingLoop, step: int) -> Any:
         now["step"] = step
         return step_of(self, step)
 
-    def infinite(self: Engine, loss: torch.Tensor, *, last: bool) -> None:
-        if now["step"] == fault["step"] and not now["done"]:
-            now["done"] = True
-            loss = loss * float("inf")
-        backward(self, loss, last=last)
+    def with_infinite_loss(backward: Any) -> Any:
+        def infinite(self: TrainingEngine, loss: torch.Tensor, *, last: bool) -> None:
+            if now["step"] == fault["step"] and not now["done"]:
+                now["done"] = True
+                loss = loss * float("inf")
+            backward(self, loss, last=last)
+
+        return infinite
 
     with (
         mock.patch.object(loop.TrainingLoop, "_train_step", one_step),
-        mock.patch.object(Engine, "backward", infinite),
+        mock.patch.object(Engine, "backward", with_infinite_loss(Engine.backward)),
+        mock.patch.object(PlainEngine, "backward", with_infinite_loss(PlainEngine.backward)),
     ):
         yield

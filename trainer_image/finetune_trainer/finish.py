@@ -18,7 +18,8 @@ from finetune_core.tasks import main_score_text, main_value_text
 from finetune_trainer.checkpoints.export import MERGED_FOLDER, export_artifact
 from finetune_trainer.checkpoints.model_card import CardFacts, model_card
 from finetune_trainer.checkpoints.saver import Saver
-from finetune_trainer.engine.engine import MASTER, Engine
+from finetune_trainer.engine.engine import MASTER
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.model.digest import BaseDigests
@@ -41,7 +42,7 @@ def finish(
     data: TrainingData,
     *,
     model: Any,
-    engine: Engine,
+    engine: TrainingEngine,
     saver: Saver,
     comparison: ModelComparison,
     digests: BaseDigests,

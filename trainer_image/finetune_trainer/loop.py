@@ -21,7 +21,7 @@ from finetune_trainer.decisions.recovery import is_skipped, plan_recovery
 from finetune_trainer.decisions.replay import ReplayedDecisions
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.pod.errors import StopAgreed, Stopped
@@ -42,7 +42,7 @@ class TrainingLoop:
         self,
         plan: WorkerPlan,
         gang: Gang,
-        engine: Engine,
+        engine: TrainingEngine,
         data: TrainingData,
         *,
         batches: MicroBatcher,
@@ -110,11 +110,12 @@ class TrainingLoop:
         parameters, ranks, examples and steps, and the checkpoint that the run resumes from."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
+        engine = f"ZeRO {optimization.zero_stage}" if optimization.zero_stage is not None else "no DeepSpeed"
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
         lowered = f", rate times {factor:.3g} after {len(start.rollbacks)} rollbacks" if start.rollbacks else ""
         return (
             f"run {start.run}: {self._config.method.value}, {self._trained_parameters:,} trained parameters,"
-            f" {optimization.precision}, ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
+            f" {optimization.precision}, {engine}, {world.size} x {world.device},"
             f" {torch.get_num_threads()} threads each; {self._rows} examples, {self.total_steps} steps of"
             f" {optimization.global_batch_size}{resumed}{lowered}"
         )

@@ -31,7 +31,7 @@ from finetune_trainer.data.prompts import answer_reader
 from finetune_trainer.decisions.recovery import RollbackRequired
 from finetune_trainer.decisions.replay import ReplayedDecisions, replay_decisions
 from finetune_trainer.engine.checks import check_model
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.choice import make_engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungradable
@@ -268,7 +268,7 @@ class Run:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
         ratio = config.lora.lora_plus_ratio if config.lora is not None else None
-        self.engine = Engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
+        self.engine = make_engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
         attention = check_model(
             self.engine,
             data.train,

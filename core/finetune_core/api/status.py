@@ -292,8 +292,8 @@ class PlanStatus(StatusModel):
     """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
     leaves them open, and what follows from these settings."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    """ZeRO stage of DeepSpeed."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed. Absent: the only process trains without DeepSpeed."""
     processes: Annotated[int, Field(ge=1)]
     """Number of training processes over all pods."""
     micro_batch_size: Annotated[int, Field(ge=1)]

@@ -23,7 +23,7 @@ from finetune_core.layout import TRAINER_FILE, Manifest, ManifestFile, checkpoin
 from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
 from finetune_trainer.decisions.selection import best_first
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.state import take_snapshot, write_snapshot
 from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
@@ -173,7 +173,7 @@ class Saver:
             return due
         return self._gang.any_rank(self._gang.is_first and due)
 
-    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, best: bool = False) -> None:
+    def save(self, engine: TrainingEngine, state: TrainerState, rows: Sequence[StepRow], *, best: bool = False) -> None:
         """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
         ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. ``best`` tells

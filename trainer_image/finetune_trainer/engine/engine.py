@@ -48,6 +48,7 @@ class Engine:
         lora_plus_ratio: float = 1.0,
     ) -> None:
         """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine together.
+        Raises ValueError where ``optimization`` asks for no ZeRO stage.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
         multiple of the job's learning rate.
@@ -55,14 +56,16 @@ class Engine:
         import deepspeed
 
         prevent_compilation()
-        if optimization.zero_stage < 3:
+        if optimization.zero_stage is None:
+            raise ValueError("DeepSpeed's engine needs a ZeRO stage")
+        self._stage = optimization.zero_stage
+        if self._stage < 3:
             # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
             # `fuse_adapters` leaves out layers with a replaced forward function.
             fuse_adapters(model)
         self._objective = Objective(model)
-        if optimization.zero_stage == 3:
+        if self._stage == 3:
             make_leaf_modules(model, self._objective.head)
-        self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
         self.device = device

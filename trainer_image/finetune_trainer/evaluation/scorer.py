@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
 from finetune_trainer.evaluation.graders import Grade, Grading
 from finetune_trainer.evaluation.graders.grades import GradeList
@@ -52,7 +52,7 @@ class Scorer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainingEngine,
         gang: Gang,
         batches: MicroBatcher,
         config: EvaluationConfig,
