@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation import utils
 
 from finetune_core.errors import UserError
 from finetune_trainer.model.generation_config import ALWAYS, FORMS, SAMPLING, artifact_generation_config
@@ -137,6 +138,14 @@ def test_the_trial_draws_no_random_number(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     written({"suppress_tokens": [3], "sequence_bias": "never"}, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_trial_waits_for_no_other_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ZeRO-3 on several ranks, transformers generates on all ranks together by default, and rank 0 alone
+    exports."""
+    monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
+    assert written({"pad_token_id": 3, "suppress_tokens": [4]}, tmp_path)[1] == ""
 
 
 VALUES = st.one_of(
