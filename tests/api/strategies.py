@@ -185,6 +185,11 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
         value.setdefault("patience", 1)
     if path == ("deepspeed",) and "CPU" in (value.get("offloadOptimizer"), value.get("offloadParameters")):
         value["zeroStage"] = 3
+    if path == ("deepspeed",) and value.get("zeroStage") == "None" and "overrides" in value:
+        if force[:1] == ("overrides",):
+            value["zeroStage"] = "Auto"
+        else:
+            value.pop("overrides")
     if path[-1:] == ("tolerations",) or path[-2:] == ("tolerations", "[]"):
         if "key" not in value:
             value["operator"] = "Exists"
@@ -256,6 +261,12 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
             spec["model"] = others | {"s3": {"uri": "s3://bucket/model"}}
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
+    if spec.get("deepspeed", {}).get("zeroStage") == "None":
+        if force[:2] == ("deepspeed", "zeroStage"):
+            resources = spec.setdefault("resources", {})
+            resources |= {"nodes": 1, "gpusPerNode": min(1, resources.get("gpusPerNode", 1))}
+        else:
+            spec["deepspeed"]["zeroStage"] = "Auto"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":
         spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
     graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"

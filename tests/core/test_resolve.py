@@ -88,7 +88,12 @@ def test_zero_stage(requested: int | str, processes: int, lora: bool, configured
     ],
 )
 def test_one_process_uses_deepspeed_where_the_job_asks_for_it(changes: dict[str, Any], stage: int | None) -> None:
-    assert resolve(job(**changes), report=None).optimization.zero_stage == stage
+    document = job().model_dump(by_alias=True, exclude_none=True)
+    document["spec"] |= changes
+    document["spec"]["resources"] |= {"nodes": 1}
+    if changes.get("method") == "Full":
+        del document["spec"]["lora"]
+    assert resolve(FineTuneJob.model_validate(document), report=None).optimization.zero_stage == stage
 
 
 def test_micro_batch_covers_the_share() -> None:
