@@ -24,11 +24,19 @@ pytestmark = pytest.mark.gang
 
 STEPS, INTERRUPTED = 9, 4
 RATE, DECAY = 1e-3, 0.1
-Changed = tuple[str, int, int, int]
-"""Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run."""
+Changed = tuple[str, int, int, int | None]
+"""Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run.
+The stage None means the plain engine."""
 CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
-CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
-LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
+CHANGED: list[Changed] = [
+    ("LoRA", 2, 1, 2),
+    ("LoRA", 3, 1, 0),
+    ("Full", 0, 1, 3),
+    ("Full", 3, 1, None),
+    ("Full", 2, 2, 3),
+    ("LoRA", 0, 2, 3),
+]
+LARGER: list[Changed] = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Bench:
     store: ObjectStore
     inputs: Inputs
 
-    def config(self, name: str, method: str, stage: int, world: int) -> dict[str, Any]:
+    def config(self, name: str, method: str, stage: int | None, world: int) -> dict[str, Any]:
         return run_config(
             self.store,
             name.lower(),
@@ -121,6 +129,24 @@ def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeat
     resume_and_compare(alone, two_ranks, bench, tmp_path)
     for case in CHANGED:
         assert_goes_on(case, bench)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_one_process_trains_the_same_bits_with_and_without_deepspeed(method: str, bench: Bench, tmp_path: Path) -> None:
+    """A run at ZeRO stage 2 and a run with the plain engine, and runs that resume with the same or the other engine."""
+    names = {(before, after): f"alone-{method}-{before}-{after}".lower() for before in (2, None) for after in (2, None)}
+    whole = {stage: f"alone-{method}-{stage}".lower() for stage in (2, None)}
+    configs = [bench.config(whole[stage], method, stage, 1) for stage in whole]
+    configs += [bench.config(names[before, after], method, before, 1) for before, after in names]
+    faults: list[dict[str, Any] | None] = [None, None, *({"kind": "stop", "step": INTERRUPTED + 1} for _ in names)]
+    train_all(configs, bench.inputs, tmp_path / "first", credentials=bench.store.credentials, faults=faults)
+    resumed = [bench.config(name, method, after, 1) for (_, after), name in names.items()]
+    train_all(resumed, bench.inputs, tmp_path / "second", credentials=bench.store.credentials)
+    losses, files = bench.losses(whole[2]), artifact_files(bench.store, whole[2])
+    assert len(losses) == STEPS
+    for name in (whole[None], *names.values()):
+        assert bench.losses(name) == losses, name
+        assert artifact_files(bench.store, name) == files, name
 
 
 @pytest.mark.long

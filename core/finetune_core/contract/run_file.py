@@ -50,7 +50,7 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     attention: Attention = "Auto"
     seed: int
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage of DeepSpeed. None: the only process trains with the plain engine, without DeepSpeed."""
     offload_optimizer: bool = False
     """Whether the optimizer state is kept in the node's memory instead of the GPU's."""
