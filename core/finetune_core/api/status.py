@@ -153,6 +153,9 @@ class AttemptsStatus(StatusModel):
     current: CurrentAttempt | None = None
     """The attempt that exists now. Absent before the first attempt, between two attempts, and after the last
     attempt."""
+    memory_halvings: Count = 0
+    """How many attempts ran out of memory and were followed by one with half the micro-batch. The optimisation stays
+    the same, because gradient accumulation doubles."""
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None

@@ -19,6 +19,7 @@ from finetune_core.api.status import CurrentAttempt, PodRecord
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.observations import POD_DEADLINE, ChildObservation, ContainerState, PodObservation
+from finetune_operator.observe.observation import BatchObservation
 
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
@@ -69,6 +70,10 @@ class Evidence:
     report has arrived."""
     last_phase: str = ""
     """Phase of the trainer in its newest report, for example "Training"; empty without a report."""
+    batch: BatchObservation | None = None
+    """How the spec lets a process compute its share of a global batch; None where this version can't read the spec."""
+    halvings: int = 0
+    """How many earlier attempts ran out of memory and were followed by one with half the micro-batch."""
     policy: RunPolicySpec
     now: datetime
     active_seconds: int = 0

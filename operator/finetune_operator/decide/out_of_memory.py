@@ -1,10 +1,7 @@
 """Which attempt follows one that ran out of memory: the next one halves the micro-batch, which doubles the number of
 gradient accumulation steps. The optimisation stays the same, because the global batch does.
 
-A pure function from the failure and the attempts so far to a ruling, for `rules.py`, and the micro-batch of the next
-attempt, for its run file.
-
-Nothing in the product calls this module yet.
+A pure function from the failure and the attempts so far to a ruling. `rules.py` calls `rule_on`.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ from typing import Final
 
 from finetune_core.api.conditions import Reason
 from finetune_core.contract import Phase
+from finetune_core.planning.micro_batch import MicroBatch, micro_batch_of
 from finetune_operator import messages
 from finetune_operator.decide.verdict import Ruling, Verdict
 
@@ -22,16 +20,6 @@ HALVINGS_LIMIT: Final = 3
 that does not fit with an eighth of its micro-batch seldom fits with less."""
 HELPED_PHASES: Final = frozenset({"", Phase.TRAINING, Phase.EVALUATING})
 """Phases in which memory depends on the micro-batch. The empty phase is that of a trainer that has not reported yet."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """How a process computes its share of a global batch."""
-
-    size: int
-    """Examples (with `dataset.packing`: sequences) that the process computes at once."""
-    accumulation_steps: int
-    """Micro-batches in an optimizer step, where examples are not packed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,17 +34,6 @@ class MemoryFailure:
     """Whether a job that computes on GPUs ran out of the pod's memory, which does not depend on the micro-batch."""
     node: str = ""
     """Name of the node of the pod that failed."""
-
-
-def micro_batch_of(planned: int, *, halvings: int, share: int) -> MicroBatch:
-    """Return the micro-batch of an attempt before which ``halvings`` attempts of the job ran out of memory.
-
-    ``planned`` is the size that the spec sets or leaves to the plan. ``share`` is how many examples of a global batch
-    one process computes (`process_share` of the planning), which is less than ``planned`` where the spec asks for more
-    than there is. An odd size is rounded down when it is halved.
-    """
-    size = max(1, min(planned, share) >> halvings)
-    return MicroBatch(size=size, accumulation_steps=-(-share // size))
 
 
 def rule_on(failure: MemoryFailure, *, planned: int, halvings: int, share: int, advice: str) -> Ruling:
