@@ -126,7 +126,7 @@ FAST = (
         "OutOfMemory",
         at_first(FILLS_ITS_MEMORY),
         exits(137),
-        spec={"training": {"globalBatchSize": 8, "microBatchSize": 4}},
+        spec={"training": {"maxSteps": 100, "globalBatchSize": 8, "microBatchSize": 4}},
         words=("a micro-batch of 2 instead of 4", "memory limit of 100Mi", "resources.memory"),
         check=_has_half_the_micro_batch,
     ),
@@ -135,7 +135,7 @@ FAST = (
         "OutOfMemory",
         at_first(FILLS_ITS_MEMORY),
         exits(137),
-        spec={"training": {"globalBatchSize": 8, "microBatchSize": 1}},
+        spec={"training": {"maxSteps": 100, "globalBatchSize": 8, "microBatchSize": 1}},
         words=("the micro-batch has one example", "memory limit of 100Mi", "resources.memory"),
     ),
     free(
