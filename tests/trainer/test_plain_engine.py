@@ -30,6 +30,7 @@ from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters
 from finetune_trainer.engine.plain_engine import PlainEngine, clipping_factor
+from finetune_trainer.engine.state import STATE_KINDS
 from finetune_trainer.model.attention import Kernel
 from finetune_trainer.model.load import trained_parameters
 from tests.trainer import test_lora_variants as variants
@@ -254,7 +255,7 @@ def test_weight_and_remainder_are_exactly_the_fp32_value(numbers: list[tuple[int
         patch.setattr(masters, "BATCH_ELEMENTS", size)
         made, parameters = bf16_masters(values, values.flip(0))
         for name, value, parameter in zip("01", (values, values.flip(0)), parameters, strict=True):
-            assert torch.equal(made.read(name)[MASTER].view(torch.int32), value.view(torch.int32))
+            assert torch.equal(made.read(name, MASTER).view(torch.int32), value.view(torch.int32))
             assert torch.equal(parameter.detach().view(torch.int16), value.to(torch.bfloat16).view(torch.int16))
         made.close()
 
@@ -276,7 +277,7 @@ def test_a_parameter_that_is_not_contiguous_trains_in_its_place() -> None:
     (parameter * torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)).sum().backward()
     with torch.no_grad():
         made.update(0.5, gradient_factor=1.0)
-        found = made.read("0")[MASTER]
+        found = made.read("0", MASTER)
     torch.testing.assert_close(found, torch.tensor([[-0.5, 3.5], [0.5, 4.5], [1.5, 5.5]]))
     assert parameter.tolist() == [[-0.5, 3.5], [0.5, 4.5], [1.5, 5.5]]
 
@@ -342,7 +343,7 @@ def test_a_parameter_without_a_gradient_decays_as_with_zero(kind: Any) -> None:
     parameters["used"].sum().backward()
     with torch.no_grad():
         made.update(0.1, gradient_factor=1.0)
-        used, unused = made.read("used"), made.read("unused")
+        used, unused = ({kind: made.read(name, kind) for kind in STATE_KINDS} for name in ("used", "unused"))
     assert unused[MASTER].tolist() == pytest.approx([0.95, 0.95])
     assert unused[FIRST_MOMENT].tolist() == unused[SECOND_MOMENT].tolist() == [0, 0]
     assert used[MASTER].tolist() == pytest.approx([0.85, 0.85])

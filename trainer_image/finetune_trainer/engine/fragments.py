@@ -1,12 +1,14 @@
 """Reads the fragment of the training state of a parameter that this rank holds, without talking to another rank.
 
-`Engine.read_fragment` calls `own_fragment`. The module depends on DeepSpeed's internals, as `engine.py` does: DeepSpeed
-has public functions for fragments at ZeRO stage 3 only, and its functions for whole parameters reduce or gather each
-tensor over all ranks (`get_full_hp_param` in deepspeed/utils/tensor_fragment.py and deepspeed/runtime/zero/stage3.py).
+`Engine.read_fragment` calls `own_fragment`. The plain engine holds whole parameters and makes fragments itself. The
+module depends on DeepSpeed's internals, as `engine.py` does: DeepSpeed has public functions for fragments at ZeRO stage
+3 only, and its functions for whole parameters reduce or gather each tensor over all ranks (`get_full_hp_param` in
+deepspeed/utils/tensor_fragment.py and deepspeed/runtime/zero/stage3.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,29 +29,39 @@ def own_fragment(
 ) -> Fragment:
     """Return this rank's fragment of the fp32 value of ``parameter``, or of its ``moment`` (torch's name, `exp_avg`).
 
-    ``optimizer`` is DeepSpeed's, or torch's at stage 0, where every rank holds the whole parameter. Raises KeyError or
-    ValueError for a moment before the first update.
+    ``optimizer`` is DeepSpeed's, or torch's at stage 0, where every rank holds the whole parameter. Before the first
+    update no moment exists, and the fragment has the zeros with which AdamW begins. An error would end only those ranks
+    that hold a part of the parameter, and the other ranks would wait for their parts.
     """
     if stage == 0:
-        whole = parameter.detach() if moment is None else optimizer.state[parameter][moment]
-        return Fragment(0, whole.flatten())
+        whole = parameter.detach()
+        return Fragment(0, _moment_or_zeros(whole, optimizer.state.get(parameter, {}), moment).flatten())
     if stage == 3:
-        return _shard(parameter, rank=rank, moment=moment)
+        return _shard(parameter, optimizer, rank=rank, moment=moment)
     mapping: Any = parameter._hp_mapping
     if mapping is None:
         # The partition of this rank begins behind the parameter or ends before it.
         return Fragment(0, torch.empty(0))
-    values = mapping.hp_fragment if moment is None else mapping.get_optim_state_fragment(moment)
+    values = _moment_or_zeros(mapping.hp_fragment, mapping.optim_fragment or {}, moment)
     return Fragment(mapping.lp_fragment_address.start, values.detach().flatten())
 
 
-def _shard(parameter: torch.nn.Parameter, *, rank: int, moment: str | None) -> Fragment:
+def _moment_or_zeros(value: torch.Tensor, moments: Mapping[str, torch.Tensor], moment: str | None) -> torch.Tensor:
+    """Return ``value`` itself, or the ``moment`` of ``value``, which is zero where ``moments`` lacks it."""
+    if moment is None:
+        return value
+    return moments[moment] if moment in moments else torch.zeros_like(value)
+
+
+def _shard(parameter: torch.nn.Parameter, optimizer: Any, *, rank: int, moment: str | None) -> Fragment:
     """Return this rank's shard at ZeRO stage 3, without the padding that the last shards have."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    values = (
-        safe_get_local_fp32_param(parameter) if moment is None else safe_get_local_optimizer_state(parameter, moment)
-    )
+    values = safe_get_local_fp32_param(parameter)
     elements: int = parameter.ds_numel
     start = min(rank * values.numel(), elements)
+    if moment is not None:
+        # DeepSpeed makes the moments of all parameters in the same update.
+        exists = any(moment in state for state in optimizer.optimizer.state.values())
+        values = safe_get_local_optimizer_state(parameter, moment) if exists else torch.zeros_like(values)
     return Fragment(start, values.detach()[: elements - start])
