@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.engine.fragment_snapshot import SnapshotPlan
+from finetune_core.planning.host_needs import SNAPSHOTS
+from finetune_trainer.engine.fragment_snapshot import ALIVE, SnapshotPlan
 from finetune_trainer.engine.host_buffers import StagingRing, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
 from tests.trainer.snapshots import PIECE_BYTES, STEPS
@@ -58,6 +59,10 @@ def test_buffers_are_used_again_and_never_exceed_their_number() -> None:
         assert buffers.free == 2
     assert len(addresses) == 2
     assert buffers.allocated_bytes == 2 * 10 * 4
+
+
+def test_the_plan_of_a_job_counts_as_many_snapshots_as_are_held() -> None:
+    assert ALIVE == SNAPSHOTS
 
 
 def test_a_buffer_is_allocated_when_it_is_needed() -> None:

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
@@ -57,12 +58,15 @@ class PlainEngine:
         *,
         lora_plus_ratio: float = 1.0,
     ) -> None:
-        """Move ``model`` to ``device``. No process group is needed.
+        """Move ``model`` to ``device``. No process group is needed. Raises ValueError in a process group of several
+        ranks, where each rank would train a model of its own.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
         multiple of the job's learning rate. The settings of ``optimization`` for DeepSpeed (ZeRO stage, offload,
         overrides) have no effect.
         """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(f"the plain engine trains in one process, and this training has {dist.get_world_size()}")
         # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
         # `fuse_adapters` leaves out layers with a replaced forward function.
         fuse_adapters(model)
