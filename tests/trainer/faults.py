@@ -27,7 +27,6 @@ from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
-from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.plain_engine import PlainEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
@@ -234,7 +233,8 @@ def _plain(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
-    step_of, engine = loop.TrainingLoop._train_step, train.Engine
+    step_of = loop.TrainingLoop._train_step
+    engine: Any = vars(train)["Engine"]
     backward = engine.backward
     now: dict[str, Any] = {"step": 0, "done": False}
 
@@ -242,7 +242,7 @@ def _gradient(fault: dict[str, Any]) -> Iterator[None]:
         now["step"] = step
         return step_of(self, step)
 
-    def infinite(self: TrainingEngine, loss: torch.Tensor, *, last: bool) -> None:
+    def infinite(self: Any, loss: torch.Tensor, *, last: bool) -> None:
         if now["step"] == fault["step"] and not now["done"]:
             now["done"] = True
             loss = loss * float("inf")

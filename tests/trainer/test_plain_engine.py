@@ -10,6 +10,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -545,7 +546,7 @@ def test_reading_a_large_parameter_needs_its_values_once(monkeypatch: pytest.Mon
     made, _ = bf16_masters(torch.randn(number, size))
     with torch.no_grad():
         for kind in STATE_KINDS:
-            _, most = memory_of(lambda kind=kind: made.read("0", kind))
+            _, most = memory_of(partial(made.read, "0", kind))
             assert most <= 4 * number * size + 16 * size, kind
 
 
