@@ -6,17 +6,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from finetune_core.contract import Outcome, Result
+from finetune_core.contract import Outcome
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
-from tests.trainer.gangs import losses_of, step_rows, train_all
+from tests.trainer.gangs import losses_of, train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
-from tests.trainer.test_recovery import artifact_files
+from tests.trainer.test_stops_at_evaluations import Ended, end_of
 
 pytestmark = pytest.mark.gang
 
@@ -37,35 +37,11 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class Ended(NamedTuple):
-    """How a job ended."""
-
-    outcome: Outcome
-    message: str
-    losses: list[float]
-    evaluations: Mapping[int, tuple[float | None, float | None]]
-    """Perplexity and task score of the evaluated steps."""
-    scores: Any
-    files: Mapping[str, bytes]
-
-
-def end_of(store: ObjectStore, name: str, result: Result) -> Ended:
-    evaluations = {
-        row.step: (row.perplexity, row.task_score) for row in step_rows(store, name) if row.perplexity is not None
-    }
-    return Ended(
-        result.outcome,
-        result.message,
-        losses_of(store, name),
-        evaluations,
-        result.evaluation,
-        artifact_files(store, name),
-    )
-
-
 @pytest.fixture(scope="module")
-def ended(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Train all jobs in one process, and return how they ended."""
+def ended(
+    store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[list[float], Ended]]:
+    """Train all jobs in one process. Return the losses of their steps, and how they ended."""
     folder = tmp_path_factory.mktemp("engines")
     inputs = Inputs(
         model=tiny_model,
@@ -91,18 +67,22 @@ def ended(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
             )
             faults.append(dict(fault) if fault is not None else None)
     results = train_all(configs, inputs, folder / "runs", credentials=store.credentials, faults=faults)
-    return {name: end_of(store, name, result) for name, result in zip(names, results, strict=True)}
+    return {
+        name: (losses_of(store, name), end_of(store, name, result)) for name, result in zip(names, results, strict=True)
+    }
 
 
 @pytest.mark.parametrize("engines", [name for name in ATTEMPTS if name != "deepspeed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_job_with_the_plain_engine_ends_as_with_that_of_deepspeed(
-    kind: str, engines: str, ended: dict[str, Ended]
+    kind: str, engines: str, ended: dict[str, tuple[list[float], Ended]]
 ) -> None:
-    found, wanted = ended[f"{kind}-{engines}"], ended[f"{kind}-deepspeed"]
+    losses, found = ended[f"{kind}-{engines}"]
+    wanted_losses, wanted = ended[f"{kind}-deepspeed"]
     assert wanted.outcome is Outcome.COMPLETED
-    assert len(wanted.losses) == STEPS
+    assert len(wanted_losses) == STEPS
     assert list(wanted.evaluations) == [3, 6]
+    assert losses == wanted_losses
     assert found._replace(files={}) == wanted._replace(files={})
     assert set(found.files) == set(wanted.files)
     assert [name for name, content in found.files.items() if content != wanted.files[name]] == []

@@ -8,7 +8,6 @@ deepspeed/utils/tensor_fragment.py and deepspeed/runtime/zero/stage3.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,38 +29,34 @@ def own_fragment(
     """Return this rank's fragment of the fp32 value of ``parameter``, or of its ``moment`` (torch's name, `exp_avg`).
 
     ``optimizer`` is DeepSpeed's, or torch's at stage 0, where every rank holds the whole parameter. Before the first
-    update no moment exists, and the fragment has the zeros with which AdamW begins. An error would end only those ranks
-    that hold a part of the parameter, and the other ranks would wait for their parts.
+    update no moment of any parameter exists, and the fragment has the zeros with which AdamW begins. An error would end
+    only those ranks that hold a part of the parameter, and the other ranks would wait for their parts. After an update,
+    a moment that is missing is an error.
     """
+    inner = optimizer if stage == 0 else optimizer.optimizer
+    if moment is not None and not any(moment in state for state in inner.state.values()):
+        value = own_fragment(parameter, optimizer, stage=stage, rank=rank, moment=None)
+        return value._replace(values=torch.zeros_like(value.values))
     if stage == 0:
-        whole = parameter.detach()
-        return Fragment(0, _moment_or_zeros(whole, optimizer.state.get(parameter, {}), moment).flatten())
+        whole = parameter.detach() if moment is None else optimizer.state[parameter][moment]
+        return Fragment(0, whole.flatten())
     if stage == 3:
-        return _shard(parameter, optimizer, rank=rank, moment=moment)
+        return _shard(parameter, rank=rank, moment=moment)
     mapping: Any = parameter._hp_mapping
     if mapping is None:
         # The partition of this rank begins behind the parameter or ends before it.
         return Fragment(0, torch.empty(0))
-    values = _moment_or_zeros(mapping.hp_fragment, mapping.optim_fragment or {}, moment)
+    values = mapping.hp_fragment if moment is None else mapping.get_optim_state_fragment(moment)
     return Fragment(mapping.lp_fragment_address.start, values.detach().flatten())
 
 
-def _moment_or_zeros(value: torch.Tensor, moments: Mapping[str, torch.Tensor], moment: str | None) -> torch.Tensor:
-    """Return ``value`` itself, or the ``moment`` of ``value``, which is zero where ``moments`` lacks it."""
-    if moment is None:
-        return value
-    return moments[moment] if moment in moments else torch.zeros_like(value)
-
-
-def _shard(parameter: torch.nn.Parameter, optimizer: Any, *, rank: int, moment: str | None) -> Fragment:
+def _shard(parameter: torch.nn.Parameter, *, rank: int, moment: str | None) -> Fragment:
     """Return this rank's shard at ZeRO stage 3, without the padding that the last shards have."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    values = safe_get_local_fp32_param(parameter)
+    values = (
+        safe_get_local_fp32_param(parameter) if moment is None else safe_get_local_optimizer_state(parameter, moment)
+    )
     elements: int = parameter.ds_numel
     start = min(rank * values.numel(), elements)
-    if moment is not None:
-        # DeepSpeed makes the moments of all parameters in the same update.
-        exists = any(moment in state for state in optimizer.optimizer.state.values())
-        values = safe_get_local_optimizer_state(parameter, moment) if exists else torch.zeros_like(values)
     return Fragment(start, values.detach()[: elements - start])
