@@ -23,7 +23,7 @@ INTERFACE = {name for name in vars(TrainingEngine) if not name.startswith("_")}
 ROOT = Path(finetune_trainer.__file__).parent
 VARIABLES = {"engine", "_engine"}
 """Names under which the trainer keeps an engine."""
-OWN_MODULES = {ROOT / "engine" / name for name in ("engine.py", "plain_engine.py", "config.py")}
+OWN_MODULES = {ROOT / "engine" / name for name in ("engine.py", "plain_engine.py")}
 
 
 def used_names() -> Iterator[tuple[str, str]]:
