@@ -21,12 +21,13 @@ from unittest import mock
 import torch
 
 from finetune_core.contract import Phase
-from finetune_trainer import loop
+from finetune_trainer import loop, train
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.plain_engine import PlainEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -51,6 +52,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
+    - {"kind": "plain", "also": f} is no fault: the plain engine trains instead of DeepSpeed's, with the fault f
     """
     if fault is None:
         yield
@@ -64,6 +66,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "phase": _phase,
         "budget": _budget,
         "kill": _kill,
+        "plain": _plain,
     }
     patch = patches[fault["kind"]]
     with patch(fault):
@@ -215,15 +218,31 @@ def _rate(fault: dict[str, Any]) -> Any:
 
 
 @contextmanager
+def _plain(fault: dict[str, Any]) -> Iterator[None]:
+    class Counted(PlainEngine):
+        made = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            Counted.made += 1
+            super().__init__(*arguments, **options)
+
+    with mock.patch.object(train, "Engine", Counted), scripted(fault.get("also")):
+        yield
+    assert Counted.made > 0, "the run made another engine"
+
+
+@contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
-    step_of, backward = loop.TrainingLoop._train_step, Engine.backward
+    step_of = loop.TrainingLoop._train_step
+    engine: Any = vars(train)["Engine"]
+    backward = engine.backward
     now: dict[str, Any] = {"step": 0, "done": False}
 
     def one_step(self: loop.TrainingLoop, step: int) -> Any:
         now["step"] = step
         return step_of(self, step)
 
-    def infinite(self: Engine, loss: torch.Tensor, *, last: bool) -> None:
+    def infinite(self: Any, loss: torch.Tensor, *, last: bool) -> None:
         if now["step"] == fault["step"] and not now["done"]:
             now["done"] = True
             loss = loss * float("inf")
@@ -231,6 +250,6 @@ def _gradient(fault: dict[str, Any]) -> Iterator[None]:
 
     with (
         mock.patch.object(loop.TrainingLoop, "_train_step", one_step),
-        mock.patch.object(Engine, "backward", infinite),
+        mock.patch.object(engine, "backward", infinite),
     ):
         yield

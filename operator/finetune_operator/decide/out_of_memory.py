@@ -59,19 +59,25 @@ def micro_batch_of(planned: int, *, halvings: int, share: int) -> MicroBatch:
     return MicroBatch(size=size, accumulation_steps=-(-share // size))
 
 
-def rule_on(failure: MemoryFailure, *, planned: int, halvings: int, share: int, advice: str) -> Ruling:
+def rule_on(
+    failure: MemoryFailure, *, planned: int, halvings: int, share: int, retries_left: int, advice: str
+) -> Ruling:
     """Return the ruling on an attempt that ran out of memory: another attempt follows where a smaller micro-batch can
     help, and else the job ends.
 
     ``halvings`` is how many earlier attempts of the job ran out of memory and were followed by another one. ``planned``
-    and ``share`` are those of `micro_batch_of`. ``advice`` is the sentence that says which fields of the job to change
-    so that it fits.
+    and ``share`` are those of `micro_batch_of`. ``retries_left`` is how many more attempts may be charged before
+    `runPolicy.maxRetries` ends the job. ``advice`` is the sentence that says which fields of the job to change so that
+    it fits.
 
     The first such attempt is charged, and those that follow it are free: they are one search, which HALVINGS_LIMIT
     bounds, for the one thing that is wrong with the job.
     """
     tried = micro_batch_of(planned, halvings=halvings, share=share)
-    if why := _why_final(failure, tried, halvings):
+    why = _why_final(failure, tried, halvings)
+    # The first attempt of a search is charged. Where it uses up the retries, no other attempt would follow, and the job
+    # ends with what to change.
+    if why or (not halvings and retries_left <= 0):
         message = messages.memory_not_enough(failure.message, why, advice)
         return Ruling(verdict=Verdict.PERMANENT, reason=Reason.OUT_OF_MEMORY, message=message, node=failure.node)
     following = micro_batch_of(planned, halvings=halvings + 1, share=share)
