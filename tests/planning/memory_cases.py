@@ -142,6 +142,21 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
     },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
 }
 """Published shapes: the sizes in the models' `config.json`."""
 
@@ -153,7 +168,7 @@ class MemoryCase:
     model: str
     """Key of MODELS."""
     rank: int | None = None
-    """Rank of the adapters on all linear layers. None: every parameter is trained."""
+    """Rank of the adapters on all linear layers and experts. None: every parameter is trained."""
     stage: int
     processes: int
     length: int
@@ -196,6 +211,11 @@ class MemoryCase:
 
         names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
         return sorted(names - {"lm_head"})
+
+    def expert_weights(self, model: Any) -> list[str]:
+        """Return the names of the weights of all experts of ``model``, which get an adapter. transformers holds the
+        weights of all experts of a layer in one parameter of three dimensions."""
+        return [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name]
 
 
 SOME_LAYERS = 4

@@ -45,9 +45,14 @@ class Linear:
     """Number of experts that have such a layer."""
 
     @property
+    def elements(self) -> int:
+        """Number of elements of the tensor of weights, over all experts and without biases."""
+        return self.experts * self.inputs * self.outputs
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, over all experts."""
-        return self.experts * (self.inputs * self.outputs + self.biased * self.outputs)
+        return self.elements + self.experts * self.biased * self.outputs
 
     def adapter_parameters(self, rank: int) -> int:
         """Return the number of parameters of a LoRA adapter: A has ``rank`` rows of inputs, B has ``rank`` columns of
@@ -142,7 +147,7 @@ class ModelSizes:
         tensor."""
         return max(
             self.vocabulary * self.hidden,
-            *(linear.experts * linear.inputs * linear.outputs for layer in self.layers for linear in layer.linears),
+            *(linear.elements for layer in self.layers for linear in layer.linears),
         )
 
     def parameters_by_kind(self) -> dict[str, int]:
