@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_core.planning.model_sizes import Linear, Part
+from finetune_core.planning.model_sizes import Part
 from finetune_core.planning.training_setup import TrainingSetup
 
 BUCKET_ELEMENTS = 50_000_000
@@ -95,7 +95,7 @@ def trained_tensors(setup: TrainingSetup, *, experts: bool = True) -> tuple[int,
     """Return the sizes of the large trained tensors: of the weights, or of the matrices of the adapters. ``experts``
     says whether the weights of experts are among them."""
     sizes, adapters = setup.sizes, setup.adapters
-    linears: set[Linear] = {linear for layer in sizes.layers for linear in layer.linears}
+    linears = sizes.linears
     ends = setup.vocabulary
     if adapters is None:
         return (
@@ -132,10 +132,7 @@ def _weights(setup: TrainingSetup, quantized: int | None) -> int:
     if quantized is None:
         return width * setup.parameters
     linear = sum(
-        linear.inputs * linear.outputs
-        for layer in setup.sizes.layers
-        for linear in layer.linears
-        if linear.part is not Part.ROUTER
+        count * linear.elements for linear, count in setup.sizes.linears.items() if linear.part is not Part.ROUTER
     )
     return width * (setup.parameters - linear) + quantized
 
@@ -242,8 +239,8 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         gathered=width * _gathered(setup, whole),
         # The experts of a layer are gathered into one buffer, and each tensor is copied out of it. This term is the
         # largest of these tensors, as measured.
-        gather_copy=width * max(sum(experts_of_layers(setup), ()), default=0),
-        held_experts=tuple(width * sum(tensors) for tensors in experts_of_layers(setup)),
+        gather_copy=width * max(sum(setup.sizes.experts, ()), default=0),
+        held_experts=tuple(width * sum(tensors) for tensors in setup.sizes.experts),
         bucket=bucket,
         standing_bucket=bucket,
         head_reduction=_reduction(setup),
@@ -264,16 +261,7 @@ def _reduction(setup: TrainingSetup) -> int:
 
 def largest_linear(setup: TrainingSetup) -> int:
     """Return the number of elements of the largest weight inside of the layers."""
-    return max(linear.elements for layer in setup.sizes.layers for linear in layer.linears)
-
-
-def experts_of_layers(setup: TrainingSetup) -> tuple[tuple[int, ...], ...]:
-    """Return for each layer of the model the numbers of elements of its tensors of experts, in the order of the forward
-    pass: `gate_up_proj` and `down_proj`. transformers holds the weights of all experts of a layer in one tensor."""
-    return tuple(
-        tuple(linear.elements for linear in layer.linears if linear.part is Part.EXPERTS)
-        for layer in setup.sizes.layers
-    )
+    return max(linear.elements for linear in setup.sizes.linears)
 
 
 def layer_gradients(setup: TrainingSetup) -> int:
@@ -282,9 +270,7 @@ def layer_gradients(setup: TrainingSetup) -> int:
     The gradient of a linear layer is copied into a bucket. Gradients of experts are larger than a bucket. ZeRO-3
     reduces those of a layer together, because the experts of a layer are gathered as one leaf module.
     """
-    dense = max(
-        linear.elements for layer in setup.sizes.layers for linear in layer.linears if linear.part is not Part.EXPERTS
-    )
+    dense = max(linear.elements for linear in setup.sizes.linears if linear.part is not Part.EXPERTS)
     return setup.number_format.bytes * max(2 * dense, _expert_gradients(setup))
 
 
@@ -294,8 +280,8 @@ def _expert_gradients(setup: TrainingSetup) -> int:
     if setup.adapters is not None:
         return 0
     if setup.zero_stage == 3:
-        return max(sum(tensors) for tensors in experts_of_layers(setup))
-    return 2 * max(sum(experts_of_layers(setup), ()), default=0)
+        return max(sum(tensors) for tensors in setup.sizes.experts)
+    return 2 * max(sum(setup.sizes.experts, ()), default=0)
 
 
 def _gathered(setup: TrainingSetup, whole: int) -> int:
@@ -305,7 +291,7 @@ def _gathered(setup: TrainingSetup, whole: int) -> int:
     experts of a layer are one module. Those of another layer are not among the gathered weights where they are more
     than the limit.
     """
-    experts = [sum(tensors) for tensors in experts_of_layers(setup)]
+    experts = [sum(tensors) for tensors in setup.sizes.experts]
     others = whole - sum(experts) if max(experts) > LIVE_PARAMETERS else whole
     return min(whole, min(others, LIVE_PARAMETERS + BUCKET_ELEMENTS) + max(largest_linear(setup), *experts))
 
@@ -313,19 +299,12 @@ def _gathered(setup: TrainingSetup, whole: int) -> int:
 def _persistent(setup: TrainingSetup) -> int:
     """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
     sizes, adapters = setup.sizes, setup.adapters
-    small = sizes.parameters_by_kind()["norms"]
-    for layer in sizes.layers:
-        for linear in layer.linears:
-            small += linear.biased * linear.outputs
-            if linear.elements <= PERSISTENT_ELEMENTS:
-                small += linear.elements
-    if adapters is not None:
-        small += sum(
-            features * adapters.rank * linear.experts
-            for layer in sizes.layers
-            for linear in layer.linears
-            if linear.part is not Part.ROUTER
-            for features in (linear.inputs, linear.outputs)
-            if features * adapters.rank * linear.experts <= PERSISTENT_ELEMENTS
-        )
+    small = sizes.parameters_by_kind["norms"]
+    for linear, count in sizes.linears.items():
+        small += count * linear.biased * linear.outputs
+        if linear.elements <= PERSISTENT_ELEMENTS:
+            small += count * linear.elements
+        if adapters is not None and linear.part is not Part.ROUTER:
+            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
+            small += count * sum(elements for elements in matrices if elements <= PERSISTENT_ELEMENTS)
     return min(small, setup.parameters)
