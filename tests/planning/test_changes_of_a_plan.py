@@ -3,6 +3,7 @@ text or smaller micro-batches never take more memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -13,6 +14,9 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.planned_job import changes_of, plan_of, with_lines
 from finetune_core.planning.gpu_types import GPU_TYPES, GpuType
 from finetune_core.planning.job_plan import JobPlan
+from finetune_core.planning.memory import memory_plan
+from finetune_core.planning.model_families import model_sizes
+from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import EXAMPLES, set_at
 from tests.planning.memory_cases import MODELS
@@ -110,3 +114,52 @@ def test_the_lines_of_a_plan_make_valid_jobs_that_fit(document: Document, model:
         assert len({line.partition(":")[0] for line in change.lines}) == len(change.lines)
         assert plan(with_lines(document, change.lines), model, gpu).fits, change.lines
         assert plan(with_lines(as_chosen, change.lines), model, gpu).fits, change.lines
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> TrainingSetup:
+    """Draw a training with every choice made."""
+    sizes = model_sizes({**MODELS[draw(st.sampled_from(sorted(MODELS)))], "num_hidden_layers": 4})
+    adapters = None
+    if draw(st.booleans()):
+        adapters = adapter_setup(sizes, rank=8, dropout=draw(st.booleans()) and not sizes.active_experts)
+    return TrainingSetup(
+        sizes=sizes,
+        adapters=adapters,
+        number_format=draw(st.sampled_from(NumberFormat)),
+        processes=draw(st.sampled_from([1, 2, 8, 24, 512])),
+        processes_per_node=1,
+        zero_stage=draw(st.sampled_from([0, 1, 2, 3])),
+        offload_optimizer=draw(st.booleans()),
+        offload_parameters=draw(st.booleans()),
+        recompute=draw(st.booleans()),
+        micro_batch=draw(st.integers(1, 16)),
+        length=draw(st.sampled_from([8, 100, 512, 4095, 131_071])),
+        packed=draw(st.booleans()),
+        global_batch=draw(st.sampled_from([1, 64, 4096])),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(setup=setups(), times=st.integers(2, 8))
+def test_more_of_everything_never_takes_less_memory(setup: TrainingSetup, times: int) -> None:
+    before = memory_plan(setup)
+    assert sum(before.parts.values()) == before.peak
+    assert min(before.parts.values()) >= 0
+    for changed in (
+        replace(setup, length=setup.length + times),
+        replace(setup, micro_batch=setup.micro_batch + times, global_batch=setup.global_batch * 100),
+        replace(setup, micro_batch=setup.micro_batch * times, global_batch=setup.global_batch * times),
+    ):
+        assert memory_plan(changed).needed >= before.needed
+
+
+@settings(deadline=None, max_examples=200)
+@given(setup=setups(), times=st.integers(2, 8))
+def test_more_gpus_never_take_more_memory_of_each(setup: TrainingSetup, times: int) -> None:
+    """At stages 0 to 2 too: with more GPUs the shards and the share of the global batch only become smaller."""
+    before = memory_plan(setup)
+    more = replace(setup, processes=setup.processes * times)
+    assert memory_plan(more).needed <= before.needed
+    sharded = replace(setup, zero_stage=3)
+    assert memory_plan(replace(sharded, processes=setup.processes * times)).needed <= memory_plan(sharded).needed
