@@ -3,8 +3,8 @@ loop of plain PyTorch, the trainer's plain engine, and the trainer's DeepSpeed e
 result is a table with the ratios to the plain loop, and with the goals of these ratios.
 
 All programs train the same model in fp32 on the same micro-batches, which are made before the clock starts, and their
-losses must agree. Each run of a program is a process of its own with one thread. The programs run in turns, and a ratio
-compares two runs of one round. CPU seconds count the arithmetic of this process alone, so other work on the machine
+losses must agree. Each run of a program is a forked process of its own with one thread. The programs run in turns, and
+a ratio compares two runs of one round. CPU seconds count the work of this process alone, so other work on the machine
 changes them less than it changes the time on the clock. `FINETUNE_BENCH_STEPS` (default 16) is the number of steps of a
 run, and `FINETUNE_BENCH_ROUNDS` (default 3) the number of rounds.
 
@@ -16,13 +16,15 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -33,25 +35,31 @@ from transformers import AutoModelForCausalLM
 
 from finetune_trainer.data.batches import collate
 from finetune_trainer.data.examples import Example
+from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.ranks.process import prepare_environment
+from tests.bench.step import write_model
 from tests.trainer.engine_runs import PLAIN, EngineRun, Kind, load, make_engine
 from tests.trainer.objectstore import free_port
 
 STEPS = int(os.environ.get("FINETUNE_BENCH_STEPS", "16"))
 ROUNDS = int(os.environ.get("FINETUNE_BENCH_ROUNDS", "3"))
-WARM_UP = 4
+WARM_UP = 2
 """Number of steps at the start of a run that are not counted, because memory is allocated in them."""
 MICRO_BATCHES = 2
 SEQUENCES = 4
 """Number of sequences of a micro-batch."""
-LENGTHS = (64, 128)
-"""Number of tokens of the shortest and of the longest sequence. The second half of a sequence is supervised."""
+LENGTHS = (16, 32)
+"""Number of tokens of the shortest and of the longest sequence. The second half of a sequence is supervised. A step has
+about as few tokens as one of `step.py`, so that the update takes a large part of it."""
 RATE = 1e-3
 SECONDS = 600
 LOOP = "plain loop"
 KINDS: Mapping[str, Kind] = {"plain engine": PLAIN, "DeepSpeed, ZeRO 1": 1, "DeepSpeed, ZeRO 2": 2}
 GOALS: Mapping[str, float] = {"plain engine": 1.10, "DeepSpeed, ZeRO 1": 1.35, "DeepSpeed, ZeRO 2": 1.35}
 """The largest ratio to the plain loop that each engine may have."""
+
+
+Result = TypeVar("Result")
 
 
 class Run(BaseModel):
@@ -155,49 +163,22 @@ def engine_run(kind: Kind, folder: Path) -> Run:
     return timed(step)
 
 
-def main(name: str, folder: Path, out: Path) -> None:
-    """Run the program ``name`` on the model in ``folder``, and write its figures to the file ``out``."""
+def program(name: str, folder: Path, port: int) -> Run:
+    """Run the program ``name`` on the model in ``folder`` and return its figures. ``port`` is for the process group of
+    DeepSpeed."""
     torch.set_num_threads(1)
     if name == LOOP:
-        found = loop_run(folder)
-    elif KINDS[name] == PLAIN:
-        found = engine_run(PLAIN, folder)
-    else:
-        from finetune_trainer.ranks.gang import Gang
-
-        gang = Gang(device=torch.device("cpu"))
-        found = engine_run(KINDS[name], folder)
-        gang.final_barrier()
-    out.write_text(found.model_dump_json(), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)
+        return loop_run(folder)
+    if KINDS[name] != PLAIN:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        Gang(device=torch.device("cpu"))
+    return engine_run(KINDS[name], folder)
 
 
-def measured(name: str, model: Path, folder: Path) -> Run:
-    """Run the program ``name`` in a process of its own and return its figures. If the program fails, end this one and
-    print the output of the program."""
-    environment = os.environ | {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    out = folder / "run.json"
-    out.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.bench.engines", name, str(model), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    if done.returncode != 0 or not out.is_file():
-        sys.exit(f"error: {name} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return Run.model_validate_json(out.read_text(encoding="utf-8"))
+def in_child(work: Callable[..., Result], *arguments: object) -> Result:
+    """Call ``work`` with ``arguments`` in a forked process and return its result."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(work, *arguments).result(SECONDS)
 
 
 def check_same_work(rounds: Sequence[Mapping[str, Run]]) -> None:
@@ -230,20 +211,21 @@ def table_of(rounds: Sequence[Mapping[str, Run]]) -> Table:
 
 def run() -> None:
     """Measure all programs in turns and print the table."""
-    from tests.bench.step import write_model
-
     if STEPS <= WARM_UP or ROUNDS < 1:
         sys.exit(f"error: FINETUNE_BENCH_STEPS must be more than {WARM_UP}, and FINETUNE_BENCH_ROUNDS at least 1")
     programs = (LOOP, *KINDS)
     rounds: list[dict[str, Run]] = []
     with tempfile.TemporaryDirectory() as temporary, Progress(console=Console(stderr=True), transient=True) as progress:
         folder = Path(temporary)
-        model = write_model(folder / "model")
+        prepare_environment(folder)
+        os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+        import_module("deepspeed")  # once, before the processes are forked
+        model = in_child(write_model, folder / "model")
         task = progress.add_task("programs in turns", total=ROUNDS * len(programs))
         for _ in range(ROUNDS):
             found: dict[str, Run] = {}
             for name in programs:
-                found[name] = measured(name, model, folder)
+                found[name] = in_child(program, name, model, free_port())
                 progress.advance(task)
             rounds.append(found)
     check_same_work(rounds)
@@ -251,9 +233,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        with tempfile.TemporaryDirectory() as scratch:
-            prepare_environment(Path(scratch))
-            main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        run()
+    run()
