@@ -1,5 +1,5 @@
-"""The image for clusters with GPUs has what NCCL and DeepSpeed load, and no compiler. All pages name the driver that the
-CUDA version of the locked torch needs.
+"""The image for clusters with GPUs has what NCCL and DeepSpeed load, and no compiler. All pages name the driver that
+the CUDA version of the locked torch needs.
 
 No test builds the image, because no container engine with GPUs is at hand. The tests compare the text of the Dockerfile
 with the installed DeepSpeed, whose code the build changes.
