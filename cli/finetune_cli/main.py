@@ -59,9 +59,11 @@ examples:
   finetune plan job.yaml --model-config config.json --gpu H100-80GB --rows 7473 --price 2.5
   finetune plan job.yaml --model-config config.json --gpu-table gpus.yaml --gpu MI300X
   finetune plan job.yaml --model-config config.json -o json | jq -r '.changes[].lines[]'
+  kubectl get ftj my-job -o yaml | finetune plan - --model-config config.json
 
 The configuration of the base model comes from --model-config, a file or the folder of a model. Where the model is in
 the job's bucket, the command reads it there, with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+The plan has no progress bar, because it takes about a second. Lines of `changes` are written into the job as they are.
 A --gpu-table is a list of objects with name, memoryGibibytes, teraFlops, memoryBandwidth and linkBandwidth (GB/s).
 
 exit code: 0 the job fits, 1 it does not, 2 it cannot be planned
@@ -228,7 +230,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model-config", type=Path, metavar="PATH", help="config.json of the base model, or its folder")
     plan.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as H100-80GB (default: resources.gpuProduct)")
     plan.add_argument("--gpu-table", type=Path, metavar="FILE", help="YAML or JSON file with more types of GPUs")
-    plan.add_argument("--price", type=_positive, metavar="PRICE", help="price of one GPU for one hour")
+    plan.add_argument(
+        "--price",
+        type=_positive,
+        metavar="PRICE",
+        help="price of one GPU for one hour, in any currency; the plan shows the cost",
+    )
     plan.add_argument("--rows", type=_count, metavar="N", help="number of training rows, for hours and cost")
     plan.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
     plan.add_argument("-o", "--output", choices=("text", "json", "yaml"), default="text", help="json for pipelines")

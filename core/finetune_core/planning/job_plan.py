@@ -283,6 +283,8 @@ def _notes(setup: TrainingSetup) -> Iterator[str]:
         yield f"The memory of models of the family {setup.sizes.family} was never measured."
     if setup.number_format is NumberFormat.FP32:
         yield "The speed is that of bf16, and fp32 takes up to 16 times as long: it was never measured."
+    if setup.adapters is not None and any(setup.adapters.expert_weights):
+        yield "The speed leaves out that the adapters of experts are merged into their weights in each forward pass."
     if setup.adapters is not None and setup.adapters.quantized:
         yield "The memory of a base model in 4 bits was never measured."
     if setup.offload_optimizer or setup.offload_parameters:
