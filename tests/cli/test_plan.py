@@ -146,7 +146,7 @@ def test_a_job_in_a_list_and_a_configuration_with_tabs_are_read(
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("training", {"globalBatchSize": 8}, "spec.training.learningRate"),
+        ("training", {"globalBatchSize": 8}, "-: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
         ("nodes", 3, "-: spec.nodes: unknown field"),
     ],
 )
