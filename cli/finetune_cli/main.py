@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +34,11 @@ from finetune_core.errors import UserError
 
 GATE_FAILED_CODE = 3
 """Exit code of `finetune watch` for a job whose model is trained, but did not reach a score of `evaluation.require`."""
+
+LARGEST_PRICE = 1_000_000_000
+"""Largest price of a GPU for an hour that `finetune plan` takes. A cost that is no finite number is no JSON."""
+MOST_ROWS = 10**15
+"""Largest number of rows that `finetune plan` takes."""
 
 EXAMPLES = """\
 examples:
@@ -260,16 +264,16 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> float:
     """Return the number above 0 that ``text`` is. argparse shows the error of this function to the user."""
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, and is {text}")
+    if not 0 < value <= LARGEST_PRICE:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LARGEST_PRICE:,}, and is {text}")
     return value
 
 
 def _count(text: str) -> int:
     """Return the whole number of at least 1 that ``text`` is."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, and is {text}")
+    if not 1 <= value <= MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_ROWS:,}, and is {text[:40]}")
     return value
 
 

@@ -191,7 +191,16 @@ def test_a_file_must_hold_one_job(capsys: pytest.CaptureFixture[str], config: Pa
 
 
 @pytest.mark.parametrize(
-    "option", [("--price", "0"), ("--price", "x"), ("--rows", "0"), ("--rows", "1.5"), ("-o", "xml")]
+    "option",
+    [
+        ("--price", "0"),
+        ("--price", "x"),
+        ("--rows", "0"),
+        ("--rows", "1.5"),
+        ("-o", "xml"),
+        ("--price", "1e308"),
+        ("--rows", "1" + "0" * 400),
+    ],
 )
 def test_a_wrong_option_is_an_error_of_the_command_line(
     capsys: pytest.CaptureFixture[str], config: Path, option: tuple[str, str]
