@@ -142,18 +142,27 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Keep transformers from looking for packed examples in position ids, which needs their values, and count the norm
-    of ATen as the one kernel that it is on CUDA. On the meta device ATen computes it by eight operators, as on the
-    CPU."""
-    find, aten = masking_utils.find_packed_sequence_indices, rms_norm.ATEN
+    """Keep transformers from looking for packed examples in position ids, which needs their values."""
+    find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda _positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+@contextmanager
+def _with_norms_as_on_cuda() -> Iterator[None]:
+    """Count the norm of ATen as the one kernel that it is on CUDA. On the meta device ATen computes it by eight
+    operators, as on the CPU."""
+    aten = rms_norm.ATEN
     rms_norm.ATEN = SimpleNamespace(
         _fused_rms_norm=torch.ops.counted.rms_norm, _fused_rms_norm_backward=aten._fused_rms_norm_backward
     )
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices, rms_norm.ATEN = find, aten
+        rms_norm.ATEN = aten
 
 
 def count(
@@ -194,7 +203,7 @@ def count(
         flat = numbers.flatten()
         batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
         counting = _Counting(len(flat))
-        with counting:
+        with counting, _with_norms_as_on_cuda():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = objective.loss(model, batch)
             held = sum(storage.nbytes() for storage in kept.values())

@@ -2,8 +2,8 @@
 
 `frozen_head_loss` in `kernels.py` is the same for a frozen head. Without this function, the logits of each chunk of
 positions are computed again in the backward pass (`head.py`), which is a third of the head's work. The price is the
-memory of the weight's gradient between the forward and the backward pass: as many bytes as the weight. Where no gradient
-is wanted, as in an evaluation, no gradient is computed and no memory is taken for one.
+memory of the weight's gradient between the forward and the backward pass: as many bytes as the weight. Where no
+gradient is wanted, as in an evaluation, no gradient is computed and no memory is taken for one.
 
 Nothing in the product calls this module yet.
 """
@@ -20,8 +20,8 @@ from torch.nn import functional
 from finetune_trainer.data.batches import IGNORED
 
 SCALED_ROWS_BYTES = 1 << 26
-"""Number of bytes of a gradient that the CPU multiplies by the factor of the loss at a time. The CPU makes a copy in fp32
-of what it multiplies, and a GPU makes none."""
+"""Number of bytes of a gradient that the CPU multiplies by the factor of the loss at a time. The CPU makes a copy in
+fp32 of what it multiplies, and a GPU makes none."""
 
 
 def trained_head_loss(
@@ -102,8 +102,8 @@ class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
 
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply ``gradient`` by the scalar ``factor`` in place, because a second tensor of the weight's size would be the
-    largest of the step.
+    """Multiply ``gradient`` by the scalar ``factor`` in place, because a second tensor of the weight's size would be
+    the largest of the step.
 
     The product is computed in fp32 and rounded once. A factor that is rounded to bf16 first would change all gradients
     of the model by the same up to 0.2%, and their norm with them.
