@@ -214,10 +214,11 @@ def test_the_parts_that_are_allowed_under_zero_3_read_no_weights_of_other_module
     assert max(apart.values()) <= 2 * NEAR, apart
 
 
-def test_a_module_whose_hooks_gather_weights_is_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "Full"])
+def test_a_module_whose_hooks_gather_weights_is_called(lora: bool, tmp_path: Path) -> None:
     """So a model is right at ZeRO-3 also where NOT_UNDER_ZERO_3 was forgotten."""
     folder = write_family("llama-3", tmp_path / "model")
-    model, plain = trained_model(folder, lora=True), trained_model(folder, lora=True)
+    model, plain = trained_model(folder, lora=lora), trained_model(folder, lora=lora)
     assert set(use_fused_kernels(model).replaced) == WHOLE
     batch = batches(packed=False)
     wanted = engine_of(plain, packed=False).loss(batch, full_logits=True)

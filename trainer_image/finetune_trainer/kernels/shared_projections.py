@@ -92,7 +92,9 @@ class SharedInput:
             output = pending.outputs.pop(number)
             self._pending = pending if pending.outputs else None
             return output
-        ready = self.ready_for(x) if simple else None
+        # The other layers are computed before they are called, and their hooks may set their weights.
+        together = len(self._members) == 1 or all(map(has_no_hooks, self._members))
+        ready = self.ready_for(x) if simple and together else None
         if ready is None:
             result: torch.Tensor = self._own[number](x, *args, **kwargs)
             return result

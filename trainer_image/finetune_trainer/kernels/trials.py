@@ -49,10 +49,9 @@ def in_training(
     own = vars(copied)
     own["training"] = True
     own["_parameters"] = {**module._parameters, **(parameters or {})}
-    own["_modules"] = {
-        **{name: in_training(child) if child is not None else None for name, child in module._modules.items()},
-        **(modules or {}),
-    }
+    others = {name: child for name, child in module._modules.items() if name not in (modules or {})}
+    copies = {name: in_training(child) if child is not None else None for name, child in others.items()}
+    own["_modules"] = {**copies, **(modules or {})}
     own.update((name, OrderedDict()) for name in HOOKS)
     return copied
 
