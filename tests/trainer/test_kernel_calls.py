@@ -338,3 +338,23 @@ def test_layers_can_be_computed_again_in_the_backward_pass(reentrant: bool, fuse
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         assert float((gradient - wanted[name]).abs().max()) <= 4 * NEAR * float(wanted[name].abs().max()), name
+
+
+class Doubled(torch.Tensor):  # type: ignore[misc]  # torch has no types here
+    """A tensor with a linear layer of its own, as quantized tensors have."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * result if function is nn.functional.linear else result
+
+
+@pytest.mark.parametrize("end", ["q_proj.base_layer", "down_proj.base_layer", "k_proj.base_layer"])
+def test_weights_with_operators_of_their_own_keep_them(end: str, fused: Any, plain: Any) -> None:
+    before = compute(plain)
+    for model in (fused, plain):
+        for layer in named(model, end):
+            layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    found, wanted = (compute(model).as_subclass(torch.Tensor) for model in (fused, plain))
+    assert float((wanted - before).detach().abs().max()) > 0.1
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -26,6 +26,12 @@ def computes_gradients(module: nn.Module) -> bool:
     )
 
 
+def are_plain(*tensors: torch.Tensor | None) -> bool:
+    """Return whether ``tensors`` are tensors of torch itself. A tensor of another class, such as a quantized or a
+    distributed one, has operators of its own."""
+    return all(tensor is None or type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+
+
 def runs_only_its_code(module: nn.Module) -> bool:
     """Return whether a call of ``module`` runs the code of its class and nothing else, so that a kernel may compute the
     same without a call. Hooks and another forward function would not be run then. ZeRO-3 gathers weights in hooks."""

@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from finetune_trainer.kernels import recognition
-from finetune_trainer.kernels.calls import computes_gradients, runs_only_its_code
+from finetune_trainer.kernels.calls import are_plain, computes_gradients, runs_only_its_code
 from finetune_trainer.kernels.gated_product import Activation, gated_product
 from finetune_trainer.kernels.projections import project_gated
 from finetune_trainer.kernels.recognition import Misfit
@@ -243,7 +243,8 @@ def _norm(module: nn.Module, own: Any, epsilon: float, form: Form, *inputs: Any,
     """The forward function of a norm; ``own`` is that of its class."""
     weight = getattr(module, "weight", None) if form is not Form.BARE else None
     x = inputs[0] if len(inputs) == 1 and not options and computes_gradients(module) else None
-    if x is None or (weight is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:])):
+    other = weight is not None and x is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:])
+    if x is None or other or not are_plain(x, weight):
         result: torch.Tensor = own(*inputs, **options)
         return result
     return rms_norm(x, weight, epsilon, form)
@@ -269,7 +270,8 @@ def _can_turn(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine
     angles."""
     angles = (cosine, sine)
     return (
-        query.ndim == key.ndim == 4
+        are_plain(query, key, *angles)
+        and query.ndim == key.ndim == 4
         and query.dtype == key.dtype
         and all(x.ndim == 3 and x.dtype == query.dtype and not x.requires_grad for x in angles)
         and cosine.shape[-1] <= query.shape[-1]
@@ -298,7 +300,7 @@ def _gated(
     else:
         gate, up = getattr(module, names[0])(x), getattr(module, names[1])(x)
     down = getattr(module, names[-1])
-    same = last is not None and last.stands_for(down) and gate.dtype == up.dtype
+    same = last is not None and last.stands_for(down) and gate.dtype == up.dtype and are_plain(gate, up)
     ready = last.ready_for(gate) if last is not None and same else None
     if ready is None:
         output: torch.Tensor = down(gated_product(gate, up, activation))

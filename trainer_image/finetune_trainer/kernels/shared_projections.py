@@ -15,9 +15,9 @@ import torch
 from peft.tuners.lora import Linear as AdaptedLinear
 from torch import nn
 
-from finetune_trainer.kernels.calls import computes_gradients, has_no_hooks, runs_only_its_code
+from finetune_trainer.kernels.calls import are_plain, computes_gradients, has_no_hooks, runs_only_its_code
 from finetune_trainer.kernels.dropped_product import Dropout
-from finetune_trainer.kernels.projections import Projection, project
+from finetune_trainer.kernels.projections import TENSORS, Projection, project
 from finetune_trainer.kernels.shared_inputs import version_of
 from finetune_trainer.loss.dropout import ExampleDropout
 
@@ -121,12 +121,13 @@ class SharedInput:
 
     def ready_for(self, x: torch.Tensor) -> Ready | None:
         """Return what `project` needs to compute all members for ``x``, None where their own code has to compute."""
-        if not all(map(computes_gradients, self._members)):
+        if not all(map(computes_gradients, self._members)) or not are_plain(x):
             return None
         layers: list[Projection] = []
         for member in self._members:
             layer = _projection(member)
-            if layer is None or any(tensor is not None and tensor.dtype != x.dtype for tensor in layer[:4]):
+            tensors = layer[:TENSORS] if layer is not None else ()
+            if layer is None or not are_plain(*tensors) or any(y is not None and y.dtype != x.dtype for y in tensors):
                 return None
             layers.append(layer)
         adapted = [member for member in self._members if isinstance(member, AdaptedLinear)]
