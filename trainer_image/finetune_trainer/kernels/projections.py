@@ -41,6 +41,11 @@ class Projection(NamedTuple):
     """B, of shape (O, r)."""
     scaling: float = 1.0
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The TENSORS tensors of the layer."""
+        return self.weight, self.bias, self.a, self.b
+
 
 TENSORS = 4
 """Number of tensors in a projection. `torch.autograd.Function` takes tensors as single arguments only."""
@@ -81,7 +86,7 @@ def project_gated(
 
 
 def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
-    return [tensor for layer in layers for tensor in layer[:TENSORS]]
+    return [tensor for layer in layers for tensor in layer.tensors]
 
 
 def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Projection]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from finetune_trainer.kernels.calls import are_plain, computes_gradients, has_no_hooks, runs_only_its_code
 from finetune_trainer.kernels.dropped_product import Dropout
-from finetune_trainer.kernels.projections import TENSORS, Projection, project
+from finetune_trainer.kernels.projections import Projection, project
 from finetune_trainer.kernels.shared_inputs import version_of
 from finetune_trainer.loss.dropout import ExampleDropout
 
@@ -126,7 +126,7 @@ class SharedInput:
         layers: list[Projection] = []
         for member in self._members:
             layer = _projection(member)
-            tensors = layer[:TENSORS] if layer is not None else ()
+            tensors = layer.tensors if layer is not None else ()
             if layer is None or not are_plain(*tensors) or any(y is not None and y.dtype != x.dtype for y in tensors):
                 return None
             layers.append(layer)
