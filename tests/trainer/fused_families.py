@@ -133,11 +133,12 @@ def sensitivity(plain: Any, batch: Batch, wanted: dict[str, torch.Tensor]) -> di
     """
     generator = torch.Generator().manual_seed(13)
     engine = engine_of(plain, packed=batch.position_ids is not None)
-    weights = [parameter.detach().clone() for parameter in plain.parameters()]
+    # peft moves the parameters that it adapts within the model while the model computes.
+    weights = [(parameter, parameter.detach().clone()) for parameter in plain.parameters()]
     moved = dict.fromkeys(wanted, 0.0)
     for _ in range(CHANGES):
         with torch.no_grad():
-            for parameter, weight in zip(plain.parameters(), weights, strict=True):
+            for parameter, weight in weights:
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
                 parameter.copy_(weight * (1 + signs * 2**-23))
         for name, away in differences(gradients_of(engine, batch), wanted).items():

@@ -306,7 +306,7 @@ def test_a_compiler_sees_the_code_of_the_model(fused: Any, plain: Any) -> None:
 
 def test_arguments_may_have_names(fused: Any, plain: Any) -> None:
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(6))
-    for end, name in (("mlp", "x"), ("input_layernorm", "hidden_states")):
+    for end, name in (("mlp", "x"), ("input_layernorm", "hidden_states"), ("q_proj", "x"), ("v_proj", "x")):
         found, wanted = (named(model, end)[0](**{name: x}) for model in (fused, plain))
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 

@@ -85,19 +85,21 @@ class SharedInput:
     def _forget(self, *_: Any) -> None:
         self._pending = None
 
-    def _forward(self, number: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        simple = not (args or kwargs)
-        pending = self._pending if simple and self._is_pending(x) else None
+    def _forward(self, number: int, *inputs: Any, **options: Any) -> torch.Tensor:
+        if len(inputs) != 1 or options:
+            result: torch.Tensor = self._own[number](*inputs, **options)
+            return result
+        (x,) = inputs
+        pending = self._pending if self._is_pending(x) else None
         if pending is not None and number in pending.outputs and computes_gradients(self._members[number]):
             output = pending.outputs.pop(number)
             self._pending = pending if pending.outputs else None
             return output
         # The other layers are computed before they are called, and their hooks may set their weights.
         together = len(self._members) == 1 or all(map(has_no_hooks, self._members))
-        ready = self.ready_for(x) if simple and together else None
+        ready = self.ready_for(x) if together else None
         if ready is None:
-            result: torch.Tensor = self._own[number](x, *args, **kwargs)
-            return result
+            return self._own[number](x)
         if len(self._members) == 1:
             return project(x, *ready)[0]
         if pending is not None:
