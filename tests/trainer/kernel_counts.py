@@ -215,3 +215,15 @@ def count(
 def count_layer(**options: Any) -> Counts:
     """Return the counts of one layer: `count` of two layers less `count` of one."""
     return count(2, **options) - count(1, **options)
+
+
+def count_norm(norm: Callable[..., torch.Tensor], form: rms_norm.Form) -> Counts:
+    """Return the counts of ``norm``, a function as `rms_norm`, for 1000 tokens of 1000 features in bf16, forward and
+    backward, with a frozen weight."""
+    x = torch.zeros(1000, 1000, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.zeros(1000, dtype=torch.bfloat16, device="meta") if form is not rms_norm.Form.BARE else None
+    counting = _Counting(len(x))
+    with counting, _with_norms_as_on_cuda():
+        output = norm(x, weight, 1e-6, form)
+        output.backward(torch.empty_like(output))
+    return Counts(counting.names.total(), counting.moved, 0, counting.names)

@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no t
         output, reciprocal = ATEN._fused_rms_norm(x, [x.shape[-1]], scale, epsilon)
         if form is Form.CENTERED:
             normalized = output if x.dtype == reciprocal.dtype else x * reciprocal
-            output = torch.addcmul(normalized, normalized, weight, out=output)
+            torch.mul(normalized, 1 + weight.to(reciprocal.dtype), out=output)
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.form = form
         return output
