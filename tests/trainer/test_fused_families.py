@@ -29,6 +29,12 @@ LEFT_OUT = ("bert", "phi-moe")
 """BERT is refused by the trainer, because it reads a text in both directions. The router of Phi-MoE draws random noise
 in training, so that the plain model differs from itself."""
 FAST = ("llama-3", "gemma-3", "qwen3", "phi-3", "mixtral", "gpt-neox")
+IN_BF16 = (
+    *("gemma", "gemma-2", "gpt-neox", "granite", "mistral", "olmo-2"),
+    *("phi-3", "qwen3", "recurrent-gemma", "smollm3", "vaultgemma"),
+)
+"""Families whose errors in bf16 are compared. A mixture of experts is none of them: another rounding sends a token to
+other experts, which moves the gradients of the plain model as far."""
 WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
 """The parts of a model without dropout."""
 
@@ -141,10 +147,8 @@ def test_in_bf16_the_gradients_are_as_exact_as_those_of_the_plain_model(name: st
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if name not in ("llama-3", "gemma-3", "modernbert-decoder", *LEFT_OUT)]
-)
-def test_in_bf16_every_family_is_as_exact_as_the_plain_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", IN_BF16)
+def test_in_bf16_more_families_are_as_exact_as_the_plain_model(name: str, tmp_path: Path) -> None:
     check_rounding(name, tmp_path / name)
 
 
