@@ -33,8 +33,8 @@ IN_BF16 = (
     *("gemma", "gemma-2", "gpt-neox", "granite", "mistral", "olmo-2"),
     *("phi-3", "qwen3", "recurrent-gemma", "smollm3", "vaultgemma"),
 )
-"""Families whose errors in bf16 are compared. A mixture of experts is none of them: another rounding sends a token to
-other experts, which moves the gradients of the plain model as far."""
+"""Families whose errors in bf16 are compared. Mixtures of experts are left out, because another rounding can send a
+token to other experts."""
 WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
 """The parts of a model without dropout."""
 

@@ -52,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no t
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form) -> torch.Tensor:
         scale = weight if form is Form.SCALED else None
         output, reciprocal = ATEN._fused_rms_norm(x, [x.shape[-1]], scale, epsilon)
-        if form is Form.CENTERED:
+        if form is Form.CENTERED and weight is not None:
             normalized = output if x.dtype == reciprocal.dtype else x * reciprocal
             torch.mul(normalized, 1 + weight.to(reciprocal.dtype), out=output)
         ctx.save_for_backward(x, weight, reciprocal)
