@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,11 @@ from finetune_core.errors import UserError
 GATE_FAILED_CODE = 3
 """Exit code of `finetune watch` for a job whose model is trained, but did not reach a score of `evaluation.require`."""
 
+LARGEST_PRICE = 1_000_000_000
+"""Largest price of a GPU for an hour that `finetune plan` takes. A cost that is no finite number is no JSON."""
+MOST_ROWS = 10**15
+"""Largest number of rows that `finetune plan` takes."""
+
 EXAMPLES = """\
 examples:
   finetune validate job.yaml
@@ -59,9 +63,11 @@ examples:
   finetune plan job.yaml --model-config config.json --gpu H100-80GB --rows 7473 --price 2.5
   finetune plan job.yaml --model-config config.json --gpu-table gpus.yaml --gpu MI300X
   finetune plan job.yaml --model-config config.json -o json | jq -r '.changes[].lines[]'
+  kubectl get ftj my-job -o yaml | finetune plan - --model-config config.json
 
 The configuration of the base model comes from --model-config, a file or the folder of a model. Where the model is in
 the job's bucket, the command reads it there, with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+The plan has no progress bar, because it takes about a second. Lines of `changes` are written into the job as they are.
 A --gpu-table is a list of objects with name, memoryGibibytes, teraFlops, memoryBandwidth and linkBandwidth (GB/s).
 
 exit code: 0 the job fits, 1 it does not, 2 it cannot be planned
@@ -228,7 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model-config", type=Path, metavar="PATH", help="config.json of the base model, or its folder")
     plan.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as H100-80GB (default: resources.gpuProduct)")
     plan.add_argument("--gpu-table", type=Path, metavar="FILE", help="YAML or JSON file with more types of GPUs")
-    plan.add_argument("--price", type=_positive, metavar="PRICE", help="price of one GPU for one hour")
+    plan.add_argument(
+        "--price",
+        type=_positive,
+        metavar="PRICE",
+        help="price of one GPU for one hour, in any currency; the plan shows the cost",
+    )
     plan.add_argument("--rows", type=_count, metavar="N", help="number of training rows, for hours and cost")
     plan.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
     plan.add_argument("-o", "--output", choices=("text", "json", "yaml"), default="text", help="json for pipelines")
@@ -253,16 +264,16 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> float:
     """Return the number above 0 that ``text`` is. argparse shows the error of this function to the user."""
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, and is {text}")
+    if not 0 < value <= LARGEST_PRICE:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LARGEST_PRICE:,}, and is {text}")
     return value
 
 
 def _count(text: str) -> int:
     """Return the whole number of at least 1 that ``text`` is."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, and is {text}")
+    if not 1 <= value <= MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_ROWS:,}, and is {text[:40]}")
     return value
 
 

@@ -10,11 +10,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from finetune_cli.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.plan_view import as_json, as_view
@@ -26,10 +26,10 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_core.planned_job import gpu_of, wishes_of
-from finetune_core.planning.advice import suggestions
+from finetune_core.planned_job import changes_of, gpu_of, plan_of
 from finetune_core.planning.gpu_types import GPU_TYPES, find_gpu, with_types
-from finetune_core.planning.job_plan import plan_job
+from finetune_core.validation.problems import dotted
+from finetune_core.validation.validate_job import validate_job
 
 MODEL_CONFIG = "--model-config"
 CONFIG_FILE = "config.json"
@@ -37,14 +37,14 @@ CONFIG_FILE = "config.json"
 
 def plan_file(options: argparse.Namespace) -> int:
     """Print the plan of the job in the file that the command line names. Return 0 where the job fits, else 1."""
-    job = read_job(options.file)
+    document, job = read_job(options.file)
     types = GPU_TYPES
     if options.gpu_table is not None:
         types = with_types(_parsed(options.gpu_table, "--gpu-table"), str(options.gpu_table))
     gpu = find_gpu(options.gpu, types) if options.gpu is not None else gpu_of(job.spec, types)
-    wishes = wishes_of(job.spec, _configuration(job.spec, options), rows=options.rows)
-    plan = plan_job(wishes, gpu, price=options.price)
-    changes = [] if plan.fits else suggestions(wishes, plan)
+    configuration = _configuration(job.spec, options)
+    plan = plan_of(job.spec, configuration, gpu, rows=options.rows, price=options.price)
+    changes = [] if plan.fits else changes_of(document, configuration, plan, rows=options.rows)
     if options.output == "text":
         SafeConsole().print(as_view(job.metadata.name, plan, changes))
     elif options.output == "json":
@@ -54,32 +54,41 @@ def plan_file(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def read_job(name: str) -> FineTuneJob:
-    """Return the only FineTuneJob in the file ``name``, or in the standard input where ``name`` is `-`. Raises
-    UserError where the file holds no job or several, and for the first problem that `finetune validate` would name."""
-    text = sys.stdin.read() if name == STDIN else None
-    if text is None:
+def read_job(name: str) -> tuple[dict[str, Any], FineTuneJob]:
+    """Return the only FineTuneJob in the file ``name``, or in the standard input where ``name`` is `-`, as the document
+    and as a model. Raises UserError where the file holds no job or several, and for the first problem that `finetune
+    validate` would name."""
+    if name == STDIN:
+        try:
+            text = sys.stdin.read(SIZE_LIMIT)
+        except UnicodeDecodeError as error:
+            raise UserError(name, f"must be UTF-8: {error.reason}") from None
+    else:
         report = check_file(name)
         if report.problems:
             first = report.problems[0]
             raise UserError(f"{name}:{first.line}", f"{first.path}: {first.message}" if first.path else first.message)
         text = Path(name).read_text(encoding="utf-8-sig")
-    documents, broken = load(text[:SIZE_LIMIT])
+    documents, broken = load(text)
     if broken:
         raise UserError(f"{name}:{broken[0].line}", broken[0].message)
-    jobs = [document.value for document in documents if _is_job(document.value)]
+    jobs = [job for document in documents for job in _jobs(document.value)]
     if len(jobs) != 1:
         raise UserError(name, f"must hold one {KIND}, and holds {len(jobs) or 'none'}")
-    try:
-        return FineTuneJob.model_validate(jobs[0])
-    except ValidationError as error:
-        first_error = error.errors()[0]
-        path = ".".join(map(str, first_error["loc"]))
-        raise UserError(f"{name}: {path}", f"{first_error['msg']}; `finetune validate` says more") from None
+    problems = validate_job(jobs[0]).problems
+    if problems:
+        raise UserError(f"{name}: {dotted(problems[0].path)}", problems[0].message)
+    return jobs[0], FineTuneJob.model_validate(jobs[0])
 
 
-def _is_job(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("kind") == KIND
+def _jobs(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield each job in ``value``, a YAML document, which is a single object or a List of objects."""
+    if not isinstance(value, dict):
+        return
+    if value.get("kind") == KIND:
+        yield value
+    elif value.get("kind") == "List" and isinstance(value.get("items"), list):
+        yield from (item for item in value["items"] if isinstance(item, dict) and item.get("kind") == KIND)
 
 
 def _configuration(spec: FineTuneJobSpec, options: argparse.Namespace) -> dict[str, Any]:
@@ -117,10 +126,15 @@ def _parsed(path: Path, option: str) -> Any:
     """Return the content of a YAML or JSON file. Raises UserError that names ``option`` and the file."""
     try:
         with path.open("rb") as file:
-            raw = file.read(SIZE_LIMIT)
+            raw = file.read(SIZE_LIMIT + 1)
+        if len(raw) > SIZE_LIMIT:
+            raise UserError(option, f"must name a file of at most {SIZE_LIMIT >> 20} MB, and {path} is larger")
+        if path.suffix == ".json":
+            # YAML refuses the tabs with which JSON may be indented.
+            return json.loads(raw.decode("utf-8-sig"))
         return yaml.safe_load(raw)
     except OSError as error:
         raise UserError(option, f"must name a file: {path} can't be read ({error.strerror or error})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else "no YAML"
         raise UserError(option, f"must name a YAML or JSON file, and {path} is none ({first})") from None

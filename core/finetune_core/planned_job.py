@@ -1,23 +1,28 @@
 """Makes the plan of a FineTuneJob: takes from the job what the arithmetic of `planning` needs.
 
-`finetune plan` calls `wishes_of` and `plan_of`.
+`finetune plan` calls `plan_of` and `changes_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Final
 
-from finetune_core.api.method import DEFAULT_RANK, Method
+import yaml
+
+from finetune_core.api.method import DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
+from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
 from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
 from finetune_core.planning.model_families import model_sizes
-from finetune_core.planning.model_sizes import ModelSizes
+from finetune_core.planning.model_sizes import ModelSizes, Part
 from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
 from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
 from finetune_core.validation.runnable import to_bytes
+from finetune_core.validation.validate_job import validate_job
 
 PRODUCT: Final = "spec.resources.gpuProduct"
 """The field that names the GPU of a job."""
@@ -45,12 +50,45 @@ def plan_of(
     return plan_job(wishes_of(spec, configuration, rows=rows), gpu, price=price)
 
 
+def changes_of(
+    document: Mapping[str, Any], configuration: Mapping[str, Any], plan: JobPlan, *, rows: int | None = None
+) -> list[Suggestion]:
+    """Return changes after which the job ``document`` fits, as `suggestions` finds them, and of which each one makes a
+    valid job that fits when its lines are written into ``document``. ``plan`` is the plan of the job, and the other
+    arguments are those of `wishes_of`."""
+
+    def holds(lines: Sequence[str]) -> bool:
+        changed = with_lines(document, lines)
+        if validate_job(changed).problems:
+            return False
+        return plan_of(FineTuneJobSpec.model_validate(changed["spec"]), configuration, plan.gpu, rows=rows).fits
+
+    spec = FineTuneJobSpec.model_validate(document["spec"])
+    return suggestions(wishes_of(spec, configuration, rows=rows), plan, holds=holds)
+
+
+def with_lines(document: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
+    """Return the job ``document`` with ``lines``, each with the path of a field and its value in YAML, for example
+    `spec.training.microBatchSize: 2`."""
+    changed = deepcopy(dict(document))
+    for line in lines:
+        path, _, value = line.partition(": ")
+        *sections, field = path.split(".")
+        node = changed
+        for section in sections:
+            node[section] = node.get(section) or {}
+            node = node[section]
+        node[field] = yaml.safe_load(value)
+    return changed
+
+
 def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: int | None = None) -> Wishes:
     """Return what ``spec`` says and leaves open, with a base model of ``configuration`` (the content of `config.json`).
     ``rows`` is the number of training examples, where it is known.
 
-    A field counts as open where the job does not set it. Raises UserError for a model of an unknown family, and for
-    entries of `lora.targetModules` that the model does not have.
+    A field counts as open where the job does not set it. Raises UserError for a model of an unknown family, for entries
+    of `lora.targetModules` that the model does not have, and for settings of `lora` that the trainer refuses for models
+    with experts.
     """
     sizes = model_sizes(configuration)
     training, deepspeed, resources = spec.training, spec.deepspeed, spec.resources
@@ -105,6 +143,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         else None,
         models_written=_models_written(spec),
         model_is_elsewhere=spec.model.volume is not None,
+        sets_accumulation=training.gradient_accumulation_steps is not None,
     )
 
 
@@ -121,7 +160,7 @@ def _left_out(spec: FineTuneJobSpec) -> Iterator[str]:
 
 def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> AdapterSetup:
     lora = spec.lora
-    return adapter_setup(
+    adapters = adapter_setup(
         sizes,
         rank=(lora.rank if lora is not None else None) or DEFAULT_RANK,
         targets=lora.target_modules if lora is not None else (),
@@ -129,6 +168,28 @@ def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> Adap
         added_rows=added_rows,
         quantized=lora is not None and lora.quantization is not None,
     )
+    if lora is not None:
+        _refuse_for_experts(lora, sizes, adapters)
+    return adapters
+
+
+def _refuse_for_experts(lora: LoRASpec, sizes: ModelSizes, adapters: AdapterSetup) -> None:
+    """Raise UserError for settings that the trainer refuses for models with experts."""
+    if lora.quantization is not None and any(
+        linear.part is Part.EXPERTS for layer in sizes.layers for linear in layer.linears
+    ):
+        raise UserError(
+            "spec.lora.quantization",
+            "must be absent for a model with experts, because bitsandbytes quantizes linear layers only",
+        )
+    if any(adapters.expert_weights):
+        for name, wrong, must in (("dropout", float(lora.dropout) > 0, "0"), ("doRA", lora.do_ra, "false")):
+            if wrong:
+                raise UserError(
+                    f"spec.lora.{name}",
+                    f"must be {must} where experts get an adapter, because peft has nothing else for experts; or"
+                    " lora.targetModules must name modules without experts",
+                )
 
 
 def _models_written(spec: FineTuneJobSpec) -> int:

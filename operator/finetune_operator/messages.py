@@ -147,13 +147,14 @@ def memory_not_enough(failure: str, why: str, advice: str) -> str:
     return "; ".join(part for part in (why, advice, failure) if part)
 
 
-def micro_batch_halved(failure: str, size: int, smaller: int, steps: int, time: int, limit: int) -> str:
+def micro_batch_halved(failure: str, size: int, smaller: int, *, steps: int | None, time: int, limit: int) -> str:
     """Return the sentence about lack of memory after which the next attempt has a micro-batch of ``smaller`` examples
-    instead of ``size``, and ``steps`` gradient accumulation steps. ``time`` of at most ``limit`` says how often the
-    micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
+    instead of ``size``, and ``steps`` gradient accumulation steps, or an unknown number of them (None). ``time`` of at
+    most ``limit`` says how often the micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
+    accumulation = f", gradient accumulation of {steps}," if steps is not None else ""
     return (
-        f"the next attempt has a micro-batch of {smaller} instead of {size}, gradient accumulation of {steps}, and the"
-        f" same updates (halved {time} of at most {limit} times): {failure}"
+        f"the next attempt has a micro-batch of {smaller} instead of {size}{accumulation} and the same updates (halved"
+        f" {time} of at most {limit} times): {failure}"
     )
 
 

@@ -17,6 +17,7 @@ import sys
 
 BENCHES = {
     "step": "the trainer's optimizer step against a plain PyTorch loop",
+    "engines": "a step of the plain engine and of DeepSpeed against a plain PyTorch loop, in CPU seconds",
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "rows": "examples of many rows at once and in several processes against one row at a time",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",

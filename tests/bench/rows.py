@@ -32,9 +32,8 @@ from rich.table import Table
 from examples.demo.base_model import base_model
 from finetune_core.api.dataset import DatasetSpec
 from finetune_trainer.data.dataset import length_limit, make_examples
-from finetune_trainer.data.piece_tokens import PieceTokenizer
-from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers
-from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
+from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers, SignOfLife
+from finetune_trainer.data.prepared.conversation_batches import batch_functions
 from finetune_trainer.data.prepared.prepared_rows import prepare_rows
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
@@ -136,10 +135,10 @@ class Workload(NamedTuple):
             ((_, found),) = worker.results([processes], lambda asked: asked)
         return found
 
-    def _prepare(self, processes: int | None) -> Measured:
+    def _prepare(self, processes: int | None, alive: SignOfLife) -> Measured:
         rows, limit = read_rows(self.path, FIELD), length_limit(self.dataset, None)
-        make_pieces = PieceTokenizer if processes is None else BatchPieceTokenizer
-        tokenize = tokenize_functions(self.tokenizer, ends=self.ends, make_pieces=make_pieces)
+        make_functions = tokenize_functions if processes is None else batch_functions
+        tokenize = make_functions(self.tokenizer, ends=self.ends)
         began, before = time.perf_counter(), _processor_seconds()
         if processes is None:
             examples, _ = make_examples(rows, self.path.name, FIELD, self.dataset, tokenize, limit=limit)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from finetune_cli.main import main
+from finetune_core.planned_job import with_lines
 from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS
 from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore
@@ -131,6 +132,54 @@ def test_a_wrong_input_is_named(
     assert sentence in error
 
 
+def test_a_job_in_a_list_and_a_configuration_with_tabs_are_read(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path
+) -> None:
+    """`kubectl get -o json` prints Lists, and YAML alone refuses the tabs that JSON allows."""
+    jobs = {"apiVersion": "v1", "kind": "List", "items": [yaml.safe_load(JOB.read_text(encoding="utf-8"))]}
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    config.write_text(json.dumps(MODELS["Llama-2-7B"], indent="\t"), encoding="utf-8")
+    assert run(capsys, file, "--model-config", config)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("training", {"globalBatchSize": 8}, "-: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
+        ("nodes", 3, "-: spec.nodes: unknown field"),
+    ],
+)
+def test_a_wrong_job_from_the_standard_input_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: object,
+    sentence: str,
+) -> None:
+    document = yaml.safe_load(JOB.read_text(encoding="utf-8"))
+    document["spec"][field] = value
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(document)))
+    code, output, error = run(capsys, "-", "--model-config", config)
+    assert (code, output) == (2, "")
+    assert sentence in error
+
+
+def test_a_suggested_change_can_be_written_into_the_file(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path
+) -> None:
+    config.write_text(json.dumps(MODELS["Llama-2-13B"]), encoding="utf-8")
+    _, output, _ = run(capsys, JOB, "--model-config", config, "--gpu", "A100-40GB", "-o", "json")
+    changes = json.loads(output)["changes"]
+    assert changes
+    document = yaml.safe_load(JOB.read_text(encoding="utf-8"))
+    for change in changes:
+        file = tmp_path / "changed.json"
+        file.write_text(json.dumps(with_lines(document, change["lines"])), encoding="utf-8")
+        assert run(capsys, file, "--model-config", config, "--gpu", "A100-40GB")[0] == 0
+
+
 def test_a_file_must_hold_one_job(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path) -> None:
     text = JOB.read_text(encoding="utf-8")
     for content, count in ((f"{text}\n---\n{text}", "2"), ("a: 1", "none")):
@@ -142,7 +191,16 @@ def test_a_file_must_hold_one_job(capsys: pytest.CaptureFixture[str], config: Pa
 
 
 @pytest.mark.parametrize(
-    "option", [("--price", "0"), ("--price", "x"), ("--rows", "0"), ("--rows", "1.5"), ("-o", "xml")]
+    "option",
+    [
+        ("--price", "0"),
+        ("--price", "x"),
+        ("--rows", "0"),
+        ("--rows", "1.5"),
+        ("-o", "xml"),
+        ("--price", "1e308"),
+        ("--rows", "1" + "0" * 400),
+    ],
 )
 def test_a_wrong_option_is_an_error_of_the_command_line(
     capsys: pytest.CaptureFixture[str], config: Path, option: tuple[str, str]

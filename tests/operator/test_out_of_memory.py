@@ -28,9 +28,10 @@ FAILED = MemoryFailure(message="out of memory at step 1", phase=Phase.TRAINING, 
     processes=st.integers(1, 16),
     requested=st.none() | st.integers(1, 70),
     fitting=st.integers(0, 70),
+    most_retries=st.integers(0, 2),
 )
 def test_a_job_finds_the_micro_batch_that_fits_or_ends(
-    global_batch: int, processes: int, requested: int | None, fitting: int
+    global_batch: int, processes: int, requested: int | None, fitting: int, most_retries: int
 ) -> None:
     """Memory is enough for ``fitting`` examples at once. The attempts are counted as the operator counts them."""
     planned = micro_batch_size(requested, global_batch_size=global_batch, processes=processes)
@@ -41,17 +42,21 @@ def test_a_job_finds_the_micro_batch_that_fits_or_ends(
         assert used.size * used.accumulation_steps >= share > used.size * (used.accumulation_steps - 1)
         if used.size <= fitting:
             break
-        ruling = rule_on(FAILED, planned=planned, halvings=halvings, share=share, advice=ADVICE)
+        left = most_retries - attempts.charged
+        ruling = rule_on(FAILED, planned=planned, halvings=halvings, share=share, retries_left=left, advice=ADVICE)
         current = CurrentAttempt(number=halvings + 1, start_time=NOW + timedelta(minutes=halvings))
         attempts = close(attempts, current, cause_of(ruling, NOW), [], NOW)
         verdicts.append(attempts.recent[-1].verdict)
         assert (ruling.reason, ruling.node) == (Reason.OUT_OF_MEMORY, "n1")
         if ruling.verdict is Verdict.PERMANENT:
+            assert ADVICE in ruling.message
             break
+        assert attempts.charged <= most_retries, "another attempt follows, as the message says"
         assert micro_batch_of(planned, halvings=halvings + 1, share=share).size == used.size // 2
         halvings += 1
     assert halvings <= HALVINGS_LIMIT
-    fits = max(1, min(planned, share) >> HALVINGS_LIMIT) <= fitting
+    halvings_allowed = HALVINGS_LIMIT if most_retries else 0
+    fits = max(1, min(planned, share) >> halvings_allowed) <= fitting
     assert (Verdict.PERMANENT not in verdicts) == fits
     assert attempts.charged == (halvings > 0), "the search is charged once"
     assert attempts.free == max(0, halvings - 1)
@@ -66,7 +71,7 @@ def test_half_the_examples_are_computed_in_twice_the_steps(planned: int, halving
 
 
 def test_the_status_says_what_the_next_attempt_does() -> None:
-    ruling = rule_on(FAILED, planned=8, halvings=1, share=8, advice=ADVICE)
+    ruling = rule_on(FAILED, planned=8, halvings=1, share=8, retries_left=0, advice=ADVICE)
     assert ruling.verdict is Verdict.FREE
     assert ruling.message == (
         "the next attempt has a micro-batch of 2 instead of 4, gradient accumulation of 4, and the same updates (halved"
@@ -100,12 +105,18 @@ def test_the_status_says_what_the_next_attempt_does() -> None:
 def test_a_job_that_no_smaller_micro_batch_helps_ends_with_advice(
     failure: MemoryFailure, planned: int, halvings: int, why: str
 ) -> None:
-    ruling = rule_on(failure, planned=planned, halvings=halvings, share=64, advice=ADVICE)
+    ruling = rule_on(failure, planned=planned, halvings=halvings, share=64, retries_left=3, advice=ADVICE)
     assert ruling.verdict is Verdict.PERMANENT
     assert ruling.message == f"{why}; {ADVICE}; out of memory at step 1"
+
+
+def test_a_job_that_may_not_be_retried_ends_with_advice_and_not_with_a_promise() -> None:
+    ruling = rule_on(FAILED, planned=8, halvings=0, share=8, retries_left=0, advice=ADVICE)
+    assert ruling.verdict is Verdict.PERMANENT
+    assert ruling.message == f"{ADVICE}; out of memory at step 1"
 
 
 @pytest.mark.parametrize("phase", ["", Phase.TRAINING, Phase.EVALUATING])
 def test_phases_whose_memory_depends_on_the_micro_batch_get_another_attempt(phase: str) -> None:
     failure = MemoryFailure(message="out of memory", phase=phase)
-    assert rule_on(failure, planned=2, halvings=0, share=2, advice="").verdict is Verdict.CHARGED
+    assert rule_on(failure, planned=2, halvings=0, share=2, retries_left=1, advice="").verdict is Verdict.CHARGED

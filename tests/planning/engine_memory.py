@@ -245,8 +245,8 @@ def measure(case: MemoryCase) -> Measurement:
 
 
 def _model(case: MemoryCase) -> Any:
-    """Return the model of ``case`` as the trainer makes it: in bf16 or fp32, with adapters on all linear layers where
-    the method is LoRA."""
+    """Return the model of ``case`` as the trainer makes it: in bf16 or fp32, with adapters on all linear layers and
+    experts where the method is LoRA."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -268,7 +268,14 @@ def _model(case: MemoryCase) -> Any:
     if case.rank is None:
         return model
     lora = LoRASpec(rank=case.rank, alpha=16, dropout=case.dropout)
-    return add_adapters(model, lora, targets=case.targets(model), seed=1, base_name="base")
+    return add_adapters(
+        model,
+        lora,
+        targets=case.targets(model),
+        parameters=case.expert_weights(model),
+        seed=1,
+        base_name="base",
+    )
 
 
 def _batch(case: MemoryCase) -> Any:

@@ -142,6 +142,21 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
     },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
 }
 """Published shapes: the sizes in the models' `config.json`."""
 
@@ -153,7 +168,7 @@ class MemoryCase:
     model: str
     """Key of MODELS."""
     rank: int | None = None
-    """Rank of the adapters on all linear layers. None: every parameter is trained."""
+    """Rank of the adapters on all linear layers and experts. None: every parameter is trained."""
     stage: int
     processes: int
     length: int
@@ -196,6 +211,11 @@ class MemoryCase:
 
         names = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
         return sorted(names - {"lm_head"})
+
+    def expert_weights(self, model: Any) -> list[str]:
+        """Return the names of the weights of all experts of ``model``, which get an adapter. transformers holds the
+        weights of all experts of a layer in one parameter of three dimensions."""
+        return [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name]
 
 
 SOME_LAYERS = 4
@@ -248,6 +268,16 @@ CASES: Mapping[str, MemoryCase] = {
     "qwen2.5-7b-full-z2-1024": _full("Qwen2.5-7B", 2, 8, 1024, micro_batch=2),
     "qwen3-8b-lora-z2-2048": _lora("Qwen3-8B", 2, 8, 2048),
     "qwen3-8b-full-z3-2048": _full("Qwen3-8B", 3, 8, 2048),
+    "mixtral-8x7b-full-z2-512": _full("Mixtral-8x7B", 2, 8, 512, layers=2),
+    "mixtral-8x7b-full-z3-512": _full("Mixtral-8x7B", 3, 8, 512, layers=2),
+    "mixtral-8x7b-full-z3-512-recomputed": _full("Mixtral-8x7B", 3, 8, 512, layers=2, recompute=True),
+    "mixtral-8x7b-lora-z2-512": _lora("Mixtral-8x7B", 2, 8, 512),
+    "mixtral-8x7b-lora-z3-512": _lora("Mixtral-8x7B", 3, 8, 512),
+    "mixtral-8x7b-lora-z3-512-recomputed": _lora("Mixtral-8x7B", 3, 8, 512, recompute=True),
+    "qwen3-30b-a3b-full-z2-512": _full("Qwen3-30B-A3B", 2, 8, 512),
+    "qwen3-30b-a3b-full-z3-512-recomputed": _full("Qwen3-30B-A3B", 3, 8, 512, recompute=True),
+    "qwen3-30b-a3b-lora-z2-2048-recomputed": _lora("Qwen3-30B-A3B", 2, 8, 2048, recompute=True),
+    "qwen3-30b-a3b-lora-z3-512": _lora("Qwen3-30B-A3B", 3, 8, 512),
     "gemma3-1b-full-z2-1024": _full("Gemma-3-1B", 2, 8, 1024, micro_batch=2),
     "gemma3-1b-lora-z1-1024": _lora("Gemma-3-1B", 1, 1, 1024, micro_batch=4),
 }

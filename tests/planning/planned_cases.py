@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from finetune_core.planning.memory import MemoryPlan, memory_plan
 from finetune_core.planning.model_families import model_sizes
-from finetune_core.planning.model_sizes import Part
-from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup
+from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 from tests.planning.memory_cases import MemoryCase
 
 
@@ -14,17 +13,7 @@ def setup_of(case: MemoryCase) -> TrainingSetup:
     sizes = model_sizes(case.configuration)
     adapters = None
     if case.rank is not None:
-        # The measured models get adapters on linear layers only, and not on experts.
-        layers = [
-            [one for one in layer.linears if one.part not in (Part.ROUTER, Part.EXPERTS)] for layer in sizes.layers
-        ]
-        dropped = [sum(one.inputs for one in layer) if case.dropout != "0" else 0 for layer in layers]
-        adapters = AdapterSetup(
-            rank=case.rank,
-            parameters=sum(one.adapter_parameters(case.rank) for layer in layers for one in layer),
-            per_layer=tuple(len(layer) for layer in layers),
-            dropped_features=tuple(dropped),
-        )
+        adapters = adapter_setup(sizes, rank=case.rank, dropout=case.dropout != "0")
     return TrainingSetup(
         sizes=sizes,
         adapters=adapters,

@@ -172,9 +172,93 @@ def test_hours_and_cost_follow_from_rows_or_steps() -> None:
     assert plan_of(job(), MODELS["Llama-2-7B"], H200).hours is None
 
 
-def test_experts_are_said_to_be_a_lower_bound() -> None:
-    notes = plan_of(job(), MODELS["Mixtral-8x7B"], H200).notes
-    assert any("lower bound" in note for note in notes)
+def test_a_family_that_was_never_measured_is_named() -> None:
+    unknown = {**MODELS["Mixtral-8x7B"], "model_type": "olmoe", "num_experts": 8}
+    (note,) = plan_of(job(), unknown, H200).notes
+    assert note == "The memory of models of the family olmoe was never measured."
+    assert plan_of(job(), MODELS["Mixtral-8x7B"], H200).notes == ()
+
+
+def test_adapters_of_experts_are_merged_in_each_layer() -> None:
+    """peft adds the product of an adapter's matrices to the weights of the experts, and the sums of all layers stay
+    until the backward pass: 1.4 billion numbers in each of the 32 layers of Mixtral 8x7B."""
+    lora: dict[str, Any] = {"method": "LoRA", "training__microBatchSize": 1, "deepspeed__zeroStage": 2}
+    lora |= {"deepspeed__offloadOptimizer": "None"}
+
+    def needed(*, recompute: bool, **fields: Any) -> int:
+        spec = job(**lora, training__gradientCheckpointing=recompute, **fields)
+        return plan_of(spec, MODELS["Mixtral-8x7B"], H200).memory.peak
+
+    attention = {"lora": {"targetModules": ["q_proj"]}}
+    experts = 8 * 3 * 4096 * 14336
+    assert needed(recompute=False) - needed(recompute=False, **attention) > 32 * 2 * experts
+    assert needed(recompute=True) - needed(recompute=True, **attention) < 2 * 2 * experts
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"quantization": "NF4"}, "spec.lora.quantization: must be absent for a model with experts"),
+        ({"dropout": "0.05"}, "spec.lora.dropout: must be 0 where experts get an adapter"),
+        ({"doRA": True}, "spec.lora.doRA: must be false where experts get an adapter"),
+    ],
+)
+def test_what_the_trainer_refuses_for_experts_is_not_planned(lora: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan_of(job(method="LoRA", lora=lora), MODELS["Mixtral-8x7B"], H200)
+    assert str(caught.value).startswith(sentence)
+    if "quantization" not in lora:
+        beside = {**lora, "targetModules": ["q_proj", "v_proj"]}
+        assert plan_of(job(method="LoRA", lora=beside), MODELS["Mixtral-8x7B"], H200).fits
+
+
+def test_weights_in_4_bits_are_never_sharded() -> None:
+    spec = job(method="LoRA", lora={"quantization": "NF4"})
+    assert chosen(plan_of(spec, MODELS["Llama-2-70B"], find_gpu("L4")))["zeroStage"] == "2"
+
+
+def test_a_reason_never_says_that_a_job_fits_which_does_not() -> None:
+    plan = plan_of(job(resources__gpusPerNode=1), MODELS["Llama-2-70B"], find_gpu("L4"))
+    assert not plan.fits
+    reasons = {choice.field.rpartition(".")[2]: choice.reason for choice in plan.choices}
+    assert reasons["microBatchSize"] == "It is the smallest size, and does not fit either."
+    assert chosen(plan)["microBatchSize"] == "1"
+    assert [reason for reason in reasons.values() if "fit each GPU" in reason or "fits the GPUs" in reason] == []
+
+
+def test_memory_that_the_job_sets_is_not_compared_with_machines_for_rent() -> None:
+    fields = {"resources__memory": "4Ti", "resources__nodes": 2}
+    plan = plan_of(job(**fields), MODELS["Llama-2-70B"], H200)
+    assert plan.host.memory < 4 << 40
+    assert plan.fits
+
+
+def test_a_gpu_without_bf16_gets_another_number_format() -> None:
+    gpu = find_gpu("T4")
+    wishes = wishes_of(job(method="LoRA"), MODELS["Llama-3.2-1B"])
+    plan = plan_job(wishes, gpu)
+    assert not plan.fits
+    found = suggestions(wishes, plan)
+    assert found
+    assert all("spec.training.precision: fp32" in suggestion.lines for suggestion in found)
+    assert any("fp32 takes up to 16 times as long" in note for note in found[0].plan.notes)
+
+
+def test_a_suggestion_keeps_the_number_of_micro_batches_consistent() -> None:
+    """`gradientAccumulationSteps` times the micro-batch times the processes must be the global batch."""
+    fields = {
+        "training__globalBatchSize": 64,
+        "training__microBatchSize": 8,
+        "training__gradientAccumulationSteps": 1,
+        "training__gradientCheckpointing": False,
+        "dataset__maxLength": 4096,
+        "deepspeed__zeroStage": 3,
+    }
+    wishes = wishes_of(job(**fields), MODELS["Llama-2-7B"])
+    found = suggestions(wishes, plan_job(wishes, find_gpu("H200-141GB")))
+    assert any("spec.training.gradientAccumulationSteps: 2" in suggestion.lines for suggestion in found)
+    for setup in (suggestion.plan.setup for suggestion in found):
+        assert setup.micro_batch * setup.accumulation * setup.processes == 64
 
 
 def test_settings_that_the_plan_leaves_out_are_named() -> None:

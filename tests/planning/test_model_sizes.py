@@ -114,6 +114,13 @@ def test_only_the_experts_that_compute_a_token_count_for_its_arithmetic() -> Non
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: must be a whole number of at least 1, and is 0"),
         ({"num_key_value_heads": 3}, "config.json: num_attention_heads: must be a multiple of num_key_value_heads, 3"),
         ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings: must be true or false, and is 1"),
+        ({"model_type": ""}, "config.json: model_type: must be one that the plan knows, and the file has none"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers: must be at most 2,000, and is 1000000000"),
+        ({"vocab_size": 10**300}, "config.json: vocab_size: must be at most 10,000,000, and is 1000"),
+        (
+            {"num_attention_heads": 8192, "num_key_value_heads": 8192},
+            "config.json: num_attention_heads: must be at most hidden_size, 4096, without head_dim",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(change: dict[str, Any], sentence: str) -> None:
@@ -121,6 +128,20 @@ def test_a_wrong_configuration_is_named(change: dict[str, Any], sentence: str) -
         model_sizes({**MODELS["Llama-2-7B"], **change})
     assert str(caught.value).startswith(sentence)
     assert isinstance(caught.value, UnknownModelError) == ("model_type" in change)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_experts_per_tok": 200}, "num_experts_per_tok: must be at most the number of experts, 128, and is 200"),
+        ({"mlp_only_layers": 5}, "mlp_only_layers: must be a list of numbers of layers, and is 5"),
+        ({"num_experts": None}, "num_experts: must be a whole number of at least 1, and is None"),
+    ],
+)
+def test_a_wrong_number_of_experts_is_named(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        model_sizes({**MODELS["Qwen3-30B-A3B"], **change})
+    assert str(caught.value) == f"config.json: {sentence}"
 
 
 def test_an_entry_that_names_nothing_is_refused() -> None:

@@ -52,6 +52,7 @@ class EngineRun(BaseModel):
     recompute: bool = False
     lora_plus_ratio: float = 1.0
     rate: float = RATE
+    quantization: Literal["NF4"] | None = None
     infinite: int | None = None
     """The step in which one micro-batch has an infinite loss, so that the step is discarded."""
 
@@ -66,6 +67,7 @@ class EngineRun(BaseModel):
             self.recompute,
             self.lora_plus_ratio,
             self.rate,
+            self.quantization,
             self.infinite,
         )
         return "-".join(map(str, (self.method, self.precision, parts, *options)))
@@ -100,12 +102,14 @@ def load(run: EngineRun, folder: Path) -> torch.nn.Module:
     from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, load_base
     from tests.trainer.plain_loop import DENSE
 
-    model = load_base(folder, DTYPES[run.precision])
+    model = load_base(folder, DTYPES[run.precision], quantization=run.quantization)
     if run.recompute:
         enable_gradient_checkpointing(model)
     if run.method == "Full":
         return model
-    return add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="tiny")
+    return add_adapters(
+        model, LoRASpec(rank=4, alpha=8, quantization=run.quantization), targets=DENSE, seed=42, base_name="tiny"
+    )
 
 
 def make_engine(run: EngineRun, kind: Kind, model: torch.nn.Module) -> TrainingEngine:

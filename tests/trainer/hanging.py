@@ -1,8 +1,9 @@
 """One rank of `test_return_guard.py`: `python -m tests.trainer.hanging FOLDER EVENT`.
 
-The ranks other than rank 0 wait for ever in a call of the C library, which holds no lock of Python, as a call waits
-that synchronises with a GPU. EVENT is what happens to rank 0: it leaves without a word, or it receives SIGTERM. Each
-rank leaves its outcome in FOLDER.
+Rank 1 waits for ever in a call of the C library, which holds no lock of Python, as a call waits that synchronises with
+a GPU. EVENT is what happens before: rank 0 leaves without a word, rank 0 receives SIGTERM, all ranks have agreed to
+stop after a SIGTERM, or all ranks have agreed to stop and copy their training state. Each rank leaves its outcome in
+FOLDER.
 """
 
 from __future__ import annotations
@@ -11,40 +12,41 @@ import ctypes
 import os
 import signal
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.ranks.return_guard import ReturnGuard, return_seconds
+from finetune_trainer.ranks.return_guard import LEAST_SECONDS, ReturnGuard
 from finetune_trainer.ranks.watchdog import Watchdog
 
 STALL_SECONDS = 600.0
-POLL_SECONDS = 0.1
-LEAVES, STOPS = "leaves", "stops"
+COPY_SECONDS = LEAST_SECONDS / 3
+LEAVES, STOPS, AGREES, COPIES = "leaves", "stops", "agrees", "copies"
 LEFT = 66
 """Exit status of rank 0 where it leaves."""
 
 
 class GuardedGang(Gang):
-    """A gang that demands the return of the training thread when rank 0 is gone, and after a SIGTERM."""
+    """A gang with a guard, which watches the calls after a SIGTERM, and after rank 0 is gone."""
 
-    guard: ReturnGuard
+    def __init__(self, guard: ReturnGuard, *, stop: Callable[[], bool], watchdog: Watchdog) -> None:
+        self.guard = guard
+        super().__init__(device=torch.device("cpu"), stop=stop, watchdog=watchdog, stall_seconds=STALL_SECONDS)
+        guard.stop_requested = self.stop_requested
+
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        super()._reduce(tensor, operation)
+        self.guard.passed()
 
     def _heartbeat_loop(self, whole_store: dist.Store) -> None:
-        threading.Thread(target=self._demand_return_at_stop, daemon=True).start()
         super()._heartbeat_loop(whole_store)
         self.guard.demand("rank 0 is gone", caused_by_peer=True)
-
-    def _demand_return_at_stop(self) -> None:
-        while not self.stop_requested():
-            threading.Event().wait(POLL_SECONDS)
-        seconds = return_seconds(self.guard.longest_pause)
-        self.guard.demand("told to stop", caused_by_peer=False, seconds=seconds)
 
 
 def a_call_that_never_returns() -> None:
@@ -52,21 +54,35 @@ def a_call_that_never_returns() -> None:
     ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
 
 
-def main() -> None:
-    stop = StopFlag()
-    watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), STALL_SECONDS, WorkerStatus(step=12))
-    GuardedGang.guard = ReturnGuard(watchdog)
-    gang = GuardedGang(device=torch.device("cpu"), stop=stop, watchdog=watchdog, stall_seconds=STALL_SECONDS)
-    gang.check_stop()
-    GuardedGang.guard.passed()
-    if not gang.is_first:
-        a_call_that_never_returns()
-    if sys.argv[2] == LEAVES:
-        os._exit(LEFT)
-    os.kill(os.getpid(), signal.SIGTERM)
-    try:
-        # The ranks can't agree to stop, because the other rank never comes.
+def act(gang: GuardedGang, event: str) -> None:
+    for _ in range(3):
         gang.check_stop()
+    if event in (LEAVES, STOPS) and not gang.is_first:
+        a_call_that_never_returns()
+    if event == LEAVES:
+        os._exit(LEFT)
+    if gang.is_first:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        # With `STOPS` the ranks can't agree to stop, because rank 1 never comes.
+        while True:
+            gang.check_stop()
+    except StopAgreed:
+        if event == COPIES and not gang.is_first:
+            with gang.guard.within(COPY_SECONDS, "the copy of the training state"):
+                gang.guard.passed()
+                a_call_that_never_returns()
+        if not gang.is_first:
+            a_call_that_never_returns()
+        # Rank 0 waits for rank 1, with which it copies the training state.
+        gang.any_rank(False)
+
+
+def main() -> None:
+    watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), STALL_SECONDS, WorkerStatus(step=12))
+    gang = GuardedGang(ReturnGuard(watchdog), stop=StopFlag(), watchdog=watchdog)
+    try:
+        act(gang, sys.argv[2])
     finally:
         watchdog.claim_end()
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.dataset import Refusal, RowOutcome, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.formats import TokenizeFunctions
-from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
+from finetune_trainer.data.prepared.conversation_batches import batch_functions
 from finetune_trainer.data.prepared.prepared_rows import prepare_rows
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, tokenize_functions
@@ -38,6 +38,15 @@ def dataset_of(form: Mapping[str, Any], **fields: Any) -> DatasetSpec:
     return DatasetSpec.model_validate({"train": {"s3": {"uri": "s3://bucket/rows.jsonl"}}, "format": form, **fields})
 
 
+def as_values(outcome: RowOutcome) -> object:
+    """Return an outcome in a form that can be compared."""
+    if isinstance(outcome, UserError):
+        return outcome.subject, outcome.problem
+    if isinstance(outcome, Refusal):
+        return outcome
+    return [(list(each.ids), [tuple(span) for span in each.spans], list(each.read_as_text)) for each in outcome]
+
+
 class Functions(NamedTuple):
     """The functions that turn rows into token ids, with both kinds of `PieceTokenizer`."""
 
@@ -49,7 +58,7 @@ class Functions(NamedTuple):
         """Return the functions for the tokenizer in ``folder``."""
         tokenizer = load_tokenizer(folder)
         use_chat_template(tokenizer, dataset.format, folder)
-        return cls(tokenize_functions(tokenizer), tokenize_functions(tokenizer, make_pieces=BatchPieceTokenizer))
+        return cls(tokenize_functions(tokenizer), batch_functions(tokenizer))
 
 
 class Told(NamedTuple):

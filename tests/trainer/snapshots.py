@@ -1,8 +1,9 @@
 """One rank of `test_fragment_snapshots.py`: `python -m tests.trainer.snapshots MODEL FOLDER STAGE PRECISION OFFLOAD`.
 
 The rank trains a few steps, takes the snapshot of every step in both ways, and writes the files of both into FOLDER,
-below `whole` and `fragments`. The output is JSON: how many collectives each way needs, and the memory that it
-allocates.
+below `whole` and `fragments`. Before the first step it takes a snapshot of an optimizer without a state, and then one
+of the state that the optimizer begins with. The output is JSON: how many collectives each way needs, and the memory
+that it allocates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +62,30 @@ def main() -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     engine = Engine(load_base(model_folder, dtype, sharded=sharding is not None), optimization, gang.device)
     batch = collate([[(Example(tuple(range(3 + gang.rank, 13 + gang.rank)), [(0, 10)]), 1)]], pad=0, packed=False)
-    snapshots: FragmentSnapshots | None = None
+
+    def write(name: str, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        target = folder / name / str(step)
+        target.mkdir(parents=True, exist_ok=True)
+        write_snapshot(tensors, target, rank=gang.rank, world_size=gang.world_size)
+
+    with Counted() as first:
+        snapshots = FragmentSnapshots(engine, rank=gang.rank, world_size=gang.world_size, piece_bytes=PIECE_BYTES)
+    held = snapshots.take()
+    write("fragments", 0, held.tensors)
+    held.buffer.release()
+    engine.prepare_state(0)
+    write("whole", 0, take_snapshot(engine, rank=gang.rank, world_size=gang.world_size))
     told: list[dict[str, Any]] = []
-    for step in range(STEPS):
+    for step in range(1, STEPS + 1):
         engine.backward(engine.loss(batch) * gang.world_size, last=True)
         engine.gradient_norm()
         engine.step(1e-2)
         with Counted() as whole:
             wanted = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)
-        if snapshots is None:
-            with Counted() as first:
-                snapshots = FragmentSnapshots(
-                    engine, rank=gang.rank, world_size=gang.world_size, piece_bytes=PIECE_BYTES
-                )
         with Counted() as counted:
             held = snapshots.take()
-        for name, tensors in (("whole", wanted), ("fragments", held.tensors)):
-            target = folder / name / str(step)
-            target.mkdir(parents=True, exist_ok=True)
-            write_snapshot(tensors, target, rank=gang.rank, world_size=gang.world_size)
+        write("whole", step, wanted)
+        write("fragments", step, held.tensors)
         held.buffer.release()
         told.append(
             {

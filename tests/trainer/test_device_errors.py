@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune_trainer.ranks.device_errors import NODE_XIDS, SIGNAL_FAULTS, TEXTS, DeviceFault, Source, diagnose
+from finetune_trainer.ranks.device_errors import NODE_XIDS, TEXTS, DeviceFault, Source, diagnose, fault_of_signal
 from finetune_trainer.ranks.peer_errors import is_peer_failure, torch_message
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:133, "
@@ -296,10 +296,18 @@ def test_the_text_that_names_the_fault_is_never_cut_away(before: str, literal: s
     assert literal.strip().lower() in diagnose(f"{before} {literal}", limit=200).cause.lower()
 
 
-def test_a_signal_that_leaves_no_outcome_has_a_fault() -> None:
-    assert SIGNAL_FAULTS[signal.SIGABRT] is DeviceFault.PEER_LEFT
-    assert SIGNAL_FAULTS[signal.SIGBUS] is DeviceFault.WRONG_SETUP
-    assert signal.SIGKILL not in SIGNAL_FAULTS
+@pytest.mark.parametrize(
+    ("number", "ranks", "fault"),
+    [
+        (signal.SIGABRT, 2, DeviceFault.PEER_LEFT),
+        (signal.SIGABRT, 1, DeviceFault.CRASH),
+        (signal.SIGBUS, 1, DeviceFault.WRONG_SETUP),
+        (signal.SIGBUS, 2, DeviceFault.WRONG_SETUP),
+        (signal.SIGSEGV, 2, DeviceFault.CRASH),
+    ],
+)
+def test_a_signal_that_leaves_no_outcome_has_a_fault(number: int, ranks: int, fault: DeviceFault) -> None:
+    assert fault_of_signal(number, ranks=ranks) is fault
 
 
 # ---- What `peer_errors.py` makes of the same texts ----

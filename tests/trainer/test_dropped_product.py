@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from finetune_trainer.kernels import dropped_product
 from finetune_trainer.kernels import dropped_product_cuda as cuda
 from finetune_trainer.kernels.dropped_product import (
     Dropout,
@@ -179,3 +180,14 @@ def test_nvrtc_compiles_the_kernels(value: torch.dtype, architecture: str, monke
     assert found == "dropped_inner"
     for name in (b"dropped_inner", b"dropped_gradient_of_a", b"dropped_input_gradient"):
         assert name in binary
+
+
+def test_without_tokens_no_kernel_is_started() -> None:
+    """CUDA refuses a kernel without blocks."""
+    chosen = dropped_product._on_cuda(lambda *_: "kernel", lambda *_: "plain")
+    assert [chosen(torch.zeros(tokens, 16)) for tokens in (0, 1)] == ["plain", "kernel"]
+    assert chosen(torch.zeros(1, 16, dtype=torch.float64)) == "plain"
+    dropout = Dropout(torch.zeros(0, dtype=torch.int64), 0.5, (3,), (2,))
+    assert dropped_inner(torch.zeros(0, 16), torch.zeros(2, 16), dropout).shape == (0, 2)
+    assert not dropped_gradient_of_a(torch.zeros(0, 2), torch.zeros(0, 16), dropout).any()
+    assert dropped_input_gradient(torch.zeros(0, 2), torch.zeros(2, 16), dropout).shape == (0, 16)

@@ -1,38 +1,34 @@
-"""Prepared examples are kept in a folder under the identity of everything that decides them. Whatever is damaged, or
-comes from somebody who does not know the key, is made again and never believed. Several writers do not harm each
+"""Prepared examples are put into a folder of the node, and kept on a volume under their identity. Whatever is damaged,
+or comes from somebody who does not know the key, is made again and never believed. Several writers do not harm each
 other."""
 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
+import hmac
 import json
+import math
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import finetune_trainer
-from finetune_trainer.data.dataset import LengthLimit, length_limit
+from finetune_trainer.data.dataset import length_limit
 from finetune_trainer.data.files.index import DataFile, write_index
-from finetune_trainer.data.prepared import example_folder, example_identity
-from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers
-from finetune_trainer.data.prepared.example_folder import (
-    FILES,
-    SEAL_FILE,
-    Obtained,
-    load_examples,
-    obtain_examples,
-)
+from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers, SignOfLife
+from finetune_trainer.data.prepared.example_cache import FOLDER, ExampleCache
+from finetune_trainer.data.prepared.example_folder import FILES, Obtained, load_examples, obtain_examples
 from finetune_trainer.data.prepared.prepared_rows import PreparedRows, prepare_rows
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, tokenize_functions
@@ -82,17 +78,23 @@ def obtained(make: Making, target: Path, cache: Path | None, key: bytes = KEY, i
     """Obtain the examples, and check that they are the right ones and that nothing unfinished is left behind."""
     found = obtain_examples(identity, make, target, cache=cache, key=key)
     assert values(found.prepared) == values(make.made)
-    for folder in (target.parent, cache):
-        assert folder is None or not folder.is_dir() or not list(folder.glob(".unfinished-*"))
+    assert not list(target.parent.glob(".unfinished-*"))
+    assert cache is None or not list(cache.glob(f"{FOLDER}/unfinished-*"))
     return found
 
 
+def volume(folder: Path) -> Path:
+    """Return the folder at which a volume is mounted."""
+    (folder / "cache").mkdir(exist_ok=True)
+    return folder / "cache"
+
+
 def test_examples_are_made_once(made: PreparedRows, tmp_path: Path) -> None:
-    make = Making(made)
+    make, cache = Making(made), volume(tmp_path)
     assert made.notices
-    assert not obtained(make, tmp_path / "node-1" / "train", tmp_path / "cache").from_cache
-    assert obtained(make, tmp_path / "node-1" / "train", tmp_path / "cache").from_cache
-    assert obtained(make, tmp_path / "node-2" / "train", tmp_path / "cache").from_cache
+    assert not obtained(make, tmp_path / "node-1" / "train", cache).from_cache
+    assert obtained(make, tmp_path / "node-1" / "train", cache).from_cache
+    assert obtained(make, tmp_path / "node-2" / "train", cache).from_cache
     assert make.count == 1
 
 
@@ -100,7 +102,7 @@ def test_without_a_cache_or_an_identity_examples_are_made_each_time(made: Prepar
     make = Making(made)
     for number in (1, 2):
         assert not obtained(make, tmp_path / "train", None).from_cache
-        assert not obtain_examples(None, make, tmp_path / "train", cache=tmp_path / "cache").from_cache
+        assert not obtain_examples(None, make, tmp_path / "train", cache=volume(tmp_path)).from_cache
         assert make.count == 2 * number
 
 
@@ -115,7 +117,7 @@ def test_all_ranks_of_a_node_map_the_same_file(made: PreparedRows, tmp_path: Pat
     target = tmp_path / "train"
     obtained(Making(made), target, None)
 
-    def rank(_: int) -> tuple[str, list[bool], bool]:
+    def rank(_: int, alive: SignOfLife) -> tuple[str, list[bool], bool]:
         examples = load_examples(target).examples
         arrays = list(examples._arrays.values())
         mapped = Path("/proc/self/maps").read_text()
@@ -125,6 +127,12 @@ def test_all_ranks_of_a_node_map_the_same_file(made: PreparedRows, tmp_path: Pat
         found = [result for _, result in workers.results(range(3), lambda number: number)]
     assert found == [(made.examples.digest, [False] * 4, True)] * 3
     assert isinstance(load_examples(target).examples._arrays["ids"], np.memmap)
+
+
+def kept_file(cache: Path, key: bytes = KEY, identity: str = IDENTITY) -> Path:
+    """Return the file with the examples on the volume."""
+    with ExampleCache(cache, key) as opened:
+        return cache / FOLDER / opened.name(identity)
 
 
 def flip(path: Path, place: int) -> None:
@@ -153,66 +161,131 @@ DAMAGES: dict[str, Callable[[Path, int], object]] = {
     "changed": flip,
     "cut off": lambda path, place: os.truncate(path, place % path.stat().st_size),
     "longer": lambda path, place: path.write_bytes(path.read_bytes() + bytes(1 + place % 9)),
-    "deleted": lambda path, place: path.unlink(),
     "emptied": lambda path, place: path.write_bytes(b""),
+}
+ABSENCES: dict[str, Callable[[Path, int], object]] = {
+    "deleted": lambda path, place: path.unlink(),
     "a link": link,
-    "a folder": make_folder,
     "a pipe": make_pipe,
 }
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([*FILES, SEAL_FILE]), st.sampled_from(sorted(DAMAGES)), st.integers(0, 10_000))
+@given(st.sampled_from(sorted(DAMAGES | ABSENCES)), st.integers(0, 1 << 20))
 def test_damaged_examples_are_made_again(
-    made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, file: str, damage: str, place: int
+    made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, damage: str, place: int
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")
-    make, cache = Making(made), folder / "cache"
+    make, cache = Making(made), volume(folder)
     obtained(make, folder / "train", cache)
-    DAMAGES[damage](cache / IDENTITY / file, place)
+    (DAMAGES | ABSENCES)[damage](kept_file(cache), place)
     again = obtained(make, folder / "train", cache)
     assert make.count == 2
     assert not again.from_cache
-    assert again.trouble
+    assert bool(again.trouble) is (damage in DAMAGES)
     assert obtained(make, folder / "train", cache).from_cache
     assert make.count == 2
     shutil.rmtree(folder)
 
 
+def test_a_folder_in_the_place_of_the_examples_is_no_error(made: PreparedRows, tmp_path: Path) -> None:
+    cache, make = volume(tmp_path), Making(made)
+    obtained(make, tmp_path / "train", cache)
+    make_folder(kept_file(cache), 0)
+    found = obtained(make, tmp_path / "train", cache)
+    assert not found.from_cache
+    assert found.trouble == (
+        f"the volume at {cache} can't be written to ({os.strerror(errno.EISDIR)}): the examples are not kept"
+    )
+
+
+SEALS = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 1 << 70), st.floats(), st.text(max_size=4)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.one_of(SEALS, st.fixed_dictionaries({"identity": st.just(IDENTITY), "files": SEALS})),
+    st.dictionaries(st.sampled_from(FILES), st.lists(SEALS, max_size=2), min_size=1),
+    st.booleans(),
+)
+@example({}, {}, False)
+@example({"files": {name: [0, ""] for name in FILES}}, {}, False)
+@example({"identity": IDENTITY, "files": {name: [-5, ""] for name in FILES}}, {}, False)
+@example({"identity": IDENTITY, "files": {name: [math.inf, ""] for name in FILES}}, {}, False)
+def test_any_seal_of_somebody_with_the_key_is_read_without_a_crash(
+    made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, sealed: Any, changed: dict[str, Any], of_ours: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("seals")
+    make, cache = Making(made), volume(folder)
+    obtained(make, folder / "train", cache)
+    line, _, rest = kept_file(cache).read_bytes().partition(b"\n")
+    content = json.loads(json.loads(line)["content"])
+    if of_ours:
+        content["files"] |= changed
+    else:
+        content = sealed
+    text = json.dumps(content)
+    seal = json.dumps({"content": text, "mac": hmac.digest(KEY, text.encode(), "sha256").hex()})
+    kept_file(cache).write_bytes(seal.encode() + b"\n" + rest)
+    found = obtained(make, folder / "train", cache)
+    assert not found.from_cache
+    assert found.trouble.endswith(": they are made again")
+    shutil.rmtree(folder)
+
+
 def test_the_sentences_about_damage_say_what_is_damaged(made: PreparedRows, tmp_path: Path) -> None:
-    kept = tmp_path / "cache" / IDENTITY
+    cache = volume(tmp_path)
+    kept = kept_file(cache)
 
-    def trouble(spoil: Callable[[], object], key: bytes = KEY) -> str:
-        obtained(Making(made), tmp_path / "train", tmp_path / "cache")
+    def trouble(spoil: Callable[[], object]) -> str:
+        obtained(Making(made), tmp_path / "train", cache)
         spoil()
-        return obtained(Making(made), tmp_path / "train", tmp_path / "cache", key).trouble
+        return obtained(Making(made), tmp_path / "train", cache).trouble
 
-    again = "they are made again"
-    changed = f"the examples in {kept} have a changed ids.npy: {again}"
-    assert trouble(lambda: flip(kept / "ids.npy", 900)) == changed
-    assert trouble((kept / "spans.npy").unlink) == f"the examples in {kept} have no spans.npy: {again}"
-    assert trouble((kept / SEAL_FILE).unlink) == f"the examples in {kept} have no seal: {again}"
-    assert trouble(lambda: None, b"another key") == f"the examples in {kept} have another seal: {again}"
+    begin, again = f"the examples {IDENTITY} on the volume at {cache}", "they are made again"
+    obtained(Making(made), tmp_path / "train", cache)
+    first_file = kept.read_bytes().index(b"\n") + 200
+    assert trouble(lambda: flip(kept, first_file)) == f"{begin} have a changed ids.npy: {again}"
+    assert trouble(lambda: os.truncate(kept, first_file)) == f"{begin} have another size: {again}"
+    sealed_by_others = json.dumps({"content": "{}", "mac": "0"}).encode() + b"\n"
+    assert trouble(lambda: kept.write_bytes(sealed_by_others)) == f"{begin} have another seal: {again}"
+    assert "have a seal that can't be read" in trouble(lambda: kept.write_bytes(b"\n"))
+
+
+def test_jobs_with_different_keys_keep_their_examples_beside_each_other(made: PreparedRows, tmp_path: Path) -> None:
+    make, cache, keys = Making(made), volume(tmp_path), (b"one job", b"another job", b"")
+    for key in keys:
+        assert not obtained(make, tmp_path / "train", cache, key).from_cache
+    for key in keys:
+        assert obtained(make, tmp_path / "train", cache, key).from_cache
+    assert make.count == len(keys)
 
 
 def test_examples_of_somebody_without_the_key_are_not_believed(made: PreparedRows, tmp_path: Path) -> None:
-    make = Making(made)
-    obtained(make, tmp_path / "train", tmp_path / "cache", b"a foreign key")
-    assert not obtained(make, tmp_path / "train", tmp_path / "cache").from_cache
+    make, cache = Making(made), volume(tmp_path)
+    obtained(make, tmp_path / "train", cache, b"a foreign key")
+    kept_file(cache, b"a foreign key").rename(kept_file(cache))
+    found = obtained(make, tmp_path / "train", cache)
+    assert not found.from_cache
+    assert "have another seal" in found.trouble
     assert make.count == 2
 
 
 def test_examples_under_the_name_of_others_are_not_believed(made: PreparedRows, tmp_path: Path) -> None:
-    make, other = Making(made), "b" * 64
-    obtained(make, tmp_path / "train", tmp_path / "cache")
-    (tmp_path / "cache" / IDENTITY).rename(tmp_path / "cache" / other)
-    found = obtained(make, tmp_path / "train", tmp_path / "cache", identity=other)
+    make, cache, other = Making(made), volume(tmp_path), "b" * 64
+    obtained(make, tmp_path / "train", cache)
+    kept_file(cache).rename(kept_file(cache, identity=other))
+    found = obtained(make, tmp_path / "train", cache, identity=other)
     assert not found.from_cache
     assert "have the seal of other examples" in found.trouble
 
 
 def test_several_writers_do_not_harm_each_other(made: PreparedRows, tmp_path: Path) -> None:
-    writers = 6
+    writers, cache = 6, volume(tmp_path)
     barrier, make = threading.Barrier(writers), Making(made)
 
     def at_once() -> PreparedRows:
@@ -220,169 +293,74 @@ def test_several_writers_do_not_harm_each_other(made: PreparedRows, tmp_path: Pa
         return make()
 
     def write(number: int) -> object:
-        return values(
-            obtain_examples(IDENTITY, at_once, tmp_path / f"{number}" / "train", cache=tmp_path / "cache").prepared
-        )
+        return values(obtain_examples(IDENTITY, at_once, tmp_path / f"{number}" / "train", cache=cache).prepared)
 
     with ThreadPoolExecutor(writers) as pool:
         found = list(pool.map(write, range(writers)))
     assert found == [values(made)] * writers
     assert make.count == writers
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [IDENTITY]
-    assert obtained(make, tmp_path / "again", tmp_path / "cache", b"").from_cache
+    assert list((cache / FOLDER).iterdir()) == [kept_file(cache, b"")]
+    assert obtained(make, tmp_path / "again", cache, b"").from_cache
 
 
-def test_a_cache_that_can_not_be_written_is_no_error(made: PreparedRows, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file, and no folder")
-    found = obtain_examples(IDENTITY, Making(made), tmp_path / "train", cache=tmp_path / "cache")
-    assert values(found.prepared) == values(made)
-    assert found.trouble == f"{tmp_path}/cache/{IDENTITY} can't be written (File exists): the examples are not kept"
+def test_a_volume_that_can_not_be_used_is_no_error(made: PreparedRows, tmp_path: Path) -> None:
+    cache = volume(tmp_path)
+    (cache / FOLDER).write_text("a file, and no folder")
+    found = obtained(Making(made), tmp_path / "train", cache)
+    assert found.trouble == f"the volume at {cache} can't be used (File exists): the examples are not kept"
 
 
-def test_a_node_without_room_is_an_outside_failure(made: PreparedRows, tmp_path: Path) -> None:
+def test_a_job_without_the_volume_has_no_trouble(made: PreparedRows, tmp_path: Path) -> None:
+    assert obtained(Making(made), tmp_path / "train", tmp_path / "none") == Obtained(ANY, from_cache=False)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_node_that_can_not_be_written_is_an_outside_failure_that_names_the_node(
+    is_kept: bool, made: PreparedRows, tmp_path: Path
+) -> None:
+    """It is found out before the examples are made, which may take hours."""
+    cache, make = volume(tmp_path), Making(made)
+    if is_kept:
+        obtained(make, tmp_path / "train", cache)
+    made_before = make.count
     (tmp_path / "node").write_text("a file, and no folder")
-    with pytest.raises(OutsideFailure, match=r"the examples can't be written to .*: File exists"):
-        obtain_examples(IDENTITY, Making(made), tmp_path / "node" / "train")
+    with pytest.raises(OutsideFailure, match=f"the examples can't be written to {tmp_path}/node: ") as raised:
+        obtain_examples(IDENTITY, make, tmp_path / "node" / "train", cache=cache, key=KEY)
+    assert str(cache) not in str(raised.value)
+    assert make.count == made_before
+    assert not is_kept or obtained(make, tmp_path / "train", cache).from_cache
 
 
-def test_old_examples_make_room_for_new_ones(
-    made: PreparedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_node_without_room_while_examples_are_copied_is_an_outside_failure(
+    made: PreparedRows, tmp_path: Path
 ) -> None:
-    cache, make = tmp_path / "cache", Making(made)
-    for number, name in enumerate("bcd"):
-        obtained(make, tmp_path / "train", cache, identity=name * 64)
-        os.utime(cache / (name * 64), (number, number))
-    (cache / "not ours").mkdir()
-    asked: Iterator[int] = iter([1, 1, 0, 0, 0, 0])
-    monkeypatch.setattr(example_folder, "_missing_bytes", lambda folder, size: next(asked))
+    cache, make = volume(tmp_path), Making(made)
     obtained(make, tmp_path / "train", cache)
-    assert {entry.name for entry in cache.iterdir()} == {"d" * 64, IDENTITY, "not ours"}
-    monkeypatch.setattr(example_folder, "_missing_bytes", lambda folder, size: 1)
-    found = obtained(make, tmp_path / "train", cache, identity="e" * 64)
-    assert os.strerror(errno.ENOSPC) in found.trouble
-    assert [entry.name for entry in cache.iterdir()] == ["not ours"]
+    sentence = f"the examples can't be written to {tmp_path}: {os.strerror(errno.EFBIG)}"
+    with largest_file(600), pytest.raises(OutsideFailure, match=sentence):
+        obtain_examples(IDENTITY, make, tmp_path / "train", cache=cache, key=KEY)
+    assert make.count == 1
+    assert obtained(make, tmp_path / "train", cache).from_cache
 
 
-def test_what_a_pod_that_died_has_left_is_removed(made: PreparedRows, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    for name in ("old", "new"):
-        (cache / f".unfinished-{name}").mkdir(parents=True)
-        (cache / f".unfinished-{name}" / "ids.npy").write_bytes(b"x")
-    os.utime(cache / ".unfinished-old", (1, 1))
-    obtain_examples(IDENTITY, Making(made), tmp_path / "train", cache=cache)
-    assert {entry.name for entry in cache.iterdir()} == {".unfinished-new", IDENTITY}
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file of this process become larger than ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ---- the identity ----
-
-
-@pytest.fixture
-def given_identity(tmp_path: Path) -> Callable[..., str | None]:
-    """Return a function that returns an identity, with changes of the arguments."""
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(3, seed=1))
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
-
-    def identity(**changes: Any) -> str | None:
-        arguments: dict[str, Any] = {
-            "path": path,
-            "source": "rows",
-            "field": FIELD,
-            "dataset": DATASET,
-            "tokenizer": tokenizer,
-            "limit": LengthLimit(12, "dataset.maxLength 12", 60),
-            "columns": {"question", "reply"},
-            "keep_rows": False,
-            "added_tokens": [],
-            "ends": [1],
-            "today": date(2026, 11, 30),
-        }
-        return example_identity.example_identity(**(arguments | changes))
-
-    return identity
-
-
-def other_tokenizer(folder: Path, change: Callable[[Any], object]) -> Any:
-    tokenizer = load_tokenizer(write_tokenizer(folder))
-    change(tokenizer)
-    return tokenizer
-
-
-def test_the_identity_changes_with_everything_that_decides_the_examples(
-    given_identity: Callable[..., str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    same = given_identity()
-    assert same is not None
-    assert given_identity() == same
-    assert given_identity(tokenizer=other_tokenizer(tmp_path / "same", lambda _: None)) == same
-    copy = tmp_path / "copy" / "rows.jsonl"
-    copy.parent.mkdir()
-    shutil.copyfile(tmp_path / "rows.jsonl", copy)
-    assert given_identity(path=copy) == same, "the folder of a file makes no difference"
-    (tmp_path / "more").mkdir()
-    more = tiny.write_jsonl(tmp_path / "more" / "rows.jsonl", tiny.rows(3, seed=2))
-    changes: list[dict[str, Any]] = [
-        {"path": more},
-        {"path": tiny.write_jsonl(tmp_path / "other-name.jsonl", tiny.rows(3, seed=1))},
-        {"source": "others"},
-        {"field": "dataset.test"},
-        {"dataset": dataset_of({"text": {"textField": "reply"}}, badRows="Skip")},
-        {"dataset": dataset_of(tiny.PROMPT_COMPLETION, badRows="Fail")},
-        {"dataset": dataset_of(tiny.PROMPT_COMPLETION, badRows="Skip", longRows="Skip")},
-        {"limit": LengthLimit(13, "dataset.maxLength 12", 60)},
-        {"limit": LengthLimit(12, "the model's context of 12", 60)},
-        {"limit": LengthLimit(12, "dataset.maxLength 12", None)},
-        {"columns": {"question"}},
-        {"keep_rows": True},
-        {"added_tokens": ["w1"]},
-        {"ends": [1, 2]},
-        {"tokenizer": other_tokenizer(tmp_path / "a", lambda each: each.add_tokens(["w99"]))},
-        {"tokenizer": other_tokenizer(tmp_path / "b", lambda each: setattr(each, "chat_template", "{{ messages }}"))},
-        {"tokenizer": other_tokenizer(tmp_path / "c", lambda each: setattr(each, "eos_token", "ask"))},
-        {"tokenizer": other_tokenizer(tmp_path / "d", lambda each: setattr(each, "split_special_tokens", True))},
-    ]
-    found = [same, *(given_identity(**change) for change in changes)]
-    monkeypatch.setattr(example_identity, "code_identity", lambda: "another version")
-    found.append(given_identity())
-    assert len({each for each in found if each is not None}) == len(changes) + 2
-
-
-def test_the_date_is_part_of_the_identity_only_where_rows_may_show_it(
-    given_identity: Callable[..., str | None], tmp_path: Path
-) -> None:
-    dated = other_tokenizer(
-        tmp_path / "dated", lambda each: setattr(each, "chat_template", "{{ strftime_now('%Y') }}{{ messages }}")
-    )
-    days = [{"today": date(2026, 11, 30)}, {"today": date(2026, 12, 1)}]
-    chat = dataset_of({"messages": {}})
-    assert len({given_identity(**day) for day in days}) == 1
-    assert len({given_identity(**day, dataset=chat) for day in days}) == 1
-    assert len({given_identity(**day, tokenizer=dated) for day in days}) == 1
-    assert len({given_identity(**day, tokenizer=dated, dataset=chat) for day in days}) == 2
-
-
-def test_the_code_that_decides_the_examples_is_part_of_the_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = example_identity.code_identity.__wrapped__()
-    assert before == example_identity.code_identity()
-    installed = list(importlib.metadata.distributions())
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed[1:])
-    assert example_identity.code_identity.__wrapped__() != before
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed[::-1])
-    assert example_identity.code_identity.__wrapped__() == before
-    (tmp_path / "finetune_trainer" / "data").mkdir(parents=True)
-    (tmp_path / "finetune_trainer" / "data" / "new.py").write_text("")
-    monkeypatch.setattr(finetune_trainer, "__file__", str(tmp_path / "finetune_trainer" / "__init__.py"))
-    assert example_identity.code_identity.__wrapped__() != before
-
-
-def test_a_tokenizer_without_a_stored_form_has_no_identity(
-    given_identity: Callable[..., str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Slow:
-        is_fast = False
-
-    assert given_identity(tokenizer=Slow()) is None
+def test_examples_that_do_not_fit_on_the_volume_displace_no_others(made: PreparedRows, tmp_path: Path) -> None:
+    cache, make = volume(tmp_path), Making(made)
+    obtained(make, tmp_path / "train", cache)
+    error = pytest.raises(OSError, match=os.strerror(errno.EFBIG))
+    with largest_file(600), ExampleCache(cache, KEY) as opened, error:
+        opened.copy_in("b" * 64, FILES, tmp_path / "train")
+    assert [file.name for file in (cache / FOLDER).iterdir()] == [kept_file(cache).name]
 
 
 def test_the_notes_are_json(made: PreparedRows, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.engine.fragment_snapshot import SnapshotPlan
+from finetune_core.planning.host_needs import SNAPSHOTS
+from finetune_trainer.engine.fragment_snapshot import ALIVE, SnapshotPlan
 from finetune_trainer.engine.host_buffers import StagingRing, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
 from tests.trainer.snapshots import PIECE_BYTES, STEPS
@@ -58,6 +59,10 @@ def test_buffers_are_used_again_and_never_exceed_their_number() -> None:
         assert buffers.free == 2
     assert len(addresses) == 2
     assert buffers.allocated_bytes == 2 * 10 * 4
+
+
+def test_the_plan_of_a_job_counts_as_many_snapshots_as_are_held() -> None:
+    assert ALIVE == SNAPSHOTS
 
 
 def test_a_buffer_is_allocated_when_it_is_needed() -> None:
@@ -161,7 +166,7 @@ def test_the_files_have_the_same_bytes(
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
         for name in ("whole", "fragments")
     )
-    assert len(whole) == STEPS * world
+    assert len(whole) == (1 + STEPS) * world
     assert fragments == whole
     assert len(set(whole.values())) == len(whole), "each step changes the training state"
     for steps in counted:
@@ -176,5 +181,5 @@ def test_the_files_have_the_same_bytes(
                 # which the buffers of the device have an equal share of their room.
                 assert step["fragments"] <= 1 + sum(each[0]["stored"] for each in counted) / PIECE_BYTES
             assert step["allocated"] == step["stored"] + PIECES * PIECE_BYTES
-        # After the first step the memory of the host is used again. Only the buffers of a round are new.
-        assert all(step["largest"] <= PIECE_BYTES for step in steps[1:])
+        # The memory of the host is used again. Only the buffers of a round are new.
+        assert all(step["largest"] <= PIECE_BYTES for step in steps)

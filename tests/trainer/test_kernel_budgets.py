@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.kernels.install import KernelPart, use_fused_kernels
+from finetune_trainer.kernels.rms_norm import Form, plain_rms_norm, rms_norm
 from finetune_trainer.loss.kernels import fuse_adapters
-from tests.trainer.kernel_counts import Counts, count_layer
+from tests.trainer.kernel_counts import Counts, count_layer, count_norm
 
 LAYERS = 32
 TOKENS = 8 * 512
@@ -72,3 +73,10 @@ def test_each_part_saves_kernels_or_memory_and_can_be_left_plain(part: KernelPar
 
     counts, all_parts = count_layer(lora=True, prepare=prepare), fused(lora=True)
     assert counts.kernels > all_parts.kernels or counts.moved > all_parts.moved or counts.kept > all_parts.kept
+
+
+@pytest.mark.parametrize(("form", "bytes_a_feature"), [(Form.SCALED, 10), (Form.BARE, 10), (Form.CENTERED, 46)])
+def test_a_norm_stays_within_its_budget(form: Form, bytes_a_feature: int) -> None:
+    fused, plain = count_norm(rms_norm, form), count_norm(plain_rms_norm, form)
+    assert fused.moved / 1e6 <= bytes_a_feature + 0.1, fused.names
+    assert fused.moved < plain.moved / 2

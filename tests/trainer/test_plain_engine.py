@@ -5,19 +5,23 @@ trained parameter.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,9 +31,11 @@ from finetune_trainer.data.order import global_batch
 from finetune_trainer.engine import masters
 from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.engine.fragment_snapshot import ALIVE, FragmentSnapshots
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters
 from finetune_trainer.engine.plain_engine import PlainEngine, clipping_factor
+from finetune_trainer.engine.state import STATE_KINDS, take_snapshot
 from finetune_trainer.model.attention import Kernel
 from finetune_trainer.model.load import trained_parameters
 from tests.trainer import test_lora_variants as variants
@@ -134,6 +140,7 @@ EXACT = [
     EngineRun(method="LoRA", parts=((2, STEPS),), clipping=0.3, decay=DECAY, lora_plus_ratio=4),
     EngineRun(method="LoRA", parts=((2, STEPS),), precision="bf16", micro=1, recompute=True, infinite=2),
     EngineRun(method="LoRA", parts=((1, STEPS),), precision="bf16", micro=6),
+    EngineRun(method="LoRA", parts=((2, STEPS),), precision="bf16", quantization="NF4"),
     EngineRun(method="Full", parts=((1, STEPS),), infinite=2),
     EngineRun(method="Full", parts=((2, STEPS),), precision="bf16", decay=DECAY),
     EngineRun(method="Full", parts=((1, STEPS),), precision="bf16", micro=6, recompute=True),
@@ -254,7 +261,7 @@ def test_weight_and_remainder_are_exactly_the_fp32_value(numbers: list[tuple[int
         patch.setattr(masters, "BATCH_ELEMENTS", size)
         made, parameters = bf16_masters(values, values.flip(0))
         for name, value, parameter in zip("01", (values, values.flip(0)), parameters, strict=True):
-            assert torch.equal(made.read(name)[MASTER].view(torch.int32), value.view(torch.int32))
+            assert torch.equal(made.read(name, MASTER).view(torch.int32), value.view(torch.int32))
             assert torch.equal(parameter.detach().view(torch.int16), value.to(torch.bfloat16).view(torch.int16))
         made.close()
 
@@ -276,7 +283,7 @@ def test_a_parameter_that_is_not_contiguous_trains_in_its_place() -> None:
     (parameter * torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)).sum().backward()
     with torch.no_grad():
         made.update(0.5, gradient_factor=1.0)
-        found = made.read("0")[MASTER]
+        found = made.read("0", MASTER)
     torch.testing.assert_close(found, torch.tensor([[-0.5, 3.5], [0.5, 4.5], [1.5, 5.5]]))
     assert parameter.tolist() == [[-0.5, 3.5], [0.5, 4.5], [1.5, 5.5]]
 
@@ -342,7 +349,7 @@ def test_a_parameter_without_a_gradient_decays_as_with_zero(kind: Any) -> None:
     parameters["used"].sum().backward()
     with torch.no_grad():
         made.update(0.1, gradient_factor=1.0)
-        used, unused = made.read("used"), made.read("unused")
+        used, unused = ({kind: made.read(name, kind) for kind in STATE_KINDS} for name in ("used", "unused"))
     assert unused[MASTER].tolist() == pytest.approx([0.95, 0.95])
     assert unused[FIRST_MOMENT].tolist() == unused[SECOND_MOMENT].tolist() == [0, 0]
     assert used[MASTER].tolist() == pytest.approx([0.85, 0.85])
@@ -394,6 +401,57 @@ def test_a_weight_of_a_checkpoint_becomes_that_of_the_model(precision: Any, tiny
     value = torch.full(shape, 1 / 3)
     engine.write_weight(name, value)
     assert torch.equal(trained_parameters(model)[name].detach(), value.to(model.dtype))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_snapshots_from_fragments_are_those_of_whole_parameters(
+    precision: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1,000 values in a batch, large parameters have parts in several batches."""
+    monkeypatch.setattr(masters, "BATCH_ELEMENTS", 1000)
+    run = EngineRun(method="Full", parts=((PLAIN, 2),), precision=precision)
+    engine, batches, progress = make_engine(run, PLAIN, load(run, tiny_model)), micro_batcher(tiny_model), list[int]()
+    snapshots = FragmentSnapshots(
+        engine, rank=0, world_size=1, piece_bytes=4096, note_progress=lambda: progress.append(1)
+    )
+    for step in range(1, 4):
+        wanted, found = take_snapshot(engine, rank=0, world_size=1), snapshots.take()
+        assert_same_state(dict(found.tensors), wanted)
+        found.buffer.release()
+        assert len(progress) == step * len(wanted), "each part is a sign of life"
+        one_step(engine, batches, run, step)
+
+
+def test_a_snapshot_that_failed_leaves_nothing_in_the_next_one(tiny_model: Path) -> None:
+    run = EngineRun(method="LoRA", parts=((PLAIN, 2),))
+    engine, batches = make_engine(run, PLAIN, load(run, tiny_model)), micro_batcher(tiny_model)
+    parts, failing = itertools.count(1), {1, 20, 41}
+
+    def fail() -> None:
+        if next(parts) in failing:
+            raise OSError("the device is gone")
+
+    snapshots = FragmentSnapshots(engine, rank=0, world_size=1, piece_bytes=1024, note_progress=fail)
+    for step, _ in enumerate(failing, 1):
+        with pytest.raises(OSError, match="the device is gone"):
+            snapshots.take()
+        assert snapshots.free == ALIVE
+        one_step(engine, batches, run, step)
+    held = [snapshots.take() for _ in range(ALIVE)]
+    wanted = take_snapshot(engine, rank=0, world_size=1)
+    for each in held:
+        assert_same_state(dict(each.tensors), wanted)
+
+
+def test_ranks_of_one_training_are_refused(tiny_model: Path) -> None:
+    run = EngineRun(method="LoRA", parts=((PLAIN, 1),))
+    model = load(run, tiny_model)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match=r"^the plain engine trains in one process, and this training has 2$"):
+            make_engine(run, PLAIN, model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_closed_engine_holds_no_memory(tiny_model: Path) -> None:
@@ -479,6 +537,17 @@ def test_a_step_needs_16_bytes_for_each_trained_parameter(
     )
     assert 15.9 < peaks["update"] < 16.2
     assert max(peaks.values()) < 16.5
+
+
+def test_reading_a_large_parameter_needs_its_values_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter has parts in 20 batches here, and one of half a billion values in 32."""
+    size, number = 10_000, 20
+    monkeypatch.setattr(masters, "BATCH_ELEMENTS", size)
+    made, _ = bf16_masters(torch.randn(number, size))
+    with torch.no_grad():
+        for kind in STATE_KINDS:
+            _, most = memory_of(partial(made.read, "0", kind))
+            assert most <= 4 * number * size + 16 * size, kind
 
 
 class CountedKernels(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.dataset import LengthLimit, Refusal, RowOutcome, length_limit, make_examples, render_row
+from finetune_trainer.data.dataset import LengthLimit, Refusal, length_limit, make_examples, render_row
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import format_columns, renderer
 from finetune_trainer.data.prepared import prepared_rows
 from finetune_trainer.data.prepared.chunk_outcomes import ChunkRenderer, PackedOutcomes
+from finetune_trainer.data.prepared.conversation_batches import batch_functions
 from finetune_trainer.data.prepared.piece_batches import BatchPieceTokenizer
 from finetune_trainer.data.prepared.prepared_rows import chunks_of, prepare_rows, process_count
 from finetune_trainer.data.reader import read_rows
@@ -30,7 +31,7 @@ from finetune_trainer.pod.errors import OutsideFailure, StopAgreed
 from tests.trainer import tiny
 from tests.trainer.chat import byte_tokenizer, published
 from tests.trainer.pods import children
-from tests.trainer.prepared import FIELD, Functions, dataset_of, made_one_by_one, prepared, write_tokenizer
+from tests.trainer.prepared import FIELD, Functions, as_values, dataset_of, made_one_by_one, prepared, write_tokenizer
 from tests.trainer.published_rows import LINES
 from tests.trainer.row_files import write_files
 from tests.trainer.row_formats import FORMATS, RowFormat
@@ -87,15 +88,6 @@ def no_child_is_left() -> Iterator[None]:
     assert set(children(os.getpid())) <= before
 
 
-def as_values(outcome: RowOutcome) -> object:
-    """Return an outcome in a form that can be compared."""
-    if isinstance(outcome, UserError):
-        return outcome.subject, outcome.problem
-    if isinstance(outcome, Refusal):
-        return outcome
-    return [(list(each.ids), [tuple(span) for span in each.spans], list(each.read_as_text)) for each in outcome]
-
-
 def test_rows_of_published_formats_become_the_same(subtests_failures: list[str]) -> None:
     for line in LINES:
         tokenizer = byte_tokenizer(line.template if "{" in line.template else published(line.template))
@@ -105,7 +97,7 @@ def test_rows_of_published_formats_become_the_same(subtests_failures: list[str])
         rows = [Row(number, fields) for number in (1, 2)]
         limit = LengthLimit(100_000, "anything")
         slow = tokenize_functions(tokenizer, ends=ends)
-        fast = tokenize_functions(tokenizer, ends=ends, make_pieces=BatchPieceTokenizer)
+        fast = batch_functions(tokenizer, ends=ends)
         render = renderer(dataset.format, slow, limit.tokens)
         expected = [as_values(render_row(row, dataset, render, limit)) for row in rows]
         found = [as_values(each) for each in ChunkRenderer(dataset, fast, limit)(rows, frozenset()).outcomes()]

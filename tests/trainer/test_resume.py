@@ -131,24 +131,6 @@ def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeat
         assert_goes_on(case, bench)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "Full"])
-def test_one_process_trains_the_same_bits_with_and_without_deepspeed(method: str, bench: Bench, tmp_path: Path) -> None:
-    """A run at ZeRO stage 2 and a run with the plain engine, and runs that resume with the same or the other engine."""
-    names = {(before, after): f"alone-{method}-{before}-{after}".lower() for before in (2, None) for after in (2, None)}
-    whole = {stage: f"alone-{method}-{stage}".lower() for stage in (2, None)}
-    configs = [bench.config(whole[stage], method, stage, 1) for stage in whole]
-    configs += [bench.config(names[before, after], method, before, 1) for before, after in names]
-    faults: list[dict[str, Any] | None] = [None, None, *({"kind": "stop", "step": INTERRUPTED + 1} for _ in names)]
-    train_all(configs, bench.inputs, tmp_path / "first", credentials=bench.store.credentials, faults=faults)
-    resumed = [bench.config(name, method, after, 1) for (_, after), name in names.items()]
-    train_all(resumed, bench.inputs, tmp_path / "second", credentials=bench.store.credentials)
-    losses, files = bench.losses(whole[2]), artifact_files(bench.store, whole[2])
-    assert len(losses) == STEPS
-    for name in (whole[None], *names.values()):
-        assert bench.losses(name) == losses, name
-        assert artifact_files(bench.store, name) == files, name
-
-
 @pytest.mark.long
 def test_in_a_larger_world_too(two_ranks: Path, bench: Bench, tmp_path: Path) -> None:
     """Four ranks share the six examples of a global batch, so each has one or two."""

@@ -17,7 +17,7 @@ from finetune_core.planning.training_setup import TrainingSetup
 
 CHUNK_LOGITS = 1 << 25
 """Number of logits that the output head computes at a time, as in the trainer's `loss/head.py`."""
-MEASURED_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text"})
+MEASURED_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe"})
 """The families whose activations were measured (docs/planning.md)."""
 TOKEN_BYTES = 64
 """Bytes of a token in the tensors of a micro-batch: ids, positions, targets and dropout keys of 8 bytes each."""

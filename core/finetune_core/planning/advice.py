@@ -11,8 +11,8 @@ from functools import partial
 from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
-from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
-from finetune_core.planning.training_setup import TrainingSetup, adapter_setup
+from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job
+from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
 MOST_CHANGES = 3
 """Largest number of fields that a suggestion changes, apart from those of the pod."""
@@ -40,15 +40,20 @@ class _Change:
 
     kind: str
     """What is changed. Changes of the same kind are alternatives."""
-    lines: tuple[str, ...]
     apply: Callable[[TrainingSetup], TrainingSetup]
 
 
-def suggestions(wishes: Wishes, plan: JobPlan) -> list[Suggestion]:
+def suggestions(
+    wishes: Wishes, plan: JobPlan, *, holds: Callable[[Sequence[str]], bool] = lambda lines: True
+) -> list[Suggestion]:
     """Return up to MOST_SUGGESTIONS changes after which the job ``wishes`` fits the GPU of ``plan``, which does not
-    fit: those with the fewest changed fields first. Changes that contain another suggestion are left out."""
+    fit: those with the fewest changed fields first. Changes that contain another suggestion are left out.
+
+    ``holds`` says of lines whether the job with these lines is valid and fits. It is called only for changes that fit
+    by the arithmetic of this module, and those of which it returns False are left out.
+    """
     found: list[tuple[frozenset[str], Suggestion]] = []
-    changes = list(_changes(plan.setup))
+    changes = list(_changes(plan))
     for count in range(MOST_CHANGES + 1):
         for group in combinations(changes, count):
             if len({change.kind for change in group}) < count:
@@ -57,7 +62,7 @@ def suggestions(wishes: Wishes, plan: JobPlan) -> list[Suggestion]:
             if any(before <= kinds for before, _ in found):
                 continue
             suggestion = _try(wishes, plan, group)
-            if suggestion is not None:
+            if suggestion is not None and holds(suggestion.lines):
                 found.append((kinds, suggestion))
         if found and count >= 1:
             break
@@ -70,6 +75,11 @@ def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion 
     setup = plan.setup
     for change in group:
         setup = change.apply(setup)
+    quantized = setup.adapters is not None and setup.adapters.quantized
+    if (quantized and setup.zero_stage == 3) or not fits_gpu(setup, plan.gpu):
+        return None
+    if wishes.sets_accumulation and setup.micro_batch * setup.accumulation * setup.processes != setup.global_batch:
+        return None
     changed = replace(
         wishes,
         setup=setup,
@@ -79,108 +89,111 @@ def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion 
         open_offload=False,
     )
     result = plan_job(changed, plan.gpu)
-    lines = [line for change in group for line in change.lines]
-    if wishes.memory is not None and result.host.memory > wishes.memory:
+    lines = _lines(plan.setup, setup, accumulation=wishes.sets_accumulation)
+    # A person may also have written the memory and the scratch folder that the plan chose into the job.
+    memory = wishes.memory if wishes.memory is not None else plan.host.memory
+    if LARGEST_HOST >= result.host.memory > memory:
         changed = replace(changed, memory=-(-result.host.memory // GIBIBYTE) * GIBIBYTE)
         lines.append(f"spec.resources.memory: {-(-result.host.memory // GIBIBYTE)}Gi")
     needed = result.host.scratch.request_gibibytes
-    if wishes.scratch is not None and needed * GIBIBYTE > wishes.scratch:
+    scratch = wishes.scratch if wishes.scratch is not None else plan.host.scratch.request_gibibytes * GIBIBYTE
+    if needed * GIBIBYTE > scratch:
         changed = replace(changed, scratch=needed * GIBIBYTE)
         lines.append(f"spec.resources.scratch.size: {needed}Gi")
     result = plan_job(changed, plan.gpu)
     return Suggestion(lines=tuple(lines), plan=result) if result.fits and lines else None
 
 
-def _changes(setup: TrainingSetup) -> Iterator[_Change]:
-    """Yield the changes to try, those first that change least of the training: its result is the same up to
-    `gpusPerNode`, and another one with shorter rows, adapters or 4 bits."""
+def _lines(before: TrainingSetup, after: TrainingSetup, *, accumulation: bool) -> list[str]:
+    """Return the lines of YAML that turn the job of ``before`` into that of ``after``. ``accumulation`` says whether
+    the job sets the number of micro-batches, which then must go with their size."""
+    old, new = _fields(before, accumulation=accumulation), _fields(after, accumulation=accumulation)
+    return [f"spec.{field}: {value}" for field, value in new.items() if old[field] != value]
+
+
+def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]:
+    """Return the fields of a job below `spec` that a suggestion can change, with the values that ``setup`` means."""
+    adapters = setup.adapters
+    fields: dict[str, str | int] = {
+        "method": "Full" if adapters is None else "LoRA",
+        "dataset.maxLength": setup.length,
+        "training.precision": setup.number_format.value,
+        "training.microBatchSize": setup.micro_batch,
+        "training.gradientAccumulationSteps": setup.accumulation if accumulation else "",
+        "training.gradientCheckpointing": "true" if setup.recompute else "false",
+        "deepspeed.zeroStage": setup.zero_stage,
+        "deepspeed.offloadOptimizer": "CPU" if setup.offload_optimizer else "None",
+        "resources.gpusPerNode": setup.processes_per_node,
+        "resources.nodes": setup.processes // setup.processes_per_node,
+        "lora.quantization": "NF4" if adapters is not None and adapters.quantized else "",
+    }
+    return fields
+
+
+def _changes(plan: JobPlan) -> Iterator[_Change]:
+    """Yield the changes to try, those first that change least of the training: its result is the same up to the number
+    of GPUs, and another one with another number format, shorter rows, adapters or 4 bits."""
+    setup = plan.setup
+    if not plan.gpu.bf16 and setup.number_format is NumberFormat.BF16:
+        yield _Change(kind="precision", apply=partial(replace, number_format=NumberFormat.FP32))
     for size in _halves(setup.micro_batch):
-        yield _Change(
-            kind="micro-batch",
-            lines=(f"spec.training.microBatchSize: {size}",),
-            apply=partial(replace, micro_batch=size),
-        )
+        yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
     if not setup.recompute:
-        yield _Change(
-            kind="recomputation",
-            lines=("spec.training.gradientCheckpointing: true",),
-            apply=lambda before: replace(before, recompute=True),
-        )
+        yield _Change(kind="recomputation", apply=partial(replace, recompute=True))
     quantized = setup.adapters is not None and setup.adapters.quantized
     for stage in range(setup.zero_stage + 1, 3 if setup.processes == 1 or quantized else 4):
-        yield _Change(
-            kind="stage",
-            lines=(f"spec.deepspeed.zeroStage: {stage}",),
-            apply=partial(replace, zero_stage=stage),
-        )
+        yield _Change(kind="stage", apply=partial(_sharded, stage=stage))
     if not setup.offload_optimizer and setup.zero_stage >= 1:
-        yield _Change(
-            kind="offload",
-            lines=("spec.deepspeed.offloadOptimizer: CPU",),
-            apply=lambda before: replace(before, offload_optimizer=True),
-        )
+        yield _Change(kind="offload", apply=partial(replace, offload_optimizer=True))
     yield from _more_gpus(setup)
     for length in _halves(setup.length, least=256):
-        yield _Change(
-            kind="length",
-            lines=(f"spec.dataset.maxLength: {length}",),
-            apply=partial(replace, length=length),
-        )
+        yield _Change(kind="length", apply=partial(replace, length=length))
     if setup.adapters is None:
-        yield _Change(
-            kind="method",
-            lines=("spec.method: LoRA",),
-            apply=lambda before: replace(
-                before, adapters=adapter_setup(before.sizes, rank=DEFAULT_RANK, added_rows=before.added_rows)
-            ),
-        )
+        yield _Change(kind="method", apply=_with_adapters)
     elif not quantized and setup.zero_stage < 3 and not setup.sizes.active_experts:
-        yield _Change(
-            kind="quantization",
-            lines=("spec.lora.quantization: NF4",),
-            apply=lambda before: replace(
-                before, adapters=replace(before.adapters, quantized=True) if before.adapters is not None else None
-            ),
-        )
+        yield _Change(kind="quantization", apply=_in_four_bits)
+
+
+def _smaller(setup: TrainingSetup, *, micro_batch: int) -> TrainingSetup:
+    return replace(setup, micro_batch=min(setup.micro_batch, micro_batch))
+
+
+def _sharded(setup: TrainingSetup, *, stage: int) -> TrainingSetup:
+    return replace(setup, zero_stage=max(setup.zero_stage, stage))
+
+
+def _with_adapters(setup: TrainingSetup) -> TrainingSetup:
+    adapters = adapter_setup(setup.sizes, rank=DEFAULT_RANK, added_rows=setup.added_rows)
+    return replace(setup, adapters=adapters)
+
+
+def _in_four_bits(setup: TrainingSetup) -> TrainingSetup:
+    adapters = setup.adapters
+    return setup if adapters is None else replace(setup, adapters=replace(adapters, quantized=True))
 
 
 def _more_gpus(setup: TrainingSetup) -> Iterator[_Change]:
-    """Yield more GPUs: first in one node, then in more nodes. The rest of the training stays as it is, as far as the
-    global batch has an example for each process."""
+    """Yield more GPUs: first in one node, then in more nodes."""
     gpus, nodes = setup.processes_per_node, setup.processes // setup.processes_per_node
     while gpus < GPUS_OF_A_NODE:
         gpus = min(GPUS_OF_A_NODE, 2 * gpus)
-        yield _processes(setup, gpus, nodes)
+        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
     while nodes < MOST_NODES:
         nodes = min(MOST_NODES, 2 * nodes)
-        yield _processes(setup, gpus, nodes)
+        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
 
 
-def _processes(setup: TrainingSetup, gpus: int, nodes: int) -> _Change:
-    lines = []
-    if gpus != setup.processes_per_node:
-        lines.append(f"spec.resources.gpusPerNode: {gpus}")
-    if nodes != setup.processes // setup.processes_per_node:
-        lines.append(f"spec.resources.nodes: {nodes}")
+def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int) -> TrainingSetup:
+    """Return ``setup`` on ``nodes`` nodes with ``gpus`` GPUs each. The rest of the training stays as it is, as far as
+    the global batch has an example for each process. Stage 2 is the first one that shards gradients."""
     share = -(-setup.global_batch // (gpus * nodes))
-    micro_batch = min(setup.micro_batch, share)
-    if micro_batch != setup.micro_batch:
-        lines.append(f"spec.training.microBatchSize: {micro_batch}")
-
-    def apply(before: TrainingSetup) -> TrainingSetup:
-        # Another change of the same suggestion may have made the micro-batch smaller still.
-        stage = max(before.zero_stage, 2)
-        return replace(
-            before,
-            processes=gpus * nodes,
-            processes_per_node=gpus,
-            micro_batch=min(before.micro_batch, micro_batch),
-            zero_stage=stage,
-        )
-
-    if setup.zero_stage < 2:
-        lines.append("spec.deepspeed.zeroStage: 2")
-    return _Change(kind="gpus", lines=tuple(lines), apply=apply)
+    return replace(
+        setup,
+        processes=gpus * nodes,
+        processes_per_node=gpus,
+        micro_batch=min(setup.micro_batch, share),
+        zero_stage=max(setup.zero_stage, 2),
+    )
 
 
 def _halves(value: int, *, least: int = 1) -> Iterator[int]:

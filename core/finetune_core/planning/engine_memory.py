@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_core.planning.model_sizes import Linear, Part
+from finetune_core.planning.model_sizes import Part
 from finetune_core.planning.training_setup import TrainingSetup
 
 BUCKET_ELEMENTS = 50_000_000
@@ -65,6 +65,11 @@ class EngineBytes:
     """Gradients right after the last backward pass of a step, with ``standing_gradients``."""
     gathered: int
     """Weights of other ranks that are gathered for a while (ZeRO-3), during both passes."""
+    gather_copy: int
+    """What the gather of a layer's experts takes for a moment, on top of ``gathered`` (ZeRO-3)."""
+    held_experts: tuple[int, ...]
+    """For each layer of the model, gathered weights of experts that stay until the backward pass of the layer
+    (ZeRO-3)."""
     bucket: int
     """Buffer of the communication while gradients are computed."""
     standing_bucket: int
@@ -86,18 +91,16 @@ class EngineBytes:
         return self.weights + self.optimizer + self.standing_gradients + self.standing_bucket
 
 
-def trained_tensors(setup: TrainingSetup) -> tuple[int, ...]:
-    """Return the sizes of the large trained tensors: of the weights, or of the matrices of the adapters."""
+def trained_tensors(setup: TrainingSetup, *, experts: bool = True) -> tuple[int, ...]:
+    """Return the sizes of the large trained tensors: of the weights, or of the matrices of the adapters. ``experts``
+    says whether the weights of experts are among them."""
     sizes, adapters = setup.sizes, setup.adapters
-    linears: set[Linear] = {linear for layer in sizes.layers for linear in layer.linears}
+    linears = sizes.linears
     ends = setup.vocabulary
     if adapters is None:
         return (
             ends * sizes.hidden,
-            *(
-                linear.inputs * linear.outputs * (linear.experts if linear.part is Part.EXPERTS else 1)
-                for linear in linears
-            ),
+            *(linear.elements for linear in linears if experts or linear.part is not Part.EXPERTS),
         )
     inside = tuple(
         adapters.rank * max(linear.inputs, linear.outputs) * linear.experts
@@ -129,10 +132,7 @@ def _weights(setup: TrainingSetup, quantized: int | None) -> int:
     if quantized is None:
         return width * setup.parameters
     linear = sum(
-        linear.inputs * linear.outputs
-        for layer in setup.sizes.layers
-        for linear in layer.linears
-        if linear.part is not Part.ROUTER
+        count * linear.elements for linear, count in setup.sizes.linears.items() if linear.part is not Part.ROUTER
     )
     return width * (setup.parameters - linear) + quantized
 
@@ -149,6 +149,8 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         accumulated=gradients if setup.accumulation > 1 else 0,
         gradients=gradients,
         gathered=0,
+        gather_copy=0,
+        held_experts=(),
         bucket=0,
         standing_bucket=0,
         head_reduction=width * largest_trained(setup),
@@ -175,6 +177,8 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             accumulated=gradients if setup.accumulation > 1 else 0,
             gradients=gradients,
             gathered=0,
+            gather_copy=0,
+            held_experts=(),
             bucket=0,
             standing_bucket=0,
             head_reduction=width * largest,
@@ -201,11 +205,13 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         accumulated=accumulated if setup.accumulation > 1 else 0,
         gradients=0 if offloaded else gradients,
         gathered=0,
+        gather_copy=0,
+        held_experts=(),
         bucket=bucket,
         standing_bucket=0,
         # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
         head_reduction=_reduction(setup),
-        reduction=max(_reduction(setup), width * shard if first else 0),
+        reduction=max(_reduction(setup), width * _expert_gradients(setup), width * shard if first else 0),
         norm=norm,
         update=0 if offloaded else max(flat, norm),
         checkpoint=STATE_BYTES * largest,
@@ -230,12 +236,15 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         standing_gradients=gradients,
         accumulated=0,
         gradients=gradients,
-        # DeepSpeed checks the limit before it fetches the next weight and a bucket ahead of that.
-        gathered=width * min(whole, LIVE_PARAMETERS + BUCKET_ELEMENTS + largest_linear(setup)),
+        gathered=width * _gathered(setup, whole),
+        # The experts of a layer are gathered into one buffer, and each tensor is copied out of it. This term is the
+        # largest of these tensors, as measured.
+        gather_copy=width * max(sum(setup.sizes.experts, ()), default=0),
+        held_experts=tuple(width * sum(tensors) for tensors in setup.sizes.experts),
         bucket=bucket,
         standing_bucket=bucket,
         head_reduction=_reduction(setup),
-        reduction=_reduction(setup),
+        reduction=max(_reduction(setup), width * _expert_gradients(setup)),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
         update=0 if offloaded else MASTER_BYTES * shard,
         checkpoint=STATE_BYTES * largest,
@@ -243,36 +252,59 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
 
 
 def _reduction(setup: TrainingSetup) -> int:
-    """Return the bytes while the largest gradient is reduced: the gradient and two copies of it. With one process the
-    second copy is in fp32."""
+    """Return the bytes while the largest gradient beside those of experts is reduced: the gradient and two copies of
+    it. With one process the second copy is in fp32."""
     width = setup.number_format.bytes
     copies = 3 * width if setup.processes > 1 else 2 * width + MASTER_BYTES
-    return copies * largest_trained(setup)
+    return copies * max(trained_tensors(setup, experts=False))
 
 
 def largest_linear(setup: TrainingSetup) -> int:
     """Return the number of elements of the largest weight inside of the layers."""
-    return max(
-        linear.inputs * linear.outputs * linear.experts for layer in setup.sizes.layers for linear in layer.linears
-    )
+    return max(linear.elements for linear in setup.sizes.linears)
+
+
+def layer_gradients(setup: TrainingSetup) -> int:
+    """Return the bytes of the gradients that a layer's backward pass has at once where every parameter is trained.
+
+    The gradient of a linear layer is copied into a bucket. Gradients of experts are larger than a bucket. ZeRO-3
+    reduces those of a layer together, because the experts of a layer are gathered as one leaf module.
+    """
+    dense = max(linear.elements for linear in setup.sizes.linears if linear.part is not Part.EXPERTS)
+    return setup.number_format.bytes * max(2 * dense, _expert_gradients(setup))
+
+
+def _expert_gradients(setup: TrainingSetup) -> int:
+    """Return the number of elements of the gradients of experts that exist at once, with a copy of each one that is
+    reduced alone. 0 where no layer has experts, and where their weights are frozen."""
+    if setup.adapters is not None:
+        return 0
+    if setup.zero_stage == 3:
+        return max(sum(tensors) for tensors in setup.sizes.experts)
+    return 2 * max(sum(setup.sizes.experts, ()), default=0)
+
+
+def _gathered(setup: TrainingSetup, whole: int) -> int:
+    """Return the number of elements of the weights that ZeRO-3 has gathered at most, of ``whole`` sharded ones.
+
+    DeepSpeed checks the limit of gathered weights before it fetches the next module and a bucket ahead of that. The
+    experts of a layer are one module. Those of another layer are not among the gathered weights where they are more
+    than the limit.
+    """
+    experts = [sum(tensors) for tensors in setup.sizes.experts]
+    others = whole - sum(experts) if max(experts) > LIVE_PARAMETERS else whole
+    return min(whole, min(others, LIVE_PARAMETERS + BUCKET_ELEMENTS) + max(largest_linear(setup), *experts))
 
 
 def _persistent(setup: TrainingSetup) -> int:
     """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
     sizes, adapters = setup.sizes, setup.adapters
-    small = sizes.parameters_by_kind()["norms"]
-    for layer in sizes.layers:
-        for linear in layer.linears:
-            small += linear.biased * linear.outputs
-            if linear.inputs * linear.outputs * linear.experts <= PERSISTENT_ELEMENTS:
-                small += linear.inputs * linear.outputs * linear.experts
-    if adapters is not None:
-        small += sum(
-            features * adapters.rank * linear.experts
-            for layer in sizes.layers
-            for linear in layer.linears
-            if linear.part is not Part.ROUTER
-            for features in (linear.inputs, linear.outputs)
-            if features * adapters.rank <= PERSISTENT_ELEMENTS
-        )
+    small = sizes.parameters_by_kind["norms"]
+    for linear, count in sizes.linears.items():
+        small += count * linear.biased * linear.outputs
+        if linear.elements <= PERSISTENT_ELEMENTS:
+            small += count * linear.elements
+        if adapters is not None and linear.part is not Part.ROUTER:
+            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
+            small += count * sum(elements for elements in matrices if elements <= PERSISTENT_ELEMENTS)
     return min(small, setup.parameters)

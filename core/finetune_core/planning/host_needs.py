@@ -111,9 +111,6 @@ def quantized_bytes(setup: TrainingSetup) -> int:
     8 bits for each 64 numbers, whose own scales take 32 bits for each 256 scales (Dettmers et al. 2023, arXiv
     2305.14314)."""
     linear = sum(
-        layer.inputs * layer.outputs
-        for sizes in setup.sizes.layers
-        for layer in sizes.linears
-        if layer.part is not Part.ROUTER
+        count * linear.elements for linear, count in setup.sizes.linears.items() if linear.part is not Part.ROUTER
     )
     return int(linear * (0.5 + 1 / 64 + 4 / (64 * 256)))

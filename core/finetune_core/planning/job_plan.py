@@ -19,8 +19,6 @@ from finetune_core.planning.training_setup import NumberFormat, TrainingSetup
 
 MICRO_BATCH_TOKENS = 16_384
 """Tokens of a micro-batch beyond which a larger one is not faster: every matrix product fills the GPU long before."""
-
-
 LARGEST_HOST = 2048 * GIBIBYTE
 """Memory of the host in bytes beyond which the plan takes no machine for granted: the machines with 8 GPUs that clouds
 rent have at most 2 TiB."""
@@ -54,6 +52,8 @@ class Wishes:
     """Models of the base model's size that the job publishes."""
     model_is_elsewhere: bool = False
     """Whether the files of the model are on a volume."""
+    sets_accumulation: bool = False
+    """Whether the job sets the number of micro-batches of an optimizer step (`gradientAccumulationSteps`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,23 +134,33 @@ def gibibytes(count: float) -> str:
 
 
 def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
-    """Return the fastest setup that fits, without offload where possible. Where none fits, return the one that needs
-    the least memory."""
+    """Return the fastest setup that fits, without offload where possible. Where none fits, return the one that exceeds
+    the memory of the GPU least, and among those the one that exceeds the memory of the host least."""
     most = wishes.memory if wishes.memory is not None else LARGEST_HOST
-    fitting = [
-        setup
+    excess = [
+        (
+            max(0, memory_plan(setup).needed - gpu.memory),
+            max(0, host_needs(setup, shared_memory=wishes.shared_memory).memory - most),
+            setup,
+        )
         for setup in _candidates(wishes)
-        if fits_gpu(setup, gpu) and host_needs(setup, shared_memory=wishes.shared_memory).memory <= most
     ]
-    if fitting:
-        return min(fitting, key=lambda setup: (setup.offload_optimizer, estimate_speed(setup, gpu).seconds_per_step))
-    return min(_candidates(wishes), key=lambda setup: memory_plan(setup).needed)
+    least = min(found[:2] for found in excess)
+    candidates = [found[2] for found in excess if found[:2] == least]
+    if least[0]:
+        # A person who changes the job begins with the smallest micro-batch.
+        return min(candidates, key=lambda setup: (setup.offload_optimizer, setup.micro_batch))
+    return min(candidates, key=lambda setup: (setup.offload_optimizer, estimate_speed(setup, gpu).seconds_per_step))
 
 
 def _candidates(wishes: Wishes) -> Iterator[TrainingSetup]:
     """Yield every setup that ``wishes`` allow. Those that are preferred among equally fast ones come first."""
     setup = wishes.setup
-    stages = (2, 3) if wishes.open_stage and setup.processes > 1 else (2,) if wishes.open_stage else (setup.zero_stage,)
+    stages: tuple[int, ...] = (setup.zero_stage,)
+    if wishes.open_stage:
+        # bitsandbytes' tensors of 4-bit numbers can't be sharded.
+        quantized = setup.adapters is not None and setup.adapters.quantized
+        stages = (2,) if setup.processes == 1 or quantized else (2, 3)
     for offload in (False, True) if wishes.open_offload else (setup.offload_optimizer,):
         for stage in stages:
             for recompute in (False, True) if wishes.open_recompute else (setup.recompute,):
@@ -180,12 +190,16 @@ def _choices(
 ) -> Iterator[Choice]:
     fits = memory.needed <= gpu.memory
     if wishes.open_stage:
-        yield Choice(field="spec.deepspeed.zeroStage", value=str(setup.zero_stage), reason=_stage_reason(setup))
+        yield Choice(
+            field="spec.deepspeed.zeroStage", value=str(setup.zero_stage), reason=_stage_reason(setup, fits=fits)
+        )
     if wishes.open_recompute:
         reason = (
             "The activations do not fit otherwise, or leave room for small micro-batches only."
             if setup.recompute
             else "The activations fit, and computing them again would take about a third more time."
+            if fits
+            else "Computing the activations again would not make the job fit."
         )
         yield Choice(
             field="spec.training.gradientCheckpointing", value="true" if setup.recompute else "false", reason=reason
@@ -195,6 +209,8 @@ def _choices(
             "The optimizer state does not fit the GPUs."
             if setup.offload_optimizer
             else "The optimizer state fits the GPUs, where the update is far faster."
+            if fits
+            else "Moving the optimizer state to the memory of the host would not make the job fit."
         )
         yield Choice(
             field="spec.deepspeed.offloadOptimizer", value="CPU" if setup.offload_optimizer else "None", reason=reason
@@ -227,9 +243,13 @@ def _choices(
         )
 
 
-def _stage_reason(setup: TrainingSetup) -> str:
+def _stage_reason(setup: TrainingSetup, *, fits: bool) -> str:
     if setup.processes == 1:
         return "With one process nothing can be sharded, and stage 2 adds up gradients in fp32."
+    if setup.adapters is not None and setup.adapters.quantized:
+        return "Weights in 4 bits can't be sharded, and stage 2 shards the rest."
+    if setup.zero_stage == 2 and not fits:
+        return "Sharding the weights too would not make the job fit."
     if setup.zero_stage == 2:
         return "Weights fit each GPU, and stage 2 shards the rest without more communication."
     return "The weights must be sharded too, or sharding them leaves room for larger micro-batches."
@@ -245,7 +265,7 @@ def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: Ho
         )
     if wishes.memory is not None and host.memory > wishes.memory:
         yield (f"spec.resources.memory: a pod needs {gibibytes(host.memory)}, and gets {gibibytes(wishes.memory)}.")
-    if host.memory > LARGEST_HOST:
+    if wishes.memory is None and host.memory > LARGEST_HOST:
         yield (
             f"A pod needs {gibibytes(host.memory)} of memory, and machines with 8 GPUs have at most"
             f" {gibibytes(LARGEST_HOST)}."
@@ -260,12 +280,11 @@ def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: Ho
 def _notes(setup: TrainingSetup) -> Iterator[str]:
     yield from setup.left_out
     if setup.sizes.family not in MEASURED_FAMILIES:
-        yield f"The memory of a {setup.sizes.family} was never measured."
-    if setup.sizes.active_experts:
-        yield (
-            "The activations of the experts were never measured, and depend on the kernel that computes them: the"
-            " memory is a lower bound."
-        )
+        yield f"The memory of models of the family {setup.sizes.family} was never measured."
+    if setup.number_format is NumberFormat.FP32:
+        yield "The speed is that of bf16, and fp32 takes up to 16 times as long: it was never measured."
+    if setup.adapters is not None and any(setup.adapters.expert_weights):
+        yield "The speed leaves out that the adapters of experts are merged into their weights in each forward pass."
     if setup.adapters is not None and setup.adapters.quantized:
         yield "The memory of a base model in 4 bits was never measured."
     if setup.offload_optimizer or setup.offload_parameters:

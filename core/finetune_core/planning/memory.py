@@ -8,6 +8,7 @@ What a GPU takes beside tensors (`DEVICE_BYTES`, `FRAGMENTED_SHARE`) can't be me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,7 +20,7 @@ from finetune_core.planning.activations import (
     kept_outside,
     largest_layer,
 )
-from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, largest_linear
+from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, layer_gradients
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.host_needs import quantized_bytes
 from finetune_core.planning.training_setup import TrainingSetup
@@ -152,6 +153,8 @@ class _Passes:
         adapters = setup.adapters
         self._frozen = adapters is not None and not adapters.on_head
         self._trains_head = adapters is None
+        experts = _Experts(setup, state)
+        self._experts = experts
         self._gradients = state.standing_gradients + state.accumulated
         # The bucket is there from the first backward pass of a step on.
         self._buffers = state.gathered + (state.bucket if setup.accumulation > 1 else state.standing_bucket)
@@ -167,8 +170,18 @@ class _Passes:
 
     @property
     def forward(self) -> _Need:
+        """The need while the output head computes the loss, or while a layer's experts are gathered."""
+        head, experts = self._head_forward, self._experts
+        if not experts.exist:
+            return head
+        layer = self._need(activations=self._kept + experts.kept, buffers=experts.gather_copy)
+        return max((head, layer), key=lambda need: need.total)
+
+    @property
+    def _head_forward(self) -> _Need:
         """The need while the output head computes the loss."""
-        width, more, kept_now = self._width, self._chunks > 1, self._kept + self._outside
+        width, more = self._width, self._chunks > 1
+        kept_now = self._kept + self._outside + self._experts.kept
         if self._frozen:
             # Logits, their copy in fp32, log-probabilities in fp32, and these in the format of the weights. The fp32
             # tensors of a chunk are alive while the next chunk is begun. The gradient of the hidden states is kept.
@@ -182,8 +195,9 @@ class _Passes:
         setup = self._setup
         if self._frozen:
             # The last norm: gradients and intermediate results in fp32 of as many features as the hidden states have.
-            return self._need(activations=self._kept + 24 * setup.sizes.hidden * setup.tokens)
-        kept_now = self._kept + self._outside
+            kept_now = self._kept + self._experts.kept
+            return self._need(activations=kept_now + 24 * setup.sizes.hidden * setup.tokens)
+        kept_now = self._kept + self._outside + self._experts.kept
         # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the weights.
         logits = (12 if self._chunks > 1 else 8) * self._logits
         if not self._trains_head:
@@ -198,27 +212,67 @@ class _Passes:
     def layer_backward(self) -> _Need:
         """The need while the backward pass of the last layer runs: gradients of two results of the feed-forward network
         and of four hidden states, and where layers are computed again all that the layer keeps."""
-        inside = self._kept + self._layer + 2 * self._wide + 4 * self._hidden
+        inside = self._kept + self._layer + 2 * self._wide + 4 * self._hidden + self._experts.kept
         if not self._trains_head:
-            return self._need(activations=inside)
+            return self._need(activations=inside, gradients=self._experts.merged_gradient)
         setup, state = self._setup, self._state
         # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
         head = 0 if state.standing_gradients else 4 * setup.vocabulary * setup.sizes.hidden // setup.processes
-        own = 2 * self._width * largest_linear(setup)
+        own = layer_gradients(setup)
         bucket = state.bucket + state.gathered - self._buffers
         return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
 
     @property
     def evaluation(self) -> _Need:
         """The need of a forward pass without gradients."""
-        inside = 4 * self._wide + 4 * self._hidden
+        state, experts = self._state, self._experts
+        inside = 4 * self._wide + 4 * self._hidden + experts.merged_layer + experts.gather_copy
         head = 3 * self._hidden
         logits = (4 + 4 + self._width) * self._logits
         activations, logits = (inside, 0) if inside >= head + logits else (head, logits)
-        state = self._state
         return _Need(
             gradients=state.standing_gradients,
             buffers=state.standing_bucket + state.gathered,
             activations=activations,
             logits=logits,
         )
+
+
+class _Experts:
+    """Bytes that the weights of experts take in both passes beside the weights of the model and the gathered ones.
+
+    peft adds the product of an adapter's matrices to the weights of adapted experts in each forward pass
+    (`ParamWrapper`), and the sum stays until the layer's backward pass. Under ZeRO-3, the gathered weights of experts
+    without adapters stay until then too: the backward pass needs a transposed view of them, and such a view keeps the
+    memory alive although DeepSpeed lets go of the weight.
+    """
+
+    def __init__(self, setup: TrainingSetup, state: EngineBytes) -> None:
+        width = setup.number_format.bytes
+        adapted = setup.adapters.expert_weights if setup.adapters is not None else ()
+        merged = [width * sum(weights) for weights in adapted]
+        self.merged_layer = max(merged, default=0)
+        """The sums of one layer."""
+        self.exist = setup.sizes.active_experts > 0
+        held = [
+            max(layer, state.held_experts[number]) if state.held_experts else layer
+            for number, layer in enumerate(merged or [0] * len(setup.sizes.layers))
+        ]
+        # Without adapters, the weights of one layer are counted among the gathered ones.
+        counted = 0 if self.merged_layer else max(held)
+        self.kept = (max(held) if setup.recompute else sum(held)) - counted
+        """What stays until the backward pass, of all layers or of one that is computed again."""
+        self.gather_copy = 0 if self.merged_layer else state.gather_copy
+        """For the gather of a layer. Adapted experts are merged after that, which takes more."""
+        self.merged_gradient = width * max((_largest_gradient(weights) for weights in adapted), default=0)
+        """Gradients of the sums of one layer, on top of what stays."""
+
+
+def _largest_gradient(weights: Sequence[int]) -> int:
+    """Return the number of elements by which the gradients of ``weights`` are more than what their backward passes have
+    let go of before. The backward passes go from the last weight to the first one."""
+    most = freed = 0
+    for elements in reversed(weights):
+        most = max(most, elements - freed)
+        freed += elements
+    return most

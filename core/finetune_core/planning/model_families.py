@@ -16,6 +16,10 @@ from finetune_core.planning.model_sizes import LayerSizes, Linear, ModelSizes, N
 
 CONFIGURATION = "config.json"
 """The file that describes a model, and the name of its fields in errors."""
+LARGEST_NUMBER = 10_000_000
+"""Largest number of a configuration that is taken for a size. The largest vocabularies have 262,208 tokens."""
+MOST_LAYERS = 2_000
+"""Largest number of layers. The largest published models have 126."""
 
 
 class UnknownModelError(UserError):
@@ -132,21 +136,26 @@ def model_sizes(configuration: Mapping[str, Any]) -> ModelSizes:
     family = FAMILIES.get(fields.family)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
+        found = f"{_shown(fields.family)} is none" if fields.family else "the file has none"
         raise UnknownModelError(
             f"{CONFIGURATION}: model_type",
-            f"must be one that the plan knows, and {fields.family!r} is none; known are {known}",
+            f"must be one that the plan knows, and {found}; known are {known}",
         )
     fields.defaults = family.defaults
     hidden, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
     key_value = fields.number("num_key_value_heads", heads)
     width = fields.number("head_dim", hidden // heads)
+    if width < 1:
+        raise UserError(
+            f"{CONFIGURATION}: num_attention_heads", f"must be at most hidden_size, {hidden}, without head_dim"
+        )
     if heads % key_value:
         raise UserError(
             f"{CONFIGURATION}: num_attention_heads", f"must be a multiple of num_key_value_heads, {key_value}"
         )
     layers = tuple(
         _layer(fields, family, number, (hidden, heads * width, key_value * width, width))
-        for number in range(fields.number("num_hidden_layers"))
+        for number in range(fields.number("num_hidden_layers", most=MOST_LAYERS))
     )
     return ModelSizes(
         family=fields.family,
@@ -156,15 +165,31 @@ def model_sizes(configuration: Mapping[str, Any]) -> ModelSizes:
         key_value_heads=key_value,
         head_width=width,
         feed_forward=fields.number(family.expert_width if family.experts else "intermediate_size"),
-        active_experts=fields.number("num_experts_per_tok") if family.experts else 0,
+        active_experts=_active_experts(fields, family) if family.experts else 0,
         shared_feed_forward=fields.number(family.shared_width, 0) if family.shared_width else 0,
         tied=fields.flag("tie_word_embeddings", default=family.tied),
         norm=family.norm,
         wide_norms=family.wide_norms,
         window=_window(fields, family),
         layers=layers,
-        context=fields.number("max_position_embeddings", 0) or None,
+        context=fields.number("max_position_embeddings", 0, most=1 << 40) or None,
     )
+
+
+def _active_experts(fields: _Fields, family: Family) -> int:
+    active, experts = fields.number("num_experts_per_tok"), fields.number(family.experts)
+    if active > experts:
+        raise UserError(
+            f"{CONFIGURATION}: num_experts_per_tok",
+            f"must be at most the number of experts, {experts}, and is {active}",
+        )
+    return active
+
+
+def _shown(value: object) -> str:
+    """Return ``value`` as text for an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _window(fields: _Fields, family: Family) -> int | None:
@@ -204,6 +229,10 @@ def _has_experts(fields: _Fields, number: int) -> bool:
     """Return whether layer ``number`` has experts. The models of Qwen name layers without experts, or every how many
     layers have them."""
     without = fields.values.get("mlp_only_layers") or []
+    if not isinstance(without, list):
+        raise UserError(
+            f"{CONFIGURATION}: mlp_only_layers", f"must be a list of numbers of layers, and is {_shown(without)}"
+        )
     return number not in without and (number + 1) % fields.number("decoder_sparse_step", 1) == 0
 
 
@@ -258,18 +287,20 @@ class _Fields:
         if not isinstance(configuration, Mapping):
             raise UserError(CONFIGURATION, "must be a JSON object")
         self.values = configuration
-        self.family = str(configuration.get("model_type", ""))
+        self.family = str(configuration.get("model_type") or "")
         self.defaults: Mapping[str, Any] = {}
 
-    def number(self, name: str, default: int | None = None) -> int:
-        """Return the field ``name``, a positive whole number, or ``default`` where the field is absent or null.
-        ``name`` may be several names with `|` between them."""
+    def number(self, name: str, default: int | None = None, *, most: int = LARGEST_NUMBER) -> int:
+        """Return the field ``name``, a whole number from 1 to ``most``, or ``default`` where the field is absent or
+        null. ``name`` may be several names with `|` between them."""
         name = next((one for one in name.split("|") if self.values.get(one) is not None), name.partition("|")[0])
         value = self.values.get(name, self.defaults.get(name))
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{CONFIGURATION}: {name}", f"must be a whole number of at least 1, and is {value!r}")
+            raise UserError(f"{CONFIGURATION}: {name}", f"must be a whole number of at least 1, and is {_shown(value)}")
+        if value > most:
+            raise UserError(f"{CONFIGURATION}: {name}", f"must be at most {most:,}, and is {_shown(value)}")
         return value
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -278,7 +309,7 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise UserError(f"{CONFIGURATION}: {name}", f"must be true or false, and is {value!r}")
+            raise UserError(f"{CONFIGURATION}: {name}", f"must be true or false, and is {_shown(value)}")
         return value
 
     def switch(self, source: bool | str) -> bool:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from finetune_core.errors import UserError
 from finetune_core.target_modules import ALL_LINEAR, FIELD, compile_entry, is_pattern
@@ -45,9 +47,14 @@ class Linear:
     """Number of experts that have such a layer."""
 
     @property
+    def elements(self) -> int:
+        """Number of elements of the tensor of weights, over all experts and without biases."""
+        return self.experts * self.inputs * self.outputs
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, over all experts."""
-        return self.experts * (self.inputs * self.outputs + self.biased * self.outputs)
+        return self.elements + self.experts * self.biased * self.outputs
 
     def adapter_parameters(self, rank: int) -> int:
         """Return the number of parameters of a LoRA adapter: A has ``rank`` rows of inputs, B has ``rank`` columns of
@@ -76,9 +83,10 @@ class LayerSizes:
         return max((linear.experts for linear in self.linears), default=1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The sizes of a causal language model."""
+    """The sizes of a causal language model. Counts are computed once, because a plan asks for them thousands of
+    times."""
 
     family: str
     """`model_type` of the configuration."""
@@ -120,37 +128,50 @@ class ModelSizes:
         bias = self.vocabulary if self.head_biased else 0
         return bias + (0 if self.tied else self.vocabulary * self.hidden)
 
-    @property
+    @cached_property
+    def linears(self) -> Mapping[Linear, int]:
+        """The different linear layers, and how many layers of the model have each of them."""
+        return Counter(linear for layer in self.layers for linear in layer.linears)
+
+    @cached_property
+    def experts(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer of the model the numbers of elements of its tensors of experts, in the order of the forward
+        pass: `gate_up_proj` and `down_proj`. Empty tuples where layers have no experts."""
+        return tuple(
+            tuple(linear.elements for linear in layer.linears if linear.part is Part.EXPERTS) for layer in self.layers
+        )
+
+    @cached_property
     def parameters(self) -> int:
         """Number of all parameters."""
-        return sum(self.parameters_by_kind().values())
+        return sum(self.parameters_by_kind.values())
 
-    @property
+    @cached_property
     def matrix_parameters(self) -> int:
         """Number of parameters that every token is multiplied with: those of the layers, without experts that do not
         compute the token, and those of the output head."""
         total = self.vocabulary * self.hidden
-        for layer in self.layers:
-            for linear in layer.linears:
-                share = self.active_experts / linear.experts if linear.experts > 1 else 1.0
-                total += int(linear.parameters * share)
+        for linear, count in self.linears.items():
+            share = self.active_experts / linear.experts if linear.experts > 1 else 1.0
+            total += count * int(linear.parameters * share)
         return total
 
-    @property
+    @cached_property
     def largest_tensor(self) -> int:
         """Number of parameters of the largest tensor. transformers holds the weights of all experts of a layer in one
         tensor."""
         return max(
             self.vocabulary * self.hidden,
-            *(linear.experts * linear.inputs * linear.outputs for layer in self.layers for linear in layer.linears),
+            *(linear.elements for linear in self.linears),
         )
 
-    def parameters_by_kind(self) -> dict[str, int]:
-        """Return the number of parameters of each kind: embedding, head, norms, and the parts of the layers."""
+    @cached_property
+    def parameters_by_kind(self) -> Mapping[str, int]:
+        """Number of parameters of each kind: embedding, head, norms, and the parts of the layers."""
         found = {"embedding": self.embedding_parameters, "head": self.head_parameters}
         for part in Part:
             found[part.value] = sum(
-                linear.parameters for layer in self.layers for linear in layer.linears if linear.part is part
+                count * linear.parameters for linear, count in self.linears.items() if linear.part is part
             )
         final = self.hidden * (2 if self.norm is NormKind.LAYER else 1)
         inside = sum(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_core.planning.model_sizes import ModelSizes
+from finetune_core.planning.model_sizes import ModelSizes, Part
 
 
 class NumberFormat(StrEnum):
@@ -37,6 +37,9 @@ class AdapterSetup:
     dropped_features: tuple[int, ...]
     """For each layer of the model, the number of input features of its adapted linear layers together, where the
     adapters have dropout. Without dropout all are 0."""
+    expert_weights: tuple[tuple[int, ...], ...] = ()
+    """For each layer of the model, the number of elements of each adapted tensor of experts, in the order of the
+    forward pass. Empty where no layer has experts."""
     on_embedding: bool = False
     on_head: bool = False
     quantized: bool = False
@@ -121,6 +124,9 @@ def adapter_setup(
         parameters=parts.parameters(sizes, rank, added_rows=added_rows),
         per_layer=tuple(len(layer) for layer in parts.layers),
         dropped_features=tuple(sum(linear.inputs for linear in layer) if dropout else 0 for layer in parts.layers),
+        expert_weights=tuple(
+            tuple(linear.elements for linear in layer if linear.part is Part.EXPERTS) for layer in parts.layers
+        ),
         on_embedding=parts.embedding,
         on_head=parts.head,
         quantized=quantized,

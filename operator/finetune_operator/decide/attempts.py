@@ -177,6 +177,7 @@ def _evidence(
         final_result=seen.final_result,
         last_phase=seen.last_phase,
         batch=seen.batch,
+        charged=attempts.charged,
         halvings=attempts.memory_halvings,
         policy=seen.policy,
         now=seen.now,

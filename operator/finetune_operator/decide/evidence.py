@@ -72,6 +72,8 @@ class Evidence:
     """Phase of the trainer in its newest report, for example "Training"; empty without a report."""
     batch: BatchObservation | None = None
     """How the spec lets a process compute its share of a global batch; None where this version can't read the spec."""
+    charged: int = 0
+    """How many earlier attempts count against `runPolicy.maxRetries`."""
     halvings: int = 0
     """How many earlier attempts ran out of memory and were followed by one with half the micro-batch."""
     policy: RunPolicySpec

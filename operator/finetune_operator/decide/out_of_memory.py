@@ -30,25 +30,34 @@ class MemoryFailure:
     """The sentence about the failure, for example `out of memory in phase Training`."""
     phase: str
     """Phase of the trainer in its last report; empty without a report."""
+    packed: bool = False
+    """Whether examples are packed into sequences. The number of micro-batches in a step then depends on their lengths.
+    """
     in_node_memory: bool = False
     """Whether a job that computes on GPUs ran out of the pod's memory, which does not depend on the micro-batch."""
     node: str = ""
     """Name of the node of the pod that failed."""
 
 
-def rule_on(failure: MemoryFailure, *, planned: int, halvings: int, share: int, advice: str) -> Ruling:
+def rule_on(
+    failure: MemoryFailure, *, planned: int, halvings: int, share: int, retries_left: int, advice: str
+) -> Ruling:
     """Return the ruling on an attempt that ran out of memory: another attempt follows where a smaller micro-batch can
     help, and else the job ends.
 
     ``halvings`` is how many earlier attempts of the job ran out of memory and were followed by another one. ``planned``
-    and ``share`` are those of `micro_batch_of`. ``advice`` is the sentence that says which fields of the job to change
-    so that it fits.
+    and ``share`` are those of `micro_batch_of`. ``retries_left`` is how many more attempts may be charged before
+    `runPolicy.maxRetries` ends the job. ``advice`` is the sentence that says which fields of the job to change so that
+    it fits.
 
     The first such attempt is charged, and those that follow it are free: they are one search, which HALVINGS_LIMIT
     bounds, for the one thing that is wrong with the job.
     """
     tried = micro_batch_of(planned, halvings=halvings, share=share)
-    if why := _why_final(failure, tried, halvings):
+    why = _why_final(failure, tried, halvings)
+    # The first attempt of a search is charged. Where it uses up the retries, no other attempt would follow, and the job
+    # ends with what to change.
+    if why or (not halvings and retries_left <= 0):
         message = messages.memory_not_enough(failure.message, why, advice)
         return Ruling(verdict=Verdict.PERMANENT, reason=Reason.OUT_OF_MEMORY, message=message, node=failure.node)
     following = micro_batch_of(planned, halvings=halvings + 1, share=share)
@@ -56,7 +65,12 @@ def rule_on(failure: MemoryFailure, *, planned: int, halvings: int, share: int, 
         verdict=Verdict.FREE if halvings else Verdict.CHARGED,
         reason=Reason.OUT_OF_MEMORY,
         message=messages.micro_batch_halved(
-            failure.message, tried.size, following.size, following.accumulation_steps, halvings + 1, HALVINGS_LIMIT
+            failure.message,
+            tried.size,
+            following.size,
+            steps=None if failure.packed else following.accumulation_steps,
+            time=halvings + 1,
+            limit=HALVINGS_LIMIT,
         ),
         node=failure.node,
     )

@@ -130,10 +130,18 @@ def _memory_ruling(evidence: Evidence, verdict: Verdict) -> Ruling | None:
         failure = MemoryFailure(
             message=ruling.message,
             phase=evidence.last_phase,
+            packed=batch.packed,
             in_node_memory=killed and batch.on_gpus,
             node=ruling.node,
         )
-        ruling = rule_on(failure, planned=batch.planned, halvings=evidence.halvings, share=batch.share, advice="")
+        ruling = rule_on(
+            failure,
+            planned=batch.planned,
+            halvings=evidence.halvings,
+            share=batch.share,
+            retries_left=evidence.policy.max_retries - evidence.charged,
+            advice="",
+        )
     return ruling if ruling is not None and ruling.verdict is verdict else None
 
 

@@ -45,6 +45,8 @@ class BatchObservation:
     """Examples that the process computes at once where no attempt ran out of memory."""
     share: int
     """Examples of a global batch that the process computes."""
+    packed: bool = False
+    """Whether the examples are packed into sequences."""
     on_gpus: bool
     """Whether the job computes on GPUs, whose memory is not that of the pod."""
 

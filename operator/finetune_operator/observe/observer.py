@@ -206,6 +206,7 @@ def _batch(job: StoredJob) -> BatchObservation | None:
     return BatchObservation(
         planned=planned_size(spec),
         share=process_share(spec.training.global_batch_size, spec.resources.processes),
+        packed=spec.dataset.packing,
         on_gpus=spec.resources.device == "GPU",
     )
 

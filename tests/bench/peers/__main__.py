@@ -1,6 +1,6 @@
 """Run the contenders (compared programs) one after the other, in several rounds. Print for each contender the
 supervised tokens per CPU second and the highest memory, and the ratios of both to those of transformers' Trainer with
-all rows padded to 512 tokens.
+all rows padded to 512 tokens. A second table has the ratios of this project's trainer to the others, with their goals.
 
     python -m tests.bench.peers --pairs 3
 """
@@ -28,17 +28,21 @@ from tests.trainer.objectstore import minio_binary, running_store
 
 SEED = 42
 CONTENDER_SECONDS = 1200
+OURS = "finetune-operator, packed"
 BASELINE = "Trainer + peft, padded to 512"
+TRL = "trl SFTTrainer, bfd packing"
+GOALS: Mapping[str, float] = {BASELINE: 3.5, TRL: 1.6}
+"""How many times as many supervised tokens per CPU second as a contender this project's trainer must compute."""
 
 
 def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
     """Return the command of each contender, by the contender's name in the table. A command is a list of the Python
     module and the arguments that only this contender gets."""
     return {
-        "finetune-operator, packed": ["tests.bench.peers.ours", endpoint, str(credentials)],
+        OURS: ["tests.bench.peers.ours", endpoint, str(credentials)],
         BASELINE: ["tests.bench.peers.padded", "max_length"],
         "Trainer + peft, padded to the longest": ["tests.bench.peers.padded", "longest"],
-        "trl SFTTrainer, bfd packing": ["tests.bench.peers.sft"],
+        TRL: ["tests.bench.peers.sft"],
     }
 
 
@@ -78,10 +82,8 @@ def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     base = taken[BASELINE]
     for name, runs in taken.items():
-        speeds = [run.supervised_tokens / run.cpu_seconds for run in runs]
-        ratios = sorted(
-            speed / (other.supervised_tokens / other.cpu_seconds) for speed, other in zip(speeds, base, strict=True)
-        )
+        speeds = [run.speed for run in runs]
+        ratios = sorted(run.speed / other.speed for run, other in zip(runs, base, strict=True))
         peak = statistics.median(run.peak_bytes for run in runs)
         table.add_row(
             name,
@@ -90,6 +92,27 @@ def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
             f"{statistics.median(run.real_tokens / run.wall_seconds for run in runs):.0f}",
             f"{peak / 2**30:.2f} GiB",
             f"{peak / statistics.median(run.peak_bytes for run in base):.2f}",
+        )
+    return table
+
+
+def goals_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
+    """Return the table with the ratios of this project's trainer to the contenders of `GOALS`. A ratio of speeds
+    compares two runs of one round, and the ratio of memory compares the medians."""
+    table = Table(title=f"{OURS}, against the others")
+    for column in ("", "speed", "from, to", "goal", "peak memory"):
+        table.add_column(column, justify="right" if column else "left")
+    ours = taken[OURS]
+    for name, goal in GOALS.items():
+        others = taken[name]
+        ratios = sorted(own.speed / other.speed for own, other in zip(ours, others, strict=True))
+        memory = statistics.median(run.peak_bytes for run in ours) / statistics.median(run.peak_bytes for run in others)
+        table.add_row(
+            name,
+            f"{statistics.median(ratios):.2f}",
+            f"{ratios[0]:.2f}, {ratios[-1]:.2f}",
+            f"at least {goal:.1f}",
+            f"{memory:.2f}",
         )
     return table
 
@@ -153,7 +176,7 @@ def main() -> None:
                     taken.setdefault(name, []).append(found)
                     progress.advance(task)
     check_same_work(taken)
-    Console().print(table_of(taken))
+    Console().print(table_of(taken), goals_of(taken))
 
 
 if __name__ == "__main__":

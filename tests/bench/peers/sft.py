@@ -1,9 +1,9 @@
 """The contender (compared program) with trl's SFTTrainer and its best settings for short rows: best-fit packing, and a
 loss on answers only.
 
-trl packs over the whole data set, so its updates hold other rows than the updates of the other contenders. The number
-of updates is the same, and with the default options so are the rows of all updates together. transformers keeps packed
-rows apart by their position ids.
+trl packs over the whole data set, so its updates hold other rows than the updates of the other contenders. The rows of
+all updates together are the same: each row is trained once. The number of updates may be smaller, because the packed
+sequences can't always be divided among that many updates. transformers keeps packed rows apart by their position ids.
 
     python -m tests.bench.peers.sft WORKLOAD OUT
 """
@@ -19,7 +19,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests.bench.peers import hugging_face
-from tests.bench.peers.workload import TEMPLATE, Clock, Workload
+from tests.bench.peers.workload import TEMPLATE, Clock, Workload, in_one_epoch
 
 
 def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulation: int, clock: Clock) -> SFTTrainer:
@@ -52,7 +52,9 @@ def main() -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         packed = len(build(workload, model, tokenizer, folder, 1, Clock()).train_dataset)
-        accumulation = -(-packed // workload.updates)
+        # With a fixed number of updates, those that are left after an epoch would train rows a second time.
+        accumulation, updates = in_one_epoch(packed, workload.updates)
+        workload = workload.model_copy(update={"updates": updates})
         trainer = build(workload, model, tokenizer, folder, accumulation, clock)
         consumed: list[tuple[int, int]] = []
         collate = trainer.data_collator
@@ -65,8 +67,13 @@ def main() -> None:
 
         trainer.data_collator = counting
         trainer.train()
+    if len(consumed) != packed or trainer.state.global_step != updates:
+        sys.exit(
+            f"error: {len(consumed)} sequences were trained in {trainer.state.global_step} updates, and there are"
+            f" {packed} sequences for {updates} updates"
+        )
     groups = [consumed[start : start + accumulation] for start in range(0, len(consumed), accumulation)]
-    tokens = [(sum(s for s, _ in group), sum(r for _, r in group)) for group in groups[: workload.updates]]
+    tokens = [(sum(s for s, _ in group), sum(r for _, r in group)) for group in groups]
     losses = hugging_face.logged_losses(trainer.state.log_history)
     Path(sys.argv[2]).write_text(clock.measured(tokens, losses).model_dump_json())
 

@@ -52,6 +52,18 @@ class Measured(BaseModel):
     losses: list[float]
     """Training loss of every update, including the first one."""
 
+    @property
+    def speed(self) -> float:
+        """Supervised tokens per CPU second."""
+        return self.supervised_tokens / self.cpu_seconds
+
+
+def in_one_epoch(sequences: int, updates: int) -> tuple[int, int]:
+    """Return how many sequences an update computes, and how many updates compute each of ``sequences`` packed sequences
+    once. There are at most ``updates`` updates, and the last one may have fewer sequences than the others."""
+    each = -(-sequences // updates)
+    return each, -(-sequences // each)
+
 
 class Clock:
     """Records the CPU time and the wall-clock time at which each update ends."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,8 +22,9 @@ from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.engine.host_buffers import ELEMENT_BYTES, StagingRing, StateBuffer, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
 
-ALIVE = 2
-"""How many snapshots a rank holds at once at most: one that is uploaded, and one that waits or is being taken."""
+ALIVE = 3
+"""How many snapshots a rank holds at once at most: one that is uploaded, the best one, which waits and is never dropped
+(`checkpoints/uploads.py`), and one that is being taken. The plan counts as many (`planning/host_needs.py`)."""
 PIECE_BYTES = 64 << 20
 """Size of each of the two staging buffers of the host, and of each of the two buffers of the device through which the
 ranks exchange fragments, in bytes."""
@@ -146,11 +147,20 @@ class FragmentSnapshots:
     """Takes the snapshots of one engine into memory that is used again. One rank has one object for each engine."""
 
     def __init__(
-        self, engine: HoldsFragments, *, rank: int, world_size: int, alive: int = ALIVE, piece_bytes: int = PIECE_BYTES
+        self,
+        engine: HoldsFragments,
+        *,
+        rank: int,
+        world_size: int,
+        alive: int = ALIVE,
+        piece_bytes: int = PIECE_BYTES,
+        note_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Tell the other ranks which fragments this rank holds. All ranks must make their object together. ``alive`` is
-        the largest number of snapshots at once."""
+        the largest number of snapshots at once. `take` calls ``note_progress`` after each part of a copy, so that a
+        large snapshot is not taken for a call that never returns."""
         self._engine = engine
+        self._note_progress = note_progress
         self._rank = rank
         self._world_size = world_size
         self._plan = SnapshotPlan(engine.parameter_shapes, self._exchanged_extents())
@@ -184,6 +194,7 @@ class FragmentSnapshots:
                 for part in self._plan.parts(self._rank, self._rank):
                     values = self._engine.read_fragment(part.name, part.kind).values
                     self._ring.copy(values, buffer.values[part.destination : part.destination + part.length])
+                    self._note_progress()
                 self._ring.flush()
                 if rounds := self.rounds:
                     self._exchange(buffer.values, rounds)
@@ -217,6 +228,7 @@ class FragmentSnapshots:
                     begin += length
             # The next round overwrites the buffers of the device.
             self._ring.flush()
+            self._note_progress()
 
     def _round_size(self, number: int, source: int, owner: int) -> int:
         """Return how many values ``source`` sends to ``owner`` in the round ``number``, counted from 0."""

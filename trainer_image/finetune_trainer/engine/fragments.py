@@ -1,8 +1,9 @@
 """Reads the fragment of the training state of a parameter that this rank holds, without talking to another rank.
 
-`Engine.read_fragment` calls `own_fragment`. The module depends on DeepSpeed's internals, as `engine.py` does: DeepSpeed
-has public functions for fragments at ZeRO stage 3 only, and its functions for whole parameters reduce or gather each
-tensor over all ranks (`get_full_hp_param` in deepspeed/utils/tensor_fragment.py and deepspeed/runtime/zero/stage3.py).
+`Engine.read_fragment` calls `own_fragment`. The plain engine holds whole parameters and makes fragments itself. The
+module depends on DeepSpeed's internals, as `engine.py` does: DeepSpeed has public functions for fragments at ZeRO stage
+3 only, and its functions for whole parameters reduce or gather each tensor over all ranks (`get_full_hp_param` in
+deepspeed/utils/tensor_fragment.py and deepspeed/runtime/zero/stage3.py).
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ def own_fragment(
 ) -> Fragment:
     """Return this rank's fragment of the fp32 value of ``parameter``, or of its ``moment`` (torch's name, `exp_avg`).
 
-    ``optimizer`` is DeepSpeed's, or torch's at stage 0, where every rank holds the whole parameter. Raises KeyError or
-    ValueError for a moment before the first update.
+    ``optimizer`` is DeepSpeed's, or torch's at stage 0, where every rank holds the whole parameter. Before the first
+    update no moment of any parameter exists, and the fragment has the zeros with which AdamW begins. An error would end
+    only those ranks that hold a part of the parameter, and the other ranks would wait for their parts. After an update,
+    a moment that is missing is an error.
     """
+    inner = optimizer if stage == 0 else optimizer.optimizer
+    if moment is not None and not any(moment in state for state in inner.state.values()):
+        value = own_fragment(parameter, optimizer, stage=stage, rank=rank, moment=None)
+        return value._replace(values=torch.zeros_like(value.values))
     if stage == 0:
         whole = parameter.detach() if moment is None else optimizer.state[parameter][moment]
         return Fragment(0, whole.flatten())

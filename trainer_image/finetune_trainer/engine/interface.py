@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.model.attention import Kernel
 
 
 class TrainingEngine(Protocol):
     """A model with its optimizer. Where a training has several ranks, all of them must call each function together,
-    except `model`, `device`, `lockstep`, `parameter_shapes` and the functions that only set an option."""
+    except `model`, `device`, `lockstep`, `parameter_shapes`, `read_fragment` and the functions that only set an
+    option."""
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +87,11 @@ class TrainingEngine(Protocol):
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the whole fp32 value of the trained parameter ``name`` and AdamW's two moments, under the keys MASTER,
         FIRST_MOMENT and SECOND_MOMENT of `engine.py`."""
+
+    def read_fragment(self, name: str, kind: str) -> Fragment:
+        """Return the part that this rank holds of the trained parameter ``name``: of its fp32 value (MASTER) or of one
+        of AdamW's two moments (FIRST_MOMENT, SECOND_MOMENT), as ``kind`` says. Before the first update the moments are
+        zero. The call communicates with no other rank."""
 
     def prepare_state(self, updates: int) -> None:
         """Create the optimizer's state as it is after ``updates`` updates, so that `write_state` can fill it."""

@@ -19,6 +19,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from finetune_trainer.engine.engine import BETAS, EPSILON, FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.engine.state import STATE_KINDS
 
 BATCH_ELEMENTS = 1 << 24
 """`Bf16Masters` updates at most this number of values at a time. While it does so, it needs up to 11 bytes for each of
@@ -47,8 +48,9 @@ class Masters(Protocol):
     def reset(self, updates: int) -> None:
         """Set all moments to zero, and the number of updates to ``updates``."""
 
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """Return fp32 value and moments of a parameter. The tensors may be those of the optimizer itself."""
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        """Return the fp32 value of a parameter, or the moment of it that ``kind`` names, with the shape of the
+        parameter. The tensor may be that of the optimizer itself."""
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set fp32 value and moments of a parameter, and its weight."""
@@ -91,13 +93,16 @@ class Fp32Masters:
                 SECOND_MOMENT: torch.zeros_like(parameter),
             }
 
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        state = self._optimizer.state[self._parameters[name]]
-        return {MASTER: self._parameters[name].detach(), **{key: state[key] for key in (FIRST_MOMENT, SECOND_MOMENT)}}
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        if kind == MASTER:
+            return parameter.detach()
+        moment: torch.Tensor = self._optimizer.state[parameter][kind]
+        return moment
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        for kind, tensor in self.read(name).items():
-            tensor.copy_(tensors[kind])
+        for kind in STATE_KINDS:
+            self.read(name, kind).copy_(tensors[kind])
 
     def close(self) -> None:
         """Do nothing, because autograd itself accumulates the gradients."""
@@ -183,12 +188,15 @@ class Bf16Masters:
             for moment in batch.moments.values():
                 moment.zero_()
 
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        parts = self._parts[name]
-        tensors = {MASTER: _joined([part.batch.masters([part.slice], start=part.start) for part in parts])}
-        for kind in (FIRST_MOMENT, SECOND_MOMENT):
-            tensors[kind] = _joined([part.of(part.batch.moments[kind]) for part in parts])
-        return {kind: tensor.view(self._shapes[name]) for kind, tensor in tensors.items()}
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        shape, parts = self._shapes[name], self._parts[name]
+        if len(parts) == 1:
+            return parts[0].read(kind).view(shape)
+        # The parts are read one after the other, so that memory holds the values of a large parameter once.
+        values = torch.empty(shape, dtype=torch.float32, device=self._batches[0].device)
+        for part in parts:
+            part.of_parameter(values.view(-1)).copy_(part.read(kind))
+        return values
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         flat = {kind: tensor.reshape(-1) for kind, tensor in tensors.items()}
@@ -217,12 +225,12 @@ class _Batch:
     def __init__(self, slices: Sequence[_Slice]) -> None:
         """Take the weights of ``slices`` as the fp32 values."""
         self.slices = list(slices)
-        size, device = sum(piece.weight.numel() for piece in slices), slices[0].weight.device
-        self._remainder = torch.zeros(size, dtype=torch.int16, device=device)
-        self._ties = torch.zeros(0, dtype=torch.int64, device=device)
+        size, self.device = sum(piece.weight.numel() for piece in slices), slices[0].weight.device
+        self._remainder = torch.zeros(size, dtype=torch.int16, device=self.device)
+        self._ties = torch.zeros(0, dtype=torch.int64, device=self.device)
         """Positions of the values whose remainder is TIE, which int16 can't store: about one value in 2^17. Here -TIE
         is stored for them."""
-        self.moments = {kind: torch.zeros(size, device=device) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+        self.moments = {kind: torch.zeros(size, device=self.device) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
         self.gradient: torch.Tensor | None = None
         """The accumulated gradient in fp32, flat; None before the first backward pass of a step."""
 
@@ -280,6 +288,12 @@ class _Part(NamedTuple):
     start: int
     """Position of the first value in the batch."""
     slice: _Slice
+
+    def read(self, kind: str) -> torch.Tensor:
+        """Return the fp32 values of this part, or the moment of them that ``kind`` names, flat."""
+        if kind == MASTER:
+            return self.batch.masters([self.slice], start=self.start)
+        return self.of(self.batch.moments[kind])
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the values of this part as a view of ``tensor``, which has the values of the whole batch."""

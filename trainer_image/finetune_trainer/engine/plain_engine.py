@@ -29,11 +29,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.engine import RATE_FACTOR, parameter_groups
+from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters, Masters
+from finetune_trainer.engine.state import STATE_KINDS
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
@@ -55,12 +58,15 @@ class PlainEngine:
         *,
         lora_plus_ratio: float = 1.0,
     ) -> None:
-        """Move ``model`` to ``device``. No process group is needed.
+        """Move ``model`` to ``device``. No process group is needed. Raises ValueError in a process group of several
+        ranks, where each rank would train a model of its own.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
         multiple of the job's learning rate. The settings of ``optimization`` for DeepSpeed (ZeRO stage, offload,
         overrides) have no effect.
         """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(f"the plain engine trains in one process, and this training has {dist.get_world_size()}")
         # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
         # `fuse_adapters` leaves out layers with a replaced forward function.
         fuse_adapters(model)
@@ -187,7 +193,13 @@ class PlainEngine:
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the fp32 value and AdamW's two moments of the trained parameter ``name``."""
         with torch.no_grad():
-            return self._masters[name].read(name)
+            return {kind: self._masters[name].read(name, kind) for kind in STATE_KINDS}
+
+    def read_fragment(self, name: str, kind: str) -> Fragment:
+        """Return the whole fp32 value of the trained parameter ``name``, or the whole moment that ``kind`` names, as a
+        fragment. There is no other rank that holds a part."""
+        with torch.no_grad():
+            return Fragment(0, self._masters[name].read(name, kind).reshape(-1))
 
     def prepare_state(self, updates: int) -> None:
         """Set the optimizer's state to that after ``updates`` updates, so that `write_state` can fill it."""

@@ -117,8 +117,8 @@ def _empty_input_gradient(gradient: torch.Tensor, _keys: torch.Tensor, a: torch.
 
 def _on_cuda(kernel: Any, plain: Any) -> Any:
     """Return the function of an operator on CUDA: ``kernel``, or ``plain`` for tensors of a type that the kernels do
-    not take."""
-    return lambda first, *others: (kernel if first.dtype in cuda.VALUES else plain)(first, *others)
+    not take, and where there are no tokens, because CUDA refuses a kernel without blocks."""
+    return lambda first, *others: (kernel if first.dtype in cuda.VALUES and len(first) else plain)(first, *others)
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from finetune_trainer.kernels.dropped_product import (
     Dropout,
@@ -39,6 +40,11 @@ class Projection(NamedTuple):
     b: torch.Tensor | None = None
     """B, of shape (O, r)."""
     scaling: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The TENSORS tensors of the layer."""
+        return self.weight, self.bias, self.a, self.b
 
 
 TENSORS = 4
@@ -80,7 +86,7 @@ def project_gated(
 
 
 def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
-    return [tensor for layer in layers for tensor in layer[:TENSORS]]
+    return [tensor for layer in layers for tensor in layer.tensors]
 
 
 def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Projection]:
@@ -93,24 +99,42 @@ def _layers(tensors: Sequence[torch.Tensor | None], fixed: _Fixed) -> list[Proje
     return layers
 
 
+class _Needed(NamedTuple):
+    """What the backward pass reads, beside weights."""
+
+    x: bool
+    """The input: for the gradients of weights W and matrices A."""
+    inner: bool
+    """The products with the matrices A: for the gradients of matrices B."""
+
+
+def _needed(wanted: Sequence[bool]) -> _Needed:
+    """Return what the backward pass reads. ``wanted`` says which gradients of the tensors of `_tensors` are wanted."""
+    return _Needed(any(wanted[0::TENSORS]) or any(wanted[2::TENSORS]), any(wanted[3::TENSORS]))
+
+
 class _Projections(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fixed: _Fixed, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        layers = _layers(tensors, fixed)
+        layers, needed = _layers(tensors, fixed), _needed(ctx.needs_input_grad[2:])
         outputs, inner, all_a = _forward(x, layers, fixed)
-        ctx.save_for_backward(x, inner, all_a, *tensors)
-        ctx.fixed = fixed
+        ctx.save_for_backward(x if needed.x else None, inner if needed.inner else None, all_a, *tensors)
+        ctx.fixed, ctx.shape = fixed, x.shape
+        # A layer whose output nobody uses gets no gradient, as in plain torch, and not zeros, which an optimizer with
+        # weight decay would apply.
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, inner, all_a, *tensors = ctx.saved_tensors
         layers = _layers(tensors, ctx.fixed)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]) if x is not None else None
         x_gradient, found = _backward(
             gradients, flat, layers, inner, all_a, ctx.fixed, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         )
-        return x_gradient.view(x.shape) if x_gradient is not None else None, None, *found
+        return x_gradient.view(ctx.shape) if x_gradient is not None else None, None, *found
 
 
 class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
@@ -123,20 +147,20 @@ class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch 
         fixed: _Fixed,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        product = activate(gate, activation).mul_(up)
+        product, needed = activate(gate, activation).mul_(up), _needed(ctx.needs_input_grad[4:])
         (output,), inner, all_a = _forward(product, _layers(tensors, fixed), fixed)
-        ctx.save_for_backward(gate, up, inner, all_a, *tensors)
+        ctx.save_for_backward(gate, up, inner if needed.inner else None, all_a, *tensors)
         ctx.activation, ctx.fixed = activation, fixed
         return output
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, inner, all_a, *tensors = ctx.saved_tensors
         layers, wanted = _layers(tensors, ctx.fixed), ctx.needs_input_grad
         active = activate(gate, ctx.activation)
-        # Only the gradients of the weight W and of the matrix A need the product.
-        product = active * up if wanted[4] or wanted[6] else active
-        flat = product.reshape(-1, product.shape[-1])
+        product = active * up if _needed(wanted[4:]).x else None
+        flat = product.reshape(-1, product.shape[-1]) if product is not None else None
         needs_product = wanted[0] or wanted[1]
         product_gradient, found = _backward(
             (gradient,), flat, layers, inner, all_a, ctx.fixed, needs_product, wanted[4:]
@@ -200,8 +224,8 @@ def _parts(inner: torch.Tensor | None, layers: Sequence[Projection]) -> list[tor
 
 
 def _backward(
-    gradients: Sequence[torch.Tensor],
-    flat: torch.Tensor,
+    gradients: Sequence[torch.Tensor | None],
+    flat: torch.Tensor | None,
     layers: Sequence[Projection],
     inner: torch.Tensor | None,
     all_a: torch.Tensor | None,
@@ -210,39 +234,51 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Return the gradient (tokens, I) of the input ``flat``, and those of the tensors of ``layers`` in the order of
-    `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted."""
+    `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted. ``flat`` and ``inner`` are None where
+    `_needed` says so, and a gradient is None for an output that is not used."""
     found: list[torch.Tensor | None] = [None] * len(needed)
-    inner_gradient = torch.empty_like(inner) if inner is not None else None
+    needs_a = any(needed[2::TENSORS])
+    inner_gradient = _memory_like_inner(gradients, all_a) if all_a is not None and (needs_x or needs_a) else None
     zipped = zip(gradients, layers, _parts(inner, layers), _parts(inner_gradient, layers), strict=True)
     for number, (gradient, layer, part, part_gradient) in enumerate(zipped):
+        if gradient is None:
+            if part_gradient is not None:
+                part_gradient.zero_()
+            continue
         rows = gradient.reshape(-1, gradient.shape[-1])
         weight, bias, _, b = range(number * TENSORS, (number + 1) * TENSORS)
-        if part is not None and part_gradient is not None and layer.b is not None:
+        if part_gradient is not None and layer.b is not None:
             # With beta=0 the first argument has no effect.
             torch.addmm(part_gradient, rows, layer.b, beta=0, alpha=layer.scaling, out=part_gradient)
-            if needed[b]:
-                found[b] = torch.addmm(layer.b, rows.T, part, beta=0, alpha=layer.scaling)
-        if needed[weight]:
+        if needed[b] and part is not None and layer.b is not None:
+            found[b] = torch.addmm(layer.b, rows.T, part, beta=0, alpha=layer.scaling)
+        if needed[weight] and flat is not None:
             found[weight] = rows.T @ flat
         if needed[bias]:
             found[bias] = rows.sum(0)
     x_gradient = _input_gradient(gradients, layers, inner_gradient, all_a, fixed) if needs_x else None
-    if inner_gradient is None or all_a is None:
-        return x_gradient, found
-    adapted = [number * TENSORS + 2 for number, layer in enumerate(layers) if layer.a is not None]
-    if any(needed[position] for position in adapted):
+    if needs_a and inner_gradient is not None and flat is not None:
         if fixed.dropout is None:
             a_gradient = inner_gradient.T @ flat
         else:
             a_gradient = dropped_gradient_of_a(inner_gradient, flat, fixed.dropout)
+        adapted = [number for number, layer in enumerate(layers) if layer.a is not None]
         ranks = [len(layer.a) for layer in layers if layer.a is not None]
-        for position, part in zip(adapted, a_gradient.split(ranks), strict=True):
-            found[position] = part
+        for number, part in zip(adapted, a_gradient.split(ranks), strict=True):
+            if needed[number * TENSORS + 2] and gradients[number] is not None:
+                found[number * TENSORS + 2] = part
     return x_gradient, found
 
 
+def _memory_like_inner(gradients: Sequence[torch.Tensor | None], all_a: torch.Tensor) -> torch.Tensor:
+    """Return memory for the gradient (tokens, sum of ranks) of the products with the matrices A."""
+    first = next(gradient for gradient in gradients if gradient is not None)
+    rows = first.numel() // first.shape[-1]
+    return torch.empty((rows, len(all_a)), dtype=first.dtype, device=first.device)
+
+
 def _input_gradient(
-    gradients: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
     layers: Sequence[Projection],
     inner_gradient: torch.Tensor | None,
     all_a: torch.Tensor | None,
@@ -256,6 +292,8 @@ def _input_gradient(
         else:
             total = dropped_input_gradient(inner_gradient, all_a, fixed.dropout)
     for gradient, layer in zip(gradients, layers, strict=True):
+        if gradient is None:
+            continue
         rows = gradient.reshape(-1, gradient.shape[-1])
         total = rows @ layer.weight if total is None else total.addmm_(rows, layer.weight)
     return total

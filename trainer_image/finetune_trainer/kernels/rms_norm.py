@@ -1,6 +1,10 @@
 """Root mean square normalization (Zhang and Sennrich, 2019) in one kernel for each direction. The backward pass gets
 the input and one number for each token.
 
+A weight 1 + w takes three kernels forward and four backward, because ATen's kernel takes weights of the type of the
+input only. 1 + w would be rounded to bf16, or the normalized input would be rounded once more than in the code of the
+models, which multiplies in fp32.
+
 `install.py` puts `rms_norm` into the modules whose code computes one of the forms of `Form`.
 """
 
@@ -10,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 ATEN = torch.ops.aten
 
@@ -47,14 +52,15 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no t
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form) -> torch.Tensor:
         scale = weight if form is Form.SCALED else None
         output, reciprocal = ATEN._fused_rms_norm(x, [x.shape[-1]], scale, epsilon)
-        if form is Form.CENTERED:
-            # The sum 1 + w is not rounded to bf16, which would change each weight for the whole training.
-            output = torch.addcmul(output, output, weight)
+        if form is Form.CENTERED and weight is not None:
+            normalized = output if x.dtype == reciprocal.dtype else x * reciprocal
+            torch.mul(normalized, 1 + weight.to(reciprocal.dtype), out=output)
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.form = form
         return output
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, reciprocal = ctx.saved_tensors
         weighed = weight is not None and ctx.needs_input_grad[1]
@@ -62,10 +68,14 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no t
             return *_backward(gradient, x, reciprocal, weight, (ctx.needs_input_grad[0], weighed)), None, None
         # The gradient of the weight does not depend on the weight, so it is the same in both forms.
         weight_gradient = _backward(gradient, x, reciprocal, weight, (False, True))[1] if weighed else None
-        if weight is not None:
-            gradient = torch.addcmul(gradient, gradient, weight)
-        x_gradient, _ = _backward(gradient, x, reciprocal, None, (ctx.needs_input_grad[0], False))
-        return x_gradient, weight_gradient, None, None
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            wide = x
+            if weight is not None:
+                # In fp32, as in the code of the models, so that the gradient is rounded once.
+                wide, gradient = x.to(reciprocal.dtype), gradient * (1 + weight.to(reciprocal.dtype))
+            x_gradient, _ = _backward(gradient, wide, reciprocal, None, (True, False))
+        return x_gradient.to(x.dtype) if x_gradient is not None else None, weight_gradient, None, None
 
 
 def _backward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def plain_rotation(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -20,6 +21,13 @@ def plain_rotation(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) ->
     first, second = turned.chunk(2, dim=-1)
     mixed = turned * cosine + torch.cat((-second, first), dim=-1) * sine
     return torch.cat((mixed.to(x.dtype), rest), dim=-1)
+
+
+def plain_rotations(
+    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `rotate_queries_and_keys` returns, by the formula."""
+    return plain_rotation(query, cosine, sine), plain_rotation(key, cosine, sine)
 
 
 def rotate_queries_and_keys(
@@ -37,6 +45,7 @@ class _Rotation(torch.autograd.Function):  # type: ignore[misc]  # torch has no 
         ctx: Any, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cosine, sine)
+        ctx.set_materialize_grads(False)
         both = side_by_side(query, key)
         if both is None:
             return _turned(query, cosine, sine, back=False), _turned(key, cosine, sine, back=False)
@@ -45,15 +54,20 @@ class _Rotation(torch.autograd.Function):  # type: ignore[misc]  # torch has no 
         return alias(turned[:, :heads]), alias(turned[:, heads:])
 
     @staticmethod
-    def backward(ctx: Any, query_gradient: torch.Tensor, key_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
+    def backward(
+        ctx: Any, query_gradient: torch.Tensor | None, key_gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         cosine, sine = ctx.saved_tensors
-        both = side_by_side(query_gradient, key_gradient)
-        if both is not None:
+        both = None
+        if query_gradient is not None and key_gradient is not None:
+            both = side_by_side(query_gradient, key_gradient)
+        if both is not None and query_gradient is not None:
             turned = _turned(both, cosine, sine, back=True)
             heads = query_gradient.shape[1]
             return turned[:, :heads], turned[:, heads:], None, None
         gradients = (
-            _turned(gradient, cosine, sine, back=True) if wanted else None
+            _turned(gradient, cosine, sine, back=True) if wanted and gradient is not None else None
             for gradient, wanted in zip((query_gradient, key_gradient), ctx.needs_input_grad, strict=False)
         )
         return *gradients, None, None
@@ -82,8 +96,10 @@ def _turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: 
 def side_by_side(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
     """Return one tensor over the memory of ``first`` (B, H1, T, F) and ``second`` (B, H2, T, F), with the shape
     (B, H1 + H2, T, F). Return None where the heads of ``second`` do not follow those of ``first`` in memory."""
+    others = [(tensor.shape[0], *tensor.shape[2:]) for tensor in (first, second)]
     if (
-        first.untyped_storage()._cdata != second.untyped_storage()._cdata
+        others[0] != others[1]
+        or first.untyped_storage()._cdata != second.untyped_storage()._cdata
         or first.stride() != second.stride()
         or first.dtype != second.dtype
         or second.storage_offset() - first.storage_offset() != first.shape[1] * first.stride(1)

@@ -1,8 +1,15 @@
 """Decides from facts about driver, torch and GPUs whether a rank can start, and says what to change where it can't.
 
-A refusal is final where another attempt would end in the same way, and is retried where another node may do the work.
 `read_device_facts` reads the facts, and `start_refusal` is a pure function of them. A rank calls both before it joins
 the other ranks, once torch is imported.
+
+A refusal is final where the job admits nodes that can't compute it: because of the image, the driver or the kind of a
+GPU. The job chooses its nodes with `resources.gpuProduct` and `podTemplate.nodeSelector`. A refusal because of one of
+them is final also where other nodes of the cluster would do. Otherwise the scheduler would decide at each attempt
+whether the job can start, and an attempt with two nodes would need luck twice.
+
+A refusal is retried where a node is not what it is said to be: it shows no driver, fewer GPUs than the pod was given,
+or one GPU twice. Another node, or this one after a repair, may do the same work.
 
 Nothing in the product calls this module yet.
 """
@@ -15,9 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from finetune_core.api.training import Precision
 from finetune_core.contract import WorldConfig
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +51,11 @@ class Gpu:
     uuid: str
     """Differs between all GPUs, and between all MIG instances."""
 
+    @property
+    def description(self) -> str:
+        """Name and compute capability as part of a sentence: `NVIDIA H200 (compute capability 9.0)`."""
+        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+
 
 @dataclass(frozen=True)
 class DeviceFacts:
@@ -57,6 +70,8 @@ class DeviceFacts:
     """The architectures that torch has kernels for: `sm_90`, or `compute_90` for code that the driver compiles."""
     gpus: Sequence[Gpu]
     """The GPUs that this process sees, in the order of their numbers."""
+    problem: str = ""
+    """What CUDA says, on one line, where it can't show the GPUs: `system not yet initialized`. Empty where it can."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class StartRefusal:
     problem: str
     """What is wrong with the subject, and what to change."""
     final: bool
-    """Whether another attempt would end in the same way."""
+    """Whether the job has to be changed before an attempt can succeed. See the docstring of this module."""
 
     def raise_it(self) -> NoReturn:
         """Raise UserError, which ends the job, where the refusal is final. Otherwise raise OutsideFailure, after which
@@ -78,9 +93,13 @@ class StartRefusal:
         raise OutsideFailure(f"{self.subject}: {self.problem}")
 
 
-def start_refusal(facts: DeviceFacts, world: WorldConfig, *, precision: str) -> StartRefusal | None:
+def start_refusal(facts: DeviceFacts, world: WorldConfig, *, precision: Precision) -> StartRefusal | None:
     """Return why this pod's ranks can't compute on the GPUs of ``facts``, None where they can or where the job computes
-    on CPUs. ``precision`` is `training.precision`."""
+    on CPUs. ``precision`` is `training.precision`.
+
+    The ranks of a pod use the first `processes_per_node` GPUs that they see. What other GPUs the pod sees does not
+    matter.
+    """
     if world.device == "CPU":
         return None
     if facts.torch_cuda is None:
@@ -89,10 +108,11 @@ def start_refusal(facts: DeviceFacts, world: WorldConfig, *, precision: str) -> 
     if facts.driver_version is None:
         problem = "the pod has none: look at the device plugin, the container toolkit and the runtime class of the node"
         return StartRefusal("NVIDIA driver", problem, final=False)
+    used = facts.gpus[: world.processes_per_node]
     return (
         _driver_refusal(facts.driver_version, facts.torch_cuda)
-        or _number_refusal(facts.gpus, world.processes_per_node)
-        or _generation_refusal(facts, precision)
+        or _number_refusal(used, world.processes_per_node, facts.problem)
+        or _generation_refusal(used, facts.architectures, precision)
     )
 
 
@@ -112,29 +132,33 @@ def _driver_refusal(driver_version: int, torch_cuda: str) -> StartRefusal | None
     )
 
 
-def _number_refusal(gpus: Sequence[Gpu], needed: int) -> StartRefusal | None:
-    if len(gpus) < needed:
-        problem = f"this pod needs {needed} of them and sees {len(gpus)}: look at the node's device plugin and GPUs"
+def _number_refusal(used: Sequence[Gpu], needed: int, told: str) -> StartRefusal | None:
+    if len(used) < needed:
+        cause = f" (CUDA says: {told})" if told else ""
+        problem = (
+            f"this pod needs {needed} of them and sees {len(used)}{cause}: look at the GPUs and the device plugin of"
+            " the node"
+        )
         return StartRefusal("GPUs", problem, final=False)
-    used = gpus[:needed]
     if len({gpu.uuid for gpu in used}) < len(used):
         problem = "each process needs a GPU of its own, and this pod got one GPU more than once: NCCL can't share a GPU"
         return StartRefusal("GPUs", problem, final=False)
     return None
 
 
-def _generation_refusal(facts: DeviceFacts, precision: str) -> StartRefusal | None:
-    for gpu in facts.gpus:
-        generation = f"{gpu.name} (compute capability {gpu.capability[0]}.{gpu.capability[1]})"
-        if not has_kernels(gpu.capability, facts.architectures):
-            known = " ".join(facts.architectures)
-            problem = f"must name GPUs that torch has kernels for ({known}): this node has {generation}"
+def _generation_refusal(used: Sequence[Gpu], architectures: Sequence[str], precision: Precision) -> StartRefusal | None:
+    for gpu in used:
+        if not has_kernels(gpu.capability, architectures):
+            known = " ".join(architectures)
+            problem = f"must name GPUs that torch has kernels for ({known}): this node has {gpu.description}"
             return StartRefusal("resources.gpuProduct", problem, final=True)
+    for gpu in used:
         if precision == "bf16" and gpu.capability < BFLOAT16_CAPABILITY:
             return StartRefusal(
                 "training.precision",
-                f"must be fp32 on {generation}, because bf16 needs compute capability 8.0 (Ampere) or newer; or choose"
-                " other GPUs with resources.gpuProduct",
+                f"must be fp32 on {gpu.description}, because bf16 needs compute capability"
+                f" {BFLOAT16_CAPABILITY[0]}.{BFLOAT16_CAPABILITY[1]} (Ampere) or newer, and there is no fp16; or name"
+                " newer GPUs in resources.gpuProduct",
                 final=True,
             )
     return None
@@ -175,25 +199,32 @@ def device_to_bind(device: torch.device, world_size: int) -> torch.device | None
 
 
 def read_device_facts() -> DeviceFacts:
-    """Return the facts about driver, torch and GPUs of this process."""
+    """Return the facts about driver, torch and GPUs of this process. An error of CUDA, such as that of a GPU that fell
+    off the bus, is one of the facts."""
     import torch
 
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = []
-    for index in range(visible):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(Gpu(properties.name, (properties.major, properties.minor), str(properties.uuid)))
-    return DeviceFacts(driver_version(), torch.version.cuda, tuple(torch.cuda.get_arch_list()), tuple(gpus))
+    gpus: list[Gpu] = []
+    problem = ""
+    if torch.version.cuda is not None:
+        try:
+            torch.cuda.init()
+            for index in range(torch.cuda.device_count()):
+                properties = torch.cuda.get_device_properties(index)
+                gpus.append(Gpu(properties.name, (properties.major, properties.minor), str(properties.uuid)))
+        except RuntimeError as error:
+            problem = first_line(error)
+    return DeviceFacts(driver_version(), torch.version.cuda, tuple(torch.cuda.get_arch_list()), tuple(gpus), problem)
 
 
 def driver_version(library: str = _DRIVER_LIBRARY) -> int | None:
     """Return the newest version of CUDA that the driver supports, for example 12080, None without a driver. The driver
     answers this before CUDA is initialised, and torch has no function for it."""
     try:
-        driver = ctypes.CDLL(library)
-    except OSError:
+        ask = ctypes.CDLL(library).cuDriverGetVersion
+    except (OSError, AttributeError):
+        # There is no such library, or it is not that of a driver.
         return None
     version = ctypes.c_int(0)
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0 or version.value <= 0:
+    if ask(ctypes.byref(version)) != 0 or version.value <= 0:
         return None
     return version.value

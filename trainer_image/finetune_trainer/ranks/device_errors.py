@@ -186,13 +186,6 @@ _LITERALS = tuple(
     for literals in sources.values()
     for literal in literals
 )
-SIGNAL_FAULTS: Mapping[int, DeviceFault] = {
-    signal.SIGABRT: DeviceFault.PEER_LEFT,
-    signal.SIGBUS: DeviceFault.WRONG_SETUP,
-}
-"""Faults by the signal that ended a worker process which computes on a GPU and left no outcome. NCCL's watchdog thread
-in torch ends the process with SIGABRT after the loss of a peer, so that no Python code runs. The kernel sends SIGBUS
-when a process writes to a full /dev/shm."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +215,18 @@ def diagnose(text: str, *, limit: int = 300) -> Diagnosis:
     # A line may be longer than the whole cause. What stands before the text that names the fault is then left out.
     named = mark.line if mark.end <= limit // 2 else mark.line[mark.start :]
     return Diagnosis(mark.fault, known=True, cause=_joined(lines[:1], [named, *behind], limit))
+
+
+def fault_of_signal(number: int, *, ranks: int) -> DeviceFault:
+    """Return the fault of a worker process of a training with ``ranks`` ranks, which computes on a GPU, was ended by
+    the signal ``number`` and left no outcome.
+
+    NCCL's watchdog thread in torch ends the process with SIGABRT after the loss of a peer, so that no Python code runs.
+    A single rank has no peer. The kernel sends SIGBUS when a process writes to a full /dev/shm.
+    """
+    if number == signal.SIGABRT and ranks > 1:
+        return DeviceFault.PEER_LEFT
+    return DeviceFault.WRONG_SETUP if number == signal.SIGBUS else DeviceFault.CRASH
 
 
 class _Mark(NamedTuple):

@@ -16,6 +16,7 @@ from finetune_trainer.data.dataset import LengthLimit, Refusal, RowOutcome, rend
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions, renderer
+from finetune_trainer.data.prepared.conversation_batches import BatchChatTemplate
 from finetune_trainer.data.prepared.piece_batches import AheadText, BatchPieceTokenizer
 from finetune_trainer.data.prepared.recorded_kinds import Kind, RecordedKinds
 
@@ -97,8 +98,11 @@ class ChunkRenderer:
         renderer(dataset.format, tokenize, limit.tokens)
         self._texts_of = _ahead_texts(dataset.format)
 
-    def __call__(self, rows: Sequence[Row], known: Set[Kind]) -> PackedOutcomes:
+    def __call__(
+        self, rows: Sequence[Row], known: Set[Kind], alive: Callable[[], None] = lambda: None
+    ) -> PackedOutcomes:
         """Return what ``rows`` become. ``known`` are the kinds of fields that the chat template is known to render.
+        ``alive`` is called for each row.
 
         The files and numbers of the rows are not used.
         """
@@ -108,7 +112,14 @@ class ChunkRenderer:
         packed = PackedOutcomes()
         if isinstance(pieces, BatchPieceTokenizer) and self._texts_of is not None:
             pieces.encode_ahead([text for row in rows if row.problem is None for text in self._texts_of(row.fields)])
-        for row in rows:
+        chat, form = self._tokenize.chat, self._dataset.format.messages
+        first_unexpected = 0
+        for number, row in enumerate(rows):
+            if isinstance(chat, BatchChatTemplate) and form is not None and number == first_unexpected:
+                first_unexpected += chat.rows_at_once
+                group = rows[number:first_unexpected]
+                chat.expect([each.fields for each in group if each.problem is None], form)
+            alive()
             try:
                 outcome: RowOutcome = render_row(row, self._dataset, render, self._limit)
             except UserError as error:
@@ -118,6 +129,8 @@ class ChunkRenderer:
                 break
         if isinstance(pieces, BatchPieceTokenizer):
             pieces.forget()
+        if isinstance(chat, BatchChatTemplate):
+            chat.forget()
         packed.found, packed.failed = kinds.found, kinds.failed
         return packed
 

@@ -2,33 +2,33 @@
 `prepared_rows.py` turns chunks of rows into examples with it.
 
 The processes are forked because everything that they need, such as a tokenizer, is in memory already, so that each is
-there in milliseconds and takes little memory of its own. As `chat/template_process.py`, which forks too, they use no
-torch and no thread of the first process. Each process has one piece of work at a time, and waits for the next one. So a
-process that sends a long result never meets one that sends long work.
+there in milliseconds and takes little memory of its own (`forked_process.py`). Each process has one piece of work at a
+time, and waits for the next one. So a process that sends a long result never meets one that sends long work.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import multiprocessing
 import os
 import signal
-import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from finetune_trainer.pod.errors import OutsideFailure, StopAgreed, first_line
+from finetune_trainer.pod.forked_process import ForkedProcess
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+SignOfLife = Callable[[], None]
+"""A function that shows the first process that the work goes on."""
 
 IN_FLIGHT = 2
 """How many pieces of work for each process may be begun and not yet returned. A slow piece holds all later results
@@ -37,7 +37,12 @@ LOOK_SECONDS = 0.2
 """Longest time between two looks at whether the work shall stop."""
 FINISH_SECONDS = 5.0
 """How long a process that has no work may take to end by itself, before it is ended."""
-_PR_SET_PDEATHSIG = 1
+SIGN_SECONDS = 1.0
+"""Shortest time between two signs of life of a process that works."""
+PATIENCE_SECONDS = 600.0
+"""Longest time without a sign of life of a process that works. A process that makes examples gives one for each row,
+and a row is a matter of milliseconds. The limit is twice that of `template_process.py`, so that a chat template whose
+process stands still is named as the cause."""
 
 
 class WorkerProcessError(RuntimeError):
@@ -45,6 +50,7 @@ class WorkerProcessError(RuntimeError):
 
 
 class _Kind(Enum):
+    ALIVE = "Nothing, because the work goes on."
     RESULT = "What the work returned."
     OUTSIDE = "The message of an OutsideFailure."
     MEMORY = "Nothing, because the work had no memory left."
@@ -54,10 +60,13 @@ class _Kind(Enum):
 class ChunkWorkers(Generic[Item, Result]):
     """Several processes that do one kind of work. A `with` block around them ends all processes at its end."""
 
-    def __init__(self, count: int, work: Callable[[Any], Result], finish: Callable[[], None] = lambda: None) -> None:
-        """Fork ``count`` processes, which must be at least 1. ``work`` is called in them with values that can be
-        pickled, and so must be its results. ``finish`` is called in a process before it ends, unless it is ended while
-        it works. Raises OutsideFailure if no process can be started."""
+    def __init__(
+        self, count: int, work: Callable[[Any, SignOfLife], Result], finish: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fork ``count`` processes, which must be at least 1. ``work`` is called in them with a value that can be
+        pickled, and so must be its result, and with a function ``alive``. Work that may take longer than
+        PATIENCE_SECONDS calls ``alive`` again and again. ``finish`` is called in a process before it ends, unless it is
+        ended while it works. Raises OutsideFailure if no process can be started."""
         self._workers: list[_Worker] = []
         try:
             for number in range(1, count + 1):
@@ -100,8 +109,9 @@ class ChunkWorkers(Generic[Item, Result]):
         are taken from ``items`` before their results are yielded.
 
         Raises StopAgreed when ``stop`` returns True, MemoryError or OutsideFailure if the work raises one, MemoryError
-        if the kernel killed a process, and WorkerProcessError if the work raises any other error or a process ends in
-        another way. Errors of ``items`` and ``work_of`` are raised as they are.
+        if the kernel killed a process, OutsideFailure if a process gives no sign of life for PATIENCE_SECONDS, and
+        WorkerProcessError if the work raises any other error or a process ends in another way. Errors of ``items`` and
+        ``work_of`` are raised as they are.
         """
         source = iter(items)
         idle = deque(self._workers)
@@ -129,9 +139,14 @@ class ChunkWorkers(Generic[Item, Result]):
                 return
             for connection in wait(list(busy), LOOK_SECONDS):
                 assert isinstance(connection, Connection)
-                worker, number = busy.pop(connection)
-                done[number] = worker.result()
-                idle.append(worker)
+                worker, number = busy[connection]
+                kind, result = worker.answer()
+                if kind is _Kind.RESULT:
+                    done[number] = result
+                    del busy[connection]
+                    idle.append(worker)
+            for worker, _ in busy.values():
+                worker.check()
             if stop():
                 raise StopAgreed
 
@@ -140,42 +155,55 @@ class _Worker:
     """A forked process that does one piece of work after the other."""
 
     def __init__(
-        self, work: Callable[[Any], Any], finish: Callable[[], None], name: str, others: list[Connection]
+        self, work: Callable[[Any, SignOfLife], Any], finish: Callable[[], None], name: str, others: list[Connection]
     ) -> None:
         """Fork this process. ``name`` is the name of the process in messages, and ``others`` are connections of this
         process that the new process must not hold open."""
-        self.asking, answering = multiprocessing.Pipe()
-        self._name, self._parent = name, os.getpid()
-        self._is_busy = self._is_ended = False
-        self.process = os.fork()
-        if self.process == 0:
-            for connection in (self.asking, *others):
-                connection.close()
-            _run(work, finish, answering, self._parent)
-        answering.close()
+        self._name = name
+        self._is_busy = False
+        self._heard = 0.0
+        """When this process last heard of the other one, on the monotonic clock."""
+        self._forked = ForkedProcess(partial(_work, work, finish), patience=PATIENCE_SECONDS, not_for_it=others)
+        self.process, self.asking = self._forked.id, self._forked.connection
 
     def begin(self, argument: Any) -> None:
         """Let the process work on ``argument``."""
-        self._is_busy = True
+        self._is_busy, self._heard = True, time.monotonic()
         try:
             self.asking.send((argument,))
+        except BlockingIOError:
+            raise self._stands_still() from None
         except OSError:
             raise self._ended_error() from None
 
-    def result(self) -> Any:
-        """Return the result of the work that was begun last."""
+    def answer(self) -> tuple[_Kind, Any]:
+        """Return the next answer: a sign of life, or the result of the work that was begun last."""
         try:
             kind, value = self.asking.recv()
+        except BlockingIOError:
+            raise self._stands_still() from None
         except (EOFError, OSError):
             raise self._ended_error() from None
+        self._heard = time.monotonic()
+        if kind is _Kind.ALIVE:
+            return kind, None
         self._is_busy = False
         if kind is _Kind.RESULT:
-            return value
+            return kind, value
         if kind is _Kind.MEMORY:
             raise MemoryError
         if kind is _Kind.OUTSIDE:
             raise OutsideFailure(value)
         raise WorkerProcessError(f"process {self._name} that tokenises the rows failed: {value}")
+
+    def check(self) -> None:
+        """Raise OutsideFailure if the process works and has given no sign of life for too long."""
+        if self._is_busy and time.monotonic() - self._heard > PATIENCE_SECONDS and not self.asking.poll():
+            raise self._stands_still()
+
+    def _stands_still(self) -> OutsideFailure:
+        self.end()
+        return OutsideFailure(f"process {self._name} that tokenises the rows stood still for {PATIENCE_SECONDS:.0f} s")
 
     def _ended_error(self) -> Exception:
         status = self.end()
@@ -188,60 +216,43 @@ class _Worker:
 
     def dismiss(self) -> None:
         """Tell the process to end by itself, if it does not work."""
-        if not self._is_busy and not self._is_ended:
+        if not self._is_busy:
             with contextlib.suppress(OSError):
                 self.asking.send(())
 
     def end(self) -> int:
         """End the process if it still runs, and return its status (man 2 wait). A process that was dismissed gets some
         time to end by itself."""
-        if self._is_ended or os.getpid() != self._parent:
-            return 0
-        self._is_ended = True
-        if not self._is_busy:
-            self.asking.poll(FINISH_SECONDS)  # the process closes its end of the connection
-        self.asking.close()
-        ended, status = os.waitpid(self.process, os.WNOHANG)
-        if not ended:
-            # The signal does not change the status of a process that is ending by itself.
-            os.kill(self.process, signal.SIGKILL)
-            _, status = os.waitpid(self.process, 0)
-        return status
+        return self._forked.end(0.0 if self._is_busy else FINISH_SECONDS)
 
 
-def _run(work: Callable[[Any], Any], finish: Callable[[], None], asked: Connection, parent: int) -> NoReturn:
-    """Work in the forked process until the first process dismisses it or closes the connection. The forked process ends
-    without Python's cleanup, which would clean up what belongs to the first process."""
-    try:
-        _end_with(parent)
-        # The first process only notes a SIGTERM, and its handlers were inherited. It also ends this process itself.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        # A search for garbage among the objects of the first process would copy their memory.
-        gc.freeze()
-        with contextlib.suppress(EOFError, OSError):
-            while argument := asked.recv():
-                asked.send_bytes(_answer(work, *argument))
-        finish()
-    finally:
-        os._exit(0)
+def _work(work: Callable[[Any, SignOfLife], Any], finish: Callable[[], None], asked: Connection) -> None:
+    """Work in the forked process until the first process dismisses it or closes the connection."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    alive = _SignsOfLife(asked)
+    with contextlib.suppress(EOFError, OSError):
+        while arguments := asked.recv():
+            asked.send_bytes(_answer(partial(_worked, work, arguments[0], alive)))
+    finish()
 
 
-def _end_with(parent: int) -> None:
-    """Let the kernel end this process when the thread that forked it ends, for whatever reason (man 2 prctl)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
+class _SignsOfLife:
+    """Sends a sign of life to the first process, but not more often than is useful."""
+
+    def __init__(self, asked: Connection) -> None:
+        self._asked, self._sent = asked, time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._sent > SIGN_SECONDS:
+            self._sent = now
+            self._asked.send((_Kind.ALIVE, None))
 
 
-def _answer(work: Callable[[Any], Any], argument: Any) -> bytes:
+def _answer(worked: Callable[[], tuple[_Kind, Any]]) -> bytes:
     """Return what the first process gets, in the form of `Connection.send`: the kind of the answer, and its value."""
-    kind, value = _worked(work, argument)
     try:
-        return bytes(ForkingPickler.dumps((kind, value)))
+        return bytes(ForkingPickler.dumps(worked()))
     except MemoryError:
         return bytes(ForkingPickler.dumps((_Kind.MEMORY, None)))
     except Exception:  # noqa: BLE001  (a value can make multiprocessing raise anything)
@@ -249,9 +260,9 @@ def _answer(work: Callable[[Any], Any], argument: Any) -> bytes:
         return bytes(ForkingPickler.dumps((_Kind.FAILED, "its result can't be sent")))
 
 
-def _worked(work: Callable[[Any], Any], argument: Any) -> tuple[_Kind, Any]:
+def _worked(work: Callable[[Any, SignOfLife], Any], argument: Any, alive: SignOfLife) -> tuple[_Kind, Any]:
     try:
-        return _Kind.RESULT, work(argument)
+        return _Kind.RESULT, work(argument, alive)
     except MemoryError:
         return _Kind.MEMORY, None
     except OutsideFailure as error:

@@ -20,8 +20,9 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_trainer.data.dataset import LengthLimit
 from finetune_trainer.data.reader import data_files
 
-CODE = ((finetune_trainer, "data"), (finetune_core, ""))
-"""The folders with the code that decides what a row becomes, each as a package and a folder in it."""
+CODE = ((finetune_trainer, "data"), (finetune_trainer, "pod"), (finetune_core, ""))
+"""The folders with the code that decides what a row becomes and what a notice says of it, each as a package and a
+folder in it."""
 CHUNK_BYTES = 4 << 20
 
 
@@ -39,16 +40,19 @@ def example_identity(
     ends: Sequence[int],
     today: date | None,
 ) -> str | None:
-    """Return the identity of the examples that `prepare_rows` makes, in hexadecimal, or None if it can't be known, as
-    with a tokenizer that is written in Python.
+    """Return the identity of the examples that `prepare_rows` makes, in hexadecimal, or None if it can't be known: with
+    a tokenizer that is written in Python, and where rows may show the date and ``today`` is None.
 
     ``path`` is the data source on this machine, whose files are read as a whole, and ``columns`` are the columns that
     are read of it. ``added_tokens``, ``ends`` and ``today`` are the arguments of `tokenize_functions`, and the other
-    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Where ``today`` is None,
-    that is the date of the day on which the template runs. Raises OSError if a file can't be read.
+    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Raises OSError if a file
+    can't be read.
     """
     if not tokenizer.is_fast:
         return None
+    shows_the_date = _shows_the_date(dataset, tokenizer)
+    if shows_the_date and today is None:
+        return None  # the template shows the date of the moment at which a row is rendered
     form = dataset.model_dump(mode="json", include={"format", "bad_rows", "long_rows"})
     files = data_files(path)
     decided_by = {
@@ -61,7 +65,7 @@ def example_identity(
         "tokenizer": tokenizer_identity(tokenizer),
         "added_tokens": list(added_tokens),
         "ends": list(ends),
-        "today": (today or date.today()).isoformat() if _shows_the_date(dataset, tokenizer) else "",
+        "today": today.isoformat() if shows_the_date and today is not None else "",
         "code": code_identity(),
     }
     return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()

@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from transformers import PreTrainedTokenizerBase
 
 from finetune_core.row_templates import Piece
 from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prepared.batch_encoding import EncodedText, calls_the_library, encoded
 from finetune_trainer.pod.errors import first_line, library_boundary
 
 PLACELESS = frozenset(
@@ -34,6 +35,10 @@ PLACELESS = frozenset(
 )
 """Pre-tokenizers of the tokenizers library that do the same to a part of a text wherever the part stands in the text.
 Metaspace is one too, unless it treats the beginning of the text in another way."""
+
+WINDOW_IDS = 1_000_000
+"""Once so many ids of whole texts are kept, they are forgotten. The texts of a conversation contain each other, so
+thousands of them would fill the memory."""
 
 
 class AheadText(NamedTuple):
@@ -56,8 +61,10 @@ class BatchPieceTokenizer(PieceTokenizer):
     ) -> None:
         """Take the arguments of `PieceTokenizer`."""
         super().__init__(tokenizer, added_tokens, ends)
-        self._ahead: dict[AheadText, tuple[list[int], list[int]]] = {}
-        """The ids of texts, and the masks in which 1 stands for a token that the tokenizer itself put around a text."""
+        self._ahead: dict[AheadText, EncodedText] = {}
+        self._window: dict[str, EncodedText] = {}
+        """The ids of texts for `follow`."""
+        self._window_ids = 0
         self._parts = _Parts(tokenizer) if are_parts_independent(tokenizer) else None
         self.calls = 0
         """How many texts were tokenised in the way of `PieceTokenizer`, each with a call of its own."""
@@ -73,15 +80,30 @@ class BatchPieceTokenizer(PieceTokenizer):
                 continue
             try:
                 with library_boundary(lambda error: _BatchError(first_line(error))):
-                    found = self._tokenizer([text.text for text in batch], add_special_tokens=begins).encodings
-                    made = [(encoding.ids, encoding.special_tokens_mask) for encoding in found]
+                    made = encoded(self._tokenizer, [text.text for text in batch], specials=begins)
             except _BatchError:
                 return
             self._ahead.update(zip(batch, made, strict=True))
 
+    def follow_ahead(self, texts: Sequence[str]) -> None:
+        """Tokenise ``texts``, in which each control token is meant as a token and which follow other text, with one
+        call of the tokenizer at most. Where the tokenizer fails for one of the texts, no ids are kept."""
+        if not self._tokenizer.is_fast:
+            return
+        with contextlib.suppress(_BatchError), library_boundary(lambda error: _BatchError(first_line(error))):
+            if self._parts is not None:
+                self._parts.encode(texts)
+                return
+            made = encoded(self._tokenizer, texts, specials=False)
+            if self._window_ids > WINDOW_IDS:
+                self._window, self._window_ids = {}, 0
+            self._window.update(zip(texts, made, strict=True))
+            self._window_ids += sum(len(each.ids) for each in made)
+
     def forget(self) -> None:
         """Forget all texts whose ids are known."""
         self._ahead.clear()
+        self._window, self._window_ids = {}, 0
         if self._parts is not None:
             self._parts.known.clear()
 
@@ -89,9 +111,9 @@ class BatchPieceTokenizer(PieceTokenizer):
         text = "".join(piece.text for piece in pieces)
         # In a text without a piece of a row, every control token is meant as a token.
         is_own = not any(piece.from_row for piece in pieces)
-        known = self._ahead.get(AheadText(text, specials))
-        if known is not None and (is_own or self._tokens.keys().isdisjoint(known[0])):
-            return *known, ()
+        known = self._ahead.get(AheadText(text, specials)) or (self._window.get(text) if not specials else None)
+        if known is not None and (is_own or self._tokens.keys().isdisjoint(known.ids)):
+            return known.ids, known.mask, ()
         if self._parts is not None and is_own and not specials:
             # Where a part can't be tokenised, the whole text shows the error.
             with contextlib.suppress(_BatchError), library_boundary(lambda error: _BatchError(first_line(error))):
@@ -116,19 +138,27 @@ class _Parts:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of ``text``, to which no special tokens are added."""
-        parts = [part for part in self._cut.split(text) if part]
-        missing = list(dict.fromkeys(part for part in parts if part not in self._tokens and part not in self.known))
-        if missing:
-            encodings = self._tokenizer(missing, add_special_tokens=False).encodings
-            self.known.update((part, encoding.ids) for part, encoding in zip(missing, encodings, strict=True))
         ids: list[int] = []
-        for part in parts:
+        for part in self.encode([text])[0]:
             number = self._tokens.get(part)
             if number is None:
                 ids += self.known[part]
             else:
                 ids.append(number)
         return ids
+
+    def encode(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the parts of each of ``texts``, after those whose ids are not known were tokenised with one call."""
+        parts = [[part for part in self._cut.split(text) if part] for text in texts]
+        missing = list(
+            dict.fromkeys(
+                part for each in parts for part in each if part not in self._tokens and part not in self.known
+            )
+        )
+        if missing:
+            made = encoded(self._tokenizer, missing, specials=False)
+            self.known.update((part, each.ids) for part, each in zip(missing, made, strict=True))
+        return parts
 
 
 def are_parts_independent(tokenizer: Any) -> bool:
@@ -140,10 +170,8 @@ def are_parts_independent(tokenizer: Any) -> bool:
     ids are independent if the tokens are looked for in the text as it is, take no white space beside them, and if no
     pre-tokenizer looks at the place of a part.
     """
-    if not isinstance(tokenizer, TokenizersBackend):
+    if not calls_the_library(tokenizer):
         return False
-    if type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
-        return False  # the class changes texts before it tokenises them
     if tokenizer.split_special_tokens:
         return False  # the tokens are ordinary text
     stored = json.loads(tokenizer.backend_tokenizer.to_str())

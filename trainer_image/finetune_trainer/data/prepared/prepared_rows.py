@@ -25,7 +25,7 @@ from finetune_trainer.data.examples import Example, ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.prepared.chunk_outcomes import ChunkRenderer, PackedOutcomes
-from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers
+from finetune_trainer.data.prepared.chunk_workers import ChunkWorkers, SignOfLife
 from finetune_trainer.data.prepared.recorded_kinds import Kind
 from finetune_trainer.data.reader import content_bytes
 from finetune_trainer.data.spooled_numbers import SpooledNumbers
@@ -179,8 +179,8 @@ class _Work:
     def _asked(self, chunk: Chunk) -> tuple[list[Row], Set[Kind]]:
         return chunk.rows, frozenset(self._known)
 
-    def _in_worker(self, asked: tuple[list[Row], Set[Kind]]) -> PackedOutcomes:
-        return self._render(*asked)
+    def _in_worker(self, asked: tuple[list[Row], Set[Kind]], alive: SignOfLife) -> PackedOutcomes:
+        return self._render(*asked, alive)
 
     def _exact(self, chunk: Chunk, packed: PackedOutcomes) -> PackedOutcomes:
         """Return ``packed`` if the chunk would become the same with all kinds that are known now, or else what it
