@@ -58,6 +58,7 @@ CHANGES = {
     ("deepseek-v3", "n_group", 3): "n_group must divide n_routed_experts (4) into groups of at least 2",
     ("deepseek-v3", "n_group", 4): "n_group must divide n_routed_experts (4) into groups of at least 2",
     ("ernie-4.5-moe", "moe_k", 5): "moe_k must be between 1 and moe_num_experts (4), and is 5",
+    ("hunyuan-moe", "moe_topk", (2, 5)): "moe_topk must be between 1 and num_experts (4), and is [2, 5]",
     ("dbrx", "ffn_config", (("moe_top_k", 5),)): "moe_top_k must be between 1 and moe_num_experts (4), and is 5",
 }
 
@@ -68,11 +69,20 @@ def test_a_router_that_cannot_choose_is_named(family: str, field: str, value: An
     load_configuration(tmp_path, "model")
     path = tmp_path / "config.json"
     document = json.loads(path.read_text())
-    document[field] = document[field] | dict(value) if isinstance(value, tuple) else value
+    given = list(value) if field == "moe_topk" else value
+    document[field] = document[field] | dict(value) if field == "ffn_config" else given
     path.write_text(json.dumps(document))
     with pytest.raises(UserError) as caught:
         load_configuration(tmp_path, "model")
     assert CHANGES[family, field, value] in str(caught.value)
+
+
+def test_a_number_of_experts_for_each_layer_is_accepted(tmp_path: Path) -> None:
+    write_family("hunyuan-moe", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"moe_topk": [2, 1]}))
+    model = load_base(tmp_path, torch.float32)
+    assert model(torch.tensor([[3, 4, 5]])).logits.shape[:2] == (1, 3)
 
 
 def test_the_message_names_the_number_of_experts_as_the_file_does(tmp_path: Path) -> None:

@@ -186,7 +186,9 @@ def _check_routing(config: Any, document: str, field: str) -> None:
             raise UserError(field, f"its config.json can't be used: {problem}")
     for chosen, (limit, source) in limits.items():
         value = fields.get(chosen)
-        if value is not None and not (type(value) is int and 1 <= value <= limit):
+        # Hunyuan's models may have a number for each layer.
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(number) is int and 1 <= number <= limit for number in numbers):
             problem = f"{written(chosen)} must be between 1 and {written(source)} ({limit}), and is {str(value)[:40]}"
             raise UserError(field, f"its config.json can't be used: {problem}")
 
