@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -83,6 +86,28 @@ def test_a_number_of_experts_for_each_layer_is_accepted(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"moe_topk": [2, 1]}))
     model = load_base(tmp_path, torch.float32)
     assert model(torch.tensor([[3, 4, 5]])).logits.shape[:2] == (1, 3)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+FIELDS = [*CHOSEN_EXPERTS, *EXPERTS, *EXPERT_GROUPS, "topk_group", "zero_expert_num", "text_config", "ffn_config"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "longcat_flash", "dbrx", "llama"])
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON | st.integers(0, 9), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_any_numbers_of_experts_are_a_configuration_or_a_sentence(kind: str, values: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind} | values))
+        problem = ""
+        try:
+            load_configuration(Path(folder), "model")
+        except UserError as error:
+            problem = str(error)
+        assert problem == "" or problem.startswith("model: "), problem
 
 
 def test_the_message_names_the_number_of_experts_as_the_file_does(tmp_path: Path) -> None:
