@@ -144,7 +144,8 @@ def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: E
 
 def _vocabulary(base: Path) -> int:
     """Return the number of tokens that `config.json` of the base model names; 0 where it names none."""
-    config = json.loads((base / CONFIG_FILE).read_text())
+    file = base / CONFIG_FILE
+    config = json.loads(file.read_text()) if file.is_file() else {}
     sizes = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
     return max((size for size in sizes if isinstance(size, int)), default=0)
 
