@@ -52,11 +52,7 @@ def test_the_tables_have_every_field_about_routing(kind: str) -> None:
 
 CHANGES = {
     ("mixtral", "num_experts_per_tok", 5): "num_experts_per_tok must be between 1 and num_local_experts (4), and is 5",
-    (
-        "qwen3-moe",
-        "num_experts_per_tok",
-        0,
-    ): "num_experts_per_tok must be between 1 and num_local_experts (4), and is 0",
+    ("qwen3-moe", "num_experts_per_tok", 0): "num_experts_per_tok must be between 1 and num_local_experts (4)",
     ("deepseek-v3", "num_experts_per_tok", 9): "num_experts_per_tok must be between 1 and n_routed_experts (4)",
     ("deepseek-v3", "n_group", 3): "n_group must divide n_routed_experts (4) into groups of at least 2",
     ("deepseek-v3", "n_group", 4): "n_group must divide n_routed_experts (4) into groups of at least 2",
