@@ -69,6 +69,7 @@ def test_no_kubeconfig_is_one_sentence(command: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("finetune: kubeconfig: cannot be loaded")
     assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("content", ["]", "apiVersion: v1\nkind: Config\n", "just words"])
