@@ -183,14 +183,13 @@ def _refuse_for_experts(lora: LoRASpec, sizes: ModelSizes, adapters: AdapterSetu
             "spec.lora.quantization",
             "must be absent for a model with experts, because bitsandbytes quantizes linear layers only",
         )
-    if any(adapters.expert_weights):
-        for name, wrong, must in (("dropout", float(lora.dropout) > 0, "0"), ("doRA", lora.do_ra, "false")):
-            if wrong:
-                raise UserError(
-                    f"spec.lora.{name}",
-                    f"must be {must} where experts get an adapter, because peft has nothing else for experts; or"
-                    " lora.targetModules must name modules without experts",
-                )
+    if lora.only_for_modules is not None and any(adapters.expert_weights):
+        name, must = lora.only_for_modules
+        raise UserError(
+            f"spec.lora.{name}",
+            f"must be {must} where experts get an adapter, because peft has nothing else for experts; or"
+            " lora.targetModules must name modules without experts",
+        )
 
 
 def _models_written(spec: FineTuneJobSpec) -> int:
