@@ -103,6 +103,8 @@ class _Installation:
         self._left: Counter[tuple[KernelPart, str, str]] = Counter()
         self._rotations: dict[Callable[..., Any], Misfit | None] = {}
         """Why each function that turns queries and keys can't be replaced."""
+        self._rotating: set[nn.Module] = set()
+        """The attention layers whose queries and keys the kernel turns."""
         self._projected: set[nn.Module] = set()
         """The linear layers whose forward function this object replaced."""
         self._names = {module: name for name, module in model.named_modules()}
@@ -153,6 +155,7 @@ class _Installation:
         fused = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
         fused.__kwdefaults__ = code.__kwdefaults__
         module.forward = partial(_turning, module, module.forward, types.MethodType(fused, module))
+        self._rotating.add(module)
         self._replaced[KernelPart.ROTARY] += 1
 
     def _replace_projections(self) -> None:
@@ -169,7 +172,11 @@ class _Installation:
         in_groups = {layer for group in groups for layer in group}
         alone = [[layer] for layer in layers if layer not in in_groups and isinstance(layer, AdaptedLinear)]
         for group in [*groups, *alone]:
-            SharedInput(group, dropout=KernelPart.DROPOUT not in self._plain).install(self._parent_of(group))
+            parent = self._parent_of(group)
+            # The code of the kernel's rotation takes queries and keys that lie side by side. Other code may need each
+            # output in one piece, as `view` does.
+            joined = parent in self._rotating
+            SharedInput(group, dropout=KernelPart.DROPOUT not in self._plain, joined=joined).install(parent)
             self._projected.update(group)
             self._replaced[KernelPart.PROJECTIONS] += len(group)
             dropped = sum(drops(layer) for layer in group)
