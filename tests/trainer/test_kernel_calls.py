@@ -308,6 +308,32 @@ class Dropping(nn.Module):  # type: ignore[misc]  # torch has no types here
         return result
 
 
+class OwnType(nn.Linear):  # type: ignore[misc]  # torch has no types here
+    """A linear layer that computes in the type of its weight, as layers do that are kept in another type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(x.to(self.weight.dtype))
+        return result
+
+
+def test_gate_and_up_of_different_types_are_multiplied_as_in_the_plain_model() -> None:
+    torch.manual_seed(8)
+    plain = Dropping(0.0)
+    plain.gate_proj, plain.up_proj = (OwnType(8, 8, bias=False) for _ in range(2))
+    fused = copy.deepcopy(plain)
+    for model in (plain, fused):
+        model.gate_proj.bfloat16()
+    assert KernelPart.GATED_PRODUCTS in use_fused_kernels(fused, plain=[KernelPart.PROJECTIONS]).replaced
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(9))
+    results = []
+    for model in (fused, plain):
+        output = model(x)
+        output.square().sum().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_code_is_recognized_by_what_it_computes_in_training(p: float) -> None:
     """A model is in evaluation mode when it was loaded."""

@@ -2,8 +2,8 @@
 after adapters were added, and before `Objective` and DeepSpeed take the model.
 
 The forward functions of single modules are replaced. In training they call the kernels; otherwise the module's own code
-computes, so that scores and exports are bit for bit those of transformers and peft. What is not recognized stays as it
-is, and the report says why.
+computes, so that scores and exports are bit for bit those of transformers and peft. What looks like one of the parts
+and is not recognized stays as it is, and the report says why.
 
 Nothing in the product calls this module yet.
 """
@@ -26,7 +26,7 @@ from torch import nn
 
 from finetune_trainer.kernels import recognition
 from finetune_trainer.kernels.calls import are_plain, computes_gradients, runs_only_its_code
-from finetune_trainer.kernels.gated_product import Activation, gated_product
+from finetune_trainer.kernels.gated_product import Activation, gated_product, plain_gated_product
 from finetune_trainer.kernels.projections import project_gated
 from finetune_trainer.kernels.recognition import Misfit
 from finetune_trainer.kernels.rms_norm import Form, rms_norm
@@ -77,7 +77,8 @@ class KernelReport:
     """What `use_fused_kernels` did to a model."""
 
     replaced: dict[KernelPart, int] = field(default_factory=dict)
-    """Number of modules that train with a kernel, by part. `DROPOUT` counts the adapters."""
+    """Number of modules that train with a kernel, by part. `DROPOUT` counts the adapters with dropout among
+    `PROJECTIONS`."""
     left: tuple[LeftPlain, ...] = ()
     """What was left plain."""
 
@@ -307,9 +308,12 @@ def _gated(
     else:
         gate, up = getattr(module, names[0])(x), getattr(module, names[1])(x)
     down = getattr(module, names[-1])
-    same = last is not None and last.stands_for(down) and gate.dtype == up.dtype and are_plain(gate, up)
-    ready = last.ready_for(gate) if last is not None and same else None
+    output: torch.Tensor
+    if gate.dtype != up.dtype or not are_plain(gate, up):
+        output = down(plain_gated_product(gate, up, activation))
+        return output
+    ready = last.ready_for(gate) if last is not None and last.stands_for(down) else None
     if ready is None:
-        output: torch.Tensor = down(gated_product(gate, up, activation))
+        output = down(gated_product(gate, up, activation))
         return output
     return project_gated(gate, up, activation, ready.layers[0], ready.dropout)
