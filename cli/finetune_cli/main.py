@@ -67,7 +67,7 @@ examples:
 
 The configuration of the base model comes from --model-config, a file or the folder of a model. Where the model is in
 the job's bucket, the command reads it there, with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-The plan has no progress bar, because it takes about a second. Lines of `changes` are written into the job as they are.
+To apply a change, write its lines into the job as they are.
 A --gpu-table is a list of objects with name, memoryGibibytes, teraFlops, memoryBandwidth and linkBandwidth (GB/s).
 
 exit code: 0 the job fits, 1 it does not, 2 it cannot be planned

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,13 @@ class LocatedProblem:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """The names of the jobs in one file, and the problems of the file and its jobs."""
+    """The names of the jobs in one file, the problems of the file and its jobs, and the jobs themselves."""
 
     file: str
     jobs: list[str]
     problems: list[LocatedProblem]
+    values: list[dict[str, Any]] = field(default_factory=list)
+    """The jobs as documents, in the order of ``jobs``. A job may have problems."""
 
 
 def validate_files(options: argparse.Namespace) -> int:
@@ -99,8 +101,8 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 
 def check_file(name: str) -> FileReport:
-    """Check the file ``name``, or the standard input where ``name`` is `-`. Return the names of the jobs in the file,
-    and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
+    """Check the file ``name``, or the standard input where ``name`` is `-`. Return the jobs in the file with their
+    names, and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -113,14 +115,16 @@ def check_file(name: str) -> FileReport:
     documents, broken = load(text)
     problems = [LocatedProblem(name, problem.line, "", "", problem.message, Refusal.SERVER) for problem in broken]
     jobs: list[str] = []
+    values: list[dict[str, Any]] = []
     for document in documents:
         for prefix, job in _jobs(document.value):
             title = _name(job)
             jobs.append(title)
+            values.append(job)
             problems += _yaml_problems(name, document, title, prefix)
             problems += [_locate(name, document, title, prefix, problem) for problem in _job_problems(job)]
     problems.sort(key=lambda problem: problem.line)
-    return FileReport(name, jobs, problems)
+    return FileReport(name, jobs, problems, values)
 
 
 def _read(path: Path) -> bytes:

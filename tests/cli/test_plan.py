@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from finetune_cli.main import main
+from finetune_cli.validate import SIZE_LIMIT
 from finetune_core.planned_job import with_lines
 from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS
@@ -39,6 +40,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     code = main(["plan", *map(str, arguments)])
     output = capsys.readouterr()
     return code, output.out, output.err
+
+
+def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Let ``content`` be the standard input, as where the locale is C."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii", "surrogateescape"))
 
 
 def test_a_job_that_fits(capsys: pytest.CaptureFixture[str], config: Path) -> None:
@@ -83,7 +89,7 @@ def test_the_table_of_a_user_is_read(capsys: pytest.CaptureFixture[str], config:
 def test_a_job_from_the_standard_input(
     capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(JOB.read_text(encoding="utf-8")))
+    give(monkeypatch, JOB.read_bytes())
     assert run(capsys, "-", "--model-config", config)[0] == 0
 
 
@@ -133,21 +139,22 @@ def test_a_wrong_input_is_named(
 
 
 def test_a_job_in_a_list_and_a_configuration_with_tabs_are_read(
-    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """`kubectl get -o json` prints Lists, and YAML alone refuses the tabs that JSON allows."""
+    """`kubectl get -o json` prints Lists, and YAML alone refuses the tabs that JSON allows, whatever a file's name."""
     jobs = {"apiVersion": "v1", "kind": "List", "items": [yaml.safe_load(JOB.read_text(encoding="utf-8"))]}
     file = tmp_path / "list.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    config.write_text(json.dumps(MODELS["Llama-2-7B"], indent="\t"), encoding="utf-8")
-    assert run(capsys, file, "--model-config", config)[0] == 0
+    for name in ("tabs.json", "tabs"):
+        (tmp_path / name).write_text(json.dumps(MODELS["Llama-2-7B"], indent="\t"), encoding="utf-8")
+        assert run(capsys, file, "--model-config", tmp_path / name)[0] == 0
 
 
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("training", {"globalBatchSize": 8}, "-: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
-        ("nodes", 3, "-: spec.nodes: unknown field"),
+        ("training", {"globalBatchSize": 8}, "-:1: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
+        ("nodes", 3, "-:1: spec.nodes: unknown field"),
     ],
 )
 def test_a_wrong_job_from_the_standard_input_is_refused(
@@ -160,7 +167,28 @@ def test_a_wrong_job_from_the_standard_input_is_refused(
 ) -> None:
     document = yaml.safe_load(JOB.read_text(encoding="utf-8"))
     document["spec"][field] = value
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(document)))
+    give(monkeypatch, json.dumps(document).encode())
+    code, output, error = run(capsys, "-", "--model-config", config)
+    assert (code, output) == (2, "")
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        pytest.param(
+            JOB.read_bytes().replace(b"  method: Full\n", b"  method: LoRA\n  method: Full\n"),
+            "spec.method: must not stand twice",
+            id="a field twice",
+        ),
+        pytest.param(JOB.read_bytes() + b"#" * SIZE_LIMIT, "-:1: must be at most 32 MB", id="too large"),
+        pytest.param(b"a: \xff", "-:1: must be UTF-8", id="not UTF-8"),
+    ],
+)
+def test_the_standard_input_is_read_as_a_file_is(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, sentence: str
+) -> None:
+    give(monkeypatch, content)
     code, output, error = run(capsys, "-", "--model-config", config)
     assert (code, output) == (2, "")
     assert sentence in error
