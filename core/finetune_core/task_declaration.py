@@ -39,7 +39,7 @@ ALL_TOKENS_LABEL = "perplexity of all tokens"
 ALL_TOKENS_MEANING = (
     "The perplexity of all tokens counts the prompts too, and may rise where a job learns only the answers."
 )
-"""What `finetune watch` and the model card say about this score, which rises during many good trainings."""
+"""What `finetune watch` and the model card say about this score, because people take a rise for a fault."""
 MEASURED = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
 """Names of the values that are measured for every model, even without a task. No score of a task may have one of these
 names."""
