@@ -1,8 +1,9 @@
 """`finetune validate`: reports the problems in job files for which the API server, the operator or the check before the
 first attempt would refuse a job. No cluster is needed.
 
-The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
-the field must be>`, and one line for each file without problems. With `--output json` the output is JSON for programs.
+The input is YAML or JSON files, or folders of them. The output has one line for each problem, `<file>:<line>: <path of
+the field>: <what the field must be>`, and one line for each file without problems. With `--output json` the output is
+JSON for programs.
 `finetune_core.validation` checks the jobs against the schema and the rules.
 """
 
@@ -27,6 +28,9 @@ SIZE_LIMIT = 32 << 20
 """Largest size of a file in bytes. A file may be larger than the 3 MB that the API server accepts in one request,
 because a file may contain many jobs."""
 
+
+ENDINGS = (".json", ".yaml", ".yml")
+"""How the names of those files of a folder end that are read, as in `kubectl apply -f FOLDER`."""
 
 _REFUSED_LATER = {
     Refusal.OPERATOR: " (accepted by the API server, refused by the operator)",
@@ -64,7 +68,7 @@ class FileReport:
 
 def validate_files(options: argparse.Namespace) -> int:
     """Check the files that the command line names. Return 0 when no file has a problem, else 1."""
-    checked = [check_file(name) for name in options.files]
+    checked = [report for name in options.files for report in check_path(name)]
     if options.output == "json":
         say_json(json_report(checked))
     else:
@@ -98,6 +102,21 @@ def print_report(checked: Sequence[FileReport]) -> None:
     count = sum(len(file.problems) for file in checked)
     if count:
         complain(f"{count} problem{'s' if count > 1 else ''}")
+
+
+def check_path(name: str) -> list[FileReport]:
+    """Check the file ``name``, or the files in the folder ``name``. As in `kubectl apply -f`, the files of a folder are
+    those with one of `ENDINGS`, by name, and folders in the folder are not read."""
+    folder = Path(name)
+    try:
+        if name == STDIN or not folder.is_dir():
+            return [check_file(name)]
+        files = sorted(str(file) for file in folder.iterdir() if file.name.endswith(ENDINGS) and not file.is_dir())
+    except OSError as error:
+        return [_unreadable(name, f"can't be read: {error.strerror or error}")]
+    if not files:
+        return [_unreadable(name, f"must hold a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")]
+    return [check_file(file) for file in files]
 
 
 def check_file(name: str) -> FileReport:

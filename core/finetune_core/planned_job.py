@@ -32,7 +32,11 @@ def gpu_of(spec: FineTuneJobSpec, types: tuple[GpuType, ...] = GPU_TYPES) -> Gpu
     """Return the type of the GPUs that ``spec`` asks for. Raises UserError where the job names none, or one that is not
     in ``types``."""
     if spec.resources.device == "CPU":
-        raise UserError("spec.resources.device", "must be GPU, or --gpu must name a type: the plan is about GPUs")
+        raise UserError(
+            "spec.resources.device",
+            "must be GPU, because the plan is about GPUs; to plan this job as if it had some, give their type, for"
+            " example --gpu L4",
+        )
     if not spec.resources.gpu_product:
         raise UserError(PRODUCT, "must name a GPU, or --gpu must")
     return find_gpu(spec.resources.gpu_product, types, field=PRODUCT)

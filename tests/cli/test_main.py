@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def test_the_program_is_started_by_an_interpreter() -> None:
         assert done.returncode == status
         assert ("usage: finetune" in done.stdout) == (status == 0)
         assert len(done.stderr.splitlines()) == (status != 0)
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    done = finetune(tmp_path, "--version")
+    assert (done.returncode, done.stdout) == (0, f"finetune {project['version']}\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["watch"], ["download"]])

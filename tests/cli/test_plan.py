@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from finetune_cli.main import main
+from finetune_cli.plan_view import nested
 from finetune_cli.validate import SIZE_LIMIT
 from finetune_core.planned_job import with_lines
 from tests.core.jobs import EXAMPLES, quickstart
@@ -63,7 +65,59 @@ def test_a_job_that_does_not_fit_ends_with_1_and_shows_changes(
     code, output, _ = run(capsys, JOB, "--model-config", config, "--gpu", "L4")
     assert code == 1
     assert "\ndoes not fit\n" in output
-    assert "  - spec." in output
+    choices, changes = (output.split(f"{title}\n")[1] for title in ("leaves it open", "makes the job fit:"))
+    assert choices.splitlines()[1].rstrip() == "spec:"
+    same = json.loads(run(capsys, JOB, "--model-config", config, "--gpu", "L4", "-o", "json")[1])["changes"]
+    shown = [yaml.safe_load(change) for change in changes.strip().split("\n\n")]
+    assert shown == [with_lines({}, change["lines"]) for change in same] != []
+
+
+def test_lines_with_common_sections_are_one_document() -> None:
+    fields = {
+        "spec.training.microBatchSize": "2",
+        "spec.deepspeed.zeroStage": "Auto",
+        "spec.training.gradientCheckpointing": "true",
+        "method": '"3"',
+    }
+    lines = list(nested(fields))
+    assert [field for _, field in lines if field is not None] == [
+        "spec.training.microBatchSize",
+        "spec.training.gradientCheckpointing",
+        "spec.deepspeed.zeroStage",
+        "method",
+    ]
+    assert yaml.safe_load("\n".join(line for line, _ in lines)) == with_lines(
+        {}, [f"{field}: {value}" for field, value in fields.items()]
+    )
+
+
+def test_the_commands_of_the_page_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (EXAMPLES.parent / "docs/planning.md").read_text(encoding="utf-8")
+    written, *commands = page.split("```console\n$ ")[1].split("\n```")[0].split("\n$ ")
+    content = written.removeprefix("echo '").split("' > config.json")[0]
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    assert len(commands) == 3
+    for command in commands:
+        program, plan, *arguments = shlex.split(command.split(" | ")[0])
+        assert (program, plan) == ("finetune", "plan")
+        code, output, error = run(capsys, *arguments)
+        assert (code, error) == (0, "")
+        assert "6.74 B" in output or json.loads(output)["parameters"] > 6.7e9
+
+
+def test_a_job_without_gpus_is_planned_with_a_type(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    job = EXAMPLES / "quickstart.yaml"
+    code, output, error = run(capsys, job, "--model-config", config)
+    assert (code, output) == (2, "")
+    assert "spec.resources.device: must be GPU, because the plan is about GPUs" in error
+    assert "give their type, for example --gpu L4" in error
+    _, output, error = run(capsys, job, "--model-config", config, "--gpu", "L4")
+    assert "on 2 x 1 L4" in output
+    assert error == ""
 
 
 @pytest.mark.parametrize(("form", "parse"), [("json", json.loads), ("yaml", yaml.safe_load)])
