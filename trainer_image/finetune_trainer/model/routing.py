@@ -1,0 +1,162 @@
+"""Whether the routers of a mixture of experts can choose experts, from `config.json` alone. `configuration.py` calls
+`routing_problem`.
+
+transformers builds a model with almost any of these numbers, and fails only when a text goes through a router. Only
+those fields are judged that the family's configuration class declares, and only for layers with a router. The rules
+follow the routers in transformers; `tests/trainer/test_routing.py` compares them with forward passes of all families.
+
+The module does not import torch, for the same reason as `configuration.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of a configuration with the number of experts among which a router chooses, in all families."""
+CHOSEN_EXPERTS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
+)  # fmt: skip
+"""Fields of a configuration with the number of experts that a router chooses for a token, in all families."""
+EXPERT_GROUPS = ("n_group", "num_expert_group")
+"""Fields of a configuration with the number of groups of experts. A router first chooses `topk_group` groups."""
+GROUP_METHODS = {"greedy": False, "group_limited_greedy": True}
+"""The values of `topk_method` that DeepSeek-V2's routers know, and whether a router with this value has groups."""
+
+EXPERTS_WITHOUT_ROUTER = {
+    "flint": 0, "granitemoehybrid": 0, "jamba": 1, "qwen2_moe": 0, "qwen3_moe": 0, "qwen3_next": 0,
+}  # fmt: skip
+"""By type of model: up to this number of experts, the layers have one dense MLP and no router."""
+LEAST_EXPERTS = {"": 0, "phimoe": 2}
+"""By type of model: the smallest number of experts with which a router runs, where this is not 1. The empty type is
+that of DBRX's `ffn_config`: without experts, DBRX's layers return nothing. Phi-MoE's routers always choose two
+experts, whatever `num_experts_per_tok` is."""
+LEAST_CHOSEN = {"jetmoe": 1}
+"""By type of model: the smallest number of chosen experts with which a router runs, where this is not 0. With 0, the
+layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has as many heads
+as chosen experts."""
+
+
+def routing_problem(part: Any, text: Any, document: str) -> str:
+    """Return why the routers that ``part`` describes can't choose experts, or nothing if they can.
+
+    ``text`` is the configuration of the model that reads the text; ``part`` is ``text`` or a configuration in ``text``.
+    The answer names the fields as ``document``, the text of `config.json`, does, because transformers has two names for
+    some fields.
+    """
+    layers = getattr(text, "num_hidden_layers", 0)
+    for layer in range(layers if isinstance(layers, int) else 0):
+        # A configuration may have other values for single layers.
+        own = part.per_layer_config[layer] if part.is_heterogeneous else part
+        problem = _layer_problem(own, layer, document)
+        if problem:
+            return problem
+    return ""
+
+
+def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
+    """Return what is wrong with the router of layer number ``layer``, which ``config`` describes."""
+
+    def written(name: str) -> str:
+        stored = config.attribute_map.get(name, name)
+        others = [other for other, mapped in config.attribute_map.items() if mapped == stored]
+        return next((known for known in (name, stored, *others) if f'"{known}"' in document), name)
+
+    def between(name: str, least: int, most: int, source: str) -> str:
+        # Hunyuan's models may have a number for each layer.
+        given = fields[name]
+        number = given[layer] if isinstance(given, list) and layer < len(given) else given
+        if type(number) is int and least <= number <= most:
+            return ""
+        limit = f"between {least} and {written(source)} ({most})"
+        return f"{written(name)} must be {limit}, and is {_shown(given)}"
+
+    fields, kind = _declared(config), config.model_type
+    name = next((name for name in EXPERTS if name in fields), None)
+    experts = fields[name] if name is not None else None
+    # transformers builds no router with a number of experts that is none.
+    if name is None or type(experts) is not int or not _has_router(fields, kind, experts, layer):
+        return ""
+    groups = next((of_groups for of_groups in EXPERT_GROUPS if of_groups in fields), None)
+    method = fields.get("topk_method", "group_limited_greedy")
+    if method not in GROUP_METHODS:
+        return f"{written('topk_method')} must be {' or '.join(GROUP_METHODS)}, and is {_shown(method)}"
+    # A.X-K2's routers have no groups without this field.
+    if not GROUP_METHODS[method] or (kind == "axk2" and groups is not None and fields[groups] is None):
+        groups = None
+    # All families but DeepSeek-V2 rate a group by its two best experts.
+    least_in_group = 1 if groups is None or "topk_method" in fields else 2
+    least = LEAST_EXPERTS.get(kind, least_in_group)
+    if experts < least:
+        return f"{written(name)} must be at least {least}, and is {experts}"
+    if groups is not None:
+        number = fields[groups]
+        if type(number) is not int or number < 1 or experts % number or experts // number < least_in_group:
+            into = f" into groups of at least {least_in_group} experts" if least_in_group > 1 else ""
+            return f"{written(groups)} must divide {written(name)} ({experts}){into}, and is {_shown(number)}"
+        problem = between("topk_group", 0, number, groups)
+        if problem:
+            return problem
+    chosen = next((field for field in CHOSEN_EXPERTS if field in fields), None)
+    if chosen is None or kind == "phimoe":
+        return ""
+    return between(chosen, LEAST_CHOSEN.get(kind, 0), _most(fields, kind, experts), name)
+
+
+def _most(fields: Mapping[str, Any], kind: str, experts: int) -> int:
+    """Return the largest number of experts that a router can choose."""
+    if kind == "doge":
+        # Doge's routers choose pairs of keys, and an expert is a pair.
+        return isqrt(experts) ** 2
+    # LongCat's routers also choose among experts that return their input.
+    without_weights = fields.get("zero_expert_num")
+    return experts + (without_weights if isinstance(without_weights, int) else 0)
+
+
+def _has_router(fields: Mapping[str, Any], kind: str, experts: int, layer: int) -> bool:
+    """Return whether layer number ``layer`` has a router. Each family has some of the fields that are read here."""
+    if experts <= EXPERTS_WITHOUT_ROUTER.get(kind, -1):
+        return False
+    if not fields.get("is_moe", True) or not fields.get("enable_moe_block", True):
+        return False
+    for types in ("mlp_layer_types", "layers_block_type"):
+        if isinstance(fields.get(types), list):
+            # DeepSeek-V4's first layers (hash_moe) have a table instead of a router.
+            return fields[types][layer : layer + 1] in (["sparse"], ["moe"])
+
+    def number(name: str, default: int) -> int:
+        value = fields.get(name)
+        return value if isinstance(value, int) else default
+
+    if layer < max(number("first_k_dense_replace", 0), number("num_dense_layers", 0)):
+        return False
+    if layer < number("moe_layer_start_index", 0) or layer > number("moe_layer_end_index", layer):
+        return False
+    if layer in (fields.get("mlp_only_layers") or []):
+        return False
+    if isinstance(fields.get("moe_layers"), list) and layer not in fields["moe_layers"]:
+        return False
+    steps = {name: number(name, 1) for name in ("decoder_sparse_step", "moe_layer_interval")}
+    # transformers builds no model with a step of 0.
+    if any(step == 0 or (layer + 1) % step for step in steps.values()):
+        return False
+    period = number("expert_layer_period", 1)
+    return period != 0 and layer % period == number("expert_layer_offset", 0)
+
+
+def _declared(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields that the class of ``config`` declares, with their values. A file can have further fields, which
+    transformers keeps and no model reads."""
+    values = vars(config)
+    stored = {field.name: config.attribute_map.get(field.name, field.name) for field in dataclasses.fields(config)}
+    return {name: values[attribute] for name, attribute in stored.items() if attribute in values}
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:40]
