@@ -33,10 +33,10 @@ EXPERTS_WITHOUT_ROUTER = {
     "flint": 0, "granitemoehybrid": 0, "jamba": 1, "qwen2_moe": 0, "qwen3_moe": 0, "qwen3_next": 0,
 }  # fmt: skip
 """By type of model: up to this number of experts, the layers have one dense MLP and no router."""
-LEAST_EXPERTS = {"": 0, "phimoe": 2}
+LEAST_EXPERTS = {"": 0, "doge": 0, "phimoe": 2}
 """By type of model: the smallest number of experts with which a router runs, where this is not 1. The empty type is
-that of DBRX's `ffn_config`: without experts, DBRX's layers return nothing. Phi-MoE's routers always choose two
-experts, whatever `num_experts_per_tok` is."""
+that of DBRX's `ffn_config`: without experts, DBRX's layers add nothing, and Doge's have their shared expert. Phi-MoE's
+routers always choose two experts, whatever `num_experts_per_tok` is."""
 LEAST_CHOSEN = {"jetmoe": 1}
 """By type of model: the smallest number of chosen experts with which a router runs, where this is not 0. With 0, the
 layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has as many heads
@@ -51,13 +51,8 @@ def routing_problem(part: Any, text: Any, document: str) -> str:
     some fields.
     """
     layers = getattr(text, "num_hidden_layers", 0)
-    for layer in range(layers if isinstance(layers, int) else 0):
-        # A configuration may have other values for single layers.
-        own = part.per_layer_config[layer] if part.is_heterogeneous else part
-        problem = _layer_problem(own, layer, document)
-        if problem:
-            return problem
-    return ""
+    layers = range(layers if isinstance(layers, int) else 0)
+    return next(filter(None, (_layer_problem(part, layer, document) for layer in layers)), "")
 
 
 def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
@@ -84,6 +79,11 @@ def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
     if name is None or type(experts) is not int or not _has_router(fields, kind, experts, layer):
         return ""
     groups = next((of_groups for of_groups in EXPERT_GROUPS if of_groups in fields), None)
+    chosen = next((field for field in CHOSEN_EXPERTS if field in fields), None)
+    for field in (name, chosen, groups, "topk_group"):
+        # No router reads the values for single layers that `per_layer_config` can have.
+        if field in fields and field in (config.per_layer_attributes or ()):
+            return f"{written(field)} must be one number for all layers, and not a part of per_layer_config"
     method = fields.get("topk_method", "group_limited_greedy")
     if method not in GROUP_METHODS:
         return f"{written('topk_method')} must be {' or '.join(GROUP_METHODS)}, and is {_shown(method)}"
@@ -103,7 +103,6 @@ def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
         problem = between("topk_group", 0, number, groups)
         if problem:
             return problem
-    chosen = next((field for field in CHOSEN_EXPERTS if field in fields), None)
     if chosen is None or kind == "phimoe":
         return ""
     return between(chosen, LEAST_CHOSEN.get(kind, 0), _most(fields, kind, experts), name)
