@@ -93,7 +93,8 @@ def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
     # All families but DeepSeek-V2 rate a group by its two best experts.
     least_in_group = 1 if groups is None or "topk_method" in fields else 2
     least = LEAST_EXPERTS.get(kind, least_in_group)
-    if experts < least:
+    most = _most(fields, kind, experts)
+    if most < least:
         return f"{written(name)} must be at least {least}, and is {experts}"
     if groups is not None:
         number = fields[groups]
@@ -105,7 +106,9 @@ def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
             return problem
     if chosen is None or kind == "phimoe":
         return ""
-    return between(chosen, LEAST_CHOSEN.get(kind, 0), _most(fields, kind, experts), name)
+    # LongCat's experts can return nothing for no expert, but drop a dimension of their mask for one.
+    one = kind == "longcat_flash" and fields[chosen] == 1
+    return between(chosen, 2 if one else LEAST_CHOSEN.get(kind, 0), most, name)
 
 
 def _most(fields: Mapping[str, Any], kind: str, experts: int) -> int:
