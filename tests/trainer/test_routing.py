@@ -100,15 +100,35 @@ def test_a_number_of_experts_for_each_layer_is_accepted(tmp_path: Path) -> None:
     assert model(torch.tensor([[3, 4, 5]])).logits.shape[:2] == (1, 3)
 
 
+DENSE: Mapping[str, Any] = {
+    "first_k_dense_replace": 2, "num_dense_layers": 2, "mlp_layer_types": ["dense", "dense"], "mlp_only_layers": [0, 1],
+    "decoder_sparse_step": 3, "moe_layers": [], "interleave_moe_layer_step": 3, "moe_layer_start_index": 2,
+    "moe_layer_end_index": 0, "moe_layer_interval": 3, "expert_layer_period": 8, "is_moe": False,
+    "enable_moe_block": False, "layers_block_type": ["mlp", "full_attention", "mlp", "full_attention"],
+}  # fmt: skip
+"""Fields that say which layers have experts, with values for which few or no layers of a tiny model have some."""
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-FIELDS = [*CHOSEN_EXPERTS, *EXPERTS, *EXPERT_GROUPS, "topk_group", "zero_expert_num", "text_config", "ffn_config"]
+FIELDS = [
+    *CHOSEN_EXPERTS,
+    *EXPERTS,
+    *EXPERT_GROUPS,
+    "topk_group",
+    "zero_expert_num",
+    "text_config",
+    "ffn_config",
+    "per_layer_config",
+    "topk_method",
+    *DENSE,
+]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "longcat_flash", "dbrx", "llama"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "deepseek_v2", "deepseek_v3", "longcat_flash", "dbrx", "llama", "qwen3_moe", "ernie4_5_moe"]
+)
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON | st.integers(0, 9), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=50)
 def test_any_numbers_of_experts_are_a_configuration_or_a_sentence(kind: str, values: dict[str, Any]) -> None:
@@ -169,13 +189,6 @@ WITH_ROUTERS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v4": {"mlp_layer_types": ["hash_moe", "moe"]},
 }
 """Fields that give the tiny models of these families a router."""
-DENSE: Mapping[str, Any] = {
-    "first_k_dense_replace": 2, "num_dense_layers": 2, "mlp_layer_types": ["dense", "dense"], "mlp_only_layers": [0, 1],
-    "decoder_sparse_step": 3, "moe_layers": [], "interleave_moe_layer_step": 3, "moe_layer_start_index": 2,
-    "moe_layer_end_index": 0, "moe_layer_interval": 3, "expert_layer_period": 8, "is_moe": False,
-    "enable_moe_block": False, "layers_block_type": ["mlp", "full_attention", "mlp", "full_attention"],
-}  # fmt: skip
-"""Fields that say which layers have experts, with values for which few or no layers of a tiny model have some."""
 MEANINGLESS = {
     ("mixtral", "num_experts_per_tok", 0): "no expert is chosen, so the layers add nothing",
     ("deepseek-v3", "topk_group", 0): "no group is chosen, so all experts have the same score, and the first are taken",
@@ -210,10 +223,13 @@ def cases(model: Routed) -> Iterator[dict[str, Any]]:
     """Yield changes of ``model`` around the boundaries of each field, and of fields that depend on each other."""
     experts, chosen = model.of(EXPERTS), model.of(CHOSEN_EXPERTS)
     yield from ({chosen: value} for value in (-1, 0, 1, 3, 4, 5, None))
-    yield from ({experts: number, chosen: value} for number in (0, 1, 2) for value in (0, 1, 2, 3))
+    few = ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 2), (2, 3))
+    yield from ({experts: number, chosen: value} for number, value in few)
     yield from ({experts: None}, {chosen: True}, {chosen: 2.0})
     yield {"per_layer_config": {"1": {chosen: 1}}}
     yield from ({model.names[name]: value, chosen: 5} for name, value in DENSE.items() if name in model.names)
+    if "mlp_layer_types" in model.names:
+        yield {"mlp_layer_types": None, "first_k_dense_replace": 2, chosen: 5}
     if "zero_expert_num" in model.names:
         yield from ({"zero_expert_num": zeros, chosen: value} for zeros in (0, 2) for value in (4, 5, 6, 7))
         yield from ({experts: 0, "zero_expert_num": zeros, chosen: value} for zeros in (0, 2) for value in (0, 1, 2, 3))

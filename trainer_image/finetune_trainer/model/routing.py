@@ -10,9 +10,10 @@ The module does not import torch, for the same reason as `configuration.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from math import isqrt
 from typing import Any
 
@@ -33,14 +34,16 @@ EXPERTS_WITHOUT_ROUTER = {
     "flint": 0, "granitemoehybrid": 0, "jamba": 1, "qwen2_moe": 0, "qwen3_moe": 0, "qwen3_next": 0,
 }  # fmt: skip
 """By type of model: up to this number of experts, the layers have one dense MLP and no router."""
-LEAST_EXPERTS = {"": 0, "doge": 0, "phimoe": 2}
-"""By type of model: the smallest number of experts with which a router runs, where this is not 1. The empty type is
-that of DBRX's `ffn_config`: without experts, DBRX's layers add nothing, and Doge's have their shared expert. Phi-MoE's
-routers always choose two experts, whatever `num_experts_per_tok` is."""
+CHOOSES_ALWAYS = {"phimoe": 2}
+"""By type of model: the number of experts that a router always chooses, whatever its configuration says."""
+LEAST_EXPERTS = {"": 0, "doge": 0, **CHOOSES_ALWAYS}
+"""By type of model: the smallest number of experts with which a router runs, where this is not 1, or 2 with groups. The
+empty type is that of DBRX's `ffn_config`: without experts, DBRX's layers add nothing, and Doge's have their shared
+expert."""
 LEAST_CHOSEN = {"jetmoe": 1}
 """By type of model: the smallest number of chosen experts with which a router runs, where this is not 0. With 0, the
-layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has as many heads
-as chosen experts."""
+layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has heads for each
+chosen expert."""
 
 
 def routing_problem(part: Any, text: Any, document: str) -> str:
@@ -50,65 +53,91 @@ def routing_problem(part: Any, text: Any, document: str) -> str:
     The answer names the fields as ``document``, the text of `config.json`, does, because transformers has two names for
     some fields.
     """
+    fields = _declared(part)
+    experts = next((name for name in EXPERTS if name in fields), None)
+    # transformers builds no experts where their number is none.
+    if experts is None or type(fields[experts]) is not int:
+        return ""
     layers = getattr(text, "num_hidden_layers", 0)
-    layers = range(layers if isinstance(layers, int) else 0)
-    return next(filter(None, (_layer_problem(part, layer, document) for layer in layers)), "")
+    for layer in range(layers if isinstance(layers, int) else 0):
+        if _has_router(fields, part.model_type, fields[experts], layer):
+            problem = _Router(part, fields, experts, layer, document).problem()
+            if problem:
+                return problem
+    return ""
 
 
-def _layer_problem(config: PreTrainedConfig, layer: int, document: str) -> str:
-    """Return what is wrong with the router of layer number ``layer``, which ``config`` describes."""
+@dataclass(frozen=True)
+class _Router:
+    """The router of one layer."""
 
-    def written(name: str) -> str:
-        stored = config.attribute_map.get(name, name)
-        others = [other for other, mapped in config.attribute_map.items() if mapped == stored]
-        return next((known for known in (name, stored, *others) if f'"{known}"' in document), name)
+    config: PreTrainedConfig
+    """The configuration with the router's fields."""
+    fields: Mapping[str, Any]
+    """The declared fields of the configuration."""
+    experts: str
+    """The field with the number of experts, which is an integer."""
+    layer: int
+    """The number of the layer, from 0."""
+    document: str
+    """The text of `config.json`."""
 
-    def between(name: str, least: int, most: int, source: str) -> str:
+    def problem(self) -> str:
+        """Return why the router can't choose experts, or nothing if it can."""
+        fields, kind, experts = self.fields, self.config.model_type, self.fields[self.experts]
+        groups = next((name for name in EXPERT_GROUPS if name in fields), None)
+        chosen = next((name for name in CHOSEN_EXPERTS if name in fields), None)
+        for name in (self.experts, chosen, groups, "topk_group"):
+            # No router reads the values for single layers that `per_layer_config` can have.
+            if name in fields and name in (self.config.per_layer_attributes or ()):
+                return f"{self._written(name)} must be one number for all layers, and is a part of per_layer_config"
+        method = fields.get("topk_method", "group_limited_greedy")
+        if method not in GROUP_METHODS:
+            return f"{self._written('topk_method')} must be {' or '.join(GROUP_METHODS)}, and is {_shown(method)}"
+        # A.X-K2's routers have no groups without this field.
+        if not GROUP_METHODS[method] or (kind == "axk2" and groups is not None and fields[groups] is None):
+            groups = None
+        # All families but DeepSeek-V2 rate a group by its two best experts.
+        least_in_group = 1 if groups is None or "topk_method" in fields else 2
+        most, least = _most(fields, kind, experts), LEAST_EXPERTS.get(kind, least_in_group)
+        if most < least:
+            return f"{self._written(self.experts)} must be at least {least}, and is {experts}"
+        problem = self._group_problem(groups, least_in_group) if groups is not None else ""
+        if problem or chosen is None or kind in CHOOSES_ALWAYS:
+            return problem
+        # LongCat's experts can return nothing for no expert, but drop a dimension of their mask for one.
+        one = kind == "longcat_flash" and fields[chosen] == 1
+        return self._between(chosen, 2 if one else LEAST_CHOSEN.get(kind, 0), self.experts, most)
+
+    def _group_problem(self, groups: str, least: int) -> str:
+        """Return why the router can't choose groups of experts. ``groups`` is the field with their number, and
+        ``least`` the smallest number of experts in a group."""
+        number, experts = self.fields[groups], self.fields[self.experts]
+        if type(number) is int and number >= 1 and experts % number == 0 and experts // number >= least:
+            return self._between("topk_group", 0, groups, number)
+        into = f" into groups of at least {least} experts" if least > 1 else ""
+        return (
+            f"{self._written(groups)} must divide {self._written(self.experts)} ({experts}){into}, and is"
+            f" {_shown(number)}"
+        )
+
+    def _between(self, name: str, least: int, source: str, most: int) -> str:
+        """Return that field ``name`` is not between ``least`` and ``most``, which follows from field ``source``, or
+        nothing if the field is."""
+        given = self.fields[name]
         # Hunyuan's models may have a number for each layer.
-        given = fields[name]
-        number = given[layer] if isinstance(given, list) and layer < len(given) else given
+        number = given[self.layer] if isinstance(given, list) and self.layer < len(given) else given
         if type(number) is int and least <= number <= most:
             return ""
-        limit = f"between {least} and {written(source)} ({most})"
-        return f"{written(name)} must be {limit}, and is {_shown(given)}"
+        limits = f"between {least} and {self._written(source)} ({most})"
+        return f"{self._written(name)} must be {limits}, and is {_shown(given)}"
 
-    fields, kind = _declared(config), config.model_type
-    name = next((name for name in EXPERTS if name in fields), None)
-    experts = fields[name] if name is not None else None
-    # transformers builds no router with a number of experts that is none.
-    if name is None or type(experts) is not int or not _has_router(fields, kind, experts, layer):
-        return ""
-    groups = next((of_groups for of_groups in EXPERT_GROUPS if of_groups in fields), None)
-    chosen = next((field for field in CHOSEN_EXPERTS if field in fields), None)
-    for field in (name, chosen, groups, "topk_group"):
-        # No router reads the values for single layers that `per_layer_config` can have.
-        if field in fields and field in (config.per_layer_attributes or ()):
-            return f"{written(field)} must be one number for all layers, and not a part of per_layer_config"
-    method = fields.get("topk_method", "group_limited_greedy")
-    if method not in GROUP_METHODS:
-        return f"{written('topk_method')} must be {' or '.join(GROUP_METHODS)}, and is {_shown(method)}"
-    # A.X-K2's routers have no groups without this field.
-    if not GROUP_METHODS[method] or (kind == "axk2" and groups is not None and fields[groups] is None):
-        groups = None
-    # All families but DeepSeek-V2 rate a group by its two best experts.
-    least_in_group = 1 if groups is None or "topk_method" in fields else 2
-    least = LEAST_EXPERTS.get(kind, least_in_group)
-    most = _most(fields, kind, experts)
-    if most < least:
-        return f"{written(name)} must be at least {least}, and is {experts}"
-    if groups is not None:
-        number = fields[groups]
-        if type(number) is not int or number < 1 or experts % number or experts // number < least_in_group:
-            into = f" into groups of at least {least_in_group} experts" if least_in_group > 1 else ""
-            return f"{written(groups)} must divide {written(name)} ({experts}){into}, and is {_shown(number)}"
-        problem = between("topk_group", 0, number, groups)
-        if problem:
-            return problem
-    if chosen is None or kind == "phimoe":
-        return ""
-    # LongCat's experts can return nothing for no expert, but drop a dimension of their mask for one.
-    one = kind == "longcat_flash" and fields[chosen] == 1
-    return between(chosen, 2 if one else LEAST_CHOSEN.get(kind, 0), most, name)
+    def _written(self, name: str) -> str:
+        """Return the name that field ``name`` has in `config.json`."""
+        names = self.config.attribute_map
+        stored = names.get(name, name)
+        others = [other for other, mapped in names.items() if mapped == stored]
+        return next((known for known in (name, stored, *others) if f'"{known}"' in self.document), name)
 
 
 def _most(fields: Mapping[str, Any], kind: str, experts: int) -> int:
@@ -140,9 +169,8 @@ def _has_router(fields: Mapping[str, Any], kind: str, experts: int, layer: int) 
         return False
     if layer < number("moe_layer_start_index", 0) or layer > number("moe_layer_end_index", layer):
         return False
-    if layer in (fields.get("mlp_only_layers") or []):
-        return False
-    if isinstance(fields.get("moe_layers"), list) and layer not in fields["moe_layers"]:
+    dense, sparse = fields.get("mlp_only_layers"), fields.get("moe_layers")
+    if (isinstance(dense, list) and layer in dense) or (isinstance(sparse, list) and layer not in sparse):
         return False
     steps = {name: number(name, 1) for name in ("decoder_sparse_step", "moe_layer_interval")}
     # transformers builds no model with a step of 0.
@@ -156,9 +184,10 @@ def _declared(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields that the class of ``config`` declares, with their values. A file can have further fields, which
     transformers keeps and no model reads."""
     values = vars(config)
-    stored = {field.name: config.attribute_map.get(field.name, field.name) for field in dataclasses.fields(config)}
+    stored = {field.name: config.attribute_map.get(field.name, field.name) for field in dataclass_fields(config)}
     return {name: values[attribute] for name, attribute in stored.items() if attribute in values}
 
 
 def _shown(value: Any) -> str:
+    """Return the beginning of ``value`` as it stands in `config.json`."""
     return json.dumps(value, default=str)[:40]
