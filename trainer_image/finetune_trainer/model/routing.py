@@ -42,8 +42,8 @@ empty type is that of DBRX's `ffn_config`: without experts, DBRX's layers add no
 expert."""
 LEAST_CHOSEN = {"jetmoe": 1}
 """By type of model: the smallest number of chosen experts with which a router runs, where this is not 0. With 0, the
-layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has heads for each
-chosen expert."""
+layers of the other families add nothing, or only what their shared experts return. JetMoe's attention has heads for
+each chosen expert."""
 
 
 def routing_problem(part: Any, text: Any, document: str) -> str:
