@@ -191,7 +191,7 @@ WITH_ROUTERS: Mapping[str, Mapping[str, Any]] = {
 """Fields that give the tiny models of these families a router."""
 MEANINGLESS = {
     ("mixtral", "num_experts_per_tok", 0): "no expert is chosen, so the layers add nothing",
-    ("deepseek-v3", "topk_group", 0): "no group is chosen, so all experts have the same score, and the first are taken",
+    ("deepseek-v3", "topk_group", 0): "no group is chosen, so all experts have the same score, and any are taken",
     ("deepseek-v2", "n_group", 3): "with topk_method greedy the router does not read the number of groups",
     ("phi-moe", "num_experts_per_tok", -1): "the router always chooses two experts",
     ("dbrx", "ffn_config", (("moe_num_experts", 0), ("moe_top_k", 0))): "without experts the layers add nothing",

@@ -87,7 +87,7 @@ class _Router:
         fields, kind, experts = self.fields, self.config.model_type, self.fields[self.experts]
         groups = next((name for name in EXPERT_GROUPS if name in fields), None)
         chosen = next((name for name in CHOSEN_EXPERTS if name in fields), None)
-        for name in (self.experts, chosen, groups, "topk_group"):
+        for name in filter(None, (self.experts, chosen, groups, "topk_group")):
             # No router reads the values for single layers that `per_layer_config` can have.
             if name in fields and name in (self.config.per_layer_attributes or ()):
                 return f"{self._written(name)} must be one number for all layers, and is a part of per_layer_config"
