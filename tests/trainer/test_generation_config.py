@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import utils
 
 from finetune_core.errors import UserError
+from finetune_trainer.checkpoints.export import save_text_files
+from finetune_trainer.data.tokenizer import load_tokenizer
 from finetune_trainer.model.generation_config import (
     ALWAYS,
     BOOKKEEPING,
@@ -28,6 +30,8 @@ from finetune_trainer.model.generation_config import (
     artifact_generation_config,
 )
 from finetune_trainer.pod.errors import one_line
+from tests.trainer import tiny
+from tests.trainer.exporting import options_of
 
 VOCABULARY = 64
 JUDGED_BY_THE_TRIAL = {
@@ -118,6 +122,10 @@ def written(values: Any, folder: Path, stop_ids: tuple[int, ...] = (1,)) -> tupl
         ({"save_pretrained": 1, "__class__": 2}, {}, "has __class__, save_pretrained, which transformers uses"),
         ({"self": 1, "defaults_only": True, "a\nb": 2}, {"a\nb": 2}, "has defaults_only, self, which trans"),
         ({"penalty_alpha": 0.6, "top_k": 4}, {"do_sample": True, "top_k": 4}, "has penalty_alpha 0.6, with which no"),
+        (
+            {"do_sample": True, "sequence_bias": [[[0], 1e300]]}, {"do_sample": True},
+            "has sequence_bias [[[0], 1e+300]], with which no text can be generated",
+        ),
         ({"dola_layers": "low"}, {}, "has dola_layers low, with which no text can be generated"),
         ({"constraints": [], "use_mtp": True}, {}, "has constraints [], use_mtp True, with which no text"),
         ({"num_beams": 2, "low_memory": True}, {"num_beams": 2}, "has low_memory True, with which no text"),
@@ -151,6 +159,30 @@ def test_without_a_file_of_its_own_the_configuration_of_the_model_counts(tmp_pat
     assert (config.bos_token_id, config.eos_token_id) == (7, 1)
     config.save_pretrained(tmp_path / "artifact")
     assert len(notices) == (config.temperature == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "logits"),
+    [
+        ({"vocab_size": 90}, 90),
+        ({"vocab_size": 500, "text_config": {"vocab_size": 90}}, 90),
+        ({"vocab_size": 500, "text_config": {}}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_token_without_a_logit_is_left_out(config: object, logits: int | None, tmp_path: Path) -> None:
+    base = tiny.write_model(tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    (base / "config.json").unlink()
+    if config is not None:
+        (base / "config.json").write_text(json.dumps(config))
+    largest = (logits or len(tokenizer)) - 1
+    for token in (largest, largest + 1):
+        (base / "generation_config.json").write_text(json.dumps({"pad_token_id": token}))
+        notices = save_text_files(tmp_path / "artifact", tokenizer, options_of(base, names=None))
+        found = GenerationConfig.from_pretrained(tmp_path / "artifact").pad_token_id
+        assert (found, bool(notices)) == ((token, False) if token == largest else (None, True))
 
 
 def test_names_that_are_no_fields_do_not_count_in_the_configuration_of_the_model(tmp_path: Path) -> None:
@@ -259,6 +291,7 @@ def generate(folder: Path) -> None:
         assert 2 < shape[1] <= 4
 
 
+@settings(max_examples=200)
 @given(FILES.map(dict))
 def test_any_configuration_generates_or_is_bad_input(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]

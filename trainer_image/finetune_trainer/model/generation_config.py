@@ -190,13 +190,10 @@ def _base_values(base: Path, notices: list[str]) -> dict[str, Any]:
 
 
 def _reserved(name: str) -> bool:
-    """Return whether a field ``name`` would hide a method of GenerationConfig, or would be a second value for an
-    argument of its methods that take fields as keyword arguments."""
-    return (
-        hasattr(GenerationConfig, name)
-        or name.startswith("__")
-        or name in inspect.signature(GenerationConfig.update).parameters
-    )
+    """Return whether a field ``name`` would hide a method of GenerationConfig or of Python, or would be a second value
+    for an argument of `update`, to which transformers passes the fields as keyword arguments."""
+    arguments = inspect.signature(GenerationConfig.update).parameters
+    return hasattr(GenerationConfig, name) or name.startswith("__") or name in arguments
 
 
 def _repair_forms(values: dict[str, Any], notices: list[str], vocabulary: int) -> None:
@@ -326,14 +323,14 @@ def _unaccepted(values: Mapping[str, Any], accepts: Callable[[Mapping[str, Any]]
     """Return the fields that have to be left out of ``values``, so that ``accepts`` is true for the others."""
     if accepts(values):
         return []
-    others = [name for name in values if name != "eos_token_id"]
-    alone = next((name for name in others if accepts({k: v for k, v in values.items() if k != name})), None)
+    # The fields DECIDING are the last to be left out, because without them transformers would refuse others.
+    others = sorted((name for name in values if name != "eos_token_id"), key=lambda name: name not in DECIDING)
+    alone = next((name for name in reversed(others) if accepts({k: v for k, v in values.items() if k != name})), None)
     if alone is not None:
         return [alone]
-    # Each field is kept if it is accepted together with the fields kept before. The fields DECIDING come first, because
-    # without them transformers would refuse others.
+    # Each field is kept if it is accepted together with the fields kept before.
     kept: dict[str, Any] = {"eos_token_id": values["eos_token_id"]}
-    for name in sorted(others, key=lambda name: name not in DECIDING):
+    for name in others:
         if accepts({**kept, name: values[name]}):
             kept[name] = values[name]
     return [name for name in values if name not in kept]

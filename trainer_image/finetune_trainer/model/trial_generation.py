@@ -42,10 +42,10 @@ def can_generate(values: Mapping[str, Any], *, vocabulary: int) -> bool:
     """
     fields = {name: value for name, value in values.items() if name not in UNTRIED}
     for name, most in AT_MOST.items():
-        if fields.get(name) is not None:
+        if isinstance(fields.get(name), int):
             fields[name] = min(fields[name], most)
-    cache = fields.get("cache_implementation")
-    fields |= {"cache_implementation": WITHOUT_OFFLOADING.get(cache, cache)} if isinstance(cache, str) else {}
+    if (cache := fields.get("cache_implementation")) in tuple(WITHOUT_OFFLOADING):
+        fields["cache_implementation"] = WITHOUT_OFFLOADING[cache]
     ends = fields["eos_token_id"] if isinstance(fields["eos_token_id"], list) else [fields["eos_token_id"]]
     with _alone():
         # Some ways of generating change the model's configuration and leave the change behind when they fail.
