@@ -235,11 +235,14 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.just("dtype"), inner, max_size=2),
     max_leaves=4,
 )
+METHODS = sorted({*dir(GenerationConfig), *inspect.signature(GenerationConfig.update).parameters})
+UNKNOWN = ["of_the_publisher", "", "a\nb", "\ud800", "__deepcopy__", "_mask_length", "synced_gpus", "dtype"]
 NAMES = st.one_of(
     st.sampled_from(DECLARED),
-    st.sampled_from([*SAMPLING, "do_sample", "num_beams", "cache_implementation"]),
-    st.sampled_from(sorted({*dir(GenerationConfig), *inspect.signature(GenerationConfig.update).parameters})),
-    st.sampled_from(["of_the_publisher", "", "a\nb", "\ud800", "__deepcopy__", "_mask_length", "synced_gpus", "dtype"]),
+    st.sampled_from(DECLARED),
+    st.sampled_from(sorted(JUDGED_BY_THE_TRIAL | {"use_mtp", "is_assistant", "low_memory", "num_beams", "do_sample"})),
+    st.sampled_from(sorted(SAMPLING)),
+    st.sampled_from([*METHODS, *UNKNOWN]),
 )
 OWN_TYPE: dict[str, st.SearchStrategy[Any]] = {
     **{name: NUMBERS | st.floats(0, 1) for name in (*SAMPLING, *ALWAYS)},
@@ -258,8 +261,14 @@ OWN_TYPE: dict[str, st.SearchStrategy[Any]] = {
     ),
     "exponential_decay_length_penalty": st.lists(NUMBERS, min_size=2, max_size=2),
     "early_stopping": st.booleans() | st.just("never"),
+    "constraints": st.lists(st.integers(0, VOCABULARY), max_size=2),
+    "force_words_ids": st.lists(st.lists(st.integers(0, VOCABULARY), max_size=2), max_size=2),
+    "dola_layers": st.sampled_from(["low", "high"]) | st.lists(st.integers(0, 2), max_size=2),
+    "cache_implementation": st.sampled_from(["static", "offloaded", "offloaded_static", "dynamic", "quantized"]),
 }  # fmt: skip
-FILES = st.lists(NAMES.flatmap(lambda name: st.tuples(st.just(name), VALUES | OWN_TYPE.get(name, VALUES))), max_size=5)
+FILES = st.lists(
+    NAMES.flatmap(lambda name: st.tuples(st.just(name), OWN_TYPE.get(name, VALUES) | VALUES)), min_size=1, max_size=5
+)
 
 
 def generate(folder: Path) -> None:
