@@ -56,6 +56,14 @@ ANSWER_FIELDS: Mapping[str, Any] = {
 logits, or how it computes the same logits, and the values that the trainer needs. The job, not the model's publisher,
 chooses gradient checkpointing. A chunk of a feed-forward layer would have to divide the length of every sequence."""
 
+FIELDS_OF_A_MODEL = (
+    "model_type", "is_encoder_decoder", "is_decoder", "is_causal", "use_bidirectional_attention",
+    "max_position_embeddings", "vocab_size", "tie_word_embeddings", "dtype", "use_cache", "pretraining_tp",
+    *QUANTISATION_FIELDS,
+)  # fmt: skip
+"""Fields of a configuration that the trainer or peft reads for a whole model, so that they can't differ from layer to
+layer."""
+
 
 def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``document``, the content of `config.json`, without the fields that name a kernel, also in its parts."""
@@ -121,6 +129,9 @@ def read_configuration(folder: Path) -> Any:
         for name, value in ANSWER_FIELDS.items():
             if hasattr(part, name):
                 setattr(part, name, value)
+        # transformers raises an error here if `per_layer_config` has other values of these fields for some layers.
+        for name in FIELDS_OF_A_MODEL:
+            getattr(part, name, None)
     return config
 
 
