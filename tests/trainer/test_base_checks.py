@@ -131,6 +131,39 @@ def quick(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in names]
 
 
+def changed(value: Any) -> Any:
+    """Return another value of the type of ``value``."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return 2 * value + 1
+    return f"{value}x" if isinstance(value, str) else 3 if value is None else type(value)()
+
+
+@pytest.mark.parametrize("family", ["llama-2", "gemma-4", "gpt-oss"])
+def test_a_field_with_another_value_for_one_layer_is_loaded_or_refused_by_a_sentence(
+    family: str, tmp_path: Path
+) -> None:
+    """transformers lets most fields of a configuration differ from layer to layer. Whoever reads such a field for the
+    whole model gets an exception."""
+    folder = model_folder(tmp_path)
+    write_family(family, folder)
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    text = document.get("text_config") or document
+    fields = dict(text)
+    outcomes = set()
+    for name in sorted({*fields, "is_causal", "is_decoder", "is_encoder_decoder", "quantization_config"}):
+        text["per_layer_config"] = {"0": {name: changed(fields.get(name))}}
+        path.write_text(json.dumps(document))
+        found = job(tmp_path).checked()
+        told, model = job(tmp_path).trained() if found == "" else (found, None)
+        assert (found == "") == (model is not None), (name, found, told)
+        assert found == "" or SENTENCE.fullmatch(found), (name, found)
+        outcomes.add(found == "")
+    assert outcomes == {True, False}
+
+
 @pytest.mark.parametrize("family", quick(FAMILIES))
 def test_what_the_preflight_check_passes_the_trainer_can_load_and_nothing_else(family: str, tmp_path: Path) -> None:
     write_family(family, model_folder(tmp_path))

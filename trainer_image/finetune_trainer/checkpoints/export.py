@@ -136,18 +136,20 @@ def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: E
     """Write the tokenizer and the generation configuration into the folder ``target``. Return sentences about the
     fields of the base model's generation configuration that had to be repaired or left out."""
     tokenizer.save_pretrained(target)
-    vocabulary = max(len(tokenizer), _vocabulary(options.base), *(number + 1 for number in options.stop_ids))
+    vocabulary = _vocabulary(options.base) or len(tokenizer)
     config, notices = artifact_generation_config(options.base, options.stop_ids, vocabulary=vocabulary)
     config.save_pretrained(target)
     return notices
 
 
-def _vocabulary(base: Path) -> int:
-    """Return the number of tokens that `config.json` of the base model names; 0 where it names none."""
+def _vocabulary(base: Path) -> int | None:
+    """Return the number of logits for each token that the base model computes, which `config.json` names; None where
+    the file names none. In a model of images and texts, only the part for texts counts."""
     file = base / CONFIG_FILE
     config = json.loads(file.read_text()) if file.is_file() else {}
-    sizes = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
-    return max((size for size in sizes if isinstance(size, int)), default=0)
+    text = config.get("text_config")
+    size = (text if isinstance(text, Mapping) else config).get("vocab_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def save_model_configuration(target: Path, options: ExportOptions) -> None:

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_core.errors import UserError
+from finetune_trainer.model.routing import routing_problem
 from finetune_trainer.pod.errors import first_line, library_boundary
 from finetune_trainer.pod.faulty_field import explained
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
@@ -25,16 +26,6 @@ COUNTS = {"num_hidden_layers": 2_000, "num_experts": 20_000, "num_local_experts"
 """Fields of a configuration that say how often transformers repeats a part of a model, and the largest values that are
 accepted. The largest published models have 126 layers and 512 experts, but `num_experts` of Doge's models is 16384. A
 model with a billion layers would never be built."""
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Fields of a configuration with the number of experts among which a router chooses, in all families."""
-CHOSEN_EXPERTS = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
-)  # fmt: skip
-"""Fields of a configuration with the number of experts that a router chooses for a token, in all families."""
-EXPERT_GROUPS = ("n_group", "num_expert_group")
-"""Fields of a configuration with the number of groups of experts. A router first chooses `topk_group` groups."""
-
-
 ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese")
 """Types of models whose configuration has `is_decoder`, although the models do not read it."""
 QUANTISATION_FIELDS = ("quantization_config", "compression_config")
@@ -64,6 +55,14 @@ ANSWER_FIELDS: Mapping[str, Any] = {
 """Fields of a configuration that change in which form the forward pass of a model answers, what it returns beside the
 logits, or how it computes the same logits, and the values that the trainer needs. The job, not the model's publisher,
 chooses gradient checkpointing. A chunk of a feed-forward layer would have to divide the length of every sequence."""
+
+FIELDS_OF_A_MODEL = (
+    "model_type", "is_encoder_decoder", "is_decoder", "is_causal", "use_bidirectional_attention",
+    "max_position_embeddings", "vocab_size", "tie_word_embeddings", "dtype", "use_cache", "pretraining_tp",
+    *QUANTISATION_FIELDS,
+)  # fmt: skip
+"""Fields of a configuration that the trainer or peft reads for a whole model, so that they can't differ from layer to
+layer."""
 
 
 def without_kernels(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +103,9 @@ def load_configuration(folder: Path, field: str) -> Any:
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
             raise UserError(field, f"its config.json can't be used: {name} must be between 0 and {COUNTS[name]}")
     for part in _parts(text):
-        _check_routing(part, json.dumps(document), field)
+        problem = routing_problem(part, text, json.dumps(document))
+        if problem:
+            raise UserError(field, f"its config.json can't be used: {problem}")
     _check_kind(config, field)
     for part in (config, text):
         for name in QUANTISATION_FIELDS:
@@ -128,6 +129,9 @@ def read_configuration(folder: Path) -> Any:
         for name, value in ANSWER_FIELDS.items():
             if hasattr(part, name):
                 setattr(part, name, value)
+        # transformers raises an error here if `per_layer_config` has other values of these fields for some layers.
+        for name in FIELDS_OF_A_MODEL:
+            getattr(part, name, None)
     return config
 
 
@@ -162,44 +166,6 @@ def _parts(config: Any) -> list[PreTrainedConfig]:
     if not isinstance(config, PreTrainedConfig):
         return []
     return [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]
-
-
-def _check_routing(config: Any, document: str, field: str) -> None:
-    """Raise UserError if the routers that ``config`` describes can't choose experts. A model is built with these
-    numbers, and fails only when a text goes through it. The message names the fields as ``document``, the text of
-    `config.json`, does, because transformers has two names for some fields."""
-
-    def written(name: str) -> str:
-        others = [other for other, mapped in config.attribute_map.items() if mapped == name]
-        return next((known for known in (name, *others) if f'"{known}"' in document), name)
-
-    fields = vars(config)
-    name = next((name for name in EXPERTS if isinstance(fields.get(name), int)), None)
-    if name is None or fields[name] < 2:
-        return  # With one expert, several families have no router.
-    experts = fields[name]
-    # LongCat's routers also choose among experts that return their input.
-    without_weights = fields.get("zero_expert_num")
-    most = experts + (without_weights if isinstance(without_weights, int) else 0)
-    limits = dict.fromkeys(CHOSEN_EXPERTS, (most, name))
-    for of_groups in EXPERT_GROUPS:
-        groups = fields.get(of_groups)
-        if not isinstance(groups, int) or groups < 2:
-            continue
-        limits["topk_group"] = (groups, of_groups)
-        if experts % groups or experts // groups < 2:
-            problem = (
-                f"{written(of_groups)} must divide {written(name)} ({experts}) into groups of at least 2 experts, and"
-                f" is {groups}"
-            )
-            raise UserError(field, f"its config.json can't be used: {problem}")
-    for chosen, (limit, source) in limits.items():
-        value = fields.get(chosen)
-        # Hunyuan's models may have a number for each layer.
-        numbers = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(number) is int and 1 <= number <= limit for number in numbers):
-            problem = f"{written(chosen)} must be between 1 and {written(source)} ({limit}), and is {str(value)[:40]}"
-            raise UserError(field, f"its config.json can't be used: {problem}")
 
 
 def _check_kind(config: Any, field: str) -> None:
