@@ -51,6 +51,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
     """
@@ -66,6 +67,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "phase": _phase,
         "budget": _budget,
         "kill": _kill,
+        "both": _both,
     }
     patch = patches[fault["kind"]]
     with patch(fault):
@@ -130,6 +132,14 @@ def _kill(fault: dict[str, Any]) -> Any:
         "artifact": lambda: patched(RunRoot, "create", "ARTIFACT"),
         "published": lambda: patched(RunRoot, "create", "ARTIFACT", after=True),
     }[point]()
+
+
+@contextmanager
+def _both(fault: dict[str, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in fault["faults"]:
+            stack.enter_context(scripted(each))
+        yield
 
 
 def _budget(fault: dict[str, Any]) -> Any:

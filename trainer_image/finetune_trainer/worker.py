@@ -64,12 +64,17 @@ def main() -> int:
         outcome = outcome_of(error, step=status.step, checkpoint=status.checkpoint)
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
-    write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
-    # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another rank
-    # is gone. Only the output streams are left to write.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(outcome.result.exit_code)
+    try:
+        write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
+    except OSError:
+        # The exit code still tells the launcher that this worker failed, and how.
+        traceback.print_exc()
+    finally:
+        # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another
+        # rank is gone. Only the output streams are left to write.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(outcome.result.exit_code)
 
 
 def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
