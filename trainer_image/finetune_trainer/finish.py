@@ -65,8 +65,9 @@ def finish(
 
     gang.gather(fetch, until_stop=True)
     if comparison.evaluation is not None:
-        for name, tensors in stored_tensors(source, (MASTER,)):
-            engine.write_weight(name, tensors[MASTER])
+        with gang.long_work():
+            for name, tensors in stored_tensors(source, (MASTER,)):
+                engine.write_weight(name, tensors[MASTER])
         comparison.score_tuned_model(chosen.step)
     if progress is not None:
         progress.phase(Phase.EXPORTING)
@@ -86,6 +87,8 @@ def finish(
         return judged(told, plan.config.evaluation.require).model_dump(mode="json")
 
     result = Result.model_validate(gang.run_on_rank_0(publish_chosen, until_stop=True))
+    # The artifact is committed, so a SIGTERM that comes from now on changes nothing.
+    gang.stand_down()
     shutil.rmtree(source, ignore_errors=True)
     return result
 

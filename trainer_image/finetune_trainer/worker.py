@@ -25,6 +25,7 @@ from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
+from finetune_trainer.ranks.return_guard import ReturnGuard
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -92,9 +93,10 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
     device = process.select_device(plan.config.world)
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
+    guard = ReturnGuard(watchdog)
     with watchdog.allow(PEER_WAIT_SECONDS):
         # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
-        gang = Gang(device=device, stop=stop, watchdog=watchdog, stall_seconds=stall_seconds)
+        gang = Gang(device=device, stop=stop, watchdog=watchdog, guard=guard, stall_seconds=stall_seconds)
     progress = None
     if gang.is_first:
         reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None
@@ -103,6 +105,8 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         with _classified_errors(plan, status):
             result = train(plan, gang, progress, status)
     except Exception as error:
+        # What is left to do has time limits of its own: the last report, and the wait for the other ranks.
+        guard.stand_down()
         if isinstance(error, PeerLost):
             # The other ranks may be gone because this rank stalled: its watchdog announced the stall, and the other
             # ranks left. The outcome must then be the stall and not PeerLost. `claim_end` ensures this: if the watchdog
@@ -113,6 +117,7 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         if isinstance(error, ERRORS_OF_ALL_RANKS) and not isinstance(error, PeerLost):
             gang.final_barrier()
         raise
+    guard.stand_down()
     if progress is not None:
         progress.end(result)
     gang.final_barrier()

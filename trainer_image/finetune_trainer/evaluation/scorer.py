@@ -128,6 +128,7 @@ class Scorer:
                 text = answer.strip().split("\n")[0] if evaluation_set.one_line else answer
                 row = evaluation_set.examples.rows[index].fields
                 grade = grading.grade(text, row)
+                self._gang.note_progress()
                 grades.append(grade)
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]

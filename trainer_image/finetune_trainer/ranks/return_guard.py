@@ -15,7 +15,7 @@ Three bounds exist. The guard looks at all that are in force, and the one that e
 
 Only `stand_down` ends the first two bounds, because a training thread that came back once may hang in its next call.
 
-Nothing in the product calls this module yet.
+`worker.py` makes the guard, and `ranks/gang.py` tells the guard what the training thread does.
 """
 
 from __future__ import annotations
