@@ -93,7 +93,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     )
     kills_before = cgroup.oom_kills()
     heartbeat_timeout = config.stability.stall_timeout_seconds + FROZEN_SECONDS
-    workers = WorkerProcesses(folder, heartbeat_timeout=heartbeat_timeout)
+    gpu_ranks = config.world.size if config.world.device == "GPU" else 0
+    workers = WorkerProcesses(folder, heartbeat_timeout=heartbeat_timeout, gpu_ranks=gpu_ranks)
     first, nodes = identity.node_rank == 0, config.world.nodes
     with open_rendezvous(first=first, nodes=nodes, address=address, port=port, key=key) as rendezvous:
         environments = worker_environments(environment, plan, rendezvous=rendezvous, threads=threads)

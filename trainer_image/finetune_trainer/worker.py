@@ -18,7 +18,7 @@ from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
@@ -90,11 +90,11 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         from finetune_trainer.reporting.progress import Progress
         from finetune_trainer.train import train
 
-    device = process.select_device(plan.config.world)
+    device = process.select_device(plan.config.world, precision=plan.config.optimization.precision)
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
     guard = ReturnGuard(watchdog)
-    with watchdog.allow(PEER_WAIT_SECONDS):
+    with watchdog.allow(PEER_WAIT_SECONDS), _classified_errors(plan, status):
         # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
         gang = Gang(device=device, stop=stop, watchdog=watchdog, guard=guard, stall_seconds=stall_seconds)
     progress = None
@@ -129,7 +129,7 @@ def _classified_errors(plan: WorkerPlan, status: WorkerStatus) -> Iterator[None]
     """Inside the block, turn errors of torch into the exceptions of `pod/errors.py`.
 
     OutOfMemory replaces every error for lack of memory, on a GPU or on the host. PeerLost replaces the errors that
-    torch raises when another rank is gone.
+    torch raises when another rank is gone. On GPUs the text of an error decides what else it is (`device_errors.py`).
     """
     import torch
 
@@ -143,9 +143,31 @@ def _classified_errors(plan: WorkerPlan, status: WorkerStatus) -> Iterator[None]
     except RuntimeError as error:
         if memory.is_host_out_of_memory(error):
             raise OutOfMemory(memory.out_of_memory_message(error, status, plan.config)) from error
+        if plan.config.world.device == "GPU" and (failure := _device_failure(error, plan, status)) is not None:
+            raise failure from error
         if is_peer_failure(error):
             raise peer_lost(error) from error
         raise
+
+
+def _device_failure(error: RuntimeError, plan: WorkerPlan, status: WorkerStatus) -> Exception | None:
+    """Return the exception of `pod/errors.py` for ``error``, which torch raised in a job on GPUs. Return None where the
+    error comes from another rank, or where it is a crash."""
+    from finetune_trainer.ranks import memory
+    from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
+
+    diagnosis = diagnose(str(error))
+    match diagnosis.fault:
+        case DeviceFault.NODE_FAULT:
+            return NodeFault(f"a GPU of the node or its driver failed {status.where()}: {diagnosis.cause}")
+        case DeviceFault.DRIVER_TOO_OLD:
+            return UserError("NVIDIA driver", diagnosis.cause)
+        case DeviceFault.OUT_OF_MEMORY:
+            return OutOfMemory(memory.out_of_memory_message(error, status, plan.config))
+        case DeviceFault.WRONG_SETUP:
+            return OutsideFailure(f"the pod or its network does not fit its GPUs {status.where()}: {diagnosis.cause}")
+        case DeviceFault.PEER_LEFT | DeviceFault.CRASH:
+            return None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
+from finetune_trainer.ranks.device_environment import overlaps_communication
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -77,10 +78,12 @@ class Engine:
             # the state is too large for any cache.
             fused=True,
         )
+        ranks = torch.distributed.get_world_size()
+        overlap = overlaps_communication("GPU" if device.type == "cuda" else "CPU", ranks=ranks)
         self.module, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(optimization, torch.distributed.get_world_size()),
+            config=engine_config(optimization, ranks, overlap_communication=overlap),
             dist_init_required=False,
         )
         self._parameters = trained_parameters(model)

@@ -28,6 +28,8 @@ import torch.distributed as dist
 
 from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.ranks.device_conditions import device_to_bind
+from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
 from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, torch_message, unpack_answer
 from finetune_trainer.ranks.return_guard import ReturnGuard
 from finetune_trainer.ranks.watchdog import Watchdog
@@ -63,6 +65,10 @@ STOP_KEY, STALLED_KEY = "stop", "stalled"
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
 loss, because the connections of a lost rank may stay open, for example after its node failed."""
+
+
+SETUP_FAULTS = frozenset(DeviceFault) - {DeviceFault.PEER_LEFT, DeviceFault.CRASH}
+"""Faults of this pod or its node that are found while the ranks come together."""
 
 
 class Gang:
@@ -111,7 +117,6 @@ class Gang:
 
     def _join(self, timeout: timedelta) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        device = self.device
         try:
             self._whole_store = self._open_store()
             # The ranks use only keys with this prefix, so a client that does not know the nonce can't set a key that a
@@ -125,10 +130,13 @@ class Gang:
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
+                device_id=device_to_bind(self.device, self.world_size),
             )
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, OSError, dist.DistError) as error:
+            if self.device.type == "cuda" and diagnose(str(error)).fault in SETUP_FAULTS:
+                # NCCL connects at this point already, so that a fault of this pod is found here.
+                raise
             raise PeerLost(f"not all {self.world_size} ranks came together: {torch_message(error)}") from error
 
     def _open_store(self) -> dist.Store:
