@@ -22,7 +22,6 @@ from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, Outsid
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.ranks.return_guard import ReturnGuard
@@ -94,9 +93,16 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
     guard = ReturnGuard(watchdog)
-    with watchdog.allow(PEER_WAIT_SECONDS), _classified_errors(plan, status):
+    with watchdog.allow(plan.time_limits.peers), _classified_errors(plan, status):
         # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
-        gang = Gang(device=device, stop=stop, watchdog=watchdog, guard=guard, stall_seconds=stall_seconds)
+        gang = Gang(
+            device=device,
+            stop=stop,
+            watchdog=watchdog,
+            guard=guard,
+            stall_seconds=stall_seconds,
+            limits=plan.time_limits,
+        )
     progress = None
     if gang.is_first:
         reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.pod.time_limits import SHORTEST, TimeLimits
 from finetune_trainer.ranks.device_conditions import device_to_bind
 from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
 from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, torch_message, unpack_answer
@@ -36,9 +36,6 @@ from finetune_trainer.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
 
-WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
-"""How many seconds the other ranks wait for the work of one rank. The work may make several calls to the object store,
-each with a time limit of its own, and may transfer much data."""
 BACKGROUND_WORK_SECONDS = 24 * 3600.0
 """How many seconds background threads wait for the work of one rank: a large checkpoint over a slow line may take a
 day. The loss of a rank is noticed long before this limit, by its missing heartbeat or, for rank 0, by the broken
@@ -83,6 +80,7 @@ class Gang:
         watchdog: Watchdog | None = None,
         guard: ReturnGuard | None = None,
         stall_seconds: float = 600.0,
+        limits: TimeLimits = SHORTEST,
     ) -> None:
         """Join the rendezvous that the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
         RENDEZVOUS_NONCE describe.
@@ -93,7 +91,7 @@ class Gang:
         ``stop`` returns whether this process received SIGTERM. ``guard`` ends the process where the training thread,
         which must have made the guard, does not come back after SIGTERM or after rank 0 is gone. Raises PeerLost where
         not all ranks join in time, and Stopped where this process received SIGTERM and the other ranks can't be
-        reached.
+        reached. ``limits`` say how long this rank waits for the other ranks, and for the work of one of them.
         """
         self.rank = int(os.environ["RANK"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
@@ -102,7 +100,8 @@ class Gang:
         self._calls = 0
         self._channel = ""
         self._channels = itertools.count(1)
-        self._work_seconds = WORK_SECONDS
+        self._limits = limits
+        self._work_seconds = limits.share
         self._stop = stop
         self._peer_stop = False
         self._watchdog = watchdog
@@ -149,7 +148,7 @@ class Gang:
             port,
             self.world_size,
             is_master=self.rank == 0,
-            timeout=timedelta(seconds=PEER_WAIT_SECONDS),
+            timeout=timedelta(seconds=self._limits.peers),
             master_listen_fd=listener,
         )
 
@@ -315,10 +314,11 @@ class Gang:
 
     @contextlib.contextmanager
     def _allow_long_work(self) -> Iterator[None]:
-        """Inside the block, let the watchdog wait WORK_SECONDS longer before it ends the process. The watchdog sees no
-        progress while a call to the object store or the loading of a model takes long."""
-        watchdog = self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
-        with watchdog, self.long_work():
+        """Inside the block, let the watchdog wait as much longer before it ends the process as the work of one rank may
+        take. The watchdog sees no progress while a call to the object store or the loading of a model takes long."""
+        watchdog = self._watchdog
+        allowed = watchdog.allow(self._limits.share) if watchdog is not None else contextlib.nullcontext()
+        with allowed, self.long_work():
             yield
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
