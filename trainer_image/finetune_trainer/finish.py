@@ -54,6 +54,8 @@ def finish(
     The tuned model's scores and the artifact come from the chosen checkpoint, which is downloaded from the bucket and
     verified, and not from the weights in memory.
     """
+    # The artifact may need as much memory as the snapshots take.
+    saver.free_memory()
     chosen = saver.chosen(plan.config.evaluation.artifact_from)
     source = plan.folder / "chosen"
     if progress is not None:

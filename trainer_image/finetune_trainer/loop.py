@@ -21,7 +21,7 @@ from finetune_trainer.decisions.recovery import is_skipped, plan_recovery
 from finetune_trainer.decisions.replay import ReplayedDecisions
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
-from finetune_trainer.engine.host_buffers import ELEMENT_BYTES
+from finetune_trainer.engine.fragment_snapshot import STATE_BYTES
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import EvaluationSet
@@ -362,7 +362,7 @@ class TrainingLoop:
         """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            copied = copy_seconds(3 * ELEMENT_BYTES * self._trained_parameters)
+            copied = copy_seconds(STATE_BYTES * self._trained_parameters)
             with self._gang.within(copied, "the copy of the training state"):
                 self._save(None, None)
         self._wait_for_commits()

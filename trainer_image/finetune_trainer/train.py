@@ -352,5 +352,6 @@ class Run:
 
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""
+        self.saver.free_memory()
         self.engine.close()
         del self.engine, self.model, self.loop, self.comparison
