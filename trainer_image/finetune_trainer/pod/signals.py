@@ -26,10 +26,12 @@ class StopFlag:
         """Install the signal handlers and unblock the signals. A signal that arrived while it was blocked is delivered
         now, so no signal is lost."""
         self._is_set = False
-        self._reader, writer = os.pipe()
-        for end in (self._reader, writer):
+        reader, writer = os.pipe()
+        for end in (reader, writer):
             os.set_blocking(end, False)
+        self._reader: int | None = reader
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_pipe)
         for number in STOP_SIGNALS:
             signal.signal(number, self._set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -39,7 +41,14 @@ class StopFlag:
 
     def __call__(self) -> bool:
         """Return whether this process has received SIGTERM or SIGINT."""
-        if not self._is_set:
+        if not self._is_set and self._reader is not None:
             with contextlib.suppress(BlockingIOError):
-                self._is_set = any(number in STOP_SIGNALS for number in os.read(self._reader, PIPE_BYTES))
+                if any(number in STOP_SIGNALS for number in os.read(self._reader, PIPE_BYTES)):
+                    self._is_set = True
         return self._is_set
+
+    def _leave_pipe(self) -> None:
+        """Leave the pipe to the parent process. Otherwise a signal that only the forked process receives would be taken
+        for one of its parent."""
+        signal.set_wakeup_fd(-1)
+        self._reader = None
