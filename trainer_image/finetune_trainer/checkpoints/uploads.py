@@ -36,8 +36,8 @@ class Snapshot:
     best: bool
     """Whether the evaluation after this step is the best so far. Where too many snapshots wait, the other snapshots are
     dropped first."""
-    free_memory: Callable[[], None] = lambda: None
-    """Function that lets a later snapshot use the memory of `tensors`. A second call does nothing."""
+    free_memory: Callable[[], None] | None = None
+    """Function that lets a later snapshot use the memory of `tensors`. None where the memory is freed by itself."""
     bytes: int = field(init=False)
     """Size of `tensors` in bytes."""
 
@@ -47,7 +47,10 @@ class Snapshot:
     def release(self) -> None:
         """Let a later snapshot use the memory of the tensors, which nobody may read afterwards."""
         self.tensors = {}
-        self.free_memory()
+        if self.free_memory is not None:
+            # The function refers to the memory, so it is not kept.
+            free_memory, self.free_memory = self.free_memory, None
+            free_memory()
 
 
 class UploadQueue:

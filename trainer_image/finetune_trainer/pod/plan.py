@@ -50,6 +50,7 @@ class WorkerPlan(ContractModel):
     """Temporary folder of the attempt, in which the workers write outcome files, heartbeats, tokenised rows, and the
     files of checkpoints before their upload."""
     time_limits: TimeLimits = SHORTEST
+    """How long ranks and pods wait for each other. The limits follow from the sizes of the inputs."""
 
 
 def read_run_file(path: Path) -> RunConfig:
