@@ -6,10 +6,12 @@ from __future__ import annotations
 import ctypes
 import signal
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from finetune_trainer.pod.outcomes import WorkerStatus, outcome_of
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.ranks.device_errors import NODE_XIDS, TEXTS, DeviceFault, Source, diagnose, fault_of_signal
+from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.ranks.peer_errors import peer_lost, torch_message
 from finetune_trainer.worker import _classified_errors
 from tests.trainer.pods import run_config
@@ -374,6 +377,26 @@ def test_an_error_ends_a_worker_on_gpus_as_its_text_says(text: str, kind: type[R
     outcome = outcome_of(raised.value)
     assert bool(outcome.result.node_fault) is (diagnosis.fault is DeviceFault.NODE_FAULT)
     assert outcome.caused_by_peer is (expected is PeerLost)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("text", TOLD)
+def test_a_fault_of_this_pod_is_no_lost_peer_while_the_ranks_meet(
+    text: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several ranks NCCL connects when the process group is made. There is no GPU here, so a function that raises
+    the error takes the place of torch's."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistBackendError(text)
+
+    gang = Gang.__new__(Gang)
+    gang.device, gang.rank, gang.world_size = torch.device(device), 0, 2
+    monkeypatch.setattr(gang, "_open_store", torch.distributed.HashStore)
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    is_of_peer = device == "cpu" or TOLD[text] in (DeviceFault.PEER_LEFT, DeviceFault.CRASH)
+    with pytest.raises(PeerLost if is_of_peer else torch.distributed.DistBackendError):
+        gang._join(timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("text", [text for text in TOLD if TOLD[text] is not DeviceFault.OUT_OF_MEMORY])
