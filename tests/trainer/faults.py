@@ -54,6 +54,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "alive", "count": n} lets a rank hold at most n snapshots at once
     - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
     - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
@@ -72,6 +73,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "budget": _budget,
         "kill": _kill,
         "both": _both,
+        "alive": _alive,
         "whole": _whole,
     }
     patch = patches[fault["kind"]]
@@ -146,6 +148,10 @@ def _both(fault: dict[str, Any]) -> Iterator[None]:
         for each in fault["faults"]:
             stack.enter_context(scripted(each))
         yield
+
+
+def _alive(fault: dict[str, Any]) -> Any:
+    return mock.patch.object(saving, "most_alive", return_value=fault["count"])
 
 
 def _whole(_: dict[str, Any]) -> Any:

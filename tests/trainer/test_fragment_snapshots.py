@@ -195,13 +195,19 @@ def test_the_files_have_the_same_bytes(
 def test_the_checkpoints_of_a_job_have_the_bytes_of_whole_parameters(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Each step is saved, so the memory of the snapshots is used again."""
+    """Each step is saved, so the memory of the snapshots is used again. With memory for a single snapshot, the next one
+    waits until the files of the one before are written, or takes its place."""
     inputs = Inputs(model=tiny_model, train=tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1)))
     kinds: dict[str, dict[str, Any]] = {
         "lora-2": {"method": "LoRA", "optimization__zeroStage": 2},
         "full-3": {"method": "Full", "optimization__zeroStage": 3, "optimization__precision": "bf16"},
     }
-    names = [(kind, how) for kind in kinds for how in ("fragments", "whole")]
+    hows: dict[str, dict[str, Any] | None] = {
+        "fragments": None,
+        "single": {"kind": "alive", "count": 1},
+        "whole": {"kind": "whole"},
+    }
+    names = [(kind, how) for kind in kinds for how in hows]
     configs = [
         run_config(
             store,
@@ -214,7 +220,7 @@ def test_the_checkpoints_of_a_job_have_the_bytes_of_whole_parameters(
         )
         for kind, how in names
     ]
-    faults: list[dict[str, Any] | None] = [{"kind": "whole"} if how == "whole" else None for _, how in names]
+    faults = [hows[how] for _, how in names]
     results = train_all(configs, inputs, tmp_path, credentials=store.credentials, faults=faults)
     assert [result.outcome for result in results] == [Outcome.COMPLETED] * len(names)
 
@@ -223,8 +229,10 @@ def test_the_checkpoints_of_a_job_have_the_bytes_of_whole_parameters(
         return {key.removeprefix(root): store.read(key) for key in store.keys(root) if key.endswith(".safetensors")}
 
     for kind in kinds:
-        fragments, whole = states(kind, "fragments"), states(kind, "whole")
+        whole = states(kind, "whole")
         assert len(whole) >= 2 * 2, "two ranks saved the last step, and one before it"
-        common = fragments.keys() & whole.keys()
-        assert {key for key in common if "-000000006/" in key}
-        assert {key: fragments[key] for key in common} == {key: whole[key] for key in common}
+        for how in ("fragments", "single"):
+            found = states(kind, how)
+            common = found.keys() & whole.keys()
+            assert {key for key in common if "-000000006/" in key}
+            assert {key: found[key] for key in common} == {key: whole[key] for key in common}
