@@ -121,7 +121,8 @@ def test_each_worker_of_a_pod_gets_the_settings_of_its_device(device: Device, no
         folder=SCRATCH,
     )
     rendezvous = Rendezvous(address="127.0.0.1", port=1234)
-    for given in ({}, {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}):
+    environments: list[dict[str, str]] = [{}, {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}]
+    for given in environments:
         workers = worker_environments(given, plan, rendezvous=rendezvous, threads=1)
         assert len(workers) == config["world"]["processesPerNode"]
         for environment in workers:

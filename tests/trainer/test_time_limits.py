@@ -114,6 +114,7 @@ def test_a_limit_never_falls_when_a_job_grows(size: JobSize, field: str) -> None
     [
         ({"lora": {"rank": 8, "alpha": 8}}, 100, 100),
         ({"lora": {"rank": 400, "alpha": 8}}, 1000, 1000),
+        ({"lora": {}}, 100, 100),
         ({"storage__artifact": "Both"}, 1100, 100),
         ({"model__addedTokens": ["<a>"], "storage__artifact": "Merged"}, 2100, 100),
         ({"method": "Full"}, 1000, 6000),
@@ -137,8 +138,9 @@ def test_the_sizes_of_a_job_are_measured(
     data, model = tmp_path / "data-0", tmp_path / "model"
     assert job_size(config, Inputs(model=model, train=data, validation=rows)) == wanted
     assert job_size(config, Inputs(model=model, train=tmp_path, mix=[data], test=rows)) == wanted
-    with_adapter = Inputs(model=model, adapter=data, train=data, validation=rows)
-    assert job_size(config, with_adapter).model_bytes > wanted.model_bytes
+    found = job_size(config, Inputs(model=model, adapter=data, train=data, validation=rows))
+    assert found.model_bytes == 1070
+    assert found.checkpoint_bytes == max(checkpoint, 6 * 70)
 
 
 def test_the_limits_of_a_plan_reach_the_workers(tmp_path: Path) -> None:

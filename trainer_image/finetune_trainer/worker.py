@@ -172,8 +172,7 @@ def _device_failure(error: RuntimeError, plan: WorkerPlan, status: WorkerStatus)
             return OutOfMemory(memory.out_of_memory_message(error, status, plan.config))
         case DeviceFault.WRONG_SETUP:
             return OutsideFailure(f"the pod or its network does not fit its GPUs {status.where()}: {diagnosis.cause}")
-        case DeviceFault.PEER_LEFT | DeviceFault.CRASH:
-            return None
+    return None
 
 
 if __name__ == "__main__":

@@ -316,9 +316,10 @@ class Gang:
     def _allow_long_work(self) -> Iterator[None]:
         """Inside the block, let the watchdog wait as much longer before it ends the process as the work of one rank may
         take. The watchdog sees no progress while a call to the object store or the loading of a model takes long."""
-        watchdog = self._watchdog
-        allowed = watchdog.allow(self._limits.share) if watchdog is not None else contextlib.nullcontext()
-        with allowed, self.long_work():
+        with contextlib.ExitStack() as stack:
+            if self._watchdog is not None:
+                stack.enter_context(self._watchdog.allow(self._limits.share))
+            stack.enter_context(self.long_work())
             yield
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune_core.api.method import DEFAULT_RANK
 from finetune_core.api.sources import DataSource, InitialAdapterSpec, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
 from finetune_core.layout import parse_uri
-from finetune_core.planning.scratch import state_share
+from finetune_core.planning.scratch import FULL_STATE, state_share
 from finetune_trainer.data.dataset import check_columns, check_tools_of_mix
 from finetune_trainer.data.files.index import INDEX_FILE, read_index, write_index
 from finetune_trainer.data.prompts import base_prompt_columns
@@ -79,14 +80,16 @@ def job_size(config: RunConfig, inputs: Inputs) -> JobSize:
     """Return the sizes on which the time limits of the job depend. Model and data are measured. The sizes of checkpoint
     and artifact follow from the size of the model, as in the request for scratch space (`planning/scratch.py`)."""
     lora = config.lora
-    model = _size(inputs.model)
+    model, adapter = _size(inputs.model), _size(inputs.adapter) if inputs.adapter is not None else 0
     sources = [*(inputs.mix or [inputs.train]), inputs.validation, inputs.test]
-    state = int(model * state_share(None if lora is None else lora.rank))
+    # Where the job continues an adapter, the files of the adapter say how large its state is.
+    share = state_share(None if lora is None else lora.rank or DEFAULT_RANK)
+    state = max(int(share * model), FULL_STATE * adapter)
     # Added tokens and a merged adapter make a copy of the base model, which is published beside an adapter.
     is_extended = bool(config.model.added_tokens) or config.model.adapter is not None
     exports_model = lora is None or config.storage.artifact != "Adapter"
     return JobSize(
-        model_bytes=model + (_size(inputs.adapter) if inputs.adapter is not None else 0),
+        model_bytes=model + adapter,
         artifact_bytes=(exports_model + is_extended) * model + (state if lora is not None else 0),
         checkpoint_bytes=state,
         data_bytes=sum(_size(source) for source in sources if source is not None),
