@@ -84,7 +84,7 @@ def open_rendezvous(
 class Gate(Forwarder):
     """Runs in the pod of rank 0, and lets connections from the other pods pass to the store after a handshake."""
 
-    def __init__(self, key: Key, store: Rendezvous, seconds: float) -> None:
+    def __init__(self, key: Key, store: Rendezvous, seconds: float = PEER_WAIT_SECONDS) -> None:
         """Let a connection pass to ``store`` if its other end knows ``key``. A connection waits for the store for at
         most ``seconds``."""
         super().__init__()
@@ -151,7 +151,7 @@ class Gate(Forwarder):
 class Relay(Forwarder):
     """Serves the connections of this pod's workers, and connects each with the gate in the pod of rank 0."""
 
-    def __init__(self, key: Key, address: str, port: int, seconds: float) -> None:
+    def __init__(self, key: Key, address: str, port: int, seconds: float = PEER_WAIT_SECONDS) -> None:
         """Connect to the gate at ``address`` and ``port``, and prove there that this end knows ``key``. A connection
         waits for the gate for at most ``seconds``."""
         super().__init__()
