@@ -335,7 +335,7 @@ MORE: Mapping[str, DeviceFault] = {
     "Expected all tensors to be on the same device": DeviceFault.CRASH,
     "gloo: an error that no table knows": DeviceFault.CRASH,
 }
-TOLD: Mapping[str, DeviceFault] = {text: diagnose(text).fault for text in EXAMPLES.values()} | MORE
+TOLD: Mapping[str, DeviceFault] = {text: diagnose(text).fault for text in [*EXAMPLES.values(), *MORE]}
 ENDS: Mapping[DeviceFault, type[Exception]] = {
     DeviceFault.NODE_FAULT: NodeFault,
     DeviceFault.DRIVER_TOO_OLD: UserError,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import finetune_trainer
-from finetune_core.contract import Outcome, Result
+from finetune_core.contract import EXIT_CODES, Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
 from finetune_trainer.pod.errors import Diverged, NewerRun, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
@@ -87,6 +87,14 @@ def test_the_signal_of_a_worker_on_a_gpu_may_tell_the_cause() -> None:
     for number, ranks in ((signal.SIGSEGV, 2), (signal.SIGABRT, 1), (signal.SIGABRT, 0), (signal.SIGBUS, 0)):
         assert result_of_pod([ended(number, ranks=ranks)], out_of_memory=False).outcome is Outcome.CRASHED
     assert signal_outcome(1, 0, gpu_ranks=2) is None
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_the_exit_code_of_a_worker_without_an_outcome_tells_how_it_ended(outcome: Outcome) -> None:
+    """A worker can't write its outcome to a full disk. A worker without an outcome that ends with 0 crashed."""
+    found = result_of_pod([WorkerExit(1, EXIT_CODES[outcome], None)], out_of_memory=False)
+    assert found.exit_code == (EXIT_CODES[outcome] or 1)
+    assert found.message == f"rank 1 exited with {EXIT_CODES[outcome]} and left no reason; its log has the details"
 
 
 def test_a_newer_run_is_a_failure_from_outside() -> None:

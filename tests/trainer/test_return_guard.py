@@ -23,6 +23,7 @@ from finetune_trainer.ranks.return_guard import (
     POLL_SECONDS,
     ReturnGuard,
     copy_seconds,
+    least_seconds,
     return_seconds,
 )
 from finetune_trainer.ranks.watchdog import ANNOUNCE_SECONDS
@@ -92,6 +93,20 @@ def test_a_rank_leaves_within_15_seconds_of_the_agreement_to_stop() -> None:
 )
 def test_the_bound_of_a_copy_grows_with_its_bytes(amount: int, seconds: float) -> None:
     assert copy_seconds(amount) == seconds
+
+
+def test_on_cpus_every_call_has_the_longest_bound() -> None:
+    """Nothing waits there in a kernel of NCCL, and a call may be slow because other processes have the cores."""
+    assert (least_seconds("GPU"), least_seconds("CPU")) == (LEAST_SECONDS, MOST_SECONDS)
+    assert copy_seconds(0, least=least_seconds("CPU")) == MOST_SECONDS
+    recorder, clock = Recorder(), Clock()
+    guard = ReturnGuard(recorder, least=least_seconds("CPU"), clock=clock)
+    guard.passed()
+    clock.now += 1
+    guard.passed()
+    assert guard.allowed_seconds == MOST_SECONDS
+    guard.demand("rank 0 is gone", caused_by_peer=True)
+    assert guard.seconds_left == MOST_SECONDS
 
 
 def test_the_longest_pause_is_measured_between_two_returns() -> None:

@@ -30,7 +30,7 @@ from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.ranks.return_guard import copy_seconds
+from finetune_trainer.ranks.return_guard import copy_seconds, least_seconds
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_usage, mfu, model_shape
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.checkpoint_folders import TrainerState
@@ -362,8 +362,9 @@ class TrainingLoop:
         """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            copied = copy_seconds(STATE_BYTES * self._trained_parameters)
-            with self._gang.within(copied, "the copy of the training state"):
+            least = least_seconds(self._config.world.device)
+            seconds = copy_seconds(STATE_BYTES * self._trained_parameters, least=least)
+            with self._gang.within(seconds, "the copy of the training state"):
                 self._save(None, None)
         self._wait_for_commits()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"

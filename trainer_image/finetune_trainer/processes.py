@@ -184,18 +184,20 @@ def _collect_signals() -> Iterator[_ReceivedSignals]:
     """While the block runs, collect the stop signals and SIGCHLD, which the kernel sends when a worker has exited.
     Python writes the number of each signal into a pipe, and this wakes the loop that supervises the workers.
 
-    The pipe is there before the handlers are replaced. So a signal that arrives meanwhile is in the pipe, or the former
-    handler has noted it.
+    Python writes to one pipe at a time. In this process the other one is that of `StopFlag`, whose handler is replaced
+    too. The pipe of this function is there before the handlers are replaced, and the former pipe is back before the
+    former handlers are. So a stop signal at any moment is in one of the two pipes. A signal that comes after the last
+    worker has exited stays in the pipe of this function, because nothing is left to stop.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     numbers = (*STOP_SIGNALS, signal.SIGCHLD)
-    previous_fd = signal.set_wakeup_fd(writer)
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield _ReceivedSignals(reader)
     finally:
-        signal.set_wakeup_fd(previous_fd)
+        signal.set_wakeup_fd(previous_fd, warn_on_full_buffer=False)
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(reader)

@@ -24,7 +24,7 @@ from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_o
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
-from finetune_trainer.ranks.return_guard import ReturnGuard
+from finetune_trainer.ranks.return_guard import ReturnGuard, least_seconds
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -65,15 +65,16 @@ def main() -> int:
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
     try:
-        write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
-    except OSError:
-        # The exit code still tells the launcher that this worker failed, and how.
-        traceback.print_exc()
-    finally:
-        # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another
-        # rank is gone. Only the output streams are left to write.
+        try:
+            write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
+        except OSError:
+            # The exit code still tells the launcher how this worker ended.
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
+        # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another
+        # rank is gone.
         os._exit(outcome.result.exit_code)
 
 
@@ -89,10 +90,12 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         from finetune_trainer.reporting.progress import Progress
         from finetune_trainer.train import train
 
-    device = process.select_device(plan.config.world, precision=plan.config.optimization.precision)
+    world = plan.config.world
+    with _classified_errors(plan, status):
+        device = process.select_device(world, precision=plan.config.optimization.precision)
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
-    guard = ReturnGuard(watchdog)
+    guard = ReturnGuard(watchdog, least=least_seconds(world.device))
     with watchdog.allow(plan.time_limits.peers), _classified_errors(plan, status):
         # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
         gang = Gang(

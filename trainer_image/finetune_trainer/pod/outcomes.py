@@ -8,11 +8,11 @@ rank.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_core.contract import ContractModel, Outcome, Phase, Result
+from finetune_core.contract import EXIT_CODES, ContractModel, ExitCode, Outcome, Phase, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 
@@ -30,6 +30,9 @@ PRECEDENCE: Sequence[Outcome] = (
 """The first of these outcomes that any worker has becomes the outcome of the pod. Likely causes come before their
 consequences. `result_of_pod` leaves out workers that ended only because of another worker, unless all ended so.
 """
+
+_OUTCOMES: Mapping[int, Outcome] = {code: kind for kind, code in EXIT_CODES.items() if code != ExitCode.DONE}
+"""Outcomes by exit code. A worker that can't write its outcome, because the disk is full, still exits with its code."""
 
 
 class WorkerOutcome(ContractModel):
@@ -157,7 +160,7 @@ def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: in
         return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message))
     how = f"was ended by signal {-worker.status}" if worker.status < 0 else f"exited with {worker.status}"
     message = f"rank {worker.rank} {how} and left no reason; its log has the details"
-    return WorkerOutcome(result=Result(outcome=Outcome.CRASHED, message=message))
+    return WorkerOutcome(result=Result(outcome=_OUTCOMES.get(worker.status, Outcome.CRASHED), message=message))
 
 
 def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:

@@ -7,6 +7,9 @@ to name a source in messages and records.
 
 from __future__ import annotations
 
+import contextlib
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune_core.api.method import DEFAULT_RANK
@@ -99,12 +102,19 @@ def job_size(config: RunConfig, inputs: Inputs) -> JobSize:
 
 def _size(path: Path) -> int:
     """Return the size in bytes of the files in the folder ``path``, of the files that its index names, or of the file
-    ``path``."""
+    ``path``. A file that is gone counts as empty, because the code that reads the file says so better."""
     if path.is_file():
-        return path.stat().st_size
-    if (path / INDEX_FILE).is_file():
-        return sum(file.path.stat().st_size for file in read_index(path))
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        files: Iterable[Path] = [path]
+    elif (path / INDEX_FILE).is_file():
+        files = (file.path for file in read_index(path))
+    else:
+        files = path.rglob("*")
+    size = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            found = file.stat()
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size
 
 
 def model_revision(source: ModelSpec | InitialAdapterSpec, folder: Path, config_file: str = CONFIG_FILE) -> str | None:
