@@ -91,13 +91,16 @@ class Watchdog:
             checkpoint=self._status.checkpoint,
         )
         try:
-            try:
+            # The log may lie on the disk that is full.
+            with contextlib.suppress(OSError):
                 print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
+            try:
                 write_outcome(self._folder, self._rank, WorkerOutcome(result=result, caused_by_peer=caused_by_peer))
             except OSError:
-                traceback.print_exc()
+                with contextlib.suppress(OSError):
+                    traceback.print_exc()
             if not caused_by_peer:
                 announcer = threading.Thread(target=self.announce, args=(message,), daemon=True)
                 announcer.start()
@@ -113,7 +116,8 @@ class Watchdog:
             except OSError as error:
                 # The thread goes on, because it alone ends a process that stalls.
                 if not is_told:
-                    print(f"the heartbeat of rank {self._rank} can't be written: {error}", file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):
+                        print(f"the heartbeat of rank {self._rank} can't be written: {error}", file=sys.stderr)
                 is_told = True
             silent = time.monotonic() - self._progress_at
             if silent > self._limit + self._allowance:
