@@ -141,6 +141,8 @@ def test_the_sizes_of_a_job_are_measured(
     found = job_size(config, Inputs(model=model, adapter=data, train=data, validation=rows))
     assert found.model_bytes == 1070
     assert found.checkpoint_bytes == max(checkpoint, 6 * 70)
+    rows.unlink()
+    assert job_size(config, Inputs(model=model, train=data, validation=rows)).data_bytes == 0
 
 
 def test_the_limits_of_a_plan_reach_the_workers(tmp_path: Path) -> None:
