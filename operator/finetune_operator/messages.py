@@ -218,6 +218,12 @@ def node_refused(name: str, node: str, reason: str, message: str, *, ran: bool) 
     return f"{where} {'ended' if ran else 'did not start'} pod {name}: {reason}" + (f": {message}" if message else "")
 
 
+def node_broken(name: str, node: str, message: str) -> str:
+    """Return the sentence about the pod ``name``, whose trainer says in ``message`` that a GPU or the driver of the
+    node ``node`` is broken. ``node`` may be empty."""
+    return f"{f'node {node}' if node else 'the node'} of pod {name} is broken: {message}"
+
+
 def replicas_changed(replicas: int, nodes: int) -> str:
     """Return the sentence about a PyTorchJob that somebody else scaled to ``replicas`` instead of ``nodes`` workers."""
     return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_core.planning.flops import ModelShape, peak_flops, training_flops, utilisation
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
 from finetune_trainer.model.load import DTYPES
 from tests.gpu.expected_memory import SOURCE, expected_peak_bytes
@@ -37,7 +38,7 @@ from tests.gpu.models import (
 )
 from tests.gpu.report import Check, Figure
 from tests.gpu.settings import FULL_LONG, FULL_SHORT, LLAMA_2_7B, LONG, PACKED, SHORT, Setup
-from tests.gpu.training import state_of, synchronize, timed_steps, train_step
+from tests.gpu.training import synchronize, timed_steps, train_step
 
 GIB = 2**30
 WARM_UP = 2
@@ -233,12 +234,14 @@ def _count_kernels(check: Check, prepared: Prepared, batch: Batch) -> None:
 
 
 def _snapshot(check: Check, prepared: Prepared) -> float:
-    """Take a snapshot of the training state, and return for how many seconds it stalls the training."""
+    """Take a snapshot of the training state as the trainer takes one, and return for how many seconds it stalls the
+    training. The memory of the snapshot is new, as that of the first checkpoint of a run."""
+    snapshots = FragmentSnapshots(prepared.engine, rank=0, world_size=1)
     synchronize(prepared.engine.device)
     began = time.perf_counter()
-    taken = state_of(prepared.engine)
+    snapshots.take()
     seconds = time.perf_counter() - began
-    size = sum(tensor.nbytes for tensor in taken.values())
+    size = snapshots.bytes_of_one
     check.say("snapshot", stall_seconds=seconds, gigabytes=size / 1e9, gb_per_second=size / 1e9 / seconds)
     return seconds
 

@@ -20,6 +20,9 @@ from tests.operator.verdicts import evidence_of, judged, ruled
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 GATE = result(Outcome.GATE_FAILED, "evaluation.require: exact must be at least 0.8 and is 0.5", with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
+BROKEN = Result(
+    outcome=Outcome.OUTSIDE_FAILURE, message="a GPU of the node failed: uncorrectable ECC error", node_fault=True
+).to_termination_message()
 
 
 BATCH = BatchObservation(planned=4, share=8, on_gpus=True)
@@ -123,6 +126,15 @@ TABLE = {
     "a pod that its node did not start explains the peer's 75": (
         [pod(0, exit_code=75, finished=9), pod(1, exit_code=128, reason="StartError")],
         ("Free", "NodeRefused"),
+    ),
+    "a trainer says that a GPU of its node is broken": (
+        [pod(0, exit_code=1), pod(1, exit_code=75, message=BROKEN)],
+        ("Free", "NodeRefused"),
+    ),
+    "a trainer that says so and crashed": ([pod(0), pod(1, exit_code=1, message=BROKEN)], ("Charged", "Crashed")),
+    "bad input decides before a broken GPU": (
+        [pod(0, exit_code=64, message=BAD), pod(1, exit_code=75, message=BROKEN)],
+        ("Permanent", "BadInput"),
     ),
     "bad input decides before a pod that its node did not start": (
         [pod(0, exit_code=64, message=BAD), pod(1, exit_code=128, reason="StartError")],

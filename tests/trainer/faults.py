@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -27,8 +27,11 @@ from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSnapshot
+from finetune_trainer.engine.host_buffers import StateBuffer
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.plain_engine import PlainEngine
+from finetune_trainer.engine.state import take_snapshot
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -51,6 +54,9 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "alive", "count": n} lets a rank hold at most n snapshots at once
+    - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
+    - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
     """
@@ -66,6 +72,9 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "phase": _phase,
         "budget": _budget,
         "kill": _kill,
+        "both": _both,
+        "alive": _alive,
+        "whole": _whole,
     }
     patch = patches[fault["kind"]]
     with patch(fault):
@@ -75,9 +84,10 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-Their meanings, in the same order: before a backward pass; before a parameter is read for a snapshot; during the upload
-of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
-checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+Their meanings, in the same order: before a backward pass; before this rank's part of a tensor is read for a snapshot;
+during the upload of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run
+has recorded the checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then
+all other files.
 """
 LATER_POINTS = ("evaluation", "artifact", "published")
 """Further points at which a rank can be killed. `evaluation` is before the perplexity of a set of rows is computed, in
@@ -120,7 +130,7 @@ def _kill(fault: dict[str, Any]) -> Any:
 
     return {
         "accumulation": lambda: in_both("backward"),
-        "snapshot": lambda: in_both("read_state"),
+        "snapshot": lambda: in_both("read_fragment"),
         "upload": lambda: patched(RunRoot, "upload", "", act=soon),
         "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
         "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
@@ -130,6 +140,26 @@ def _kill(fault: dict[str, Any]) -> Any:
         "artifact": lambda: patched(RunRoot, "create", "ARTIFACT"),
         "published": lambda: patched(RunRoot, "create", "ARTIFACT", after=True),
     }[point]()
+
+
+@contextmanager
+def _both(fault: dict[str, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in fault["faults"]:
+            stack.enter_context(scripted(each))
+        yield
+
+
+def _alive(fault: dict[str, Any]) -> Any:
+    return mock.patch.object(saving, "most_alive", return_value=fault["count"])
+
+
+def _whole(_: dict[str, Any]) -> Any:
+    def take(self: FragmentSnapshots) -> HeldSnapshot:
+        tensors = take_snapshot(cast(TrainingEngine, self._engine), rank=self._rank, world_size=self._world_size)
+        return HeldSnapshot(tensors, StateBuffer(torch.empty(0), lambda _: None))
+
+    return mock.patch.object(FragmentSnapshots, "take", take)
 
 
 def _budget(fault: dict[str, Any]) -> Any:

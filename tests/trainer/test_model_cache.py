@@ -431,6 +431,20 @@ def test_a_full_scratch_folder_is_named(pod: Pods, small_volume: Path) -> None:
         fetch_model_files(files, list(files.sizes), scratch, small_volume, NoDigests(), QUICK)
 
 
+def test_a_file_that_fails_again_when_it_is_closed_is_named_too(pod: Pods) -> None:
+    """A small file is written when it is closed. What could not be written is written again by a second close."""
+    pod.fetch()
+    digest = digest_of(FolderSource(pod.source, pod.log), "config.json")
+    folder = pod.new_folder()
+    folder.mkdir()
+    (folder / "config.json").symlink_to("/dev/full")
+    with (
+        ModelCache(pod.cache) as opened,
+        pytest.raises(OutsideFailure, match=r"^a downloaded file can't be written to .*: No space left on device$"),
+    ):
+        opened.copy_out(digest, folder / "config.json")
+
+
 @pytest.mark.parametrize(
     ("sha256", "blob_id"), [("../../etc/passwd", "0" * 40), ("", "0" * 40), (None, "main"), (None, "0" * 41)]
 )

@@ -21,6 +21,7 @@ from finetune_trainer.decisions.recovery import is_skipped, plan_recovery
 from finetune_trainer.decisions.replay import ReplayedDecisions
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
+from finetune_trainer.engine.fragment_snapshot import STATE_BYTES
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import EvaluationSet
@@ -29,6 +30,7 @@ from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.ranks.return_guard import copy_seconds, least_seconds
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_usage, mfu, model_shape
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.checkpoint_folders import TrainerState
@@ -360,7 +362,10 @@ class TrainingLoop:
         """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None, None)
+            least = least_seconds(self._config.world.device)
+            seconds = copy_seconds(STATE_BYTES * self._trained_parameters, least=least)
+            with self._gang.within(seconds, "the copy of the training state"):
+                self._save(None, None)
         self._wait_for_commits()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")

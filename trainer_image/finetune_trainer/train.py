@@ -83,7 +83,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
         grading = _try_rows(plan, gang, data, grading, progress)
         start = _start_first_run(plan, gang, root, data.summary)
         while True:
-            run = Run(plan, gang, root, data, grading, start, progress, status)
+            with gang.long_work():
+                run = Run(plan, gang, root, data, grading, start, progress, status)
             try:
                 run.comparison.score_base_model(is_base=start.parent is None)
                 stopped_early = run.loop.run()
@@ -101,7 +102,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                     progress=progress,
                 )
             except RollbackRequired as required:
-                run.close()
+                with gang.long_work():
+                    run.close()
                 start = _start_run_after_rollback(plan, gang, root, start, required.rollback)
     except StopAgreed:
         # Nothing is left to save: `TrainingLoop.run` catches StopAgreed itself and saves. StopAgreed arrives here only
@@ -350,5 +352,6 @@ class Run:
 
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""
+        self.saver.free_memory()
         self.engine.close()
         del self.engine, self.model, self.loop, self.comparison

@@ -137,6 +137,17 @@ class Evidence:
         return min(refused, key=lambda pod: pod.index, default=None)
 
     @cached_property
+    def broken_node(self) -> PodObservation | None:
+        """The pod whose trainer says that a GPU or the driver of its node is broken; None if none. Of several such
+        pods, the pod with the lowest index is returned."""
+        broken = [
+            pod
+            for pod in self.failures
+            if pod.container and pod.container.result is not None and pod.container.result.node_fault
+        ]
+        return min(broken, key=lambda pod: pod.index, default=None)
+
+    @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:
         """The first disturbance of a pod and the pod itself; None where no disturbance came before the first failure.
 

@@ -277,6 +277,16 @@ def node_refused(evidence: Evidence) -> Ruling | None:
     return _free(Cause.NODE_REFUSED, message, pod.node)
 
 
+def node_broken(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Free where a trainer ended with exit code 75 because a GPU or the driver of its node is
+    broken. The next attempt avoids the node."""
+    pod = evidence.broken_node
+    container = pod.container if pod is not None else None
+    if pod is None or container is None or container.result is None or container.exit_code != ExitCode.OUTSIDE_FAILURE:
+        return None
+    return _free(Cause.NODE_REFUSED, messages.node_broken(pod.name, pod.node, container.result.message), pod.node)
+
+
 # ---- rules for failures that another attempt may survive ----
 
 
@@ -405,6 +415,7 @@ RULES: tuple[Rule, ...] = (
         Verdict.FREE,
         "a kubelet refused a pod or killed it for the node's own sake, or its container runtime could not start it",
     ),
+    Rule(node_broken, Verdict.FREE, "a pod ended with 75, and says that a GPU or the driver of its node is broken"),
     Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
     Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),
     Rule(outside_failure, Verdict.CHARGED, "a pod ended with 75"),

@@ -21,15 +21,18 @@ BUCKET_ELEMENTS = 50_000_000
 million."""
 
 
-def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
+def engine_config(
+    optimization: OptimizationConfig, world_size: int, *, overlap_communication: bool = False
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration. The job's `deepspeed.overrides` are merged in last, so that they win.
+    ``overlap_communication`` is the value of `overlap_comm`, on which only the engine depends.
 
     For DeepSpeed an update has one micro-batch. The training loop accumulates gradients itself, because the last global
     batch of an epoch may have fewer micro-batches than the others.
     """
     zero: dict[str, Any] = {
         "stage": optimization.zero_stage,
-        "overlap_comm": False,
+        "overlap_comm": overlap_communication,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
     }

@@ -24,6 +24,7 @@ from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
+from finetune_trainer.ranks.device_environment import overlaps_communication
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -66,7 +67,6 @@ class Engine:
         self._objective = Objective(model)
         if self._stage == 3:
             make_leaf_modules(model, self._objective.head)
-        self._linked = False
         self._optimization = optimization
         self.device = device
         optimizer = torch.optim.AdamW(
@@ -78,13 +78,18 @@ class Engine:
             # the state is too large for any cache.
             fused=True,
         )
+        ranks = torch.distributed.get_world_size()
+        overlap = overlaps_communication("GPU" if device.type == "cuda" else "CPU", ranks=ranks)
         self.module, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(optimization, torch.distributed.get_world_size()),
+            config=engine_config(optimization, ranks, overlap_communication=overlap),
             dist_init_required=False,
         )
         self._parameters = trained_parameters(model)
+        # Otherwise torch creates the moments at the first update, and a checkpoint of a run whose first steps were not
+        # applied could not be taken.
+        self.prepare_state(0)
 
     # Functions of an optimizer step
 
@@ -159,7 +164,6 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
         self.module.step()
-        self._link_moments()
 
     def discard_gradient(self) -> None:
         """Drop the accumulated gradient, so that no update is made with it."""
@@ -231,20 +235,9 @@ class Engine:
             moment=None if kind == MASTER else kind,
         )
 
-    def _link_moments(self) -> None:
-        """At ZeRO stages 1 and 2, link every parameter to its AdamW moments, once after the first update.
-
-        DeepSpeed itself links the parameters too early, when it has updated the first parameter group and the other
-        groups have no moments yet.
-        """
-        if self._stage in (1, 2) and not self._linked:
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-            self._linked = True
-
     def prepare_state(self, updates: int) -> None:
-        """Create the optimizer's state as it is after ``updates`` updates, so that `write_state` can fill it. torch
-        would create the state only at the first update."""
+        """Set the optimizer's state to that after ``updates`` updates, so that `write_state` can fill it. torch would
+        create the state only at the first update."""
         inner = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         shards = (
             self._optimizer.fp32_partitioned_groups_flat
@@ -252,12 +245,17 @@ class Engine:
             else [parameter for group in inner.param_groups for parameter in group["params"]]
         )
         for shard in shards:
-            inner.state[shard] = {
-                "step": torch.tensor(float(updates), device=shard.device),
-                FIRST_MOMENT: torch.zeros_like(shard),
-                SECOND_MOMENT: torch.zeros_like(shard),
-            }
+            state = inner.state[shard]
+            if not state:
+                state["step"] = torch.zeros((), device=shard.device)
+                state |= {kind: torch.zeros_like(shard) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+            # Tensors that exist are used again, because DeepSpeed has linked the parameters to them.
+            state["step"].fill_(float(updates))
+            for kind in (FIRST_MOMENT, SECOND_MOMENT):
+                state[kind].zero_()
         if self._stage in (1, 2):
+            # DeepSpeed links each parameter to its moments once. By itself it would do so in the first update, when the
+            # groups behind the first one have no moments yet.
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -151,7 +151,9 @@ class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers ha
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return for each of the B answers whether it must end: all of them after SIGTERM, otherwise none."""
+        """Return for each of the B answers whether it must end: all of them after SIGTERM, otherwise none. transformers
+        calls this after each token."""
+        self._gang.note_progress()
         return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 

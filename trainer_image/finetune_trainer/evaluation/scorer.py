@@ -125,9 +125,13 @@ class Scorer:
         ]
         for batch in generate_answers(self._engine, self._gang, prompts, decoding):
             for index, answer in batch.items():
+                if self._gang.stop_requested():
+                    # The next batch raises StopAgreed. Until then the other ranks would wait for this rank.
+                    break
                 text = answer.strip().split("\n")[0] if evaluation_set.one_line else answer
                 row = evaluation_set.examples.rows[index].fields
                 grade = grading.grade(text, row)
+                self._gang.note_progress()
                 grades.append(grade)
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]

@@ -18,6 +18,11 @@ class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not af
     credentials (exit code 75)."""
 
 
+class NodeFault(OutsideFailure):
+    """A GPU or the driver of this rank's node is broken, so that the next attempt should avoid the node (exit code
+    75)."""
+
+
 class PeerLost(OutsideFailure):
     """Another rank exited or stopped answering (exit code 75). The loss of a rank is only the consequence of an error
     elsewhere, so this error counts only if no worker of the pod reports a cause of its own."""

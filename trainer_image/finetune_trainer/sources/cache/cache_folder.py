@@ -323,12 +323,14 @@ def _copied_digest(source: int, digest: ContentDigest, target: Path) -> str:
     hasher, left = digest.hasher(), digest.bytes
     with writing(target):
         copy = target.open("wb")
-    with copy:
+    try:
         while left and (chunk := os.read(source, min(CHUNK_BYTES, left))):
             hasher.update(chunk)
             left -= len(chunk)
             with writing(target):
                 copy.write(chunk)
+    finally:
         with writing(target):
-            copy.flush()
+            # Closing writes what is left in the buffer, and fails again where an earlier write has failed.
+            copy.close()
     return hasher.hexdigest()
