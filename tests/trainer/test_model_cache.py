@@ -23,10 +23,11 @@ from finetune_core.api.sources import HuggingFaceSource
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_trainer.pod import volume_folder
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.cache import cache_folder
-from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
+from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS
+from finetune_trainer.sources.cache.cache_folder import FOLDER, ModelCache, Pace
 from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
@@ -62,7 +63,7 @@ def source(tmp_path: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder at which the volume of the cache is mounted. The cache leaves only 64 MiB of the volume free, so that
     the tests also succeed where the disk of the machine is nearly full."""
-    monkeypatch.setattr(cache_folder, "MOST_FREE_BYTES", 64 << 20)
+    monkeypatch.setattr(volume_folder, "MOST_FREE_BYTES", 64 << 20)
     folder = tmp_path / "cache"
     folder.mkdir()
     return folder
@@ -351,7 +352,7 @@ def test_a_disk_that_fills_up_while_a_file_is_written_leaves_no_half_of_it(small
     """The cache finds enough room for the file, but another writer fills this room before the file is written."""
     with ModelCache(small_volume) as opened:
         digest = digest_of(FolderSource(pod.source, pod.log), "model.safetensors")
-        opened._make_room = lambda size, keep: (small_volume / "ballast").write_bytes(bytes(50 * MIB))  # type: ignore
+        opened._files._make_room = lambda size, keep: (small_volume / "ballast").write_bytes(bytes(50 * MIB))  # type: ignore
         with pytest.raises(OSError, match="No space left on device"):
             opened.copy_in(digest, pod.source / "model.safetensors", [])
     assert list((small_volume / FOLDER).iterdir()) == []

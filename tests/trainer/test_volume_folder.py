@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.pod import volume_folder
-from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS, VolumeFolder
+from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS, Shares, VolumeFolder
 
 MIB = 1 << 20
 NAME = "files"
@@ -161,9 +160,35 @@ def test_only_old_leftovers_are_removed_where_there_is_room(
     assert left == {name for name, age in ages.items() if not (is_leftover[name] and age > oldest)}
 
 
-def test_the_rules_are_those_of_the_cache_of_models() -> None:
-    """Both folders lie on one volume, so one must not take the room that the other leaves free."""
-    from finetune_trainer.sources.cache import cache_folder
+def test_a_folder_with_a_share_of_the_volume_takes_no_more(small_volume: Path) -> None:
+    """The oldest of its own files goes although the volume has room, and the files of another folder stay."""
+    with opened(small_volume) as others:
+        put(others, "ours-x", bytes(5 * MIB))
+    with VolumeFolder(small_volume, "few", lambda name: name.startswith("ours-"), shares=Shares(0.5)) as folder:
+        assert folder.largest_bytes == 32 * MIB
+        for age, name in enumerate(("ours-a", "ours-b")):
+            put(folder, name, bytes(15 * MIB))
+            os.utime(small_volume / "few" / name, (age, age))
+        put(folder, "ours-c", bytes(15 * MIB))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            put(folder, "ours-d", bytes(33 * MIB))
+    assert sorted(file.name for file in (small_volume / "few").iterdir()) == ["ours-b", "ours-c"]
+    assert names(small_volume) == ["ours-x"]
 
-    for name in ("FREE_SHARE", "MOST_FREE_BYTES", "LEFTOVER_SECONDS"):
-        assert getattr(volume_folder, name) == getattr(cache_folder, name)
+
+def test_a_folder_that_may_take_of_the_free_room_finds_some_on_a_volume_that_another_folder_fills(
+    small_volume: Path,
+) -> None:
+    with opened(small_volume) as others:
+        put(others, "ours-x", bytes(others.largest_bytes // MIB * MIB))
+    for share, is_room in ((0.0, False), (0.6, True)):
+        shares = Shares(0.1, share)
+        with VolumeFolder(small_volume, "few", lambda name: name.startswith("ours-"), shares=shares) as folder:
+            if is_room:
+                put(folder, "ours-a", bytes(MIB))
+            else:
+                with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                    put(folder, "ours-a", bytes(MIB))
+    with opened(small_volume) as others:
+        put(others, "ours-y", bytes(MIB))
+    assert names(small_volume) == ["ours-y"], "the files of the first folder still make room for each other"

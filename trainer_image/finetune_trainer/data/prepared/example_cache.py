@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune_trainer.pod.errors import OutsideFailure, first_line
-from finetune_trainer.pod.volume_folder import VolumeFolder
+from finetune_trainer.pod.volume_folder import Shares, VolumeFolder
 
 FOLDER = "finetune-examples"
 """Name of the folder on the volume that holds all examples."""
+SHARES = Shares(largest=0.1, of_the_free=0.6)
+"""Examples take at most a tenth of the volume, and there is room for some of them where the files of models, which
+nobody deletes for examples, take all that they may take."""
 LONGEST_SEAL = 64 * 1024
 COPY_BYTES = 4 << 20
 """How many bytes of a file are read and hashed at once."""
@@ -39,7 +42,7 @@ class ExampleCache:
     def __init__(self, mount: Path, key: bytes) -> None:
         """Use the volume that is mounted at ``mount``. For ``key`` see `obtain_examples`."""
         self._key = key
-        self._folder = VolumeFolder(mount, FOLDER, lambda name: _NAME.fullmatch(name) is not None)
+        self._folder = VolumeFolder(mount, FOLDER, lambda name: _NAME.fullmatch(name) is not None, shares=SHARES)
 
     def __enter__(self) -> ExampleCache:
         return self
