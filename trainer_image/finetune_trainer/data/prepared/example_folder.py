@@ -1,8 +1,6 @@
 """Puts prepared examples into a folder of the node: token ids, ranges of supervised tokens, origins of the examples,
-and notices. The first rank of a node calls `obtain_examples`, and then all ranks of the node map the same files with
-`load_examples`. A volume that other pods share saves the work for later attempts and jobs (`example_cache.py`).
-
-Nothing in the product calls this module yet.
+and notices. `node_examples.py` calls `obtain_examples` on the first rank of a node, and then all ranks of the node map
+the same files. A volume that other pods share saves the work for later attempts and jobs (`example_cache.py`).
 """
 
 from __future__ import annotations
