@@ -184,7 +184,7 @@ def set_length(job: Job) -> None:
 
 
 def learn_the_last(job: Job) -> None:
-    job.config["dataset"]["format"] = {"messages": {"learn": "Everything"}}
+    job.config["dataset"]["format"] = {"messages": {"learn": "LastAssistant"}}
 
 
 def add_a_token(job: Job) -> None:
