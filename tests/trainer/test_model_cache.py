@@ -3,6 +3,7 @@ no digests. Whatever the cache holds, no pod gets a file that is not the one in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -40,6 +41,7 @@ from tests.trainer.fetching import FolderSource, NoDigests, start
 from tests.trainer.hub import TOKEN, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 from tests.trainer.pods import run_config
+from tests.trainer.small_volume import mounted
 from tests.trainer.storeproxy import StoreProxy, proxy_before
 
 MIB = 1 << 20
@@ -307,13 +309,8 @@ def test_a_pod_that_only_pretends_to_fetch_does_not_hold_others_up_for_ever(pod:
 @pytest.fixture
 def small_volume(cache: Path) -> Iterator[Path]:
     """A volume of 64 MiB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(cache)]
-    mounted = subprocess.run(command, capture_output=True)
-    if mounted.returncode != 0:
-        # A disk that really gets full needs a small file system of its own, and only root may mount one.
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
-    yield cache
-    subprocess.run(["umount", "-l", str(cache)], check=True)
+    with mounted(cache, "64m"):
+        yield cache
 
 
 def test_on_a_full_volume_the_models_that_were_not_used_for_longest_make_room(small_volume: Path, pod: Pods) -> None:
@@ -368,6 +365,26 @@ def test_a_volume_that_can_only_be_read_still_serves_what_it_has(
     assert "storage.cache: the volume can't be written to (Read-only file system)" in capsys.readouterr().out
     assert cache_notices(1, small_volume) == [
         "storage.cache: user 0 of the pods can't write to the volume (Read-only file system), so pods fetch what it"
+        " lacks and do not keep it"
+    ]
+
+
+def test_a_volume_that_can_not_be_looked_at_is_left_out(
+    pod: Pods, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mount, reason = tmp_path / ("x" * 300), os.strerror(errno.ENAMETOOLONG)
+    with pytest.raises(OSError, match=reason):
+        mount.is_dir()
+    files = FolderSource(pod.source, pod.log)
+    folder = pod.new_folder()
+    folder.mkdir()
+    fetch_model_files(files, list(files.sizes), folder, mount, NoDigests(), QUICK)
+    pod.check(folder)
+    assert capsys.readouterr().out == (
+        f"storage.cache: the volume can't be used ({reason}): the model is fetched from its source\n"
+    )
+    assert cache_notices(1, mount) == [
+        f"storage.cache: user {os.getuid()} of the pods can't write to the volume ({reason}), so pods fetch what it"
         " lacks and do not keep it"
     ]
 

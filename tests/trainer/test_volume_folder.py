@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_trainer.pod import volume_folder
 from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS, Shares, VolumeFolder
+from tests.trainer.small_volume import mounted
 
 MIB = 1 << 20
 NAME = "files"
@@ -42,13 +43,8 @@ def small_volume(tmp_path: Path) -> Iterator[Path]:
     """A volume of 64 MiB, of which the folder may hold 60.8 MiB."""
     mount = tmp_path / "volume"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mount)]
-    mounted = subprocess.run(command, capture_output=True)
-    if mounted.returncode != 0:
-        # A disk that really gets full needs a small file system of its own, and only root may mount one.
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with mounted(mount, "64m"):
+        yield mount
 
 
 def test_a_file_has_its_content_and_is_replaced_by_a_newer_one(tmp_path: Path) -> None:
@@ -158,6 +154,19 @@ def test_only_old_leftovers_are_removed_where_there_is_room(
     oldest = min(ages.values(), default=0) + LEFTOVER_SECONDS
     is_leftover = {name: name.startswith("unfinished-") or name.endswith(".turn") for name in ages}
     assert left == {name for name, age in ages.items() if not (is_leftover[name] and age > oldest)}
+
+
+def test_a_folder_with_endless_files_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have filled the folder to exhaust the memory of each pod that makes room in it."""
+    monkeypatch.setattr(volume_folder, "MOST_FILES", 3)
+    with opened(tmp_path) as folder:
+        for name in "abc":
+            put(folder, f"ours-{name}", b"x")
+        (tmp_path / NAME / "ours-d").write_bytes(b"x")
+        with pytest.raises(OSError, match="more than 3 files lie in the folder"):
+            put(folder, "ours-e", b"x")
+        assert content_of(folder, "ours-a") == b"x", "what is there can be read"
+    assert names(tmp_path) == ["ours-a", "ours-b", "ours-c", "ours-d"]
 
 
 def test_a_folder_with_a_share_of_the_volume_takes_no_more(small_volume: Path) -> None:

@@ -26,6 +26,9 @@ folder has no `Shares` of its own."""
 LEFTOVER_SECONDS = 24 * 3600
 """An unfinished file counts as left by a pod that died if it was not changed for more than this many seconds. The next
 pod that makes room for a file deletes it."""
+MOST_FILES = 100_000
+"""No file is added to a folder with more entries than this. Whoever can write to the volume could otherwise fill the
+memory of each pod that looks for files to delete."""
 UNFINISHED = "unfinished-"
 """The names of unfinished files begin with this text."""
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -176,7 +179,9 @@ class VolumeFolder:
         oldest first. Younger unfinished files, and files with other names, are in neither list."""
         entries = []
         with os.scandir(self.descriptor) as listed:
-            for item in listed:
+            for number, item in enumerate(listed):
+                if number == MOST_FILES:
+                    raise OSError(errno.ENOSPC, f"more than {MOST_FILES} files lie in the folder")
                 with contextlib.suppress(FileNotFoundError):
                     if item.is_file(follow_symlinks=False):
                         entries.append(_Entry(item.name, item.stat(follow_symlinks=False)))
