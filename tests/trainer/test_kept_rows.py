@@ -264,6 +264,43 @@ def test_damaged_and_foreign_examples_are_made_again(
     assert capsys.readouterr().out.count("have another seal: they are made again") == 2
 
 
+def test_a_volume_that_can_not_be_looked_at_is_left_out(
+    job: Job, tokenised: Counter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.cache = job.folder / ("x" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        job.cache.is_dir()
+    job.prepare()
+    assert tokenised.taken() == TRAIN_ROWS + TEST_ROWS
+    assert (
+        capsys.readouterr().out.count(
+            "storage.cache: the volume can't be used (File name too long): the tokenised rows are not kept\n"
+        )
+        == 1
+    )
+
+
+def test_rows_that_change_while_others_are_tokenised_are_not_kept_as_those_that_were_there_before(
+    job: Job, tokenised: Counter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    former = job.test.read_bytes()
+
+    def change() -> bool:
+        tiny.write_jsonl(job.test, [conversation(number) for number in range(20, 20 + TEST_ROWS)])
+        return False
+
+    prepare_node(job.plan(), (), stop=change)
+    told = "storage.cache: the data changed while the examples were made: the examples are not kept"
+    assert capsys.readouterr().out.count(told) == 1
+    assert len(job.kept()) == 1, "those of dataset.train"
+    job.test.write_bytes(former)
+    tokenised.taken()
+    found = job.prepare()
+    assert tokenised.taken() == TEST_ROWS
+    job.cache = job.folder / "no cache"
+    assert job.prepare().values == found.values
+
+
 def test_a_job_without_a_secret_keeps_nothing_and_says_so(
     job: Job, tokenised: Counter, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,9 @@
 `preparation.py` uses an `ExamplePreparation` on the first rank of each node.
 
 Rows become examples in batches and in several processes (`data/prepared`). A job with `storage.cache.claimName` keeps
-the examples of each data source on that volume, for later attempts and for other jobs. Examples on the volume are used
-only if their seal is right. The key of the seal is derived from the secret access key of the bucket: whoever knows that
-secret could change the data and the checkpoints of the job anyway.
+the examples of each data source on that volume, for later attempts and for other jobs. Examples on the volume are
+encrypted, and used only if their seal is right. The key is derived from the secret access key of the bucket: whoever
+knows that secret could change the data and the checkpoints of the job anyway.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from finetune_trainer.data.examples import ExampleSet, joined
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture
 from finetune_trainer.data.prepared.conversation_batches import batch_functions
+from finetune_trainer.data.prepared.example_cache import writing_examples
 from finetune_trainer.data.prepared.example_folder import obtain_examples
-from finetune_trainer.data.prepared.example_identity import example_identity
+from finetune_trainer.data.prepared.example_identity import data_identity, example_identity
 from finetune_trainer.data.prepared.prepared_rows import PreparedRows, prepare_rows, process_count
 from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.pod import cgroup
+from finetune_trainer.pod.errors import reason_of
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.reporting.progress import log_line
@@ -36,8 +38,8 @@ from finetune_trainer.sources.inputs import source_name
 
 _KEY_SALT = b"finetune: prepared examples"
 _KEY_WORK = 1 << 14
-"""The cost of `_cache_key` (the parameter n of scrypt, RFC 7914): 16 MiB and some ten milliseconds. Whoever can read
-the volume can try secrets against a seal, so each try must cost something."""
+"""The cost of the key (the parameter n of scrypt, RFC 7914): 16 MiB and some ten milliseconds. Whoever can read the
+volume can try secrets against a seal, so each try must cost something."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,11 @@ class ExamplePreparation:
         which then raises StopAgreed. Raises UserError if the rows can't be tokenised."""
         self._plan, self._encoding, self._limit, self._graded, self._stop = plan, encoding, limit, graded, stop
         self._tokenize = encoding.functions()
-        self._cache = plan.paths.model_cache if plan.paths.model_cache.is_dir() else None
-        self._key = _cache_key(plan.paths) if self._cache is not None else b""
-        if self._cache is not None and not self._key:
-            self._cache = None
-            log_line(
-                "storage.cache: the tokenised rows are not kept, because only a job with storage.credentialsSecretRef"
-                " has a secret with which it can seal them"
-            )
+        self._cache, self._key = _cache_and_key(plan.paths)
+        every = [part for parts in data_sets(plan).values() for part in parts] if self._cache is not None else []
+        self._data = {part.field: _data_identity(part) for part in every}
         # Tokenising may change settings that a tokenizer was loaded with, so all identities are determined before.
-        self._identities = {part.field: self._identity(part) for parts in data_sets(plan).values() for part in parts}
+        self._identities = {part.field: self._identity(part) for part in every}
 
     def prepare(self, name: str, parts: Sequence[Part]) -> PreparedSet:
         """Put the examples of the data set ``name`` into its folder, and return them. Raises UserError for rows that
@@ -133,14 +130,20 @@ class ExamplePreparation:
             prepared = self._obtain(part, apart / str(number))
             made.append(prepared.examples)
             notices += [*_files_notice(part, prepared.rows), *prepared.notices]
-        joined(made).save(folder)
+        with writing_examples(folder):
+            joined(made).save(folder)
         shutil.rmtree(apart)
         return PreparedSet(ExampleSet.load(folder), [len(examples) for examples in made], notices)
 
     def _obtain(self, part: Part, target: Path) -> PreparedRows:
         """Put the examples of one source into the folder ``target``."""
         found = obtain_examples(
-            self._identities[part.field], lambda: self._made(part), target, cache=self._cache, key=self._key
+            self._identities.get(part.field),
+            lambda: self._made(part),
+            target,
+            cache=self._cache,
+            key=self._key,
+            is_unchanged=lambda: _data_identity(part) == self._data[part.field],
         )
         if found.trouble:
             log_line(f"storage.cache: {found.trouble}")
@@ -164,27 +167,23 @@ class ExamplePreparation:
         )
 
     def _identity(self, part: Part) -> str | None:
-        """Return the identity of the examples of a source. None without a cache, and where the identity can't be
-        known."""
-        if self._cache is None:
+        """Return the identity of the examples of a source, or None where it can't be known."""
+        data, encoding = self._data[part.field], self._encoding
+        if data is None:
             return None
-        encoding = self._encoding
-        try:
-            return example_identity(
-                part.path,
-                source_name(part.source),
-                part.field,
-                self._plan.config.dataset,
-                encoding.tokenizer,
-                limit=self._limit,
-                columns=self._columns(part),
-                keep_rows=self._keeps_rows(part),
-                added_tokens=encoding.added_tokens,
-                ends=encoding.ends,
-                today=encoding.today,
-            )
-        except OSError:
-            return None  # the reader of the rows says what is wrong with the file
+        return example_identity(
+            data,
+            source_name(part.source),
+            part.field,
+            self._plan.config.dataset,
+            encoding.tokenizer,
+            limit=self._limit,
+            columns=self._columns(part),
+            keep_rows=self._keeps_rows(part),
+            added_tokens=encoding.added_tokens,
+            ends=encoding.ends,
+            today=encoding.today,
+        )
 
     def _columns(self, part: Part) -> set[str]:
         config = self._plan.config
@@ -224,6 +223,14 @@ def _files_notice(part: Part, rows: int) -> list[str]:
     return [f"{part.field}: {rows} rows of {len(files)} files were read, from {files[0].name} to {files[-1].name}"]
 
 
+def _data_identity(part: Part) -> str | None:
+    """Return the identity of the files of a source, or None if a file can't be read."""
+    try:
+        return data_identity(part.path)
+    except OSError:
+        return None  # the reader of the rows says what is wrong with the file
+
+
 def _processes() -> int:
     """Return how many processes tokenise beside this one. All CPUs of the pod are free, because the other ranks wait
     for the examples."""
@@ -231,9 +238,22 @@ def _processes() -> int:
     return process_count(cpus, cgroup.memory_limit())
 
 
-def _cache_key(paths: Paths) -> bytes:
-    """Return the key with which the examples on the volume are sealed, or no bytes if the job has no secret access
-    key."""
+def _cache_and_key(paths: Paths) -> tuple[Path | None, bytes]:
+    """Return the folder at which the volume of the cache is mounted, and the key with which the examples on it are
+    sealed. The folder is None where nothing is kept: the job has no cache or no secret access key, or the volume can't
+    be used."""
+    try:
+        if not paths.model_cache.is_dir():
+            return None, b""
+    except OSError as error:
+        log_line(f"storage.cache: the volume can't be used ({reason_of(error)}): the tokenised rows are not kept")
+        return None, b""
     file = paths.credentials / SECRET_ACCESS_KEY
     secret = file.read_bytes() if file.is_file() else b""
-    return hashlib.scrypt(secret, salt=_KEY_SALT, n=_KEY_WORK, r=8, p=1, dklen=32) if secret else b""
+    if not secret:
+        log_line(
+            "storage.cache: the tokenised rows are not kept, because only a job with storage.credentialsSecretRef has a"
+            " secret with which it can seal them"
+        )
+        return None, b""
+    return paths.model_cache, hashlib.scrypt(secret, salt=_KEY_SALT, n=_KEY_WORK, r=8, p=1, dklen=32)

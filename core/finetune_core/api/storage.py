@@ -134,7 +134,8 @@ class CacheSpec(ApiModel):
     pod, attempt or job put the file there. Only a file for which the source states no digest of the content, such as an
     object that is encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the
     access mode ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their
-    digests. Tokenised rows are kept only with `storage.credentialsSecretRef`, and take at most a tenth of the claim."""
+    digests. Tokenised rows are encrypted, are kept only with `storage.credentialsSecretRef`, and take at most a tenth
+    of the claim."""
     ephemeral: EphemeralVolumeSpec | None = None
     """A volume of each pod that holds the files of the base model instead of the scratch folder. This volume saves
     space in the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume. The files

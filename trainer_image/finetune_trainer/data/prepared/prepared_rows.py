@@ -92,8 +92,7 @@ def prepare_rows(
 
     ``processes`` is the number of processes that work beside this one, which reads the rows and collects the examples.
     If it is 0, or if there is only one chunk of rows, this process does all the work, and there are no more processes
-    than chunks. Raises StopAgreed soon after
-    ``stop`` returns True, and the errors of `ChunkWorkers.results`.
+    than chunks. Raises StopAgreed soon after ``stop`` returns True, and the errors of `ChunkWorkers.results`.
     """
     work = _Work(ChunkRenderer(dataset, tokenize, limit))
     chunks = chunks_of(rows)
