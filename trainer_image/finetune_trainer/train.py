@@ -116,14 +116,17 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang, grading: Grading | None
     """Let the first rank of each node write the tokenised rows and, where needed, an extended base model. Then load the
     rows on every rank."""
     graded = grading.columns_read if grading is not None else frozenset()
-    answers = gang.gather(lambda: _prepare(plan, graded) if gang.local_rank == 0 else None, until_stop=True)
+    answers = gang.gather(
+        lambda: _prepare(plan, graded, gang.stop_requested) if gang.local_rank == 0 else None, until_stop=True
+    )
     return gang.run_on_all_ranks(lambda: load_data(plan, agreed_summary(answers)), until_stop=True)
 
 
-def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
+def _prepare(plan: WorkerPlan, graded: frozenset[str], stop: Callable[[], bool]) -> object:
     """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON.
-    ``graded`` holds all columns that the job's grader reads."""
-    summary = prepare_node(plan, graded)
+    ``graded`` holds all columns that the job's grader reads. Raises StopAgreed where ``stop`` returns True while rows
+    are tokenised."""
+    summary = prepare_node(plan, graded, stop=stop)
     notices = [*summary.notices, *prepare_base_model_set(plan, graded)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
 

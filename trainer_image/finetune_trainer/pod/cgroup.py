@@ -1,5 +1,6 @@
 """Reads the container's CPU limit, memory limit and number of out-of-memory kills from its cgroup (version 2 or 1).
-`launcher.py` calls these functions, and `ranks/memory.py` names the memory limit in a message.
+`launcher.py` calls these functions, `node_examples.py` chooses the number of its processes with them, and
+`ranks/memory.py` names the memory limit in a message.
 
 Outside a container the cgroup's files may be absent. Then there is no limit, and the number of kills is 0.
 """
@@ -72,8 +73,13 @@ def threads_per_process(processes: int, *, limit: float | None, cores: int) -> i
     The kernel would throttle threads beyond the CPU limit. The results of CPU computations also depend on the number of
     threads, so under a CPU limit the number must not grow with the node.
     """
-    available = cores if limit is None else min(cores, limit)
-    return max(1, math.floor(available / processes))
+    return max(1, math.floor(available_cpus(limit=limit, cores=cores) / processes))
+
+
+def available_cpus(*, limit: float | None, cores: int) -> float:
+    """Return how many CPUs the container may use at once. ``limit`` is its CPU limit, and ``cores`` is the number of
+    CPU cores that it may use."""
+    return cores if limit is None else min(cores, limit)
 
 
 def usable_cores() -> int:
