@@ -1,7 +1,7 @@
 """Computes the bytes of activations: what the forward pass keeps for the backward pass.
 
 `memory.py` adds the bytes to those of weights and optimizer. What is kept follows from the code of the models in
-transformers and from the trainer's own kernels (`loss/kernels.py`, `loss/head.py`). The constants that change with the
+transformers and from the trainer's own kernels (the room `kernels`, `loss/head.py`). The constants that change with the
 kernels are in `Kernels`. tests/planning compares the sums with measurements of the trainer's engine.
 
 All sizes are bytes of one process. "A number" has 2 bytes in bf16 and 4 in fp32.

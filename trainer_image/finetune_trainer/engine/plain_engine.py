@@ -18,14 +18,14 @@ a bounded size: 176 MiB in the update, and 32 MiB for the norm, which is compute
 value of 4 bytes beside the weight the sum would be 18. DeepSpeed holds such a value, and copies of gradients too: it
 takes 24 bytes at ZeRO stage 1, and 20 at stage 2.
 
-Nothing in the product calls this module yet.
+`choice.py` makes this engine where a job asks for no ZeRO stage.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ from finetune_trainer.engine.engine import RATE_FACTOR, parameter_groups
 from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters, Masters
 from finetune_trainer.engine.state import STATE_KINDS
-from finetune_trainer.loss.kernels import fuse_adapters
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
@@ -57,20 +58,18 @@ class PlainEngine:
         device: torch.device,
         *,
         lora_plus_ratio: float = 1.0,
+        plain_kernels: Collection[KernelPart] = (),
     ) -> None:
         """Move ``model`` to ``device``. No process group is needed. Raises ValueError in a process group of several
         ranks, where each rank would train a model of its own.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
         multiple of the job's learning rate. The settings of ``optimization`` for DeepSpeed (ZeRO stage, offload,
-        overrides) have no effect.
+        overrides) have no effect. ``plain_kernels`` are the parts of a step that compute without the trainer's own
+        kernels.
         """
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(f"the plain engine trains in one process, and this training has {dist.get_world_size()}")
-        # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
-        # `fuse_adapters` leaves out layers with a replaced forward function.
-        fuse_adapters(model)
-        self._objective = Objective(model)
         self._clipping = optimization.gradient_clipping
         self._norm: float | None = None
         self.device = device
@@ -81,6 +80,10 @@ class PlainEngine:
                 if parameter.dtype in (torch.float16, torch.float32):
                     parameter.data = parameter.data.to(torch.bfloat16)
         self._model: Any = model.to(device)
+        # This comes before `Objective`, which replaces the forward function of the output head: no kernel is put into a
+        # layer whose forward function is replaced.
+        self.kernels = use_fused_kernels(model, plain=plain_kernels)
+        self._objective = Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain_kernels)
         self._parameters = trained_parameters(model)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._groups: list[tuple[Masters, float]] = []
