@@ -21,6 +21,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tests.planning.memory_cases import CASES, MemoryCase
@@ -112,6 +113,43 @@ def let_fake_tensors_through() -> None:
     # torch would exchange the parameters of a module for new ones where they are fake, which fails where an optimizer
     # refers to the old ones. DeepSpeed calls this with types that the parameters have already.
     torch.nn.Module._apply = _convert_in_place
+    _let_kernels_take_fake_tensors()
+
+
+def _let_kernels_take_fake_tensors() -> None:
+    """Let the trainer's kernels compute with fake tensors, as they do on a GPU."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from finetune_trainer.kernels import install, recognition, rms_norm, shared_projections
+
+    def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, which computes with tensors of its own, as a function that computes their values."""
+
+        def computed(*inputs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*inputs)
+
+        return computed
+
+    def are_plain(*tensors: Any) -> bool:
+        known = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+        return all(tensor is None or type(tensor) in known for tensor in tensors)
+
+    def norm(x: Any, _shape: Any, _weight: Any, _epsilon: float) -> tuple[Any, Any]:
+        return torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def norm_backward(_gradient: Any, x: Any, _reciprocal: Any, weight: Any, wanted: Any) -> tuple[Any, Any]:
+        return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
+
+    # Modules are recognized by the values that they compute for a few numbers.
+    for name in ("norm_form", "gate_activation", "why_not_turned"):
+        setattr(recognition, name, with_values(getattr(recognition, name)))
+    install.are_plain = shared_projections.are_plain = are_plain
+    # On a CPU, torch computes a norm with several operators.
+    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
+    rms_norm._backward = norm_backward
 
 
 def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool = True) -> Any:

@@ -383,7 +383,8 @@ def test_rotary_embeddings_have_in_fp32_the_bits_of_the_code_of_models(features:
     results = []
     for rotate in (rotate_queries_and_keys, plain_rotations):
         leaves = [tensor.clone().requires_grad_() for tensor in states]
-        outputs = rotate(*(leaf.transpose(1, 2) for leaf in leaves), cosine, sine)
+        query, key = (leaf.transpose(1, 2) for leaf in leaves)
+        outputs = rotate(query, key, cosine, sine)
         results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
     for found, wanted in zip(*results, strict=True):
         assert torch.equal(found, wanted)

@@ -76,18 +76,21 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
             is_supervised = (targets[part] != IGNORED).unsqueeze(1)
             target = targets[part].clamp(min=0).unsqueeze(1)
             values = logits.log_softmax(-1)
+            # The memory of a chunk is freed before more memory is needed. Logits are the largest tensors of a step.
+            del logits
             # Token 0, which takes the place of a missing target, may be excluded: minus infinity times 0 is NaN.
             total -= values.gather(1, target).masked_fill(~is_supervised, 0).sum()
-            if not any(wanted):
-                continue
-            values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
-            difference = values.mul_(is_supervised).to(weight.dtype)
-            if of_hidden is not None:
-                torch.mm(difference, weight, out=of_hidden[part])
-            if of_weight is not None:
-                of_weight.addmm_(difference.T, hidden[part])
-            if of_bias is not None:
-                of_bias += difference.sum(0)
+            if any(wanted):
+                values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
+                difference = values.mul_(is_supervised).to(weight.dtype)
+                if of_hidden is not None:
+                    torch.mm(difference, weight, out=of_hidden[part])
+                if of_weight is not None:
+                    of_weight.addmm_(difference.T, hidden[part])
+                if of_bias is not None:
+                    of_bias += difference.sum(0)
+                del difference
+            del values
         ctx.gradients = of_hidden, of_weight, of_bias
         return total
 
@@ -95,7 +98,7 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
     @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of a trained head can be computed once only")
+            raise RuntimeError("the gradients of an output head can be computed once only")
         for gradient in ctx.gradients:
             if gradient is not None:
                 _scale(gradient, factor)
