@@ -146,10 +146,15 @@ def _let_kernels_take_fake_tensors() -> None:
     # Modules are recognized by the values that they compute for a few numbers.
     for name in ("norm_form", "gate_activation", "why_not_turned"):
         setattr(recognition, name, with_values(getattr(recognition, name)))
-    install.are_plain = shared_projections.are_plain = are_plain
+    replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (install, "are_plain", are_plain),
+        (shared_projections, "are_plain", are_plain),
+        (rms_norm, "_backward", norm_backward),
+    )
+    for module, name, function in replaced:
+        setattr(module, name, function)
     # On a CPU, torch computes a norm with several operators.
     rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
-    rms_norm._backward = norm_backward
 
 
 def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool = True) -> Any:
