@@ -618,6 +618,7 @@ def test_an_update_of_many_small_parameters_runs_as_few_kernels_as_of_two() -> N
     for number in (2, 200):
         made, parameters = bf16_masters(*[torch.ones(8)] * number)
         torch.stack(parameters).sum().backward()
+        made.end_backward()
         with torch.no_grad(), CountedKernels() as counted:
             made.update(RATE, gradient_factor=0.5)
         # The views of the single parameters are functions, but no kernels.
