@@ -154,9 +154,13 @@ class _Passes:
         self._adapts_head = adapters is not None and adapters.on_head
         self._trains_head = adapters is None
         self._head_gradient = width * setup.vocabulary * sizes.hidden if self._trains_head else 0
-        # The activation, its gradient, that of the product, and a product of gradient and input. Under ZeRO-3 the
-        # product that was kept is freed before. Experts do not compute the activation again.
-        self._gate_gradients = 2 if sizes.active_experts else 3 if setup.zero_stage == 3 else 4
+        # In the feed-forward layer: the activation, its gradient, that of the product, and a product of gradient and
+        # input, beside the gradients of two hidden states. Under ZeRO-3 the product that was kept is freed before.
+        # Experts do not compute the activation again, and copy hidden states.
+        gates = 3 if setup.zero_stage == 3 else 4
+        self._inside_layer = 2 * self._wide + 4 * self._hidden
+        if not sizes.active_experts:
+            self._inside_layer = gates * self._wide + 2 * self._hidden
         experts = _Experts(setup, state)
         self._experts = experts
         self._gradients = state.standing_gradients + state.accumulated
@@ -212,9 +216,9 @@ class _Passes:
 
     @property
     def layer_backward(self) -> _Need:
-        """The need while the backward pass of the last layer runs: tensors as wide as the feed-forward network, the
-        gradients of two hidden states, and where layers are computed again all that the layer keeps."""
-        inside = self._kept + self._layer + self._gate_gradients * self._wide + 2 * self._hidden + self._experts.kept
+        """The need while the backward pass of the last layer runs: gradients inside of the layer, and where layers are
+        computed again all that the layer keeps."""
+        inside = self._kept + self._layer + self._inside_layer + self._experts.kept
         if not self._trains_head:
             return self._need(activations=inside, gradients=self._experts.merged_gradient)
         setup, state = self._setup, self._state
