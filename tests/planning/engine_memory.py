@@ -117,12 +117,15 @@ def let_fake_tensors_through() -> None:
 
 
 def _let_kernels_take_fake_tensors() -> None:
-    """Let the trainer's kernels compute with fake tensors, as they do on a GPU."""
+    """Let the trainer's kernels compute with fake tensors, as they do on a GPU. With other tensors they compute as
+    before, because modules are recognized by the values that they compute for a few numbers."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from finetune_trainer.kernels import install, recognition, rms_norm, shared_projections
+    from finetune_trainer.kernels import install, projections, recognition, rms_norm, rotary, shared_projections
+
+    aten, backward, alias = rms_norm.ATEN, rms_norm._backward, rotary.alias
 
     def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, which computes with tensors of its own, as a function that computes their values."""
@@ -137,24 +140,33 @@ def _let_kernels_take_fake_tensors() -> None:
         known = (torch.Tensor, torch.nn.Parameter, FakeTensor)
         return all(tensor is None or type(tensor) in known for tensor in tensors)
 
-    def norm(x: Any, _shape: Any, _weight: Any, _epsilon: float) -> tuple[Any, Any]:
+    # On a CPU, torch computes a norm with several operators.
+    def norm(x: Any, *others: Any) -> Any:
+        if not isinstance(x, FakeTensor):
+            return aten._fused_rms_norm(x, *others)
         return torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
 
-    def norm_backward(_gradient: Any, x: Any, _reciprocal: Any, weight: Any, wanted: Any) -> tuple[Any, Any]:
+    def norm_backward(gradient: Any, x: Any, reciprocal: Any, weight: Any, wanted: Any) -> tuple[Any, Any]:
+        if not isinstance(x, FakeTensor):
+            return backward(gradient, x, reciprocal, weight, wanted)
         return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
 
-    # Modules are recognized by the values that they compute for a few numbers.
+    # A fake tensor that is set to the memory of another one never lets go of the memory.
+    def part_or_alias(part: Any) -> Any:
+        return part if isinstance(part, FakeTensor) else alias(part)
+
+    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
     for name in ("norm_form", "gate_activation", "why_not_turned"):
         setattr(recognition, name, with_values(getattr(recognition, name)))
     replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (install, "are_plain", are_plain),
         (shared_projections, "are_plain", are_plain),
         (rms_norm, "_backward", norm_backward),
+        (rotary, "alias", part_or_alias),
+        (projections, "alias", part_or_alias),
     )
     for module, name, function in replaced:
         setattr(module, name, function)
-    # On a CPU, torch computes a norm with several operators.
-    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
 
 
 def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool = True) -> Any:
