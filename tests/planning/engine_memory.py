@@ -233,6 +233,7 @@ def measure(case: MemoryCase) -> Measurement:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from finetune_trainer.engine.engine import Engine
+    from finetune_trainer.kernels.parts import KernelPart
 
     class Scalars(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
         """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite."""
@@ -247,6 +248,7 @@ def measure(case: MemoryCase) -> Measurement:
         model = _model(case)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         engine = Engine(model, case.optimization(), torch.device("cpu"))
+        assert {KernelPart.NORMS, KernelPart.ROTARY} <= engine.kernels.replaced.keys(), engine.kernels.description
         del model
         engine.train()
         batch = _batch(case)
