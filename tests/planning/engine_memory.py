@@ -21,6 +21,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tests.planning.memory_cases import CASES, MemoryCase
@@ -112,6 +113,60 @@ def let_fake_tensors_through() -> None:
     # torch would exchange the parameters of a module for new ones where they are fake, which fails where an optimizer
     # refers to the old ones. DeepSpeed calls this with types that the parameters have already.
     torch.nn.Module._apply = _convert_in_place
+    _let_kernels_take_fake_tensors()
+
+
+def _let_kernels_take_fake_tensors() -> None:
+    """Let the trainer's kernels compute with fake tensors, as they do on a GPU. With other tensors they compute as
+    before, because modules are recognized by the values that they compute for a few numbers."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from finetune_trainer.kernels import install, projections, recognition, rms_norm, rotary, shared_projections
+
+    aten, backward, alias = rms_norm.ATEN, rms_norm._backward, rotary.alias
+
+    def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, which computes with tensors of its own, as a function that computes their values."""
+
+        def computed(*inputs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*inputs)
+
+        return computed
+
+    def are_plain(*tensors: Any) -> bool:
+        known = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+        return all(tensor is None or type(tensor) in known for tensor in tensors)
+
+    # On a CPU, torch computes a norm with several operators.
+    def norm(x: Any, *others: Any) -> Any:
+        if not isinstance(x, FakeTensor):
+            return aten._fused_rms_norm(x, *others)
+        return torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def norm_backward(gradient: Any, x: Any, reciprocal: Any, weight: Any, wanted: Any) -> tuple[Any, Any]:
+        if not isinstance(x, FakeTensor):
+            return backward(gradient, x, reciprocal, weight, wanted)
+        return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
+
+    # A fake tensor that is set to the memory of another one never lets go of the memory.
+    def part_or_alias(part: Any) -> Any:
+        return part if isinstance(part, FakeTensor) else alias(part)
+
+    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
+    for name in ("norm_form", "gate_activation", "why_not_turned"):
+        setattr(recognition, name, with_values(getattr(recognition, name)))
+    replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (install, "are_plain", are_plain),
+        (shared_projections, "are_plain", are_plain),
+        (rms_norm, "_backward", norm_backward),
+        (rotary, "alias", part_or_alias),
+        (projections, "alias", part_or_alias),
+    )
+    for module, name, function in replaced:
+        setattr(module, name, function)
 
 
 def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -178,6 +233,7 @@ def measure(case: MemoryCase) -> Measurement:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from finetune_trainer.engine.engine import Engine
+    from finetune_trainer.kernels.parts import KernelPart
 
     class Scalars(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
         """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite."""
@@ -192,6 +248,7 @@ def measure(case: MemoryCase) -> Measurement:
         model = _model(case)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         engine = Engine(model, case.optimization(), torch.device("cpu"))
+        assert {KernelPart.NORMS, KernelPart.ROTARY} <= engine.kernels.replaced.keys(), engine.kernels.description
         del model
         engine.train()
         batch = _batch(case)

@@ -9,11 +9,12 @@ between a model with two layers and a model with one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +23,13 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, mask
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.plain_engine import PlainEngine
 from finetune_trainer.kernels import rms_norm
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.adapters import add_adapters
+from tests.trainer.engine_runs import PLAIN, EngineRun
 from tests.trainer.plain_loop import DENSE
 
 VIEWS = frozenset(
@@ -165,18 +170,40 @@ def _with_norms_as_on_cuda() -> Iterator[None]:
         rms_norm.ATEN = aten
 
 
+class Passes(NamedTuple):
+    """The two passes of a micro-batch."""
+
+    loss: Callable[[Batch], torch.Tensor]
+    backward: Callable[[torch.Tensor], object]
+
+
+def with_kernels(model: Any, *, plain: Collection[KernelPart] = ()) -> Passes:
+    """Return the passes of ``model``, which trains with the trainer's kernels except for the parts ``plain``."""
+    use_fused_kernels(model, plain=plain)
+    loss = partial(Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain).loss, model)
+    return Passes(loss, torch.Tensor.backward)
+
+
+def with_engine(model: Any) -> Passes:
+    """Return the passes of ``model`` as the product computes them in one process, with the plain engine."""
+    run = EngineRun(method="Full", parts=((PLAIN, 1),), precision="bf16")
+    engine = PlainEngine(model, run.optimization(PLAIN), torch.device("meta"))
+    engine.train()
+    return Passes(engine.loss, partial(engine.backward, last=True))
+
+
 def count(
     layers: int,
     *,
     lora: bool,
-    prepare: Callable[[Any], object],
+    make: Callable[[Any], Passes] = with_kernels,
     dropout: str = "0",
     length: int = 512,
     batch_size: int = 8,
     **shape: int,
 ) -> Counts:
-    """Return the counts of a micro-batch for a model of Llama-2-7B's shape with ``layers`` layers, in bf16. ``prepare``
-    is called with the model before the objective takes it. ``shape`` are fields of the configuration."""
+    """Return the counts of a micro-batch for a model of Llama-2-7B's shape with ``layers`` layers, in bf16. ``make``
+    makes the passes of the model. ``shape`` are fields of the configuration."""
     sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     config = LlamaConfig(**{**sizes, **shape}, num_hidden_layers=layers, tie_word_embeddings=False)
     config._attn_implementation = ATTENTION
@@ -196,8 +223,7 @@ def count(
         return tensor
 
     with _on_meta():
-        prepare(model)
-        objective = Objective(model)
+        passes = make(model)
         model.train()
         numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
         flat = numbers.flatten()
@@ -205,10 +231,10 @@ def count(
         counting = _Counting(len(flat))
         with counting, _with_norms_as_on_cuda():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = objective.loss(model, batch)
+                loss = passes.loss(batch)
             held = sum(storage.nbytes() for storage in kept.values())
             kept.clear()
-            loss.backward()
+            passes.backward(loss)
     return Counts(counting.names.total(), counting.moved, held, counting.names)
 
 

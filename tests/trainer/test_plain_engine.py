@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from tests.trainer.engine_runs import (
     state_folder,
     train,
 )
+from tests.trainer.kernel_counts import VIEWS
 from tests.trainer.plain_loop import Plain, PlainExample, plain_loop
 from tests.trainer.zygote import END_SECONDS, ends_of, zygote
 
@@ -323,6 +325,53 @@ def test_gradients_of_many_micro_batches_are_added_in_fp32() -> None:
     assert float(made.gradient_norm()) == pytest.approx(600, rel=1e-6)
 
 
+USED = ((0, 1, 2, 3), (0, 2), (3,), (1, 2, 3))
+"""Which of four parameters have a gradient in each of four backward passes."""
+
+
+def first_moments(small: int, waiting: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return the first moments after an update with the gradients of the passes USED."""
+    for name, size in (("SMALL_ELEMENTS", small), ("WAITING_ELEMENTS", waiting), ("BATCH_ELEMENTS", batch)):
+        monkeypatch.setattr(masters, name, size)
+    made, parameters = bf16_masters(torch.zeros(3), torch.zeros(2, 3), torch.zeros(1), torch.zeros(8))
+    generator = torch.Generator().manual_seed(5)
+    for used in USED:
+        leaves = [parameters[number] for number in used]
+        gradients = [torch.randn(leaf.shape, generator=generator).to(torch.bfloat16) for leaf in leaves]
+        torch.autograd.backward(leaves, gradients)
+        made.end_backward()
+    with torch.no_grad():
+        made.update(RATE, gradient_factor=1.0)
+        return [made.read(str(number), FIRST_MOMENT) for number in range(len(parameters))]
+
+
+@pytest.mark.parametrize("batch", [5, 1000], ids=["in parts", "whole"])
+@pytest.mark.parametrize(("small", "waiting"), [(4, 5), (7, 9), (1000, 1000)])
+def test_gradients_that_wait_for_others_add_up_to_the_same_bits(
+    small: int, waiting: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = first_moments(1, 1, batch, monkeypatch)
+    found = first_moments(small, waiting, batch, monkeypatch)
+    assert all(float(moment.abs().min()) > 0 for moment in wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "joined"])
+def test_a_gradient_is_added_once_and_is_not_left_behind(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the next backward pass tells masters without an engine that a pass has ended."""
+    monkeypatch.setattr(masters, "SMALL_ELEMENTS", 100 if waits else 1)
+    made, parameters = bf16_masters(torch.zeros(2), torch.zeros(2))
+    for _ in range(2):
+        (parameters[0].sum() + 2 * parameters[1].sum()).backward()
+    assert float(made.gradient_norm()) == pytest.approx(math.sqrt(2 * 4 + 2 * 16), rel=1e-6)
+    made.drop_gradient()
+    assert float(made.gradient_norm()) == 0
+    parameters[0].sum().backward()
+    made.drop_gradient()
+    assert float(made.gradient_norm()) == 0
+
+
 def test_the_norm_of_a_large_gradient_is_not_added_up_in_fp32() -> None:
     """torch's own sum of 2^22 equal squares in fp32 on the CPU is wrong by more than this test allows."""
     parameter = torch.nn.Parameter(torch.zeros(1 << 22))
@@ -495,6 +544,8 @@ def test_a_step_needs_16_bytes_for_each_trained_parameter(
     """
     monkeypatch.setattr(masters, "BATCH_ELEMENTS", 40_000)
     monkeypatch.setattr(masters, "NORM_ELEMENTS", 10_000)
+    monkeypatch.setattr(masters, "SMALL_ELEMENTS", 2_500)
+    monkeypatch.setattr(masters, "WAITING_ELEMENTS", 10_000)
     torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=512,
@@ -555,10 +606,10 @@ class CountedKernels(TorchDispatchMode):  # type: ignore[misc]  # torch has no t
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.names[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -567,8 +618,21 @@ def test_an_update_of_many_small_parameters_runs_as_few_kernels_as_of_two() -> N
     for number in (2, 200):
         made, parameters = bf16_masters(*[torch.ones(8)] * number)
         torch.stack(parameters).sum().backward()
+        made.end_backward()
         with torch.no_grad(), CountedKernels() as counted:
             made.update(RATE, gradient_factor=0.5)
         # The views of the single parameters are functions, but no kernels.
-        counts.append(counted.count)
+        counts.append(counted.names.total())
     assert counts[1] == counts[0] <= 40
+
+
+def test_the_gradients_of_many_small_parameters_are_added_by_as_few_kernels_as_those_of_two() -> None:
+    counts = []
+    for number in (2, 200):
+        made, parameters = bf16_masters(*[torch.ones(8)] * number)
+        for _ in range(2):
+            torch.stack(parameters).sum().backward()
+            with torch.no_grad(), CountedKernels() as counted:
+                made.end_backward()
+            counts.append({name: count for name, count in counted.names.items() if name not in VIEWS})
+    assert counts[:2] == counts[2:] == [{"cat": 1, "_to_copy": 1}, {"cat": 1, "add_": 1}]

@@ -29,6 +29,7 @@ from finetune_core.contract import (
 from finetune_core.contract.same_training import TrainingRecord, settings_digest
 from finetune_core.errors import UserError
 from finetune_core.requirements import judged
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import outcome_of, result_of_pod
@@ -71,6 +72,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     committed the artifact already, return the result of that artifact at once."""
     identity = Identity.from_environment(environment)
     config = read_run_file(paths.run_file)
+    # A wrong name is told before anything is downloaded.
+    parts_left_plain(environment)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
     port = int(environment.get(MASTER_PORT_VARIABLE, MASTER_PORT))
     key = partial(rendezvous_key, identity, paths)

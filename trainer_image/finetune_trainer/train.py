@@ -7,6 +7,7 @@ makes the artifact of the chosen checkpoint.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +40,7 @@ from finetune_trainer.evaluation.graders import Grading, load_grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.loop import TrainingLoop
 from finetune_trainer.model.attention import DeviceAbilities, ModelAbilities, kernels
 from finetune_trainer.model.digest import BaseDigests
@@ -273,7 +275,13 @@ class Run:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
         ratio = config.lora.lora_plus_ratio if config.lora is not None else None
-        self.engine = make_engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
+        self.engine = make_engine(
+            self.model,
+            config.optimization,
+            gang.device,
+            lora_plus_ratio=float(ratio or 1),
+            plain_kernels=parts_left_plain(os.environ),
+        )
         attention = check_model(
             self.engine,
             data.train,
@@ -342,6 +350,7 @@ class Run:
                 taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
             progress.attention(attention.kernel)
+            log_line(self.engine.kernels.description)
             progress.adapted(data.summary.adapted_share)
             progress.started_from(data.summary.origin)
             progress.notice(*start.notices, *data.summary.notices, *attention.notices)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.config import engine_config, prevent_compilation
 from finetune_trainer.engine.fragments import Fragment, own_fragment
 from finetune_trainer.engine.leaf_modules import make_leaf_modules
-from finetune_trainer.loss.kernels import fuse_adapters
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import NOT_UNDER_ZERO_3, KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
@@ -47,12 +48,14 @@ class Engine:
         device: torch.device,
         *,
         lora_plus_ratio: float = 1.0,
+        plain_kernels: Collection[KernelPart] = (),
     ) -> None:
         """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine together.
         Raises ValueError where ``optimization`` asks for no ZeRO stage.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
-        multiple of the job's learning rate.
+        multiple of the job's learning rate. ``plain_kernels`` are the parts of a step that compute without the
+        trainer's own kernels.
         """
         import deepspeed
 
@@ -60,11 +63,16 @@ class Engine:
         if optimization.zero_stage is None:
             raise ValueError("DeepSpeed's engine needs a ZeRO stage")
         self._stage = optimization.zero_stage
-        if self._stage < 3:
-            # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
-            # `fuse_adapters` leaves out layers with a replaced forward function.
-            fuse_adapters(model)
-        self._objective = Objective(model)
+        plain = frozenset(plain_kernels)
+        if self._stage == 3:
+            plain |= NOT_UNDER_ZERO_3
+        else:
+            # DeepSpeed moves the model later. A large model computes its two tokens faster on a GPU.
+            model.to(device)
+        # This comes before `Objective`, which replaces the forward function of the output head: no kernel is put into a
+        # layer whose forward function is replaced.
+        self.kernels = use_fused_kernels(model, plain=plain)
+        self._objective = Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain)
         if self._stage == 3:
             make_leaf_modules(model, self._objective.head)
         self._optimization = optimization

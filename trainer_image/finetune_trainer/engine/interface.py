@@ -13,13 +13,14 @@ import torch
 
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.fragments import Fragment
+from finetune_trainer.kernels.install import KernelReport
 from finetune_trainer.model.attention import Kernel
 
 
 class TrainingEngine(Protocol):
     """A model with its optimizer. Where a training has several ranks, all of them must call each function together,
-    except `model`, `device`, `lockstep`, `parameter_shapes`, `read_fragment` and the functions that only set an
-    option."""
+    except `model`, `device`, `kernels`, `lockstep`, `parameter_shapes`, `read_fragment` and the functions that only set
+    an option."""
 
     @property
     def device(self) -> torch.device:
@@ -28,6 +29,10 @@ class TrainingEngine(Protocol):
     @property
     def model(self) -> Any:
         """The transformers or peft model, which can generate texts."""
+
+    @property
+    def kernels(self) -> KernelReport:
+        """Which parts of the model train with the trainer's own kernels."""
 
     @property
     def lockstep(self) -> bool:

@@ -167,6 +167,8 @@ class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch 
         )
         if product_gradient is None:
             return None, None, None, None, *found
+        # Nothing reads the product any more, and it is as large as what is computed now.
+        del product, flat
         parts = gated_product_backward(product_gradient.view(gate.shape), gate, up, active, ctx.activation)
         return *parts, None, None, *found
 

@@ -23,6 +23,7 @@ from typing import NoReturn
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
 from finetune_core.contract.same_training import settings_digest
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
@@ -67,6 +68,7 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     findings = Findings()
     try:
         with _time_limit(PREFLIGHT_SECONDS):
+            findings.collect("podTemplate.env", partial(parts_left_plain, environment))
             run_checks(findings, paths, uid=environment.get(IDENTITY_VARIABLES["uid"], ""))
     except ChecksTimedOut:
         sentence = f"the checks did not end within {PREFLIGHT_SECONDS} s; they were looking at {findings.subject}"

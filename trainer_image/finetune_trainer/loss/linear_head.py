@@ -1,11 +1,13 @@
-"""The loss of an output head that is trained, with its gradients computed in the forward pass.
+"""The loss of a linear output head, trained or frozen, with its gradients computed in the forward pass.
 
-`frozen_head_loss` in `kernels.py` is the same for a frozen head. Without this function, the logits of each chunk of
-positions are computed again in the backward pass (`head.py`), which is a third of the head's work. The price is the
-memory of the weight's gradient between the forward and the backward pass: as many bytes as the weight. Where no
-gradient is wanted, as in an evaluation, no gradient is computed and no memory is taken for one.
+`head.py` calls `linear_head_loss`. Otherwise the logits of each chunk of positions would be computed again in the
+backward pass, which is a third of the head's work. The price is the memory of the gradients between the forward and the
+backward pass: those of the hidden states, and of a trained weight as many bytes as the weight. Where no gradient is
+wanted, as in an evaluation, no gradient is computed and no memory is taken for one.
 
-Nothing in the product calls this module yet.
+At ZeRO-3, too, the gradient of the sharded weight is right: the head is a leaf module, so that its weight is whole from
+the beginning of the head's forward pass to its end, and nothing reads the weight in the backward pass. DeepSpeed
+gathers the weight again before the backward pass of the head, and reduces the gradient when autograd accumulates it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SCALED_ROWS_BYTES = 1 << 26
 fp32 of what it multiplies, and a GPU makes none."""
 
 
-def trained_head_loss(
+def linear_head_loss(
     hidden: torch.Tensor,
     head: nn.Linear,
     targets: torch.Tensor,
@@ -41,12 +43,12 @@ def trained_head_loss(
     """
     # Inside of the function, torch reports that no gradients are computed, whatever the caller wants.
     graded = torch.is_grad_enabled()
-    loss: torch.Tensor = _TrainedHeadLoss.apply(hidden, head.weight, head.bias, targets, excluded, chunk_rows, graded)
+    loss: torch.Tensor = _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, excluded, chunk_rows, graded)
     return loss
 
 
-class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """Computes the loss that `trained_head_loss` returns, and its gradients. With d = softmax(W h + b) - onehot(t), the
+class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """Computes the loss that `linear_head_loss` returns, and its gradients. With d = softmax(W h + b) - onehot(t), the
     gradient of -log softmax(W h + b)[t] with regard to h is W^T d, with regard to W it is d h^T, and with regard to b
     it is d."""
 
@@ -74,18 +76,21 @@ class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
             is_supervised = (targets[part] != IGNORED).unsqueeze(1)
             target = targets[part].clamp(min=0).unsqueeze(1)
             values = logits.log_softmax(-1)
+            # The memory of a chunk is freed before more memory is needed. Logits are the largest tensors of a step.
+            del logits
             # Token 0, which takes the place of a missing target, may be excluded: minus infinity times 0 is NaN.
             total -= values.gather(1, target).masked_fill(~is_supervised, 0).sum()
-            if not any(wanted):
-                continue
-            values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
-            difference = values.mul_(is_supervised).to(weight.dtype)
-            if of_hidden is not None:
-                torch.mm(difference, weight, out=of_hidden[part])
-            if of_weight is not None:
-                of_weight.addmm_(difference.T, hidden[part])
-            if of_bias is not None:
-                of_bias += difference.sum(0)
+            if any(wanted):
+                values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
+                difference = values.mul_(is_supervised).to(weight.dtype)
+                if of_hidden is not None:
+                    torch.mm(difference, weight, out=of_hidden[part])
+                if of_weight is not None:
+                    of_weight.addmm_(difference.T, hidden[part])
+                if of_bias is not None:
+                    of_bias += difference.sum(0)
+                del difference
+            del values
         ctx.gradients = of_hidden, of_weight, of_bias
         return total
 
@@ -93,7 +98,7 @@ class _TrainedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
     @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of a trained head can be computed once only")
+            raise RuntimeError("the gradients of an output head can be computed once only")
         for gradient in ctx.gradients:
             if gradient is not None:
                 _scale(gradient, factor)
