@@ -103,6 +103,48 @@ def test_one_process_is_planned_at_stage_2() -> None:
     assert chosen(plan)["zeroStage"] == "2"
 
 
+def test_one_process_with_lora_is_planned_without_deepspeed_as_the_operator_runs_it() -> None:
+    for fields, stage in (
+        ({}, "None"),
+        ({"resources__gpusPerNode": 2}, "2"),
+        ({"deepspeed__overrides": '{"steps_per_print": 10}'}, "2"),
+    ):
+        spec = job(method="LoRA", **{"resources__gpusPerNode": 1, **fields})
+        plan = plan_of(spec, MODELS["Llama-3.2-1B"], A100)
+        assert plan.fits
+        assert chosen(plan)["zeroStage"] == stage
+
+
+def test_a_full_training_is_planned_without_deepspeed_only_where_nothing_else_fits() -> None:
+    """7B takes 108 GB at 16 bytes a parameter, and 135 GB at the 20 of stage 2. An H200 has 150 GB, and a GPU of 120
+    GiB, which is 129 GB, has room for the first only."""
+    small = with_types(
+        [{"name": "S", "memoryGibibytes": 120, "teraFlops": 1, "memoryBandwidth": 1, "linkBandwidth": 1}], "table"
+    )[0]
+    spec = job(resources__gpusPerNode=1)
+    assert chosen(plan_of(spec, MODELS["Llama-2-7B"], H200))["zeroStage"] == "2"
+    plan = plan_of(spec, MODELS["Llama-2-7B"], small)
+    assert plan.fits
+    assert (chosen(plan)["zeroStage"], chosen(plan)["offloadOptimizer"]) == ("None", "None")
+    reason = next(choice.reason for choice in plan.choices if choice.field.endswith("zeroStage"))
+    assert reason.startswith("Only training without DeepSpeed fits")
+    # What the job says itself stands, and the plan names the change that makes it fit.
+    wishes = wishes_of(
+        job(resources__gpusPerNode=1, deepspeed={"zeroStage": 2, "offloadOptimizer": "None"}), MODELS["Llama-2-7B"]
+    )
+    plan = plan_job(wishes, small)
+    assert not plan.fits
+    assert suggestions(wishes, plan)[0].lines == ("spec.deepspeed.zeroStage: None",)
+    tied = job(
+        resources__gpusPerNode=1,
+        deepspeed={"zeroStage": 2, "offloadOptimizer": "None", "overrides": '{"steps_per_print": 10}'},
+    )
+    wishes = wishes_of(tied, MODELS["Llama-2-7B"])
+    found = suggestions(wishes, plan_job(wishes, small))
+    assert found
+    assert not any("zeroStage: None" in line for suggestion in found for line in suggestion.lines)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     model=st.sampled_from(sorted(MODELS)),

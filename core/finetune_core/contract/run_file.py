@@ -27,6 +27,11 @@ class WorldConfig(ContractModel):
     nodes: Annotated[int, Field(ge=1)]
     processes_per_node: Annotated[int, Field(ge=1)]
     device: Device
+    gpu_product: Annotated[str, Field(max_length=63)] | None = None
+    """`resources.gpuProduct`, from which the preflight check knows the memory of the GPUs. None where the job names
+    none, and on CPUs."""
+    memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Memory of each pod in bytes. None on CPUs, where the plan of the preflight check does not compute it."""
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
-from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job
+from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
 MOST_CHANGES = 3
@@ -53,7 +53,7 @@ def suggestions(
     by the arithmetic of this module, and those of which it returns False are left out.
     """
     found: list[tuple[frozenset[str], Suggestion]] = []
-    changes = list(_changes(plan))
+    changes = list(_changes(wishes, plan))
     for count in range(MOST_CHANGES + 1):
         for group in combinations(changes, count):
             if len({change.kind for change in group}) < count:
@@ -121,7 +121,7 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
         "training.microBatchSize": setup.micro_batch,
         "training.gradientAccumulationSteps": setup.accumulation if accumulation else "",
         "training.gradientCheckpointing": "true" if setup.recompute else "false",
-        "deepspeed.zeroStage": setup.zero_stage,
+        "deepspeed.zeroStage": stage_value(setup.zero_stage),
         "deepspeed.offloadOptimizer": "CPU" if setup.offload_optimizer else "None",
         "resources.gpusPerNode": setup.processes_per_node,
         "resources.nodes": setup.processes // setup.processes_per_node,
@@ -130,27 +130,32 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
     return fields
 
 
-def _changes(plan: JobPlan) -> Iterator[_Change]:
+def _changes(wishes: Wishes, plan: JobPlan) -> Iterator[_Change]:
     """Yield the changes to try, those first that change least of the training: its result is the same up to the number
     of GPUs, and another one with another number format, shorter rows, adapters or 4 bits."""
     setup = plan.setup
     if not plan.gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield _Change(kind="precision", apply=partial(replace, number_format=NumberFormat.FP32))
+    has_plain = setup.processes == 1 and not wishes.needs_deepspeed and not setup.offload_parameters
+    if has_plain and setup.zero_stage is not None:
+        # The plain engine computes the same, and is no slower.
+        yield _Change(kind="stage", apply=_without_deepspeed)
     for size in _halves(setup.micro_batch):
         yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
     if not setup.recompute:
         yield _Change(kind="recomputation", apply=partial(replace, recompute=True))
     quantized = setup.adapters is not None and setup.adapters.quantized
-    for stage in range(setup.zero_stage + 1, 3 if setup.processes == 1 or quantized else 4):
-        yield _Change(kind="stage", apply=partial(_sharded, stage=stage))
-    if not setup.offload_optimizer and setup.zero_stage >= 1:
-        yield _Change(kind="offload", apply=partial(replace, offload_optimizer=True))
+    if setup.zero_stage is not None:
+        for stage in range(setup.zero_stage + 1, 3 if setup.processes == 1 or quantized else 4):
+            yield _Change(kind="stage", apply=partial(_sharded, stage=stage))
+    if not setup.offload_optimizer and setup.zero_stage != 0:
+        yield _Change(kind="offload", apply=_offloaded)
     yield from _more_gpus(setup)
     for length in _halves(setup.length, least=256):
         yield _Change(kind="length", apply=partial(replace, length=length))
     if setup.adapters is None:
         yield _Change(kind="method", apply=_with_adapters)
-    elif not quantized and setup.zero_stage < 3 and not setup.sizes.active_experts:
+    elif not quantized and setup.zero_stage != 3 and not setup.sizes.active_experts:
         yield _Change(kind="quantization", apply=_in_four_bits)
 
 
@@ -159,7 +164,16 @@ def _smaller(setup: TrainingSetup, *, micro_batch: int) -> TrainingSetup:
 
 
 def _sharded(setup: TrainingSetup, *, stage: int) -> TrainingSetup:
-    return replace(setup, zero_stage=max(setup.zero_stage, stage))
+    return replace(setup, zero_stage=max(setup.zero_stage or 0, stage))
+
+
+def _without_deepspeed(setup: TrainingSetup) -> TrainingSetup:
+    return replace(setup, zero_stage=None, offload_optimizer=False)
+
+
+def _offloaded(setup: TrainingSetup) -> TrainingSetup:
+    """Return ``setup`` with its optimizer state in the memory of the host, which DeepSpeed can do."""
+    return replace(setup, offload_optimizer=True, zero_stage=2 if setup.zero_stage is None else setup.zero_stage)
 
 
 def _with_adapters(setup: TrainingSetup) -> TrainingSetup:
@@ -192,7 +206,7 @@ def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int) -> TrainingSetup:
         processes=gpus * nodes,
         processes_per_node=gpus,
         micro_batch=min(setup.micro_batch, share),
-        zero_stage=max(setup.zero_stage, 2),
+        zero_stage=max(setup.zero_stage or 0, 2),
     )
 
 
