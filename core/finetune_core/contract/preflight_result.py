@@ -86,6 +86,15 @@ class InputSizes(ContractModel):
     """Size of all data files together, as they are stored."""
 
 
+class PlannedMemory(ContractModel):
+    """How much memory the training needs by its plan, where every row has `dataset.maxLength` tokens."""
+
+    gpu_memory_bytes: Count
+    """Peak memory of one GPU in bytes."""
+    memory_bytes: Count
+    """Peak memory of one pod in bytes."""
+
+
 class PreflightResult(TerminationMessage):
     """The result of all checks. Without a finding the job can start."""
 
@@ -100,6 +109,8 @@ class PreflightResult(TerminationMessage):
     sizes: InputSizes | None = None
     """The sizes of model and data. None where the size of the model or of the data was not found, and in results of
     older trainer images."""
+    planned: PlannedMemory | None = None
+    """The planned memory. None where the plan does not know the GPU or the model, and where there are findings."""
 
     @property
     def exit_code(self) -> int:
