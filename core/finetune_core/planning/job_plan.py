@@ -276,7 +276,7 @@ def _stage_reason(setup: TrainingSetup, *, fits: bool) -> str:
         if setup.adapters is not None:
             return "One process that trains with LoRA needs nothing of DeepSpeed, and takes less memory without it."
         if fits:
-            return "Only training without DeepSpeed fits: it takes 16 bytes for each parameter, and stage 2 takes 18 or more."
+            return "Only training without DeepSpeed fits: it takes 16 bytes a parameter, and stage 2 takes 18 or more."
         return "Training without DeepSpeed takes least memory, and does not fit either."
     if setup.processes == 1:
         return "With one process nothing can be sharded, and stage 2 adds up gradients in fp32."

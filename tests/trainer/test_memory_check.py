@@ -1,0 +1,277 @@
+"""The preflight check compares the plan of the training with the memory of the GPUs before any GPU is held: it refuses
+what can't fit, tells what may not fit, and says nothing where it does not know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_core.api.job import FineTuneJob
+from finetune_core.contract import RunConfig
+from finetune_core.contract.preflight_result import FindingKind
+from finetune_core.errors import UserError
+from finetune_core.planned_job import plan_of, with_lines
+from finetune_core.planning.gpu_types import find_gpu
+from finetune_core.planning.model_families import FAMILIES
+from finetune_core.resolve import resolve
+from finetune_core.validation.validate_job import validate_job
+from finetune_trainer.preflight.memory_check import check_memory
+from tests.core.jobs import document
+from tests.planning.memory_cases import MODELS
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
+from tests.trainer.preflights import paths_in, run_program
+
+H200, L4 = "NVIDIA-H200", "NVIDIA-L4"
+RESOURCES = {"gpusPerNode": 1, "gpuProduct": H200, "memory": "900Gi"}
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """Return a full fine-tuning on one H200, with ``changes`` of whole sections of the spec. An entry of `resources`
+    changes that entry alone."""
+    given: dict[str, Any] = {
+        "method": "Full",
+        "training": {"globalBatchSize": 8, "maxSteps": 10, "microBatchSize": 1},
+        **changes,
+        "resources": RESOURCES | changes.get("resources", {}),
+    }
+    found = document()
+    found["spec"] |= given
+    found["spec"]["dataset"]["maxLength"] = changes.get("maxLength", 512)
+    found["spec"].pop("maxLength", None)
+    assert validate_job(found).problems == []
+    return found
+
+
+def run_file(found: dict[str, Any]) -> RunConfig:
+    """Return the run file of the job ``found``."""
+    return resolve(FineTuneJob.model_validate(found), report=None)
+
+
+def refusal(found: dict[str, Any], model: str, longest_row: int | None = 512) -> str:
+    """Return the sentence with which the job ``found`` is refused."""
+    with pytest.raises(UserError) as caught:
+        check_memory(run_file(found), MODELS[model], longest_row=longest_row)
+    return str(caught.value)
+
+
+def lines_of(sentence: str) -> list[str]:
+    """Return the lines of YAML at the end of ``sentence``."""
+    return sentence.partition("with which it fits is ")[2].split(", ")
+
+
+def test_a_training_that_fits_is_planned_as_it_runs() -> None:
+    found = job()
+    told = check_memory(run_file(found), MODELS["Llama-3.2-1B"], longest_row=512)
+    assert told is not None
+    assert told.notices == []
+    plan = plan_of(FineTuneJob.model_validate(with_lines(found, ["spec.deepspeed.zeroStage: 2",
+        "spec.deepspeed.offloadOptimizer: None", "spec.training.gradientCheckpointing: false"])).spec,
+        MODELS["Llama-3.2-1B"], find_gpu(H200))  # fmt: skip
+    assert told.planned.gpu_memory_bytes == plan.memory.needed
+    assert told.planned.memory_bytes == plan.host.memory
+
+
+def test_a_model_that_can_never_fit_is_refused_with_the_figures() -> None:
+    sentence = refusal(job(), "Llama-2-70B")
+    assert sentence.startswith("resources.gpuProduct: must name a GPU with more memory, because the training takes at")
+    assert "GiB of each GPU at the peak (" in sentence
+    assert "and the H200-141GB has 139.8 GiB; " in sentence
+
+
+def test_a_full_training_that_only_the_plain_engine_makes_fit_is_told_so() -> None:
+    """8B takes 16 bytes a parameter without DeepSpeed, 120 GiB, and over 160 GiB at stage 2 with one micro-batch."""
+    batch = {"globalBatchSize": 1, "maxSteps": 10, "microBatchSize": 1}
+    found = job(training=batch, dataset=document()["spec"]["dataset"])
+    sentence = refusal(found, "Llama-3-8B")
+    assert sentence.endswith("; the smallest change with which it fits is spec.deepspeed.zeroStage: None")
+    changed = with_lines(found, lines_of(sentence))
+    assert validate_job(changed).problems == []
+    told = check_memory(run_file(changed), MODELS["Llama-3-8B"], longest_row=512)
+    assert told is not None
+    assert told.notices == []
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("Llama-2-70B", {"method": "LoRA"}),
+        ("Llama-2-13B", {}),
+        ("Llama-2-7B", {"maxLength": 4096, "training": {"globalBatchSize": 64, "maxSteps": 1, "microBatchSize": 32}}),
+        ("Llama-2-7B", {"method": "LoRA", "resources": {"gpuProduct": L4}, "maxLength": 2048,
+                        "training": {"globalBatchSize": 64, "maxSteps": 1}}),
+        ("Llama-3.2-1B", {"resources": {"gpuProduct": L4}}),
+        ("Mixtral-8x7B", {"method": "LoRA", "resources": {"gpusPerNode": 2}}),
+    ],
+)  # fmt: skip
+def test_the_change_of_a_refusal_makes_a_valid_job_that_fits(model: str, changes: dict[str, Any]) -> None:
+    found = job(**changes)
+    sentence = refusal(found, model, longest_row=4096)
+    lines = lines_of(sentence)
+    assert all(line.startswith("spec.") for line in lines), sentence
+    changed = with_lines(found, lines)
+    assert validate_job(changed).problems == [], lines
+    told = check_memory(run_file(changed), MODELS[model], longest_row=4096)
+    assert told is not None
+    assert told.notices == [], lines
+
+
+def test_rows_that_are_shorter_than_the_job_allows_are_no_reason_to_refuse() -> None:
+    found = job(method="LoRA", maxLength=4096, training={"globalBatchSize": 64, "maxSteps": 1, "microBatchSize": 32})
+    assert "takes at least" in refusal(found, "Llama-2-7B", longest_row=4096)
+    for longest in (100, None):
+        told = check_memory(run_file(found), MODELS["Llama-2-7B"], longest_row=longest)
+        assert told is not None
+        (notice,) = told.notices
+        assert notice.startswith("resources.gpuProduct: with rows of 4,096 tokens the training takes ")
+        assert "; the smallest change with which it fits is spec." in notice
+
+
+def test_packed_sequences_are_always_full() -> None:
+    found = job(method="LoRA", maxLength=4096, training={"globalBatchSize": 64, "maxSteps": 1, "microBatchSize": 32})
+    found["spec"]["dataset"]["packing"] = True
+    assert "takes at least" in refusal(found, "Llama-2-7B", longest_row=100)
+
+
+def test_what_exceeds_the_gpu_by_less_than_a_tenth_is_a_notice() -> None:
+    """1B takes 22 GiB at stage 2, and the L4 has 22 GiB."""
+    found = job(deepspeed={"zeroStage": "None"}, resources={"gpuProduct": L4})
+    told = check_memory(run_file(found), MODELS["Llama-3.2-1B"], longest_row=512)
+    assert told is not None
+    gpu = find_gpu(L4)
+    assert gpu.memory < told.planned.gpu_memory_bytes <= 1.1 * gpu.memory
+    (notice,) = told.notices
+    assert "and the L4 has 22.0 GiB" in notice
+
+
+def test_settings_of_deepspeed_that_are_not_planned_are_never_refused() -> None:
+    found = job(deepspeed={"overrides": '{"zero_optimization": {"reduce_bucket_size": 1000}}'})
+    told = check_memory(run_file(found), MODELS["Llama-2-70B"], longest_row=512)
+    assert told is not None
+    assert len(told.notices) == 1
+
+
+def test_memory_of_the_pod_is_a_notice_with_the_line() -> None:
+    found = job(resources={"memory": "64Gi", "gpusPerNode": 8}, deepspeed={"zeroStage": 3})
+    told = check_memory(run_file(found), MODELS["Llama-2-7B"], longest_row=512)
+    assert told is not None
+    (notice,) = told.notices
+    assert notice.startswith("resources.memory: a pod may need ")
+    assert ", and gets 64.0 GiB; enough is spec.resources.memory: " in notice
+    line = notice.partition("enough is ")[2]
+    told = check_memory(run_file(with_lines(found, [line])), MODELS["Llama-2-7B"], longest_row=512)
+    assert told is not None
+    assert told.notices == []
+
+
+@pytest.mark.parametrize(
+    ("resources", "configuration"),
+    [
+        ({"gpuProduct": "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb"}, MODELS["Llama-2-70B"]),
+        ({"gpuProduct": ""}, MODELS["Llama-2-70B"]),
+        ({"device": "CPU", "gpusPerNode": 0}, MODELS["Llama-2-70B"]),
+        ({}, {**MODELS["Llama-2-70B"], "model_type": "bloom"}),
+        ({}, {"model_type": "llama"}),
+        ({}, {}),
+    ],
+)
+def test_nothing_is_said_where_the_plan_does_not_know(resources: dict[str, Any], configuration: Any) -> None:
+    assert check_memory(run_file(job(resources=resources)), configuration, longest_row=512) is None
+
+
+def test_a_gpu_without_bf16_is_left_to_another_check() -> None:
+    told = check_memory(run_file(job(resources={"gpuProduct": "Tesla-T4"})), MODELS["Llama-2-70B"], longest_row=1)
+    assert told is not None
+    assert told.notices == ()
+
+
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 10**9),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+)
+KEYS = sorted({key for model in MODELS.values() for key in model} - {"model_type"})
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    base=st.sampled_from(sorted(MODELS)),
+    values=st.dictionaries(st.sampled_from(KEYS), anything, max_size=3),
+    longest=st.none() | st.integers(1, 10**6),
+    method=st.sampled_from(["Full", "LoRA"]),
+)
+def test_no_configuration_breaks_the_check(
+    family: str, base: str, values: dict[str, Any], longest: int | None, method: str
+) -> None:
+    """A configuration is a file that anybody may have written."""
+    configuration = {**MODELS[base], "num_hidden_layers": 2, **values, "model_type": family}
+    try:
+        told = check_memory(run_file(job(method=method)), configuration, longest_row=longest)
+    except UserError as error:
+        assert str(error).startswith("resources.gpuProduct: must name a GPU with more memory")
+    else:
+        assert told is None or told.planned.gpu_memory_bytes > 0
+
+
+def write_large_model(tiny: Path, folder: Path) -> None:
+    """Write the tiny model with layers so wide that it has a billion parameters, as a file with holes in the place of
+    the weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny, folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 6}
+    fields |= {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
+    path.write_text(json.dumps(fields))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    header: dict[str, Any] = {}
+    end = 0
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            header[name] = {
+                "dtype": "BF16",
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + 2 * tensor.numel()],
+            }
+            end += 2 * tensor.numel()
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_the_program_refuses_a_large_model_and_plans_a_small_one(
+    tmp_path: Path, store: ObjectStore, tiny_model: Path
+) -> None:
+    paths = paths_in(tmp_path, store)
+    write_large_model(tiny_model, paths.volumes / "models" / "large")
+    gpus: dict[str, Any] = {"world": {"nodes": 1, "processesPerNode": 1, "device": "GPU", "gpuProduct": L4}}
+    gpus |= {"optimization__precision": "bf16", "method": "Full"}
+    paths.run_file.write_text(json.dumps(run_config(store, "small", **gpus)))
+    small = run_program(paths)
+    assert (small.code, small.result.findings) == (0, [])
+    assert small.result.planned is not None
+    assert small.result.planned.gpu_memory_bytes < find_gpu(L4).memory
+    model = {"volume": {"claimName": "models", "path": "large"}}
+    paths.run_file.write_text(json.dumps(run_config(store, "large", model=model, **gpus)))
+    large = run_program(paths)
+    (finding,) = large.result.findings
+    assert (large.code, finding.kind) == (64, FindingKind.FINAL)
+    assert finding.message.startswith("resources.gpuProduct: must name a GPU with more memory")
+    assert "the smallest change with which it fits is spec." in finding.message
+    assert large.result.planned is None
