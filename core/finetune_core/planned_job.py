@@ -177,7 +177,7 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
     if config.method is Method.LORA and (lora is None or lora.rank is None):
         raise UserError("lora.rank", "must be set, or the adapter must be new")
     added = len(config.model.added_tokens)
-    limit = config.dataset.max_length
+    limit = min(config.dataset.max_length, sizes.context or config.dataset.max_length)
     setup = TrainingSetup(
         sizes=sizes,
         adapters=_adapters(lora, sizes, added) if config.method is Method.LORA else None,
@@ -189,7 +189,7 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
         offload_parameters=optimization.offload_parameters,
         recompute=optimization.gradient_checkpointing,
         micro_batch=min(optimization.micro_batch_size, process_share(optimization.global_batch_size, world.size)),
-        length=min(limit if length is None else length, sizes.context or limit),
+        length=limit if length is None else min(length, limit),
         packed=config.dataset.packing,
         global_batch=optimization.global_batch_size,
         added_rows=added,
