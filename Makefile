@@ -77,7 +77,7 @@ locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	    -o locks/$$extra.txt >/dev/null; done
 
 .PHONY: cluster
-cluster: venv ## Start a real cluster and print how to reach it with kubectl (NODES=2: two nodes; Ctrl-C ends it)
+cluster: venv ## Start a real cluster without the operator (make demo KEEP=1 has it) and print how to reach it with kubectl (NODES=2: two nodes; Ctrl-C ends it)
 	@$(PYTHON) -m tests.cluster up --nodes $(or $(NODES),1)
 
 .PHONY: images

@@ -24,6 +24,17 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def count(number_of: int) -> str:
+    """Return ``number_of``, a number of things, for example `6.74 B`, `135.09 M`, `2.50 K` or `42`. `B` stands for a
+    billion."""
+    if number_of < 1000:
+        return str(number_of)
+    for unit, scale in (("B", 1e9), ("M", 1e6)):
+        if (value := round(number_of / scale, 2)) >= 1:
+            return f"{value:.2f} {unit}"
+    return f"{number_of / 1e3:.2f} K"
+
+
 def duration(seconds: float) -> str:
     """Return ``seconds``, a time span, in at most two units, for example `42 s`, `1 min 05 s`, `3 h 20 min` or `2 d 4
     h`."""

@@ -8,6 +8,8 @@ Problems that a user can correct are raised as UserError. The commands and the d
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import math
 import time
@@ -51,7 +53,10 @@ def load_client() -> tuple[client.ApiClient, str]:
     (KUBECONFIG or ~/.kube/config) or, where no kubeconfig exists, by the pod's service account. Raises UserError where
     the kubeconfig can't be read, and where neither of the two exists."""
     try:
-        config.load_config()
+        # Outside of a cluster and without a kubeconfig, the library prints a line of its own. In a pod, that line would
+        # stand before the output of `-o json`.
+        with contextlib.redirect_stdout(io.StringIO()):
+            config.load_config()
     except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
         reason = " ".join(str(error).split())
         raise UserError(

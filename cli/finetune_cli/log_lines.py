@@ -14,6 +14,7 @@ from finetune_cli.state import (
     ending,
     metric,
     required_text,
+    risen_text,
     scores_by_name,
     state,
     state_message,
@@ -108,6 +109,8 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
             yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} examples: {values}"
             if text := ungraded_text(scores):
                 yield f"{model}: {text}"
+    if (meaning := risen_text(evaluation)) and not (before is not None and risen_text(before)):
+        yield meaning
     told = before.requirements if before is not None else []
     for found in evaluation.requirements:
         if found not in told:

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
+from finetune_cli import __version__
 from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
 from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import size
@@ -51,7 +52,7 @@ examples:
 """
 VALIDATE_EXAMPLES = """\
 examples:
-  finetune validate job.yaml jobs/*.yaml
+  finetune validate job.yaml jobs/
   helm template my-jobs | finetune validate -
   finetune validate -o json job.yaml | jq -r '.problems[].message'
 
@@ -61,13 +62,15 @@ PLAN_EXAMPLES = """\
 examples:
   finetune plan job.yaml --model-config config.json
   finetune plan job.yaml --model-config config.json --gpu H100-80GB --rows 7473 --price 2.5
+  finetune plan cpu-job.yaml --model-config config.json --gpu L4
   finetune plan job.yaml --model-config config.json --gpu-table gpus.yaml --gpu MI300X
   finetune plan job.yaml --model-config config.json -o json | jq -r '.changes[].lines[]'
   kubectl get ftj my-job -o yaml | finetune plan - --model-config config.json
 
 The configuration of the base model comes from --model-config, a file or the folder of a model. Where the model is in
 the job's bucket, the command reads it there, with the access key in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-The plan has no progress bar, because it takes about a second. Lines of `changes` are written into the job as they are.
+The plan shows choices and changes as YAML: merge these lines into the job. With -o json, each line has the path of its
+field, such as `spec.training.microBatchSize: 2`.
 A --gpu-table is a list of objects with name, memoryGibibytes, teraFlops, memoryBandwidth and linkBandwidth (GB/s).
 
 exit code: 0 the job fits, 1 it does not, 2 it cannot be planned
@@ -210,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"finetune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     validate = commands.add_parser(
         "validate",
@@ -219,7 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     validate.add_argument(
-        "files", metavar="FILE", nargs="+", help="YAML or JSON file with any number of documents; - for standard input"
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="YAML or JSON file with any number of documents, or a folder of such files; - for standard input",
     )
     validate.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json for pipelines")
     validate.set_defaults(run=validate_files)

@@ -21,6 +21,7 @@ from finetune_cli.state import (
     ending,
     metric,
     required_text,
+    risen_text,
     scores_by_name,
     state,
     state_message,
@@ -51,6 +52,8 @@ def render(job: FineTuneJob, now: datetime) -> RenderableType:
         parts += [Text(), _checkpoints(status.checkpoints)]
     if status.evaluation:
         parts += [Text(), _evaluation(status.evaluation, task_of(job))]
+        if meaning := risen_text(status.evaluation):
+            parts.append(Text(f"  {meaning}", style="dim"))
         parts += _ungraded(status.evaluation)
         if status.evaluation.requirements:
             parts += [Text(), _requirements(status.evaluation)]

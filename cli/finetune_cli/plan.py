@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ import yaml
 from finetune_cli.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.plan_view import as_json, as_view
 from finetune_cli.terminal import SafeConsole, say_json, say_yaml
-from finetune_cli.validate import SIZE_LIMIT, STDIN, check_file
-from finetune_cli.yaml_lines import load
+from finetune_cli.validate import SIZE_LIMIT, check_file
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
@@ -28,8 +25,6 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_core.planned_job import changes_of, gpu_of, plan_of
 from finetune_core.planning.gpu_types import GPU_TYPES, find_gpu, with_types
-from finetune_core.validation.problems import dotted
-from finetune_core.validation.validate_job import validate_job
 
 MODEL_CONFIG = "--model-config"
 CONFIG_FILE = "config.json"
@@ -58,37 +53,14 @@ def read_job(name: str) -> tuple[dict[str, Any], FineTuneJob]:
     """Return the only FineTuneJob in the file ``name``, or in the standard input where ``name`` is `-`, as the document
     and as a model. Raises UserError where the file holds no job or several, and for the first problem that `finetune
     validate` would name."""
-    if name == STDIN:
-        try:
-            text = sys.stdin.read(SIZE_LIMIT)
-        except UnicodeDecodeError as error:
-            raise UserError(name, f"must be UTF-8: {error.reason}") from None
-    else:
-        report = check_file(name)
-        if report.problems:
-            first = report.problems[0]
-            raise UserError(f"{name}:{first.line}", f"{first.path}: {first.message}" if first.path else first.message)
-        text = Path(name).read_text(encoding="utf-8-sig")
-    documents, broken = load(text)
-    if broken:
-        raise UserError(f"{name}:{broken[0].line}", broken[0].message)
-    jobs = [job for document in documents for job in _jobs(document.value)]
-    if len(jobs) != 1:
-        raise UserError(name, f"must hold one {KIND}, and holds {len(jobs) or 'none'}")
-    problems = validate_job(jobs[0]).problems
-    if problems:
-        raise UserError(f"{name}: {dotted(problems[0].path)}", problems[0].message)
-    return jobs[0], FineTuneJob.model_validate(jobs[0])
-
-
-def _jobs(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield each job in ``value``, a YAML document, which is a single object or a List of objects."""
-    if not isinstance(value, dict):
-        return
-    if value.get("kind") == KIND:
-        yield value
-    elif value.get("kind") == "List" and isinstance(value.get("items"), list):
-        yield from (item for item in value["items"] if isinstance(item, dict) and item.get("kind") == KIND)
+    report = check_file(name)
+    if report.problems:
+        first = report.problems[0]
+        raise UserError(f"{name}:{first.line}", f"{first.path}: {first.message}" if first.path else first.message)
+    if len(report.values) != 1:
+        raise UserError(name, f"must hold one {KIND}, and holds {len(report.values) or 'none'}")
+    (document,) = report.values
+    return document, FineTuneJob.model_validate(document)
 
 
 def _configuration(spec: FineTuneJobSpec, options: argparse.Namespace) -> dict[str, Any]:
@@ -129,9 +101,12 @@ def _parsed(path: Path, option: str) -> Any:
             raw = file.read(SIZE_LIMIT + 1)
         if len(raw) > SIZE_LIMIT:
             raise UserError(option, f"must name a file of at most {SIZE_LIMIT >> 20} MB, and {path} is larger")
-        if path.suffix == ".json":
-            # YAML refuses the tabs with which JSON may be indented.
-            return json.loads(raw.decode("utf-8-sig"))
+        try:
+            # YAML refuses the tabs with which JSON may be indented, and reads 1e-05 as text.
+            return json.loads(raw)
+        except ValueError:
+            if path.suffix == ".json":
+                raise
         return yaml.safe_load(raw)
     except OSError as error:
         raise UserError(option, f"must name a file: {path} can't be read ({error.strerror or error})") from None

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.formatting import duration, size
+from finetune_cli.formatting import count, duration, size
 from finetune_core.planning.advice import Suggestion
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.job_plan import JobPlan, gibibytes
@@ -29,7 +29,7 @@ def as_view(name: str, plan: JobPlan, changes: Sequence[Suggestion]) -> Renderab
     nodes = setup.processes // setup.processes_per_node
     machines = f"{nodes} x {setup.processes_per_node} {plan.gpu.name}"
     parts: list[RenderableType] = [
-        Text.assemble((name, "bold"), f"  {method} of {setup.base_parameters / 1e9:.2f} B parameters on {machines}"),
+        Text.assemble((name, "bold"), f"  {method} of {count(setup.base_parameters)} parameters on {machines}"),
         Text(),
         _memory(plan),
         Text(),
@@ -61,24 +61,25 @@ def _memory(plan: JobPlan) -> RenderableType:
     total = plan.gpu.memory
     table = _table("part", "size", "share of the GPU", right=(1,))
     parts = {**plan.memory.parts, "CUDA and gaps": plan.memory.device}
-    for part, count in parts.items():
-        if count > 0:
-            table.add_row(part, gibibytes(count), Text(_bar(count, total), style="cyan"))
+    for part, taken in parts.items():
+        if taken > 0:
+            table.add_row(part, gibibytes(taken), Text(_bar(taken, total), style="cyan"))
     needed = plan.memory.needed
     style = "green" if needed <= total else "red"
     table.add_row(Text("needed", style="bold"), gibibytes(needed), Text(_bar(needed, total), style=style))
     return _titled(f"memory of one GPU of {gibibytes(total)}, at its peak ({plan.memory.peak_phase})", table)
 
 
-def _bar(count: int, total: int) -> str:
-    """Return a bar for ``count`` of ``total`` bytes, cut where it is more than the whole, with the share behind it."""
-    return f"{'█' * min(BAR_WIDTH, round(BAR_WIDTH * count / total))} {count / total:.0%}"
+def _bar(taken: int, total: int) -> str:
+    """Return a bar for ``taken`` of ``total`` bytes, cut where it is more than the whole, with the share behind it."""
+    return f"{'█' * min(BAR_WIDTH, round(BAR_WIDTH * taken / total))} {taken / total:.0%}"
 
 
 def _choices(plan: JobPlan) -> RenderableType:
-    table = _table("line for the job", "reason")
-    for choice in plan.choices:
-        table.add_row(Text(f"{choice.field}: {choice.value}", style="cyan"), choice.reason)
+    table = _table("lines for the job", "reason")
+    reasons = {choice.field: choice.reason for choice in plan.choices}
+    for line, field in nested({choice.field: choice.value for choice in plan.choices}):
+        table.add_row(Text(line, style="cyan"), reasons[field] if field is not None else "")
     return _titled("chosen, because the job leaves it open", table)
 
 
@@ -115,11 +116,32 @@ def _changes(changes: Sequence[Suggestion]) -> list[RenderableType]:
     shown: list[RenderableType] = [Text("Each of these changes makes the job fit:", style="bold")]
     for change in changes:
         plan = change.plan
-        note = f"  # {gibibytes(plan.memory.needed)}, {plan.speed.tokens_per_second:,.0f} tokens per second"
-        for place, line in enumerate(change.lines):
-            text = Text.assemble("  - " if place == 0 else "    ", (line, "cyan"))
-            shown.append(text.append(note, style="bright_black") if place == len(change.lines) - 1 else text)
+        note = f"# {gibibytes(plan.memory.needed)}, {plan.speed.tokens_per_second:,.0f} tokens per second"
+        shown += [Text(), Text(note, style="bright_black")]
+        shown += [Text(line, style="cyan") for line, _ in nested(dict(line.split(": ", 1) for line in change.lines))]
     return shown
+
+
+def nested(fields: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Yield the lines of YAML that set ``fields``, values in YAML by the dotted paths of their fields. With each line
+    comes the path of the field that the line sets, or None where the line begins a section."""
+    tree: dict[str, Any] = {}
+    for path in fields:
+        *sections, _ = path.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[path] = None
+    yield from _lines(tree, fields, "")
+
+
+def _lines(tree: Mapping[str, Any], fields: Mapping[str, str], indent: str) -> Iterator[tuple[str, str | None]]:
+    for name, below in tree.items():
+        if below is None:
+            yield f"{indent}{name.rpartition('.')[2]}: {fields[name]}", name
+        else:
+            yield f"{indent}{name}:", None
+            yield from _lines(below, fields, f"{indent}  ")
 
 
 def as_json(plan: JobPlan, changes: Sequence[Suggestion]) -> dict[str, Any]:

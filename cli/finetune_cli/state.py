@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from finetune_core.api.conditions import Condition, ConditionType
 from finetune_core.api.job import FineTuneJob
-from finetune_core.api.status import FineTuneJobStatus, MetricValue, RequirementStatus, Scores
+from finetune_core.api.status import EvaluationStatus, FineTuneJobStatus, MetricValue, RequirementStatus, Scores
+from finetune_core.task_declaration import ALL_TOKENS_LABEL, ALL_TOKENS_MEANING
 from finetune_core.tasks import main_score_label
 
 NOT_SEEN = "Pending"
@@ -114,6 +115,16 @@ def ungraded_text(scores: Scores | None) -> str:
     return f"{text}: {reasons}" if reasons else text
 
 
+def risen_text(evaluation: EvaluationStatus) -> str:
+    """Return what the perplexity of all tokens means, where that of the tuned model is higher than that of the base
+    model. The result is empty where it has not risen, or was not measured for both models."""
+    before, after = (
+        scores.all_token_perplexity if scores is not None else None for scores in (evaluation.base, evaluation.tuned)
+    )
+    risen = before is not None and after is not None and float(after) > float(before)
+    return ALL_TOKENS_MEANING if risen else ""
+
+
 def scores_by_name(scores: Scores | None, task: str | None) -> dict[str, str]:
     """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. The result is empty
     where the model was not scored.
@@ -124,7 +135,7 @@ def scores_by_name(scores: Scores | None, task: str | None) -> dict[str, str]:
         return {}
     measured = {
         "perplexity": scores.perplexity,
-        "perplexity of all tokens": scores.all_token_perplexity,
+        ALL_TOKENS_LABEL: scores.all_token_perplexity,
         main_score_label(task): scores.task_score,
     } | {score.name: score.value for score in scores.scores}
     return {name: value for name, value in measured.items() if name is not None and value is not None}

@@ -1,8 +1,9 @@
 """`finetune validate`: reports the problems in job files for which the API server, the operator or the check before the
 first attempt would refuse a job. No cluster is needed.
 
-The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
-the field must be>`, and one line for each file without problems. With `--output json` the output is JSON for programs.
+The input is YAML or JSON files, or folders of them. The output has one line for each problem, `<file>:<line>: <path of
+the field>: <what the field must be>`, and one line for each file without problems. With `--output json` the output is
+JSON for programs.
 `finetune_core.validation` checks the jobs against the schema and the rules.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SIZE_LIMIT = 32 << 20
 """Largest size of a file in bytes. A file may be larger than the 3 MB that the API server accepts in one request,
 because a file may contain many jobs."""
 
+
+ENDINGS = (".json", ".yaml", ".yml")
+"""How the names of those files of a folder end that are read, as in `kubectl apply -f FOLDER`."""
 
 _REFUSED_LATER = {
     Refusal.OPERATOR: " (accepted by the API server, refused by the operator)",
@@ -53,16 +57,18 @@ class LocatedProblem:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """The names of the jobs in one file, and the problems of the file and its jobs."""
+    """The names of the jobs in one file, the problems of the file and its jobs, and the jobs themselves."""
 
     file: str
     jobs: list[str]
     problems: list[LocatedProblem]
+    values: list[dict[str, Any]] = field(default_factory=list)
+    """The jobs as documents, in the order of ``jobs``. A job may have problems."""
 
 
 def validate_files(options: argparse.Namespace) -> int:
     """Check the files that the command line names. Return 0 when no file has a problem, else 1."""
-    checked = [check_file(name) for name in options.files]
+    checked = [report for name in options.files for report in check_path(name)]
     if options.output == "json":
         say_json(json_report(checked))
     else:
@@ -98,9 +104,24 @@ def print_report(checked: Sequence[FileReport]) -> None:
         complain(f"{count} problem{'s' if count > 1 else ''}")
 
 
+def check_path(name: str) -> list[FileReport]:
+    """Check the file ``name``, or the files in the folder ``name``. As in `kubectl apply -f`, the files of a folder are
+    those with one of `ENDINGS`, by name, and folders in the folder are not read."""
+    folder = Path(name)
+    try:
+        if name == STDIN or not folder.is_dir():
+            return [check_file(name)]
+        files = sorted(str(file) for file in folder.iterdir() if file.name.endswith(ENDINGS) and not file.is_dir())
+    except OSError as error:
+        return [_unreadable(name, f"can't be read: {error.strerror or error}")]
+    if not files:
+        return [_unreadable(name, f"must hold a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")]
+    return [check_file(file) for file in files]
+
+
 def check_file(name: str) -> FileReport:
-    """Check the file ``name``, or the standard input where ``name`` is `-`. Return the names of the jobs in the file,
-    and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
+    """Check the file ``name``, or the standard input where ``name`` is `-`. Return the jobs in the file with their
+    names, and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -113,14 +134,16 @@ def check_file(name: str) -> FileReport:
     documents, broken = load(text)
     problems = [LocatedProblem(name, problem.line, "", "", problem.message, Refusal.SERVER) for problem in broken]
     jobs: list[str] = []
+    values: list[dict[str, Any]] = []
     for document in documents:
         for prefix, job in _jobs(document.value):
             title = _name(job)
             jobs.append(title)
+            values.append(job)
             problems += _yaml_problems(name, document, title, prefix)
             problems += [_locate(name, document, title, prefix, problem) for problem in _job_problems(job)]
     problems.sort(key=lambda problem: problem.line)
-    return FileReport(name, jobs, problems)
+    return FileReport(name, jobs, problems, values)
 
 
 def _read(path: Path) -> bytes:

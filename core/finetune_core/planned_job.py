@@ -1,7 +1,7 @@
 """Makes the plan of a FineTuneJob: takes from the job, or from its run file, what the arithmetic of `planning` needs.
 
-`finetune plan` calls `plan_of` and `changes_of` for a job, whose open fields the plan chooses. The trainer's preflight
-check calls `wishes_of_run` for a run file, in which nothing is open.
+`finetune plan` calls `gpu_of`, `plan_of` and `changes_of` for a job, whose open fields the plan chooses. The trainer's
+preflight check calls `wishes_of_run` for a run file, in which nothing is open.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def gpu_of(spec: FineTuneJobSpec, types: tuple[GpuType, ...] = GPU_TYPES) -> Gpu
     """Return the type of the GPUs that ``spec`` asks for. Raises UserError where the job names none, or one that is not
     in ``types``."""
     if spec.resources.device == "CPU":
-        raise UserError("spec.resources.device", "must be GPU, or --gpu must name a type: the plan is about GPUs")
+        raise UserError(
+            "spec.resources.device",
+            "must be GPU, because the plan is about GPUs; to plan this job as if it had some, give their type, for"
+            " example --gpu L4",
+        )
     if not spec.resources.gpu_product:
         raise UserError(PRODUCT, "must name a GPU, or --gpu must")
     return find_gpu(spec.resources.gpu_product, types, field=PRODUCT)
@@ -57,17 +61,18 @@ def changes_of(
     document: Mapping[str, Any], configuration: Mapping[str, Any], plan: JobPlan, *, rows: int | None = None
 ) -> list[Suggestion]:
     """Return changes after which the job ``document`` fits, as `suggestions` finds them, and of which each one makes a
-    valid job that fits when its lines are written into ``document``. ``plan`` is the plan of the job, and the other
-    arguments are those of `wishes_of`."""
+    valid job that fits when its lines are written into ``document``. The plan of a change is that of this job, which
+    chooses anew what the job leaves open. ``plan`` is the plan of ``document``, and the other arguments are those of
+    `wishes_of`."""
 
-    def holds(lines: Sequence[str]) -> bool:
-        changed = with_lines(document, lines)
+    def again(made: Suggestion) -> JobPlan | None:
+        changed = with_lines(document, made.lines)
         if validate_job(changed).problems:
-            return False
-        return plan_of(FineTuneJobSpec.model_validate(changed["spec"]), configuration, plan.gpu, rows=rows).fits
+            return None
+        return plan_of(FineTuneJobSpec.model_validate(changed["spec"]), configuration, plan.gpu, rows=rows)
 
     spec = FineTuneJobSpec.model_validate(document["spec"])
-    return suggestions(wishes_of(spec, configuration, rows=rows), plan, holds=holds)
+    return suggestions(wishes_of(spec, configuration, rows=rows), plan, rank=DEFAULT_RANK, again=again)
 
 
 def with_lines(document: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
@@ -248,14 +253,13 @@ def _refuse_for_experts(lora: LoRASpec, sizes: ModelSizes, adapters: AdapterSetu
             "spec.lora.quantization",
             "must be absent for a model with experts, because bitsandbytes quantizes linear layers only",
         )
-    if any(adapters.expert_weights):
-        for name, wrong, must in (("dropout", float(lora.dropout) > 0, "0"), ("doRA", lora.do_ra, "false")):
-            if wrong:
-                raise UserError(
-                    f"spec.lora.{name}",
-                    f"must be {must} where experts get an adapter, because peft has nothing else for experts; or"
-                    " lora.targetModules must name modules without experts",
-                )
+    if lora.only_for_modules is not None and any(adapters.expert_weights):
+        name, must = lora.only_for_modules
+        raise UserError(
+            f"spec.lora.{name}",
+            f"must be {must} where experts get an adapter, because peft has nothing else for experts; or"
+            " lora.targetModules must name modules without experts",
+        )
 
 
 def _models_written(method: Method, artifact: Export | None) -> int:

@@ -34,6 +34,12 @@ PERPLEXITY = "perplexity"
 """Name in `evaluation.require` of the perplexity over the supervised tokens, whose loss training minimises."""
 ALL_TOKEN_PERPLEXITY = "allTokenPerplexity"  # noqa: S105  (a score, not a secret)
 """Name in `evaluation.require` of the perplexity over all tokens of prompts and completions."""
+ALL_TOKENS_LABEL = "perplexity of all tokens"
+"""What people read in place of `ALL_TOKEN_PERPLEXITY`."""
+ALL_TOKENS_MEANING = (
+    "The perplexity of all tokens counts the prompts too, and may rise where a job learns only the answers."
+)
+"""What `finetune watch` and the model card say about this score, because people take a rise for a fault."""
 MEASURED = (PERPLEXITY, ALL_TOKEN_PERPLEXITY)
 """Names of the values that are measured for every model, even without a task. No score of a task may have one of these
 names."""

@@ -25,7 +25,7 @@ _INTRODUCTION = """\
 With `dataset.task` the trainer generates an answer to the prompt of every row of the evaluation set, and a grader gives
 the answer scores. The evaluation set is `dataset.test`, else `dataset.validation`. Base model and tuned model answer
 the same rows, and `status.evaluation` shows both. Without `dataset.task` only perplexity is measured. A task without an
-evaluation set is refused.
+evaluation set is refused, and so is a task without `format.promptCompletion`: answers in conversations are not graded.
 
 - A grader reads the answer and the columns of its row that are listed here. The column with the right answer is the
   completion of `format.promptCompletion`, any other column has the name that is listed here. `dataset.task.fields`

@@ -58,7 +58,6 @@ KINDS: Mapping[str, Kind] = {"plain engine": PLAIN, "DeepSpeed, ZeRO 1": 1, "Dee
 GOALS: Mapping[str, float] = {"plain engine": 1.10, "DeepSpeed, ZeRO 1": 1.35, "DeepSpeed, ZeRO 2": 1.35}
 """The largest ratio to the plain loop that each engine may have."""
 
-
 Result = TypeVar("Result")
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from finetune_cli.formatting import duration, number, size, sparkline
+from finetune_cli.formatting import count, duration, number, size, sparkline
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,22 @@ from finetune_cli.formatting import duration, number, size, sparkline
 )
 def test_sizes_are_decimal_with_three_digits(count: int, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("things", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 K"),
+        (2_504, "2.50 K"),
+        (999_999, "1.00 M"),
+        (134_515_008, "134.52 M"),
+        (6_738_415_616, "6.74 B"),
+    ],
+)
+def test_counts_have_the_largest_unit_of_which_there_is_one(things: int, text: str) -> None:
+    assert count(things) == text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_the_program_is_started_by_an_interpreter() -> None:
         assert len(done.stderr.splitlines()) == (status != 0)
 
 
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    done = finetune(tmp_path, "--version")
+    assert (done.returncode, done.stdout) == (0, f"finetune {project['version']}\n")
+
+
 @pytest.mark.parametrize("arguments", [[], ["watch"], ["download"]])
 def test_help_has_examples(arguments: list[str], tmp_path: Path) -> None:
     done = finetune(tmp_path, *arguments, "--help")
@@ -69,6 +76,7 @@ def test_no_kubeconfig_is_one_sentence(command: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("finetune: kubeconfig: cannot be loaded")
     assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("content", ["]", "apiVersion: v1\nkind: Config\n", "just words"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from finetune_cli.main import main
+from finetune_cli.plan_view import nested
+from finetune_cli.validate import SIZE_LIMIT
 from finetune_core.planned_job import with_lines
 from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS
@@ -41,6 +44,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, output.out, output.err
 
 
+def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Let ``content`` be the standard input, as where the locale is C."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii", "surrogateescape"))
+
+
 def test_a_job_that_fits(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     code, output, _ = run(capsys, JOB, "--model-config", config, "--rows", 7473, "--price", 2.5)
     assert code == 0
@@ -57,7 +65,59 @@ def test_a_job_that_does_not_fit_ends_with_1_and_shows_changes(
     code, output, _ = run(capsys, JOB, "--model-config", config, "--gpu", "L4")
     assert code == 1
     assert "\ndoes not fit\n" in output
-    assert "  - spec." in output
+    choices, changes = (output.split(f"{title}\n")[1] for title in ("leaves it open", "makes the job fit:"))
+    assert choices.splitlines()[1].rstrip() == "spec:"
+    same = json.loads(run(capsys, JOB, "--model-config", config, "--gpu", "L4", "-o", "json")[1])["changes"]
+    shown = [yaml.safe_load(change) for change in changes.strip().split("\n\n")]
+    assert shown == [with_lines({}, change["lines"]) for change in same] != []
+
+
+def test_lines_with_common_sections_are_one_document() -> None:
+    fields = {
+        "spec.training.microBatchSize": "2",
+        "spec.deepspeed.zeroStage": "Auto",
+        "spec.training.gradientCheckpointing": "true",
+        "method": '"3"',
+    }
+    lines = list(nested(fields))
+    assert [field for _, field in lines if field is not None] == [
+        "spec.training.microBatchSize",
+        "spec.training.gradientCheckpointing",
+        "spec.deepspeed.zeroStage",
+        "method",
+    ]
+    assert yaml.safe_load("\n".join(line for line, _ in lines)) == with_lines(
+        {}, [f"{field}: {value}" for field, value in fields.items()]
+    )
+
+
+def test_the_commands_of_the_page_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (EXAMPLES.parent / "docs/planning.md").read_text(encoding="utf-8")
+    written, *commands = page.split("```console\n$ ")[1].split("\n```")[0].split("\n$ ")
+    content = written.removeprefix("echo '").split("' > config.json")[0]
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    assert len(commands) == 3
+    for command in commands:
+        program, plan, *arguments = shlex.split(command.split(" | ")[0])
+        assert (program, plan) == ("finetune", "plan")
+        code, output, error = run(capsys, *arguments)
+        assert (code, error) == (0, "")
+        assert "6.74 B" in output or json.loads(output)["parameters"] > 6.7e9
+
+
+def test_a_job_without_gpus_is_planned_with_a_type(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    job = EXAMPLES / "quickstart.yaml"
+    code, output, error = run(capsys, job, "--model-config", config)
+    assert (code, output) == (2, "")
+    assert "spec.resources.device: must be GPU, because the plan is about GPUs" in error
+    assert "give their type, for example --gpu L4" in error
+    _, output, error = run(capsys, job, "--model-config", config, "--gpu", "L4")
+    assert "on 2 x 1 L4" in output
+    assert error == ""
 
 
 @pytest.mark.parametrize(("form", "parse"), [("json", json.loads), ("yaml", yaml.safe_load)])
@@ -83,7 +143,7 @@ def test_the_table_of_a_user_is_read(capsys: pytest.CaptureFixture[str], config:
 def test_a_job_from_the_standard_input(
     capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(JOB.read_text(encoding="utf-8")))
+    give(monkeypatch, JOB.read_bytes())
     assert run(capsys, "-", "--model-config", config)[0] == 0
 
 
@@ -133,21 +193,22 @@ def test_a_wrong_input_is_named(
 
 
 def test_a_job_in_a_list_and_a_configuration_with_tabs_are_read(
-    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """`kubectl get -o json` prints Lists, and YAML alone refuses the tabs that JSON allows."""
+    """`kubectl get -o json` prints Lists, and YAML alone refuses the tabs that JSON allows, whatever a file's name."""
     jobs = {"apiVersion": "v1", "kind": "List", "items": [yaml.safe_load(JOB.read_text(encoding="utf-8"))]}
     file = tmp_path / "list.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    config.write_text(json.dumps(MODELS["Llama-2-7B"], indent="\t"), encoding="utf-8")
-    assert run(capsys, file, "--model-config", config)[0] == 0
+    for name in ("tabs.json", "tabs"):
+        (tmp_path / name).write_text(json.dumps(MODELS["Llama-2-7B"], indent="\t"), encoding="utf-8")
+        assert run(capsys, file, "--model-config", tmp_path / name)[0] == 0
 
 
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("training", {"globalBatchSize": 8}, "-: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
-        ("nodes", 3, "-: spec.nodes: unknown field"),
+        ("training", {"globalBatchSize": 8}, "-:1: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
+        ("nodes", 3, "-:1: spec.nodes: unknown field"),
     ],
 )
 def test_a_wrong_job_from_the_standard_input_is_refused(
@@ -160,7 +221,28 @@ def test_a_wrong_job_from_the_standard_input_is_refused(
 ) -> None:
     document = yaml.safe_load(JOB.read_text(encoding="utf-8"))
     document["spec"][field] = value
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(document)))
+    give(monkeypatch, json.dumps(document).encode())
+    code, output, error = run(capsys, "-", "--model-config", config)
+    assert (code, output) == (2, "")
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        pytest.param(
+            JOB.read_bytes().replace(b"  method: Full\n", b"  method: LoRA\n  method: Full\n"),
+            "spec.method: must not stand twice",
+            id="a field twice",
+        ),
+        pytest.param(JOB.read_bytes() + b"#" * SIZE_LIMIT, "-:1: must be at most 32 MB", id="too large"),
+        pytest.param(b"a: \xff", "-:1: must be UTF-8", id="not UTF-8"),
+    ],
+)
+def test_the_standard_input_is_read_as_a_file_is(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, sentence: str
+) -> None:
+    give(monkeypatch, content)
     code, output, error = run(capsys, "-", "--model-config", config)
     assert (code, output) == (2, "")
     assert sentence in error

@@ -93,7 +93,19 @@ def test_a_missing_field_is_on_the_line_of_its_section(lines_of: LinesOf) -> Non
         ("memory: 6Gi", "memory: 6Gi, scratch: {size: 9}", "spec.resources.scratch.size: must be "),
         ("memory: 6Gi", "memory: 6Gi, scratch: {storageClassName: a}", "spec.resources.scratch.size: must be set"),
         ("  storage:", "  storage:\n    cache: {}", "spec.storage.cache: exactly one of `claimName`, `ephemeral` must"),
-        ("  storage:", "  storage:\n    cache: {path: /x}", "spec.storage.cache.path: unknown field"),
+        (
+            "  storage:",
+            "  storage:\n    cache: {path: /x}",
+            "spec.storage.cache.path: unknown field; must be one of claimName, ephemeral",
+        ),
+        (
+            "train: {s3: ",
+            "train: {csv: ",
+            "spec.dataset.train.csv: unknown field; must be one of huggingFace, s3, volume, mix",
+        ),
+        ("  name: q", "  nom: x\n  name: q", "metadata.nom: unknown field; must be one of name, namespace, labels,"),
+        ("spec:", "zzz: 1\nspec:", "zzz: unknown field; must be one of apiVersion, kind, metadata, spec, status"),
+        ("spec:", "spek: 1\nspec:", "spek: unknown field; did you mean `spec`?"),
         (
             "s3: {uri: s3://finetune/models/smollm2-135m}",
             "volume: {claimName: a, path: b}",
@@ -110,6 +122,30 @@ def test_what_is_wrong_is_said(lines_of: LinesOf, old: str, new: str, message: s
     code, lines = lines_of(text)
     assert code == 1
     assert sum(message in line for line in lines) == 1, lines
+
+
+def test_a_folder_stands_for_its_files_as_in_kubectl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files with another ending and folders are passed over, whatever is in them."""
+    (tmp_path / "b.yml").write_text(GOOD.replace("rank: 8", "rank: 0"), encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(GOOD, encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps(quickstart()), encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("a: [", encoding="utf-8")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "folder.yaml" / "d.yaml").write_text("a: [", encoding="utf-8")
+    code, output = run(capsys, str(tmp_path))
+    first, second, third = output.splitlines()
+    assert code == 1
+    assert first == f"{tmp_path}/a.yaml: quickstart valid"
+    assert second.startswith(f"{tmp_path}/b.yml:")
+    assert second.endswith(": spec.lora.rank: must be between 1 and 512")
+    assert third == f"{tmp_path}/c.json: quickstart valid"
+    (tmp_path / "b.yml").unlink()
+    assert run(capsys, str(tmp_path))[0] == 0
+
+
+def test_a_folder_without_files_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("a", encoding="utf-8")
+    assert run(capsys, str(tmp_path)) == (1, f"{tmp_path}:1: must hold a file that ends in .json, .yaml or .yml\n")
 
 
 def test_documents_of_other_kinds_are_passed_over(lines_of: LinesOf) -> None:
@@ -210,10 +246,10 @@ def test_a_billion_laughs_end_quickly(lines_of: LinesOf) -> None:
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, output = run(capsys, str(tmp_path / "no.yaml"), str(tmp_path))
+    code, output = run(capsys, str(tmp_path / "no.yaml"), "x" * 300)
     assert code == 1
     assert "no.yaml:1: can't be read: No such file or directory" in output
-    assert "Is a directory" in output
+    assert "xxx:1: can't be read: File name too long" in output
 
 
 @settings(

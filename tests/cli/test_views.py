@@ -118,6 +118,19 @@ def test_lines_tell_the_verdict_and_what_was_not_graded() -> None:
     assert (end.succeeded, end.reason) == (False, "GateFailed")
 
 
+@pytest.mark.parametrize(("tuned", "told"), [("21.5", True), ("20", False), ("9.9", False), (None, False)])
+def test_a_risen_perplexity_of_all_tokens_is_explained(tuned: str | None, told: bool) -> None:
+    scored = stored("gate-failed")
+    evaluation = scored["status"]["evaluation"]
+    evaluation["base"]["allTokenPerplexity"], evaluation["tuned"]["allTokenPerplexity"] = "20", tuned
+    shown = FineTuneJob.model_validate(scored)
+    meaning = "The perplexity of all tokens counts the prompts too, and may rise where a job learns only the answers."
+    words = " ".join(word for line in drawn(shown).splitlines() for word in line.strip("│ ").split())
+    assert (meaning in words) == told
+    assert new_lines(job("running"), shown).count(meaning) == told
+    assert new_lines(shown, shown) == []
+
+
 def test_a_required_score_is_shown_with_all_digits_because_a_rounded_one_may_look_like_its_bound() -> None:
     found = stored("gate-failed")
     found["status"]["evaluation"]["requirements"][0] |= {"tuned": "0.799996", "difference": "0.549996"}

@@ -392,11 +392,12 @@ class Cluster:
         for name, program in programs.items():
             (self.layout.programs / name).symlink_to(program)
         script = self.layout.enter_script
-        command = shlex.join(self.namespaces.command([]))
+        # A program that enters a mount namespace begins in its root folder. Files that the caller names stand here.
+        command = shlex.join(self.namespaces.command(["/bin/sh", "-c", 'cd "$0" && exec "$@"']))
         variables = {"KUBECONFIG": str(self.kubeconfig), "PATH": f"{self.layout.programs}:{_path()}"}
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
         usage = f"# Runs a command inside this cluster: {script} kubectl get pods"
-        script.write_text(f'#!/bin/sh\n{usage}\n{exports}exec {command} "$@"\n')
+        script.write_text(f'#!/bin/sh\n{usage}\n{exports}exec {command} "$PWD" "$@"\n')
         script.chmod(0o755)
 
     def _environment(self, base: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,3 +268,11 @@ def test_the_stand_in_for_kueue_repeats_a_change_that_another_writer_made_stale(
     assert admitted["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["labels"]["podset"] == "worker"
     evicted = kueue.evict("held")
     assert "metadata" not in evicted["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+
+
+def test_a_command_inside_the_cluster_runs_in_the_callers_folder(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: map}\n")
+    create = ("kubectl", "create", "--dry-run=client", "-o", "name", "-f", "map.yaml")
+    command = [str(cluster.layout.enter_script), *create]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "configmap/map\n", done.stderr

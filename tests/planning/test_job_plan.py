@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import FineTuneJob
+from finetune_core.api.method import DEFAULT_RANK
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planned_job import gpu_of, plan_of, wishes_of
@@ -133,13 +134,13 @@ def test_a_full_training_is_planned_without_deepspeed_only_where_nothing_else_fi
     )
     plan = plan_job(wishes, small)
     assert not plan.fits
-    assert suggestions(wishes, plan)[0].lines == ("spec.deepspeed.zeroStage: None",)
+    assert suggestions(wishes, plan, rank=DEFAULT_RANK)[0].lines == ("spec.deepspeed.zeroStage: None",)
     tied = job(
         resources__gpusPerNode=1,
         deepspeed={"zeroStage": 2, "offloadOptimizer": "None", "overrides": '{"steps_per_print": 10}'},
     )
     wishes = wishes_of(tied, MODELS["Llama-2-7B"])
-    found = suggestions(wishes, plan_job(wishes, small))
+    found = suggestions(wishes, plan_job(wishes, small), rank=DEFAULT_RANK)
     assert found
     assert not any("zeroStage: None" in line for suggestion in found for line in suggestion.lines)
 
@@ -158,7 +159,7 @@ def test_a_suggestion_makes_the_job_fit(model: str, gpu: Any, gpus: int, length:
     plan = plan_job(wishes, gpu)
     assert sum(plan.memory.parts.values()) == plan.memory.peak
     assert plan.fits == (gpu.bf16 and plan.memory.needed <= gpu.memory and plan.host.memory <= LARGEST_HOST)
-    found = [] if plan.fits else suggestions(wishes, plan)
+    found = [] if plan.fits else suggestions(wishes, plan, rank=DEFAULT_RANK)
     for suggestion in found:
         assert suggestion.plan.fits
         assert suggestion.lines
@@ -171,7 +172,7 @@ def test_the_lines_of_a_suggestion_can_be_written_into_the_job() -> None:
     wishes = wishes_of(spec, MODELS["Llama-2-13B"])
     plan = plan_job(wishes, find_gpu("A100-40GB"))
     assert not plan.fits
-    found = suggestions(wishes, plan)
+    found = suggestions(wishes, plan, rank=DEFAULT_RANK)
     assert found
     for suggestion in found:
         fields: dict[str, Any] = {
@@ -200,7 +201,7 @@ def test_a_pod_with_too_little_memory_is_a_problem_that_names_the_field() -> Non
     plan = plan_of(job(resources__memory="64Gi"), MODELS["Llama-2-7B"], H200)
     assert [problem.partition(":")[0] for problem in plan.problems] == ["spec.resources.memory"]
     wishes = wishes_of(job(resources__memory="64Gi"), MODELS["Llama-2-7B"])
-    lines = [line for suggestion in suggestions(wishes, plan) for line in suggestion.lines]
+    lines = [line for suggestion in suggestions(wishes, plan, rank=DEFAULT_RANK) for line in suggestion.lines]
     assert any(line.startswith("spec.resources.memory: ") for line in lines)
 
 
@@ -262,9 +263,26 @@ def test_a_reason_never_says_that_a_job_fits_which_does_not() -> None:
     plan = plan_of(job(resources__gpusPerNode=1), MODELS["Llama-2-70B"], find_gpu("L4"))
     assert not plan.fits
     reasons = {choice.field.rpartition(".")[2]: choice.reason for choice in plan.choices}
-    assert reasons["microBatchSize"] == "It is the smallest size, and does not fit either."
+    assert reasons["microBatchSize"] == "No size fits, and none takes less memory."
     assert chosen(plan)["microBatchSize"] == "1"
     assert [reason for reason in reasons.values() if "fit each GPU" in reason or "fits the GPUs" in reason] == []
+
+
+def test_a_step_of_one_micro_batch_may_take_less_memory_than_smaller_ones() -> None:
+    """At stage 1 the gradients that two micro-batches accumulate take more than the activations of the second one."""
+    fields: dict[str, Any] = {"training__globalBatchSize": 16, "training__gradientCheckpointing": True}
+    fields |= {"deepspeed__zeroStage": 1, "deepspeed__offloadOptimizer": "None"}
+    gpu = A100.model_copy(update={"memory_gibibytes": 35.0})
+    wishes = wishes_of(job(**fields, training__microBatchSize=1), MODELS["Llama-2-7B"])
+    plan = plan_job(wishes, gpu)
+    assert not plan.fits
+    lines = [suggestion.lines for suggestion in suggestions(wishes, plan, rank=DEFAULT_RANK)]
+    assert ("spec.training.microBatchSize: 2",) in lines
+    small = plan_of(job(**fields), MODELS["Llama-2-7B"], find_gpu("L4"))
+    assert not small.fits
+    assert chosen(small)["microBatchSize"] == "2"
+    reasons = [choice.reason for choice in small.choices if choice.field == "spec.training.microBatchSize"]
+    assert reasons == ["No size fits, and none takes less memory."]
 
 
 def test_memory_that_the_job_sets_is_not_compared_with_machines_for_rent() -> None:
@@ -279,7 +297,7 @@ def test_a_gpu_without_bf16_gets_another_number_format() -> None:
     wishes = wishes_of(job(method="LoRA"), MODELS["Llama-3.2-1B"])
     plan = plan_job(wishes, gpu)
     assert not plan.fits
-    found = suggestions(wishes, plan)
+    found = suggestions(wishes, plan, rank=DEFAULT_RANK)
     assert found
     assert all("spec.training.precision: fp32" in suggestion.lines for suggestion in found)
     assert any("fp32 takes up to 16 times as long" in note for note in found[0].plan.notes)
@@ -296,7 +314,7 @@ def test_a_suggestion_keeps_the_number_of_micro_batches_consistent() -> None:
         "deepspeed__zeroStage": 3,
     }
     wishes = wishes_of(job(**fields), MODELS["Llama-2-7B"])
-    found = suggestions(wishes, plan_job(wishes, find_gpu("H200-141GB")))
+    found = suggestions(wishes, plan_job(wishes, find_gpu("H200-141GB")), rank=DEFAULT_RANK)
     assert any("spec.training.gradientAccumulationSteps: 2" in suggestion.lines for suggestion in found)
     for setup in (suggestion.plan.setup for suggestion in found):
         assert setup.micro_batch * setup.accumulation * setup.processes == 64

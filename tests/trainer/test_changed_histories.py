@@ -70,7 +70,9 @@ def test_what_a_template_shows_in_one_conversation_may_be_left_out_in_another() 
     system = {"role": "system", "content": "Be brief"}
     assert not isinstance(render({"messages": [system, USER, ANSWER, USER, ANSWER], "tools": [TOOL]}), str)
     left_out = "which the model's chat template leaves out"
-    assert render({"messages": [USER, ANSWER, USER, ANSWER], "tools": [TOOL]}) == f"has 'tools', {left_out}"
+    assert render({"messages": [USER, ANSWER, USER, ANSWER], "tools": [TOOL]}) == (
+        f"has 'tools', {left_out} (format.messages.chatTemplate can name one that shows them)"
+    )
     assert (
         render({"messages": [system, USER, ANSWER, USER, USER, ANSWER]})
         == f"has 'content' in message 5 of role 'user', {left_out}"

@@ -100,6 +100,7 @@ def dtype(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """Let the launchers of the kernels run the kernels' source on the CPU, for one type of tensors."""
     compiler = shutil.which("g++")
     if compiler is None:
+        # The source of the kernels is CUDA, which is compiled for the CPU here. The trainer itself needs no compiler.
         pytest.skip("no C++ compiler on this machine")
     found: torch.dtype = request.param
     code, binary = tmp_path / "kernels.cpp", tmp_path / "kernels.so"

@@ -84,6 +84,7 @@ def test_the_identity_changes_with_everything_that_decides_the_examples(
         {"tokenizer": other_tokenizer(tmp_path / "b", lambda each: setattr(each, "chat_template", "{{ messages }}"))},
         {"tokenizer": other_tokenizer(tmp_path / "c", lambda each: setattr(each, "eos_token", "ask"))},
         {"tokenizer": other_tokenizer(tmp_path / "d", lambda each: setattr(each, "split_special_tokens", True))},
+        {"tokenizer": other_tokenizer(tmp_path / "e", lambda each: setattr(each, "extra_special_tokens", ["w1"]))},
     ]
     found = [same, *(given_identity(**change) for change in changes)]
     monkeypatch.setattr(example_identity, "code_identity", lambda: "another version")

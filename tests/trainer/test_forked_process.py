@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from multiprocessing.connection import Connection
 
@@ -29,6 +30,53 @@ def test_a_process_answers_and_ends_by_itself() -> None:
     forked.connection.send(None)
     assert forked.end(60) == 0
     assert forked.end() == 0
+
+
+def test_a_process_that_is_ending_ends_by_itself_although_an_answer_was_not_read() -> None:
+    def answer_twice(asked: Connection) -> None:
+        asked.send("read")
+        asked.send("not read")
+        asked.recv()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, 0.3)  # what it still has to do
+        signal.sigwait([signal.SIGALRM])
+
+    forked = ForkedProcess(answer_twice, patience=60)
+    assert forked.connection.recv() == "read"
+    forked.connection.send("end")
+    assert forked.end(60) == 0
+
+
+def test_a_process_that_has_ended_is_not_waited_for_although_another_one_holds_its_connection() -> None:
+    def fork_another(asked: Connection) -> None:
+        other = os.fork()
+        if other == 0:
+            signal.alarm(60)
+            signal.pause()
+        asked.send(other)
+
+    forked = ForkedProcess(fork_another, patience=60)
+    other = forked.connection.recv()
+    try:
+        assert forked.end(3600) == 0
+    finally:
+        os.kill(other, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 60.0])
+def test_without_a_file_descriptor_a_process_ends_all_the_same(seconds: float) -> None:
+    forked = ForkedProcess(echo, patience=60)
+    if seconds == 60:
+        forked.connection.send(None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.dup(forked.connection.fileno())
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, hard))
+    try:
+        status = forked.end(seconds)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.WIFSIGNALED(status) is (seconds < 60)
 
 
 def test_a_process_that_waits_is_killed_and_its_status_says_so() -> None:

@@ -1,8 +1,8 @@
 """The image for clusters with GPUs has what NCCL and DeepSpeed load, and no compiler. All pages name the driver that
 the CUDA version of the locked torch needs.
 
-No test builds the image, because no container engine with GPUs is at hand. The tests compare the text of the Dockerfile
-with the installed DeepSpeed, whose code the build changes.
+No test builds the image. The tests compare the text of the Dockerfile with the installed DeepSpeed, whose code the
+build changes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from tests.core.test_docs import ROOT
 DOCKERFILE = ROOT / "trainer_image" / "gpu.Dockerfile"
 TRAINER = ROOT / "trainer_image" / "Dockerfile"
 LOCK = (ROOT / "locks" / "trainer.txt").read_text(encoding="utf-8")
-PAGES = ("README.md", "docs/gpus.md", "docs/gpu-check.md", "charts/finetune-operator/README.md")
-NOTES = "charts/finetune-operator/templates/NOTES.txt"
+PAGES = (
+    "README.md",
+    "docs/gpus.md",
+    "docs/gpu-check.md",
+    "charts/finetune-operator/README.md",
+    "charts/finetune-operator/templates/NOTES.txt",
+)
 
 
 def locked(package: str) -> str:
@@ -45,7 +50,7 @@ def stages() -> list[str]:
     return re.split(r"^FROM ", text.replace("\\\n", " "), flags=re.MULTILINE)[1:]
 
 
-@pytest.mark.parametrize("page", [*PAGES, NOTES])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_page_names_the_driver_of_the_locked_torch(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     needed = DRIVER_BRANCHES[int(cuda_version().partition(".")[0])]
@@ -102,6 +107,9 @@ def test_the_processor_of_the_machine_that_builds_is_replaced() -> None:
 def test_the_copied_paths_exist() -> None:
     assert copied_sources(DOCKERFILE.read_text(encoding="utf-8")) == ["locks/trainer.txt"]
     assert Path(ROOT / "locks" / "trainer.txt").is_file()
+
+
+def test_the_compiled_packages_are_copied_into_the_folder_of_the_images_python() -> None:
     (place, target) = re.findall(r"COPY --from=compiled (\S+) (\S+)", stages()[-1])[0]
     assert place == target
     # The folder of the packages depends on the version of Python, which BASE of the trainer's image decides.

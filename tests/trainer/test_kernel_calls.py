@@ -249,6 +249,49 @@ def test_an_input_that_was_changed_in_place_is_another_input(changes: bool) -> N
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+class Heads(nn.Module):  # type: ignore[misc]  # torch has no types here
+    """A model that cuts queries and keys into heads with `view`, and turns neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embedding = nn.Embedding(64, 8)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        assert not use_cache
+        x = self.embedding(input_ids) * 1
+        query, key = (layer(x).view(-1, 4) for layer in (self.q_proj, self.k_proj))
+        result: torch.Tensor = (query * key).view(x.shape) + self.v_proj(x)
+        return result
+
+
+def test_outputs_lie_in_one_piece_where_the_kernel_does_not_turn_them() -> None:
+    plain, fused = Heads(), Heads()
+    assert use_fused_kernels(fused).replaced == {KernelPart.PROJECTIONS: 3}
+    results = []
+    for model in (fused, plain):
+        model(torch.arange(10).view(2, 5)).square().sum().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("plain_parts", [(), (KernelPart.ROTARY,)], ids=["turned", "not turned"])
+def test_only_queries_and_keys_that_the_kernel_turns_lie_side_by_side(
+    plain_parts: tuple[KernelPart, ...], folder: Path
+) -> None:
+    model = trained_model(folder, lora=True)
+    use_fused_kernels(model, plain=plain_parts)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(6))
+    outputs = {end: named(model, end)[0](x) for end in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+    apart = {end for end, output in outputs.items() if not output.is_contiguous()}
+    assert apart == (set() if plain_parts else {"q_proj", "k_proj"})
+
+
 class Dropping(nn.Module):  # type: ignore[misc]  # torch has no types here
     """A gated layer that drops features in training."""
 
@@ -263,6 +306,32 @@ class Dropping(nn.Module):  # type: ignore[misc]  # torch has no types here
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.down_proj(self.dropout(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
         return result
+
+
+class OwnType(nn.Linear):  # type: ignore[misc]  # torch has no types here
+    """A linear layer that computes in the type of its weight, as layers do that are kept in another type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(x.to(self.weight.dtype))
+        return result
+
+
+def test_gate_and_up_of_different_types_are_multiplied_as_in_the_plain_model() -> None:
+    torch.manual_seed(8)
+    plain = Dropping(0.0)
+    plain.gate_proj, plain.up_proj = (OwnType(8, 8, bias=False) for _ in range(2))
+    fused = copy.deepcopy(plain)
+    for model in (plain, fused):
+        model.gate_proj.bfloat16()
+    assert KernelPart.GATED_PRODUCTS in use_fused_kernels(fused, plain=[KernelPart.PROJECTIONS]).replaced
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(9))
+    results = []
+    for model in (fused, plain):
+        output = model(x)
+        output.square().sum().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -1,8 +1,10 @@
-"""Each kernel of the room `kernels` computes the values and the gradients of its plain form, and keeps inputs only."""
+"""Each kernel of the room `kernels` computes the values and the gradients of its plain form, and keeps little
+more than its inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -306,6 +308,28 @@ def test_an_output_that_nobody_uses_gives_no_gradients() -> None:
     rotate_queries_and_keys(query, key, cosine, sine)[1].sum().backward()
     assert query.grad is None
     assert key.grad is not None
+
+
+class WithoutGradient(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """A function of a model that gives its input no gradient, although the input wants one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_outputs_of_which_none_gets_a_gradient_give_none(p: float) -> None:
+    x, tensors = numbers(3, 5, 16, seed=98), tensors_of(SIZES, trained=True)
+    outputs = project(x, layers_of(tensors, adapted=(0, 1, 2)), dropout_of(p, (0, 1, 2)))
+    (x.sum() + sum(WithoutGradient.apply(output).sum() for output in outputs)).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert [tensor.grad for tensor in tensors] == [None] * len(tensors)
 
 
 def test_tensors_with_other_features_do_not_lie_side_by_side() -> None:

@@ -88,8 +88,8 @@ def test_a_base_model_outside_of_the_hub_is_not_in_the_header() -> None:
 
 def test_the_card_says_what_the_model_was_made_of_and_how_well_it_does() -> None:
     before, after = (
-        ScoreRecord(perplexity=9.5, scores={"exact": 0.25}),
-        ScoreRecord(perplexity=1.5, scores={"exact": 1}),
+        ScoreRecord(perplexity=9.5, all_token_perplexity=20, scores={"exact": 0.25}),
+        ScoreRecord(perplexity=1.5, all_token_perplexity=21.5, scores={"exact": 1}),
     )
     record = EvaluationRecord(rows="Validation", examples=7, base=before, tuned=after, tuned_step=6)
     card = model_card(run_config(), facts(evaluation=record), "adapter")
@@ -102,7 +102,9 @@ def test_the_card_says_what_the_model_was_made_of_and_how_well_it_does() -> None
         "- lora.rank: 4",
         "- learningRate: 0.001",
         "- `perplexity`: 1.5 (base model: 9.5)",
+        "- `perplexity of all tokens`: 21.5 (base model: 20)",
         "- `exact`: 1 (base model: 0.25)",
+        "The perplexity of all tokens counts the prompts too, and may rise where a job learns only the answers.",
         "- Job: `team/job`, uid `uid-1`",
         "- The artifact is the model of optimizer step 6.",
     ):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
@@ -17,7 +19,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune_core.contract.preflight_result import FindingKind
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.data.chat import chat_template
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
@@ -526,16 +528,32 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.memory_mebibytes < 900
 
 
-def test_a_model_that_is_too_large_for_the_last_checks_is_a_notice(
-    check: Check, paths: Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The training pod has much more memory than the pod of the check, so the job is not refused."""
-    monkeypatch.setattr(entrypoint, "TORCH_MEMORY_BYTES", 1 << 20)
-    assert check() == []
-    findings = Findings()
-    entrypoint.run_checks(findings, paths)
+SMALL_CHECK = """
+import sys
+from pathlib import Path
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preflight import entrypoint
+
+entrypoint.TORCH_MEMORY_BYTES = 1 << 20
+sys.exit(entrypoint.run(Paths.model_validate_json(sys.argv[1]), {}))
+"""
+
+
+def test_a_model_that_is_too_large_for_the_last_checks_is_a_notice(paths: Paths, store: ObjectStore) -> None:
+    """The training pod has much more memory than the pod of the check, so the job is not refused.
+
+    The checks run in a process of their own. In the process of the tests torch may be imported already, and the memory
+    that earlier tests have freed may be enough for the checks.
+    """
+    paths.run_file.write_text(json.dumps(run_config(store, "large", world__nodes=1)))
+    command = [sys.executable, "-c", SMALL_CHECK, paths.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PREFLIGHT_SECONDS, check=False)
+    result = PreflightResult.from_termination_message(paths.termination_log.read_text())
+    assert done.returncode == 0, done.stderr
+    assert result is not None
+    assert result.findings == []
     sentence = "model: it is too large for the last checks before the training, which were left out"
-    assert findings.result.notices == [sentence]
+    assert result.notices == [sentence]
 
 
 def test_the_data_is_checked_without_torch(paths: Paths, store: ObjectStore) -> None:

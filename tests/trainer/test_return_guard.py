@@ -381,20 +381,14 @@ def test_a_rank_that_waits_in_a_call_without_end_leaves_after_rank_0(tmp_path: P
 
 
 @pytest.mark.gang
-def test_a_rank_that_waits_in_a_call_without_end_leaves_after_sigterm(tmp_path: Path) -> None:
-    """Rank 0 receives SIGTERM and waits for the agreement to stop, to which rank 1 never comes. The rank whose bound
-    ends first tells the other rank, and is the cause. Which rank that is depends on when each learned of the
-    signal."""
-    outcomes = outcomes_of(tmp_path, STOPS)
-    assert not all(outcome.caused_by_peer for outcome in outcomes)
-    for outcome in outcomes:
-        assert outcome.result.message.startswith("told to stop, and the training thread did not return")
+@pytest.mark.parametrize("event", [STOPS, AGREES])
+def test_a_rank_that_hangs_before_or_after_the_agreement_to_stop_leaves(tmp_path: Path, event: str) -> None:
+    """Rank 0 receives SIGTERM and waits for the agreement to stop, to which rank 1 never comes. Or both ranks agree, so
+    that the training thread came back once, and rank 1 hangs after that, which must not end the demand.
 
-
-@pytest.mark.gang
-def test_a_rank_that_hangs_after_the_agreement_to_stop_leaves(tmp_path: Path) -> None:
-    """The training thread came back once after the stop, which must not end the demand."""
-    outcomes = outcomes_of(tmp_path, AGREES)
+    The rank whose bound ends first tells the other rank, and is the cause. Which rank that is depends on when each
+    learned of the signal."""
+    outcomes = outcomes_of(tmp_path, event)
     assert not all(outcome.caused_by_peer for outcome in outcomes)
     for outcome in outcomes:
         assert outcome.result.message.startswith("told to stop, and the training thread did not return")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.chat import chat_template, template_variables
+from finetune_trainer.data.chat import chat_template, template_process, template_variables
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.chat.template_process import MEMORY_BYTES, TemplateLimitError, TemplateProcess
 from finetune_trainer.data.dataset import LengthLimit, make_examples
@@ -144,6 +144,22 @@ def test_whatever_ends_the_process_of_a_template_is_told_apart() -> None:
         TemplateProcess(ended_by(signal.SIGPROF), seconds=9).call()
     with pytest.raises(ValueError, match=r"^it ends the process that reads it \(without a signal\)$"):
         TemplateProcess(lambda: os._exit(0), seconds=9).call()
+
+
+@pytest.mark.parametrize("size", [1, 8 << 20], ids=["no answer", "a question that it does not take"])
+def test_a_process_that_stands_still_is_an_outside_failure_and_is_made_anew(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "PATIENCE_SECONDS", 0.6)
+    process = TemplateProcess(lambda _: os.getpid(), seconds=9)
+    child = process.call("")
+    os.kill(child, signal.SIGSTOP)
+    sentence = r"^the process that renders the chat template stood still for 1 s$"
+    with pytest.raises(OutsideFailure, match=sentence):
+        process.call("x" * size)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert process.call("") not in (child, os.getpid())
 
 
 def test_a_process_that_can_not_be_started_is_an_outside_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     first, nodes = identity.node_rank == 0, config.world.nodes
     with open_rendezvous(first=first, nodes=nodes, address=address, port=port, key=key) as rendezvous:
         environments = worker_environments(environment, plan, rendezvous=rendezvous, threads=threads)
-        exits = workers.run(plan, environments, stop_at_once=prepared is None)
+        exits = workers.run(plan, environments, stop=stop)
     return result_of_pod(exits, out_of_memory=cgroup.oom_kills() > kills_before, memory_limit=cgroup.memory_limit())
 
 

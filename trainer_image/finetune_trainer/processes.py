@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune_core.contract import ExitCode
@@ -70,16 +70,17 @@ class WorkerProcesses:
         self._killed: set[int] = set()
 
     def run(
-        self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]], *, stop_at_once: bool = False
+        self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]], *, stop: Callable[[], bool]
     ) -> list[WorkerExit]:
         """Start one worker per environment, wait for all workers, and return their exits in the order of ranks.
 
-        With ``stop_at_once`` the workers receive SIGTERM directly after their start, and only report the stop to the
-        ranks of the other pods.
+        ``stop`` returns whether this process received SIGTERM before this call. If it did, the workers receive SIGTERM
+        directly after their start, and only report the stop to the ranks of the other pods.
         """
         with _collect_signals() as received:
             self._start(plan, environments)
-            if stop_at_once:
+            # `stop` is asked only now, while `received` has every signal. A signal between the two would be lost.
+            if stop():
                 self._terminate()
             self._wait(received)
         return [self._exit_of(rank) for rank in sorted(self._children)]
@@ -155,12 +156,15 @@ class WorkerProcesses:
 def _collect_signals() -> Iterator[_ReceivedSignals]:
     """While the block runs, collect the stop signals and SIGCHLD, which the kernel sends when a worker has exited.
     Python writes the number of each signal into a pipe, and this wakes the loop that supervises the workers.
+
+    The pipe is there before the handlers are replaced. So a signal that arrives meanwhile is in the pipe, or the former
+    handler has noted it.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     numbers = (*STOP_SIGNALS, signal.SIGCHLD)
-    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     previous_fd = signal.set_wakeup_fd(writer)
+    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield _ReceivedSignals(reader)
     finally:

@@ -82,3 +82,11 @@ class LoRASpec(ApiModel):
     or the modules of the adapter that `model.adapter` continues. Only what a text goes through gets an adapter, so
     never a vision or audio tower. A router gets an adapter only where an entry is its name, or a regular expression
     that fits nothing but routers."""
+
+    @property
+    def only_for_modules(self) -> tuple[str, str] | None:
+        """The first field that is set to what peft has for whole modules only, and the value that the field must have
+        where a parameter gets an adapter, such as the weights of experts. None where no field is."""
+        if float(self.dropout) > 0:
+            return "dropout", "0"
+        return ("doRA", "false") if self.do_ra else None

@@ -343,7 +343,7 @@ class Scores(StatusModel):
     the mean loss of these tokens. A lower perplexity is better."""
     all_token_perplexity: Decimal | None = None
     """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
-    it."""
+    it. This perplexity may rise where a job learns only completions, because the prompts are not trained."""
     task_score: Decimal | None = None
     """Main score of `dataset.task` over the graded answers."""
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []

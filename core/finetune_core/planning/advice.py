@@ -12,16 +12,16 @@ from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
+from finetune_core.planning.training_plan import process_share
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
 MOST_CHANGES = 3
-"""Largest number of fields that a suggestion changes, apart from those of the pod."""
+"""Largest number of aspects of a job (`_Change.kind`) that a suggestion changes, apart from the memory and the scratch
+folder of its pods."""
 MOST_SUGGESTIONS = 5
 GPUS_OF_A_NODE = 8
 """GPUs of the machines that most clouds rent. More GPUs are suggested as more nodes."""
 MOST_NODES = 16
-DEFAULT_RANK = 8
-"""Rank of new adapters where a job sets none (`lora.rank`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Suggestion:
     lines: tuple[str, ...]
     """Lines of YAML, each with the path of its field, for example `spec.training.microBatchSize: 2`."""
     plan: JobPlan
-    """The plan of the changed job."""
+    """The plan of the job with ``lines``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +44,21 @@ class _Change:
 
 
 def suggestions(
-    wishes: Wishes, plan: JobPlan, *, holds: Callable[[Sequence[str]], bool] = lambda lines: True
+    wishes: Wishes,
+    plan: JobPlan,
+    *,
+    rank: int,
+    again: Callable[[Suggestion], JobPlan | None] = lambda made: made.plan,
 ) -> list[Suggestion]:
     """Return up to MOST_SUGGESTIONS changes after which the job ``wishes`` fits the GPU of ``plan``, which does not
-    fit: those with the fewest changed fields first. Changes that contain another suggestion are left out.
+    fit: those with the fewest changed aspects first. Changes that contain another suggestion are left out.
 
-    ``holds`` says of lines whether the job with these lines is valid and fits. It is called only for changes that fit
-    by the arithmetic of this module, and those of which it returns False are left out.
+    ``rank`` is that of new adapters. ``again`` returns the plan of the job with the lines of a suggestion, which may
+    choose anew what the job leaves open, or None where that job is not valid. It is called only for changes that fit
+    by the arithmetic of this module, and those of which the new plan does not fit are left out.
     """
     found: list[tuple[frozenset[str], Suggestion]] = []
-    changes = list(_changes(wishes, plan))
+    changes = list(_changes(wishes, plan, rank))
     for count in range(MOST_CHANGES + 1):
         for group in combinations(changes, count):
             if len({change.kind for change in group}) < count:
@@ -62,9 +67,12 @@ def suggestions(
             if any(before <= kinds for before, _ in found):
                 continue
             suggestion = _try(wishes, plan, group)
-            if suggestion is not None and holds(suggestion.lines):
-                found.append((kinds, suggestion))
-        if found and count >= 1:
+            if suggestion is None or any(set(other.lines) <= set(suggestion.lines) for _, other in found):
+                continue
+            planned = again(suggestion)
+            if planned is not None and planned.fits:
+                found.append((kinds, replace(suggestion, plan=planned)))
+        if found:
             break
     return [suggestion for _, suggestion in found[:MOST_SUGGESTIONS]]
 
@@ -130,9 +138,10 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
     return fields
 
 
-def _changes(wishes: Wishes, plan: JobPlan) -> Iterator[_Change]:
-    """Yield the changes to try, those first that change least of the training: its result is the same up to the number
-    of GPUs, and another one with another number format, shorter rows, adapters or 4 bits."""
+def _changes(wishes: Wishes, plan: JobPlan, rank: int) -> Iterator[_Change]:
+    """Yield the changes to try: first the number format, where the GPU has no bf16, then those that change least of the
+    training. Its result is the same up to the number of GPUs, and another one with another number format, shorter rows,
+    adapters of rank ``rank`` or 4 bits."""
     setup = plan.setup
     if not plan.gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield _Change(kind="precision", apply=partial(replace, number_format=NumberFormat.FP32))
@@ -142,6 +151,10 @@ def _changes(wishes: Wishes, plan: JobPlan) -> Iterator[_Change]:
         yield _Change(kind="stage", apply=_without_deepspeed)
     for size in _halves(setup.micro_batch):
         yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
+    share = process_share(setup.global_batch, setup.processes)
+    if setup.micro_batch < share:
+        # A step of one micro-batch accumulates no gradients, which can take more than the activations of a larger one.
+        yield _Change(kind="micro-batch", apply=partial(replace, micro_batch=share))
     if not setup.recompute:
         yield _Change(kind="recomputation", apply=partial(replace, recompute=True))
     quantized = setup.adapters is not None and setup.adapters.quantized
@@ -154,7 +167,7 @@ def _changes(wishes: Wishes, plan: JobPlan) -> Iterator[_Change]:
     for length in _halves(setup.length, least=256):
         yield _Change(kind="length", apply=partial(replace, length=length))
     if setup.adapters is None:
-        yield _Change(kind="method", apply=_with_adapters)
+        yield _Change(kind="method", apply=partial(_with_adapters, rank=rank))
     elif not quantized and setup.zero_stage != 3 and not setup.sizes.active_experts:
         yield _Change(kind="quantization", apply=_in_four_bits)
 
@@ -176,8 +189,8 @@ def _offloaded(setup: TrainingSetup) -> TrainingSetup:
     return replace(setup, offload_optimizer=True, zero_stage=2 if setup.zero_stage is None else setup.zero_stage)
 
 
-def _with_adapters(setup: TrainingSetup) -> TrainingSetup:
-    adapters = adapter_setup(setup.sizes, rank=DEFAULT_RANK, added_rows=setup.added_rows)
+def _with_adapters(setup: TrainingSetup, *, rank: int) -> TrainingSetup:
+    adapters = adapter_setup(setup.sizes, rank=rank, added_rows=setup.added_rows)
     return replace(setup, adapters=adapters)
 
 

@@ -125,10 +125,7 @@ def _weights(setup: TrainingSetup, quantized: int | None) -> int:
     width = setup.number_format.bytes
     if quantized is None:
         return width * setup.parameters
-    linear = sum(
-        count * linear.elements for linear, count in setup.sizes.linears.items() if linear.part is not Part.ROUTER
-    )
-    return width * (setup.parameters - linear) + quantized
+    return width * (setup.parameters - setup.sizes.quantizable) + quantized
 
 
 def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:

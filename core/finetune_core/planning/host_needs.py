@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_core.planning.gpu_types import GIBIBYTE
-from finetune_core.planning.model_sizes import Part
 from finetune_core.planning.scratch import ScratchNeed, scratch_need
 from finetune_core.planning.training_setup import TrainingSetup
 
@@ -110,7 +109,4 @@ def quantized_bytes(setup: TrainingSetup) -> int:
     """Return the bytes that the linear layers of a base model in NF4 take: half a byte for each number, and a scale of
     8 bits for each 64 numbers, whose own scales take 32 bits for each 256 scales (Dettmers et al. 2023, arXiv
     2305.14314)."""
-    linear = sum(
-        count * linear.elements for linear, count in setup.sizes.linears.items() if linear.part is not Part.ROUTER
-    )
-    return int(linear * (0.5 + 1 / 64 + 4 / (64 * 256)))
+    return int(setup.sizes.quantizable * (0.5 + 1 / 64 + 4 / (64 * 256)))

@@ -241,7 +241,7 @@ def _choices(
         reason = (
             f"It has {setup.tokens:,} tokens, and the fastest size that fits was chosen."
             if fits
-            else "It is the smallest size, and does not fit either."
+            else "No size fits, and none takes less memory."
         )
         yield Choice(field="spec.training.microBatchSize", value=str(setup.micro_batch), reason=reason)
     if wishes.memory is None:

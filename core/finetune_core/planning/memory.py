@@ -170,8 +170,6 @@ class _Passes:
     def forward(self) -> _Need:
         """The need while the output head computes the loss, or while a layer's experts are gathered."""
         head, experts = self._head_forward, self._experts
-        if not experts.exist:
-            return head
         layer = self._need(activations=self._kept + experts.kept, buffers=experts.gather_copy)
         return max((head, layer), key=lambda need: need.total)
 
@@ -250,7 +248,6 @@ class _Experts:
         merged = [width * sum(weights) for weights in adapted]
         self.merged_layer = max(merged, default=0)
         """The sums of one layer."""
-        self.exist = setup.sizes.active_experts > 0
         held = [
             max(layer, state.held_experts[number]) if state.held_experts else layer
             for number, layer in enumerate(merged or [0] * len(setup.sizes.layers))

@@ -142,6 +142,11 @@ class ModelSizes:
         )
 
     @cached_property
+    def quantizable(self) -> int:
+        """Number of elements of the weights that NF4 holds in 4 bits: those of all linear layers but routers."""
+        return sum(count * linear.elements for linear, count in self.linears.items() if linear.part is not Part.ROUTER)
+
+    @cached_property
     def parameters(self) -> int:
         """Number of all parameters."""
         return sum(self.parameters_by_kind.values())

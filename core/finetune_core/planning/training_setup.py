@@ -39,7 +39,7 @@ class AdapterSetup:
     adapters have dropout. Without dropout all are 0."""
     expert_weights: tuple[tuple[int, ...], ...] = ()
     """For each layer of the model, the number of elements of each adapted tensor of experts, in the order of the
-    forward pass. Empty where no layer has experts."""
+    forward pass. An empty tuple for a layer without adapted experts."""
     on_embedding: bool = False
     on_head: bool = False
     quantized: bool = False

@@ -3,6 +3,8 @@ component refuses the job."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -33,6 +35,15 @@ class Problem:
     def __str__(self) -> str:
         """Return the problem as a line, for example `spec.lora.rank: must be between 1 and 512`."""
         return f"{dotted(self.path)}: {self.message}"
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """Return the message about a field that does not exist. ``known`` are the fields that exist beside it: the message
+    names the one with a similar name, or else all of them."""
+    fields = list(known)
+    if close := difflib.get_close_matches(name, fields, n=1):
+        return f"unknown field; did you mean `{close[0]}`?"
+    return f"unknown field; must be one of {', '.join(fields)}" if fields else "unknown field"
 
 
 def dotted(path: FieldPath) -> str:

@@ -7,7 +7,6 @@ from the schema.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.pattern_meanings import PATTERN_MEANINGS
-from finetune_core.validation.problems import FieldPath, Problem
+from finetune_core.validation.problems import FieldPath, Problem, unknown_field
 
 DEPTH_LIMIT = 100
 """Largest number of nested levels that a spec may have. The spec itself is the first level, and a value that is neither
@@ -87,7 +86,7 @@ def _problem(schema: Schema, error: Any) -> Problem:
     if kind == "missing":
         return Problem(path, "must be set")
     if kind == "extra_forbidden":
-        return Problem(path, _unknown_field(str(path[-1]), node))
+        return Problem(path, unknown_field(str(path[-1]), node.get("properties", {})))
     if kind == "value_error":
         return Problem(path, str(error["ctx"]["error"]))
     return Problem(path, expectation(node, value))
@@ -115,11 +114,6 @@ def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath,
             break
         path = (*path, part)
     return path, node
-
-
-def _unknown_field(name: str, parent: Schema) -> str:
-    close = difflib.get_close_matches(name, parent.get("properties", {}), n=1)
-    return f"unknown field; did you mean `{close[0]}`?" if close else "unknown field"
 
 
 def expectation(node: Schema, value: Any = None) -> str:

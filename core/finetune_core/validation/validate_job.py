@@ -26,19 +26,18 @@ from finetune_core.target_modules import compile_entry, is_pattern
 from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.defaults import defaulted
 from finetune_core.validation.precise import precise
-from finetune_core.validation.problems import FieldPath, Problem, Refusal
+from finetune_core.validation.problems import FieldPath, Problem, Refusal, unknown_field
 from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
 ANNOTATIONS_LIMIT_BYTES = 262_144
 """Largest number of bytes that the keys and values of an object's annotations may have together, as in the API
 server."""
-METADATA_FIELDS = frozenset(
-    {
-        "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
-        "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds",
-        "managedFields", "selfLink",
-    }
+JOB_FIELDS = ("apiVersion", "kind", "metadata", "spec", "status")
+METADATA_FIELDS = (
+    "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
+    "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds",
+    "managedFields", "selfLink",
 )  # fmt: skip
 """The fields of Kubernetes' ObjectMeta. The API server refuses any other field in `metadata`."""
 
@@ -61,11 +60,7 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
     """Check ``document``, a whole job. The result contains the problems for which the API server, the operator or the
     preflight check would refuse the job, and the spec that the API server would store. With ``old_spec``, the document
     is checked as an update of a stored job that has this spec."""
-    problems = [
-        Problem((key,), "unknown field")
-        for key in document
-        if key not in ("apiVersion", "kind", "metadata", "spec", "status")
-    ]
+    problems = [Problem((key,), unknown_field(str(key), JOB_FIELDS)) for key in document if key not in JOB_FIELDS]
     problems += _metadata_problems(document.get("metadata"))
     if document.get("spec") is None:
         return ValidationResult([*problems, Problem(("spec",), "must be set")])
@@ -125,8 +120,9 @@ def _metadata_problems(metadata: Any) -> Iterator[Problem]:
         yield Problem(("metadata",), "must be an object with a `name`")
         return
     path: FieldPath = ("metadata",)
-    for key in metadata.keys() - METADATA_FIELDS:
-        yield Problem((*path, key), "unknown field")
+    for key in metadata:
+        if key not in METADATA_FIELDS:
+            yield Problem((*path, key), unknown_field(str(key), METADATA_FIELDS))
     name = metadata.get("name")
     if not isinstance(name, str) or not name:
         yield Problem((*path, "name"), "must be set, and a string")

@@ -1,6 +1,9 @@
 """Which attempt follows one that ran out of memory: the next one halves the micro-batch, which doubles the number of
 gradient accumulation steps. The optimisation stays the same, because the global batch does.
 
+Where a step had one micro-batch, two smaller ones can take more memory, because gradients accumulate: by the plan, Full
+7B on 8 GPUs at ZeRO stage 1 with 512 tokens and recomputation goes from 30.3 to 37.8 GiB when 2 examples become 1.
+
 A pure function from the failure and the attempts so far to a ruling. `rules.py` calls `rule_on`.
 """
 

@@ -27,7 +27,7 @@ from finetune_trainer.checkpoints.weight_changes import WeightChange, trained_va
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, read_added_rows
-from finetune_trainer.model.configuration import load_configuration, without_kernels
+from finetune_trainer.model.configuration import without_kernels
 from finetune_trainer.model.generation_config import artifact_generation_config
 from finetune_trainer.model.given_adapter import BASE_DIGEST
 from finetune_trainer.model.load import DTYPES
@@ -144,8 +144,10 @@ def save_text_files(target: Path, tokenizer: PreTrainedTokenizerBase, options: E
 
 def _vocabulary(base: Path) -> int:
     """Return the number of tokens that `config.json` of the base model names; 0 where it names none."""
-    size = getattr(load_configuration(base, "model").get_text_config(), "vocab_size", 0)
-    return size if isinstance(size, int) else 0
+    file = base / CONFIG_FILE
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    sizes = [part.get("vocab_size") for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    return max((size for size in sizes if isinstance(size, int)), default=0)
 
 
 def save_model_configuration(target: Path, options: ExportOptions) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCardData
 
 from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import AdapterOrigin, EvaluationRecord, Identity, RunConfig, ScoreRecord
+from finetune_core.task_declaration import ALL_TOKENS_LABEL, ALL_TOKENS_MEANING
 from finetune_trainer.pod.errors import one_line
 from finetune_trainer.sources.inputs import source_name
 
@@ -137,11 +138,13 @@ def _scores(evaluation: EvaluationRecord | None) -> Sequence[str]:
     for name, value in _score_values(tuned).items():
         before = _score_values(base).get(name) if base is not None else None
         lines.append(f"- {code(name)}: {value:.6g}" + (f" (base model: {before:.6g})" if before is not None else ""))
+    if tuned.all_token_perplexity is not None:
+        lines += ["", ALL_TOKENS_MEANING]
     return lines
 
 
 def _score_values(record: ScoreRecord) -> dict[str, float]:
-    values = {"perplexity": record.perplexity, "all-token perplexity": record.all_token_perplexity, **record.scores}
+    values = {"perplexity": record.perplexity, ALL_TOKENS_LABEL: record.all_token_perplexity, **record.scores}
     return {name: value for name, value in values.items() if value is not None}
 
 

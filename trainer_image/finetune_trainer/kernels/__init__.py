@@ -1,5 +1,5 @@
 """Fused kernels of a training step: the parts of a transformers or peft model that ATen computes in many passes over
-memory are computed in fewer passes, and keep only their inputs for the backward pass.
+memory are computed in fewer passes, and keep little more than their inputs for the backward pass.
 
 `use_fused_kernels` in `install.py` is the entry. Each kernel computes the values and the gradients of its plain form,
 up to rounding; `tests/trainer/test_kernels.py` compares them. Attention over packed examples is in

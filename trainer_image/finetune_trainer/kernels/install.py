@@ -2,8 +2,8 @@
 after adapters were added, and before `Objective` and DeepSpeed take the model.
 
 The forward functions of single modules are replaced. In training they call the kernels; otherwise the module's own code
-computes, so that scores and exports are bit for bit those of transformers and peft. What is not recognized stays as it
-is, and the report says why.
+computes, so that scores and exports are bit for bit those of transformers and peft. What looks like one of the parts
+and is not recognized stays as it is, and the report says why.
 
 Nothing in the product calls this module yet.
 """
@@ -26,7 +26,7 @@ from torch import nn
 
 from finetune_trainer.kernels import recognition
 from finetune_trainer.kernels.calls import are_plain, computes_gradients, runs_only_its_code
-from finetune_trainer.kernels.gated_product import Activation, gated_product
+from finetune_trainer.kernels.gated_product import Activation, gated_product, plain_gated_product
 from finetune_trainer.kernels.projections import project_gated
 from finetune_trainer.kernels.recognition import Misfit
 from finetune_trainer.kernels.rms_norm import Form, rms_norm
@@ -77,7 +77,8 @@ class KernelReport:
     """What `use_fused_kernels` did to a model."""
 
     replaced: dict[KernelPart, int] = field(default_factory=dict)
-    """Number of modules that train with a kernel, by part. `DROPOUT` counts the adapters."""
+    """Number of modules that train with a kernel, by part. `DROPOUT` counts the adapters with dropout among
+    `PROJECTIONS`."""
     left: tuple[LeftPlain, ...] = ()
     """What was left plain."""
 
@@ -103,6 +104,8 @@ class _Installation:
         self._left: Counter[tuple[KernelPart, str, str]] = Counter()
         self._rotations: dict[Callable[..., Any], Misfit | None] = {}
         """Why each function that turns queries and keys can't be replaced."""
+        self._rotating: set[nn.Module] = set()
+        """The attention layers whose queries and keys the kernel turns."""
         self._projected: set[nn.Module] = set()
         """The linear layers whose forward function this object replaced."""
         self._names = {module: name for name, module in model.named_modules()}
@@ -153,6 +156,7 @@ class _Installation:
         fused = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
         fused.__kwdefaults__ = code.__kwdefaults__
         module.forward = partial(_turning, module, module.forward, types.MethodType(fused, module))
+        self._rotating.add(module)
         self._replaced[KernelPart.ROTARY] += 1
 
     def _replace_projections(self) -> None:
@@ -169,7 +173,11 @@ class _Installation:
         in_groups = {layer for group in groups for layer in group}
         alone = [[layer] for layer in layers if layer not in in_groups and isinstance(layer, AdaptedLinear)]
         for group in [*groups, *alone]:
-            SharedInput(group, dropout=KernelPart.DROPOUT not in self._plain).install(self._parent_of(group))
+            parent = self._parent_of(group)
+            # The code of the kernel's rotation takes queries and keys that lie side by side. Other code may need each
+            # output in one piece, as `view` does.
+            joined = parent in self._rotating
+            SharedInput(group, dropout=KernelPart.DROPOUT not in self._plain, joined=joined).install(parent)
             self._projected.update(group)
             self._replaced[KernelPart.PROJECTIONS] += len(group)
             dropped = sum(drops(layer) for layer in group)
@@ -300,9 +308,12 @@ def _gated(
     else:
         gate, up = getattr(module, names[0])(x), getattr(module, names[1])(x)
     down = getattr(module, names[-1])
-    same = last is not None and last.stands_for(down) and gate.dtype == up.dtype and are_plain(gate, up)
-    ready = last.ready_for(gate) if last is not None and same else None
+    output: torch.Tensor
+    if gate.dtype != up.dtype or not are_plain(gate, up):
+        output = down(plain_gated_product(gate, up, activation))
+        return output
+    ready = last.ready_for(gate) if last is not None and last.stands_for(down) else None
     if ready is None:
-        output: torch.Tensor = down(gated_product(gate, up, activation))
+        output = down(gated_product(gate, up, activation))
         return output
     return project_gated(gate, up, activation, ready.layers[0], ready.dropout)

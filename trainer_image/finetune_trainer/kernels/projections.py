@@ -237,6 +237,8 @@ def _backward(
     `_tensors`. ``needs_x`` and ``needed`` say which gradients are wanted. ``flat`` and ``inner`` are None where
     `_needed` says so, and a gradient is None for an output that is not used."""
     found: list[torch.Tensor | None] = [None] * len(needed)
+    if all(gradient is None for gradient in gradients):
+        return None, found
     needs_a = any(needed[2::TENSORS])
     inner_gradient = _memory_like_inner(gradients, all_a) if all_a is not None and (needs_x or needs_a) else None
     zipped = zip(gradients, layers, _parts(inner, layers), _parts(inner_gradient, layers), strict=True)

@@ -37,7 +37,7 @@ class Misfit(StrEnum):
     """Why a module keeps its own code, in the words that follow "because"."""
 
     FORMULA = "it computes another formula, or has other inputs"
-    ROUNDING = "it rounds less often in bf16 than the kernel"
+    ROUNDING = "it rounds less often in bf16 than the kernel, or does not compute in bf16"
 
 
 def epsilon_of(module: nn.Module) -> float | None:

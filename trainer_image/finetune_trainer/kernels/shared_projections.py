@@ -62,18 +62,19 @@ class _Pending(NamedTuple):
 class SharedInput:
     """Linear layers that read the same tensor. The call of the first one computes all."""
 
-    def __init__(self, members: Sequence[nn.Module], *, dropout: bool) -> None:
+    def __init__(self, members: Sequence[nn.Module], *, dropout: bool, joined: bool = False) -> None:
         """``members`` are in the order in which the model calls them. Without ``dropout``, layers with active dropout
-        compute with their own code."""
+        compute with their own code. For ``joined`` see `project`."""
         self._members = list(members)
         self._own = [member.forward for member in members]
         self._before = [vars(member).get("forward") for member in members]
-        self._dropout = dropout
+        self._dropout, self._joined = dropout, joined
         self._pending: _Pending | None = None
 
     def install(self, parent: nn.Module) -> None:
         """Replace the forward functions of the members. ``parent`` is a module whose call contains those of all
-        members."""
+        members. If the members are called without a call of ``parent``, with the same tensor, and their weights change
+        between two of these calls, the later call returns the output for the old weights."""
         for number, member in enumerate(self._members):
             member.forward = partial(self._forward, number)
         if len(self._members) > 1:
@@ -105,7 +106,7 @@ class SharedInput:
         if pending is not None:
             # The layer is called again with the same input.
             return project(x, [ready.layers[number]], _part_of(ready, number))[0]
-        outputs = dict(enumerate(project(x, *ready, joined=True)))
+        outputs = dict(enumerate(project(x, *ready, joined=self._joined)))
         output = outputs.pop(number)
         self._pending = _Pending(x, version_of(x), outputs)
         return output

@@ -146,15 +146,14 @@ def _check_supported(weights: Sequence[AdaptableWeight], lora: LoRASpec) -> None
     """Raise UserError where ``lora`` asks for a kind of adapter that peft has only for whole modules, and one of
     ``weights`` is adapted as a parameter (`target_parameters`)."""
     parameter = next((weight for weight in weights if weight.parameter is not None), None)
-    if parameter is None:
+    if parameter is None or lora.only_for_modules is None:
         return
-    for name, wrong, must in (("dropout", float(lora.dropout) > 0, "0"), ("doRA", lora.do_ra, "false")):
-        if wrong:
-            raise UserError(
-                f"lora.{name}",
-                f"must be {must} while {parameter.name} gets an adapter, because peft supports nothing else for the"
-                " layers of a mixture of experts; or lora.targetModules must name modules without it",
-            )
+    name, must = lora.only_for_modules
+    raise UserError(
+        f"lora.{name}",
+        f"must be {must} while {parameter.name} gets an adapter, because peft supports nothing else for the"
+        " layers of a mixture of experts; or lora.targetModules must name modules without it",
+    )
 
 
 def _check_quantizable(path: TextPath, weights: Sequence[AdaptableWeight]) -> None:

@@ -103,7 +103,7 @@ def load_configuration(folder: Path, field: str) -> Any:
     for name, count in counts.items():
         if isinstance(count, int | float) and not 0 <= count <= COUNTS[name]:
             raise UserError(field, f"its config.json can't be used: {name} must be between 0 and {COUNTS[name]}")
-    for part in (text, *(value for value in vars(text).values() if isinstance(value, PreTrainedConfig))):
+    for part in _parts(text):
         _check_routing(part, json.dumps(document), field)
     _check_kind(config, field)
     for part in (config, text):
@@ -156,6 +156,14 @@ def _check_fields(document: Mapping[str, Any], field: str) -> None:
         raise UserError(field, f"its config.json can't be used: {problem}")
 
 
+def _parts(config: Any) -> list[PreTrainedConfig]:
+    """Return ``config`` and the configurations in it. A wrong file can have any value in the place of a configuration,
+    which `structure.py` finds out later."""
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    return [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]
+
+
 def _check_routing(config: Any, document: str, field: str) -> None:
     """Raise UserError if the routers that ``config`` describes can't choose experts. A model is built with these
     numbers, and fails only when a text goes through it. The message names the fields as ``document``, the text of
@@ -171,7 +179,8 @@ def _check_routing(config: Any, document: str, field: str) -> None:
         return  # With one expert, several families have no router.
     experts = fields[name]
     # LongCat's routers also choose among experts that return their input.
-    most = experts + (fields.get("zero_expert_num") or 0)
+    without_weights = fields.get("zero_expert_num")
+    most = experts + (without_weights if isinstance(without_weights, int) else 0)
     limits = dict.fromkeys(CHOSEN_EXPERTS, (most, name))
     for of_groups in EXPERT_GROUPS:
         groups = fields.get(of_groups)
@@ -186,7 +195,9 @@ def _check_routing(config: Any, document: str, field: str) -> None:
             raise UserError(field, f"its config.json can't be used: {problem}")
     for chosen, (limit, source) in limits.items():
         value = fields.get(chosen)
-        if value is not None and not (type(value) is int and 1 <= value <= limit):
+        # Hunyuan's models may have a number for each layer.
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(number) is int and 1 <= number <= limit for number in numbers):
             problem = f"{written(chosen)} must be between 1 and {written(source)} ({limit}), and is {str(value)[:40]}"
             raise UserError(field, f"its config.json can't be used: {problem}")
 

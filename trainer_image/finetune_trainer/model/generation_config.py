@@ -154,7 +154,7 @@ def _repair_numbers(values: dict[str, Any], notices: list[str]) -> None:
     if not wrong:
         return
     greedy = "temperature" in wrong and _below(values["temperature"], SMALLEST)
-    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
+    named = _named(values, wrong)
     for name in [*wrong, *((*SAMPLING, "do_sample") if greedy else ())]:
         values.pop(name, None)
     told = "the artifact has no do_sample" if greedy else "the artifact leaves this out"
@@ -168,13 +168,18 @@ def _repair_forms(values: dict[str, Any], notices: list[str], vocabulary: int) -
     wrong += [name for name, fits in FORMS.items() if values.get(name) is not None and not fits(values[name])]
     if not wrong:
         return
-    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(wrong))
+    named = _named(values, wrong)
     for name in wrong:
         del values[name]
     notices.append(
         f"model: its {GENERATION_CONFIG_FILE} has {named}, with which no text can be generated; the artifact leaves"
         " this out"
     )
+
+
+def _named(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the fields ``names`` with their values, as a message lists them."""
+    return ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in sorted(names))
 
 
 def _below(value: Any, bound: float) -> bool:
@@ -200,7 +205,7 @@ def _repair_sampling(values: dict[str, Any], notices: list[str]) -> None:
     if not refused:
         return
     drawable = all(type(values[name]) in (int, float) and SAMPLING[name](values[name]) for name in present)
-    named = ", ".join(f"{name} {one_line(str(values[name]), limit=40)}" for name in refused)
+    named = _named(values, refused)
     if "do_sample" not in values and drawable:
         values["do_sample"] = True
         notices.append(

@@ -1,11 +1,12 @@
 """A process that is forked from this one and that answers questions over a connection. `data/prepared/chunk_workers.py`
-does work in such processes. `data/chat/template_process.py` has a process of this kind in code of its own.
+does work in such processes. `data/chat/template_process.py` has a process of this kind in code of its own, and calls
+`set_patience`.
 
 A forked process has everything in memory already that this process has, so that it is there in milliseconds. It uses
 nothing of this process that another thread may hold, and ends without Python's cleanup, which would clean up what
 belongs to this process.
 
-Nothing in the product calls this module yet.
+Nothing in the product calls `ForkedProcess` yet.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -34,10 +35,11 @@ class ForkedProcess:
         """Fork this process. ``answer`` is called in the new process with its end of the connection, and the process
         ends when ``answer`` returns or raises. ``patience`` is the longest time in seconds that a question may take to
         be sent, and the longest pause within an answer. ``not_for_it`` are connections of this process that the new
-        process must not hold open. Raises OSError if no process can be started."""
+        process must not hold open. The process is killed when the thread that called this ends. Raises OSError if no
+        process can be started."""
         self.connection, answering = multiprocessing.Pipe()
         """Sending and receiving raise BlockingIOError once the process has stood still for the patience."""
-        _set_patience(self.connection, patience)
+        set_patience(self.connection, patience)
         self._parent = os.getpid()
         self._status: int | None = None
         self.id = os.fork()
@@ -59,7 +61,7 @@ class ForkedProcess:
         end by itself."""
         if self._status is None and self.is_of_this_process:
             if seconds:
-                self.connection.poll(seconds)  # a process that ends closes its end of the connection
+                self._wait(seconds)
             self.connection.close()
             ended, self._status = os.waitpid(self.id, os.WNOHANG)
             if not ended:
@@ -68,8 +70,22 @@ class ForkedProcess:
                 _, self._status = os.waitpid(self.id, 0)
         return self._status or 0
 
+    def _wait(self, seconds: float) -> None:
+        """Wait until the process has ended, for ``seconds`` at most."""
+        try:
+            process = os.pidfd_open(self.id)
+        except OSError:
+            # This process has no file descriptor left, or Linux is older than 5.3 (man 2 pidfd_open). A process that
+            # ends closes its end of the connection.
+            self.connection.poll(seconds)
+            return
+        try:
+            wait([process], seconds)
+        finally:
+            os.close(process)
 
-def _set_patience(connection: Connection, seconds: float) -> None:
+
+def set_patience(connection: Connection, seconds: float) -> None:
     """Let reading and writing on this end of a pair of sockets fail with EAGAIN after ``seconds`` (man 7 socket)."""
     value = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
     with socket.socket(fileno=os.dup(connection.fileno())) as end:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from finetune_core.api.method import DEFAULT_RANK
 from finetune_core.contract import RunConfig
 from finetune_core.contract.preflight_result import PlannedMemory
 from finetune_core.errors import UserError
 from finetune_core.planned_job import wishes_of_run
-from finetune_core.planning.advice import suggestions
+from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GIBIBYTE, GpuType, find_gpu
 from finetune_core.planning.job_plan import JobPlan, Wishes, gibibytes, plan_job
 from finetune_core.planning.memory import memory_plan
@@ -106,10 +107,10 @@ def _smallest_change(wishes: Wishes, plan: JobPlan) -> str:
     Weights in 4 bits are left out, because the run file does not have all fields that their rules compare.
     """
 
-    def holds(lines: Sequence[str]) -> bool:
-        return not any(line.startswith("spec.lora.quantization:") for line in lines)
+    def again(made: Suggestion) -> JobPlan | None:
+        return None if any(line.startswith("spec.lora.quantization:") for line in made.lines) else made.plan
 
-    found = suggestions(wishes, plan, holds=holds)
+    found = suggestions(wishes, plan, rank=DEFAULT_RANK, again=again)
     if not found:
         return "no small change makes it fit"
     return f"the smallest change with which it fits is {', '.join(found[0].lines)}"

@@ -233,7 +233,10 @@ class _Renderer:
         kind: tuple[object, ...] = ("tools", *(message["role"] for message in row.messages[: last + 1]))
         if row.conversation.tools and kind not in self._shown:
             if self._rendering(row, row.messages, 0, last) == self._rendering(row, row.messages, 0, last, tools=False):
-                raise _LeftOutError(f"has {self._form.tools_field!r}, which the model's chat template leaves out")
+                raise _LeftOutError(
+                    f"has {self._form.tools_field!r}, which the model's chat template leaves out"
+                    " (format.messages.chatTemplate can name one that shows them)"
+                )
             self._shown.add(kind)
         for index, message in enumerate(row.messages[: last + 1]):
             turn = next(at for at in turns if at >= index)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune_trainer.pod.errors import OutsideFailure, first_line, library_boundary
+from finetune_trainer.pod.forked_process import set_patience
 
 SECONDS = 10.0
 """Processor time in seconds that a template may take. Templates of published models take milliseconds."""
@@ -30,8 +31,8 @@ MEMORY_BYTES = 256 << 20
 """Memory in bytes that a template may take. The longest row of a text file (`ROW_CHARACTERS` in `streams.py`) takes at
 most half of this memory."""
 PATIENCE_SECONDS = 300.0
-"""Longest time in seconds that this process waits for an answer of the child process. The limit is far higher than
-SECONDS, because other processes may keep the processor busy."""
+"""Longest time in seconds that this process waits until the child process takes a question, and for its answer. The
+limit is far higher than SECONDS, because other processes may keep the processor busy."""
 
 
 class TemplateLimitError(Exception):
@@ -72,6 +73,10 @@ class TemplateProcess:
             weakref.finalize(self, self._child.end)
         try:
             kind, value = self._child.ask(arguments)
+        except BlockingIOError:
+            self.end()
+            problem = f"the process that renders the chat template stood still for {PATIENCE_SECONDS:.0f} s"
+            raise OutsideFailure(problem) from None
         except (EOFError, OSError):
             kind, value = _Answer.FAILED, self._why_it_ended()
         if kind is _Answer.VALUE:
@@ -138,6 +143,7 @@ class _Child:
     def __init__(self, work: Callable[[Connection], None]) -> None:
         """Fork this process. ``work`` is called in the child with the connection on which the questions arrive."""
         self._asking, answering = multiprocessing.Pipe()
+        set_patience(self._asking, PATIENCE_SECONDS)
         self.parent = os.getpid()
         self._process = os.fork()
         if self._process == 0:
@@ -148,11 +154,8 @@ class _Child:
 
     def ask(self, question: object) -> Any:
         """Return the answer to ``question``. Raises EOFError or OSError if the process ends before it has answered, and
-        OutsideFailure if it does not answer in time."""
+        BlockingIOError if it stands still for PATIENCE_SECONDS."""
         self._asking.send(question)
-        if not self._asking.poll(PATIENCE_SECONDS):
-            self.end()
-            raise OutsideFailure(f"the process that renders the chat template stood still for {PATIENCE_SECONDS:.0f} s")
         return self._asking.recv()
 
     def end(self) -> int:

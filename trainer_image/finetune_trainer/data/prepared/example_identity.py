@@ -79,6 +79,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        sorted(tokenizer.all_special_ids),
         tokenizer.split_special_tokens,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
