@@ -141,7 +141,6 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
             )
         ),
     )
-    set_here = resources.model_fields_set
     known = training.max_steps is not None or rows is not None
     scratch = resources.scratch
     return Wishes(
@@ -151,8 +150,8 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         open_recompute="gradient_checkpointing" not in training.model_fields_set,
         open_offload="offload_optimizer" not in deepspeed.model_fields_set
         and (deepspeed.zero_stage == "Auto" or (stage or 0) >= 1),
-        memory=to_bytes(resources.memory) if "memory" in set_here else None,
-        cpus=_cpus(resources.cpu) if "cpu" in set_here else None,
+        memory=to_bytes(resources.memory) if resources.memory is not None else None,
+        cpus=_cpus(resources.cpu) if resources.cpu is not None else None,
         scratch=to_bytes(scratch.size) if scratch is not None else None,
         shared_memory=to_bytes(resources.shared_memory),
         steps=total_steps(
@@ -210,6 +209,7 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
     return Wishes(
         setup=setup,
         memory=world.memory_bytes,
+        shared_memory=world.shared_memory_bytes or 0,
         models_written=_models_written(config.method, config.storage.artifact),
         model_is_elsewhere=config.model.volume is not None,
         # A run file does not say whether the job sets the number of micro-batches. Changes that keep this number

@@ -71,7 +71,8 @@ def resolve(
         processes_per_node=resources.processes_per_node,
         device=resources.device,
         gpu_product=(resources.gpu_product or None) if on_gpus else None,
-        memory_bytes=to_bytes(resources.memory) if on_gpus else None,
+        memory_bytes=to_bytes(resources.memory) if on_gpus and resources.memory is not None else None,
+        shared_memory_bytes=to_bytes(resources.shared_memory) if on_gpus else None,
     )
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]

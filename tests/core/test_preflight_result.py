@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_core.api.resources import MOST_CPUS, MOST_MEMORY
 from finetune_core.contract import RESULT_LIMIT_BYTES, EvaluationRecord, Outcome, Result, ScoreRecord
 from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.preflight_result import (
@@ -17,7 +18,7 @@ from finetune_core.contract.preflight_result import (
     FindingKind,
     FoundRun,
     InputSizes,
-    PlannedMemory,
+    PlannedNeeds,
     PreflightResult,
     ordered,
 )
@@ -59,7 +60,7 @@ def test_a_run_that_was_found_always_fits_whatever_else_is_told(
     run: FoundRun, found: list[Finding], notices: list[str]
 ) -> None:
     sizes = InputSizes(model_bytes=LARGEST_NUMBER, data_bytes=LARGEST_NUMBER)
-    planned = PlannedMemory(gpu_memory_bytes=LARGEST_NUMBER, memory_bytes=LARGEST_NUMBER)
+    planned = PlannedNeeds(gpu_memory_bytes=LARGEST_NUMBER, memory_bytes=MOST_MEMORY, cpus=MOST_CPUS)
     result = PreflightResult(findings=ordered(found), notices=notices, found=run, sizes=sizes, planned=planned)
     text = result.to_termination_message()
     assert len(text.encode()) <= RESULT_LIMIT_BYTES

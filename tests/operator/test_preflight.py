@@ -21,7 +21,7 @@ from finetune_core.contract.preflight_result import (
     FoundArtifact,
     FoundRun,
     InputSizes,
-    PlannedMemory,
+    PlannedNeeds,
     PreflightResult,
 )
 from finetune_core.resolve import resolve
@@ -124,8 +124,8 @@ def test_the_sizes_of_model_and_data_are_recorded() -> None:
     assert sizes_of_inputs(step.preflight) == InputSizes(model_bytes=7, data_bytes=5)
 
 
-def test_the_planned_memory_is_told_with_the_verdict() -> None:
-    planned = PlannedMemory(gpu_memory_bytes=7, memory_bytes=5)
+def test_the_plan_is_told_with_the_verdict() -> None:
+    planned = PlannedNeeds(gpu_memory_bytes=7, memory_bytes=5 * GIB, cpus=8)
     message = PreflightResult(findings=[], planned=planned).to_termination_message()
     step = check(record(), seen(pod(1, exit_code=0, message=message)))
     assert step.preflight is not None

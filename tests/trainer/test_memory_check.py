@@ -17,8 +17,9 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig
 from finetune_core.contract.preflight_result import FindingKind
 from finetune_core.errors import UserError
-from finetune_core.planned_job import plan_of, with_lines
-from finetune_core.planning.gpu_types import find_gpu
+from finetune_core.planned_job import plan_of, wishes_of_run, with_lines
+from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
+from finetune_core.planning.job_plan import plan_job
 from finetune_core.planning.model_families import FAMILIES
 from finetune_core.resolve import resolve
 from finetune_core.validation.validate_job import validate_job
@@ -29,7 +30,7 @@ from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.preflights import paths_in, run_program
 
-H200, L4 = "NVIDIA-H200", "NVIDIA-L4"
+H200, A100, L4 = "NVIDIA-H200", "NVIDIA-A100-SXM4-80GB", "NVIDIA-L4"
 LORA: dict[str, Any] = {"method": "LoRA"}
 LARGE_BATCH: dict[str, Any] = {
     "dataset__maxLength": 4096,
@@ -82,8 +83,9 @@ def test_a_training_that_fits_is_planned_as_it_runs() -> None:
     plan = plan_of(FineTuneJob.model_validate(with_lines(found, ["spec.deepspeed.zeroStage: 2",
         "spec.deepspeed.offloadOptimizer: None", "spec.training.gradientCheckpointing: false"])).spec,
         MODELS["Llama-3.2-1B"], find_gpu(H200))  # fmt: skip
+    assert told.planned is not None
     assert told.planned.gpu_memory_bytes == plan.memory.needed
-    assert told.planned.memory_bytes == plan.host.memory
+    assert (told.planned.memory_bytes, told.planned.cpus) == (plan.host.memory, plan.host.cpus)
 
 
 def test_a_model_that_can_never_fit_is_refused_with_the_figures() -> None:
@@ -108,7 +110,7 @@ def test_a_full_training_that_only_the_plain_engine_makes_fit_is_told_so() -> No
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        ("Llama-2-70B", LORA),
+        ("Llama-2-70B", {**LORA, "resources__gpuProduct": A100}),
         ("Llama-2-13B", {}),
         ("Llama-2-7B", {**LARGE_BATCH}),
         ("Llama-2-7B", {**LORA, **LARGE_BATCH, "resources__gpuProduct": L4}),
@@ -149,6 +151,7 @@ def test_what_exceeds_the_gpu_by_less_than_a_tenth_is_a_notice() -> None:
     told = check_memory(run_file(found), MODELS["Llama-3.2-1B"], longest_row=512)
     assert told is not None
     gpu = find_gpu(L4)
+    assert told.planned is not None
     assert gpu.memory < told.planned.gpu_memory_bytes <= 1.1 * gpu.memory
     (notice,) = told.notices
     assert "and the L4 has 22.0 GiB" in notice
@@ -189,10 +192,60 @@ def test_nothing_is_said_where_the_plan_does_not_know(fields: dict[str, Any], co
     assert check_memory(run_file(job(**fields)), configuration, longest_row=512) is None
 
 
-def test_a_gpu_without_bf16_is_left_to_another_check() -> None:
-    told = check_memory(run_file(job(resources__gpuProduct="Tesla-T4")), MODELS["Llama-2-70B"], longest_row=1)
+def test_a_gpu_without_bf16_is_told() -> None:
+    small = job(**LORA, resources__gpuProduct="Tesla-T4")
+    told = check_memory(run_file(small), MODELS["Llama-3.2-1B"], longest_row=512)
     assert told is not None
-    assert told.notices == ()
+    (notice,) = told.notices
+    assert notice.startswith("training.precision: the T4 has no arithmetic in bf16; ")
+    assert "T4 has 14.6 GiB" in refusal(job(resources__gpuProduct="Tesla-T4"), "Llama-2-70B")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": {"quantization": "NF4"}}, {"dataset__packing": True}, {"deepspeed__offloadOptimizer": "CPU"}],
+    ids=["4 bits", "packing", "offload"],
+)
+def test_what_was_never_measured_is_refused_only_where_far_more_is_needed(changes: dict[str, Any]) -> None:
+    """The same job is refused, told or said nothing about, as its largest rows or its GPU ask for more."""
+    told = {}
+    for product in (H200, A100, "NVIDIA-A100-SXM4-40GB", "NVIDIA-L40S", L4, "Tesla-T4"):
+        found = job(**LORA, **changes, training__microBatchSize=8, resources__gpuProduct=product)
+        gpu = find_gpu(product)
+        needed = plan_job(wishes_of_run(run_file(found), MODELS["Llama-2-13B"]), gpu).memory.needed
+        try:
+            check = check_memory(run_file(found), MODELS["Llama-2-13B"], longest_row=512)
+        except UserError:
+            told[needed / gpu.memory] = "refused"
+        else:
+            assert check is not None
+            told[needed / gpu.memory] = "told" if any("GPU" in notice for notice in check.notices) else "nothing"
+    assert {share: 0 if share <= 1 else 1 if share <= 1.5 else 2 for share in told} == {
+        share: ("nothing", "told", "refused").index(what) for share, what in told.items()
+    }
+
+
+def test_memory_that_the_job_leaves_open_is_planned_and_told_only_where_no_machine_has_it() -> None:
+    found = job(resources__memory=None, resources__gpusPerNode=8, deepspeed__zeroStage=3)
+    told = check_memory(run_file(found), MODELS["Llama-2-7B"], longest_row=512)
+    assert told is not None
+    assert told.notices == []
+    assert told.planned is not None
+    assert told.planned.memory_bytes > 64 * GIBIBYTE
+    told = check_memory(run_file(found), MODELS["Llama-2-70B"], longest_row=512)
+    assert told is not None
+    (notice,) = [notice for notice in told.notices if notice.startswith("resources.memory")]
+    assert notice.endswith(", and machines with 8 GPUs have at most 2048.0 GiB")
+
+
+def test_figures_beyond_all_bounds_are_no_plan() -> None:
+    """A configuration is a file that anybody may have written, and only a job with own settings of DeepSpeed is never
+    refused for such a file."""
+    sizes = {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 2000}
+    found = job(deepspeed__overrides='{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    told = check_memory(run_file(found), MODELS["Llama-2-7B"] | sizes, longest_row=512)
+    assert told is not None
+    assert told.planned is None
 
 
 anything = st.one_of(
@@ -224,7 +277,7 @@ def test_no_configuration_breaks_the_check(
     except UserError as error:
         refused = error
     else:
-        assert told is None or told.planned.gpu_memory_bytes > 0
+        assert told is None or told.planned is None or told.planned.gpu_memory_bytes > 0
         return
     assert str(refused).startswith("resources.gpuProduct: must name a GPU with more memory")
 
@@ -256,9 +309,9 @@ def write_large_model(tiny: Path, folder: Path) -> None:
             }
             end += 2 * tensor.numel()
     text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    with (folder / "model.safetensors").open("wb") as weights:
+        weights.write(len(text).to_bytes(8, "little") + text)
+        weights.truncate(8 + len(text) + end)
 
 
 def test_the_program_refuses_a_large_model_and_plans_a_small_one(

@@ -314,7 +314,11 @@ class PlanStatus(StatusModel):
     """Planned peak memory of one GPU in bytes, where every row has `dataset.maxLength` tokens. Absent: the preflight
     check does not know the GPU or the family of the model, or the micro-batch has another size than in the check."""
     memory_bytes: Count | None = None
-    """Planned peak memory of one pod in bytes. Absent in the same cases as `gpuMemoryBytes`."""
+    """Planned memory of one pod in bytes, which each pod gets where the job does not set `resources.memory`. Absent:
+    the preflight check does not know the GPU or the family of the model."""
+    cpus: Count | None = None
+    """Planned number of CPUs of one pod, which each pod gets where the job does not set `resources.cpu`. Absent in the
+    same cases as `memoryBytes`."""
 
 
 class NamedScore(StatusModel):

@@ -127,6 +127,13 @@ def fits_gpu(setup: TrainingSetup, gpu: GpuType) -> bool:
     return memory_plan(setup).needed <= gpu.memory
 
 
+def was_measured(setup: TrainingSetup) -> bool:
+    """Return whether the memory of trainings like ``setup`` was measured (docs/planning.md)."""
+    quantized = setup.adapters is not None and setup.adapters.quantized
+    unmeasured = quantized or setup.packed or setup.offload_optimizer or setup.offload_parameters
+    return setup.sizes.family in MEASURED_FAMILIES and not unmeasured
+
+
 def gibibytes(count: float) -> str:
     """Return ``count`` bytes as text, for example `12.3 GiB`."""
     return f"{count / GIBIBYTE:.1f} GiB"

@@ -20,7 +20,7 @@ from finetune_core.contract.preflight_result import (
     PREFLIGHT_SECONDS,
     FoundRun,
     InputSizes,
-    PlannedMemory,
+    PlannedNeeds,
     PreflightResult,
 )
 from finetune_operator import messages
@@ -213,8 +213,8 @@ class _Outcome:
     """The run that the check found in the bucket, of the job itself or of a former job. None if it found no run."""
     sizes: InputSizes | None = None
     """Sizes of model and data. None where the check did not determine these sizes."""
-    planned: PlannedMemory | None = None
-    """How much memory the training needs. None where the check did not plan it."""
+    planned: PlannedNeeds | None = None
+    """What the training needs by its plan. None where the check did not plan it."""
     aborted: bool = False
     """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""

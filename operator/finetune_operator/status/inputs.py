@@ -16,7 +16,7 @@ from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AdapterStatus, AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
 from finetune_core.contract import Report, RunConfig
-from finetune_core.contract.preflight_result import PlannedMemory
+from finetune_core.contract.preflight_result import PlannedNeeds
 from finetune_operator.decide.decision import Decision, JobEnd
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation
@@ -168,10 +168,10 @@ def _ending_pods(seen: JobObservation, decision: Decision) -> int:
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 
-def plan_of(config: RunConfig, planned: PlannedMemory | None = None) -> PlanStatus:
+def plan_of(config: RunConfig, planned: PlannedNeeds | None = None) -> PlanStatus:
     """Return `status.plan` for the run file ``config``: the ZeRO stage, the number of processes, the size of a
-    micro-batch, and the number of micro-batches of one process per optimizer step. ``planned`` is the memory of such a
-    training, where the preflight check has just told it."""
+    micro-batch, and the number of micro-batches of one process per optimizer step. ``planned`` is what such a training
+    needs, where the preflight check has just told it."""
     batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
     return PlanStatus(
         zero_stage=config.optimization.zero_stage,
@@ -180,4 +180,5 @@ def plan_of(config: RunConfig, planned: PlannedMemory | None = None) -> PlanStat
         gradient_accumulation_steps=-(-batch // (config.world.size * micro)),
         gpu_memory_bytes=planned.gpu_memory_bytes if planned is not None else None,
         memory_bytes=planned.memory_bytes if planned is not None else None,
+        cpus=planned.cpus if planned is not None else None,
     )

@@ -239,7 +239,8 @@ def _check_inputs(
         check_memory = partial(check_memory_of, config, model.folder, longest_row=max(tokens, default=None))
         memory = findings.collect("resources", check_memory)
         if memory is not None:
-            findings.plan(memory.planned)
+            if memory.planned is not None:
+                findings.plan(memory.planned)
             findings.notice(*memory.notices)
 
 

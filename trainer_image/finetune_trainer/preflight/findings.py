@@ -13,7 +13,7 @@ from finetune_core.contract.preflight_result import (
     FindingKind,
     FoundRun,
     InputSizes,
-    PlannedMemory,
+    PlannedNeeds,
     PreflightResult,
     ordered,
 )
@@ -37,7 +37,7 @@ class Findings:
         such run."""
         self._model_bytes: int | None = None
         self._data_bytes = 0
-        self._planned: PlannedMemory | None = None
+        self._planned: PlannedNeeds | None = None
         self.subject = "the run file"
         """What the running check examines, for example `dataset.train`. The message about a check that was ended names
         it."""
@@ -77,8 +77,8 @@ class Findings:
         self._data_bytes += data_bytes
         self._send({"model_bytes": model_bytes, "data_bytes": data_bytes})
 
-    def plan(self, planned: PlannedMemory) -> None:
-        """Note how much memory the training needs by its plan."""
+    def plan(self, planned: PlannedNeeds) -> None:
+        """Note what the training needs by its plan."""
         self._planned = planned
         self._send({"planned": planned.model_dump()})
 
@@ -88,7 +88,7 @@ class Findings:
         self.notice(*sent.get("notices", ()))
         self.measured(model_bytes=sent.get("model_bytes"), data_bytes=sent.get("data_bytes", 0))
         if "planned" in sent:
-            self.plan(PlannedMemory.model_validate(sent["planned"]))
+            self.plan(PlannedNeeds.model_validate(sent["planned"]))
         if "kind" in sent:
             self.add(FindingKind(sent["kind"]), sent["message"])
 
