@@ -210,8 +210,7 @@ def _check_inputs(
     dataset = config.dataset
     task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
     heads: dict[str, Path] = {}
-    tokens: list[int] = []
-    """Tokens of the longest example of each source of training rows."""
+    longest_rows: list[int] = []  # of each source of training rows, in tokens
     for number, (field, source) in enumerate(dataset.sources.items()):
         if source.s3 is not None and not store_answers:
             continue
@@ -228,7 +227,7 @@ def _check_inputs(
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,
             measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
-            has_tokens=tokens.append if field.startswith("dataset.train") else lambda _: None,
+            has_tokens=longest_rows.append if field.startswith("dataset.train") else lambda _: None,
         )
         findings.notice(*(findings.collect(field, check) or []))
         if (folder / f"data-{number}" / INDEX_FILE).is_file():
@@ -236,7 +235,7 @@ def _check_inputs(
     if heads.keys() == dataset.sources.keys():
         findings.collect("dataset.train", partial(check_tools_of_mix, heads, dataset.format))
     if model is not None:
-        check_memory = partial(check_memory_of, config, model.folder, longest_row=max(tokens, default=None))
+        check_memory = partial(check_memory_of, config, model.folder, longest_row=max(longest_rows, default=None))
         memory = findings.collect("resources", check_memory)
         if memory is not None:
             if memory.planned is not None:
