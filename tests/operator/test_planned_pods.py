@@ -96,8 +96,7 @@ async def test_without_a_check_there_is_no_plan() -> None:
     assert await amounts_of_attempts("", attempts=1, preflight="Skip") == [DEFAULTS]
 
 
-@pytest.mark.parametrize("value", [-1, 0, 1, 99 * 1024 * GIB + 1, 10**30, 1.5, None, "9Gi"])
+@pytest.mark.parametrize("value", [-1, 0, 99 * 1024 * GIB + 1, 10**30, 1.5, None, "9Gi"])
 @pytest.mark.parametrize("field", ["memoryBytes", "cpus"])
 async def test_no_answer_of_a_check_gives_a_pod_what_a_job_could_not_ask_for(field: str, value: Any) -> None:
-    (amounts,) = await amounts_of_attempts(checked(**{field: value}), attempts=1)
-    assert amounts == DEFAULTS if (field, value) != ("cpus", 1) else {"cpu": "1", "memory": "101Gi"}
+    assert await amounts_of_attempts(checked(**{field: value}), attempts=1) == [DEFAULTS]
