@@ -145,6 +145,13 @@ def test_a_full_training_is_planned_without_deepspeed_only_where_nothing_else_fi
     assert not any("zeroStage: None" in line for suggestion in found for line in suggestion.lines)
 
 
+def test_more_gpus_shard_the_weights_where_a_whole_copy_fits_none() -> None:
+    """The weights of 70B alone take 129 GiB."""
+    wishes = wishes_of(job(method="LoRA", resources__gpusPerNode=1), MODELS["Llama-2-70B"])
+    found = suggestions(wishes, plan_job(wishes, A100), rank=DEFAULT_RANK)
+    assert any("spec.deepspeed.zeroStage: 3" in suggestion.lines for suggestion in found)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     model=st.sampled_from(sorted(MODELS)),

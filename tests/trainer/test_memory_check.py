@@ -226,7 +226,13 @@ def test_what_was_never_measured_is_refused_only_where_far_more_is_needed(change
 
 
 def test_memory_that_the_job_leaves_open_is_planned_and_told_only_where_no_machine_has_it() -> None:
-    found = job(resources__memory=None, resources__gpusPerNode=8, deepspeed__zeroStage=3)
+    found = job(
+        resources__memory=None,
+        resources__sharedMemory="16Gi",
+        resources__gpuProduct="NVIDIA-B200",
+        resources__gpusPerNode=8,
+        deepspeed__zeroStage=3,
+    )
     told = check_memory(run_file(found), MODELS["Llama-2-7B"], longest_row=512)
     assert told is not None
     assert told.notices == []
@@ -241,7 +247,7 @@ def test_memory_that_the_job_leaves_open_is_planned_and_told_only_where_no_machi
 def test_figures_beyond_all_bounds_are_no_plan() -> None:
     """A configuration is a file that anybody may have written, and only a job with own settings of DeepSpeed is never
     refused for such a file."""
-    sizes = {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 2000}
+    sizes = {"hidden_size": 1 << 22, "intermediate_size": 1 << 22, "num_hidden_layers": 10}
     found = job(deepspeed__overrides='{"zero_optimization": {"reduce_bucket_size": 1000}}')
     told = check_memory(run_file(found), MODELS["Llama-2-7B"] | sizes, longest_row=512)
     assert told is not None

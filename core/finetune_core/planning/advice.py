@@ -200,26 +200,29 @@ def _in_four_bits(setup: TrainingSetup) -> TrainingSetup:
 
 
 def _more_gpus(setup: TrainingSetup) -> Iterator[_Change]:
-    """Yield more GPUs: first in one node, then in more nodes."""
-    gpus, nodes = setup.processes_per_node, setup.processes // setup.processes_per_node
-    while gpus < GPUS_OF_A_NODE:
-        gpus = min(GPUS_OF_A_NODE, 2 * gpus)
-        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
-    while nodes < MOST_NODES:
-        nodes = min(MOST_NODES, 2 * nodes)
-        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
+    """Yield more GPUs: first in one node, then in more nodes. For a single process, yield them with sharded weights
+    too, because no other change shards them."""
+    for stage in (2, 3) if setup.processes == 1 else (2,):
+        gpus, nodes = setup.processes_per_node, setup.processes // setup.processes_per_node
+        while gpus < GPUS_OF_A_NODE:
+            gpus = min(GPUS_OF_A_NODE, 2 * gpus)
+            yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes, stage=stage))
+        while nodes < MOST_NODES:
+            nodes = min(MOST_NODES, 2 * nodes)
+            yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes, stage=stage))
 
 
-def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int) -> TrainingSetup:
-    """Return ``setup`` on ``nodes`` nodes with ``gpus`` GPUs each. The rest of the training stays as it is, as far as
-    the global batch has an example for each process. Stage 2 is the first one that shards gradients."""
+def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int, stage: int) -> TrainingSetup:
+    """Return ``setup`` on ``nodes`` nodes with ``gpus`` GPUs each, at least at ZeRO stage ``stage``. The rest of the
+    training stays as it is, as far as the global batch has an example for each process. Stage 2 is the first one that
+    shards gradients."""
     share = -(-setup.global_batch // (gpus * nodes))
     return replace(
         setup,
         processes=gpus * nodes,
         processes_per_node=gpus,
         micro_batch=min(setup.micro_batch, share),
-        zero_stage=max(setup.zero_stage or 0, 2),
+        zero_stage=max(setup.zero_stage or 0, stage),
     )
 
 
