@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from finetune_core.api.resources import DEFAULT_MEMORY, ResourcesSpec
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.training_plan import process_share
@@ -43,11 +44,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
     """Return the reasons why ``spec`` can't be run, each with the field's path. The list is empty when ``spec`` can be
     run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
-    memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
-    if shared >= memory:
-        problems.append(
-            UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
-        )
+    problems += _too_large_shared_memory(spec.resources)
     problems += _too_small_share(spec)
     problems += _attention_problems(spec)
     problems += template_problems(spec) + argument_problems(spec)
@@ -57,6 +54,17 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
         if _value(stored, field.path) not in field.honoured:
             problems.append(UserError(f"spec.{field.path}", f"must {field.must}: {NOT_YET_REASON}"))
     return problems
+
+
+def _too_large_shared_memory(resources: ResourcesSpec) -> list[UserError]:
+    """Return a list with one problem where /dev/shm may be as large as the memory of the pod. Otherwise return an empty
+    list. Where the job does not set the memory, nobody knows before the preflight check whether there will be a plan,
+    so the memory of a pod without a plan counts."""
+    memory = DEFAULT_MEMORY if resources.memory is None else resources.memory
+    if to_bytes(resources.shared_memory) < to_bytes(memory):
+        return []
+    which = f"which is {memory}" if resources.memory is not None else f"which may be {memory} where it is absent"
+    return [UserError("spec.resources.sharedMemory", f"must be less than `memory`, {which}")]
 
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
