@@ -57,6 +57,6 @@ PATTERN_MEANINGS: Final = {
     r"^([1-9][0-9]{0,6}(Mi|M)|[1-9][0-9]{0,4}(\.[0-9]{1,3})?(Gi|G)|[1-9][0-9]?(\.[0-9]{1,3})?(Ti|T))$": (
         "a quantity such as 512Mi or 8Gi"
     ),
-    "^Auto$": "Auto",
+    "^(Auto|None)$": "Auto or None",
 }
 """For a regular expression of the schema, a phrase that follows "must be" in messages of `finetune validate`."""
