@@ -32,7 +32,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import run_root_of
 from finetune_core.planning.micro_batch import micro_batch_of
 from finetune_core.planning.training_plan import micro_batch_size, process_share, zero_stage
-from finetune_core.validation.runnable import unrunnable
+from finetune_core.validation.runnable import to_bytes, unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
 """For each method, the peak learning rate where the job sets none. The rates are those of Anyscale's study of LoRA
@@ -65,7 +65,15 @@ def resolve(
         first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
         raise UserError(first.subject, first.problem + others)
     resources = spec.resources
-    world = WorldConfig(nodes=resources.nodes, processes_per_node=resources.processes_per_node, device=resources.device)
+    on_gpus = resources.device == "GPU"
+    world = WorldConfig(
+        nodes=resources.nodes,
+        processes_per_node=resources.processes_per_node,
+        device=resources.device,
+        gpu_product=(resources.gpu_product or None) if on_gpus else None,
+        memory_bytes=to_bytes(resources.memory) if on_gpus and resources.memory is not None else None,
+        shared_memory_bytes=to_bytes(resources.shared_memory) if on_gpus else None,
+    )
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
     deepspeed = spec.deepspeed

@@ -56,6 +56,16 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(("shared", "sentence"), [("64Gi", "which may be 64Gi where it is absent"), ("63Gi", "")])
+def test_shared_memory_is_less_than_the_memory_that_a_pod_may_get(shared: str, sentence: str) -> None:
+    spec = quickstart("resources.memory", None)
+    spec["spec"]["resources"]["sharedMemory"] = shared
+    path = "spec.resources.sharedMemory: must be less than `memory`, "
+    assert [str(problem) for problem in unrunnable(FineTuneJob.model_validate(spec).spec)] == (
+        [path + sentence] if sentence else []
+    )
+
+
 def test_flash_is_refused_in_fp32() -> None:
     spec = quickstart("resources.device", "GPU")
     spec["spec"]["resources"]["gpusPerNode"] = 1

@@ -177,21 +177,26 @@ def measure(case: MemoryCase) -> Measurement:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from finetune_trainer.engine.engine import Engine
+    from finetune_trainer.engine.choice import make_engine
 
     class Scalars(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
-        """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite."""
+        """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite. No value of a mask
+        counts as true, as the plain engine's values between two numbers in bf16 are so few."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten._local_scalar_dense.default:
                 return 0.0 if args[0].dtype.is_floating_point else 0
+            if func is torch.ops.aten.nonzero.default:
+                return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+            if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype is torch.bool:
+                return args[0].new_empty((0, *args[0].shape[args[1][0].ndim :]))
             return func(*args, **(kwargs or {}))
 
     memory = live_storages()
     with FakeTensorMode(allow_non_fake_inputs=True), memory, Scalars():
         model = _model(case)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        engine = Engine(model, case.optimization(), torch.device("cpu"))
+        engine = make_engine(model, case.optimization(), torch.device("cpu"))
         del model
         engine.train()
         batch = _batch(case)

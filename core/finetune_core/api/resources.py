@@ -12,6 +12,12 @@ MEBIBYTE = 1 << 20
 """Number of bytes in one MiB."""
 TEBIBYTE = 1 << 40
 """Number of bytes in one TiB."""
+LEAST_MEMORY, MOST_MEMORY = 100 * MEBIBYTE, 99 * TEBIBYTE
+"""Smallest and largest number of bytes that `memory` takes."""
+MOST_CPUS = 9999
+"""Largest number of CPUs that `cpu` takes."""
+DEFAULT_CPU, DEFAULT_MEMORY = "8", "64Gi"
+"""CPUs and memory of each pod where neither the job nor its plan says them."""
 
 _CPU = r"^([1-9][0-9]{1,6}m|[1-9][0-9]{0,3}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]0{0,2})$"
 _LARGE = r"[1-9][0-9]{0,4}(\.[0-9]{1,3})?(Gi|G)|[1-9][0-9]?(\.[0-9]{1,3})?(Ti|T)"
@@ -20,14 +26,14 @@ _VOLATILE = rf"^([1-9][0-9]{{0,6}}(Mi|M)|{_LARGE})$"
 _AMOUNT = r"^([1-9][0-9]{0,3}|[1-9][0-9]{0,6}[KMG]i)$"
 
 Cpu = Annotated[
-    Annotated[int, Field(ge=1, le=9999)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_CPU)],
-    WithJsonSchema(int_or_string(_CPU, least=1, most=9999)),
+    Annotated[int, Field(ge=1, le=MOST_CPUS)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_CPU)],
+    WithJsonSchema(int_or_string(_CPU, least=1, most=MOST_CPUS)),
 ]
 """A CPU quantity, for example `4`, `"1.5"` or `500m`."""
 Memory = Annotated[
-    Annotated[int, Field(ge=100 * MEBIBYTE, le=99 * TEBIBYTE)]
+    Annotated[int, Field(ge=LEAST_MEMORY, le=MOST_MEMORY)]
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_MEMORY)],
-    WithJsonSchema(int_or_string(_MEMORY, least=100 * MEBIBYTE, most=99 * TEBIBYTE)),
+    WithJsonSchema(int_or_string(_MEMORY, least=LEAST_MEMORY, most=MOST_MEMORY)),
 ]
 """A memory quantity, for example `64Gi` or `500Mi`. The smallest string is `100M`. An integer is a number of bytes, at
 least 100 MiB."""
@@ -133,17 +139,19 @@ class ResourcesSpec(ApiModel):
     gpu_product: LabelValue = "NVIDIA-A100-SXM4-80GB"
     """GPU product of the nodes for pods with GPUs: the value that the node label `nvidia.com/gpu.product` must have.
     Empty: any GPU."""
-    cpu: Cpu = "8"
-    """CPU request of each pod, for example `8` or `500m`. The number of threads of each process follows from it."""
+    cpu: Cpu | None = None
+    """CPU request of each pod, for example `8` or `500m`. The number of threads of each process follows from it.
+    Absent: `status.plan.cpus`, or 8 without such a plan."""
     limit_cpu: bool = False
     """true makes the CPU request also the CPU limit, as a namespace with a quota on `limits.cpu` needs it, and the
     static CPU manager of the kubelet, which gives a pod whole CPUs of its own. false: the pods have no CPU limit, and
     use CPUs of their node that no other pod needs."""
-    memory: Memory = "64Gi"
-    """Memory request and limit of each pod, at least `100M`."""
+    memory: Memory | None = None
+    """Memory request and limit of each pod, at least `100M`. Absent: `status.plan.memoryBytes` in whole GiB, or 64Gi
+    without such a plan."""
     shared_memory: VolatileMemory = "16Gi"
     """Size of /dev/shm in each pod, a folder in memory that NCCL and data loading use. The content of the folder counts
-    towards `memory`, and the size must be less than `memory`."""
+    towards `memory`, and the size must be less than `memory`, or less than 64Gi where `memory` is absent."""
     extended: Annotated[
         dict[str, Amount], Field(max_length=EXTENDED_LIMIT, json_schema_extra=cel(*EXTENDED_RULES)), ENTRIES
     ] = {}

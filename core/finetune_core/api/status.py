@@ -311,9 +311,14 @@ class PlanStatus(StatusModel):
     the LoRA adapters can change, from 0 to 1. Absent: the method is Full, or the trainer has not read the model
     yet."""
     gpu_memory_bytes: Count | None = None
-    """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
+    """Planned peak memory of one GPU in bytes, where every row has `dataset.maxLength` tokens. Absent: the preflight
+    check does not know the GPU or the family of the model, or the micro-batch has another size than in the check."""
     memory_bytes: Count | None = None
-    """Estimated peak memory of one pod in bytes. Absent: this version does not estimate it."""
+    """Planned memory of one pod in bytes, which each pod gets where the job does not set `resources.memory`. Absent:
+    the preflight check does not know the GPU or the family of the model."""
+    cpus: Count | None = None
+    """Planned number of CPUs of one pod, which each pod gets where the job does not set `resources.cpu`. Absent in the
+    same cases as `memoryBytes`."""
 
 
 class NamedScore(StatusModel):

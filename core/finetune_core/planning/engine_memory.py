@@ -1,9 +1,9 @@
 """Computes the bytes that the training engine takes: weights, optimizer state, gradients, buffers, and what each phase
 of an optimizer step needs for a moment.
 
-`memory.py` adds the activations. An `EngineKind` stands for an engine of the trainer. The constants of DeepSpeed 0.19
-hold for the settings in the trainer's `engine/config.py`; tests/planning compares the sums with measurements of that
-engine. An engine with other figures is another branch of `engine_bytes`.
+`memory.py` adds the activations. `TrainingSetup.zero_stage` says which engine of the trainer computes. The constants of
+DeepSpeed 0.19 hold for the settings in the trainer's `engine/config.py`, and those of the plain engine are in its
+`engine/masters.py`; tests/planning compares the sums with measurements of both engines.
 
 All sizes are bytes of one process. P is the number of all parameters, T that of the trained ones, N the number of
 processes.
@@ -12,10 +12,9 @@ processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from finetune_core.planning.model_sizes import Part
-from finetune_core.planning.training_setup import TrainingSetup
+from finetune_core.planning.training_setup import NumberFormat, TrainingSetup
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers in a bucket of DeepSpeed's communication: `BUCKET_ELEMENTS` in the trainer's `engine/config.py`."""
@@ -35,18 +34,15 @@ STATE_BYTES = 12
 """Bytes of the state of a parameter that is gathered whole for a checkpoint: three numbers in fp32."""
 
 
-class EngineKind(StrEnum):
-    """An engine of the trainer."""
-
-    DEEPSPEED = "DeepSpeed"
-    """DeepSpeed with ZeRO 0 to 3."""
-    PLAIN = "Plain"
-    """An engine for one process without DeepSpeed: an fp32 value for each parameter and a fused AdamW, 16 bytes a
-    trained parameter at the most."""
-
-
-CURRENT_ENGINE = EngineKind.DEEPSPEED
-"""The engine that a job gets where nothing else is said."""
+REMAINDER_BYTES = 2
+"""Bytes that the plain engine keeps beside each trained weight in bf16, which together are the fp32 value."""
+UPDATED_ELEMENTS = 1 << 24
+"""Numbers that the plain engine updates at a time: `BATCH_ELEMENTS` in the trainer's `engine/masters.py`."""
+UPDATE_BYTES = 11
+"""Bytes that the plain engine needs for each number that it updates, beside what stays."""
+NORM_PIECE_BYTES = 32 << 20
+"""Bytes of the numbers in fp64 whose squares the plain engine adds up at a time: `NORM_ELEMENTS` in the trainer's
+`engine/masters.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,12 +111,10 @@ def largest_trained(setup: TrainingSetup) -> int:
     return max(trained_tensors(setup))
 
 
-def engine_bytes(
-    setup: TrainingSetup, engine: EngineKind = CURRENT_ENGINE, *, quantized: int | None = None
-) -> EngineBytes:
-    """Return the bytes that ``engine`` takes. ``quantized`` are the bytes of the linear layers where they are held in 4
-    bits."""
-    if engine is EngineKind.PLAIN:
+def engine_bytes(setup: TrainingSetup, *, quantized: int | None = None) -> EngineBytes:
+    """Return the bytes that the engine of ``setup`` takes. ``quantized`` are the bytes of the linear layers where they
+    are held in 4 bits."""
+    if setup.zero_stage is None:
         return _plain(setup, quantized)
     if setup.zero_stage == 3:
         return _stage_3(setup)
@@ -135,13 +129,21 @@ def _weights(setup: TrainingSetup, quantized: int | None) -> int:
 
 
 def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
-    """bf16 weights, fp32 values and moments are 14 bytes, and the gradients in bf16 are 2."""
+    """Return the bytes of the trainer's plain engine (`engine/plain_engine.py`): 12 bytes for each trained parameter
+    between two steps, and 16 with the gradient in fp32, which exists from the first backward pass of a step to the
+    update."""
     width, trained = setup.number_format.bytes, setup.trained_parameters
-    master = MASTER_BYTES if width == 2 else 0
-    gradients = width * trained
+    largest = largest_trained(setup)
+    is_bf16 = setup.number_format is NumberFormat.BF16
+    gradients = MASTER_BYTES * trained
+    # The gradient of the numbers that are updated is freed before most of that memory is needed.
+    update = (UPDATE_BYTES - MASTER_BYTES) * min(trained, UPDATED_ELEMENTS) if is_bf16 else 0
+    checkpoint = 0
+    if is_bf16:
+        checkpoint = MASTER_BYTES * largest if largest <= UPDATED_ELEMENTS else STATE_BYTES * largest
     return EngineBytes(
         weights=_weights(setup, quantized),
-        optimizer=(master + MOMENT_BYTES) * trained,
+        optimizer=((REMAINDER_BYTES if is_bf16 else 0) + MOMENT_BYTES) * trained,
         standing_gradients=0,
         accumulated=gradients if setup.accumulation > 1 else 0,
         gradients=gradients,
@@ -150,12 +152,19 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=0,
         standing_bucket=0,
-        head_reduction=width * largest_trained(setup),
-        reduction=width * largest_trained(setup),
-        norm=0,
-        update=0,
-        checkpoint=0,
+        head_reduction=(width + _new_gradient(setup)) * largest,
+        # A tied weight has a gradient as embedding and one as head, which are added up.
+        reduction=(2 if setup.sizes.tied else 1) * width * largest,
+        norm=NORM_PIECE_BYTES,
+        update=update,
+        checkpoint=checkpoint,
     )
+
+
+def _new_gradient(setup: TrainingSetup) -> int:
+    """Return the bytes of the plain engine's gradient for each number of which the last micro-batch of a step computes
+    the gradient: 0 where the micro-batches before have made it already."""
+    return 0 if setup.accumulation > 1 else MASTER_BYTES
 
 
 def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
@@ -265,10 +274,25 @@ def layer_gradients(setup: TrainingSetup) -> int:
     """Return the bytes of the gradients that a layer's backward pass has at once where every parameter is trained.
 
     The gradient of a linear layer is copied into a bucket. Gradients of experts are larger than a bucket. ZeRO-3
-    reduces those of a layer together, because the experts of a layer are gathered as one leaf module.
+    reduces those of a layer together, because the experts of a layer are gathered as one leaf module. The plain engine
+    adds each gradient to one in fp32 at once.
     """
+    if setup.zero_stage is None:
+        return (setup.number_format.bytes + _new_gradient(setup)) * largest_linear(setup)
     dense = max(linear.elements for linear in setup.sizes.linears if linear.part is not Part.EXPERTS)
     return setup.number_format.bytes * max(2 * dense, _expert_gradients(setup))
+
+
+def reduced_head(setup: TrainingSetup) -> int:
+    """Return the bytes that the gradient of the output head takes on top of the standing and the accumulated gradients
+    while the backward pass is in the layers, where every parameter is trained."""
+    head = setup.vocabulary * setup.sizes.hidden
+    if setup.zero_stage == 3 and not setup.offload_optimizer:
+        return 0
+    if setup.zero_stage is None:
+        # The gradient of a tied weight is whole only once that of the embedding is known.
+        return head * (setup.number_format.bytes if setup.sizes.tied else _new_gradient(setup))
+    return MASTER_BYTES * head // setup.processes
 
 
 def _expert_gradients(setup: TrainingSetup) -> int:

@@ -20,7 +20,7 @@ from finetune_core.planning.activations import (
     kept_outside,
     largest_layer,
 )
-from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, layer_gradients
+from finetune_core.planning.engine_memory import EngineBytes, engine_bytes, layer_gradients, reduced_head
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.host_needs import quantized_bytes
 from finetune_core.planning.training_setup import TrainingSetup
@@ -99,14 +99,12 @@ class _Need:
         return self.gradients + self.buffers + self.activations + self.logits
 
 
-def memory_plan(
-    setup: TrainingSetup, *, engine: EngineKind = CURRENT_ENGINE, kernels: Kernels = CURRENT_KERNELS
-) -> MemoryPlan:
+def memory_plan(setup: TrainingSetup, *, kernels: Kernels = CURRENT_KERNELS) -> MemoryPlan:
     """Return the memory of ``setup`` on one GPU, where each micro-batch has its full length and every token a
     target."""
     adapters = setup.adapters
     quantized = quantized_bytes(setup) if adapters is not None and adapters.quantized else None
-    state = engine_bytes(setup, engine, quantized=quantized)
+    state = engine_bytes(setup, quantized=quantized)
     passes = _Passes(setup, kernels, state)
     standing, standing_bucket = state.standing_gradients, state.standing_bucket
     needs = {
@@ -215,8 +213,7 @@ class _Passes:
             return self._need(activations=inside, gradients=self._experts.merged_gradient)
         setup, state = self._setup, self._state
         # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
-        head = 0 if state.standing_gradients else 4 * setup.vocabulary * setup.sizes.hidden // setup.processes
-        own = layer_gradients(setup)
+        head, own = reduced_head(setup), layer_gradients(setup)
         bucket = state.bucket + state.gathered - self._buffers
         return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
 

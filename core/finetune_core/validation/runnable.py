@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from finetune_core.api.resources import HUGE_PAGES
+from finetune_core.api.resources import DEFAULT_MEMORY, HUGE_PAGES, ResourcesSpec
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.gpu_types import type_of_product
@@ -48,11 +48,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
     """Return the reasons why ``spec`` can't be run, each with the field's path. The list is empty when ``spec`` can be
     run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
-    memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
-    if shared >= memory:
-        problems.append(
-            UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
-        )
+    problems += _too_large_shared_memory(spec.resources)
     problems += _page_problems(spec.resources.extended)
     problems += _number_format_problems(spec)
     problems += _too_small_share(spec)
@@ -96,6 +92,17 @@ def _number_format_problems(spec: FineTuneJobSpec) -> list[UserError]:
         " generation Ampere or newer in resources.gpuProduct"
     )
     return [UserError("spec.training.precision", sentence)]
+
+
+def _too_large_shared_memory(resources: ResourcesSpec) -> list[UserError]:
+    """Return a list with one problem where /dev/shm may be as large as the memory of the pod. Otherwise return an empty
+    list. Where the job does not set the memory, nobody knows before the preflight check whether there will be a plan,
+    so the memory of a pod without a plan counts."""
+    memory = DEFAULT_MEMORY if resources.memory is None else resources.memory
+    if to_bytes(resources.shared_memory) < to_bytes(memory):
+        return []
+    which = f"which is {memory}" if resources.memory is not None else f"which may be {memory} where it is absent"
+    return [UserError("spec.resources.sharedMemory", f"must be less than `memory`, {which}")]
 
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:

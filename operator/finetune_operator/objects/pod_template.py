@@ -16,8 +16,9 @@ from typing import Final
 
 from finetune_core.api import FineTuneJob
 from finetune_core.api.pod_template import Volume
-from finetune_core.api.resources import GPU_RESOURCE
+from finetune_core.api.resources import DEFAULT_CPU, DEFAULT_MEMORY, GPU_RESOURCE, ResourcesSpec
 from finetune_core.api.sources import SecretKeyRef
+from finetune_core.api.status import PlanStatus
 from finetune_core.contract import (
     CREDENTIALS_FOLDER,
     HUB_DATA_TOKENS_FOLDER,
@@ -44,6 +45,7 @@ from finetune_core.contract.preflight_result import InputSizes
 from finetune_core.contract.stock_reports import client_environment
 from finetune_core.names import worker_name
 from finetune_core.planning.host_resources import host_resources
+from finetune_core.planning.scratch import GIBIBYTE
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.disk_space import SCRATCH_VOLUME, cache_mounts, disk_amounts, disk_volumes
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
@@ -97,6 +99,8 @@ class AttemptSpec:
     sizes: InputSizes | None = None
     """Sizes of model and data, from which the scratch space is computed. None where the preflight check did not record
     these sizes."""
+    plan: PlanStatus | None = None
+    """`status.plan` of the job, which fills in the memory and the CPUs of a pod that the job does not set."""
 
 
 def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -215,12 +219,26 @@ def _resources(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     disk_request, disk_limit = disk_amounts(job, attempt.sizes)
     gpus = {GPU_RESOURCE: resources.gpus_per_node} if resources.gpus_per_node else {}
     amounts = host_resources(
-        cpu=str(resources.cpu),
-        memory=str(resources.memory),
+        cpu=_cpus(resources, attempt.plan),
+        memory=_memory(resources, attempt.plan),
         whole=gpus | resources.extended,
         limit_cpu=resources.limit_cpu,
     )
     return {"requests": {**amounts.requests, **disk_request}, "limits": {**amounts.limits, **disk_limit}}
+
+
+def _cpus(resources: ResourcesSpec, plan: PlanStatus | None) -> str:
+    """Return the CPUs of a pod: those of the job, else those of its ``plan``, else the default."""
+    if resources.cpu is not None:
+        return str(resources.cpu)
+    return str(plan.cpus) if plan is not None and plan.cpus else DEFAULT_CPU
+
+
+def _memory(resources: ResourcesSpec, plan: PlanStatus | None) -> str:
+    """Return the memory of a pod: that of the job, else that of its ``plan`` in whole GiB, else the default."""
+    if resources.memory is not None:
+        return str(resources.memory)
+    return f"{-(-plan.memory_bytes // GIBIBYTE)}Gi" if plan is not None and plan.memory_bytes else DEFAULT_MEMORY
 
 
 def _node_selector(job: FineTuneJob) -> dict[str, str]:
