@@ -193,8 +193,10 @@ def test_nothing_is_said_where_the_plan_does_not_know(fields: dict[str, Any], co
 
 
 def test_a_gpu_without_bf16_is_refused_before_the_check() -> None:
+    small = job(**LORA)
+    set_at(small["spec"], ["resources", "gpuProduct"], "Tesla-T4")
     with pytest.raises(UserError, match=r"^spec\.training\.precision: must be fp32 on Tesla-T4"):
-        run_file(job(**LORA, resources__gpuProduct="Tesla-T4"))
+        run_file(small)
     in_fp32 = job(resources__gpuProduct="Tesla-T4", training__precision="fp32")
     assert "T4 has 14.6 GiB" in refusal(in_fp32, "Llama-2-70B")
 
