@@ -16,6 +16,14 @@ VALID = "the spec is valid"
 SETTLED = "the job has ended"
 NO_CHECKPOINT = "no checkpoint is committed yet"
 NO_PODS = "no pod exists yet"
+CAPABILITY_REFUSED = (
+    "the Pod Security Standard of the namespace forbids the capability IPC_LOCK of `podTemplate.securityContext`; give"
+    " the namespace the label `pod-security.kubernetes.io/enforce: privileged`, or create the job again without the"
+    " capability"
+)
+CPU_LIMIT_NEEDED = (
+    "the namespace asks for a CPU limit that the pods do not have; create the job again with `resources.limitCpu: true`"
+)
 SCHEDULED = "every pod has a node"
 PREFLIGHT_RUNS = "store, model and data are being checked before any GPU is asked for"
 _SKIP_PREFLIGHT = "`runPolicy.preflight: Skip` starts without the check"
@@ -252,6 +260,11 @@ def image_pull(detail: str) -> str:
 def waiting_pod(name: str, detail: str) -> str:
     """Return the sentence about a pod that does not run yet; ``detail`` says why."""
     return f"pod {name}: {detail}"
+
+
+def refused_pods(explanation: str, detail: str) -> str:
+    """Return the sentence about pods that the API server refuses; ``detail`` is the warning about them."""
+    return f"{explanation} ({detail})"
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:

@@ -40,7 +40,16 @@ _TEMPLATES = st.tuples(_WORDS, st.sampled_from(["{prompt}", "{#a b}{prompt}{/a b
 _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
     lambda path: not any(path == own or path.startswith(f"{own}/") for own in RESERVED_FOLDERS)
 )
+_DEVICES = st.dictionaries(
+    st.sampled_from(["rdma/ib", "vpc.amazonaws.com/efa", "deviceclass.resource.kubernetes.io/nic"]),
+    st.one_of(st.integers(1, 9999), st.sampled_from(["1", "9999"])),
+    min_size=1,
+)
+_HUGE_PAGES = st.dictionaries(
+    st.sampled_from(["hugepages-2Mi", "hugepages-1Gi"]), st.sampled_from(["4Mi", "9999999Gi"])
+)
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
+    ("resources", "extended"): st.builds(lambda devices, pages: devices | pages, _DEVICES, _HUGE_PAGES),
     ("training", "learningRate"): _RATES,
     ("lora", "dropout"): st.sampled_from(["0", "0.05", "5e-2", "0.999"]),
     ("lora", "loraPlusRatio"): st.sampled_from(["1", "16", "2.5", "1e1"]),

@@ -26,10 +26,11 @@ def plan(**values: Any) -> PlanStatus:
 
 
 def amounts_of(template: dict[str, Any]) -> dict[str, str]:
-    """Return CPUs and memory of the training container in ``template``, whose requests are its limits."""
+    """Return CPUs and memory of the training container in ``template``, whose memory is its limit."""
     resources = template["spec"]["containers"][0]["resources"]
-    requests, limits = ({name: amounts[name] for name in DEFAULTS} for amounts in resources.values())
-    assert requests == limits
+    requests = {name: resources["requests"][name] for name in DEFAULTS}
+    assert resources["limits"]["memory"] == requests["memory"]
+    assert "cpu" not in resources["limits"]
     return requests
 
 

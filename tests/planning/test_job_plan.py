@@ -334,6 +334,11 @@ def test_settings_that_the_plan_leaves_out_are_named() -> None:
     assert plan_of(job(), MODELS["Llama-2-7B"], H200).notes == ()
 
 
+def test_a_gpu_without_kernels_is_refused() -> None:
+    plan = plan_of(job(training__precision="fp32"), MODELS["Llama-3.2-1B"], find_gpu("Tesla-V100-SXM2-32GB"))
+    assert plan.problems[0] == "Torch in the trainer image has no kernels for the V100-32GB."
+
+
 def test_a_gpu_without_bf16_is_refused() -> None:
     plan = plan_of(job(), MODELS["Llama-3.2-1B"], find_gpu("T4"))
     assert plan.problems[0] == "The T4 has no bf16 arithmetic, and spec.training.precision is bf16."

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from finetune_core.contract import Identity, RunConfig
-from finetune_core.contract.pod import SECRET_ACCESS_KEY
+from finetune_core.contract.pod import CPU_REQUEST_VARIABLE, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
+from finetune_trainer import node_examples
 from finetune_trainer.data.dataset import columns_read, length_limit, make_examples, render_row
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.prepared import chunk_outcomes, example_identity, prepared_rows
@@ -417,3 +418,27 @@ def test_a_stop_ends_the_preparation_and_its_processes(cpus: int, job: Job) -> N
     assert set(children(os.getpid())) <= before
     assert not examples_folder(plan, "train").exists()
     assert not list(job.cache.glob(f"{FOLDER}/*"))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("limit", "milli_cpus", "processes"), [(None, 3000, 2), (None, 1000, 0), (2.0, 3000, 1), (3.0, None, 2)]
+)
+def test_the_number_of_processes_follows_from_request_and_limit_on_a_node_of_any_size(
+    limit: float | None, milli_cpus: int | None, processes: int, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "cpu_limit", lambda: limit)
+    monkeypatch.setattr(cgroup, "usable_cores", lambda: 64)
+    monkeypatch.setattr(cgroup, "memory_limit", lambda: None)
+    if milli_cpus is not None:
+        monkeypatch.setenv(CPU_REQUEST_VARIABLE, str(milli_cpus))
+    used: list[int] = []
+
+    def noted(*sources: Any, **options: Any) -> prepared_rows.PreparedRows:
+        used.append(options["processes"])
+        return prepared_rows.prepare_rows(*sources, **options)
+
+    monkeypatch.setattr(node_examples, "prepare_rows", noted)
+    tiny.write_jsonl(job.train, [conversation(number) for number in range(10)])
+    assert len(job.prepare().train) == 10
+    assert set(used) == {processes}

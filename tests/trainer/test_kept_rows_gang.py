@@ -61,7 +61,7 @@ def descendants(process: int) -> set[int]:
 def test_a_sigterm_while_rows_are_tokenised_leaves_no_process(
     store: ObjectStore, pods: StartPods, tmp_path: Path
 ) -> None:
-    if not process_count(cgroup.available_cpus(limit=cgroup.cpu_limit(), cores=cgroup.usable_cores())):
+    if not process_count(cgroup.available_cpus(limit=cgroup.cpu_limit(), request=None, cores=cgroup.usable_cores())):
         pytest.skip("with one CPU the first process tokenises all rows itself")
     (tmp_path / "rows").mkdir()
     tiny.write_jsonl(tmp_path / "rows" / "many.jsonl", tiny.rows(20, seed=1) * 50_000)

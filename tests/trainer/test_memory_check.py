@@ -192,13 +192,13 @@ def test_nothing_is_said_where_the_plan_does_not_know(fields: dict[str, Any], co
     assert check_memory(run_file(job(**fields)), configuration, longest_row=512) is None
 
 
-def test_a_gpu_without_bf16_is_told() -> None:
-    small = job(**LORA, resources__gpuProduct="Tesla-T4")
-    told = check_memory(run_file(small), MODELS["Llama-3.2-1B"], longest_row=512)
-    assert told is not None
-    (notice,) = told.notices
-    assert notice.startswith("training.precision: the T4 has no arithmetic in bf16; ")
-    assert "T4 has 14.6 GiB" in refusal(job(resources__gpuProduct="Tesla-T4"), "Llama-2-70B")
+def test_a_gpu_without_bf16_is_refused_before_the_check() -> None:
+    small = job(**LORA)
+    set_at(small["spec"], ["resources", "gpuProduct"], "Tesla-T4")
+    with pytest.raises(UserError, match=r"^spec\.training\.precision: must be fp32 on Tesla-T4"):
+        run_file(small)
+    in_fp32 = job(resources__gpuProduct="Tesla-T4", training__precision="fp32")
+    assert "T4 has 14.6 GiB" in refusal(in_fp32, "Llama-2-70B")
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,13 @@ def test_what_was_never_measured_is_refused_only_where_far_more_is_needed(change
     """The same job is refused, told or said nothing about, as its largest rows or its GPU ask for more."""
     told = {}
     for product in (H200, A100, "NVIDIA-A100-SXM4-40GB", "NVIDIA-L40S", L4, "Tesla-T4"):
-        found = job(**LORA, **changes, training__microBatchSize=8, resources__gpuProduct=product)
+        # The T4 stands for a GPU with little memory. A job in bf16 is refused there before this check.
+        config = run_file(job(**LORA, **changes, training__microBatchSize=8))
+        config = config.model_copy(update={"world": config.world.model_copy(update={"gpu_product": product})})
         gpu = find_gpu(product)
-        needed = plan_job(wishes_of_run(run_file(found), MODELS["Llama-2-13B"]), gpu).memory.needed
+        needed = plan_job(wishes_of_run(config, MODELS["Llama-2-13B"]), gpu).memory.needed
         try:
-            check = check_memory(run_file(found), MODELS["Llama-2-13B"], longest_row=512)
+            check = check_memory(config, MODELS["Llama-2-13B"], longest_row=512)
         except UserError:
             told[needed / gpu.memory] = "refused"
         else:

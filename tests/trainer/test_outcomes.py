@@ -15,7 +15,7 @@ import pytest
 import finetune_trainer
 from finetune_core.contract import EXIT_CODES, Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
+from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max
 from finetune_trainer.pod.errors import Diverged, NewerRun, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, outcome_of, result_of_pod
 from finetune_trainer.processes import signal_outcome
@@ -104,14 +104,6 @@ def test_a_newer_run_is_a_failure_from_outside() -> None:
 def test_a_crash_names_its_class_and_a_cause_is_told_as_it_is() -> None:
     assert outcome_of(CRASH).result.message == "KeyError: 'bug'"
     assert outcome_of(BAD).result.message == "dataset.train: is empty"
-
-
-@pytest.mark.parametrize(
-    ("processes", "limit", "cores", "threads"),
-    [(1, 1.0, 64, 1), (1, 0.5, 64, 1), (2, 8.0, 64, 4), (1, None, 2, 2), (1, 4.0, 2, 2), (3, 8.0, 64, 2)],
-)
-def test_threads_follow_from_the_limit(processes: int, limit: float | None, cores: int, threads: int) -> None:
-    assert threads_per_process(processes, limit=limit, cores=cores) == threads
 
 
 def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -94,7 +94,10 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     limits = time_limits(job_size(config, prepared)) if prepared is not None else SHORTEST
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder, time_limits=limits)
     threads = cgroup.threads_per_process(
-        config.world.processes_per_node, limit=cgroup.cpu_limit(), cores=cgroup.usable_cores()
+        config.world.processes_per_node,
+        limit=cgroup.cpu_limit(),
+        request=cgroup.cpu_request(environment),
+        cores=cgroup.usable_cores(),
     )
     kills_before = cgroup.oom_kills()
     heartbeat_timeout = config.stability.stall_timeout_seconds + FROZEN_SECONDS

@@ -10,6 +10,7 @@ knows that secret could change the data and the checkpoints of the job anyway.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,9 @@ def _data_identity(part: Part) -> str | None:
 def _processes() -> int:
     """Return how many processes tokenise beside this one. All CPUs of the pod are free, because the other ranks wait
     for the examples."""
-    cpus = cgroup.available_cpus(limit=cgroup.cpu_limit(), cores=cgroup.usable_cores())
+    cpus = cgroup.available_cpus(
+        limit=cgroup.cpu_limit(), request=cgroup.cpu_request(os.environ), cores=cgroup.usable_cores()
+    )
     return process_count(cpus, cgroup.memory_limit())
 
 

@@ -24,6 +24,7 @@ from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_o
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
+from finetune_trainer.ranks.locked_memory import lock_all_memory
 from finetune_trainer.ranks.return_guard import ReturnGuard, least_seconds
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
@@ -56,6 +57,7 @@ def main() -> int:
     """Run the worker and write its outcome. The process ends inside this function, with the outcome's exit code."""
     stop = StopFlag()
     end_with_launcher(int(sys.argv[2]))
+    lock_all_memory()
     plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
     status = WorkerStatus()
     try:

@@ -71,7 +71,8 @@ class TrainingSpec(ApiModel):
     """Largest norm that the gradient over all trained parameters may have. A gradient with a larger norm is scaled down
     to this norm. 0 switches clipping off."""
     precision: Precision = "bf16"
-    """Number format of the computation. The trainer never changes the format by itself."""
+    """Number format of the computation. bf16 needs CPUs, or GPUs of the generation Ampere or newer. Older GPUs compute
+    in fp32, because there is no fp16. The trainer never changes the format by itself."""
     gradient_checkpointing: bool = False
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     attention: Attention = "Auto"

@@ -297,6 +297,8 @@ def _stage_reason(setup: TrainingSetup, *, fits: bool) -> str:
 
 
 def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: HostNeeds, gpu: GpuType) -> Iterator[str]:
+    if not gpu.kernels:
+        yield f"Torch in the trainer image has no kernels for the {gpu.name}."
     if not gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield f"The {gpu.name} has no bf16 arithmetic, and spec.training.precision is bf16."
     if memory.needed > gpu.memory:

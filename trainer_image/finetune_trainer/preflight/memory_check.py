@@ -21,7 +21,6 @@ from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, gibibytes, plan_job, was_measured
 from finetune_core.planning.memory import memory_plan
-from finetune_core.planning.training_setup import NumberFormat
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
@@ -93,18 +92,13 @@ def _needs(plan: JobPlan) -> PlannedNeeds | None:
 
 
 def _gpu_notices(wishes: Wishes, plan: JobPlan) -> Iterator[str]:
-    """Yield a notice where a GPU may have too little memory, and one where it has no arithmetic in bf16."""
+    """Yield a notice where a GPU may have too little memory."""
     gpu = plan.gpu
     if plan.memory.needed > gpu.memory:
         yield (
             f"{GPU_FIELD}: with rows of {wishes.setup.length:,} tokens the training takes"
             f" {gibibytes(plan.memory.needed)} of each GPU, and the {gpu.name} has {gibibytes(gpu.memory)};"
             f" {_smallest_change(wishes, plan)}"
-        )
-    if not gpu.bf16 and wishes.setup.number_format is NumberFormat.BF16:
-        yield (
-            f"training.precision: the {gpu.name} has no arithmetic in bf16; spec.training.precision: fp32 takes up to"
-            " twice as much memory"
         )
 
 
