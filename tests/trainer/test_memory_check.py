@@ -147,7 +147,7 @@ def test_packed_sequences_are_always_full() -> None:
 
 
 def test_what_exceeds_the_gpu_by_less_than_a_tenth_is_a_notice() -> None:
-    found = job(deepspeed__zeroStage="None", resources__gpuProduct=L4, training__microBatchSize=2)
+    found = job(deepspeed__zeroStage="None", resources__gpuProduct=L4, training__microBatchSize=4)
     told = check_memory(run_file(found), MODELS["Llama-3.2-1B"], longest_row=512)
     assert told is not None
     gpu = find_gpu(L4)
