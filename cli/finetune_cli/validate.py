@@ -106,12 +106,16 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 def check_path(name: str) -> list[FileReport]:
     """Check the file ``name``, or the files in the folder ``name``. As in `kubectl apply -f`, the files of a folder are
-    those with one of `ENDINGS`, by name, and folders in the folder are not read."""
+    those with one of `ENDINGS`, by name. Folders in the folder are not read, and neither are pipes, which may never
+    end."""
     folder = Path(name)
     try:
-        if name == STDIN or not folder.is_dir():
+        # The empty name, for example of a variable that is not set, is not the current folder.
+        if name in ("", STDIN) or not folder.is_dir():
             return [check_file(name)]
-        files = sorted(str(file) for file in folder.iterdir() if file.name.endswith(ENDINGS) and not file.is_dir())
+        ending = [file for file in folder.iterdir() if file.name.endswith(ENDINGS)]
+        # A link to nothing does not exist, and is reported.
+        files = sorted(str(file) for file in ending if file.is_file() or not file.exists())
     except OSError as error:
         return [_unreadable(name, f"can't be read: {error.strerror or error}")]
     if not files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -146,6 +147,25 @@ def test_a_folder_stands_for_its_files_as_in_kubectl(tmp_path: Path, capsys: pyt
 def test_a_folder_without_files_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("a", encoding="utf-8")
     assert run(capsys, str(tmp_path)) == (1, f"{tmp_path}:1: must hold a file that ends in .json, .yaml or .yml\n")
+
+
+def test_pipes_in_a_folder_are_passed_over_and_links_to_nothing_are_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody may ever write to a pipe."""
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(GOOD, encoding="utf-8")
+    assert run(capsys, str(tmp_path)) == (0, f"{tmp_path}/b.yaml: quickstart valid\n")
+    (tmp_path / "c.yaml").symlink_to("nothing")
+    code, output = run(capsys, str(tmp_path))
+    assert code == 1
+    assert f"{tmp_path}/c.yaml:1: can't be read" in output
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = run(capsys, "")
+    assert code == 1
+    assert "can't be read" in output
 
 
 def test_documents_of_other_kinds_are_passed_over(lines_of: LinesOf) -> None:

@@ -164,6 +164,18 @@ def test_a_tokenizer_that_holds_a_list_is_named_by_its_file(tmp_path: Path) -> N
     assert finding(tmp_path) == "model: its tokenizer can't be used: tokenizer.json must be a JSON object"
 
 
+@pytest.mark.parametrize("name", ["x y\n", "9" * 5000])
+def test_a_field_with_a_name_of_any_form_is_named_in_one_short_line(name: str, tmp_path: Path) -> None:
+    write_family("llama-2", tmp_path)
+    path = tmp_path / "config.json"
+    wrong = {"per_layer_config": {name: {"head_dim": 16}} if name.isdigit() else {"0": {name: 1}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(UserError) as caught:
+        load_configuration(tmp_path, "model")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 700
+
+
 def test_a_long_message_is_cut_between_two_words() -> None:
     line = first_line(ValueError("word " * 100), limit=23)
     assert line == "word word word word…"

@@ -90,8 +90,9 @@ def explained(
         except (OSError, ValueError):
             continue  # The error of the library is what the user must see, not that there is no room for a trial.
         if found is not None:
-            value = one_line(repr(found.value), limit=60)
-            return f"`{found.path}` of {name} is {value}, with which transformers fails: {message}"
+            # The file may have chosen the names of its fields too.
+            field, value = one_line(found.path, limit=120), one_line(repr(found.value), limit=60)
+            return f"`{field}` of {name} is {value}, with which transformers fails: {message}"
     return message
 
 
