@@ -173,8 +173,9 @@ def _issue(prepared: Prepared, batch: Batch) -> dict[str, float]:
     engine = prepared.engine
     synchronize(engine.device)
     began = time.perf_counter()
-    loss = engine.loss(batch.to(engine.device))
-    engine.backward(loss / max(1, batch.tokens), last=True)
+    factor = 1 / max(1, batch.tokens)
+    loss = engine.loss(batch.to(engine.device), factor=factor)
+    engine.backward(loss * factor, last=True)
     issued = time.perf_counter() - began
     synchronize(engine.device)
     done = time.perf_counter() - began

@@ -32,12 +32,13 @@ class Step:
 def train_step(engine: Engine, gang: Gang, micro_batches: Sequence[Batch], rate: float) -> Step:
     """Make one optimizer step from ``micro_batches``, which are on the CPU."""
     tokens = sum(batch.tokens for batch in micro_batches)
+    factor = gang.world_size / max(1, tokens)
     nll = torch.zeros((), dtype=torch.float64, device=gang.device)
     for index, batch in enumerate(micro_batches, start=1):
         gang.check_stop()
-        loss = engine.loss(batch.to(gang.device))
+        loss = engine.loss(batch.to(gang.device), factor=factor)
         nll += loss.detach()
-        engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(micro_batches))
+        engine.backward(loss * factor, last=index == len(micro_batches))
     total = gang.sum_over_ranks([float(nll)])[0]
     norm = engine.gradient_norm()
     engine.step(rate)

@@ -148,7 +148,7 @@ def one_step(engine: TrainingEngine, batches: MicroBatcher, run: EngineRun, step
     plan = batches.plan_step(step, run.optimization(PLAIN))
     total = 0.0
     for index, batch in enumerate(batches.tensors(plan, step=step), 1):
-        loss = engine.loss(batch)
+        loss = engine.loss(batch, factor=1 / plan.tokens)
         total += float(loss.detach())
         factor = math.inf if run.infinite == step and index == 1 else 1 / plan.tokens
         engine.backward(loss * factor, last=index == len(plan.micro_batches))

@@ -200,17 +200,17 @@ class TrainingLoop:
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
         positions = 0
         tensors = self._batches.tensors(batch_plan, step=step)
+        # DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into a sum.
+        factor = gang.world_size / max(1, batch_plan.tokens)
         for index in range(1, len(batch_plan.micro_batches) + 1):
             gang.check_stop(failed=self._saver.failed)
             with stopwatch.part(DATA):
                 micro_batch = next(tensors).to(gang.device)
             with stopwatch.part(FORWARD):
-                loss = self._engine.loss(micro_batch)
+                loss = self._engine.loss(micro_batch, factor=factor)
             nll += loss.detach()
             positions += micro_batch.input_ids.numel()
             with stopwatch.part(BACKWARD):
-                # DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into a sum.
-                factor = gang.world_size / max(1, batch_plan.tokens)
                 self._engine.backward(loss * factor, last=index == len(batch_plan.micro_batches))
         total_nll, total_positions = gang.sum_over_ranks([float(nll), positions])
         return total_nll, total_positions

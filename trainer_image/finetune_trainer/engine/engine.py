@@ -106,13 +106,15 @@ class Engine:
         output."""
         return self.module(**inputs)
 
-    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory. An
-        empty micro-batch gives a zero through which gradients flow, so that every rank runs the same backward pass.
+        ``factor`` is what the caller will multiply the loss by before `backward`, so that a head that computes its
+        gradients in the forward pass rounds them as autograd does. With ``full_logits`` the logits of all
+        positions are computed first, which is slow and takes much memory. An empty micro-batch gives a zero through
+        which gradients flow, so that every rank runs the same backward pass.
         """
-        return self._objective.loss(self.module, batch, full_logits=full_logits)
+        return self._objective.loss(self.module, batch, factor=factor, full_logits=full_logits)
 
     def use_full_logits(self) -> None:
         """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""

@@ -104,12 +104,14 @@ class PlainEngine:
         output."""
         return self._model(**inputs)
 
-    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory.
+        ``factor`` is what the caller will multiply the loss by before `backward`, so that a head that computes its
+        gradients in the forward pass rounds them as autograd does. With ``full_logits`` the logits of all
+        positions are computed first, which is slow and takes much memory.
         """
-        return self._objective.loss(self._model, batch, full_logits=full_logits)
+        return self._objective.loss(self._model, batch, factor=factor, full_logits=full_logits)
 
     def use_full_logits(self) -> None:
         """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""

@@ -53,6 +53,8 @@ class LossHead:
         self.batch: Batch | None = None
         """The batch whose loss `forward` returns. While it is None, `forward` returns logits, as generation needs
         them."""
+        self.factor = 1.0
+        """What the caller will multiply the batch's loss by, as at `linear_head_loss`."""
         self.excluded: torch.Tensor | None = None
         """Ids of the tokens that get no probability, as a tensor on the model's device. None where no token is
         excluded."""
@@ -69,7 +71,9 @@ class LossHead:
         if self._is_linear and (trained or chosen.requires_grad) and _computes_gradients():
             small = chosen.device.type == "cpu" and not trained
             rows = max(1, CPU_CHUNK_LOGITS // self._vocabulary) if small else self._chunk_rows
-            return linear_head_loss(chosen, self.module, batch.targets, excluded=self.excluded, chunk_rows=rows)
+            return linear_head_loss(
+                chosen, self.module, batch.targets, excluded=self.excluded, chunk_rows=rows, factor=self.factor
+            )
         pieces = [
             tensor.split(self._chunk_rows)
             for tensor in (chosen, batch.targets, batch.dropout_keys.flatten()[batch.index])

@@ -12,6 +12,7 @@ gathers the weight again before the backward pass of the head, and reduces the g
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def linear_head_loss(
     *,
     excluded: torch.Tensor | None,
     chunk_rows: int,
+    factor: float = 1.0,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood, a scalar in nats and fp32, of ``targets`` (N,) given ``hidden`` (N, H)
     and a linear ``head``.
@@ -40,17 +42,25 @@ def linear_head_loss(
     The tokens ``excluded`` get no probability. ``chunk_rows`` positions are computed at a time. Gradients flow to
     ``hidden``, and to weight and bias of ``head`` as far as they are trained. They can be computed once: a second
     backward pass through the result raises RuntimeError.
+
+    ``factor`` is what the caller will multiply the result by before the backward pass. The gradients are right whatever
+    the caller multiplies by. With this factor, though, they are rounded as autograd rounds them, which multiplies by
+    the factor before it multiplies the matrices. Raises ValueError unless ``factor`` is positive and finite.
     """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the factor of a loss must be positive and finite: {factor}")
     # Inside of the function, torch reports that no gradients are computed, whatever the caller wants.
     graded = torch.is_grad_enabled()
-    loss: torch.Tensor = _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, excluded, chunk_rows, graded)
+    loss: torch.Tensor = _LinearHeadLoss.apply(
+        hidden, head.weight, head.bias, targets, excluded, chunk_rows, factor, graded
+    )
     return loss
 
 
 class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     """Computes the loss that `linear_head_loss` returns, and its gradients. With d = softmax(W h + b) - onehot(t), the
     gradient of -log softmax(W h + b)[t] with regard to h is W^T d, with regard to W it is d h^T, and with regard to b
-    it is d."""
+    it is d. The forward pass computes f d in place of d, where f is the expected factor of the loss."""
 
     @staticmethod
     def forward(
@@ -61,9 +71,11 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
         targets: torch.Tensor,
         excluded: torch.Tensor | None,
         chunk_rows: int,
+        expected: float,
         graded: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        factor = torch.full((), expected, dtype=torch.float32, device=hidden.device)
         wanted = [graded and needed for needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.zeros_like(weight) if wanted[1] else None
@@ -81,8 +93,13 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
             # Token 0, which takes the place of a missing target, may be excluded: minus infinity times 0 is NaN.
             total -= values.gather(1, target).masked_fill(~is_supervised, 0).sum()
             if any(wanted):
-                values.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=values.dtype))
-                difference = values.mul_(is_supervised).to(weight.dtype)
+                # This is the operator of autograd, so that the gradients have the same bits. It reads each value
+                # before it writes the value's gradient in the same place.
+                of_values = torch.zeros_like(values).scatter_(1, target, is_supervised * -factor)
+                of_logits = torch.ops.aten._log_softmax_backward_data.out
+                of_logits(of_values, values, -1, values.dtype, out=values)
+                del of_values
+                difference = values.to(weight.dtype)
                 if of_hidden is not None:
                     torch.mm(difference, weight, out=of_hidden[part])
                 if of_weight is not None:
@@ -91,7 +108,7 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
                     of_bias += difference.sum(0)
                 del difference
             del values
-        ctx.gradients = of_hidden, of_weight, of_bias
+        ctx.gradients, ctx.factor = (of_hidden, of_weight, of_bias), factor
         return total
 
     @staticmethod
@@ -99,11 +116,16 @@ class _LinearHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of an output head can be computed once only")
-        for gradient in ctx.gradients:
-            if gradient is not None:
-                _scale(gradient, factor)
         gradients, ctx.gradients = ctx.gradients, None
-        return *gradients, None, None, None, None
+        # The quotient of two tensors is exactly 1 where the factor is the expected one. A GPU multiplies by the
+        # reciprocal of a number that is no tensor, which can round to another value.
+        further = factor / ctx.factor
+        # A GPU would have to wait for the comparison, and multiplying by 1 changes nothing.
+        if further.device.type != "cpu" or further != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    _scale(gradient, further)
+        return *gradients, None, None, None, None, None
 
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:

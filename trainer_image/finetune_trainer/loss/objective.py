@@ -53,13 +53,14 @@ class Objective:
         if self._head is not None:
             self._head.excluded = tokens
 
-    def loss(self, forward: Any, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, forward: Any, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood of the supervised tokens of ``batch``, a scalar in nats and fp32.
-        ``forward`` calls the model."""
+        ``forward`` calls the model. ``factor`` is what the caller will multiply the loss by before the backward pass:
+        the result and its gradients don't depend on it, but the rounding of the gradients does (`linear_head_loss`)."""
         if self._head is None or self.full_logits or full_logits:
             logits = exclude_from_logits(self.logits(forward, batch).float(), self._excluded)
             return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
-        self._head.batch = batch
+        self._head.batch, self._head.factor = batch, factor
         try:
             return forward(**self._inputs(batch)).logits
         finally:
