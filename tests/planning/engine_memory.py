@@ -125,7 +125,7 @@ def _let_kernels_take_fake_tensors() -> None:
 
     from finetune_trainer.kernels import install, projections, recognition, rms_norm, rotary, shared_projections
 
-    aten, backward, alias = rms_norm.ATEN, rms_norm._backward, rotary.alias
+    aten, alias = rms_norm.ATEN, rotary.alias
 
     def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, which computes with tensors of its own, as a function that computes their values."""
@@ -140,28 +140,29 @@ def _let_kernels_take_fake_tensors() -> None:
         known = (torch.Tensor, torch.nn.Parameter, FakeTensor)
         return all(tensor is None or type(tensor) in known for tensor in tensors)
 
+    def is_fake(x: Any) -> bool:
+        return isinstance(x, FakeTensor)
+
     # On a CPU, torch computes a norm with several operators.
     def norm(x: Any, *others: Any) -> Any:
-        if not isinstance(x, FakeTensor):
+        if not is_fake(x):
             return aten._fused_rms_norm(x, *others)
         return torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
 
-    def norm_backward(gradient: Any, x: Any, reciprocal: Any, weight: Any, wanted: Any) -> tuple[Any, Any]:
-        if not isinstance(x, FakeTensor):
-            return backward(gradient, x, reciprocal, weight, wanted)
+    def norm_backward(_gradient: Any, x: Any, _shape: Any, _reciprocal: Any, weight: Any, wanted: Any) -> Any:
         return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
 
     # A fake tensor that is set to the memory of another one never lets go of the memory.
     def part_or_alias(part: Any) -> Any:
-        return part if isinstance(part, FakeTensor) else alias(part)
+        return part if is_fake(part) else alias(part)
 
-    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm)
+    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm, _fused_rms_norm_backward=norm_backward)
     for name in ("norm_form", "gate_activation", "why_not_turned"):
         setattr(recognition, name, with_values(getattr(recognition, name)))
     replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (install, "are_plain", are_plain),
         (shared_projections, "are_plain", are_plain),
-        (rms_norm, "_backward", norm_backward),
+        (rms_norm, "has_backward_kernel", is_fake),
         (rotary, "alias", part_or_alias),
         (projections, "alias", part_or_alias),
     )

@@ -40,6 +40,10 @@ VIEWS = frozenset(
     }
 )
 """Operators without a kernel: they make other views of memory, or only reserve memory."""
+LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+"""Operators that need the shape of their first argument, and don't read its numbers."""
+CHOSEN = frozenset({"gather", "scatter_", "scatter_add_", "nll_loss_forward"})
+"""Operators that read or write one number of a row, which an index names. Their first argument is the whole tensor."""
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "addmm_", "baddbmm"})
 LARGE_PRODUCT = 2 * 1000 * 1000
 """Number of FLOPs of a token from which a product of matrices counts as one that computes, and not as one that moves
@@ -131,7 +135,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types 
         self.names[name] += 1
         # Where beta is 0, the first argument of `addmm` is not read. The place for a result is written only.
         first = 1 if name == "addmm" and not (kwargs or {}).get("beta", 1) else 0
-        read, written = _tensors(args[first:]), _tensors(result)
+        read, written = _tensors(args[1 if name in LIKE else first :]), _tensors(result)
+        if name in CHOSEN:
+            read, written = read[1:], [tensor for tensor in read[1:] if not tensor.is_floating_point()]
         if name in PRODUCTS:
             left, right = read[-2:]
             if 2 * left.shape[-2] * left.shape[-1] * right.shape[-1] > self._large:

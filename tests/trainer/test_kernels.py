@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from finetune_trainer.kernels.dropped_product import Dropout
 from finetune_trainer.kernels.gated_product import Activation, activate, gated_product
@@ -388,3 +391,24 @@ def test_rotary_embeddings_have_in_fp32_the_bits_of_the_code_of_models(features:
         results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
     for found, wanted in zip(*results, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 64), (2, 33, 576), (3, 5, 8, 128)], ids=str)
+@pytest.mark.parametrize(("kind", "form"), [(LlamaRMSNorm, Form.SCALED), (GemmaRMSNorm, Form.CENTERED)])
+def test_a_norm_has_in_fp32_on_the_cpu_the_bits_of_the_code_of_models(
+    kind: type[nn.Module], form: Form, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weights = (torch.randn(shape, generator=generator) for _ in range(2))
+    module: Any = kind(shape[-1], eps=1e-6)
+    weight = torch.rand(shape[-1], generator=generator)
+    module.weight.data.copy_(weight)
+    wanted, found = (x.clone().requires_grad_() for _ in range(2))
+    own = weight.clone().requires_grad_()
+    outputs = module(wanted), rms_norm(found, own, 1e-6, form)
+    gradients = [
+        torch.autograd.grad(output, leaves, weights)
+        for output, leaves in zip(outputs, ((wanted, module.weight), (found, own)), strict=True)
+    ]
+    for one, other in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        assert torch.equal(one, other)

@@ -37,6 +37,7 @@ from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters
 from finetune_trainer.engine.plain_engine import PlainEngine, clipping_factor
 from finetune_trainer.engine.state import STATE_KINDS, take_snapshot
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.model.attention import Kernel
 from finetune_trainer.model.load import trained_parameters
 from tests.trainer import test_lora_variants as variants
@@ -119,6 +120,28 @@ def test_losses_and_weights_are_those_of_a_plain_loop(
     assert {key.rpartition("/")[0] for key in state} == expected.keys()
     for name, parameter in expected.items():
         torch.testing.assert_close(state[f"{name}/{MASTER}"], parameter.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_kernels_do_not_change_a_bit_of_a_full_training_in_fp32(tiny_model: Path) -> None:
+    """A difference in the last bits of a gradient becomes a large one of some weight, because AdamW divides by the size
+    of the gradient also where only rounding is left of the gradient. This test is about the CPU, and about models whose
+    layers are small enough that the library of the processor adds up a product in one part."""
+    torch.set_num_threads(1)
+    weights = []
+    for plain in ((), tuple(KernelPart)):
+        run = EngineRun(method="Full", parts=((PLAIN, STEPS),), micro=4, decay=DECAY)
+        model, batches = load(run, tiny_model), micro_batcher(tiny_model)
+        engine = PlainEngine(model, run.optimization(PLAIN), torch.device("cpu"), plain_kernels=plain)
+        assert bool(engine.kernels.replaced) == (not plain)
+        engine.train()
+        # The terms of the loss that is reported are added in another order.
+        norms = [one_step(engine, batches, run, step)[1] for step in range(1, STEPS + 1)]
+        weights.append((norms, {name: value.detach().clone() for name, value in model.named_parameters()}))
+        engine.close()
+    (norms, kernels), (plain_norms, plain_weights) = weights
+    assert norms == plain_norms
+    for name, weight in plain_weights.items():
+        assert torch.equal(kernels[name], weight), name
 
 
 def test_lora_plus_trains_as_with_the_optimizer_of_peft(tiny_model: Path, tmp_path: Path) -> None:
