@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.api.resources import EXTENDED_LIMIT, EXTENDED_RULES
@@ -147,14 +147,12 @@ def kubernetes_takes(name: str) -> bool:
     return not domain.endswith("kubernetes.io") or domain == "deviceclass.resource.kubernetes.io"
 
 
-@settings(deadline=None)
 @given(HOSTILE)
 def test_any_name_is_judged_as_kubernetes_judges_it(name: str) -> None:
     taken = all(holds(rule, {name: "4Mi" if name.startswith("hugepages-") else 1}) for rule, _ in EXTENDED_RULES)
     assert taken == (kubernetes_takes(name) and len(name) <= 128 and name != "nvidia.com/gpu")
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         HOSTILE, st.one_of(st.integers(1, 9999), st.sampled_from(["1", "4Mi", "3Ki", "9999Gi"])), max_size=8

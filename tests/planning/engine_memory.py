@@ -233,7 +233,7 @@ def measure(case: MemoryCase) -> Measurement:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from finetune_trainer.engine.choice import make_engine
+    from finetune_trainer.engine.making import make_engine
     from finetune_trainer.kernels.parts import KernelPart
 
     class Scalars(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here

@@ -100,7 +100,7 @@ def with_experts(document: Document, model: str) -> bool:
 
 # Of the first job, each change leaves something open that the plan of the changed job chooses anew. For the second one,
 # stage 2 is enough, and more GPUs bring stage 2 too.
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @example(document=job(resources__gpusPerNode=1), model="Llama-2-7B", gpu=find_gpu("L4"))
 @example(
     document=job(training__microBatchSize=1, deepspeed__zeroStage=1),
@@ -152,7 +152,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(setup=setups(), times=st.integers(2, 8))
 def test_more_of_everything_never_takes_less_memory(setup: TrainingSetup, times: int) -> None:
     before = memory_plan(setup)
@@ -166,7 +166,7 @@ def test_more_of_everything_never_takes_less_memory(setup: TrainingSetup, times:
         assert memory_plan(changed).needed >= before.needed
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(setup=setups(), times=st.integers(2, 8))
 def test_more_gpus_never_take_more_memory_of_each(setup: TrainingSetup, times: int) -> None:
     """At stages 0 to 2 too: with more GPUs the shards and the share of the global batch only become smaller."""

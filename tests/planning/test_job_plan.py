@@ -152,7 +152,7 @@ def test_more_gpus_shard_the_weights_where_a_whole_copy_fits_none() -> None:
     assert any("spec.deepspeed.zeroStage: 3" in suggestion.lines for suggestion in found)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     model=st.sampled_from(sorted(MODELS)),
     gpu=st.sampled_from(GPU_TYPES),

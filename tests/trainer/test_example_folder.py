@@ -171,7 +171,7 @@ ABSENCES: dict[str, Callable[[Path, int], object]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(DAMAGES | ABSENCES)), st.integers(0, 1 << 20))
 def test_damaged_examples_are_made_again(
     made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, damage: str, place: int
@@ -209,7 +209,7 @@ SEALS = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.one_of(SEALS, st.fixed_dictionaries({"name": st.just(NAME), "salt": SEALS, "files": SEALS})),
     st.dictionaries(st.sampled_from(FILES), st.lists(SEALS, max_size=2), min_size=1),

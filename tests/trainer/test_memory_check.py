@@ -267,7 +267,7 @@ anything = st.one_of(
 KEYS = sorted({key for model in MODELS.values() for key in model} - {"model_type"})
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     base=st.sampled_from(sorted(MODELS)),

@@ -133,7 +133,7 @@ def test_a_volume_that_fills_up_while_a_file_is_written_keeps_no_part_of_it(smal
         assert names(small_volume) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.sampled_from(["ours-a", "ours-b", "unfinished-a", "unfinished-b", "a.turn", "b.turn", "other"]),

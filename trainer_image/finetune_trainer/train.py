@@ -32,7 +32,7 @@ from finetune_trainer.data.prompts import answer_reader
 from finetune_trainer.decisions.recovery import RollbackRequired
 from finetune_trainer.decisions.replay import ReplayedDecisions, replay_decisions
 from finetune_trainer.engine.checks import check_model
-from finetune_trainer.engine.choice import make_engine
+from finetune_trainer.engine.making import make_engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungradable
