@@ -40,6 +40,11 @@ UPDATED_ELEMENTS = 1 << 24
 """Numbers that the plain engine updates at a time: `BATCH_ELEMENTS` in the trainer's `engine/masters.py`."""
 UPDATE_BYTES = 11
 """Bytes that the plain engine needs for each number that it updates, beside what stays."""
+SMALL_ELEMENTS = 1 << 20
+"""A gradient with fewer numbers waits for others in the plain engine: `SMALL_ELEMENTS` in the trainer's
+`engine/masters.py`."""
+WAITING_ELEMENTS = 1 << 22
+"""Numbers of small gradients from which the plain engine joins them and adds them up: `WAITING_ELEMENTS` there."""
 NORM_PIECE_BYTES = 32 << 20
 """Bytes of the numbers in fp64 whose squares the plain engine adds up at a time: `NORM_ELEMENTS` in the trainer's
 `engine/masters.py`."""
@@ -70,6 +75,9 @@ class EngineBytes:
     """Buffer of the communication while gradients are computed."""
     standing_bucket: int
     """Of it, what stays from step to step."""
+    waiting: int
+    """Small gradients that wait during the backward pass until they are added up together, with the tensors that they
+    are joined in."""
     head_reduction: int
     """The gradient of the output head with its copies, while it is reduced."""
     reduction: int
@@ -138,6 +146,10 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     gradients = MASTER_BYTES * trained
     # The gradient of the numbers that are updated is freed before most of that memory is needed.
     update = (UPDATE_BYTES - MASTER_BYTES) * min(trained, UPDATED_ELEMENTS) if is_bf16 else 0
+    # While a large gradient is added up, small ones may wait. They are joined when no large one is there.
+    waiting = width * min(_small_trained(setup, SMALL_ELEMENTS - 1), WAITING_ELEMENTS) if is_bf16 else 0
+    # A tied weight has a gradient as embedding and one as head, which are added up.
+    last = (2 if setup.sizes.tied else 1) * width * largest
     checkpoint = 0
     if is_bf16:
         checkpoint = MASTER_BYTES * largest if largest <= UPDATED_ELEMENTS else STATE_BYTES * largest
@@ -152,9 +164,9 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=0,
         standing_bucket=0,
+        waiting=2 * waiting,
         head_reduction=(width + _new_gradient(setup)) * largest,
-        # A tied weight has a gradient as embedding and one as head, which are added up.
-        reduction=(2 if setup.sizes.tied else 1) * width * largest,
+        reduction=max(last + waiting if largest >= SMALL_ELEMENTS else 0, 2 * waiting),
         norm=NORM_PIECE_BYTES,
         update=update,
         checkpoint=checkpoint,
@@ -187,6 +199,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             held_experts=(),
             bucket=0,
             standing_bucket=0,
+            waiting=0,
             head_reduction=width * largest,
             # A tied weight has a gradient as embedding and one as head, which are added up.
             reduction=2 * width * largest,
@@ -215,6 +228,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=bucket,
         standing_bucket=0,
+        waiting=0,
         # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
         head_reduction=_reduction(setup),
         reduction=max(_reduction(setup), width * _expert_gradients(setup), width * shard if first else 0),
@@ -249,6 +263,7 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         held_experts=tuple(width * sum(tensors) for tensors in setup.sizes.experts),
         bucket=bucket,
         standing_bucket=bucket,
+        waiting=0,
         head_reduction=_reduction(setup),
         reduction=max(_reduction(setup), width * _expert_gradients(setup)),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
@@ -319,13 +334,36 @@ def _gathered(setup: TrainingSetup, whole: int) -> int:
 
 def _persistent(setup: TrainingSetup) -> int:
     """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
-    sizes, adapters = setup.sizes, setup.adapters
-    small = sizes.parameters_by_kind["norms"]
-    for linear, count in sizes.linears.items():
-        small += count * linear.biased * linear.outputs
-        if linear.elements <= PERSISTENT_ELEMENTS:
-            small += count * linear.elements
-        if adapters is not None and linear.part is not Part.ROUTER:
-            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
-            small += count * sum(elements for elements in matrices if elements <= PERSISTENT_ELEMENTS)
+    small = _small_weights(setup, PERSISTENT_ELEMENTS) + _small_adapters(setup, PERSISTENT_ELEMENTS)
     return min(small, setup.parameters)
+
+
+def _small_trained(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of trained parameters in tensors of at most ``limit`` elements."""
+    if setup.adapters is None:
+        return _small_weights(setup, limit)
+    return min(_small_adapters(setup, limit), setup.trained_parameters)
+
+
+def _small_weights(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of the model's own parameters in tensors of at most ``limit`` elements. Norms and biases are
+    such tensors."""
+    small = setup.sizes.parameters_by_kind["norms"]
+    for linear, count in setup.sizes.linears.items():
+        small += count * linear.biased * linear.outputs
+        if linear.elements <= limit:
+            small += count * linear.elements
+    return small
+
+
+def _small_adapters(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of parameters in the layers' matrices of adapters that have at most ``limit`` elements."""
+    adapters = setup.adapters
+    if adapters is None:
+        return 0
+    small = 0
+    for linear, count in setup.sizes.linears.items():
+        if linear.part is not Part.ROUTER:
+            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
+            small += count * sum(elements for elements in matrices if elements <= limit)
+    return small

@@ -153,9 +153,10 @@ class _Passes:
         self._trains_head = adapters is None
         self._head_gradient = width * setup.vocabulary * sizes.hidden if self._trains_head else 0
         # In the feed-forward layer: the activation, its gradient, that of the product, and a product of gradient and
-        # input, beside the gradients of two hidden states. Under ZeRO-3 the product that was kept is freed before.
+        # input, beside the gradients of two hidden states. Under ZeRO-3 torch computes instead the gradients of the
+        # product and of its two inputs, and the product that was kept is freed before.
         # Experts do not compute the activation again, and copy hidden states.
-        gates = 3 if setup.zero_stage == 3 else 4
+        gates = 2 if setup.zero_stage == 3 else 4
         self._inside_layer = 2 * self._wide + 4 * self._hidden
         if not sizes.active_experts:
             self._inside_layer = gates * self._wide + 2 * self._hidden
@@ -217,13 +218,15 @@ class _Passes:
         """The need while the backward pass of the last layer runs: gradients inside of the layer, and where layers are
         computed again all that the layer keeps."""
         inside = self._kept + self._layer + self._inside_layer + self._experts.kept
-        if not self._trains_head:
-            return self._need(activations=inside, gradients=self._experts.merged_gradient)
         setup, state = self._setup, self._state
+        # Where layers are not computed again, the last layer has the peak, and few gradients wait so early.
+        waiting = state.waiting if setup.recompute else 0
+        if not self._trains_head:
+            return self._need(activations=inside, gradients=self._experts.merged_gradient + waiting)
         # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
         head, own = reduced_head(setup), layer_gradients(setup)
         bucket = state.bucket + state.gathered - self._buffers
-        return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
+        return self._need(activations=inside, gradients=head + own + waiting, buffers=max(0, bucket))
 
     @property
     def evaluation(self) -> _Need:
