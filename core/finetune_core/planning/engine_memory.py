@@ -213,7 +213,8 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     accumulated = width * trained if first else MASTER_BYTES * shard
     gradients = width * shard if first else MASTER_BYTES * shard
     # The update makes a flat copy in fp32. At stage 1 a flat copy in the number format of the weights comes before it.
-    flat = (width + MASTER_BYTES) * shard if first else 0
+    copied = (width + MASTER_BYTES) * shard if first else 0
+    flat = None if first or setup.adapters is not None else _FlatReduction(setup)
     offloaded = setup.offload_optimizer
     optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
     norm = NORM_BYTES * fragment
@@ -230,10 +231,14 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         standing_bucket=0,
         waiting=0,
         # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
-        head_reduction=_reduction(setup),
-        reduction=max(_reduction(setup), width * _expert_gradients(setup), width * shard if first else 0),
+        head_reduction=_reduction(setup) if flat is None else flat.head,
+        reduction=max(
+            _reduction(setup) if flat is None else flat.embedding,
+            width * _expert_gradients(setup),
+            width * shard if first else 0,
+        ),
         norm=norm,
-        update=0 if offloaded else max(flat, norm),
+        update=0 if offloaded else max(copied, norm),
         checkpoint=STATE_BYTES * largest,
     )
 
@@ -272,6 +277,60 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
     )
 
 
+class _FlatReduction:
+    """Bytes while the gradients of the largest weights are reduced at stage 2 where every parameter is trained, on the
+    rank that needs most of them.
+
+    Each rank has a consecutive part of the flat tensor of all parameters, the first one the embedding and the last one
+    the head. Parts of a gradient that lie side by side are joined until they are more than a bucket
+    (`allreduce_and_scatter` in deepspeed/runtime/zero/stage_1_and_2.py). A rank adds a copy of its part in fp32 to its
+    fp32 gradients (`_add_to_grad_partition_buffer`). It makes all of these at the first part
+    (`_build_compact_grad_partition_buffer`), which on the last rank is that of the head. A gradient that is larger than
+    a bucket and has a part on the rank stays until the backward pass ends (`copy_grads_in_partition`).
+    """
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        width, ranks, sizes = setup.number_format.bytes, setup.processes, setup.sizes
+        self._width, self._shard = width, -(-setup.trained_parameters // ranks)
+        weight = setup.vocabulary * sizes.hidden
+        staying = sum(count * linear.elements for linear, count in sizes.linears.items() if _is_large(linear.elements))
+        staying += 0 if sizes.tied or not _is_large(weight) else weight
+        whole, copies = width * weight, self._copies(0, weight)
+        self.head = whole
+        """For the head. The gradient of a tied weight is whole, and reduced, only once that of the embedding is
+        known."""
+        if not sizes.tied:
+            self.head += self._copies(setup.trained_parameters - weight, weight) + new_sums(setup)
+        rest = copies + width * staying if ranks == 1 else max(copies, width * min(staying, self._shard + weight))
+        self.embedding = max(whole + rest, 3 * whole if sizes.tied else 0)
+        """For the embedding, the last gradient. That of a tied weight is the sum of two."""
+
+    def _copies(self, start: int, elements: int) -> int:
+        """Return the bytes of the copies of a gradient of ``elements`` numbers, the first of which is the number
+        ``start`` of the flat tensor."""
+        most, joined, end = 0, list[int](), start + elements
+        while start < end:
+            cut = min(end, (start // self._shard + 1) * self._shard)
+            joined.append(cut - start)
+            start = cut
+            if start == end or _is_large(sum(joined)):
+                together = sum(joined) if len(joined) > 1 else 0
+                most = max(most, self._width * together + MASTER_BYTES * max(joined))
+                joined = []
+        return most
+
+
+def _is_large(elements: int) -> bool:
+    """Return whether a gradient of ``elements`` numbers is larger than a bucket of DeepSpeed."""
+    return elements > BUCKET_ELEMENTS
+
+
+def new_sums(setup: TrainingSetup) -> int:
+    """Return the bytes of the fp32 gradients of a rank at stage 2, which the last micro-batch of a step makes: 0 where
+    the micro-batches before have made them already."""
+    return 0 if setup.accumulation > 1 else MASTER_BYTES * -(-setup.trained_parameters // setup.processes)
+
+
 def _reduction(setup: TrainingSetup) -> int:
     """Return the bytes while the largest gradient beside those of experts is reduced: the gradient and two copies of
     it. With one process the second copy is in fp32."""
@@ -307,6 +366,9 @@ def reduced_head(setup: TrainingSetup) -> int:
     if setup.zero_stage is None:
         # The gradient of a tied weight is whole only once that of the embedding is known.
         return head * (setup.number_format.bytes if setup.sizes.tied else _new_gradient(setup))
+    if setup.zero_stage in (1, 2):
+        # The rank that has a part of the head keeps the gradient of the head, and at stage 1 each rank does.
+        return setup.number_format.bytes * head + (new_sums(setup) if setup.zero_stage == 2 else 0)
     return MASTER_BYTES * head // setup.processes
 
 
