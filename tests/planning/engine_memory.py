@@ -9,7 +9,8 @@ group answers every collective call at once. So one process on a CPU runs the st
 allocator in a step with real tensors.
 
 `python -m tests.planning.engine_memory CASE…` prints what it measured of cases of `memory_cases.py` as JSON, one object
-a line. `test_planned_memory.py` calls `measure_all`, which starts this program once for each number of processes.
+a line. `test_planned_memory.py` calls `measure_all`, which starts this program once for each number of processes and
+each rank, which the variable RANK names.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TIMEOUT = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Bytes of one rank. All but ``standing`` are peaks."""
+    """Bytes of one rank, or the highest ones of several. All but ``standing`` are peaks."""
 
     parameters: int
     """Number of parameters of the model with its adapters."""
@@ -61,13 +62,16 @@ class Measurement:
 
 
 def measure_all(names: Sequence[str]) -> dict[str, Measurement]:
-    """Measure the cases ``names``, each in a program with the case's number of processes."""
+    """Measure the ranks of the cases ``names``, each in a program with the case's number of processes, and return the
+    highest figures."""
     found: dict[str, Measurement] = {}
-    for processes in sorted({CASES[name].processes for name in names}):
-        group = [name for name in names if CASES[name].processes == processes]
+    programs = {(CASES[name].processes, rank) for name in names for rank in CASES[name].measured_ranks}
+    for processes, rank in sorted(programs):
+        cases = [name for name in names if CASES[name].processes == processes]
+        group = [name for name in cases if rank in CASES[name].measured_ranks]
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tests.planning.engine_memory", *group],
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -77,7 +81,8 @@ def measure_all(names: Sequence[str]) -> dict[str, Measurement]:
             if line.startswith("{"):
                 values = json.loads(line)
                 name = values.pop("case")
-                found[name] = Measurement(**values)
+                before = asdict(found[name]) if name in found else values
+                found[name] = Measurement(**{key: max(value, before[key]) for key, value in values.items()})
     return found
 
 
@@ -87,8 +92,9 @@ def main(names: Sequence[str]) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.set_num_threads(1)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(CASES[names[0]].processes))
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=CASES[names[0]].processes)
+    rank, processes = int(os.environ.get("RANK", "0")), CASES[names[0]].processes
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     let_fake_tensors_through()
     for name in names:
         print(json.dumps({"case": name, **asdict(measure(CASES[name]))}), flush=True)

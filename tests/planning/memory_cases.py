@@ -163,7 +163,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCase:
-    """A training of which the memory of rank 0 is measured and planned. Every position has a target."""
+    """A training of which the memory of a rank is measured and planned. Every position has a target."""
 
     model: str
     """Key of MODELS."""
@@ -186,6 +186,12 @@ class MemoryCase:
         """Return the model's `config.json`, with the measured number of layers."""
         shape = MODELS[self.model]
         return shape if self.layers is None else {**shape, "num_hidden_layers": self.layers}
+
+    @property
+    def measured_ranks(self) -> tuple[int, ...]:
+        """Return the ranks that are measured, of whose figures the highest ones count. At ZeRO stages 1 and 2 each rank
+        has another part of all parameters, the first one the embedding and the last one the head."""
+        return (0, self.processes - 1) if self.processes > 1 and self.stage in (1, 2) and self.rank is None else (0,)
 
     def optimization(self) -> OptimizationConfig:
         """Return the settings with which the engine is made."""

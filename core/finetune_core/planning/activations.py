@@ -36,7 +36,9 @@ class Kernels:
     """How many tensors as wide as the feed-forward network it keeps: gate, its activation, input, and their product
     are 4; 2 where the activation and the product are computed again."""
     sharded_gate_results: int
-    """The same under ZeRO-3, where the linear layers compute with their own code."""
+    """The same under ZeRO-3. The linear layers compute with their own code there. So does the gated product: DeepSpeed
+    puts hooks on every module, and no kernel takes the place of an activation that has hooks (`runs_only_its_code` in
+    the trainer's `kernels/calls.py`)."""
     expert_results: int
     """The same of experts, for each expert of a token."""
     dropout_masks: bool
@@ -57,7 +59,7 @@ CURRENT_KERNELS: Final = Kernels(
     norm_copies=False,
     norm_result=False,
     gate_results=2,
-    sharded_gate_results=3,
+    sharded_gate_results=4,
     expert_results=4,
     dropout_masks=False,
     passes_lora=10.6,

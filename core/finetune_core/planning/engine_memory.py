@@ -40,6 +40,11 @@ UPDATED_ELEMENTS = 1 << 24
 """Numbers that the plain engine updates at a time: `BATCH_ELEMENTS` in the trainer's `engine/masters.py`."""
 UPDATE_BYTES = 11
 """Bytes that the plain engine needs for each number that it updates, beside what stays."""
+SMALL_ELEMENTS = 1 << 20
+"""A gradient with fewer numbers waits for others in the plain engine: `SMALL_ELEMENTS` in the trainer's
+`engine/masters.py`."""
+WAITING_ELEMENTS = 1 << 22
+"""Numbers of small gradients from which the plain engine joins them and adds them up: `WAITING_ELEMENTS` there."""
 NORM_PIECE_BYTES = 32 << 20
 """Bytes of the numbers in fp64 whose squares the plain engine adds up at a time: `NORM_ELEMENTS` in the trainer's
 `engine/masters.py`."""
@@ -70,6 +75,9 @@ class EngineBytes:
     """Buffer of the communication while gradients are computed."""
     standing_bucket: int
     """Of it, what stays from step to step."""
+    waiting: int
+    """Small gradients that wait during the backward pass until they are added up together, with the tensors that they
+    are joined in."""
     head_reduction: int
     """The gradient of the output head with its copies, while it is reduced."""
     reduction: int
@@ -138,6 +146,10 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     gradients = MASTER_BYTES * trained
     # The gradient of the numbers that are updated is freed before most of that memory is needed.
     update = (UPDATE_BYTES - MASTER_BYTES) * min(trained, UPDATED_ELEMENTS) if is_bf16 else 0
+    # While a large gradient is added up, small ones may wait. They are joined when no large one is there.
+    waiting = width * min(_small_trained(setup, SMALL_ELEMENTS - 1), WAITING_ELEMENTS) if is_bf16 else 0
+    # A tied weight has a gradient as embedding and one as head, which are added up.
+    last = (2 if setup.sizes.tied else 1) * width * largest
     checkpoint = 0
     if is_bf16:
         checkpoint = MASTER_BYTES * largest if largest <= UPDATED_ELEMENTS else STATE_BYTES * largest
@@ -152,9 +164,9 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=0,
         standing_bucket=0,
+        waiting=2 * waiting,
         head_reduction=(width + _new_gradient(setup)) * largest,
-        # A tied weight has a gradient as embedding and one as head, which are added up.
-        reduction=(2 if setup.sizes.tied else 1) * width * largest,
+        reduction=max(last + waiting if largest >= SMALL_ELEMENTS else 0, 2 * waiting),
         norm=NORM_PIECE_BYTES,
         update=update,
         checkpoint=checkpoint,
@@ -187,6 +199,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             held_experts=(),
             bucket=0,
             standing_bucket=0,
+            waiting=0,
             head_reduction=width * largest,
             # A tied weight has a gradient as embedding and one as head, which are added up.
             reduction=2 * width * largest,
@@ -200,7 +213,8 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     accumulated = width * trained if first else MASTER_BYTES * shard
     gradients = width * shard if first else MASTER_BYTES * shard
     # The update makes a flat copy in fp32. At stage 1 a flat copy in the number format of the weights comes before it.
-    flat = (width + MASTER_BYTES) * shard if first else 0
+    copied = (width + MASTER_BYTES) * shard if first else 0
+    flat = None if first or setup.adapters is not None else _FlatReduction(setup)
     offloaded = setup.offload_optimizer
     optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
     norm = NORM_BYTES * fragment
@@ -215,11 +229,16 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=bucket,
         standing_bucket=0,
+        waiting=0,
         # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
-        head_reduction=_reduction(setup),
-        reduction=max(_reduction(setup), width * _expert_gradients(setup), width * shard if first else 0),
+        head_reduction=_reduction(setup) if flat is None else flat.head,
+        reduction=max(
+            _reduction(setup) if flat is None else flat.embedding,
+            width * _expert_gradients(setup),
+            width * shard if first else 0,
+        ),
         norm=norm,
-        update=0 if offloaded else max(flat, norm),
+        update=0 if offloaded else max(copied, norm),
         checkpoint=STATE_BYTES * largest,
     )
 
@@ -249,12 +268,67 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         held_experts=tuple(width * sum(tensors) for tensors in setup.sizes.experts),
         bucket=bucket,
         standing_bucket=bucket,
+        waiting=0,
         head_reduction=_reduction(setup),
         reduction=max(_reduction(setup), width * _expert_gradients(setup)),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
         update=0 if offloaded else MASTER_BYTES * shard,
         checkpoint=STATE_BYTES * largest,
     )
+
+
+class _FlatReduction:
+    """Bytes while the gradients of the largest weights are reduced at stage 2 where every parameter is trained, on the
+    rank that needs most of them.
+
+    Each rank has a consecutive part of the flat tensor of all parameters, the first one the embedding and the last one
+    the head. Parts of a gradient that lie side by side are joined until they are more than a bucket
+    (`allreduce_and_scatter` in deepspeed/runtime/zero/stage_1_and_2.py). A rank adds a copy of its part in fp32 to its
+    fp32 gradients (`_add_to_grad_partition_buffer`). It makes all of these at the first part
+    (`_build_compact_grad_partition_buffer`), which on the last rank is that of the head. A gradient that is larger than
+    a bucket and has a part on the rank stays until the backward pass ends (`copy_grads_in_partition`).
+    """
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        width, ranks, sizes = setup.number_format.bytes, setup.processes, setup.sizes
+        self._width, self._shard = width, -(-setup.trained_parameters // ranks)
+        weight = setup.vocabulary * sizes.hidden
+        staying = sum(count * linear.elements for linear, count in sizes.linears.items() if _is_large(linear.elements))
+        staying += 0 if sizes.tied or not _is_large(weight) else weight
+        whole, copies = width * weight, self._copies(0, weight)
+        self.head = whole
+        """For the head. The gradient of a tied weight is whole, and reduced, only once that of the embedding is
+        known."""
+        if not sizes.tied:
+            self.head += self._copies(setup.trained_parameters - weight, weight) + new_sums(setup)
+        rest = copies + width * staying if ranks == 1 else max(copies, width * min(staying, self._shard + weight))
+        self.embedding = max(whole + rest, 3 * whole if sizes.tied else 0)
+        """For the embedding, the last gradient. That of a tied weight is the sum of two."""
+
+    def _copies(self, start: int, elements: int) -> int:
+        """Return the bytes of the copies of a gradient of ``elements`` numbers, the first of which is the number
+        ``start`` of the flat tensor."""
+        most, joined, end = 0, list[int](), start + elements
+        while start < end:
+            cut = min(end, (start // self._shard + 1) * self._shard)
+            joined.append(cut - start)
+            start = cut
+            if start == end or _is_large(sum(joined)):
+                together = sum(joined) if len(joined) > 1 else 0
+                most = max(most, self._width * together + MASTER_BYTES * max(joined))
+                joined = []
+        return most
+
+
+def _is_large(elements: int) -> bool:
+    """Return whether a gradient of ``elements`` numbers is larger than a bucket of DeepSpeed."""
+    return elements > BUCKET_ELEMENTS
+
+
+def new_sums(setup: TrainingSetup) -> int:
+    """Return the bytes of the fp32 gradients of a rank at stage 2, which the last micro-batch of a step makes: 0 where
+    the micro-batches before have made them already."""
+    return 0 if setup.accumulation > 1 else MASTER_BYTES * -(-setup.trained_parameters // setup.processes)
 
 
 def _reduction(setup: TrainingSetup) -> int:
@@ -292,6 +366,9 @@ def reduced_head(setup: TrainingSetup) -> int:
     if setup.zero_stage is None:
         # The gradient of a tied weight is whole only once that of the embedding is known.
         return head * (setup.number_format.bytes if setup.sizes.tied else _new_gradient(setup))
+    if setup.zero_stage in (1, 2):
+        # The rank that has a part of the head keeps the gradient of the head, and at stage 1 each rank does.
+        return setup.number_format.bytes * head + (new_sums(setup) if setup.zero_stage == 2 else 0)
     return MASTER_BYTES * head // setup.processes
 
 
@@ -319,13 +396,36 @@ def _gathered(setup: TrainingSetup, whole: int) -> int:
 
 def _persistent(setup: TrainingSetup) -> int:
     """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
-    sizes, adapters = setup.sizes, setup.adapters
-    small = sizes.parameters_by_kind["norms"]
-    for linear, count in sizes.linears.items():
-        small += count * linear.biased * linear.outputs
-        if linear.elements <= PERSISTENT_ELEMENTS:
-            small += count * linear.elements
-        if adapters is not None and linear.part is not Part.ROUTER:
-            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
-            small += count * sum(elements for elements in matrices if elements <= PERSISTENT_ELEMENTS)
+    small = _small_weights(setup, PERSISTENT_ELEMENTS) + _small_adapters(setup, PERSISTENT_ELEMENTS)
     return min(small, setup.parameters)
+
+
+def _small_trained(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of trained parameters in tensors of at most ``limit`` elements."""
+    if setup.adapters is None:
+        return _small_weights(setup, limit)
+    return min(_small_adapters(setup, limit), setup.trained_parameters)
+
+
+def _small_weights(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of the model's own parameters in tensors of at most ``limit`` elements. Norms and biases are
+    such tensors."""
+    small = setup.sizes.parameters_by_kind["norms"]
+    for linear, count in setup.sizes.linears.items():
+        small += count * linear.biased * linear.outputs
+        if linear.elements <= limit:
+            small += count * linear.elements
+    return small
+
+
+def _small_adapters(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of parameters in the layers' matrices of adapters that have at most ``limit`` elements."""
+    adapters = setup.adapters
+    if adapters is None:
+        return 0
+    small = 0
+    for linear, count in setup.sizes.linears.items():
+        if linear.part is not Part.ROUTER:
+            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
+            small += count * sum(elements for elements in matrices if elements <= limit)
+    return small

@@ -153,9 +153,10 @@ class _Passes:
         self._trains_head = adapters is None
         self._head_gradient = width * setup.vocabulary * sizes.hidden if self._trains_head else 0
         # In the feed-forward layer: the activation, its gradient, that of the product, and a product of gradient and
-        # input, beside the gradients of two hidden states. Under ZeRO-3 the product that was kept is freed before.
+        # input, beside the gradients of two hidden states. Under ZeRO-3 torch computes instead the gradients of the
+        # product and of its two inputs, and the product that was kept is freed before.
         # Experts do not compute the activation again, and copy hidden states.
-        gates = 3 if setup.zero_stage == 3 else 4
+        gates = 2 if setup.zero_stage == 3 else 4
         self._inside_layer = 2 * self._wide + 4 * self._hidden
         if not sizes.active_experts:
             self._inside_layer = gates * self._wide + 2 * self._hidden
@@ -164,6 +165,11 @@ class _Passes:
         self._gradients = state.standing_gradients + state.accumulated
         # The bucket is there from the first backward pass of a step on.
         self._buffers = state.gathered + (state.bucket if setup.accumulation > 1 else state.standing_bucket)
+
+    @property
+    def _missing_bucket(self) -> int:
+        """The bucket where the first backward pass of a step makes it."""
+        return max(0, self._state.bucket + self._state.gathered - self._buffers)
 
     def _need(self, *, activations: int, logits: int = 0, gradients: int = 0, buffers: int = 0) -> _Need:
         """Return a need of both passes with the buffers that they have in any case."""
@@ -209,7 +215,7 @@ class _Passes:
         if not self._trains_head:
             return normed
         # The gradient of the head, which the forward pass has computed, is reduced before that.
-        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction)
+        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction, buffers=self._missing_bucket)
         return max((reduced, normed), key=lambda need: need.total)
 
     @property
@@ -217,13 +223,14 @@ class _Passes:
         """The need while the backward pass of the last layer runs: gradients inside of the layer, and where layers are
         computed again all that the layer keeps."""
         inside = self._kept + self._layer + self._inside_layer + self._experts.kept
+        setup = self._setup
+        # Where layers are not computed again, the last layer has the peak, and few gradients wait so early.
+        waiting = self._state.waiting if setup.recompute else 0
         if not self._trains_head:
-            return self._need(activations=inside, gradients=self._experts.merged_gradient)
-        setup, state = self._setup, self._state
+            return self._need(activations=inside, gradients=self._experts.merged_gradient + waiting)
         # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
         head, own = reduced_head(setup), layer_gradients(setup)
-        bucket = state.bucket + state.gathered - self._buffers
-        return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
+        return self._need(activations=inside, gradients=head + own + waiting, buffers=self._missing_bucket)
 
     @property
     def evaluation(self) -> _Need:
