@@ -24,7 +24,7 @@ from finetune_core.contract import Phase
 from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSnapshot
@@ -212,18 +212,17 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write the numbers of the rows that this rank consumes to ``file`` while the block runs, as one JSON line per
+    """Write the numbers of the rows that this rank trains on to ``file`` while the block runs, as one JSON line per
     step."""
-    made = MicroBatcher.plan_step
+    train_on = loop.TrainingLoop._accumulate_gradient
 
-    def step(self: MicroBatcher, number: int, optimization: Any) -> Any:
-        share = made(self, number, optimization)
-        own = [row for micro in share.micro_batches for sequence in micro for row in sequence]
+    def step(self: loop.TrainingLoop, number: int, plan: MicroBatchPlan) -> Any:
+        own = [row for micro in plan.micro_batches for sequence in micro for row in sequence]
         with file.open("a") as lines:
             print(json.dumps({"step": number, "own": own}), file=lines)
-        return share
+        return train_on(self, number, plan)
 
-    with mock.patch.object(MicroBatcher, "plan_step", step):
+    with mock.patch.object(loop.TrainingLoop, "_accumulate_gradient", step):
         yield
 
 
