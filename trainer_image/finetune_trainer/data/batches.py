@@ -55,8 +55,8 @@ class Batch(NamedTuple):
     packing."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch, whose tensors must be on the CPU, with all tensors on ``device``. Where ``device`` is the CPU,
-        nothing is copied. Copies to a GPU are only issued: the CPU does not wait until the GPU makes them."""
+        """Return the batch, whose tensors must be on the CPU, with all tensors on ``device``. For the CPU nothing is
+        copied. Copies to a GPU are only issued: the CPU does not wait until the GPU makes them."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
         return self._replace(**{name: _on(device, tensor) for name, tensor in tensors.items()})
 
