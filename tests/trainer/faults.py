@@ -37,6 +37,7 @@ from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot
+from tests.trainer.call_order import recorded_calls
 
 
 @contextmanager
@@ -56,6 +57,8 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
     - {"kind": "alive", "count": n} lets a rank hold at most n snapshots at once
     - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
+    - {"kind": "calls", "folder": f} changes nothing, and writes the order of the calls of rank r to `calls-r.jsonl` in
+      the folder f, see `call_order.py`
     - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
@@ -73,6 +76,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "budget": _budget,
         "kill": _kill,
         "both": _both,
+        "calls": _calls,
         "alive": _alive,
         "whole": _whole,
     }
@@ -148,6 +152,10 @@ def _both(fault: dict[str, Any]) -> Iterator[None]:
         for each in fault["faults"]:
             stack.enter_context(scripted(each))
         yield
+
+
+def _calls(fault: dict[str, Any]) -> Any:
+    return recorded_calls(Path(fault["folder"]) / f"calls-{os.environ['RANK']}.jsonl")
 
 
 def _alive(fault: dict[str, Any]) -> Any:
