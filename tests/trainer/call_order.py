@@ -27,8 +27,8 @@ from finetune_trainer.ranks.gang import Gang
 ENGINE_CALLS = ("loss", "backward", "gradient_norm", "step", "discard_gradient")
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 """Operators whose result the CPU needs before it can go on. On a GPU each of them is a wait."""
-ON_CPU = ("ranks/gang.py", "data/")
-"""Code of the trainer whose tensors are on the CPU on every machine."""
+ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward")
+"""Code of the trainer that reads tensors on the CPU only."""
 PACKAGES = ("finetune_trainer", "deepspeed")
 
 

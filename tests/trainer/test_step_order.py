@@ -36,6 +36,8 @@ JOBS: Mapping[str, tuple[int | None, dict[str, Any] | None]] = {
 NORM = ["read", "engine/plain_engine.py:gradient_norm"]
 LOSS = ["read", "engine/host_copy.py:read"]
 """The CPU reads the loss from its own memory: the norm, which it has read before, was computed after the loss."""
+TIES = ["read", "engine/masters.py:set_masters"]
+"""How many fp32 values lie in the middle between two numbers in bf16: a wait for each 16 million trained values."""
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +87,7 @@ def step(number: int, *, following: int | None, begins: bool = False, applied: b
         if index < MICRO_BATCHES:
             made.append(["made", number, index + 1])
     ahead = [["made", following, 1]] if following is not None else []
-    update = (
-        [["step"], ["gradient_norm"], ["read", "engine/masters.py:set_masters"]] if applied else [["discard_gradient"]]
-    )
+    update = [["step"], ["gradient_norm"], TIES] if applied else [["discard_gradient"]]
     return [["train", number], *made, *ahead, ["gradient_norm"], NORM, LOSS, ["sum"], *update]
 
 
@@ -147,7 +147,6 @@ def test_a_rollback_drops_what_was_made_ahead_and_no_excluded_step_is_made(
         if number != INFINITE_AT:
             before_last = STEPS if number < INFINITE_AT else None
             wanted += step(number, following=before_last, begins=number == INFINITE_AT - 1)
-    assert [call for call in calls["back"] if call[0] != "sum"] != []
     assert steps_of(calls["back"]) == wanted
     rows = step_rows(store, "order-back")
     assert [(row.step, row.tokens > 0) for row in rows][-STEPS:] == [(n, n != INFINITE_AT) for n in range(1, STEPS + 1)]
