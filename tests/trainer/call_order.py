@@ -32,7 +32,7 @@ ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward", "engine/plai
 PACKAGES = ("finetune_trainer", "deepspeed")
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
     """Writes a line for each result that the CPU reads of the device, with the place in the code."""
 
     def __init__(self, write: Any) -> None:

@@ -19,7 +19,6 @@ from finetune_trainer.data.batches import Batch, collate
 from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.host_copy import HostCopy
-from finetune_trainer.reporting import meter
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, PARTS, UPDATE, Stopwatch
 
 CPU = torch.device("cpu")
@@ -205,7 +204,7 @@ class Event:
 
 def test_the_update_that_a_gpu_still_computes_counts_in_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The events have no function that waits, so a call of one would fail."""
-    monkeypatch.setattr(meter.torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     Event.ISSUED = Event.DONE = 0.0
     watch = Stopwatch(torch.device("cuda"))
 

@@ -149,7 +149,7 @@ def test_a_rollback_drops_what_was_made_ahead_and_no_excluded_step_is_made(
             wanted += step(number, following=before_last, begins=number == INFINITE_AT - 1)
     assert steps_of(calls["back"]) == wanted
     rows = step_rows(store, "order-back")
-    assert [(row.step, row.tokens > 0) for row in rows][-STEPS:] == [(n, n != INFINITE_AT) for n in range(1, STEPS + 1)]
+    assert [row.step for row in rows if row.tokens == 0] == [INFINITE_AT]
 
 
 def test_deepspeed_computes_the_norm_without_a_wait_and_waits_in_its_update(calls: dict[str, list[list[Any]]]) -> None:
