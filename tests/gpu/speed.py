@@ -46,6 +46,9 @@ STEPS = 8
 RATE = 1e-5
 STALL_SECONDS = 0.3
 """For how long a snapshot of LoRA's training state may stall the training."""
+COPY_SECONDS = 0.005
+"""For how long the copy of a micro-batch of a few hundred kilobytes may hold the CPU. A copy that waits holds it until
+the GPU has computed the backward pass before, at least ten times as long."""
 MICRO_BATCHES = 3
 PLACES = 12
 KINDS = {
@@ -58,9 +61,10 @@ KERNEL_TABLE = "lora-512-kernels.txt"
 
 
 def lora_512(check: Check) -> None:
-    """Measure LoRA with 8 sequences of 512 tokens, the waits of the CPU, and a snapshot."""
+    """Measure LoRA with 8 sequences of 512 tokens, the waits of the CPU, a copy to the GPU, and a snapshot."""
     prepared, batch = _measure(check, SHORT)
     _count_waits(check, prepared, batch)
+    _copy_while_computing(check, prepared, batch)
     _count_kernels(check, prepared, batch)
     seconds = _snapshot(check, prepared)
     if not check.dry:
@@ -210,6 +214,28 @@ def _count_waits(check: Check, prepared: Prepared, batch: Batch) -> None:
         waits_per_step=counts[1] - per_micro_batch,
         places=dict(places.most_common(PLACES)),
     )
+
+
+def _copy_while_computing(check: Check, prepared: Prepared, batch: Batch) -> None:
+    """Measure how long the CPU takes to copy a micro-batch to the GPU while the GPU computes: the GPU is given a
+    backward pass first. PyTorch's own count of waits does not see a copy that waits."""
+    engine = prepared.engine
+    batch.to(engine.device)
+    synchronize(engine.device)
+    factor = 1 / max(1, batch.tokens)
+    loss = engine.loss(batch.to(engine.device), factor=factor)
+    engine.backward(loss * factor, last=True)
+    issued = time.perf_counter()
+    batch.to(engine.device)
+    copied = time.perf_counter() - issued
+    synchronize(engine.device)
+    computed = time.perf_counter() - issued
+    engine.discard_gradient()
+    check.say("copy", copy_seconds=copied, computing_seconds=computed)
+    if not check.dry:
+        check.expect(
+            "the copy of a micro-batch does not wait for the GPU", copied < COPY_SECONDS, seconds=copied, gpu=computed
+        )
 
 
 def _count_kernels(check: Check, prepared: Prepared, batch: Batch) -> None:

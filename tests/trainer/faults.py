@@ -24,7 +24,7 @@ from finetune_core.contract import Phase
 from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSnapshot
@@ -37,6 +37,7 @@ from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot
+from tests.trainer.call_order import recorded_calls
 
 
 @contextmanager
@@ -56,6 +57,8 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
     - {"kind": "alive", "count": n} lets a rank hold at most n snapshots at once
     - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
+    - {"kind": "calls", "folder": f} changes nothing, and writes the order of the calls of rank r to `calls-r.jsonl` in
+      the folder f, see `call_order.py`
     - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
@@ -73,6 +76,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "budget": _budget,
         "kill": _kill,
         "both": _both,
+        "calls": _calls,
         "alive": _alive,
         "whole": _whole,
     }
@@ -150,6 +154,10 @@ def _both(fault: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def _calls(fault: dict[str, Any]) -> Any:
+    return recorded_calls(Path(fault["folder"]) / f"calls-{os.environ['RANK']}.jsonl")
+
+
 def _alive(fault: dict[str, Any]) -> Any:
     return mock.patch.object(saving, "most_alive", return_value=fault["count"])
 
@@ -212,18 +220,17 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write the numbers of the rows that this rank consumes to ``file`` while the block runs, as one JSON line per
+    """Write the numbers of the rows that this rank trains on to ``file`` while the block runs, as one JSON line per
     step."""
-    made = MicroBatcher.plan_step
+    train_on = loop.TrainingLoop._accumulate_gradient
 
-    def step(self: MicroBatcher, number: int, optimization: Any) -> Any:
-        share = made(self, number, optimization)
-        own = [row for micro in share.micro_batches for sequence in micro for row in sequence]
+    def step(self: loop.TrainingLoop, number: int, plan: MicroBatchPlan) -> Any:
+        own = [row for micro in plan.micro_batches for sequence in micro for row in sequence]
         with file.open("a") as lines:
             print(json.dumps({"step": number, "own": own}), file=lines)
-        return share
+        return train_on(self, number, plan)
 
-    with mock.patch.object(MicroBatcher, "plan_step", step):
+    with mock.patch.object(loop.TrainingLoop, "_accumulate_gradient", step):
         yield
 
 

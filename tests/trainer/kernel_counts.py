@@ -29,6 +29,7 @@ from finetune_trainer.kernels.install import use_fused_kernels
 from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.adapters import add_adapters
+from finetune_trainer.model.packed_attention import install, note_borders
 from tests.trainer.engine_runs import PLAIN, EngineRun
 from tests.trainer.plain_loop import DENSE
 
@@ -153,7 +154,8 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Keep transformers from looking for packed examples in position ids, which needs their values."""
+    """Keep transformers from looking for packed examples in position ids, which needs their values. In a micro-batch
+    of a training transformers does not look for them (`model/packed_attention.py`)."""
     find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda _positions: None
     try:
@@ -228,19 +230,22 @@ def count(
             kept[storage._cdata] = storage
         return tensor
 
+    install()
     with _on_meta():
         passes = make(model)
-        model.train()
-        numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-        flat = numbers.flatten()
-        batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
-        counting = _Counting(len(flat))
-        with counting, _with_norms_as_on_cuda():
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = passes.loss(batch)
-            held = sum(storage.nbytes() for storage in kept.values())
-            kept.clear()
-            passes.backward(loss)
+    model.train()
+    numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    flat = numbers.flatten()
+    batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
+    counting = _Counting(len(flat))
+    # On the meta device no value can be read, so on a GPU the CPU waits for nothing in these passes.
+    with counting, _with_norms_as_on_cuda():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = passes.loss(batch)
+        held = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        passes.backward(loss)
+    note_borders(None)
     return Counts(counting.names.total(), counting.moved, held, counting.names)
 
 
