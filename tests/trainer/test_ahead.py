@@ -137,7 +137,7 @@ def test_a_micro_batch_that_was_taken_is_kept_by_nobody_else() -> None:
     assert taken() is None
 
 
-class Cuda(TorchFunctionMode):
+class Cuda(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
     """Stands for a machine with a GPU: notes which tensors are pinned and copied, and leaves them where they are."""
 
     def __init__(self) -> None:
