@@ -46,7 +46,7 @@ def calls(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("order")
     inputs = Inputs(
         model=tiny_model,
-        train=tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1)),
+        train=tiny.write_jsonl(folder / "train.jsonl", tiny.rows(18, seed=1)),
         validation=tiny.write_jsonl(folder / "validation.jsonl", tiny.rows(3, seed=2)),
     )
     configs, faults, results = list[dict[str, Any]](), list[dict[str, Any]](), list[Outcome]()
