@@ -121,7 +121,9 @@ def _counted_attention(_module: Any, query: Any, key: Any, value: Any, _mask: An
 AttentionInterface.register(ATTENTION, _counted_attention)
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
+class Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
+    """Counts the kernels that run, and the bytes that they move, as in `Counts`, for ``tokens`` tokens."""
+
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self._large = LARGE_PRODUCT * tokens
@@ -237,7 +239,7 @@ def count(
     numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     flat = numbers.flatten()
     batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
-    counting = _Counting(len(flat))
+    counting = Counting(len(flat))
     # On the meta device no value can be read, so on a GPU the CPU waits for nothing in these passes.
     with counting, _with_norms_as_on_cuda():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -259,7 +261,7 @@ def count_norm(norm: Callable[..., torch.Tensor], form: rms_norm.Form) -> Counts
     backward, with a frozen weight."""
     x = torch.zeros(1000, 1000, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.zeros(1000, dtype=torch.bfloat16, device="meta") if form is not rms_norm.Form.BARE else None
-    counting = _Counting(len(x))
+    counting = Counting(len(x))
     with counting, _with_norms_as_on_cuda():
         output = norm(x, weight, 1e-6, form)
         output.backward(torch.empty_like(output))

@@ -29,7 +29,8 @@ MOMENT_BYTES = 8
 MASTER_BYTES = 4
 """Bytes of the fp32 value of each trained parameter, which the engine keeps beside the weight in bf16."""
 NORM_BYTES = 8
-"""Bytes of a number in the copy of a gradient from which DeepSpeed computes its norm: float64."""
+"""Bytes of a number in the copy of a gradient from which DeepSpeed computes its norm: float64. The trainer lets
+DeepSpeed compute norms at ZeRO stage 3 and with offload."""
 STATE_BYTES = 12
 """Bytes of the state of a parameter that is gathered whole for a checkpoint: three numbers in fp32."""
 
@@ -46,8 +47,8 @@ SMALL_ELEMENTS = 1 << 20
 WAITING_ELEMENTS = 1 << 22
 """Numbers of small gradients from which the plain engine joins them and adds them up: `WAITING_ELEMENTS` there."""
 NORM_PIECE_BYTES = 32 << 20
-"""Bytes of the numbers in fp64 whose squares the plain engine adds up at a time: `NORM_ELEMENTS` in the trainer's
-`engine/masters.py`."""
+"""Bytes of the numbers in fp64 whose squares the trainer adds up at a time, in the plain engine and at ZeRO stages 1
+and 2: `NORM_ELEMENTS` in the trainer's `engine/gradient_norm.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +186,6 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     shard = -(-trained // ranks)
     largest = largest_trained(setup)
     fragment = min(largest, shard)
-    bucket = width * BUCKET_ELEMENTS
     if setup.zero_stage == 0:
         gradients = width * trained
         return EngineBytes(
@@ -212,12 +212,27 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     first = setup.zero_stage == 1
     accumulated = width * trained if first else MASTER_BYTES * shard
     gradients = width * shard if first else MASTER_BYTES * shard
-    # The update makes a flat copy in fp32. At stage 1 a flat copy in the number format of the weights comes before it.
-    copied = (width + MASTER_BYTES) * shard if first else 0
-    flat = None if first or setup.adapters is not None else _FlatReduction(setup)
     offloaded = setup.offload_optimizer
+    # With one process, gradients that are added up in the number format of the weights stay where autograd put them.
+    stay = ranks == 1 and not offloaded and (first or width == MASTER_BYTES)
+    # The update makes a flat copy of them in fp32. A flat copy in another number format comes before it.
+    copied = (MASTER_BYTES + (width if width < MASTER_BYTES else 0)) * shard if first or stay else 0
     optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
-    norm = NORM_BYTES * fragment
+    norm = NORM_BYTES * fragment if offloaded else min(NORM_PIECE_BYTES, NORM_BYTES * fragment)
+    head_reduction = _reduction(setup)
+    if stay:
+        # A tied weight has a gradient as embedding and one as head, which are added up.
+        reduction = (2 if setup.sizes.tied else 1) * width * largest
+    elif first:
+        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
+        reduction = max(_reduction(setup), width * _expert_gradients(setup), width * shard)
+    else:
+        # A gradient of experts that lies in the rank's shard stays until the end of the backward pass.
+        experts = width * _expert_gradients(setup)
+        reduction = max(_reduction(setup) + experts // 2, experts)
+        if setup.adapters is None:
+            flat = _FlatReduction(setup)
+            head_reduction, reduction = flat.head, max(reduction, flat.embedding)
     return EngineBytes(
         weights=_weights(setup, quantized),
         optimizer=optimizer,
@@ -227,18 +242,13 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         gathered=0,
         gather_copy=0,
         held_experts=(),
-        bucket=bucket,
+        bucket=0 if stay else width * BUCKET_ELEMENTS,
         standing_bucket=0,
         waiting=0,
-        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
-        head_reduction=_reduction(setup) if flat is None else flat.head,
-        reduction=max(
-            _reduction(setup) if flat is None else flat.embedding,
-            width * _expert_gradients(setup),
-            width * shard if first else 0,
-        ),
+        head_reduction=head_reduction,
+        reduction=reduction,
         norm=norm,
-        update=0 if offloaded else max(copied, norm),
+        update=0 if offloaded else copied,
         checkpoint=STATE_BYTES * largest,
     )
 

@@ -16,8 +16,9 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.engine.config import engine_config, prevent_compilation
+from finetune_trainer.engine.config import engine_clips, engine_config, prevent_compilation
 from finetune_trainer.engine.fragments import Fragment, own_fragment
+from finetune_trainer.engine.gradient_norm import clipping_factor, sum_of_squares
 from finetune_trainer.engine.leaf_modules import make_leaf_modules
 from finetune_trainer.kernels.install import use_fused_kernels
 from finetune_trainer.kernels.parts import NOT_UNDER_ZERO_3, KernelPart
@@ -75,7 +76,8 @@ class Engine:
         self._objective = Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain)
         if self._stage == 3:
             make_leaf_modules(model, self._objective.head)
-        self._optimization = optimization
+        self._clipping = optimization.gradient_clipping if engine_clips(optimization) else None
+        self._norm: float | None = None
         self.device = device
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimization.weight_decay, lora_plus_ratio=lora_plus_ratio),
@@ -86,6 +88,8 @@ class Engine:
             # the state is too large for any cache.
             fused=True,
         )
+        if self._clipping is not None:
+            optimizer.register_step_pre_hook(self._clip)
         ranks = torch.distributed.get_world_size()
         overlap = overlaps_communication("GPU" if device.type == "cuda" else "CPU", ranks=ranks)
         self.module, self._optimizer, _, _ = deepspeed.initialize(
@@ -144,6 +148,7 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of ``loss``. DeepSpeed averages gradients over the ranks. To get the sum, the caller
         multiplies ``loss`` by the number of ranks. ``last`` marks the last micro-batch of the global batch."""
+        self._norm = None
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -156,27 +161,55 @@ class Engine:
         Call this function before `step`, and do not call `step` where the norm is NaN. DeepSpeed would skip such an
         update without a report, and at stage 0 in fp32 it would apply the update.
         """
+        if self._norm is None:
+            norm = self._total_norm()
+            # DeepSpeed returns -1 for a norm that is not finite.
+            self._norm = norm if math.isfinite(norm) and norm >= 0 else math.nan
+        return self._norm
+
+    def _total_norm(self) -> float:
         if self._stage == 0:
             gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-        elif self._stage == 3:
+            return float(torch.nn.utils.get_total_norm(gradients))
+        if self._stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
-        else:
-            norm = float(self._optimizer.scaled_global_norm())
-        # DeepSpeed returns -1 for a norm that is not finite.
-        return norm if math.isfinite(norm) and norm >= 0 else math.nan
+            return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        if self._clipping is None:
+            return float(self._optimizer.scaled_global_norm())
+        with torch.no_grad():
+            # The order of the groups decides how the norm is rounded. The dictionary has another order.
+            gradients = sorted(self._optimizer.averaged_gradients.items())
+            # The sum over no values is on the CPU: a rank may hold no part of a small group.
+            squares = torch.stack([sum_of_squares(own).to(self.device) for _, own in gradients])
+            if torch.distributed.get_world_size() > 1:
+                torch.distributed.all_reduce(squares)
+            return float(torch.linalg.vector_norm(squares.sqrt()))
 
     def step(self, rate: float) -> None:
         """Clip the accumulated gradient and update the weights with the learning rate ``rate``. All ranks must call
         this function together."""
+        if self._clipping is not None:
+            # All ranks compute the norm together, and only ranks that hold a gradient call `_clip`.
+            self.gradient_norm()
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
         self.module.step()
+        self._norm = None
+
+    def _clip(self, optimizer: torch.optim.Optimizer, _arguments: object, _options: object) -> None:
+        """Clip the gradient before ``optimizer`` makes its update. DeepSpeed has made the gradient of this rank's shard
+        in fp32."""
+        assert self._clipping is not None
+        factor = clipping_factor(self.gradient_norm(), self._clipping)
+        if factor != 1:
+            for group in optimizer.param_groups:
+                for shard in group["params"]:
+                    shard.grad.mul_(factor)
 
     def discard_gradient(self) -> None:
         """Drop the accumulated gradient, so that no update is made with it."""
+        self._norm = None
         self._optimizer.zero_grad()
         if self._stage == 0:
             return

@@ -19,14 +19,12 @@ import torch
 from torch.optim.adamw import adamw
 
 from finetune_trainer.engine.engine import BETAS, EPSILON, FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.engine.gradient_norm import sum_of_squares
 from finetune_trainer.engine.state import STATE_KINDS
 
 BATCH_ELEMENTS = 1 << 24
 """`Bf16Masters` updates at most this number of values at a time. While it does so, it needs up to 11 bytes for each of
 them: 176 MiB."""
-NORM_ELEMENTS = 1 << 22
-"""The squares of this number of values are added up in fp64 at a time: 32 MiB. In fp32, torch's norm on the CPU is
-wrong by half a percent for 67 million values."""
 SMALL_ELEMENTS = 1 << 20
 """A gradient with fewer values waits for others, and all of them are joined and added with two kernels. Joined, larger
 gradients would take more time on a GPU than the start of a kernel for each of them."""
@@ -81,7 +79,8 @@ class Fp32Masters:
         """Do nothing, because autograd itself accumulates the gradients."""
 
     def gradient_norm(self) -> torch.Tensor:
-        return _norm([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return sum_of_squares(gradients).sqrt()
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
         for parameter in self._parameters.values():
@@ -186,7 +185,7 @@ class Bf16Masters:
 
     def gradient_norm(self) -> torch.Tensor:
         self.end_backward()
-        return _norm([batch.gradient for batch in self._batches if batch.gradient is not None])
+        return sum_of_squares([batch.gradient for batch in self._batches if batch.gradient is not None]).sqrt()
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
         self.end_backward()
@@ -395,14 +394,3 @@ def _neighbours(pieces: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[in
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return flat ``tensors`` as one, without a copy where there is only one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm of the values of all ``tensors``, a scalar in fp32. The squares are added up in fp64, piece by
-    piece, and the sum is rounded to fp32 before the root is taken, so that the norm has the bits of DeepSpeed's."""
-    norms = [
-        torch.linalg.vector_norm(piece, dtype=torch.float64)
-        for tensor in tensors
-        for piece in tensor.reshape(-1).split(NORM_ELEMENTS)
-    ]
-    return torch.stack(norms).square().sum().float().sqrt() if norms else torch.zeros(())

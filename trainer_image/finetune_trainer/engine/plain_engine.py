@@ -36,6 +36,7 @@ from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.engine import RATE_FACTOR, parameter_groups
 from finetune_trainer.engine.fragments import Fragment
+from finetune_trainer.engine.gradient_norm import clipping_factor
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters, Masters
 from finetune_trainer.engine.state import STATE_KINDS
 from finetune_trainer.kernels.install import use_fused_kernels
@@ -44,9 +45,6 @@ from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
-
-CLIPPING_EPSILON = 1e-6
-"""A number that is added to the norm before the gradient is clipped, as in torch and DeepSpeed."""
 
 
 class PlainEngine:
@@ -226,13 +224,3 @@ class PlainEngine:
         The optimizer's state does not change. So training can't go on after this call.
         """
         self._parameters[name].data.copy_(value)
-
-
-def clipping_factor(norm: float, largest: float) -> float:
-    """Return the factor for a gradient with the L2 norm ``norm``, so that its norm is at most ``largest``. The factor
-    is 1 where ``largest`` is 0, which means no clipping. All steps are computed in fp32, as in ZeRO stages 1 and 2 of
-    DeepSpeed, so that the factor has the same bits."""
-    if largest == 0:
-        return 1.0
-    quotient = (torch.tensor(norm) + CLIPPING_EPSILON) / largest
-    return float(1.0 / quotient.clamp(min=1.0))
