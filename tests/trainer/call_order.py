@@ -27,7 +27,7 @@ from finetune_trainer.ranks.gang import Gang
 ENGINE_CALLS = ("loss", "backward", "gradient_norm", "step", "discard_gradient")
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 """Operators whose result the CPU needs before it can go on. On a GPU each of them is a wait."""
-ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward", "engine/plain_engine.py:clipping_factor")
+ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward", "engine/gradient_norm.py:clipping_factor")
 """Code of the trainer that reads tensors on the CPU only."""
 PACKAGES = ("finetune_trainer", "deepspeed")
 
