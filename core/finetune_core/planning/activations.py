@@ -36,9 +36,8 @@ class Kernels:
     """How many tensors as wide as the feed-forward network it keeps: gate, its activation, input, and their product
     are 4; 2 where the activation and the product are computed again."""
     sharded_gate_results: int
-    """The same under ZeRO-3. The linear layers compute with their own code there. So does the gated product: DeepSpeed
-    puts hooks on every module, and no kernel takes the place of an activation that has hooks (`runs_only_its_code` in
-    the trainer's `kernels/calls.py`)."""
+    """The same under ZeRO-3, where linear layers and gated products compute with their own code (`NOT_UNDER_ZERO_3` in
+    the trainer's `kernels/parts.py`)."""
     expert_results: int
     """The same of experts, for each expert of a token."""
     dropout_masks: bool

@@ -36,9 +36,12 @@ class KernelPart(StrEnum):
     `use_fused_kernels` leaves it alone."""
 
 
-NOT_UNDER_ZERO_3 = frozenset({KernelPart.PROJECTIONS, KernelPart.GATED_PROJECTIONS, KernelPart.DROPOUT})
-"""The parts that read weights of modules without calling the modules. ZeRO-3 gathers the weights of a module only when
-the module is called."""
+NOT_UNDER_ZERO_3 = frozenset(
+    {KernelPart.GATED_PRODUCTS, KernelPart.PROJECTIONS, KernelPart.GATED_PROJECTIONS, KernelPart.DROPOUT}
+)
+"""The parts that take the place of modules without calling them. ZeRO-3 gathers the weights of a module only when the
+module is called. For that DeepSpeed registers hooks on every module, also on those without weights, such as the
+activations of gated layers, and no kernel takes the place of a module with hooks."""
 
 
 def parts_left_plain(environment: Mapping[str, str]) -> frozenset[KernelPart]:
