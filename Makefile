@@ -105,8 +105,8 @@ test: lint ## Run the linters, the unit tests, and the end-to-end tests on a rea
 
 .PHONY: test-long
 test-long: venv ## Run the tests that take many minutes
-	@$(PYTEST) -m long --hypothesis-profile default
-	@$(PYTEST) -m "not cluster and not long" --hypothesis-profile default $$(git grep -l "from hypothesis" -- "tests/**/test_*.py")
+	@$(PYTEST) -m long --hypothesis-profile new-values
+	@$(PYTEST) -m "not cluster and not long" --hypothesis-profile new-values $$(git grep -l "from hypothesis" -- "tests/**/test_*.py")
 
 # This environment has the packages of .venv and the libraries that the trainer is compared with.
 .venv-bench/.ready: $(UV) locks/bench.txt pyproject.toml

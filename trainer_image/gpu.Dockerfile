@@ -1,9 +1,12 @@
 # The image of the trainer for clusters with GPUs. It is the image of `Dockerfile`, which must be built first and which
-# TRAINER names, with two things that no wheel brings:
+# TRAINER names, with three things that no wheel brings:
 # - libibverbs and the providers of rdma-core. NCCL loads `libibverbs.so.1` while it starts, and uses InfiniBand or RoCE
 #   only where that succeeds. Otherwise NCCL uses TCP.
 # - DeepSpeed's `cpu_adam` as machine code: AdamW for optimizer state in the memory of the host. DeepSpeed would start a
 #   compiler in the pod otherwise. The trainer does not use `cpu_adam` yet. The compiler is in the first stage only.
+# - The capability IPC_LOCK on the file of the interpreter. Without it the kernel gives the capability of
+#   `podTemplate.securityContext` to root only. In pods without the capability the mark does nothing. In pods with it, the
+#   linker ignores LD_LIBRARY_PATH and LD_PRELOAD.
 #
 #     docker build -f trainer_image/gpu.Dockerfile --build-arg TRAINER=... -t ... .
 ARG TRAINER=finetune-trainer
@@ -35,6 +38,11 @@ USER 0
 # libgomp1 is what the compiler links OpenMP with. The libmlx5.so.1 of NVIDIA's network adapters is in ibverbs-providers.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libibverbs1 ibverbs-providers libgomp1 \
+ && rm -rf /var/lib/apt/lists/*
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends libcap2-bin \
+ && setcap cap_ipc_lock=p "$(readlink --canonicalize /opt/venv/bin/python)" \
+ && apt-get purge --yes libcap2-bin \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=compiled /opt/venv/lib/python3.11/site-packages/deepspeed /opt/venv/lib/python3.11/site-packages/deepspeed
 # The build ends here where a pod could not load one of both.

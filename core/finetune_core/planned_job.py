@@ -1,6 +1,7 @@
-"""Makes the plan of a FineTuneJob: takes from the job what the arithmetic of `planning` needs.
+"""Makes the plan of a FineTuneJob: takes from the job, or from its run file, what the arithmetic of `planning` needs.
 
-`finetune plan` calls `gpu_of`, `plan_of` and `changes_of`.
+`finetune plan` calls `gpu_of`, `plan_of` and `changes_of` for a job, whose open fields the plan chooses. The trainer's
+preflight check calls `wishes_of_run` for a run file, in which nothing is open.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import yaml
 
 from finetune_core.api.method import DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.api.storage import Export
+from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
 from finetune_core.planning.job_plan import JobPlan, Wishes, plan_job
 from finetune_core.planning.model_families import model_sizes
 from finetune_core.planning.model_sizes import ModelSizes, Part
-from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
+from finetune_core.planning.training_plan import micro_batch_size, process_share, total_steps, zero_stage
 from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
 from finetune_core.validation.runnable import to_bytes
 from finetune_core.validation.validate_job import validate_job
@@ -98,7 +101,13 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
     sizes = model_sizes(configuration)
     training, deepspeed, resources = spec.training, spec.deepspeed, spec.resources
     processes = resources.processes
-    stage = zero_stage(deepspeed.zero_stage, processes=processes)
+    offloads = deepspeed.offload_optimizer == "CPU"
+    stage = zero_stage(
+        deepspeed.zero_stage,
+        processes=processes,
+        lora=spec.method is Method.LORA,
+        configured=offloads or deepspeed.overrides is not None,
+    )
     open_micro_batch = training.micro_batch_size is None and training.gradient_accumulation_steps is None
     length = min(spec.dataset.max_length, sizes.context or spec.dataset.max_length)
     micro_batch = micro_batch_size(
@@ -110,12 +119,12 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
     added = len(spec.model.added_tokens)
     setup = TrainingSetup(
         sizes=sizes,
-        adapters=_adapters(spec, sizes, added) if spec.method is Method.LORA else None,
+        adapters=_adapters(spec.lora, sizes, added) if spec.method is Method.LORA else None,
         number_format=NumberFormat(training.precision),
         processes=processes,
         processes_per_node=resources.processes_per_node,
         zero_stage=stage,
-        offload_optimizer=deepspeed.offload_optimizer == "CPU",
+        offload_optimizer=offloads,
         offload_parameters=deepspeed.offload_parameters == "CPU",
         recompute=training.gradient_checkpointing,
         micro_batch=micro_batch,
@@ -123,9 +132,15 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         packed=spec.dataset.packing,
         global_batch=training.global_batch_size,
         added_rows=added,
-        left_out=tuple(_left_out(spec)),
+        left_out=tuple(
+            _left_out(
+                attention=training.attention,
+                packing=spec.dataset.packing,
+                overrides=deepspeed.overrides is not None,
+                lora=spec.lora,
+            )
+        ),
     )
-    set_here = resources.model_fields_set
     known = training.max_steps is not None or rows is not None
     scratch = resources.scratch
     return Wishes(
@@ -133,9 +148,10 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         open_stage=deepspeed.zero_stage == "Auto" and training.precision == "bf16",
         open_micro_batch=open_micro_batch,
         open_recompute="gradient_checkpointing" not in training.model_fields_set,
-        open_offload="offload_optimizer" not in deepspeed.model_fields_set and stage >= 1,
-        memory=to_bytes(resources.memory) if "memory" in set_here else None,
-        cpus=_cpus(resources.cpu) if "cpu" in set_here else None,
+        open_offload="offload_optimizer" not in deepspeed.model_fields_set
+        and (deepspeed.zero_stage == "Auto" or (stage or 0) >= 1),
+        memory=to_bytes(resources.memory) if resources.memory is not None else None,
+        cpus=_cpus(resources.cpu) if resources.cpu is not None else None,
         scratch=to_bytes(scratch.size) if scratch is not None else None,
         shared_memory=to_bytes(resources.shared_memory),
         steps=total_steps(
@@ -146,25 +162,75 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         )
         if known
         else None,
-        models_written=_models_written(spec),
+        models_written=_models_written(spec.method, spec.storage.artifact),
         model_is_elsewhere=spec.model.volume is not None,
         sets_accumulation=training.gradient_accumulation_steps is not None,
+        needs_deepspeed=deepspeed.overrides is not None,
     )
 
 
-def _left_out(spec: FineTuneJobSpec) -> Iterator[str]:
-    if spec.training.attention in ("Eager", "Flex"):
-        yield f"spec.training.attention: the memory of {spec.training.attention} is left out; that of Flash is planned."
-    if spec.dataset.packing:
+def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length: int | None = None) -> Wishes:
+    """Return what the run file ``config`` says, with a base model of ``configuration`` (the content of `config.json`).
+    Nothing is open but the CPUs and the scratch folder of the pods, and their memory where the run file does not name
+    it. ``length`` is the length of the rows in tokens; None: the largest that the job allows.
+
+    Raises UserError as `wishes_of` does, and where the rank of the adapters is that of another job.
+    """
+    sizes = model_sizes(configuration)
+    optimization, world, lora = config.optimization, config.world, config.lora
+    if config.method is Method.LORA and (lora is None or lora.rank is None):
+        raise UserError("lora.rank", "must be set, or the adapter must be new")
+    added = len(config.model.added_tokens)
+    limit = min(config.dataset.max_length, sizes.context or config.dataset.max_length)
+    setup = TrainingSetup(
+        sizes=sizes,
+        adapters=_adapters(lora, sizes, added) if config.method is Method.LORA else None,
+        number_format=NumberFormat(optimization.precision),
+        processes=world.size,
+        processes_per_node=world.processes_per_node,
+        zero_stage=optimization.zero_stage,
+        offload_optimizer=optimization.offload_optimizer,
+        offload_parameters=optimization.offload_parameters,
+        recompute=optimization.gradient_checkpointing,
+        micro_batch=min(optimization.micro_batch_size, process_share(optimization.global_batch_size, world.size)),
+        length=limit if length is None else min(length, limit),
+        packed=config.dataset.packing,
+        global_batch=optimization.global_batch_size,
+        added_rows=added,
+        left_out=tuple(
+            _left_out(
+                attention=optimization.attention,
+                packing=config.dataset.packing,
+                overrides=optimization.overrides is not None,
+                lora=lora,
+            )
+        ),
+    )
+    return Wishes(
+        setup=setup,
+        memory=world.memory_bytes,
+        shared_memory=world.shared_memory_bytes or 0,
+        models_written=_models_written(config.method, config.storage.artifact),
+        model_is_elsewhere=config.model.volume is not None,
+        # A run file does not say whether the job sets the number of micro-batches. Changes that keep this number
+        # consistent are right in both cases.
+        sets_accumulation=True,
+        needs_deepspeed=optimization.overrides is not None,
+    )
+
+
+def _left_out(*, attention: str, packing: bool, overrides: bool, lora: LoRASpec | None) -> Iterator[str]:
+    if attention in ("Eager", "Flex"):
+        yield f"spec.training.attention: the memory of {attention} is left out; that of Flash is planned."
+    if packing:
         yield "spec.dataset.packing: packed sequences were never measured; they are planned as single long examples."
-    if spec.deepspeed.overrides is not None:
+    if overrides:
         yield "spec.deepspeed.overrides: what they change is left out."
-    if spec.lora is not None and spec.lora.do_ra:
+    if lora is not None and lora.do_ra:
         yield "spec.lora.doRA: the memory of its norms is left out."
 
 
-def _adapters(spec: FineTuneJobSpec, sizes: ModelSizes, added_rows: int) -> AdapterSetup:
-    lora = spec.lora
+def _adapters(lora: LoRASpec | None, sizes: ModelSizes, added_rows: int) -> AdapterSetup:
     adapters = adapter_setup(
         sizes,
         rank=(lora.rank if lora is not None else None) or DEFAULT_RANK,
@@ -196,11 +262,11 @@ def _refuse_for_experts(lora: LoRASpec, sizes: ModelSizes, adapters: AdapterSetu
         )
 
 
-def _models_written(spec: FineTuneJobSpec) -> int:
-    """Return how many models of the base model's size the job writes."""
-    if spec.method is Method.FULL:
+def _models_written(method: Method, artifact: Export | None) -> int:
+    """Return how many models of the base model's size a job with ``artifact`` writes."""
+    if method is Method.FULL:
         return 1
-    return 0 if (spec.storage.artifact or "Adapter") == "Adapter" else 1
+    return 0 if (artifact or "Adapter") == "Adapter" else 1
 
 
 def _cpus(quantity: int | str) -> float:

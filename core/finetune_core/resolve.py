@@ -15,6 +15,7 @@ from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import DEFAULT_ALPHA, DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.sources import ModelSpec
+from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.api.status import AdapterStatus, PreflightStatus
 from finetune_core.contract import (
     AdapterArtifact,
@@ -29,8 +30,9 @@ from finetune_core.contract import (
 )
 from finetune_core.errors import UserError
 from finetune_core.layout import run_root_of
-from finetune_core.planning.training_plan import micro_batch_size, zero_stage
-from finetune_core.validation.runnable import unrunnable
+from finetune_core.planning.micro_batch import micro_batch_of
+from finetune_core.planning.training_plan import micro_batch_size, process_share, zero_stage
+from finetune_core.validation.runnable import to_bytes, unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
 """For each method, the peak learning rate where the job sets none. The rates are those of Anyscale's study of LoRA
@@ -46,6 +48,7 @@ def resolve(
     preflight: PreflightStatus | None = None,
     adapter: AdapterStatus | None = None,
     today: date | None = None,
+    halvings: int = 0,
 ) -> RunConfig:
     """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
 
@@ -53,7 +56,8 @@ def resolve(
     uses the former job's folder in the bucket. Where the check found runs that the job continues, the record also names
     the date that chat templates got in them, and the job uses that date. Otherwise chat templates get the date
     ``today``, the day (UTC) on which attempt 1 started, or the current day where attempt 1 has not started. ``adapter``
-    is the record of the artifact of the job that `model.adapter.job` names.
+    is the record of the artifact of the job that `model.adapter.job` names. ``halvings`` is how many attempts of the
+    job ran out of memory and were followed by another one: so often the micro-batch is halved.
     """
     spec = job.spec
     problems = unrunnable(spec)
@@ -61,10 +65,24 @@ def resolve(
         first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
         raise UserError(first.subject, first.problem + others)
     resources = spec.resources
-    world = WorldConfig(nodes=resources.nodes, processes_per_node=resources.processes_per_node, device=resources.device)
+    on_gpus = resources.device == "GPU"
+    world = WorldConfig(
+        nodes=resources.nodes,
+        processes_per_node=resources.processes_per_node,
+        device=resources.device,
+        gpu_product=(resources.gpu_product or None) if on_gpus else None,
+        memory_bytes=to_bytes(resources.memory) if on_gpus and resources.memory is not None else None,
+        shared_memory_bytes=to_bytes(resources.shared_memory) if on_gpus else None,
+    )
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
-    stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
+    deepspeed = spec.deepspeed
+    stage = zero_stage(
+        deepspeed.zero_stage,
+        processes=world.size,
+        lora=spec.method is Method.LORA,
+        configured=deepspeed.offload_optimizer == "CPU" or deepspeed.overrides is not None,
+    )
     return RunConfig(
         world=world,
         model=spec.model,
@@ -76,12 +94,7 @@ def resolve(
             epochs=training.epochs,
             max_steps=training.max_steps,
             global_batch_size=training.global_batch_size,
-            micro_batch_size=micro_batch_size(
-                training.micro_batch_size,
-                accumulation_steps=training.gradient_accumulation_steps,
-                global_batch_size=training.global_batch_size,
-                processes=world.size,
-            ),
+            micro_batch_size=planned_micro_batch(spec, halvings=halvings),
             schedule=training.schedule,
             warmup_steps=training.warmup_steps,
             weight_decay=float(training.weight_decay),
@@ -91,9 +104,9 @@ def resolve(
             attention=training.attention,
             seed=training.seed,
             zero_stage=stage,
-            offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",
-            offload_parameters=spec.deepspeed.offload_parameters == "CPU",
-            overrides=spec.deepspeed.overrides,
+            offload_optimizer=deepspeed.offload_optimizer == "CPU",
+            offload_parameters=deepspeed.offload_parameters == "CPU",
+            overrides=deepspeed.overrides,
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,
@@ -128,6 +141,26 @@ def resolve(
         adapter_artifact=_adapter_artifact(spec.model, adapter),
         template_date=_template_date(spec.dataset, preflight, today),
     )
+
+
+def planned_size(spec: FineTuneJobSpec) -> int:
+    """Return how many examples one process computes at once, as the job sets it or leaves it to the plan."""
+    training = spec.training
+    return micro_batch_size(
+        training.micro_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        global_batch_size=training.global_batch_size,
+        processes=spec.resources.processes,
+    )
+
+
+def planned_micro_batch(spec: FineTuneJobSpec, *, halvings: int) -> int:
+    """Return how many examples one process computes at once in an attempt before which ``halvings`` attempts of the job
+    ran out of memory."""
+    if not halvings:
+        return planned_size(spec)
+    share = process_share(spec.training.global_batch_size, spec.resources.processes)
+    return micro_batch_of(planned_size(spec), halvings=halvings, share=share).size
 
 
 def _lora(lora: LoRASpec | None, model: ModelSpec) -> LoRASpec:

@@ -16,6 +16,14 @@ VALID = "the spec is valid"
 SETTLED = "the job has ended"
 NO_CHECKPOINT = "no checkpoint is committed yet"
 NO_PODS = "no pod exists yet"
+CAPABILITY_REFUSED = (
+    "the Pod Security Standard of the namespace forbids the capability IPC_LOCK of `podTemplate.securityContext`; give"
+    " the namespace the label `pod-security.kubernetes.io/enforce: privileged`, or create the job again without the"
+    " capability"
+)
+CPU_LIMIT_NEEDED = (
+    "the namespace asks for a CPU limit that the pods do not have; create the job again with `resources.limitCpu: true`"
+)
 SCHEDULED = "every pod has a node"
 PREFLIGHT_RUNS = "store, model and data are being checked before any GPU is asked for"
 _SKIP_PREFLIGHT = "`runPolicy.preflight: Skip` starts without the check"
@@ -147,13 +155,14 @@ def memory_not_enough(failure: str, why: str, advice: str) -> str:
     return "; ".join(part for part in (why, advice, failure) if part)
 
 
-def micro_batch_halved(failure: str, size: int, smaller: int, steps: int, time: int, limit: int) -> str:
+def micro_batch_halved(failure: str, size: int, smaller: int, *, steps: int | None, time: int, limit: int) -> str:
     """Return the sentence about lack of memory after which the next attempt has a micro-batch of ``smaller`` examples
-    instead of ``size``, and ``steps`` gradient accumulation steps. ``time`` of at most ``limit`` says how often the
-    micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
+    instead of ``size``, and ``steps`` gradient accumulation steps, or an unknown number of them (None). ``time`` of at
+    most ``limit`` says how often the micro-batch is halved so far. ``failure`` is the sentence of the trainer."""
+    accumulation = f", gradient accumulation of {steps}," if steps is not None else ""
     return (
-        f"the next attempt has a micro-batch of {smaller} instead of {size}, gradient accumulation of {steps}, and the"
-        f" same updates (halved {time} of at most {limit} times): {failure}"
+        f"the next attempt has a micro-batch of {smaller} instead of {size}{accumulation} and the same updates (halved"
+        f" {time} of at most {limit} times): {failure}"
     )
 
 
@@ -217,6 +226,12 @@ def node_refused(name: str, node: str, reason: str, message: str, *, ran: bool) 
     return f"{where} {'ended' if ran else 'did not start'} pod {name}: {reason}" + (f": {message}" if message else "")
 
 
+def node_broken(name: str, node: str, message: str) -> str:
+    """Return the sentence about the pod ``name``, whose trainer says in ``message`` that a GPU or the driver of the
+    node ``node`` is broken. ``node`` may be empty."""
+    return f"{f'node {node}' if node else 'the node'} of pod {name} is broken: {message}"
+
+
 def replicas_changed(replicas: int, nodes: int) -> str:
     """Return the sentence about a PyTorchJob that somebody else scaled to ``replicas`` instead of ``nodes`` workers."""
     return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"
@@ -245,6 +260,11 @@ def image_pull(detail: str) -> str:
 def waiting_pod(name: str, detail: str) -> str:
     """Return the sentence about a pod that does not run yet; ``detail`` says why."""
     return f"pod {name}: {detail}"
+
+
+def refused_pods(explanation: str, detail: str) -> str:
+    """Return the sentence about pods that the API server refuses; ``detail`` is the warning about them."""
+    return f"{explanation} ({detail})"
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:

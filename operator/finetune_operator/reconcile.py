@@ -276,6 +276,7 @@ class Reconciler:
             preflight=decision.preflight,
             adapter=job.status.adapter,
             today=began.date(),
+            halvings=decision.attempts.memory_halvings,
         )
 
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:

@@ -40,7 +40,16 @@ _TEMPLATES = st.tuples(_WORDS, st.sampled_from(["{prompt}", "{#a b}{prompt}{/a b
 _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
     lambda path: not any(path == own or path.startswith(f"{own}/") for own in RESERVED_FOLDERS)
 )
+_DEVICES = st.dictionaries(
+    st.sampled_from(["rdma/ib", "vpc.amazonaws.com/efa", "deviceclass.resource.kubernetes.io/nic"]),
+    st.one_of(st.integers(1, 9999), st.sampled_from(["1", "9999"])),
+    min_size=1,
+)
+_HUGE_PAGES = st.dictionaries(
+    st.sampled_from(["hugepages-2Mi", "hugepages-1Gi"]), st.sampled_from(["4Mi", "9999999Gi"])
+)
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
+    ("resources", "extended"): st.builds(lambda devices, pages: devices | pages, _DEVICES, _HUGE_PAGES),
     ("training", "learningRate"): _RATES,
     ("lora", "dropout"): st.sampled_from(["0", "0.05", "5e-2", "0.999"]),
     ("lora", "loraPlusRatio"): st.sampled_from(["1", "16", "2.5", "1e1"]),
@@ -185,6 +194,11 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
         value.setdefault("patience", 1)
     if path == ("deepspeed",) and "CPU" in (value.get("offloadOptimizer"), value.get("offloadParameters")):
         value["zeroStage"] = 3
+    if path == ("deepspeed",) and value.get("zeroStage") == "None" and "overrides" in value:
+        if force[:1] == ("overrides",):
+            value["zeroStage"] = "Auto"
+        else:
+            value.pop("overrides")
     if path[-1:] == ("tolerations",) or path[-2:] == ("tolerations", "[]"):
         if "key" not in value:
             value["operator"] = "Exists"
@@ -256,6 +270,12 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
             spec["model"] = others | {"s3": {"uri": "s3://bucket/model"}}
     if spec.get("deepspeed", {}).get("zeroStage") == 0:
         training["precision"] = "fp32"
+    if spec.get("deepspeed", {}).get("zeroStage") == "None":
+        if force[:2] == ("deepspeed", "zeroStage"):
+            resources = spec.setdefault("resources", {})
+            resources |= {"nodes": 1, "gpusPerNode": min(1, resources.get("gpusPerNode", 1))}
+        else:
+            spec["deepspeed"]["zeroStage"] = "Auto"
     if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":
         spec["dataset"].setdefault("validation", _without_mix(spec["dataset"]["train"]))
     graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"

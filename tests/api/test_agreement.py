@@ -30,7 +30,6 @@ def seeded(examples: int) -> settings:
     return settings(
         max_examples=examples,
         derandomize=True,
-        deadline=None,
         database=None,
         # Only the phase `generate` is used. Hypothesis would otherwise shrink and explain a job that fails. Shrinking
         # takes thousands of requests, and explaining traces every line.

@@ -155,8 +155,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "deepspeed",
         {"zeroStage": 0},
-        "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
+        "`deepspeed.zeroStage` must be 1, 2, 3, None or Auto unless `training.precision` is fp32",
     ),
+    ("deepspeed", {"zeroStage": "None", "offloadOptimizer": "CPU"}, "`offloadOptimizer` must be None unless"),
+    ("deepspeed", {"zeroStage": "None", "overrides": "{}"}, "`overrides` must be absent with `zeroStage` None"),
+    ("deepspeed.zeroStage", "1", "spec.deepspeed.zeroStage"),
     ("deepspeed", {"zeroStage": 0, "offloadOptimizer": "CPU"}, "`offloadOptimizer` must be None unless `zeroStage` is"),
     ("resources.device", "GPU", "`gpusPerNode` must be at least 1 unless `device` is CPU"),
     ("resources.memory", "1Mi", "spec.resources.memory"),

@@ -152,9 +152,9 @@ def engine_run(kind: Kind, folder: Path) -> Run:
         batches = steps[number]
         count, total = sum(batch.tokens for batch in batches), 0.0
         for place, batch in enumerate(batches, 1):
-            loss = engine.loss(batch)
+            loss = engine.loss(batch, factor=1 / count)
             total += float(loss.detach())
-            engine.backward(loss / count, last=place == len(batches))
+            engine.backward(loss * (1 / count), last=place == len(batches))
         engine.gradient_norm()
         engine.step(RATE)
         return total / count

@@ -209,6 +209,11 @@ def test_a_job_in_a_list_and_a_configuration_with_tabs_are_read(
     [
         ("training", {"globalBatchSize": 8}, "-:1: spec.training: exactly one of `epochs`, `maxSteps` must be set"),
         ("nodes", 3, "-:1: spec.nodes: unknown field"),
+        (
+            "resources",
+            {"gpusPerNode": 8, "gpuProduct": "Tesla-T4"},
+            "-:1: spec.training.precision: must be fp32 on Tesla-T4, which has no bf16",
+        ),
     ],
 )
 def test_a_wrong_job_from_the_standard_input_is_refused(

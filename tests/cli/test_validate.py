@@ -275,7 +275,6 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: 
 @settings(
     max_examples=150,
     derandomize=True,
-    deadline=None,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
@@ -293,7 +292,7 @@ def test_no_text_makes_it_stumble(tmp_path_factory: pytest.TempPathFactory, cut:
     assert main(["validate", str(file)]) in (0, 1)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100, derandomize=True)
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -212,7 +212,7 @@ TEXTS = st.sampled_from(["x", "ä", "\u2603", "\U0001f600", '"', "\x00"])
     counts=st.tuples(st.integers(0, CHECKPOINT_LIMIT), st.integers(0, INCIDENT_LIMIT), st.integers(0, NOTICE_LIMIT)),
     message=st.integers(0, 2 * REPORT_LIMIT_BYTES),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_whatever_a_report_holds_fits_and_only_its_oldest_items_are_missing(
     characters: tuple[str, str, str, str], counts: tuple[int, int, int], message: int
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_core.api.resources import MOST_CPUS, MOST_MEMORY
 from finetune_core.contract import RESULT_LIMIT_BYTES, EvaluationRecord, Outcome, Result, ScoreRecord
 from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.preflight_result import (
@@ -17,6 +18,7 @@ from finetune_core.contract.preflight_result import (
     FindingKind,
     FoundRun,
     InputSizes,
+    PlannedNeeds,
     PreflightResult,
     ordered,
 )
@@ -58,10 +60,13 @@ def test_a_run_that_was_found_always_fits_whatever_else_is_told(
     run: FoundRun, found: list[Finding], notices: list[str]
 ) -> None:
     sizes = InputSizes(model_bytes=LARGEST_NUMBER, data_bytes=LARGEST_NUMBER)
-    text = PreflightResult(findings=ordered(found), notices=notices, found=run, sizes=sizes).to_termination_message()
+    planned = PlannedNeeds(gpu_memory_bytes=LARGEST_NUMBER, memory_bytes=MOST_MEMORY, cpus=MOST_CPUS)
+    result = PreflightResult(findings=ordered(found), notices=notices, found=run, sizes=sizes, planned=planned)
+    text = result.to_termination_message()
     assert len(text.encode()) <= RESULT_LIMIT_BYTES
     read = PreflightResult.from_termination_message(text)
     assert read is not None
+    assert read.planned == planned
     assert read.found is not None
     assert read.found.model_copy(update={"evaluation": None}) == run.model_copy(update={"evaluation": None})
 

@@ -60,9 +60,40 @@ def test_a_micro_batch_beyond_its_share_is_named() -> None:
         resolve(job(training={"microBatchSize": 9}), report=None)
 
 
-@pytest.mark.parametrize(("requested", "processes", "stage"), [("Auto", 1, 1), ("Auto", 2, 2), (0, 2, 0), (3, 1, 3)])
-def test_zero_stage(requested: int | str, processes: int, stage: int) -> None:
-    assert zero_stage(requested, processes=processes) == stage
+@pytest.mark.parametrize(
+    ("requested", "processes", "lora", "configured", "stage"),
+    [
+        ("Auto", 1, True, False, None),
+        ("Auto", 1, True, True, 2),
+        ("Auto", 1, False, False, 2),
+        ("Auto", 2, True, False, 2),
+        ("Auto", 2, False, False, 2),
+        ("None", 1, False, False, None),
+        (0, 2, True, False, 0),
+        (3, 1, True, False, 3),
+    ],
+)
+def test_zero_stage(requested: int | str, processes: int, lora: bool, configured: bool, stage: int | None) -> None:
+    assert zero_stage(requested, processes=processes, lora=lora, configured=configured) == stage
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        ({}, None),
+        ({"method": "Full"}, 2),
+        ({"deepspeed": {"zeroStage": "None"}, "method": "Full"}, None),
+        ({"deepspeed": {"offloadOptimizer": "CPU"}}, 2),
+        ({"deepspeed": {"overrides": '{"steps_per_print": 10}'}}, 2),
+    ],
+)
+def test_one_process_uses_deepspeed_where_the_job_asks_for_it(changes: dict[str, Any], stage: int | None) -> None:
+    document = job().model_dump(by_alias=True, exclude_none=True)
+    document["spec"] |= changes
+    document["spec"]["resources"] |= {"nodes": 1}
+    if changes.get("method") == "Full":
+        del document["spec"]["lora"]
+    assert resolve(FineTuneJob.model_validate(document), report=None).optimization.zero_stage == stage
 
 
 def test_micro_batch_covers_the_share() -> None:

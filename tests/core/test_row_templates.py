@@ -143,7 +143,7 @@ def test_the_rule_about_columns_says_what_doubled_braces_mean() -> None:
     assert text("{{instruction}}\n{input}", {"input": "x"}) == "{instruction}\nx"
 
 
-@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["{", "}", "a", "#", "^", "/", "\n", "é", "{a}", "{#a}", "{/a}"]), max_size=9))
 def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(parts: list[str]) -> None:
     """The rules refuse every template that can't be parsed, and no other template. But a template with an optional part
@@ -159,14 +159,14 @@ def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(par
     assert matches is (not problem) or "optional part" in problem
 
 
-@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(["instruction", "input", "x"]), VALUES))
 def test_a_row_of_any_values_becomes_text_or_a_fault_of_the_row(row: dict[str, Any]) -> None:
     with suppress(RowError):
         assert all(piece.text for piece in parse(ALPACA).pieces(row))
 
 
-@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.text())
 def test_any_text_can_be_written_as_a_template(wanted: str) -> None:
     doubled = wanted.replace("{", "{{").replace("}", "}}")

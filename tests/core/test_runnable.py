@@ -10,9 +10,11 @@ import yaml
 from finetune_core.api import FineTuneJob
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
+from finetune_core.planning.gpu_types import GPU_TYPES
 from finetune_core.resolve import resolve
 from finetune_core.validation.overrides import RESERVED_KEYS, override_problems
 from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
+from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
@@ -54,6 +56,16 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(("shared", "sentence"), [("64Gi", "which may be 64Gi where it is absent"), ("63Gi", "")])
+def test_shared_memory_is_less_than_the_memory_that_a_pod_may_get(shared: str, sentence: str) -> None:
+    spec = quickstart("resources.memory", None)
+    spec["spec"]["resources"]["sharedMemory"] = shared
+    path = "spec.resources.sharedMemory: must be less than `memory`, "
+    assert [str(problem) for problem in unrunnable(FineTuneJob.model_validate(spec).spec)] == (
+        [path + sentence] if sentence else []
+    )
+
+
 def test_flash_is_refused_in_fp32() -> None:
     spec = quickstart("resources.device", "GPU")
     spec["spec"]["resources"]["gpusPerNode"] = 1
@@ -74,6 +86,49 @@ def test_flash_is_refused_for_examples_that_are_not_packed() -> None:
         resolve(FineTuneJob.model_validate(spec), report=None)
     spec["spec"]["dataset"]["packing"] = True
     assert resolve(FineTuneJob.model_validate(spec), report=None).optimization.attention == "Flash"
+
+
+OLD_GPUS = [
+    ("Tesla-T4", "training.precision: must be fp32 on Tesla-T4, which has no bf16, and there is no fp16; or name GPUs"),
+    ("NVIDIA-T4", "training.precision: must be fp32 on NVIDIA-T4"),
+    ("Tesla-T4-SHARED", "training.precision: must be fp32 on Tesla-T4-SHARED"),
+    ("Tesla-V100-SXM2-32GB", "resources.gpuProduct: must name newer GPUs: Tesla-V100-SXM2-32GB has no bf16, and torch"),
+    ("Tesla-V100-PCIE-16GB", "resources.gpuProduct: must name newer GPUs: Tesla-V100-PCIE-16GB has no bf16"),
+]
+
+
+def job_on(product: str, precision: str, device: str = "GPU") -> FineTuneJob:
+    """Return the quickstart job on one GPU of ``product``, or on CPUs of a node that has it."""
+    document = quickstart("training.precision", precision)
+    gpus = 1 if device == "GPU" else 0
+    document["spec"]["resources"] |= {"nodes": 1, "device": device, "gpusPerNode": gpus, "gpuProduct": product}
+    return FineTuneJob.model_validate(document)
+
+
+@pytest.mark.parametrize(("product", "sentence"), OLD_GPUS)
+def test_bf16_is_refused_on_gpus_that_do_not_have_it(product: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^spec[.]{sentence}"):
+        resolve(job_on(product, "bf16"), report=None)
+    (problem,) = validate_job(quickstart() | {"spec": job_on(product, "bf16").spec.to_json()}).problems
+    assert str(problem).startswith(f"spec.{sentence}")
+    for fine in (job_on(product, "fp32"), job_on(product, "bf16", device="CPU")):
+        assert unrunnable(fine.spec) == []
+
+
+def test_bf16_is_taken_on_all_other_gpus() -> None:
+    products = [product for gpu in GPU_TYPES if gpu.bf16 for product in gpu.products]
+    assert len(products) > 8
+    for product in [*products, "", "NVIDIA-X9000", "T"]:
+        assert unrunnable(job_on(product, "bf16").spec) == []
+
+
+def test_fp16_is_refused_with_what_to_use() -> None:
+    (problem,) = validate_job(quickstart("training.precision", "fp16")).problems
+    assert str(problem) == (
+        "spec.training.precision: must be one of bf16, fp32: there is no fp16, and fp32 computes on GPUs without bf16"
+    )
+    (other,) = validate_job(quickstart("training.precision", "int8")).problems
+    assert str(other) == "spec.training.precision: must be one of bf16, fp32"
 
 
 @pytest.mark.parametrize("kernel", ["Flash", "Flex"])

@@ -57,6 +57,8 @@ def tiny_job() -> MakeJob:
             "spec__training__globalBatchSize": 8,
             "spec__resources__memory": "3Gi",
             "spec__resources__cpu": "400m",
+            # The pods share the two cores of the node with the programs of the cluster.
+            "spec__resources__limitCpu": True,
             "spec__storage__checkpoint": {"everySteps": 20},
         }
         return steps.manifest_of(Path("examples/quickstart.yaml"), **{**defaults, **changes})

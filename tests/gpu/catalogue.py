@@ -71,7 +71,7 @@ SECTIONS: Sequence[Section] = (
         function="lora_512",
         seconds=45,
         measures="LoRA of Llama-2-7B, 8 x 512 tokens: speed, memory, kernels, waits of the CPU, stall of a snapshot",
-        expects="a snapshot that stalls the training for less than 0.3 s",
+        expects="a snapshot that stalls the training for less than 0.3 s, and a copy to the GPU that does not wait",
     ),
     Section(
         name="lora-4096",

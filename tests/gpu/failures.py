@@ -6,21 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune_core.contract import ExitCode, Identity, Phase, Result
+from finetune_core.contract import ExitCode, Phase, Result
 from finetune_trainer.pod.outcomes import WorkerStatus, outcome_of
-from finetune_trainer.pod.plan import Inputs, WorkerPlan
-from finetune_trainer.pod.settings import Paths
 from finetune_trainer.worker import _classified_errors
 from tests.gpu.models import batch_of, examples_of, joined_gang, prepare, random_model, setup_for, shape_for
 from tests.gpu.report import Check
-from tests.gpu.settings import SHORT, TWO_LAYERS, free_port, rank_environment, run_config
+from tests.gpu.settings import SHORT, TWO_LAYERS, free_port, rank_environment, run_config, worker_plan
 from tests.gpu.training import train_step
 
 CPU_BYTES = 1 << 50
@@ -70,16 +66,7 @@ def out_of_memory(check: Check) -> None:
 
 def _result_of(work: Callable[[], object], check: Check, status: WorkerStatus) -> Result:
     """Return the result that a worker writes when ``work`` raises an error while it trains."""
-    folder = Path(tempfile.gettempdir())
-    plan = WorkerPlan(
-        paths=Paths(),
-        identity=Identity(
-            namespace="default", name="gpu-check", uid="1", attempt=1, pod_name="pod", pod_uid="1", node_rank=0
-        ),
-        config=run_config(setup_for(check, SHORT), dry=check.dry),
-        inputs=Inputs(model=folder, train=folder),
-        folder=folder,
-    )
+    plan = worker_plan(run_config(setup_for(check, SHORT), dry=check.dry))
     try:
         with _classified_errors(plan, status):
             work()

@@ -47,7 +47,8 @@ class Prepared:
 @cache
 def joined_gang(*, dry: bool) -> Gang:
     """Return the gang of this process, which has one rank. The first call joins the rendezvous."""
-    return Gang(device=select_device(run_config(SHORT, dry=dry).world))
+    config = run_config(SHORT, dry=dry)
+    return Gang(device=select_device(config.world, precision=config.optimization.precision))
 
 
 def shape_for(check: Check, shape: Shape) -> Shape:

@@ -22,16 +22,21 @@ def main() -> NoReturn:
     prepare_environment(Path(tempfile.mkdtemp()))
     import torch
 
+    from finetune_trainer.pod.outcomes import WorkerStatus
     from finetune_trainer.ranks.gang import Gang
+    from finetune_trainer.worker import _classified_errors
+    from tests.gpu.settings import SHORT, run_config, worker_plan
 
-    device = torch.device("cpu") if "--dry" in sys.argv else torch.device("cuda", 0)
+    is_dry = "--dry" in sys.argv
+    device = torch.device("cpu") if is_dry else torch.device("cuda", 0)
     try:
-        gang = Gang(device=device)
-        gang.check_stop()
-        if not gang.is_first:
-            os._exit(9)
-        while True:
+        with _classified_errors(worker_plan(run_config(SHORT, dry=is_dry)), WorkerStatus()):
+            gang = Gang(device=device)
             gang.check_stop()
+            if not gang.is_first:
+                os._exit(9)
+            while True:
+                gang.check_stop()
     except Exception as error:  # noqa: BLE001  (as in `worker.py`, every error becomes an outcome)
         outcome = outcome_of(error)
         found = {

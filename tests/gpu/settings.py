@@ -7,11 +7,15 @@ this is needed before torch may be imported.
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from finetune_core.contract import RunConfig
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
 
 LOOPBACK = "127.0.0.1"
 
@@ -161,3 +165,17 @@ def rank_environment(
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
+
+
+def worker_plan(config: RunConfig) -> WorkerPlan:
+    """Return the plan of a worker that trains as ``config`` says, and that reads no files."""
+    folder = Path(tempfile.gettempdir())
+    return WorkerPlan(
+        paths=Paths(),
+        identity=Identity(
+            namespace="default", name="gpu-check", uid="1", attempt=1, pod_name="pod", pod_uid="1", node_rank=0
+        ),
+        config=config,
+        inputs=Inputs(model=folder, train=folder),
+        folder=folder,
+    )

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_core.planning.flops import ModelShape, peak_flops, training_flops, utilisation
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
 from finetune_trainer.model.load import DTYPES
 from tests.gpu.expected_memory import SOURCE, expected_peak_bytes
@@ -37,7 +38,7 @@ from tests.gpu.models import (
 )
 from tests.gpu.report import Check, Figure
 from tests.gpu.settings import FULL_LONG, FULL_SHORT, LLAMA_2_7B, LONG, PACKED, SHORT, Setup
-from tests.gpu.training import state_of, synchronize, timed_steps, train_step
+from tests.gpu.training import synchronize, timed_steps, train_step
 
 GIB = 2**30
 WARM_UP = 2
@@ -45,6 +46,9 @@ STEPS = 8
 RATE = 1e-5
 STALL_SECONDS = 0.3
 """For how long a snapshot of LoRA's training state may stall the training."""
+COPY_SECONDS = 0.005
+"""For how long the copy of a micro-batch of a few hundred kilobytes may hold the CPU. A copy that waits holds it until
+the GPU has computed the backward pass before, at least ten times as long."""
 MICRO_BATCHES = 3
 PLACES = 12
 KINDS = {
@@ -57,9 +61,10 @@ KERNEL_TABLE = "lora-512-kernels.txt"
 
 
 def lora_512(check: Check) -> None:
-    """Measure LoRA with 8 sequences of 512 tokens, the waits of the CPU, and a snapshot."""
+    """Measure LoRA with 8 sequences of 512 tokens, the waits of the CPU, a copy to the GPU, and a snapshot."""
     prepared, batch = _measure(check, SHORT)
     _count_waits(check, prepared, batch)
+    _copy_while_computing(check, prepared, batch)
     _count_kernels(check, prepared, batch)
     seconds = _snapshot(check, prepared)
     if not check.dry:
@@ -172,8 +177,9 @@ def _issue(prepared: Prepared, batch: Batch) -> dict[str, float]:
     engine = prepared.engine
     synchronize(engine.device)
     began = time.perf_counter()
-    loss = engine.loss(batch.to(engine.device))
-    engine.backward(loss / max(1, batch.tokens), last=True)
+    factor = 1 / max(1, batch.tokens)
+    loss = engine.loss(batch.to(engine.device), factor=factor)
+    engine.backward(loss * factor, last=True)
     issued = time.perf_counter() - began
     synchronize(engine.device)
     done = time.perf_counter() - began
@@ -210,6 +216,28 @@ def _count_waits(check: Check, prepared: Prepared, batch: Batch) -> None:
     )
 
 
+def _copy_while_computing(check: Check, prepared: Prepared, batch: Batch) -> None:
+    """Measure how long the CPU takes to copy a micro-batch to the GPU while the GPU computes: the GPU is given a
+    backward pass first. PyTorch's own count of waits does not see a copy that waits."""
+    engine = prepared.engine
+    batch.to(engine.device)
+    synchronize(engine.device)
+    factor = 1 / max(1, batch.tokens)
+    loss = engine.loss(batch.to(engine.device), factor=factor)
+    engine.backward(loss * factor, last=True)
+    issued = time.perf_counter()
+    batch.to(engine.device)
+    copied = time.perf_counter() - issued
+    synchronize(engine.device)
+    computed = time.perf_counter() - issued
+    engine.discard_gradient()
+    check.say("copy", copy_seconds=copied, computing_seconds=computed)
+    if not check.dry:
+        check.expect(
+            "the copy of a micro-batch does not wait for the GPU", copied < COPY_SECONDS, seconds=copied, gpu=computed
+        )
+
+
 def _count_kernels(check: Check, prepared: Prepared, batch: Batch) -> None:
     """Count the kernels of a step, and add up their time by kind. On the CPU these are torch's operators. Where the
     variable OUT names a folder, a table of the kernels that take longest goes into a file there."""
@@ -233,12 +261,14 @@ def _count_kernels(check: Check, prepared: Prepared, batch: Batch) -> None:
 
 
 def _snapshot(check: Check, prepared: Prepared) -> float:
-    """Take a snapshot of the training state, and return for how many seconds it stalls the training."""
+    """Take a snapshot of the training state as the trainer takes one, and return for how many seconds it stalls the
+    training. The memory of the snapshot is new, as that of the first checkpoint of a run."""
+    snapshots = FragmentSnapshots(prepared.engine, rank=0, world_size=1)
     synchronize(prepared.engine.device)
     began = time.perf_counter()
-    taken = state_of(prepared.engine)
+    snapshots.take()
     seconds = time.perf_counter() - began
-    size = sum(tensor.nbytes for tensor in taken.values())
+    size = snapshots.bytes_of_one
     check.say("snapshot", stall_seconds=seconds, gigabytes=size / 1e9, gb_per_second=size / 1e9 / seconds)
     return seconds
 

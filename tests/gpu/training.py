@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.engine import BETAS, EPSILON, Engine
+from finetune_trainer.engine.host_copy import HostCopy
 from finetune_trainer.engine.state import take_snapshot
 from finetune_trainer.ranks.gang import Gang
 
@@ -32,14 +34,20 @@ class Step:
 def train_step(engine: Engine, gang: Gang, micro_batches: Sequence[Batch], rate: float) -> Step:
     """Make one optimizer step from ``micro_batches``, which are on the CPU."""
     tokens = sum(batch.tokens for batch in micro_batches)
+    factor = gang.world_size / max(1, tokens)
     nll = torch.zeros((), dtype=torch.float64, device=gang.device)
-    for index, batch in enumerate(micro_batches, start=1):
+    copied = map(partial(Batch.to, device=gang.device), micro_batches)
+    following = next(copied)
+    for index in range(1, len(micro_batches) + 1):
         gang.check_stop()
-        loss = engine.loss(batch.to(gang.device))
+        batch = following
+        loss = engine.loss(batch, factor=factor)
         nll += loss.detach()
-        engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(micro_batches))
-    total = gang.sum_over_ranks([float(nll)])[0]
+        engine.backward(loss * factor, last=index == len(micro_batches))
+        following = next(copied, batch)
+    copied_nll = HostCopy(nll)
     norm = engine.gradient_norm()
+    total = gang.sum_over_ranks([copied_nll.read()])[0]
     engine.step(rate)
     return Step(total / max(1, tokens), norm)
 

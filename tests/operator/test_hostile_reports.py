@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract import Report, Result
 from finetune_core.contract.contract_model import LARGEST_NUMBER
-from finetune_core.contract.preflight_result import FoundRun, PreflightResult
+from finetune_core.contract.preflight_result import FoundRun, PlannedNeeds, PreflightResult
 from finetune_core.contract.records import AdapterOrigin, EvaluationRecord
 from finetune_core.contract.stock_reports import RuntimeStatus, to_report
 from finetune_operator.process.metrics import Metrics
@@ -43,10 +43,12 @@ FULL: dict[str, Json] = {
 RESULT: dict[str, Json] = {
     "version": 1, "outcome": "Completed", "message": "m", "step": 5, "checkpoint": "s3://a/b",
     "artifact": {"uri": "s3://a/b", "step": 5, "bytes": 1, "manifestSha256": "ab"}, "evaluation": FULL["evaluation"],
+    "nodeFault": True,
 }  # fmt: skip
 """A termination message of a training pod, with every field."""
 CHECKED: dict[str, Json] = {
     "version": 1, "findings": [], "notices": ["n"], "sizes": {"modelBytes": 1, "dataBytes": 1},
+    "planned": {"gpuMemoryBytes": 1, "memoryBytes": 1 << 30, "cpus": 8},
     "found": {
         "runId": "99999999-8888", "uid": "99999999-8888", "time": "2026-11-24T12:00:00Z", "step": 5,
         "artifact": {"run": 2, "bytes": 1, "manifestSha256": "a" * 64, "outcome": "Completed"},
@@ -72,6 +74,7 @@ def test_no_field_is_missing_in_the_messages_of_this_file() -> None:
     assert set(FULL["adapter"]) == names(AdapterOrigin)
     assert set(RESULT) == names(Result)
     assert set(CHECKED) == names(PreflightResult)
+    assert set(CHECKED["planned"]) == names(PlannedNeeds)
     assert set(CHECKED["found"]) == names(FoundRun)
     assert set(FULL["evaluation"]) == names(EvaluationRecord)
 

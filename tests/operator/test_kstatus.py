@@ -15,6 +15,7 @@ from finetune_core.api.crd import custom_resource_definition
 from finetune_core.contract import Outcome
 from finetune_core.contract.preflight_result import FindingKind
 from finetune_core.names import attempt_name
+from finetune_operator.decide.out_of_memory import HALVINGS_LIMIT
 from finetune_operator.queue.memory import Memory
 from tests.operator.builders import NOW, UID, job_manifest, result
 from tests.operator.kstatus import kstatus
@@ -162,7 +163,14 @@ async def diverged() -> ModelServer:
 
 
 async def out_of_memory() -> ModelServer:
-    return await ended(66, result(Outcome.OUT_OF_MEMORY, "phase"))
+    """A job that runs out of memory with every micro-batch that is tried."""
+    server = created()
+    while kstatus(server.job) == "InProgress":
+        assert server.job["status"].get("attempts", {}).get("started", 0) <= HALVINGS_LIMIT + 1
+        await running(server)
+        assert server.end_pods(66, result(Outcome.OUT_OF_MEMORY, "phase"))
+        await pass_minutes(server, 2)
+    return server
 
 
 async def retries_exhausted() -> ModelServer:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, CurrentAttempt
 from finetune_core.contract import Phase
+from finetune_core.planning.micro_batch import MicroBatch, micro_batch_of
 from finetune_core.planning.training_plan import micro_batch_size, process_share
 from finetune_operator.decide.accounting import cause_of, close
-from finetune_operator.decide.out_of_memory import HALVINGS_LIMIT, MemoryFailure, MicroBatch, micro_batch_of, rule_on
+from finetune_operator.decide.out_of_memory import HALVINGS_LIMIT, MemoryFailure, rule_on
 from finetune_operator.decide.verdict import Verdict
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

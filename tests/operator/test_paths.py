@@ -145,7 +145,7 @@ def test_a_request_has_the_given_names_as_segments_of_its_path_or_is_never_sent(
         @example(namespace="..", name="quickstart")
         @example(namespace="", name="quickstart")
         @example(namespace="team", name="")
-        @settings(max_examples=30, deadline=None, database=None)
+        @settings(max_examples=30, database=None)
         def check(namespace: str, name: str) -> None:
             given = {"team": namespace, "quickstart": name}
             assert segments(namespace, name) in (None, [given.get(segment, segment) for segment in plain])

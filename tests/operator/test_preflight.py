@@ -21,6 +21,7 @@ from finetune_core.contract.preflight_result import (
     FoundArtifact,
     FoundRun,
     InputSizes,
+    PlannedNeeds,
     PreflightResult,
 )
 from finetune_core.resolve import resolve
@@ -121,6 +122,15 @@ def test_the_sizes_of_model_and_data_are_recorded() -> None:
     assert step.preflight is not None
     assert (step.preflight.model_bytes, step.preflight.data_bytes) == (7, 5)
     assert sizes_of_inputs(step.preflight) == InputSizes(model_bytes=7, data_bytes=5)
+
+
+def test_the_plan_is_told_with_the_verdict() -> None:
+    planned = PlannedNeeds(gpu_memory_bytes=7, memory_bytes=5 * GIB, cpus=8)
+    message = PreflightResult(findings=[], planned=planned).to_termination_message()
+    step = check(record(), seen(pod(1, exit_code=0, message=message)))
+    assert step.preflight is not None
+    assert (step.preflight.verdict, step.planned) == ("Passed", planned)
+    assert check(record(), seen(pod(1, exit_code=0, message=NONE))).planned is None
 
 
 GIB = 1 << 30

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE, report_audience
+from finetune_core.contract.pod import CPU_REQUEST_VARIABLE
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
 from finetune_operator.objects.pod_template import AttemptSpec
@@ -63,6 +64,60 @@ def test_gpus_bring_a_limit_a_node_selector_and_the_process_count() -> None:
     spec = template(resources=resources, podTemplate={"nodeSelector": {"zone": "a"}})["spec"]
     assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
     assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB", "zone": "a"}
+
+
+NETWORK: dict[str, Any] = {
+    "resources": {
+        "nodes": 2,
+        "gpusPerNode": 8,
+        "cpu": "96",
+        "memory": "1000Gi",
+        "extended": {"rdma/hca_shared_devices_a": 1, "vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"},
+    },
+    "podTemplate": {"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}},
+}
+"""A job with network devices for RDMA, huge pages and locked memory."""
+
+
+def test_network_devices_are_requested_whole_and_the_cpus_have_no_limit() -> None:
+    (container,) = template(**NETWORK)["spec"]["containers"]
+    limits = {"memory": "1000Gi", "nvidia.com/gpu": "8", "rdma/hca_shared_devices_a": "1"}
+    limits |= {"vpc.amazonaws.com/efa": "32", "hugepages-2Mi": "5120Mi"}
+    amounts = container["resources"]
+    assert {name: amount for name, amount in amounts["limits"].items() if name != "ephemeral-storage"} == limits
+    requests = {name: amount for name, amount in amounts["requests"].items() if name != "ephemeral-storage"}
+    assert requests == limits | {"cpu": "96"}
+
+
+def test_the_cpu_request_is_the_limit_by_choice() -> None:
+    amounts = template(resources=NETWORK["resources"] | {"limitCpu": True})["spec"]["containers"][0]["resources"]
+    assert amounts["limits"]["cpu"] == amounts["requests"]["cpu"] == "96"
+
+
+def test_a_capability_is_added_by_choice_to_the_training_pods_alone() -> None:
+    context = template(**NETWORK)["spec"]["containers"][0]["securityContext"]
+    assert context == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]},
+        "readOnlyRootFilesystem": True,
+    }
+    sections: list[dict[str, Any]] = [{}, {"securityContext": {}}, {"securityContext": {"capabilities": {}}}]
+    for section in sections:
+        (container,) = template(podTemplate=section)["spec"]["containers"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_preflight_pod_is_the_same_with_and_without_network_devices() -> None:
+    check = PreflightSpec(number=1, name="check", image="trainer:1")
+    plain = {name: value for name, value in NETWORK["resources"].items() if name != "extended"}
+    assert build_preflight_pod(job(**NETWORK), check) == build_preflight_pod(job(resources=plain), check)
+
+
+def test_the_kubelet_tells_the_trainer_its_cpu_request() -> None:
+    (container,) = template()["spec"]["containers"]
+    (found,) = [item for item in container["env"] if item["name"] == CPU_REQUEST_VARIABLE]
+    reference = {"containerName": container["name"], "resource": "requests.cpu", "divisor": "1m"}
+    assert found["valueFrom"] == {"resourceFieldRef": reference}
 
 
 def test_without_gpus_no_gpu_is_asked_for() -> None:
@@ -153,15 +208,17 @@ IDENTITY = {"uri": "s3://finetune/runs", "identity": {"audience": "minio"}}
 
 
 def pods() -> list[dict[str, Any]]:
-    """Return the specs of the training pods of four jobs, and then those of their preflight pods. The first job is
+    """Return the specs of the training pods of five jobs, and then those of their preflight pods. The first job is
     plain, and the second has `storage.identity`. The third has a claim as `storage.cache` and an emptyDir of a given
-    size as `resources.scratch`. The fourth has an ephemeral volume for each of the two."""
+    size as `resources.scratch`. The fourth has an ephemeral volume for each of the two, and the fifth has network
+    devices."""
     check = PreflightSpec(number=1, name="check", image="trainer:1")
     storage = {"uri": "s3://finetune/runs"}
     shared = {"storage": storage | {"cache": {"claimName": "models"}}, "resources": {"scratch": {"size": "9Gi"}}}
     volume = {"size": "9Gi", "storageClassName": "fast"}
     own = {"storage": storage | {"cache": {"ephemeral": volume}}, "resources": {"scratch": volume}}
-    specs: list[dict[str, Any]] = [{}, {"storage": IDENTITY}, shared, own]
+    devices = {"resources": NETWORK["resources"]}
+    specs: list[dict[str, Any]] = [{}, {"storage": IDENTITY}, shared, own, devices]
     training: list[dict[str, Any]] = [template(**spec)["spec"] for spec in specs]
     return training + [build_preflight_pod(job(**spec), check)["spec"] for spec in specs]
 

@@ -20,6 +20,7 @@ from finetune_core.api.status import (
     UsageStatus,
 )
 from finetune_core.contract import ArtifactRecord, EvaluationRecord, Outcome, Phase, Report, Result, ScoreRecord
+from finetune_core.contract.preflight_result import PlannedNeeds
 from finetune_core.resolve import resolve
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
@@ -32,6 +33,7 @@ from finetune_operator.status.urgency import is_news, is_transition
 from tests.operator.builders import UID, artifact, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING
+GIB = 1 << 30
 
 
 def status_input(**changes: Any) -> StatusInput:
@@ -275,6 +277,20 @@ def test_the_plan_is_what_the_newest_attempt_was_resolved_to() -> None:
     found = status(plan=plan_of(config))
     assert found.plan == PlanStatus(zero_stage=2, processes=4, micro_batch_size=1, gradient_accumulation_steps=3)
     assert status(found).plan == found.plan
+
+
+def test_what_the_check_planned_stays_as_long_as_it_holds() -> None:
+    """The memory of a GPU depends on the micro-batch, and what a pod needs does not."""
+    config = resolve(job(training={"maxSteps": 5, "globalBatchSize": 8, "microBatchSize": 4}), report=None)
+    planned = PlannedNeeds(gpu_memory_bytes=7, memory_bytes=GIB, cpus=16)
+    checked = status(plan=plan_of(config, planned))
+    assert checked.plan is not None
+    assert (checked.plan.gpu_memory_bytes, checked.plan.memory_bytes, checked.plan.cpus) == (7, GIB, 16)
+    assert status(checked, plan=plan_of(config)).plan == checked.plan, "the first attempt is the one that was planned"
+    halved = resolve(job(training={"maxSteps": 5, "globalBatchSize": 8, "microBatchSize": 4}), report=None, halvings=1)
+    after = status(checked, plan=plan_of(halved)).plan
+    assert after is not None
+    assert (after.micro_batch_size, after.gpu_memory_bytes, after.memory_bytes, after.cpus) == (2, None, GIB, 16)
 
 
 def test_the_share_of_the_weights_in_reach_of_the_adapters_is_that_of_the_last_report() -> None:

@@ -13,12 +13,19 @@ from finetune_core.contract import Outcome, Result
 from finetune_operator.decide.rules import RULES
 from finetune_operator.decide.verdict import Ruling, Verdict, replaces
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.observe.observation import BatchObservation
 from tests.operator.builders import NOW, at, child, current, pod, result
 from tests.operator.verdicts import evidence_of, judged, ruled
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 GATE = result(Outcome.GATE_FAILED, "evaluation.require: exact must be at least 0.8 and is 0.5", with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
+BROKEN = Result(
+    outcome=Outcome.OUTSIDE_FAILURE, message="a GPU of the node failed: uncorrectable ECC error", node_fault=True
+).to_termination_message()
+
+
+BATCH = BatchObservation(planned=4, share=8, on_gpus=True)
 
 
 TABLE = {
@@ -120,6 +127,15 @@ TABLE = {
         [pod(0, exit_code=75, finished=9), pod(1, exit_code=128, reason="StartError")],
         ("Free", "NodeRefused"),
     ),
+    "a trainer says that a GPU of its node is broken": (
+        [pod(0, exit_code=1), pod(1, exit_code=75, message=BROKEN)],
+        ("Free", "NodeRefused"),
+    ),
+    "a trainer that says so and crashed": ([pod(0), pod(1, exit_code=1, message=BROKEN)], ("Charged", "Crashed")),
+    "bad input decides before a broken GPU": (
+        [pod(0, exit_code=64, message=BAD), pod(1, exit_code=75, message=BROKEN)],
+        ("Permanent", "BadInput"),
+    ),
     "bad input decides before a pod that its node did not start": (
         [pod(0, exit_code=64, message=BAD), pod(1, exit_code=128, reason="StartError")],
         ("Permanent", "BadInput"),
@@ -170,6 +186,7 @@ CASES: list[tuple[list[Any], dict[str, Any]]] = [
     ([pod(0, exit_code=143), pod(1)], {}),
     ([pod(0), pod(1, phase="Failed", container=None)], {}),
     ([], {"child": child(failed=True), "current": current(indexes=())}),
+    *(([pod(0, exit_code=66), pod(1)], {"batch": BATCH, "halvings": halvings}) for halvings in (0, 1, 2)),
 ]
 """Pods and other evidence of attempts. Each rule of `RULES` decides at least one of these cases."""
 
@@ -186,6 +203,21 @@ def test_every_rule_decides_somewhere_with_the_verdict_that_the_table_names() ->
             assert getattr(answer, "verdict", None) == rule.verdict, rule.name
             assert getattr(answer, "ordered", False) is rule.is_order, rule.name
     assert decided == {rule.name for rule in RULES}
+
+
+@pytest.mark.parametrize(("halvings", "verdict"), [(0, Verdict.CHARGED), (1, Verdict.FREE), (2, Verdict.PERMANENT)])
+def test_half_the_micro_batch_is_tried_until_it_is_one(halvings: int, verdict: Verdict) -> None:
+    ruling = judged([pod(0, exit_code=66), pod(1)], batch=BATCH, halvings=halvings)
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason) == (verdict, "OutOfMemory")
+
+
+def test_a_pod_of_gpus_that_was_killed_for_its_own_memory_is_not_helped_by_a_smaller_micro_batch() -> None:
+    pods = [pod(0, exit_code=137, reason="OOMKilled"), pod(1)]
+    assert ruled(pods, batch=BATCH, last_phase="Training") == ("Permanent", "OutOfMemory")
+    on_cpus = BatchObservation(planned=4, share=8, on_gpus=False)
+    assert ruled(pods, batch=on_cpus, last_phase="Training") == ("Charged", "OutOfMemory")
+    assert ruled(pods, batch=on_cpus, last_phase="Loading") == ("Permanent", "OutOfMemory")
 
 
 def test_an_order_is_obeyed_only_while_no_cause_is_recorded() -> None:

@@ -9,7 +9,8 @@ group answers every collective call at once. So one process on a CPU runs the st
 allocator in a step with real tensors.
 
 `python -m tests.planning.engine_memory CASE…` prints what it measured of cases of `memory_cases.py` as JSON, one object
-a line. `test_planned_memory.py` calls `measure_all`, which starts this program once for each number of processes.
+a line. `test_planned_memory.py` calls `measure_all`, which starts this program once for each number of processes and
+each rank, which the variable RANK names.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tests.planning.memory_cases import CASES, MemoryCase
@@ -32,7 +34,7 @@ TIMEOUT = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Bytes of one rank. All but ``standing`` are peaks."""
+    """Bytes of one rank, or the highest ones of several. All but ``standing`` are peaks."""
 
     parameters: int
     """Number of parameters of the model with its adapters."""
@@ -60,13 +62,16 @@ class Measurement:
 
 
 def measure_all(names: Sequence[str]) -> dict[str, Measurement]:
-    """Measure the cases ``names``, each in a program with the case's number of processes."""
+    """Measure the ranks of the cases ``names``, each in a program with the case's number of processes, and return the
+    highest figures."""
     found: dict[str, Measurement] = {}
-    for processes in sorted({CASES[name].processes for name in names}):
-        group = [name for name in names if CASES[name].processes == processes]
+    programs = {(CASES[name].processes, rank) for name in names for rank in CASES[name].measured_ranks}
+    for processes, rank in sorted(programs):
+        cases = [name for name in names if CASES[name].processes == processes]
+        group = [name for name in cases if rank in CASES[name].measured_ranks]
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tests.planning.engine_memory", *group],
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -76,7 +81,8 @@ def measure_all(names: Sequence[str]) -> dict[str, Measurement]:
             if line.startswith("{"):
                 values = json.loads(line)
                 name = values.pop("case")
-                found[name] = Measurement(**values)
+                before = asdict(found[name]) if name in found else values
+                found[name] = Measurement(**{key: max(value, before[key]) for key, value in values.items()})
     return found
 
 
@@ -86,8 +92,9 @@ def main(names: Sequence[str]) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.set_num_threads(1)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(CASES[names[0]].processes))
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=CASES[names[0]].processes)
+    rank, processes = int(os.environ.get("RANK", "0")), CASES[names[0]].processes
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     let_fake_tensors_through()
     for name in names:
         print(json.dumps({"case": name, **asdict(measure(CASES[name]))}), flush=True)
@@ -112,6 +119,61 @@ def let_fake_tensors_through() -> None:
     # torch would exchange the parameters of a module for new ones where they are fake, which fails where an optimizer
     # refers to the old ones. DeepSpeed calls this with types that the parameters have already.
     torch.nn.Module._apply = _convert_in_place
+    _let_kernels_take_fake_tensors()
+
+
+def _let_kernels_take_fake_tensors() -> None:
+    """Let the trainer's kernels compute with fake tensors, as they do on a GPU. With other tensors they compute as
+    before, because modules are recognized by the values that they compute for a few numbers."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from finetune_trainer.kernels import install, projections, recognition, rms_norm, rotary, shared_projections
+
+    aten, alias = rms_norm.ATEN, rotary.alias
+
+    def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, which computes with tensors of its own, as a function that computes their values."""
+
+        def computed(*inputs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*inputs)
+
+        return computed
+
+    def are_plain(*tensors: Any) -> bool:
+        known = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+        return all(tensor is None or type(tensor) in known for tensor in tensors)
+
+    def is_fake(x: Any) -> bool:
+        return isinstance(x, FakeTensor)
+
+    # On a CPU, torch computes a norm with several operators.
+    def norm(x: Any, *others: Any) -> Any:
+        if not is_fake(x):
+            return aten._fused_rms_norm(x, *others)
+        return torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def norm_backward(_gradient: Any, x: Any, _shape: Any, _reciprocal: Any, weight: Any, wanted: Any) -> Any:
+        return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
+
+    # A fake tensor that is set to the memory of another one never lets go of the memory.
+    def part_or_alias(part: Any) -> Any:
+        return part if is_fake(part) else alias(part)
+
+    rms_norm.ATEN = SimpleNamespace(_fused_rms_norm=norm, _fused_rms_norm_backward=norm_backward)
+    for name in ("norm_form", "gate_activation", "why_not_turned"):
+        setattr(recognition, name, with_values(getattr(recognition, name)))
+    replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (install, "are_plain", are_plain),
+        (shared_projections, "are_plain", are_plain),
+        (rms_norm, "has_backward_kernel", is_fake),
+        (rotary, "alias", part_or_alias),
+        (projections, "alias", part_or_alias),
+    )
+    for module, name, function in replaced:
+        setattr(module, name, function)
 
 
 def _convert_in_place(module: Any, convert: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -177,21 +239,28 @@ def measure(case: MemoryCase) -> Measurement:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from finetune_trainer.engine.engine import Engine
+    from finetune_trainer.engine.making import make_engine
+    from finetune_trainer.kernels.parts import KernelPart
 
     class Scalars(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
-        """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite."""
+        """Answers what the value of a fake tensor is: zero, so that no gradient counts as infinite. No value of a mask
+        counts as true, as the plain engine's values between two numbers in bf16 are so few."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten._local_scalar_dense.default:
                 return 0.0 if args[0].dtype.is_floating_point else 0
+            if func is torch.ops.aten.nonzero.default:
+                return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+            if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype is torch.bool:
+                return args[0].new_empty((0, *args[0].shape[args[1][0].ndim :]))
             return func(*args, **(kwargs or {}))
 
     memory = live_storages()
     with FakeTensorMode(allow_non_fake_inputs=True), memory, Scalars():
         model = _model(case)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        engine = Engine(model, case.optimization(), torch.device("cpu"))
+        engine = make_engine(model, case.optimization(), torch.device("cpu"))
+        assert {KernelPart.NORMS, KernelPart.ROTARY} <= engine.kernels.replaced.keys(), engine.kernels.description
         del model
         engine.train()
         batch = _batch(case)

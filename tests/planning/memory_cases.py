@@ -163,13 +163,14 @@ MODELS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCase:
-    """A training of which the memory of rank 0 is measured and planned. Every position has a target."""
+    """A training of which the memory of a rank is measured and planned. Every position has a target."""
 
     model: str
     """Key of MODELS."""
     rank: int | None = None
     """Rank of the adapters on all linear layers and experts. None: every parameter is trained."""
-    stage: int
+    stage: int | None
+    """ZeRO stage. None: the plain engine, without DeepSpeed."""
     processes: int
     length: int
     micro_batch: int = 1
@@ -185,6 +186,12 @@ class MemoryCase:
         """Return the model's `config.json`, with the measured number of layers."""
         shape = MODELS[self.model]
         return shape if self.layers is None else {**shape, "num_hidden_layers": self.layers}
+
+    @property
+    def measured_ranks(self) -> tuple[int, ...]:
+        """Return the ranks that are measured, of whose figures the highest ones count. At ZeRO stages 1 and 2 each rank
+        has another part of all parameters, the first one the embedding and the last one the head."""
+        return (0, self.processes - 1) if self.processes > 1 and self.stage in (1, 2) and self.rank is None else (0,)
 
     def optimization(self) -> OptimizationConfig:
         """Return the settings with which the engine is made."""
@@ -223,13 +230,13 @@ SOME_LAYERS = 4
 
 
 def _lora(
-    model: str, stage: int, processes: int, length: int, layers: int | None = SOME_LAYERS, **others: Any
+    model: str, stage: int | None, processes: int, length: int, layers: int | None = SOME_LAYERS, **others: Any
 ) -> MemoryCase:
     return MemoryCase(model=model, rank=8, stage=stage, processes=processes, length=length, layers=layers, **others)
 
 
 def _full(
-    model: str, stage: int, processes: int, length: int, layers: int | None = SOME_LAYERS, **others: Any
+    model: str, stage: int | None, processes: int, length: int, layers: int | None = SOME_LAYERS, **others: Any
 ) -> MemoryCase:
     return MemoryCase(model=model, stage=stage, processes=processes, length=length, layers=layers, **others)
 
@@ -280,4 +287,14 @@ CASES: Mapping[str, MemoryCase] = {
     "qwen3-30b-a3b-lora-z3-512": _lora("Qwen3-30B-A3B", 3, 8, 512),
     "gemma3-1b-full-z2-1024": _full("Gemma-3-1B", 2, 8, 1024, micro_batch=2),
     "gemma3-1b-lora-z1-1024": _lora("Gemma-3-1B", 1, 1, 1024, micro_batch=4),
+    "7b-full-plain-512": _full("Llama-2-7B", None, 1, 512),
+    "7b-full-plain-512-accumulated": _full("Llama-2-7B", None, 1, 512, accumulation=2),
+    "7b-full-plain-4096-recomputed": _full("Llama-2-7B", None, 1, 4096, recompute=True),
+    "7b-lora-plain-512x8": _lora("Llama-2-7B", None, 1, 512, micro_batch=8),
+    "llama3.2-1b-full-plain-fp32-512": _full("Llama-3.2-1B", None, 1, 512, precision="fp32", layers=None),
+    "qwen2.5-0.5b-full-plain-1024x4-accumulated": _full(
+        "Qwen2.5-0.5B", None, 1, 1024, micro_batch=4, accumulation=2, layers=None
+    ),
+    "qwen3-8b-lora-plain-2048-accumulated": _lora("Qwen3-8B", None, 1, 2048, accumulation=2),
+    "mixtral-8x7b-full-plain-512": _full("Mixtral-8x7B", None, 1, 512, layers=2),
 }

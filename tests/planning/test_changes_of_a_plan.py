@@ -59,14 +59,14 @@ def chosen_lines(found: JobPlan) -> list[str]:
 def jobs(draw: st.DrawFn) -> Document:
     """Draw a valid job."""
     fields: dict[str, Any] = {
-        "resources__nodes": draw(st.sampled_from([1, 1, 2, 3, 64])),
-        "resources__gpusPerNode": draw(st.sampled_from([1, 2, 6, 8, 16])),
+        "resources__nodes": draw(st.sampled_from([1, 1, 1, 2, 3, 64])),
+        "resources__gpusPerNode": draw(st.sampled_from([1, 1, 2, 6, 8, 16])),
         "dataset__maxLength": draw(st.sampled_from([64, 512, 4096, 131_072])),
         "dataset__packing": draw(st.booleans()),
         "training__precision": draw(st.sampled_from(["bf16", "bf16", "fp32"])),
         "training__gradientCheckpointing": draw(st.sampled_from([None, True, False])),
         "training__attention": draw(st.sampled_from([None, None, "Flash", "SDPA"])),
-        "deepspeed__zeroStage": draw(st.sampled_from([None, "Auto", 0, 1, 2, 3])),
+        "deepspeed__zeroStage": draw(st.sampled_from([None, "Auto", "None", 0, 1, 2, 3])),
         "deepspeed__offloadOptimizer": draw(st.sampled_from([None, None, "CPU", "None"])),
         "deepspeed__offloadParameters": draw(st.sampled_from([None, None, None, "CPU"])),
         "resources__memory": draw(st.sampled_from([None, None, "80Gi", "512Gi", "4Ti"])),
@@ -100,7 +100,7 @@ def with_experts(document: Document, model: str) -> bool:
 
 # Of the first job, each change leaves something open that the plan of the changed job chooses anew. For the second one,
 # stage 2 is enough, and more GPUs bring stage 2 too.
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @example(document=job(resources__gpusPerNode=1), model="Llama-2-7B", gpu=find_gpu("L4"))
 @example(
     document=job(training__microBatchSize=1, deepspeed__zeroStage=1),
@@ -134,13 +134,14 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
     adapters = None
     if draw(st.booleans()):
         adapters = adapter_setup(sizes, rank=8, dropout=draw(st.booleans()) and not sizes.active_experts)
+    processes = draw(st.sampled_from([1, 2, 8, 24, 512]))
     return TrainingSetup(
         sizes=sizes,
         adapters=adapters,
         number_format=draw(st.sampled_from(NumberFormat)),
-        processes=draw(st.sampled_from([1, 2, 8, 24, 512])),
+        processes=processes,
         processes_per_node=1,
-        zero_stage=draw(st.sampled_from([0, 1, 2, 3])),
+        zero_stage=draw(st.sampled_from([0, 1, 2, 3] if processes > 1 else [None, None, 0, 1, 2, 3])),
         offload_optimizer=draw(st.booleans()),
         offload_parameters=draw(st.booleans()),
         recompute=draw(st.booleans()),
@@ -151,7 +152,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(setup=setups(), times=st.integers(2, 8))
 def test_more_of_everything_never_takes_less_memory(setup: TrainingSetup, times: int) -> None:
     before = memory_plan(setup)
@@ -165,10 +166,11 @@ def test_more_of_everything_never_takes_less_memory(setup: TrainingSetup, times:
         assert memory_plan(changed).needed >= before.needed
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(setup=setups(), times=st.integers(2, 8))
 def test_more_gpus_never_take_more_memory_of_each(setup: TrainingSetup, times: int) -> None:
     """At stages 0 to 2 too: with more GPUs the shards and the share of the global batch only become smaller."""
+    assume(setup.zero_stage is not None)
     before = memory_plan(setup)
     more = replace(setup, processes=setup.processes * times)
     assert memory_plan(more).needed <= before.needed

@@ -104,7 +104,55 @@ def test_one_process_is_planned_at_stage_2() -> None:
     assert chosen(plan)["zeroStage"] == "2"
 
 
-@settings(deadline=None, max_examples=40)
+def test_one_process_with_lora_is_planned_without_deepspeed_as_the_operator_runs_it() -> None:
+    for fields, stage in (
+        ({}, "None"),
+        ({"resources__gpusPerNode": 2}, "2"),
+        ({"deepspeed__overrides": '{"steps_per_print": 10}'}, "2"),
+    ):
+        spec = job(method="LoRA", **{"resources__gpusPerNode": 1, **fields})
+        plan = plan_of(spec, MODELS["Llama-3.2-1B"], A100)
+        assert plan.fits
+        assert chosen(plan)["zeroStage"] == stage
+
+
+def test_a_full_training_is_planned_without_deepspeed_only_where_nothing_else_fits() -> None:
+    """The state of 7B takes 100 GiB at 16 bytes a parameter, and 113 GiB at the 18 of stage 2."""
+    small = with_types(
+        [{"name": "S", "memoryGibibytes": 112, "teraFlops": 1, "memoryBandwidth": 1, "linkBandwidth": 1}], "table"
+    )[0]
+    spec = job(resources__gpusPerNode=1)
+    assert chosen(plan_of(spec, MODELS["Llama-2-7B"], H200))["zeroStage"] == "2"
+    plan = plan_of(spec, MODELS["Llama-2-7B"], small)
+    assert plan.fits
+    assert (chosen(plan)["zeroStage"], chosen(plan)["offloadOptimizer"]) == ("None", "None")
+    reason = next(choice.reason for choice in plan.choices if choice.field.endswith("zeroStage"))
+    assert reason.startswith("Only training without DeepSpeed fits")
+    # What the job says itself stands, and the plan names the change that makes it fit.
+    wishes = wishes_of(
+        job(resources__gpusPerNode=1, deepspeed={"zeroStage": 2, "offloadOptimizer": "None"}), MODELS["Llama-2-7B"]
+    )
+    plan = plan_job(wishes, small)
+    assert not plan.fits
+    assert suggestions(wishes, plan, rank=DEFAULT_RANK)[0].lines == ("spec.deepspeed.zeroStage: None",)
+    tied = job(
+        resources__gpusPerNode=1,
+        deepspeed={"zeroStage": 2, "offloadOptimizer": "None", "overrides": '{"steps_per_print": 10}'},
+    )
+    wishes = wishes_of(tied, MODELS["Llama-2-7B"])
+    found = suggestions(wishes, plan_job(wishes, small), rank=DEFAULT_RANK)
+    assert found
+    assert not any("zeroStage: None" in line for suggestion in found for line in suggestion.lines)
+
+
+def test_more_gpus_shard_the_weights_where_a_whole_copy_fits_none() -> None:
+    """The weights of 70B alone take 129 GiB."""
+    wishes = wishes_of(job(method="LoRA", resources__gpusPerNode=1), MODELS["Llama-2-70B"])
+    found = suggestions(wishes, plan_job(wishes, A100), rank=DEFAULT_RANK)
+    assert any("spec.deepspeed.zeroStage: 3" in suggestion.lines for suggestion in found)
+
+
+@settings(max_examples=40)
 @given(
     model=st.sampled_from(sorted(MODELS)),
     gpu=st.sampled_from(GPU_TYPES),
@@ -284,6 +332,11 @@ def test_settings_that_the_plan_leaves_out_are_named() -> None:
     notes = plan_of(spec, MODELS["Llama-2-7B"], H200).notes
     assert [note.partition(":")[0] for note in notes] == ["spec.dataset.packing", "spec.deepspeed.overrides"]
     assert plan_of(job(), MODELS["Llama-2-7B"], H200).notes == ()
+
+
+def test_a_gpu_without_kernels_is_refused() -> None:
+    plan = plan_of(job(training__precision="fp32"), MODELS["Llama-3.2-1B"], find_gpu("Tesla-V100-SXM2-32GB"))
+    assert plan.problems[0] == "Torch in the trainer image has no kernels for the V100-32GB."
 
 
 def test_a_gpu_without_bf16_is_refused() -> None:

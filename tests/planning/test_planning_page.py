@@ -20,8 +20,10 @@ from tests.planning.public_measurements import (
     A100,
     CLAIMS,
     FIGURES,
+    LITGPT_RUNS,
     TOLERANCE,
     FitClaim,
+    LitgptRun,
     PublicFigure,
     needed_gibibytes,
 )
@@ -155,6 +157,11 @@ def test_the_page_shows_what_was_measured_and_published() -> None:
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.source[:12]} {figure.training}")
 def test_a_published_figure_is_met_or_the_difference_is_explained(figure: PublicFigure) -> None:
     assert (abs(figure.difference) > TOLERANCE) == bool(figure.explanation)
+
+
+@pytest.mark.parametrize("run", LITGPT_RUNS, ids=lambda run: run.training)
+def test_litgpt_takes_what_the_plan_says_of_the_kernels_of_transformers(run: LitgptRun) -> None:
+    assert run.without_kernels == pytest.approx(run.published, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.training)

@@ -94,6 +94,9 @@ class Figures(BaseModel):
 
     losses: list[float]
     norms: list[float]
+    passes: float = 0.0
+    """How often the last step reads or writes a number of 4 bytes for each trained parameter, beside large products and
+    attention."""
 
 
 def load(run: EngineRun, folder: Path) -> torch.nn.Module:
@@ -148,7 +151,7 @@ def one_step(engine: TrainingEngine, batches: MicroBatcher, run: EngineRun, step
     plan = batches.plan_step(step, run.optimization(PLAIN))
     total = 0.0
     for index, batch in enumerate(batches.tensors(plan, step=step), 1):
-        loss = engine.loss(batch)
+        loss = engine.loss(batch, factor=1 / plan.tokens)
         total += float(loss.detach())
         factor = math.inf if run.infinite == step and index == 1 else 1 / plan.tokens
         engine.backward(loss * factor, last=index == len(plan.micro_batches))
@@ -164,11 +167,12 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
     """Make the training ``run``. The state after each part is left in the folders `state_folder` of ``scratch``."""
     from finetune_trainer.engine.state import load_state, load_weights, take_snapshot, write_snapshot
     from finetune_trainer.model.load import trained_parameters
+    from tests.trainer.kernel_counts import Counting
 
     batches = micro_batcher(model_folder)
     losses: list[float] = []
     norms: list[float] = []
-    updates = 0
+    updates, passes = 0, 0.0
     for part, (kind, steps) in enumerate(run.parts):
         model = load(run, model_folder)
         if part:
@@ -178,7 +182,9 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
         if part:
             load_state(engine, state_folder(run, scratch, part - 1), updates=updates)
         for _ in range(steps):
-            loss, norm = one_step(engine, batches, run, len(losses) + 1)
+            with Counting(tokens=1) as counted:
+                loss, norm = one_step(engine, batches, run, len(losses) + 1)
+            passes = counted.moved / 4 / sum(math.prod(shape) for shape in engine.parameter_shapes.values())
             losses.append(loss)
             norms.append(norm)
             updates += not math.isnan(norm)
@@ -186,7 +192,7 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
         folder.mkdir(parents=True)
         write_snapshot(take_snapshot(engine, rank=0, world_size=1), folder, rank=0, world_size=1)
         engine.close()
-    return Figures(losses=losses, norms=norms)
+    return Figures(losses=losses, norms=norms, passes=passes)
 
 
 def state_folder(run: EngineRun, scratch: Path, part: int) -> Path:

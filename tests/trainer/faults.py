@@ -13,26 +13,31 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 
 from finetune_core.contract import Phase
-from finetune_trainer import loop, train
+from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSnapshot
+from finetune_trainer.engine.host_buffers import StateBuffer
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.plain_engine import PlainEngine
+from finetune_trainer.engine.state import take_snapshot
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot
+from tests.trainer.call_order import recorded_calls
 
 
 @contextmanager
@@ -50,9 +55,13 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "alive", "count": n} lets a rank hold at most n snapshots at once
+    - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
+    - {"kind": "calls", "folder": f} changes nothing, and writes the order of the calls of rank r to `calls-r.jsonl` in
+      the folder f, see `call_order.py`
+    - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
-    - {"kind": "plain", "also": f} is no fault: the plain engine trains instead of DeepSpeed's, with the fault f
     """
     if fault is None:
         yield
@@ -66,7 +75,10 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "phase": _phase,
         "budget": _budget,
         "kill": _kill,
-        "plain": _plain,
+        "both": _both,
+        "calls": _calls,
+        "alive": _alive,
+        "whole": _whole,
     }
     patch = patches[fault["kind"]]
     with patch(fault):
@@ -76,9 +88,10 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-Their meanings, in the same order: before a backward pass; before a parameter is read for a snapshot; during the upload
-of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
-checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+Their meanings, in the same order: before a backward pass; before this rank's part of a tensor is read for a snapshot;
+during the upload of a file; before the manifest is written; before COMMIT is written; after COMMIT but before the run
+has recorded the checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then
+all other files.
 """
 LATER_POINTS = ("evaluation", "artifact", "published")
 """Further points at which a rank can be killed. `evaluation` is before the perplexity of a set of rows is computed, in
@@ -112,9 +125,16 @@ def _kill(fault: dict[str, Any]) -> Any:
 
         return mock.patch.object(owner, name, call)
 
+    def in_both(name: str) -> Any:
+        """Return a patch of the function ``name`` of both engines, of which the run uses one."""
+        stack = ExitStack()
+        for engine in (Engine, PlainEngine):
+            stack.enter_context(patched(engine, name, ""))
+        return stack
+
     return {
-        "accumulation": lambda: patched(Engine, "backward", ""),
-        "snapshot": lambda: patched(Engine, "read_state", ""),
+        "accumulation": lambda: in_both("backward"),
+        "snapshot": lambda: in_both("read_fragment"),
         "upload": lambda: patched(RunRoot, "upload", "", act=soon),
         "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
         "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
@@ -124,6 +144,30 @@ def _kill(fault: dict[str, Any]) -> Any:
         "artifact": lambda: patched(RunRoot, "create", "ARTIFACT"),
         "published": lambda: patched(RunRoot, "create", "ARTIFACT", after=True),
     }[point]()
+
+
+@contextmanager
+def _both(fault: dict[str, Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in fault["faults"]:
+            stack.enter_context(scripted(each))
+        yield
+
+
+def _calls(fault: dict[str, Any]) -> Any:
+    return recorded_calls(Path(fault["folder"]) / f"calls-{os.environ['RANK']}.jsonl")
+
+
+def _alive(fault: dict[str, Any]) -> Any:
+    return mock.patch.object(saving, "most_alive", return_value=fault["count"])
+
+
+def _whole(_: dict[str, Any]) -> Any:
+    def take(self: FragmentSnapshots) -> HeldSnapshot:
+        tensors = take_snapshot(cast(TrainingEngine, self._engine), rank=self._rank, world_size=self._world_size)
+        return HeldSnapshot(tensors, StateBuffer(torch.empty(0), lambda _: None))
+
+    return mock.patch.object(FragmentSnapshots, "take", take)
 
 
 def _budget(fault: dict[str, Any]) -> Any:
@@ -176,18 +220,17 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write the numbers of the rows that this rank consumes to ``file`` while the block runs, as one JSON line per
+    """Write the numbers of the rows that this rank trains on to ``file`` while the block runs, as one JSON line per
     step."""
-    made = MicroBatcher.plan_step
+    train_on = loop.TrainingLoop._accumulate_gradient
 
-    def step(self: MicroBatcher, number: int, optimization: Any) -> Any:
-        share = made(self, number, optimization)
-        own = [row for micro in share.micro_batches for sequence in micro for row in sequence]
+    def step(self: loop.TrainingLoop, number: int, plan: MicroBatchPlan) -> Any:
+        own = [row for micro in plan.micro_batches for sequence in micro for row in sequence]
         with file.open("a") as lines:
             print(json.dumps({"step": number, "own": own}), file=lines)
-        return share
+        return train_on(self, number, plan)
 
-    with mock.patch.object(MicroBatcher, "plan_step", step):
+    with mock.patch.object(loop.TrainingLoop, "_accumulate_gradient", step):
         yield
 
 
@@ -218,38 +261,26 @@ def _rate(fault: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _plain(fault: dict[str, Any]) -> Iterator[None]:
-    class Counted(PlainEngine):
-        made = 0
-
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            Counted.made += 1
-            super().__init__(*arguments, **options)
-
-    with mock.patch.object(train, "Engine", Counted), scripted(fault.get("also")):
-        yield
-    assert Counted.made > 0, "the run made another engine"
-
-
-@contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
     step_of = loop.TrainingLoop._train_step
-    engine: Any = vars(train)["Engine"]
-    backward = engine.backward
     now: dict[str, Any] = {"step": 0, "done": False}
 
     def one_step(self: loop.TrainingLoop, step: int) -> Any:
         now["step"] = step
         return step_of(self, step)
 
-    def infinite(self: Any, loss: torch.Tensor, *, last: bool) -> None:
-        if now["step"] == fault["step"] and not now["done"]:
-            now["done"] = True
-            loss = loss * float("inf")
-        backward(self, loss, last=last)
+    def with_infinite_loss(backward: Any) -> Any:
+        def infinite(self: TrainingEngine, loss: torch.Tensor, *, last: bool) -> None:
+            if now["step"] == fault["step"] and not now["done"]:
+                now["done"] = True
+                loss = loss * float("inf")
+            backward(self, loss, last=last)
+
+        return infinite
 
     with (
         mock.patch.object(loop.TrainingLoop, "_train_step", one_step),
-        mock.patch.object(engine, "backward", infinite),
+        mock.patch.object(Engine, "backward", with_infinite_loss(Engine.backward)),
+        mock.patch.object(PlainEngine, "backward", with_infinite_loss(PlainEngine.backward)),
     ):
         yield

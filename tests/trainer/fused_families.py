@@ -64,14 +64,21 @@ def batches(*, packed: bool, seed: int = 9) -> Batch:
 
 
 def trained_model(
-    folder: Path, *, lora: bool, recompute: bool = False, dropout: str = "0", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    lora: bool,
+    recompute: bool = False,
+    dropout: str = "0",
+    dtype: torch.dtype = torch.float32,
+    **variant: Any,
 ) -> Any:
-    """Return the model in ``folder`` in training mode: with adapters that are not zero, or with all weights trained."""
+    """Return the model in ``folder`` in training mode: with adapters that are not zero, or with all weights trained.
+    ``variant`` has further fields of `lora`."""
     model: Any = load_base(folder, dtype)
     if recompute:
         enable_gradient_checkpointing(model)
     if lora:
-        spec = LoRASpec(rank=4, alpha=8, dropout=dropout)
+        spec = LoRASpec.model_validate({"rank": 4, "alpha": 8, "dropout": dropout, **variant})
         targets = choose_targets(read_structure(folder), spec, added_tokens=False)
         model = add_adapters(
             model, spec, targets=targets.modules, parameters=targets.parameters, seed=1, base_name="tiny"
@@ -151,6 +158,18 @@ def gradients_of(engine: OneProcess, batch: Batch) -> dict[str, torch.Tensor]:
     engine.loss(batch, full_logits=True).backward()
     named = trained_parameters(engine.model)
     return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+def nodes_of(loss: torch.Tensor) -> set[str]:
+    """Return the names of all operators in the graph of ``loss``."""
+    found, names, left = set(), set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            names.add(node.name())
+            left += [following for following, _ in node.next_functions]
+    return names
 
 
 def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:

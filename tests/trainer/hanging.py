@@ -12,15 +12,13 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.pod.outcomes import WorkerStatus
-from finetune_trainer.pod.signals import StopFlag
+from finetune_trainer.pod.signals import STOP_SIGNALS, StopFlag
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.ranks.return_guard import LEAST_SECONDS, ReturnGuard
 from finetune_trainer.ranks.watchdog import Watchdog
@@ -32,29 +30,14 @@ LEFT = 66
 """Exit status of rank 0 where it leaves."""
 
 
-class GuardedGang(Gang):
-    """A gang with a guard, which watches the calls after a SIGTERM, and after rank 0 is gone."""
-
-    def __init__(self, guard: ReturnGuard, *, stop: Callable[[], bool], watchdog: Watchdog) -> None:
-        self.guard = guard
-        super().__init__(device=torch.device("cpu"), stop=stop, watchdog=watchdog, stall_seconds=STALL_SECONDS)
-        guard.stop_requested = self.stop_requested
-
-    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        super()._reduce(tensor, operation)
-        self.guard.passed()
-
-    def _heartbeat_loop(self, whole_store: dist.Store) -> None:
-        super()._heartbeat_loop(whole_store)
-        self.guard.demand("rank 0 is gone", caused_by_peer=True)
-
-
 def a_call_that_never_returns() -> None:
+    # A call of CUDA does not return at a signal either, which the kernel then delivers to another thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     reader, _writer = os.pipe()
     ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
 
 
-def act(gang: GuardedGang, event: str) -> None:
+def act(gang: Gang, event: str) -> None:
     for _ in range(3):
         gang.check_stop()
     if event in (LEAVES, STOPS) and not gang.is_first:
@@ -69,8 +52,8 @@ def act(gang: GuardedGang, event: str) -> None:
             gang.check_stop()
     except StopAgreed:
         if event == COPIES and not gang.is_first:
-            with gang.guard.within(COPY_SECONDS, "the copy of the training state"):
-                gang.guard.passed()
+            with gang.within(COPY_SECONDS, "the copy of the training state"):
+                gang.note_progress()
                 a_call_that_never_returns()
         if not gang.is_first:
             a_call_that_never_returns()
@@ -80,7 +63,10 @@ def act(gang: GuardedGang, event: str) -> None:
 
 def main() -> None:
     watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), STALL_SECONDS, WorkerStatus(step=12))
-    gang = GuardedGang(ReturnGuard(watchdog), stop=StopFlag(), watchdog=watchdog)
+    guard = ReturnGuard(watchdog)
+    gang = Gang(
+        device=torch.device("cpu"), stop=StopFlag(), watchdog=watchdog, guard=guard, stall_seconds=STALL_SECONDS
+    )
     try:
         act(gang, sys.argv[2])
     finally:

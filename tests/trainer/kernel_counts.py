@@ -9,11 +9,12 @@ between a model with two layers and a model with one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +23,14 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, mask
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.plain_engine import PlainEngine
 from finetune_trainer.kernels import rms_norm
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.adapters import add_adapters
+from finetune_trainer.model.packed_attention import install, note_borders
+from tests.trainer.engine_runs import PLAIN, EngineRun
 from tests.trainer.plain_loop import DENSE
 
 VIEWS = frozenset(
@@ -35,6 +41,10 @@ VIEWS = frozenset(
     }
 )
 """Operators without a kernel: they make other views of memory, or only reserve memory."""
+LIKE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+"""Operators that need the shape of their first argument, and don't read its numbers."""
+CHOSEN = frozenset({"gather", "scatter_", "scatter_add_", "nll_loss_forward"})
+"""Operators that read or write one number of a row, which an index names. Their first argument is the whole tensor."""
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "addmm_", "baddbmm"})
 LARGE_PRODUCT = 2 * 1000 * 1000
 """Number of FLOPs of a token from which a product of matrices counts as one that computes, and not as one that moves
@@ -111,7 +121,9 @@ def _counted_attention(_module: Any, query: Any, key: Any, value: Any, _mask: An
 AttentionInterface.register(ATTENTION, _counted_attention)
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
+class Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
+    """Counts the kernels that run, and the bytes that they move, as in `Counts`, for ``tokens`` tokens."""
+
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self._large = LARGE_PRODUCT * tokens
@@ -126,7 +138,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[misc]  # torch has no types 
         self.names[name] += 1
         # Where beta is 0, the first argument of `addmm` is not read. The place for a result is written only.
         first = 1 if name == "addmm" and not (kwargs or {}).get("beta", 1) else 0
-        read, written = _tensors(args[first:]), _tensors(result)
+        read, written = _tensors(args[1 if name in LIKE else first :]), _tensors(result)
+        if name in CHOSEN:
+            read, written = read[1:], [tensor for tensor in read[1:] if not tensor.is_floating_point()]
         if name in PRODUCTS:
             left, right = read[-2:]
             if 2 * left.shape[-2] * left.shape[-1] * right.shape[-1] > self._large:
@@ -142,7 +156,8 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Keep transformers from looking for packed examples in position ids, which needs their values."""
+    """Keep transformers from looking for packed examples in position ids, which needs their values. In a micro-batch
+    of a training transformers does not look for them (`model/packed_attention.py`)."""
     find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda _positions: None
     try:
@@ -165,18 +180,40 @@ def _with_norms_as_on_cuda() -> Iterator[None]:
         rms_norm.ATEN = aten
 
 
+class Passes(NamedTuple):
+    """The two passes of a micro-batch."""
+
+    loss: Callable[[Batch], torch.Tensor]
+    backward: Callable[[torch.Tensor], object]
+
+
+def with_kernels(model: Any, *, plain: Collection[KernelPart] = ()) -> Passes:
+    """Return the passes of ``model``, which trains with the trainer's kernels except for the parts ``plain``."""
+    use_fused_kernels(model, plain=plain)
+    loss = partial(Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain).loss, model)
+    return Passes(loss, torch.Tensor.backward)
+
+
+def with_engine(model: Any) -> Passes:
+    """Return the passes of ``model`` as the product computes them in one process, with the plain engine."""
+    run = EngineRun(method="Full", parts=((PLAIN, 1),), precision="bf16")
+    engine = PlainEngine(model, run.optimization(PLAIN), torch.device("meta"))
+    engine.train()
+    return Passes(engine.loss, partial(engine.backward, last=True))
+
+
 def count(
     layers: int,
     *,
     lora: bool,
-    prepare: Callable[[Any], object],
+    make: Callable[[Any], Passes] = with_kernels,
     dropout: str = "0",
     length: int = 512,
     batch_size: int = 8,
     **shape: int,
 ) -> Counts:
-    """Return the counts of a micro-batch for a model of Llama-2-7B's shape with ``layers`` layers, in bf16. ``prepare``
-    is called with the model before the objective takes it. ``shape`` are fields of the configuration."""
+    """Return the counts of a micro-batch for a model of Llama-2-7B's shape with ``layers`` layers, in bf16. ``make``
+    makes the passes of the model. ``shape`` are fields of the configuration."""
     sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     config = LlamaConfig(**{**sizes, **shape}, num_hidden_layers=layers, tie_word_embeddings=False)
     config._attn_implementation = ATTENTION
@@ -195,20 +232,22 @@ def count(
             kept[storage._cdata] = storage
         return tensor
 
+    install()
     with _on_meta():
-        prepare(model)
-        objective = Objective(model)
-        model.train()
-        numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-        flat = numbers.flatten()
-        batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
-        counting = _Counting(len(flat))
-        with counting, _with_norms_as_on_cuda():
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = objective.loss(model, batch)
-            held = sum(storage.nbytes() for storage in kept.values())
-            kept.clear()
-            loss.backward()
+        passes = make(model)
+    model.train()
+    numbers = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    flat = numbers.flatten()
+    batch = Batch(numbers, None, flat, flat, numbers, len(flat), len(flat))
+    counting = Counting(len(flat))
+    # On the meta device no value can be read, so on a GPU the CPU waits for nothing in these passes.
+    with counting, _with_norms_as_on_cuda():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = passes.loss(batch)
+        held = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        passes.backward(loss)
+    note_borders(None)
     return Counts(counting.names.total(), counting.moved, held, counting.names)
 
 
@@ -222,7 +261,7 @@ def count_norm(norm: Callable[..., torch.Tensor], form: rms_norm.Form) -> Counts
     backward, with a frozen weight."""
     x = torch.zeros(1000, 1000, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.zeros(1000, dtype=torch.bfloat16, device="meta") if form is not rms_norm.Form.BARE else None
-    counting = _Counting(len(x))
+    counting = Counting(len(x))
     with counting, _with_norms_as_on_cuda():
         output = norm(x, weight, 1e-6, form)
         output.backward(torch.empty_like(output))

@@ -30,7 +30,7 @@ def main() -> None:
     from finetune_trainer.train import train
     from tests.trainer.faults import recorded, scripted
 
-    gang = Gang(device=process.select_device(plans[0].config.world))
+    gang = Gang(device=process.select_device(plans[0].config.world, precision=plans[0].config.optimization.precision))
     for run, plan in zip(runs, plans, strict=True):
         plan.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(pod_uid="pod", ranks=gang.world_size, reporter=None) if gang.is_first else None

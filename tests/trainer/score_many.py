@@ -48,8 +48,21 @@ def main() -> None:
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
     from finetune_trainer.ranks.gang import Gang
 
+    class CountingGang(Gang):
+        """Counts the collectives, and how often the training thread says that it makes progress."""
+
+        collectives = notes = 0
+
+        def note_progress(self) -> None:
+            super().note_progress()
+            self.notes += 1
+
+        def _reduce(self, *arguments: Any) -> None:
+            super()._reduce(*arguments)
+            self.collectives += 1
+
     stop = StopSoon()
-    gang = Gang(device=torch.device("cpu"), stop=stop)
+    gang = CountingGang(device=torch.device("cpu"), stop=stop)
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     examples = example_set([Example(ids, [tuple(span) for span in spans]) for ids, spans in asked["examples"]])
     found: list[dict[str, Any]] = []
@@ -86,8 +99,10 @@ def main() -> None:
             )
             prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
             own: dict[int, str] = {}
+            notes, collectives = gang.notes, gang.collectives
             for batch in generate_answers(engine, gang, prompts, decoding):
                 own |= batch
+            notes, collectives = gang.notes - notes, gang.collectives - collectives
             engine.exclude_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)
             engine.exclude_tokens(())
@@ -99,6 +114,8 @@ def main() -> None:
                     "hidden": hidden,
                     "all": scorer.perplexity(all_tokens(examples)),
                     "answers": own,
+                    "notes": notes,
+                    "collectives": collectives,
                 }
             )
         if stage == asked["stages"][-1]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
+from tests.trainer.small_volume import mounted
 
 FULL = re.compile("XMinioStorageFull|no space left on device|its disk may be full")
 """Matches the error messages of MinIO and of the trainer about a full disk. The last alternative is the trainer's
@@ -31,16 +29,13 @@ BALLAST_BYTES = 4_000_000
 def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
     """Run a MinIO server on a file system of 40 MB. Skip the test if no file system can be mounted."""
     (folder / "data").mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")]
-    mounted = subprocess.run(command, capture_output=True)
-    if mounted.returncode != 0:
-        # A disk that really gets full needs a small file system of its own, and only root may mount one.
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
     try:
-        with running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small:
+        with (
+            mounted(folder / "data", "40m"),
+            running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small,
+        ):
             yield small
     finally:
-        subprocess.run(["umount", "-l", str(folder / "data")], check=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,5 +1,5 @@
-"""One rank of the test of a stall in `test_leaving.py`: `python -m tests.trainer.stalling FOLDER`. Rank 1 hangs in its
-sixth step. Each rank leaves its outcome in FOLDER."""
+"""One rank of the tests of a stall in `test_leaving.py`: `python -m tests.trainer.stalling FOLDER RANK`. The rank with
+the number RANK hangs in its sixth step. Each rank leaves its outcome in FOLDER."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         for step in range(1000):
             gang.check_stop()
-            if gang.rank == 1 and step == 5:
+            if gang.rank == int(sys.argv[2]) and step == 5:
                 a_call_that_hangs()
     finally:
         # If the watchdog of this rank is reporting a stall, `claim_end` does not return. So an error because the other

@@ -139,7 +139,7 @@ def test_any_answer_of_the_store_is_a_result_or_an_outside_failure(server: AnySt
     @example(Answer(301, body=b"\n"))
     @example(Answer(307, (("Location", "http://127.0.0.1:9/elsewhere"), ("Content-Type", "application/xml")), b"<E/>"))
     @example(Answer(headers=(("Content-Encoding", "gzip"),), body=b"no gzip"))
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     def ask(answer: Answer) -> None:
         server.answer = answer
         for request in (
@@ -303,7 +303,7 @@ def test_any_answer_of_the_hub_is_a_result_or_a_sentence(
         @given(HUB_ANSWERS, st.integers(0, 5))
         @example((200, {"Content-Length": "7", "ETag": '"0"', "X-Repo-Commit": COMMIT}, b"half"), 2)
         @example((302, {"Location": "http://127.0.0.1:9/elsewhere"}, b""), 1)
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=60)
         def ask(odd: tuple[int, dict[str, str], bytes], honest: int) -> None:
             hub.odd, hub.honest = odd, honest  # type: ignore[attr-defined]
             folder = Path(tempfile.mkdtemp(dir=tmp_path))

@@ -123,7 +123,7 @@ def words(messages: Sequence[Message], *, thoughts: bool) -> set[str]:
     made=MESSAGES,
     tools=st.sampled_from([None, None, [TOOL]]),
 )
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 def test_each_answer_stands_behind_the_tokens_of_inference_and_no_word_is_lost(
     template: str, made: Sequence[Message], tools: list[Any] | None
 ) -> None:
@@ -167,7 +167,7 @@ ODD_ROWS = st.lists(st.lists(ODD_ANSWERS, min_size=1, max_size=2), min_size=2, m
 
 
 @given(template=TEMPLATES, rows=ODD_ROWS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_what_a_row_becomes_does_not_depend_on_the_rows_before_it(
     template: str, rows: Sequence[Sequence[Message]]
 ) -> None:

@@ -129,7 +129,7 @@ def test_any_bytes_as_the_keys_of_a_bucket_are_files_or_a_sentence(bucket: Bucke
     @example(ODD_KEYS, b".txt")
     @example([b"\n\x80"], b".txt")
     @example(ODD_KEYS, b".json")
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def ask(keys: list[bytes], suffix: bytes) -> None:
         bucket.objects = {b"rows/" + key + suffix: b"one\n" for key in keys} | {b"rows/good.txt": b"one\n"}
         data = DataSource.model_validate({"s3": {"uri": "s3://bucket/rows"}})
@@ -184,7 +184,7 @@ def test_any_text_as_the_paths_of_a_repository_is_files_or_a_sentence(
         )
         @example(["../../x", "/etc/x", ".", "a//b", "x" * 300, "\x00", "\ud800", "C:\\x", "?#%2e%2e"], ".txt")
         @example(["../../x", "/etc/x", ".", "a//b", "x" * 300, "\x00", "\ud800", "C:\\x", "?#%2e%2e"], ".json")
-        @settings(max_examples=8, deadline=None)
+        @settings(max_examples=8)
         def ask(names: list[str], suffix: str) -> None:
             files = [f"{name}{suffix}" for name in names]
             hub.names = (*files, "good.txt")  # type: ignore[attr-defined]

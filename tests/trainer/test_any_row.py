@@ -132,7 +132,7 @@ def test_any_json_value_is_an_example_or_a_sentence_in_every_format(
     outcomes: Counter[str] = Counter()
 
     @given(st.lists(ROW | JSON, min_size=1, max_size=3), OPTIONS)
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, suppress_health_check=list(HealthCheck))
     def ask(rows: list[Any], options: dict[str, Any]) -> None:
         sentence = check_json(tmp_path, [*rows, GOOD], options, tokenize)
         outcomes[sentence.partition(":")[0]] += 1
@@ -146,7 +146,7 @@ def test_any_json_value_is_an_example_or_a_sentence_in_every_format(
 
 @pytest.mark.long
 @given(rows=st.lists(ROW | JSON, min_size=1, max_size=4), options=OPTIONS)
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, suppress_health_check=list(HealthCheck))
 def test_many_json_values_are_examples_or_sentences_in_every_format(
     tmp_path: Path, tokenize: TokenizeFunctions, rows: list[Any], options: dict[str, Any]
 ) -> None:
@@ -245,7 +245,7 @@ def test_any_value_of_any_parquet_type_is_an_example_or_a_sentence_in_every_form
     outcomes: Counter[str] = Counter()
 
     @given(st.data(), OPTIONS)
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, suppress_health_check=list(HealthCheck))
     def ask(data: st.DataObject, options: dict[str, Any]) -> None:
         sentence = check_parquet(tmp_path, data, options, tokenize)
         outcomes["not written" if sentence is None else sentence.partition(":")[0]] += 1
@@ -256,7 +256,7 @@ def test_any_value_of_any_parquet_type_is_an_example_or_a_sentence_in_every_form
 
 @pytest.mark.long
 @given(data=st.data(), options=OPTIONS)
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, suppress_health_check=list(HealthCheck))
 def test_many_values_of_any_parquet_type_are_examples_or_sentences(
     tmp_path: Path, tokenize: TokenizeFunctions, data: st.DataObject, options: dict[str, Any]
 ) -> None:

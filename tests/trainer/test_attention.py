@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from finetune_core.api.training import Attention
@@ -22,6 +24,7 @@ from finetune_trainer.data.batches import collate
 from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.checks import check_model
 from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model import packed_attention
 from finetune_trainer.model.attention import (
     IMPLEMENTATIONS,
     DeviceAbilities,
@@ -32,7 +35,7 @@ from finetune_trainer.model.attention import (
 )
 from finetune_trainer.model.base_check import JobBase, check_base
 from finetune_trainer.model.load import load_base, own_dropout
-from finetune_trainer.model.packed_attention import note_borders
+from finetune_trainer.model.packed_attention import note_borders, packed_sequence_indices
 from finetune_trainer.model.structure import read_structure
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.objectstore import ObjectStore
@@ -82,6 +85,44 @@ def test_auto_takes_the_fastest_kernel_that_model_and_device_support(
     order = kernels("Auto", model, device, "bf16", packing=packing)
     assert order[0] is wanted
     assert order[-1] is Kernel.EAGER
+
+
+@given(
+    sequences=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=4),
+    packed=st.booleans(),
+)
+def test_the_numbers_of_packed_examples_are_those_of_transformers_without_a_read_of_the_device(
+    sequences: list[list[int]], packed: bool
+) -> None:
+    """``sequences`` has the lengths of the examples. On the meta device no value can be read."""
+    lengths = sequences if packed else [sequence[:1] for sequence in sequences]
+    batch = collate(
+        [[(Example(range(length), [(0, length)]), 1) for length in sequence] for sequence in lengths],
+        pad=0,
+        packed=packed,
+    )
+    shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
+    own = torch.arange(shape[1]).expand(shape)
+    positions = batch.position_ids if batch.position_ids is not None else own
+    # What transformers does without the trainer.
+    wanted = packed_attention._FIND(positions)
+    note_borders(batch.starts, batch.longest, shape=shape)
+    found = packed_sequence_indices(positions)
+    assert (found is None) == (wanted is None)
+    if found is not None:
+        assert found.tolist() == wanted.tolist()
+    if batch.starts is None:
+        note_borders(None, shape=shape)
+    else:
+        note_borders(batch.starts.to("meta"), batch.longest, shape=shape)
+    on_meta = packed_sequence_indices(positions.to("meta"))
+    assert (on_meta is None) == (wanted is None)
+    # Of a micro-batch that is not noted nothing is known, so that transformers looks for examples.
+    note_borders(None)
+    other = torch.tensor([[0, 1, 2, 0, 1]])
+    numbers = packed_sequence_indices(other)
+    assert numbers is not None
+    assert numbers.tolist() == [[0, 0, 0, 1, 1]]
 
 
 def test_auto_computes_in_fp32_without_flash() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +118,23 @@ def test_a_run_file_of_another_version_is_refused(store: ObjectStore, pods: Star
 def test_fewer_gpus_than_asked_for_never_falls_back_to_the_cpu(store: ObjectStore, pods: StartPods) -> None:
     attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"), forked=True)
     assert attempt.wait() == [75]
-    assert "the NVIDIA driver shows 0" in attempt.pods[0].result.message
+    assert attempt.pods[0].result.message.startswith("NVIDIA driver: the pod has none: look at the device plugin")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the library of a driver is compiled")
+def test_a_driver_that_is_too_old_ends_the_job_with_both_versions(
+    store: ObjectStore, pods: StartPods, tmp_path: Path
+) -> None:
+    """The pod finds the library of a driver for CUDA 12.8, which can do nothing but say so."""
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *version) { *version = 12080; return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    config = run_config(store, "driver", world__nodes=1, world__device="GPU")
+    attempt = pods(config, variables={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert attempt.wait() == [64]
+    assert attempt.pods[0].result.message.startswith(
+        "NVIDIA driver: must support CUDA 13 (driver R580 or newer), because the trainer image has torch with CUDA"
+        " 13.0: the driver of this node supports CUDA 12.8. Update the driver"
+    )
 
 
 def test_rows_are_skipped_where_the_job_says_so(store: ObjectStore, pods: StartPods, tmp_path: Path) -> None:

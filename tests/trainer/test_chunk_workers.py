@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         pause.wait(0.05)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 3))
 def test_results_come_in_the_order_of_the_work(work: list[int], count: int) -> None:
     def done(value: int, alive: SignOfLife) -> tuple[int, int]:

@@ -136,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokenizer")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(ROWS, min_size=1, max_size=6),
     st.sampled_from(sorted(TEMPLATES)),
@@ -269,6 +269,29 @@ def test_simple_conversations_take_a_few_calls(has_parts: bool, folder: Path, mo
     assert asked.count - chat.calls <= 2 * len(rows) / MOST_ROWS
     assert encodings.count <= 2 * len(rows) / MOST_ROWS + chat.calls
     assert chat.calls <= 24
+    ended(tokenize)
+
+
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_texts_with_marks_of_control_tokens_are_not_tokenised(
+    has_parts: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the pieces between the marks become tokens."""
+    asked: list[str] = []
+
+    def encoded(tokenizer: Any, texts: Sequence[str], *, specials: bool) -> Any:
+        asked.extend(texts)
+        return batch_encoding.encoded(tokenizer, texts, specials=specials)
+
+    monkeypatch.setattr(piece_batches, "encoded", encoded)
+    tokenize = functions(batch_functions, "appending", None if has_parts else folder)
+    render = ChunkRenderer(dataset_of({"messages": {}}), tokenize, LIMIT)
+    (outcome,) = render([Row(1, conversation(f"a {ENDS[0]} b", 2))], frozenset()).outcomes()
+    assert isinstance(outcome, list)
+    assert outcome[0].read_as_text == (ENDS[0],)
+    assert isinstance(tokenize.chat, BatchChatTemplate)
+    assert any("a " in text for text in asked)
+    assert not [text for text in asked if tokenize.chat.row_texts._begin in text]
     ended(tokenize)
 
 

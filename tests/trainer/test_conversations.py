@@ -468,7 +468,7 @@ TOKENIZERS = [byte_tokenizer(published(name)) for name in ("qwen3", "deepseekv3"
     others=st.dictionaries(st.sampled_from(["tools", "system", "chat_template_kwargs", "functions"]), JSON, max_size=2),
     learn=st.sampled_from(["AllAssistant", "LastAssistant", "Everything"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_json_value_becomes_examples_or_a_sentence(
     number: int, messages: Any, others: dict[str, Any], learn: str
 ) -> None:
@@ -512,7 +512,7 @@ PIECES = (
 
 
 @given(template=st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_template_makes_examples_or_a_sentence(template: str) -> None:
     tokenizer = byte_tokenizer("")
     form = DatasetFormat.model_validate({"messages": {"chatTemplate": {"text": template or "x"}}})

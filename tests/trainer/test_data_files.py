@@ -203,7 +203,7 @@ DAMAGED = [*(name + end for name in CONTENTS for end in COMPRESS), ".parquet", "
 
 
 @given(st.sampled_from(DAMAGED), st.binary(max_size=200), st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_as_a_file_of_any_kind_are_rows_or_a_sentence(
     tmp_path: Path, suffix: str, noise: bytes, data: st.DataObject
 ) -> None:
@@ -280,7 +280,7 @@ PARQUET_TYPES = st.sampled_from(
 
 
 @given(PARQUET_TYPES, st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5), st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bits_of_any_type_are_read_or_cost_their_row(
     tmp_path: Path, kind: Any, bits: list[int | None], nested: bool
 ) -> None:

@@ -254,7 +254,6 @@ GLOB_PART = st.sampled_from(["a", "*", "**", "_*", ".*", "?", "[ab]", "_a", "[a]
 )
 @example([["_a"], ["a", "_a", "b"]], ["*", "_*", "**"], "")
 @example([["[a]"], ["a"]], ["[a]"], "")
-@settings(deadline=None)
 def test_a_path_names_the_same_files_on_a_volume_and_in_a_bucket(
     tmp_path_factory: pytest.TempPathFactory, folders: list[list[str]], parts: list[str], end: str
 ) -> None:
@@ -543,7 +542,7 @@ def test_any_answer_of_the_hub_names_files_or_is_a_sentence(tmp_path: Path, monk
         @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "a.txt", "size": "many"}]})
         @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "../a.txt"}]})
         @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "a.txt", "size": 3}]})
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=60)
         def ask(document: object) -> None:
             hub.document = document  # type: ignore[attr-defined]
             try:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from finetune_core.api.resources import Device
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.processes import worker_environments
 from finetune_trainer.ranks.device_environment import device_environment
+from finetune_trainer.ranks.gate import Rendezvous
+from tests.trainer.pods import run_config
 
 SCRATCH = Path("/scratch")
 ALLOCATOR = {"PYTORCH_ALLOC_CONF"}
@@ -20,6 +26,7 @@ NCCL = {
     "TORCH_FR_DUMP_TEMP_FILE",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS",
 }
+ALL = ALLOCATOR | NCCL
 
 
 @pytest.mark.parametrize(
@@ -96,3 +103,29 @@ def names_in(path: Path, names: set[str]) -> set[str]:
             found |= {name for name in names - found if name.encode() in window}
             tail = window[-100:]
     return found
+
+
+class Nowhere:
+    endpoint = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(("device", "nodes", "names"), [("CPU", 2, set()), ("GPU", 1, ALLOCATOR), ("GPU", 2, ALL)])
+def test_each_worker_of_a_pod_gets_the_settings_of_its_device(device: Device, nodes: int, names: set[str]) -> None:
+    """What the user has set in `podTemplate.env` is left alone."""
+    config = run_config(Nowhere(), "variables", world__device=device, world__nodes=nodes)  # type: ignore[arg-type]
+    plan = WorkerPlan(
+        paths=Paths(scratch=SCRATCH),
+        identity=Identity(namespace="default", name="t", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(config),
+        inputs=Inputs(model=SCRATCH, train=SCRATCH),
+        folder=SCRATCH,
+    )
+    rendezvous = Rendezvous(address="127.0.0.1", port=1234)
+    environments: list[dict[str, str]] = [{}, {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}]
+    for given in environments:
+        workers = worker_environments(given, plan, rendezvous=rendezvous, threads=1)
+        assert len(workers) == config["world"]["processesPerNode"]
+        for environment in workers:
+            wanted = names - ALLOCATOR if given else names
+            assert {name for name in ALL if name in environment} == wanted | (set(given) & ALL)
+            assert environment.items() >= given.items()

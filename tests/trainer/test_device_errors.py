@@ -6,18 +6,30 @@ from __future__ import annotations
 import ctypes
 import signal
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finetune_core.api.resources import Device
+from finetune_core.contract import Identity, RunConfig
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import NodeFault, OutOfMemory, OutsideFailure, PeerLost
+from finetune_trainer.pod.outcomes import WorkerStatus, outcome_of
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.ranks.device_errors import NODE_XIDS, TEXTS, DeviceFault, Source, diagnose, fault_of_signal
-from finetune_trainer.ranks.peer_errors import is_peer_failure, torch_message
+from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.ranks.peer_errors import peer_lost, torch_message
+from finetune_trainer.worker import _classified_errors
+from tests.trainer.pods import run_config
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:133, "
 CUDA_CALL = f"""{NCCL}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.29.7
@@ -310,40 +322,93 @@ def test_a_signal_that_leaves_no_outcome_has_a_fault(number: int, ranks: int, fa
     assert fault_of_signal(number, ranks=ranks) is fault
 
 
-# ---- What `peer_errors.py` makes of the same texts ----
+# ---- What the product makes of the texts ----
 
 OUT_OF_MEMORY_IN_NCCL = f"{CUDA_CALL}{LAST}Cuda failure 2 'out of memory'"
-READ_AS_A_LOST_PEER: Mapping[str, DeviceFault] = {
+MORE: Mapping[str, DeviceFault] = {
     OUT_OF_MEMORY_IN_NCCL: DeviceFault.OUT_OF_MEMORY,
-    EXAMPLES["shared memory segment"]: DeviceFault.WRONG_SETUP,
-    EXAMPLES["Duplicate GPU detected"]: DeviceFault.WRONG_SETUP,
-    EXAMPLES["no socket interface found"]: DeviceFault.WRONG_SETUP,
-    EXAMPLES["Call to ibv_create_qp failed"]: DeviceFault.WRONG_SETUP,
     f"{CUDA_CALL}{LAST}Cuda failure 214 'uncorrectable ECC error encountered'": DeviceFault.NODE_FAULT,
     CUDA_CALL: DeviceFault.CRASH,
-}
-READ_AS_A_CRASH: Mapping[str, DeviceFault] = {
     f"CUDA error: uncorrectable ECC error encountered{SEARCH}": DeviceFault.NODE_FAULT,
     f"CUDA error: out of memory{SEARCH}": DeviceFault.OUT_OF_MEMORY,
-    EXAMPLES["CUBLAS_STATUS_ALLOC_FAILED"]: DeviceFault.OUT_OF_MEMORY,
-    EXAMPLES["The NVIDIA driver on your system is too old"]: DeviceFault.DRIVER_TOO_OLD,
-    EXAMPLES["Connection was likely closed"]: DeviceFault.PEER_LEFT,
+    f"CUDA error: an illegal memory access was encountered{SEARCH}": DeviceFault.CRASH,
+    "Expected all tensors to be on the same device": DeviceFault.CRASH,
+    "gloo: an error that no table knows": DeviceFault.CRASH,
+}
+TOLD: Mapping[str, DeviceFault] = {text: diagnose(text).fault for text in [*EXAMPLES.values(), *MORE]}
+ENDS: Mapping[DeviceFault, type[Exception]] = {
+    DeviceFault.NODE_FAULT: NodeFault,
+    DeviceFault.DRIVER_TOO_OLD: UserError,
+    DeviceFault.OUT_OF_MEMORY: OutOfMemory,
+    DeviceFault.WRONG_SETUP: OutsideFailure,
+    DeviceFault.PEER_LEFT: PeerLost,
 }
 
 
-@pytest.mark.parametrize(("text", "fault"), READ_AS_A_LOST_PEER.items())
-def test_texts_that_only_the_table_tells_from_a_lost_peer(text: str, fault: DeviceFault) -> None:
-    assert is_peer_failure(RuntimeError(text))
-    assert diagnose(text).fault is fault
+class Nowhere:
+    endpoint = "http://127.0.0.1:1"
 
 
-@pytest.mark.parametrize(("text", "fault"), READ_AS_A_CRASH.items())
-def test_texts_that_only_the_table_tells_from_a_crash(text: str, fault: DeviceFault) -> None:
-    assert not is_peer_failure(RuntimeError(text))
-    assert diagnose(text).fault is fault
+def plan_of(device: Device) -> WorkerPlan:
+    config = run_config(Nowhere(), "errors", world__device=device)  # type: ignore[arg-type]
+    nowhere = Path("/nonexistent")
+    return WorkerPlan(
+        paths=Paths(),
+        identity=Identity(namespace="default", name="t", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(config),
+        inputs=Inputs(model=nowhere, train=nowhere),
+        folder=nowhere,
+    )
 
 
-def test_only_the_table_keeps_the_line_behind_last_error() -> None:
-    error = torch.distributed.DistBackendError(OUT_OF_MEMORY_IN_NCCL)
-    assert "out of memory" not in torch_message(error)
-    assert diagnose(str(error)).cause.endswith("Cuda failure 2 'out of memory'")
+@pytest.mark.parametrize("kind", [RuntimeError, torch.distributed.DistBackendError])
+@pytest.mark.parametrize("text", TOLD)
+def test_an_error_ends_a_worker_on_gpus_as_its_text_says(text: str, kind: type[RuntimeError]) -> None:
+    """A text that no table knows is a lost peer where torch raises it for a collective, and else a crash."""
+    diagnosis = diagnose(text)
+    assert diagnosis.fault is TOLD[text]
+    is_lost = not diagnosis.known and (kind is not RuntimeError or "gloo" in text)
+    expected = PeerLost if is_lost else ENDS.get(diagnosis.fault, kind)
+    with pytest.raises(expected) as raised, _classified_errors(plan_of("GPU"), WorkerStatus(step=12)):
+        raise kind(text)
+    assert type(raised.value) is expected
+    if diagnosis.known and expected not in (OutOfMemory, kind):
+        assert diagnosis.cause in str(raised.value)
+    outcome = outcome_of(raised.value)
+    assert bool(outcome.result.node_fault) is (diagnosis.fault is DeviceFault.NODE_FAULT)
+    assert outcome.caused_by_peer is (expected is PeerLost)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("text", TOLD)
+def test_a_fault_of_this_pod_is_no_lost_peer_while_the_ranks_meet(
+    text: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several ranks NCCL connects when the process group is made. There is no GPU here, so a function that raises
+    the error takes the place of torch's."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistBackendError(text)
+
+    gang = Gang.__new__(Gang)
+    gang.device, gang.rank, gang.world_size = torch.device(device), 0, 2
+    monkeypatch.setattr(gang, "_open_store", torch.distributed.HashStore)
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    is_of_peer = device == "cpu" or TOLD[text] in (DeviceFault.PEER_LEFT, DeviceFault.CRASH)
+    with pytest.raises(PeerLost if is_of_peer else torch.distributed.DistBackendError):
+        gang._join(timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("text", [text for text in TOLD if TOLD[text] is not DeviceFault.OUT_OF_MEMORY])
+def test_on_cpus_only_a_lost_peer_is_read_from_the_text(text: str) -> None:
+    is_lost = TOLD[text] is DeviceFault.PEER_LEFT or text.startswith("gloo")
+    expected = PeerLost if is_lost else RuntimeError
+    with pytest.raises(expected) as raised, _classified_errors(plan_of("CPU"), WorkerStatus(step=12)):
+        raise RuntimeError(text)
+    assert type(raised.value) is expected
+
+
+def test_the_line_behind_last_error_is_kept() -> None:
+    error = torch.distributed.DistBackendError(EXAMPLES["No route to host"])
+    assert "No route to host" not in torch_message(error)
+    assert str(peer_lost(error)).endswith("to 10.0.0.4<51013> failed with error No route to host")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +21,17 @@ from finetune_core.contract import (
     CheckpointRecord,
     EvaluationConfig,
     EvaluationRecord,
+    GenerationConfig,
     Outcome,
     Result,
     ScoreRecord,
 )
 from finetune_trainer.decisions.selection import Selection, best_first, selection_after
+from finetune_trainer.evaluation import scorer
 from finetune_trainer.evaluation.comparison import ungraded_text
+from finetune_trainer.evaluation.graders import Grade
 from finetune_trainer.finish import told_of_run
+from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.step_log import StepRow
@@ -149,6 +155,7 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
         assert math.log(case["perplexity"]) == pytest.approx(math.log(plain["perplexity"]), rel=1e-6), where
         assert math.log(case["all"]) == pytest.approx(math.log(plain["all"]), rel=1e-6), where
         assert case["answers"] == plain["answers"], where
+        assert case["notes"] > 2 * case["collectives"], "each token is progress, not only each batch of answers"
         # `hidden` is the perplexity when some unused tokens are excluded. The other tokens then have higher
         # probabilities, so this perplexity is lower.
         assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
@@ -158,6 +165,36 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
     assert len(stops) == 2
     for (cut,) in stops:
         assert any(answer != plain["answers"][number] for number, answer in cut.items())
+
+
+def test_after_a_stop_no_rank_grades_on_while_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop comes while the second answer of five is graded. Answers and rows are made up, because only the order of
+    the calls matters."""
+    graded: list[str] = []
+
+    def answers(*_: object) -> Iterator[dict[int, str]]:
+        yield {number: f"answer {number}" for number in range(5)}
+        raise StopAgreed
+
+    def grade(text: str, _: object) -> Grade:
+        graded.append(text)
+        return Grade(scores={"exact": 1.0})
+
+    class Rows(list[Any]):
+        rows = (SimpleNamespace(fields={}),) * 5
+
+    monkeypatch.setattr(scorer, "generate_answers", answers)
+    config = EvaluationConfig(artifact_from="Last", generation=GenerationConfig(batch_size=5))
+    gang: Any = SimpleNamespace(stop_requested=lambda: len(graded) == 2, note_progress=lambda: None)
+    grading: Any = SimpleNamespace(grade=grade)
+    evaluation_set: Any = SimpleNamespace(
+        tokenizer=None, stop_ids=[], suffix="", added_ids=[], answered=0, one_line=False, examples=Rows()
+    )
+    unused: Any = None
+    made = scorer.Scorer(unused, gang, unused, config, grading, batch_size=5, context=128, phase=lambda _: None)
+    with pytest.raises(StopAgreed):
+        made.task_scores(evaluation_set)
+    assert graded == ["answer 0", "answer 1"]
 
 
 # ---- which checkpoint is the best ----

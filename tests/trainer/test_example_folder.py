@@ -5,6 +5,7 @@ other."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import hmac
 import json
 import math
@@ -170,7 +171,7 @@ ABSENCES: dict[str, Callable[[Path, int], object]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(DAMAGES | ABSENCES)), st.integers(0, 1 << 20))
 def test_damaged_examples_are_made_again(
     made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, damage: str, place: int
@@ -199,6 +200,8 @@ def test_a_folder_in_the_place_of_the_examples_is_no_error(made: PreparedRows, t
     )
 
 
+NAME = f"examples-{hmac.digest(KEY, f'name {IDENTITY}'.encode(), 'sha256').hex()}"
+"""Name of the file with the examples on the volume."""
 SEALS = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-9, 1 << 70), st.floats(), st.text(max_size=4)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
@@ -206,16 +209,17 @@ SEALS = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
-    st.one_of(SEALS, st.fixed_dictionaries({"identity": st.just(IDENTITY), "files": SEALS})),
+    st.one_of(SEALS, st.fixed_dictionaries({"name": st.just(NAME), "salt": SEALS, "files": SEALS})),
     st.dictionaries(st.sampled_from(FILES), st.lists(SEALS, max_size=2), min_size=1),
     st.booleans(),
 )
 @example({}, {}, False)
 @example({"files": {name: [0, ""] for name in FILES}}, {}, False)
-@example({"identity": IDENTITY, "files": {name: [-5, ""] for name in FILES}}, {}, False)
-@example({"identity": IDENTITY, "files": {name: [math.inf, ""] for name in FILES}}, {}, False)
+@example({"name": NAME, "salt": "\ud800", "files": {name: [0, ""] for name in FILES}}, {}, False)
+@example({"name": NAME, "salt": "", "files": {name: [-5, ""] for name in FILES}}, {}, False)
+@example({"name": NAME, "salt": "", "files": {name: [math.inf, ""] for name in FILES}}, {}, False)
 def test_any_seal_of_somebody_with_the_key_is_read_without_a_crash(
     made: PreparedRows, tmp_path_factory: pytest.TempPathFactory, sealed: Any, changed: dict[str, Any], of_ours: bool
 ) -> None:
@@ -310,6 +314,49 @@ def test_a_volume_that_can_not_be_used_is_no_error(made: PreparedRows, tmp_path:
     assert found.trouble == f"the volume at {cache} can't be used (File exists): the examples are not kept"
 
 
+def test_a_volume_that_can_not_be_looked_at_is_no_error(made: PreparedRows, tmp_path: Path) -> None:
+    mount = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match=os.strerror(errno.ENAMETOOLONG)):
+        mount.is_dir()
+    found = obtain_examples(IDENTITY, Making(made), tmp_path / "train", cache=mount, key=KEY)
+    assert values(found.prepared) == values(made)
+    reason = os.strerror(errno.ENAMETOOLONG)
+    assert found.trouble == f"the volume at {mount} can't be used ({reason}): the examples are not kept"
+
+
+def test_examples_of_data_that_changed_meanwhile_are_not_kept(made: PreparedRows, tmp_path: Path) -> None:
+    cache, make = volume(tmp_path), Making(made)
+    found = obtain_examples(
+        IDENTITY, make, tmp_path / "train", cache=cache, key=KEY, is_unchanged=lambda: make.count == 0
+    )
+    assert values(found.prepared) == values(made)
+    assert found.trouble == "the data changed while the examples were made: the examples are not kept"
+    assert list((cache / FOLDER).iterdir()) == []
+
+
+def test_other_users_of_the_volume_learn_nothing_of_the_examples(made: PreparedRows, tmp_path: Path) -> None:
+    """Neither a value, nor whether two jobs have the same examples."""
+    cache, make, texts = volume(tmp_path), Making(made), []
+    rows = (b"question", b"s3://bucket/1.jsonl")
+    for key in (b"one job", b"another job"):
+        obtained(make, tmp_path / "train", cache, key)
+        texts.append(kept_file(cache, key).read_bytes())
+        texts.append(texts[-1].partition(b"\n")[2])
+    contents = [(tmp_path / "train" / name).read_bytes() for name in FILES]
+    local = b"".join(contents)
+    assert all(row in local for row in rows)
+    assert len(texts[1]) == len(texts[3]) == len(local)
+    # Of random bytes, one in 256 is the same.
+    for ones, others in ((texts[1], local), (texts[3], local), (texts[1], texts[3])):
+        assert sum(one == other for one, other in zip(ones, others, strict=True)) < len(local) / 50
+    for text in texts:
+        assert IDENTITY.encode() not in text
+        assert not [each for each in contents if hashlib.sha256(each).hexdigest().encode() in text]
+    kept_file(cache, b"one job").unlink()
+    obtained(make, tmp_path / "train", cache, b"one job")
+    assert kept_file(cache, b"one job").read_bytes().partition(b"\n")[2] != texts[1], "no key is used twice"
+
+
 def test_a_job_without_the_volume_has_no_trouble(made: PreparedRows, tmp_path: Path) -> None:
     assert obtained(Making(made), tmp_path / "train", tmp_path / "none") == Obtained(ANY, from_cache=False)
 
@@ -329,6 +376,22 @@ def test_a_node_that_can_not_be_written_is_an_outside_failure_that_names_the_nod
     assert str(cache) not in str(raised.value)
     assert make.count == made_before
     assert not is_kept or obtained(make, tmp_path / "train", cache).from_cache
+
+
+def test_a_node_that_can_not_be_read_is_an_outside_failure_that_names_the_node(
+    made: PreparedRows, tmp_path: Path
+) -> None:
+    """The volume is not at fault, and the ranks could not map the examples either."""
+    cache = volume(tmp_path)
+
+    def spoil() -> bool:
+        (tmp_path / "node" / "train" / FILES[-1]).unlink()
+        return True
+
+    sentence = f"the examples can't be read from {tmp_path}/node: {os.strerror(errno.ENOENT)}"
+    with pytest.raises(OutsideFailure, match=sentence):
+        obtain_examples(IDENTITY, Making(made), tmp_path / "node" / "train", cache=cache, key=KEY, is_unchanged=spoil)
+    assert list((cache / FOLDER).iterdir()) == []
 
 
 def test_a_node_without_room_while_examples_are_copied_is_an_outside_failure(

@@ -29,7 +29,7 @@ def given_identity(tmp_path: Path) -> Callable[..., str | None]:
 
     def identity(**changes: Any) -> str | None:
         arguments: dict[str, Any] = {
-            "path": path,
+            "data": example_identity.data_identity(path),
             "source": "rows",
             "field": FIELD,
             "dataset": DATASET,
@@ -62,12 +62,13 @@ def test_the_identity_changes_with_everything_that_decides_the_examples(
     copy = tmp_path / "copy" / "rows.jsonl"
     copy.parent.mkdir()
     shutil.copyfile(tmp_path / "rows.jsonl", copy)
-    assert given_identity(path=copy) == same, "the folder of a file makes no difference"
+    data = example_identity.data_identity
+    assert given_identity(data=data(copy)) == same, "the folder of a file makes no difference"
     (tmp_path / "more").mkdir()
     more = tiny.write_jsonl(tmp_path / "more" / "rows.jsonl", tiny.rows(3, seed=2))
     changes: list[dict[str, Any]] = [
-        {"path": more},
-        {"path": tiny.write_jsonl(tmp_path / "other-name.jsonl", tiny.rows(3, seed=1))},
+        {"data": data(more)},
+        {"data": data(tiny.write_jsonl(tmp_path / "other-name.jsonl", tiny.rows(3, seed=1)))},
         {"source": "others"},
         {"field": "dataset.test"},
         {"dataset": dataset_of({"text": {"textField": "reply"}}, badRows="Skip")},

@@ -14,10 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_core.contract import Outcome
 from finetune_core.planning.host_needs import SNAPSHOTS
 from finetune_trainer.engine.fragment_snapshot import ALIVE, SnapshotPlan
 from finetune_trainer.engine.host_buffers import StagingRing, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
+from finetune_trainer.pod.plan import Inputs
+from tests.trainer import tiny
+from tests.trainer.gangs import train_all
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
 from tests.trainer.snapshots import PIECE_BYTES, STEPS
 from tests.trainer.zygote import ends_of, zygote
 
@@ -183,3 +189,50 @@ def test_the_files_have_the_same_bytes(
             assert step["allocated"] == step["stored"] + PIECES * PIECE_BYTES
         # The memory of the host is used again. Only the buffers of a round are new.
         assert all(step["largest"] <= PIECE_BYTES for step in steps)
+
+
+@pytest.mark.gang
+def test_the_checkpoints_of_a_job_have_the_bytes_of_whole_parameters(
+    store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Each step is saved, so the memory of the snapshots is used again. With memory for a single snapshot, the next one
+    waits until the files of the one before are written, or takes its place."""
+    inputs = Inputs(model=tiny_model, train=tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1)))
+    kinds: dict[str, dict[str, Any]] = {
+        "lora-2": {"method": "LoRA", "optimization__zeroStage": 2},
+        "full-3": {"method": "Full", "optimization__zeroStage": 3, "optimization__precision": "bf16"},
+    }
+    hows: dict[str, dict[str, Any] | None] = {
+        "fragments": None,
+        "single": {"kind": "alive", "count": 1},
+        "whole": {"kind": "whole"},
+    }
+    names = [(kind, how) for kind in kinds for how in hows]
+    configs = [
+        run_config(
+            store,
+            f"{kind}-{how}",
+            dataset__validation=None,
+            optimization__maxSteps=6,
+            storage__checkpointEverySteps=1,
+            storage__keepLast=6,
+            **kinds[kind],
+        )
+        for kind, how in names
+    ]
+    faults = [hows[how] for _, how in names]
+    results = train_all(configs, inputs, tmp_path, credentials=store.credentials, faults=faults)
+    assert [result.outcome for result in results] == [Outcome.COMPLETED] * len(names)
+
+    def states(kind: str, how: str) -> dict[str, bytes]:
+        root = f"runs/default/{kind}-{how}/uid-1/checkpoints/"
+        return {key.removeprefix(root): store.read(key) for key in store.keys(root) if key.endswith(".safetensors")}
+
+    for kind in kinds:
+        whole = states(kind, "whole")
+        assert len(whole) >= 2 * 2, "two ranks saved the last step, and one before it"
+        for how in ("fragments", "single"):
+            found = states(kind, how)
+            common = found.keys() & whole.keys()
+            assert {key for key in common if "-000000006/" in key}
+            assert {key: found[key] for key in common} == {key: whole[key] for key in common}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_trainer.kernels.install import NOT_UNDER_ZERO_3, KernelPart, KernelReport, use_fused_kernels
+from finetune_trainer.kernels.install import KernelReport, use_fused_kernels
+from finetune_trainer.kernels.parts import NOT_UNDER_ZERO_3, KernelPart
 from finetune_trainer.model.packed_attention import note_borders
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.fused_families import (
@@ -21,6 +22,7 @@ from tests.trainer.fused_families import (
     differences,
     engine_of,
     gradients_of,
+    nodes_of,
     rounding,
     trained_model,
 )
@@ -35,8 +37,8 @@ IN_BF16 = (
 )
 """Families whose errors in bf16 are compared. Mixtures of experts are left out, because another rounding can send a
 token to other experts."""
-WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT}
-"""The parts of a model without dropout."""
+WHOLE = frozenset(KernelPart) - {KernelPart.DROPOUT, KernelPart.HEAD_LOSS}
+"""The parts of a model without dropout that `use_fused_kernels` replaces."""
 
 
 def check(name: str, folder: Path, *, lora: bool, dropout: str = "0") -> KernelReport:
@@ -94,18 +96,6 @@ NODES = {
     KernelPart.GATED_PROJECTIONS: {"_GatedProjectionBackward"},
 }
 """The names of the kernels in the graph of autograd, by part."""
-
-
-def nodes_of(loss: torch.Tensor) -> set[str]:
-    """Return the names of all operators in the graph of ``loss``."""
-    found, names, left = set(), set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            names.add(node.name())
-            left += [following for following, _ in node.next_functions]
-    return names
 
 
 @pytest.mark.parametrize("part", sorted(WHOLE))

@@ -18,11 +18,13 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune_trainer.kernels.install import KernelPart, use_fused_kernels
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
 from tests.trainer.families import write_family
-from tests.trainer.fused_families import NEAR, batches, engine_of, gradients_of, trained_model
+from tests.trainer.fused_families import NEAR, batches, engine_of, gradients_of, nodes_of, trained_model
+from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients, model_of
 
 Change = Callable[[Any], object]
 
@@ -427,3 +429,34 @@ def test_weights_with_operators_of_their_own_keep_them(end: str, fused: Any, pla
     found, wanted = (compute(model).as_subclass(torch.Tensor) for model in (fused, plain))
     assert float((wanted - before).detach().abs().max()) > 0.1
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], int]] = {"rsLoRA": ({"rsLoRA": True}, 14), "doRA": ({"doRA": True}, 0)}
+"""Variants of LoRA, each with the number of layers of the tiny model that train with a kernel."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_is_fused_only_where_the_kernel_computes_all_that_peft_computes(variant: str, folder: Path) -> None:
+    spec, number = VARIANTS[variant]
+    plain, fused = (trained_model(folder, lora=True, **spec) for _ in range(2))
+    report = use_fused_kernels(fused)
+    assert report.replaced.get(KernelPart.PROJECTIONS, 0) == number
+    left = {found.part: found.count for found in report.left}
+    assert left.get(KernelPart.PROJECTIONS, 0) == 14 - number
+    assert_same(fused, plain)
+
+
+def test_a_head_with_an_adapter_still_turns_logits_into_the_loss(tiny_model: Path) -> None:
+    """`use_fused_kernels` and the objective, which computes the loss, both replace the forward function of the head."""
+    batch, results = batch_of([FIRST], [SECOND]), []
+    for fuses in (True, False):
+        model = model_of(tiny_model)
+        replaced = use_fused_kernels(model).replaced if fuses else {}
+        assert (KernelPart.PROJECTIONS in replaced) == fuses
+        engine = OneProcess(model)
+        loss = engine.loss(batch)
+        assert loss.shape == ()
+        assert ("_ProjectionsBackward" in nodes_of(loss)) == fuses
+        results.append(gradients(engine, batch))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-6, msg=name)

@@ -8,13 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from finetune_trainer.kernels.dropped_product import Dropout
 from finetune_trainer.kernels.gated_product import Activation, activate, gated_product
 from finetune_trainer.kernels.projections import Projection, project, project_gated
 from finetune_trainer.kernels.rms_norm import Form, plain_rms_norm, rms_norm
-from finetune_trainer.kernels.rotary import alias, plain_rotation, rotate_queries_and_keys, side_by_side
+from finetune_trainer.kernels.rotary import (
+    alias,
+    plain_rotation,
+    plain_rotations,
+    rotate_queries_and_keys,
+    side_by_side,
+)
 from finetune_trainer.kernels.trials import rounds_no_more
 from finetune_trainer.loss.dropout import keep_mask
 
@@ -366,3 +375,40 @@ def test_gradients_of_gradients_are_refused() -> None:
         (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("features", [16, 64])
+def test_rotary_embeddings_have_in_fp32_the_bits_of_the_code_of_models(features: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    states = [torch.randn((2, 11, heads, features), generator=generator) for heads in (4, 2)]
+    weights = [torch.randn((2, heads, 11, features), generator=generator) for heads in (4, 2)]
+    cosine, sine = (torch.randn((2, 1, 11, features // 2), generator=generator).repeat(1, 1, 1, 2) for _ in range(2))
+    results = []
+    for rotate in (rotate_queries_and_keys, plain_rotations):
+        leaves = [tensor.clone().requires_grad_() for tensor in states]
+        query, key = (leaf.transpose(1, 2) for leaf in leaves)
+        outputs = rotate(query, key, cosine, sine)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 64), (2, 33, 576), (3, 5, 8, 128)], ids=str)
+@pytest.mark.parametrize(("kind", "form"), [(LlamaRMSNorm, Form.SCALED), (GemmaRMSNorm, Form.CENTERED)])
+def test_a_norm_has_in_fp32_on_the_cpu_the_bits_of_the_code_of_models(
+    kind: type[nn.Module], form: Form, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weights = (torch.randn(shape, generator=generator) for _ in range(2))
+    module: Any = kind(shape[-1], eps=1e-6)
+    weight = torch.rand(shape[-1], generator=generator)
+    module.weight.data.copy_(weight)
+    wanted, found = (x.clone().requires_grad_() for _ in range(2))
+    own = weight.clone().requires_grad_()
+    outputs = module(wanted), rms_norm(found, own, 1e-6, form)
+    gradients = [
+        torch.autograd.grad(output, leaves, weights)
+        for output, leaves in zip(outputs, ((wanted, module.weight), (found, own)), strict=True)
+    ]
+    for one, other in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        assert torch.equal(one, other)

@@ -1,8 +1,9 @@
 """A SIGTERM that reaches the launcher at any line between the end of the downloads and the wait for the workers reaches
-the workers."""
+the workers, and the launcher knows of one that comes when it waits no more."""
 
 from __future__ import annotations
 
+import linecache
 import os
 import signal
 import sys
@@ -44,13 +45,15 @@ WAIT = processes.WorkerProcesses._wait.__code__
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Set the handlers of this process back after the test."""
+    """Set the handlers and the wakeup pipe of this process back after the test."""
+    pipe = signal.set_wakeup_fd(-1)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.set_wakeup_fd(pipe)
 
 
 class Tracer:
@@ -126,3 +129,48 @@ def test_a_sigterm_at_any_line_before_the_wait_for_the_workers_reaches_them(
         assert [found.status for found in exits] == [143, 143], f"line {number}"
         lines = max(lines, tracer.lines)
     assert number > 40
+
+
+class CollectionTracer:
+    """Sends SIGTERM to this process at line ``number`` of the collection of signals, counted from 1."""
+
+    CODE = processes._collect_signals.__wrapped__.__code__  # type: ignore[attr-defined]
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self.line = ""
+        """The line at which the signal was sent; empty before."""
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code is not self.CODE:
+            return None
+        if event == "line":
+            self._left -= 1
+            if self._left == 0:
+                self.line = linecache.getline(self.CODE.co_filename, frame.f_lineno).strip()
+                os.kill(os.getpid(), signal.SIGTERM)
+        return self
+
+
+def test_a_sigterm_at_any_line_of_the_collection_is_known(handlers: None) -> None:
+    """The collection of signals has a pipe of its own. A signal is in this pipe, or the stop flag knows of the signal.
+    When the last worker has exited, only a signal that comes before the flag has its own pipe back is told to nobody,
+    because nothing is left to stop."""
+    untold = []
+    number = 0
+    while True:
+        number += 1
+        tracer, stop, told = CollectionTracer(number), StopFlag(), b""
+        sys.settrace(tracer)
+        try:
+            with processes._collect_signals() as received:
+                if tracer.line and not stop():
+                    told = received()
+        finally:
+            sys.settrace(None)
+        if not tracer.line:
+            break
+        if not stop() and signal.SIGTERM not in told:
+            untold.append(tracer.line)
+    assert number > 10
+    assert untold == ["signal.set_wakeup_fd(previous_fd, warn_on_full_buffer=False)"]

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from finetune_core.contract import Outcome, RunConfig
+from finetune_core.contract import ExitCode, Identity, Outcome, RunConfig
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.outcomes import WorkerExit, WorkerStatus, read_outcome, result_of_pod
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.ranks.memory import out_of_memory_message
+from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import Attempt, run_config
@@ -142,7 +145,7 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
 
 @pytest.mark.gang
 def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> None:
-    ranks = zygote().start_ranks("tests.trainer.stalling", [[str(tmp_path)]] * 3, tmp_path)
+    ranks = zygote().start_ranks("tests.trainer.stalling", [[str(tmp_path), "1"]] * 3, tmp_path)
     assert ends_of(ranks) == [75, 75, 75]
     outcomes = [read_outcome(tmp_path, rank) for rank in range(3)]
     for rank, outcome in enumerate(outcomes):
@@ -155,6 +158,44 @@ def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> Non
     # The rank that noticed the stall first reports the stall as its own cause. The other ranks may have left because of
     # that rank.
     assert not all(outcome.caused_by_peer for outcome in outcomes if outcome)
+
+
+@pytest.mark.gang
+def test_a_stall_ends_the_rank_whose_disk_is_full(tmp_path: Path) -> None:
+    """The rank can write neither heartbeats nor its outcome, because each is first written to a file without space."""
+    for name in ("heartbeat-0.part", "outcome-0.part"):
+        (tmp_path / name).symlink_to("/dev/full")
+    ranks = zygote().start_ranks("tests.trainer.stalling", [[str(tmp_path), "0"]], tmp_path)
+    assert ends_of(ranks) == [75]
+    assert read_outcome(tmp_path, 0) is None
+    log = (tmp_path / "rank-0.log").read_text()
+    assert "a_call_that_hangs" in log
+    assert log.count("the heartbeat of rank 0 can't be written: [Errno 28] No space left on device") == 1
+    assert "OSError: [Errno 28] No space left on device" in log
+
+
+@pytest.mark.gang
+def test_a_worker_whose_outcome_can_not_be_written_ends_with_the_exit_code_of_its_outcome(
+    store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The SIGTERM of a launcher that is gone comes before the worker has joined, so the worker has nothing to save."""
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    (folder / "outcome-0.part").symlink_to("/dev/full")
+    train = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(4, seed=1))
+    plan = WorkerPlan(
+        paths=Paths(credentials=store.credentials, scratch=tmp_path),
+        identity=Identity(namespace="default", name="full", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(run_config(store, "full", world__nodes=1)),
+        inputs=Inputs(model=tiny_model, train=train),
+        folder=folder,
+    )
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    gone = "1"
+    ranks = zygote().start_ranks("finetune_trainer.worker", [[str(tmp_path / "plan.json"), gone]], tmp_path)
+    assert ends_of(ranks) == [ExitCode.STOPPED]
+    assert read_outcome(folder, 0) is None
+    assert "OSError: [Errno 28] No space left on device" in (tmp_path / "rank-0.log").read_text()
 
 
 @pytest.mark.long

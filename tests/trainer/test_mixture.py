@@ -49,7 +49,6 @@ def test_the_order_of_the_sources_is_that_of_their_times() -> None:
 
 
 @given(SIZES, WEIGHTS, st.integers(1, 40), st.integers(0, 99))
-@settings(deadline=None)
 def test_an_epoch_takes_as_many_examples_as_there_are_and_each_comes_again_only_after_all_others(
     sizes: list[int], weights: list[str], size: int, seed: int
 ) -> None:
@@ -152,7 +151,7 @@ def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(ca
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_whatever_worlds_a_run_has_and_wherever_it_stops_it_takes_the_examples_of_a_run_without_a_break(
     sizes: list[int], weights: list[str], size: int, seed: int, runs: list[tuple[int, int, int]], packed: bool
 ) -> None:

@@ -3,6 +3,7 @@ no digests. Whatever the cache holds, no pod gets a file that is not the one in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -23,10 +24,11 @@ from finetune_core.api.sources import HuggingFaceSource
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_trainer.pod import volume_folder
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.cache import cache_folder
-from finetune_trainer.sources.cache.cache_folder import FOLDER, LEFTOVER_SECONDS, ModelCache, Pace
+from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS
+from finetune_trainer.sources.cache.cache_folder import FOLDER, ModelCache, Pace
 from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notices, fetch_model_files
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
@@ -39,6 +41,7 @@ from tests.trainer.fetching import FolderSource, NoDigests, start
 from tests.trainer.hub import TOKEN, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 from tests.trainer.pods import run_config
+from tests.trainer.small_volume import mounted
 from tests.trainer.storeproxy import StoreProxy, proxy_before
 
 MIB = 1 << 20
@@ -62,7 +65,7 @@ def source(tmp_path: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder at which the volume of the cache is mounted. The cache leaves only 64 MiB of the volume free, so that
     the tests also succeed where the disk of the machine is nearly full."""
-    monkeypatch.setattr(cache_folder, "MOST_FREE_BYTES", 64 << 20)
+    monkeypatch.setattr(volume_folder, "MOST_FREE_BYTES", 64 << 20)
     folder = tmp_path / "cache"
     folder.mkdir()
     return folder
@@ -306,13 +309,8 @@ def test_a_pod_that_only_pretends_to_fetch_does_not_hold_others_up_for_ever(pod:
 @pytest.fixture
 def small_volume(cache: Path) -> Iterator[Path]:
     """A volume of 64 MiB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(cache)]
-    mounted = subprocess.run(command, capture_output=True)
-    if mounted.returncode != 0:
-        # A disk that really gets full needs a small file system of its own, and only root may mount one.
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
-    yield cache
-    subprocess.run(["umount", "-l", str(cache)], check=True)
+    with mounted(cache, "64m"):
+        yield cache
 
 
 def test_on_a_full_volume_the_models_that_were_not_used_for_longest_make_room(small_volume: Path, pod: Pods) -> None:
@@ -351,7 +349,7 @@ def test_a_disk_that_fills_up_while_a_file_is_written_leaves_no_half_of_it(small
     """The cache finds enough room for the file, but another writer fills this room before the file is written."""
     with ModelCache(small_volume) as opened:
         digest = digest_of(FolderSource(pod.source, pod.log), "model.safetensors")
-        opened._make_room = lambda size, keep: (small_volume / "ballast").write_bytes(bytes(50 * MIB))  # type: ignore
+        opened._files._make_room = lambda size, keep: (small_volume / "ballast").write_bytes(bytes(50 * MIB))  # type: ignore
         with pytest.raises(OSError, match="No space left on device"):
             opened.copy_in(digest, pod.source / "model.safetensors", [])
     assert list((small_volume / FOLDER).iterdir()) == []
@@ -367,6 +365,26 @@ def test_a_volume_that_can_only_be_read_still_serves_what_it_has(
     assert "storage.cache: the volume can't be written to (Read-only file system)" in capsys.readouterr().out
     assert cache_notices(1, small_volume) == [
         "storage.cache: user 0 of the pods can't write to the volume (Read-only file system), so pods fetch what it"
+        " lacks and do not keep it"
+    ]
+
+
+def test_a_volume_that_can_not_be_looked_at_is_left_out(
+    pod: Pods, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mount, reason = tmp_path / ("x" * 300), os.strerror(errno.ENAMETOOLONG)
+    with pytest.raises(OSError, match=reason):
+        mount.is_dir()
+    files = FolderSource(pod.source, pod.log)
+    folder = pod.new_folder()
+    folder.mkdir()
+    fetch_model_files(files, list(files.sizes), folder, mount, NoDigests(), QUICK)
+    pod.check(folder)
+    assert capsys.readouterr().out == (
+        f"storage.cache: the volume can't be used ({reason}): the model is fetched from its source\n"
+    )
+    assert cache_notices(1, mount) == [
+        f"storage.cache: user {os.getuid()} of the pods can't write to the volume ({reason}), so pods fetch what it"
         " lacks and do not keep it"
     ]
 
@@ -429,6 +447,20 @@ def test_a_full_scratch_folder_is_named(pod: Pods, small_volume: Path) -> None:
     files = FolderSource(pod.source, pod.log)
     with pytest.raises(OutsideFailure, match=r"^a downloaded file can't be written to .*: No space left on device$"):
         fetch_model_files(files, list(files.sizes), scratch, small_volume, NoDigests(), QUICK)
+
+
+def test_a_file_that_fails_again_when_it_is_closed_is_named_too(pod: Pods) -> None:
+    """A small file is written when it is closed. What could not be written is written again by a second close."""
+    pod.fetch()
+    digest = digest_of(FolderSource(pod.source, pod.log), "config.json")
+    folder = pod.new_folder()
+    folder.mkdir()
+    (folder / "config.json").symlink_to("/dev/full")
+    with (
+        ModelCache(pod.cache) as opened,
+        pytest.raises(OutsideFailure, match=r"^a downloaded file can't be written to .*: No space left on device$"),
+    ):
+        opened.copy_out(digest, folder / "config.json")
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_any_content_of_a_models_small_files_is_a_model_or_a_sentence(models: Pa
     outcomes: Counter[bool] = Counter()
 
     @given(st.data())
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def check(data: st.DataObject) -> None:
         outcomes[bool(check_any_content(models, tmp_path / "model", data))] += 1
 
@@ -307,7 +307,7 @@ def test_many_contents_of_a_models_small_files_are_models_or_sentences(models: P
     outcomes: Counter[bool] = Counter()
 
     @given(st.data())
-    @settings(max_examples=2000, deadline=None)
+    @settings(max_examples=2000)
     def check(data: st.DataObject) -> None:
         outcomes[bool(check_any_content(models, tmp_path / "model", data))] += 1
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import ast
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 import finetune_trainer
-from finetune_core.contract import Outcome, Result
+from finetune_core.contract import EXIT_CODES, Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
-from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max
+from finetune_trainer.pod.errors import Diverged, NewerRun, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, outcome_of, result_of_pod
+from finetune_trainer.processes import signal_outcome
 
 KILLED = -9
 
@@ -62,6 +64,39 @@ def test_the_cause_decides(ends: list[WorkerExit], out_of_memory: bool, code: in
     assert result_of_pod(ends, out_of_memory=out_of_memory).exit_code == code
 
 
+def test_a_fault_of_the_node_decides_before_everything_that_it_may_cause() -> None:
+    fault = NodeFault("a GPU of the node or its driver failed")
+    result = result_of_pod([said(0, CRASH), said(1, fault), said(2, PEER)], out_of_memory=False)
+    assert (result.exit_code, result.node_fault, result.message) == (75, True, str(fault))
+    assert result_of_pod([said(0, OUTSIDE)], out_of_memory=False).node_fault is None
+    assert "nodeFault" not in result_of_pod([said(0, OUTSIDE)], out_of_memory=False).to_termination_message()
+
+
+def test_the_signal_of_a_worker_on_a_gpu_may_tell_the_cause() -> None:
+    """NCCL ends the ranks that wait for a lost rank by SIGABRT. Only the rank that crashed is the cause."""
+
+    def ended(number: int, *, ranks: int) -> WorkerExit:
+        return WorkerExit(1, -number, signal_outcome(1, -number, gpu_ranks=ranks))
+
+    assert result_of_pod([said(0, CRASH), ended(signal.SIGABRT, ranks=2)], out_of_memory=False).exit_code == 1
+    lost = result_of_pod([ended(signal.SIGABRT, ranks=2)], out_of_memory=False)
+    assert lost.outcome is Outcome.OUTSIDE_FAILURE
+    assert lost.message.startswith("another rank left: ")
+    full = result_of_pod([said(0, PEER), ended(signal.SIGBUS, ranks=2)], out_of_memory=False)
+    assert (full.outcome, "resources.sharedMemory" in full.message) == (Outcome.OUTSIDE_FAILURE, True)
+    for number, ranks in ((signal.SIGSEGV, 2), (signal.SIGABRT, 1), (signal.SIGABRT, 0), (signal.SIGBUS, 0)):
+        assert result_of_pod([ended(number, ranks=ranks)], out_of_memory=False).outcome is Outcome.CRASHED
+    assert signal_outcome(1, 0, gpu_ranks=2) is None
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_the_exit_code_of_a_worker_without_an_outcome_tells_how_it_ended(outcome: Outcome) -> None:
+    """A worker can't write its outcome to a full disk. A worker without an outcome that ends with 0 crashed."""
+    found = result_of_pod([WorkerExit(1, EXIT_CODES[outcome], None)], out_of_memory=False)
+    assert found.exit_code == (EXIT_CODES[outcome] or 1)
+    assert found.message == f"rank 1 exited with {EXIT_CODES[outcome]} and left no reason; its log has the details"
+
+
 def test_a_newer_run_is_a_failure_from_outside() -> None:
     assert outcome_of(NewerRun("run 2 has started")).result.outcome is Outcome.OUTSIDE_FAILURE
 
@@ -69,14 +104,6 @@ def test_a_newer_run_is_a_failure_from_outside() -> None:
 def test_a_crash_names_its_class_and_a_cause_is_told_as_it_is() -> None:
     assert outcome_of(CRASH).result.message == "KeyError: 'bug'"
     assert outcome_of(BAD).result.message == "dataset.train: is empty"
-
-
-@pytest.mark.parametrize(
-    ("processes", "limit", "cores", "threads"),
-    [(1, 1.0, 64, 1), (1, 0.5, 64, 1), (2, 8.0, 64, 4), (1, None, 2, 2), (1, 4.0, 2, 2), (3, 8.0, 64, 2)],
-)
-def test_threads_follow_from_the_limit(processes: int, limit: float | None, cores: int, threads: int) -> None:
-    assert threads_per_process(processes, limit=limit, cores=cores) == threads
 
 
 def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]

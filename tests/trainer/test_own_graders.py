@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetSpec
@@ -308,7 +308,6 @@ def test_a_score_has_a_name_of_its_own_that_every_table_can_show(name: str) -> N
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=6), st.randoms())
 @example([1.7976931348623157e308] * 3, random.Random(0))
 @example([-1.7976931348623157e308, -1.7976931348623157e308], random.Random(0))
-@settings(deadline=None)
 def test_a_reported_value_is_finite_and_depends_on_no_order(values: list[float], chance: random.Random) -> None:
     other = list(values)
     chance.shuffle(other)
@@ -330,7 +329,6 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(st.lists(anything, max_size=4))
-@settings(deadline=None)
 def test_no_returned_value_makes_an_evaluation_fail(returned: list[object]) -> None:
     left = list(returned)
     grades = [graded(lambda *_: left.pop()) for _ in returned]

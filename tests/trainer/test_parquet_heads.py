@@ -114,7 +114,7 @@ def ends_the_process(data: bytes) -> bool:
 
 @given(st.data())
 # Each example starts a process that reads the places of the columns, so there are few examples.
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 def test_a_damaged_file_is_rows_or_a_sentence(data: bytes, tmp_path: Path, draw: st.DataObject) -> None:
     tail = len(data) - draw.draw(st.integers(0, 3000))
     noise = draw.draw(st.binary(max_size=20))

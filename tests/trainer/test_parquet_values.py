@@ -75,7 +75,7 @@ def test_null_keys_of_structs_outside_of_tool_calls_stay(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("narrow", [numpy.float32, numpy.float16])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_narrow_float_is_the_shortest_number_that_stands_for_it(
     tmp_path_factory: pytest.TempPathFactory, narrow: Any, data: st.DataObject

@@ -118,7 +118,7 @@ def result(call: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> o
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(PIECES, min_size=1, max_size=4), st.booleans())
 def test_any_text_has_the_same_ids(
     tokenizers: dict[str, Any], name: str, texts: list[list[Piece]], ahead: bool

@@ -125,7 +125,7 @@ ANY_ROWS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     ANY_ROWS,
     st.integers(1, 3),

@@ -117,7 +117,7 @@ PIECES = st.lists(st.tuples(WORDS, st.booleans()))
 
 
 @pytest.mark.parametrize("name", ["words", "llama", "byte_level", "byte_level with eos"])
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(parts=PIECES)
 def test_text_without_control_tokens_has_the_ids_of_the_whole_text(
     name: str, parts: list[tuple[str, bool]], words: Any, llama: Any
@@ -133,7 +133,7 @@ def test_text_without_control_tokens_has_the_ids_of_the_whole_text(
     assert found.follow(pieces) == (tokenizer(whole, add_special_tokens=False)["input_ids"], ())
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(WORDS, st.sampled_from(["", "</s>", "<|im_end|>", " <sep> "]))))
 def test_a_template_with_control_tokens_has_the_ids_of_the_whole_text(parts: list[tuple[str, str]]) -> None:
     tokenizer: Any = byte_level(lstrip=True)
@@ -149,7 +149,7 @@ CONTROLS = ["<s>", "</s>", "<|im_end|>", "<sep>", "<tool>", "<unk>", "<end>"]
 
 
 @pytest.mark.parametrize("name", ["words", "llama", "byte_level", "byte_level with lstrip"])
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(parts=st.lists(st.tuples(st.sampled_from([*CONTROLS, "it", " is", " ", "<", "s>", "w1", "é"]), st.booleans())))
 def test_control_tokens_are_tokens_in_templates_and_text_in_rows(
     name: str, parts: list[tuple[str, bool]], words: Any, llama: Any
@@ -190,7 +190,7 @@ def bpe(kind: str, *, knows_end: bool) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("kind", ["every", "first", "bytes", "bytes with a space"])
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     parts=st.lists(
         st.one_of(
@@ -222,7 +222,7 @@ def _joined(parts: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return joined
 
 
-@settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=100, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from([*CONTROLS[:5], "it", " is", "é", " "]), min_size=1))
 def test_the_text_of_rows_is_kept_to_the_letter(parts: list[str]) -> None:
     tokenizer = byte_level()
@@ -402,7 +402,7 @@ ANY_VALUE = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=200, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(["instruction", "input", "output", "text"]), ANY_VALUE))
 def test_a_row_of_any_values_becomes_an_example_or_a_reason(row: dict[str, Any]) -> None:
     tokenize = tokenize_functions(byte_level())
@@ -516,7 +516,7 @@ def test_the_base_prompt_takes_every_column_and_has_no_suffix(tmp_path: Path) ->
 # ---- The right answer where answers are graded ----
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     texts=st.lists(st.tuples(st.sampled_from(TEXTS), st.booleans()), min_size=1, max_size=6),
     suffix=st.sampled_from(["", "END", "</s>", "<add>"]),

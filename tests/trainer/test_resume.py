@@ -24,11 +24,19 @@ pytestmark = pytest.mark.gang
 
 STEPS, INTERRUPTED = 9, 4
 RATE, DECAY = 1e-3, 0.1
-Changed = tuple[str, int, int, int]
-"""Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run."""
+Changed = tuple[str, int, int, int | None]
+"""Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run.
+The stage None means the plain engine."""
 CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
-CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
-LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
+CHANGED: list[Changed] = [
+    ("LoRA", 2, 1, 2),
+    ("LoRA", 3, 1, 0),
+    ("Full", 0, 1, 3),
+    ("Full", 3, 1, None),
+    ("Full", 2, 2, 3),
+    ("LoRA", 0, 2, 3),
+]
+LARGER: list[Changed] = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Bench:
     store: ObjectStore
     inputs: Inputs
 
-    def config(self, name: str, method: str, stage: int, world: int) -> dict[str, Any]:
+    def config(self, name: str, method: str, stage: int | None, world: int) -> dict[str, Any]:
         return run_config(
             self.store,
             name.lower(),

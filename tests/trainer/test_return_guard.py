@@ -4,15 +4,17 @@ with the stacks of its threads. A training thread that comes back is left alone.
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from finetune_core.contract import Outcome
+from finetune_core.contract import Identity, Outcome, RunConfig
 from finetune_trainer.pod.outcomes import WorkerOutcome, read_outcome
-from finetune_trainer.pod.settings import STOP_COMMIT_SECONDS
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import STOP_COMMIT_SECONDS, Paths
 from finetune_trainer.ranks import return_guard
 from finetune_trainer.ranks.return_guard import (
     LEAST_SECONDS,
@@ -21,11 +23,16 @@ from finetune_trainer.ranks.return_guard import (
     POLL_SECONDS,
     ReturnGuard,
     copy_seconds,
+    least_seconds,
     return_seconds,
 )
 from finetune_trainer.ranks.watchdog import ANNOUNCE_SECONDS
+from tests.trainer import tiny
 from tests.trainer.hanging import AGREES, COPIES, LEAVES, LEFT, STOPS
-from tests.trainer.zygote import ends_of, zygote
+from tests.trainer.hanging_worker import BEFORE
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
+from tests.trainer.zygote import END_SECONDS, ends_of, zygote
 
 
 class Recorder:
@@ -86,6 +93,20 @@ def test_a_rank_leaves_within_15_seconds_of_the_agreement_to_stop() -> None:
 )
 def test_the_bound_of_a_copy_grows_with_its_bytes(amount: int, seconds: float) -> None:
     assert copy_seconds(amount) == seconds
+
+
+def test_on_cpus_every_call_has_the_longest_bound() -> None:
+    """Nothing waits there in a kernel of NCCL, and a call may be slow because other processes have the cores."""
+    assert (least_seconds("GPU"), least_seconds("CPU")) == (LEAST_SECONDS, MOST_SECONDS)
+    assert copy_seconds(0, least=least_seconds("CPU")) == MOST_SECONDS
+    recorder, clock = Recorder(), Clock()
+    guard = ReturnGuard(recorder, least=least_seconds("CPU"), clock=clock)
+    guard.passed()
+    clock.now += 1
+    guard.passed()
+    assert guard.allowed_seconds == MOST_SECONDS
+    guard.demand("rank 0 is gone", caused_by_peer=True)
+    assert guard.seconds_left == MOST_SECONDS
 
 
 def test_the_longest_pause_is_measured_between_two_returns() -> None:
@@ -401,6 +422,37 @@ def test_a_rank_that_hangs_in_the_copy_of_its_training_state_leaves(tmp_path: Pa
     assert (first.caused_by_peer, second.caused_by_peer) == (True, False)
     for outcome in (first, second):
         assert outcome.result.message.startswith("the copy of the training state takes too long, and the training")
+
+
+@pytest.mark.gang
+def test_a_worker_that_hangs_in_a_backward_pass_leaves_after_sigterm(
+    store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The whole worker runs, whose watchdog would wait for 600 s."""
+    config = run_config(store, "hangs", world__nodes=1, dataset__validation=None, optimization__zeroStage=2)
+    inputs = Inputs(model=tiny_model, train=tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1)))
+    plan = WorkerPlan(
+        paths=Paths(credentials=store.credentials, scratch=tmp_path),
+        identity=Identity(namespace="default", name="t", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(config),
+        inputs=inputs,
+        folder=tmp_path,
+    )
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    arguments = [str(tmp_path / "plan.json"), str(zygote().pid)]
+    ranks = zygote().start_ranks("tests.trainer.hanging_worker", [arguments], tmp_path)
+    log = tmp_path / "rank-0.log"
+    deadline = time.monotonic() + END_SECONDS
+    while BEFORE not in log.read_text():
+        zygote().listen(0.1)
+        assert ranks[0].returncode is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+    ranks[0].send_signal(signal.SIGTERM)
+    assert ends_of(ranks) == [75], log.read_text()
+    outcome = read_outcome(tmp_path, 0)
+    assert outcome is not None
+    assert outcome.result.message.startswith("told to stop, and the training thread did not return from its call")
+    assert "a_call_that_never_returns" in log.read_text()
 
 
 def outcomes_of(folder: Path, event: str) -> list[WorkerOutcome]:

@@ -106,7 +106,7 @@ TEXTS = st.lists(
 
 
 @given(texts=st.lists(TEXTS.map("".join), min_size=1, max_size=4), name=TEXTS.map("".join))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_texts_of_a_row_make_a_control_token_together(texts: list[str], name: str) -> None:
     tokenizer = byte_tokenizer("</s>" + PARTS.replace("m.role", "m.role + m.name | default('')"))
     special = set(tokenizer.all_special_ids) | set(range(257, len(tokenizer)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from finetune_core.contract import Outcome, Result, RunConfig
 from finetune_trainer.decisions.recovery import SKIPPED_STEPS_AFTER_ALARM, RollbackRequired, is_skipped, plan_recovery
@@ -297,6 +298,46 @@ def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     state = json.loads(store.read(f"runs/default/fault-gradient/uid-1/checkpoints/000001-{folder:09d}/trainer.json"))
     assert (state["step"], state["updates"]) == (STEPS, STEPS - 1)
     assert f"{FAULT}: the gradient is not finite (its update was not applied)" in log
+
+
+@pytest.mark.gang
+def test_a_checkpoint_before_the_first_applied_update_is_saved_and_resumed_from(
+    store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The gradient of the first step is infinite, so no update has made AdamW's moments when the checkpoint is saved.
+    Two parameter groups have moments that are linked before any update. A job that stops after this step ends as one
+    that does not stop."""
+    infinite = {"kind": "gradient", "step": 1}
+    stops = {"kind": "both", "faults": [infinite, {"kind": "stop", "step": 2}]}
+    configs: list[dict[str, Any]] = []
+    faults: list[dict[str, Any] | None] = []
+    for stage in (0, 1, 2, 3):
+        for name, fault in ((f"once-{stage}", infinite), (f"twice-{stage}", stops)):
+            config = fault_config(store, name, RECORD, world=1)
+            config["optimization"] |= {"zeroStage": stage, "maxSteps": 3, "weightDecay": 0.1}
+            config["storage"] |= {"checkpointEverySteps": 1, "keepLast": 3}
+            configs.append(config)
+            faults.append(fault)
+        configs.append(configs[-1])
+        faults.append(None)
+    results = train_all(
+        configs, inputs_of(tiny_model, tmp_path), tmp_path, credentials=store.credentials, faults=faults
+    )
+    assert [result.outcome for result in results] == [Outcome.COMPLETED, Outcome.STOPPED, Outcome.COMPLETED] * 4
+
+    def files(name: str, run: int, step: int) -> dict[str, bytes]:
+        folder = f"runs/default/{name}/uid-1/checkpoints/{run:06d}-{step:09d}/"
+        return {key.rpartition("/")[2]: store.read(key) for key in store.keys(folder) if key.endswith(".safetensors")}
+
+    for stage in (0, 1, 2, 3):
+        once, twice = (step_rows(store, f"{name}-{stage}") for name in ("once", "twice"))
+        assert [row.loss for row in twice] == [row.loss for row in once]
+        assert [row.applied for row in once] == [False, True, True]
+        first = files(f"once-{stage}", 1, 1)
+        assert first == files(f"twice-{stage}", 1, 1)
+        state = load(next(iter(first.values())))
+        assert not any(state[name].any() for name in state if name.endswith(("/exp_avg", "/exp_avg_sq")))
+        assert files(f"once-{stage}", 1, 3) == files(f"twice-{stage}", 2, 3)
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetSpec
@@ -264,7 +264,6 @@ rows: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 
 
 @given(rows)
-@settings(deadline=None)
 def test_any_row_is_stored_in_a_form_that_can_be_read_again(row: dict[str, Any]) -> None:
     assert_stored(row)
 

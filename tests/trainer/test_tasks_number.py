@@ -7,7 +7,7 @@ import time
 from decimal import Decimal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.api.task import TaskSpec
@@ -275,7 +275,6 @@ def test_an_answer_is_one_number_in_any_script_and_notation_and_no_expression(
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.decimals(-(10**20), 10**20, places=3))
-@settings(deadline=None)
 def test_the_text_of_a_number_in_a_row_is_the_number(value: float | Decimal) -> None:
     text = text_or_none(value)
     assert text is not None

@@ -315,7 +315,7 @@ def test_what_a_query_demands_of_rows_is_read_from_its_text() -> None:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(min_size=1, max_size=12).filter(lambda text: "\x00" not in text and text.isprintable()), st.data())
 def test_a_changed_literal_is_always_noticed(literal: str, data: st.DataObject) -> None:
     other = data.draw(st.text(max_size=12).filter(lambda text: text != literal and text.isprintable()))
@@ -325,7 +325,7 @@ def test_a_changed_literal_is_always_noticed(literal: str, data: st.DataObject) 
     assert not right(changed, gold)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text("SELECT name*FROM boat('\"`[;-/)WITH", max_size=40))
 def test_no_text_makes_the_grader_fail(answer: str) -> None:
     assert grade(answer, {"context": BOATS, "answer": "SELECT name FROM boat"}).is_graded

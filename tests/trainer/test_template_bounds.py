@@ -265,7 +265,7 @@ def check_templates(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     @given(BODIES | st.text("{}%#-|.()[]'=+* \nmessagxfori", max_size=40))
     @example(APPENDING)
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     def check(template: str) -> None:
         found = outcome(template)
         assert "\n" not in found

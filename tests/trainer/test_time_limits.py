@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
-from finetune_trainer.pod.time_limits import MOST_SECONDS, JobSize, TimeLimits, time_limits
-from finetune_trainer.ranks.gang import BACKGROUND_WORK_SECONDS, WORK_SECONDS
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.data.files.index import DataFile, write_index
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, Paths
+from finetune_trainer.pod.time_limits import (
+    LEAST_WORK_SECONDS,
+    MOST_SECONDS,
+    SHORTEST,
+    JobSize,
+    TimeLimits,
+    time_limits,
+)
+from finetune_trainer.ranks.gang import BACKGROUND_WORK_SECONDS
+from finetune_trainer.sources.inputs import job_size
+from tests.trainer.conftest import StartPods
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
+
+
+class Nowhere:
+    endpoint = "http://127.0.0.1:1"
+
 
 MB, GB = 10**6, 10**9
 TABLE: list[tuple[str, JobSize, TimeLimits]] = [
@@ -77,7 +98,7 @@ def test_the_limits_of_a_job(case: str, size: JobSize, expected: TimeLimits) -> 
 def test_no_limit_is_shorter_than_the_constant_one_or_longer_than_a_day(size: JobSize) -> None:
     found = time_limits(size)
     assert found.peers >= PEER_WAIT_SECONDS
-    assert min(found.prepare, found.fetch, found.export, found.share) >= WORK_SECONDS
+    assert min(found.prepare, found.fetch, found.export, found.share) >= LEAST_WORK_SECONDS
     assert found.share == max(found.prepare, found.fetch, found.export)
     assert max(found.share, found.peers) <= MOST_SECONDS <= BACKGROUND_WORK_SECONDS
 
@@ -86,3 +107,64 @@ def test_no_limit_is_shorter_than_the_constant_one_or_longer_than_a_day(size: Jo
 def test_a_limit_never_falls_when_a_job_grows(size: JobSize, field: str) -> None:
     small, large = time_limits(size), time_limits(replace(size, **{field: getattr(size, field) + 1}))
     assert all(getattr(small, name) <= getattr(large, name) for name in FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "artifact", "checkpoint"),
+    [
+        ({"lora": {"rank": 8, "alpha": 8}}, 100, 100),
+        ({"lora": {"rank": 400, "alpha": 8}}, 1000, 1000),
+        ({"lora": {}}, 100, 100),
+        ({"storage__artifact": "Both"}, 1100, 100),
+        ({"model__addedTokens": ["<a>"], "storage__artifact": "Merged"}, 2100, 100),
+        ({"method": "Full"}, 1000, 6000),
+    ],
+)
+def test_the_sizes_of_a_job_are_measured(
+    changes: dict[str, Any], artifact: int, checkpoint: int, tmp_path: Path
+) -> None:
+    """The rows of a volume are measured where they lie. A mix is measured once, by its sources."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(900))
+    (tmp_path / "model" / "config.json").write_bytes(bytes(100))
+    rows = tmp_path / "volume.jsonl"
+    rows.write_bytes(bytes(70))
+    (tmp_path / "data-0").mkdir()
+    write_index(tmp_path / "data-0", [DataFile(rows, "volume.jsonl")])
+    config = RunConfig.model_validate(run_config(Nowhere(), "sizes", **changes))  # type: ignore[arg-type]
+    wanted = JobSize(
+        model_bytes=1000, artifact_bytes=artifact, checkpoint_bytes=checkpoint, data_bytes=140, nodes=config.world.nodes
+    )
+    data, model = tmp_path / "data-0", tmp_path / "model"
+    assert job_size(config, Inputs(model=model, train=data, validation=rows)) == wanted
+    assert job_size(config, Inputs(model=model, train=tmp_path, mix=[data], test=rows)) == wanted
+    found = job_size(config, Inputs(model=model, adapter=data, train=data, validation=rows))
+    assert found.model_bytes == 1070
+    assert found.checkpoint_bytes == max(checkpoint, 6 * 70)
+    rows.unlink()
+    assert job_size(config, Inputs(model=model, train=data, validation=rows)).data_bytes == 0
+
+
+def test_the_limits_of_a_plan_reach_the_workers(tmp_path: Path) -> None:
+    size = JobSize(model_bytes=140 * GB, artifact_bytes=0, checkpoint_bytes=0, data_bytes=0, nodes=4)
+    plan = WorkerPlan(
+        paths=Paths(),
+        identity=Identity(namespace="default", name="t", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0),
+        config=RunConfig.model_validate(run_config(Nowhere(), "limits")),  # type: ignore[arg-type]
+        inputs=Inputs(model=tmp_path, train=tmp_path),
+        folder=tmp_path,
+        time_limits=time_limits(size),
+    )
+    read = WorkerPlan.model_validate_json(plan.to_json())
+    assert read.time_limits == time_limits(size)
+    assert read.time_limits != SHORTEST
+
+
+def test_the_launcher_measures_the_job_and_tells_the_workers(store: ObjectStore, pods: StartPods) -> None:
+    attempt = pods(run_config(store, "limits", world__nodes=1, optimization__maxSteps=1), forked=True)
+    assert attempt.wait() == [0], attempt.output
+    plan = WorkerPlan.model_validate_json((attempt.pods[0].scratch / "attempt" / "plan.json").read_text())
+    size = job_size(plan.config, plan.inputs)
+    assert min(size.model_bytes, size.data_bytes, size.artifact_bytes, size.checkpoint_bytes) > 0
+    assert plan.time_limits == time_limits(size)
+    assert plan.time_limits.share > SHORTEST.share

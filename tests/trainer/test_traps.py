@@ -66,6 +66,10 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert zero["offload_optimizer"] == {"device": "cpu"}
     assert config["train_batch_size"] == 8
+    without = optimization.model_copy(update={"overrides": None})
+    for overlap in (False, True):
+        zero = engine_config(without, 4, overlap_communication=overlap)["zero_optimization"]
+        assert zero["overlap_comm"] is overlap
 
 
 @pytest.mark.long

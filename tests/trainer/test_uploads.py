@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,23 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
     assert [record.step for record in uploads.take_done()] == [1, 3]
     assert uploads.take_done() == []
     assert not uploads.busy
+
+
+def test_the_memory_of_a_dropped_snapshot_can_be_used_again(store: Store) -> None:
+    freed: list[int] = []
+    uploads = UploadQueue(store)
+    for number in (1, 2, 3):
+        taken = snapshot(number)
+        taken.free_memory = partial(freed.append, number)
+        uploads.put(taken)
+    assert store.begun.acquire(timeout=20)
+    with uploads.hold() as waiting:
+        waiting.drop([2])
+        assert freed == [2]
+        assert waiting.bytes == 1024
+    store.let.release(2)
+    uploads.wait(20)
+    assert freed == [2], "the upload itself frees the memory, once the files are written"
 
 
 def test_of_best_ones_the_oldest_goes_because_the_later_ones_beat_it(store: Store) -> None:

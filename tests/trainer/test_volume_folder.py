@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.pod import volume_folder
-from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS, VolumeFolder
+from finetune_trainer.pod.volume_folder import LEFTOVER_SECONDS, Shares, VolumeFolder
+from tests.trainer.small_volume import mounted
 
 MIB = 1 << 20
 NAME = "files"
@@ -43,13 +43,8 @@ def small_volume(tmp_path: Path) -> Iterator[Path]:
     """A volume of 64 MiB, of which the folder may hold 60.8 MiB."""
     mount = tmp_path / "volume"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mount)]
-    mounted = subprocess.run(command, capture_output=True)
-    if mounted.returncode != 0:
-        # A disk that really gets full needs a small file system of its own, and only root may mount one.
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with mounted(mount, "64m"):
+        yield mount
 
 
 def test_a_file_has_its_content_and_is_replaced_by_a_newer_one(tmp_path: Path) -> None:
@@ -138,7 +133,7 @@ def test_a_volume_that_fills_up_while_a_file_is_written_keeps_no_part_of_it(smal
         assert names(small_volume) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.sampled_from(["ours-a", "ours-b", "unfinished-a", "unfinished-b", "a.turn", "b.turn", "other"]),
@@ -161,9 +156,48 @@ def test_only_old_leftovers_are_removed_where_there_is_room(
     assert left == {name for name, age in ages.items() if not (is_leftover[name] and age > oldest)}
 
 
-def test_the_rules_are_those_of_the_cache_of_models() -> None:
-    """Both folders lie on one volume, so one must not take the room that the other leaves free."""
-    from finetune_trainer.sources.cache import cache_folder
+def test_a_folder_with_endless_files_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have filled the folder to exhaust the memory of each pod that makes room in it."""
+    monkeypatch.setattr(volume_folder, "MOST_FILES", 3)
+    with opened(tmp_path) as folder:
+        for name in "abc":
+            put(folder, f"ours-{name}", b"x")
+        (tmp_path / NAME / "ours-d").write_bytes(b"x")
+        with pytest.raises(OSError, match="more than 3 files lie in the folder"):
+            put(folder, "ours-e", b"x")
+        assert content_of(folder, "ours-a") == b"x", "what is there can be read"
+    assert names(tmp_path) == ["ours-a", "ours-b", "ours-c", "ours-d"]
 
-    for name in ("FREE_SHARE", "MOST_FREE_BYTES", "LEFTOVER_SECONDS"):
-        assert getattr(volume_folder, name) == getattr(cache_folder, name)
+
+def test_a_folder_with_a_share_of_the_volume_takes_no_more(small_volume: Path) -> None:
+    """The oldest of its own files goes although the volume has room, and the files of another folder stay."""
+    with opened(small_volume) as others:
+        put(others, "ours-x", bytes(5 * MIB))
+    with VolumeFolder(small_volume, "few", lambda name: name.startswith("ours-"), shares=Shares(0.5)) as folder:
+        assert folder.largest_bytes == 32 * MIB
+        for age, name in enumerate(("ours-a", "ours-b")):
+            put(folder, name, bytes(15 * MIB))
+            os.utime(small_volume / "few" / name, (age, age))
+        put(folder, "ours-c", bytes(15 * MIB))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            put(folder, "ours-d", bytes(33 * MIB))
+    assert sorted(file.name for file in (small_volume / "few").iterdir()) == ["ours-b", "ours-c"]
+    assert names(small_volume) == ["ours-x"]
+
+
+def test_a_folder_that_may_take_of_the_free_room_finds_some_on_a_volume_that_another_folder_fills(
+    small_volume: Path,
+) -> None:
+    with opened(small_volume) as others:
+        put(others, "ours-x", bytes(others.largest_bytes // MIB * MIB))
+    for share, is_room in ((0.0, False), (0.6, True)):
+        shares = Shares(0.1, share)
+        with VolumeFolder(small_volume, "few", lambda name: name.startswith("ours-"), shares=shares) as folder:
+            if is_room:
+                put(folder, "ours-a", bytes(MIB))
+            else:
+                with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                    put(folder, "ours-a", bytes(MIB))
+    with opened(small_volume) as others:
+        put(others, "ours-y", bytes(MIB))
+    assert names(small_volume) == ["ours-y"], "the files of the first folder still make room for each other"

@@ -46,6 +46,11 @@ class Zygote:
         self._told = b""
         self._forked: list[Forked] = []
 
+    @property
+    def pid(self) -> int:
+        """The id of the process, which is the parent of all programs that it forks."""
+        return self._process.pid
+
     def start(self, module: str, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path) -> Forked:
         """Do what `python -m` does with ``module`` and ``arguments``, in a forked process and in the working folder of
         the tests. The process has only the environment variables in ``environment``, and appends its output and its

@@ -18,7 +18,8 @@ from finetune_core.tasks import main_score_text, main_value_text
 from finetune_trainer.checkpoints.export import MERGED_FOLDER, export_artifact
 from finetune_trainer.checkpoints.model_card import CardFacts, model_card
 from finetune_trainer.checkpoints.saver import Saver
-from finetune_trainer.engine.engine import MASTER, Engine
+from finetune_trainer.engine.engine import MASTER
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.model.digest import BaseDigests
@@ -41,7 +42,7 @@ def finish(
     data: TrainingData,
     *,
     model: Any,
-    engine: Engine,
+    engine: TrainingEngine,
     saver: Saver,
     comparison: ModelComparison,
     digests: BaseDigests,
@@ -53,6 +54,8 @@ def finish(
     The tuned model's scores and the artifact come from the chosen checkpoint, which is downloaded from the bucket and
     verified, and not from the weights in memory.
     """
+    # The artifact may need as much memory as the snapshots take.
+    saver.free_memory()
     chosen = saver.chosen(plan.config.evaluation.artifact_from)
     source = plan.folder / "chosen"
     if progress is not None:
@@ -64,8 +67,9 @@ def finish(
 
     gang.gather(fetch, until_stop=True)
     if comparison.evaluation is not None:
-        for name, tensors in stored_tensors(source, (MASTER,)):
-            engine.write_weight(name, tensors[MASTER])
+        with gang.long_work():
+            for name, tensors in stored_tensors(source, (MASTER,)):
+                engine.write_weight(name, tensors[MASTER])
         comparison.score_tuned_model(chosen.step)
     if progress is not None:
         progress.phase(Phase.EXPORTING)
@@ -85,6 +89,8 @@ def finish(
         return judged(told, plan.config.evaluation.require).model_dump(mode="json")
 
     result = Result.model_validate(gang.run_on_rank_0(publish_chosen, until_stop=True))
+    # The artifact is committed, so a SIGTERM that comes from now on changes nothing.
+    gang.stand_down()
     shutil.rmtree(source, ignore_errors=True)
     return result
 

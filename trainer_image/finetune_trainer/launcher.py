@@ -29,16 +29,18 @@ from finetune_core.contract import (
 from finetune_core.contract.same_training import TrainingRecord, settings_digest
 from finetune_core.errors import UserError
 from finetune_core.requirements import judged
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import outcome_of, result_of_pod
 from finetune_trainer.pod.plan import Inputs, WorkerPlan, read_run_file, rendezvous_key
-from finetune_trainer.pod.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
+from finetune_trainer.pod.settings import FROZEN_SECONDS, STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import StopFlag
+from finetune_trainer.pod.time_limits import SHORTEST, time_limits
 from finetune_trainer.processes import WorkerProcesses, worker_environments
 from finetune_trainer.ranks.gate import open_rendezvous
 from finetune_trainer.sources.identities import input_identities
-from finetune_trainer.sources.inputs import fetch_inputs
+from finetune_trainer.sources.inputs import fetch_inputs, job_size
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot, open_root
 
@@ -70,6 +72,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     committed the artifact already, return the result of that artifact at once."""
     identity = Identity.from_environment(environment)
     config = read_run_file(paths.run_file)
+    # A wrong name is told before anything is downloaded.
+    parts_left_plain(environment)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
     port = int(environment.get(MASTER_PORT_VARIABLE, MASTER_PORT))
     key = partial(rendezvous_key, identity, paths)
@@ -87,15 +91,22 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     # SIGTERM. Then the workers read no inputs and only report the stop to the other ranks, so the paths in `inputs` are
     # placeholders.
     inputs = prepared or Inputs(model=folder, train=folder)
-    plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
+    limits = time_limits(job_size(config, prepared)) if prepared is not None else SHORTEST
+    plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder, time_limits=limits)
     threads = cgroup.threads_per_process(
-        config.world.processes_per_node, limit=cgroup.cpu_limit(), cores=cgroup.usable_cores()
+        config.world.processes_per_node,
+        limit=cgroup.cpu_limit(),
+        request=cgroup.cpu_request(environment),
+        cores=cgroup.usable_cores(),
     )
     kills_before = cgroup.oom_kills()
     heartbeat_timeout = config.stability.stall_timeout_seconds + FROZEN_SECONDS
-    workers = WorkerProcesses(folder, heartbeat_timeout=heartbeat_timeout)
+    gpu_ranks = config.world.size if config.world.device == "GPU" else 0
+    workers = WorkerProcesses(folder, heartbeat_timeout=heartbeat_timeout, gpu_ranks=gpu_ranks)
     first, nodes = identity.node_rank == 0, config.world.nodes
-    with open_rendezvous(first=first, nodes=nodes, address=address, port=port, key=key) as rendezvous:
+    with open_rendezvous(
+        first=first, nodes=nodes, address=address, port=port, key=key, seconds=limits.peers
+    ) as rendezvous:
         environments = worker_environments(environment, plan, rendezvous=rendezvous, threads=threads)
         exits = workers.run(plan, environments, stop=stop)
     return result_of_pod(exits, out_of_memory=cgroup.oom_kills() > kills_before, memory_limit=cgroup.memory_limit())
@@ -119,7 +130,7 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
             settings_sha256=settings_digest(config), inputs=identities, template_date=config.template_date
         )
     inputs = fetch_inputs(config, paths, root.store, folder).model_copy(update={"training": training})
-    wait_for_dns(address, seconds=PEER_WAIT_SECONDS)
+    wait_for_dns(address, seconds=time_limits(job_size(config, inputs)).peers)
     return inputs
 
 

@@ -15,13 +15,16 @@ from finetune_core.contract import Phase
 from finetune_core.planning.training_plan import total_steps
 from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.saver import Saver
+from finetune_trainer.data.ahead import MicroBatchesAhead
 from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
 from finetune_trainer.data.order import batches_per_epoch, cursor
 from finetune_trainer.decisions.recovery import is_skipped, plan_recovery
 from finetune_trainer.decisions.replay import ReplayedDecisions
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.fragment_snapshot import STATE_BYTES
+from finetune_trainer.engine.host_copy import HostCopy
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.pod.errors import StopAgreed, Stopped
@@ -29,6 +32,7 @@ from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.ranks.return_guard import copy_seconds, least_seconds
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_usage, mfu, model_shape
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.checkpoint_folders import TrainerState
@@ -42,7 +46,7 @@ class TrainingLoop:
         self,
         plan: WorkerPlan,
         gang: Gang,
-        engine: Engine,
+        engine: TrainingEngine,
         data: TrainingData,
         *,
         batches: MicroBatcher,
@@ -83,9 +87,12 @@ class TrainingLoop:
             epochs=optimization.epochs,
             max_steps=optimization.max_steps,
         )
+        self.step = state.step if state else 0
+        trained = (step for step in range(self.step + 1, self.total_steps + 1) if not is_skipped(step, self._rollbacks))
+        self._ahead = MicroBatchesAhead(batches, trained, optimization, gang.device)
+        self._stopwatch = Stopwatch(gang.device)
         self._trained_parameters = sum(math.prod(shape) for shape in engine.parameter_shapes.values())
         self._model_shape = model_shape(data.structure, self._trained_parameters, adapters=plan.config.lora is not None)
-        self.step = state.step if state else 0
         self._saved_step = self.step
         self._saving_seconds = 0.0
         status.step = self.step
@@ -110,11 +117,12 @@ class TrainingLoop:
         parameters, ranks, examples and steps, and the checkpoint that the run resumes from."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
+        engine = f"ZeRO {optimization.zero_stage}" if optimization.zero_stage is not None else "no DeepSpeed"
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
         lowered = f", rate times {factor:.3g} after {len(start.rollbacks)} rollbacks" if start.rollbacks else ""
         return (
             f"run {start.run}: {self._config.method.value}, {self._trained_parameters:,} trained parameters,"
-            f" {optimization.precision}, ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
+            f" {optimization.precision}, {engine}, {world.size} x {world.device},"
             f" {torch.get_num_threads()} threads each; {self._rows} examples, {self.total_steps} steps of"
             f" {optimization.global_batch_size}{resumed}{lowered}"
         )
@@ -149,14 +157,18 @@ class TrainingLoop:
         The update is applied only where loss and gradient are finite. Raises StopAgreed after SIGTERM, or where the
         upload thread of a rank failed, always before the update.
         """
-        started, started_cpu, stopwatch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
-        with stopwatch.part(DATA):
-            batch_plan = self._batches.plan_step(step, self._config.optimization)
-        nll, computed_positions = self._accumulate_gradient(step, batch_plan, stopwatch)
-        loss, norm = nll / max(1, batch_plan.tokens), self._engine.gradient_norm()
+        started, started_cpu = time.monotonic(), time.thread_time()
+        with self._stopwatch.part(DATA):
+            batch_plan = self._ahead.plan(step)
+        own_nll, own_positions = self._accumulate_gradient(step, batch_plan)
+        # Both copies are issued before the first of them is waited for, so the CPU waits for the GPU once.
+        copied_nll = HostCopy(own_nll)
+        norm = self._engine.gradient_norm()
+        nll, positions = self._gang.sum_over_ranks([copied_nll.read(), own_positions])
+        loss = nll / max(1, batch_plan.tokens)
         learning_rate = learning_rate_at(step, self.total_steps, self._config.optimization, self._rollbacks)
         alarm = non_finite_alarm(step, loss, norm)
-        with stopwatch.part(UPDATE):
+        with self._stopwatch.part(UPDATE):
             if alarm is None:
                 self._engine.step(learning_rate)
             else:
@@ -164,6 +176,7 @@ class TrainingLoop:
         self._updates += alarm is None
         if alarm is None and self._config.stability.on_exploding_loss is not None:
             self._monitor, alarm = observe(self._monitor, step, loss, norm)
+        spent = self._stopwatch.take()
         self._record_step(
             StepRow(
                 step=step,
@@ -173,44 +186,46 @@ class TrainingLoop:
                 gradient_norm=norm if math.isfinite(norm) else None,
                 applied=math.isfinite(loss) and math.isfinite(norm),
                 tokens=batch_plan.tokens,
-                padded_tokens=int(computed_positions),
+                padded_tokens=int(positions),
                 seconds=time.monotonic() - started,
                 cpu_seconds=time.thread_time() - started_cpu,
-                data_seconds=stopwatch.seconds(DATA),
-                forward_seconds=stopwatch.seconds(FORWARD),
-                backward_seconds=stopwatch.seconds(BACKWARD),
-                update_seconds=stopwatch.seconds(UPDATE),
+                data_seconds=spent[DATA],
+                forward_seconds=spent[FORWARD],
+                backward_seconds=spent[BACKWARD],
+                update_seconds=spent[UPDATE],
             ),
             batch_plan,
         )
         return alarm
 
-    def _accumulate_gradient(self, step: int, batch_plan: MicroBatchPlan, stopwatch: Stopwatch) -> tuple[float, float]:
-        """Run forward and backward over this rank's micro-batches of the global batch.
+    def _accumulate_gradient(self, step: int, batch_plan: MicroBatchPlan) -> tuple[torch.Tensor, int]:
+        """Run forward and backward over this rank's micro-batches of the global batch, and make the first micro-batch
+        of the next step. The CPU waits for no result of the GPU.
 
-        Return two sums over all ranks: the negative log-likelihood (nats) of the supervised tokens, and the number of
-        computed positions, padding included. The accumulated gradient is that of the mean negative log-likelihood of
-        all supervised tokens of the global batch, whatever the number of ranks and micro-batches. Raises StopAgreed as
-        `_train_step` does.
+        Return two sums over this rank's micro-batches: the negative log-likelihood (nats) of the supervised tokens, in
+        fp64 on the device, and the number of computed positions, padding included. The accumulated gradient is that of
+        the mean negative log-likelihood of all supervised tokens of the global batch, whatever the number of ranks and
+        micro-batches. Raises StopAgreed as `_train_step` does.
         """
         gang = self._gang
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
         positions = 0
-        tensors = self._batches.tensors(batch_plan, step=step)
+        # DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into a sum.
+        factor = gang.world_size / max(1, batch_plan.tokens)
         for index in range(1, len(batch_plan.micro_batches) + 1):
             gang.check_stop(failed=self._saver.failed)
-            with stopwatch.part(DATA):
-                micro_batch = next(tensors).to(gang.device)
-            with stopwatch.part(FORWARD):
-                loss = self._engine.loss(micro_batch)
+            with self._stopwatch.part(DATA):
+                micro_batch = self._ahead.take(step)
+            with self._stopwatch.part(FORWARD):
+                loss = self._engine.loss(micro_batch, factor=factor)
             nll += loss.detach()
             positions += micro_batch.input_ids.numel()
-            with stopwatch.part(BACKWARD):
-                # DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into a sum.
-                factor = gang.world_size / max(1, batch_plan.tokens)
+            with self._stopwatch.part(BACKWARD):
                 self._engine.backward(loss * factor, last=index == len(batch_plan.micro_batches))
-        total_nll, total_positions = gang.sum_over_ranks([float(nll), positions])
-        return total_nll, total_positions
+            with self._stopwatch.part(DATA):
+                # A GPU still computes what was issued before.
+                self._ahead.make_next()
+        return nll, positions
 
     def _skip_step(self, step: int) -> None:
         """Count ``step`` as done without training on its global batch, because a rollback excludes the batch's rows."""
@@ -359,7 +374,10 @@ class TrainingLoop:
         """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None, None)
+            least = least_seconds(self._config.world.device)
+            seconds = copy_seconds(STATE_BYTES * self._trained_parameters, least=least)
+            with self._gang.within(seconds, "the copy of the training state"):
+                self._save(None, None)
         self._wait_for_commits()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")

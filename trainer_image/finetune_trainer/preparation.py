@@ -8,24 +8,21 @@ Then `train.py` calls `load_data` and `load_model` on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from finetune_core.api.sources import DataSource
 from finetune_core.contract import AdapterOrigin, ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import ExportOptions
 from finetune_trainer.checkpoints.job_export import job_export_options, rehearse_job_export
 from finetune_trainer.checkpoints.merged_base import write_merged_base
 from finetune_trainer.data.chat.chat_template import use_chat_template
-from finetune_trainer.data.dataset import columns_read, length_limit, make_examples
-from finetune_trainer.data.examples import ExampleSet, joined
-from finetune_trainer.data.files.row import Row
+from finetune_trainer.data.dataset import length_limit
+from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.data.mixture import Mixture, mix_digest
-from finetune_trainer.data.reader import data_files, read_rows
 from finetune_trainer.data.tokenizer import (
     generation_stop_ids,
     load_tokenizer,
@@ -45,6 +42,14 @@ from finetune_trainer.model.load import DTYPES, enable_gradient_checkpointing, l
 from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.tensor_names import TensorNames
 from finetune_trainer.model.weight_files import WeightFiles
+from finetune_trainer.node_examples import (
+    Encoding,
+    ExamplePreparation,
+    data_sets,
+    examples_folder,
+    mix_notice,
+    mixture_of,
+)
 from finetune_trainer.pod.model_file_names import ADAPTER_CONFIG_FILE
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.reporting.progress import log_line
@@ -137,11 +142,14 @@ class TrainingData:
         return int(self.tokenizer.eos_token_id)
 
 
-def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummary:
+def prepare_node(
+    plan: WorkerPlan, graded: Collection[str], *, stop: Callable[[], bool] = lambda: False
+) -> PreparationSummary:
     """Write the files that the ranks of this node share: the tokenised rows and, where needed, a base model with a
     merged adapter and an extended base model.
 
-    ``graded`` holds all columns that the job's grader reads. It is empty where the job has no task.
+    ``graded`` holds all columns that the job's grader reads. It is empty where the job has no task. Once ``stop``
+    returns True, no further rows are tokenised, and StopAgreed is raised.
 
     Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
     modules that the model does not have.
@@ -164,8 +172,8 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
     if base.continued is not None:
         check_copies(base.continued, base_model_folder(plan), DTYPES[config.optimization.precision])
     tokenizer = _job_tokenizer(plan)
-    tokenize = job_tokenize_functions(plan)
     limit = length_limit(config.dataset, structure.context, base.rows)
+    preparation = ExamplePreparation(plan, _job_encoding(plan), limit=limit, graded=graded, stop=stop)
     notices += rehearse_job_export(
         config, plan.inputs.model, base_model_folder(plan), tokenizer, targets, plan.folder / "rehearsal"
     )
@@ -182,33 +190,17 @@ def prepare_node(plan: WorkerPlan, graded: Collection[str]) -> PreparationSummar
         )
     data_sha256, mix_sizes = "", []
     evaluation_sha256: dict[str, str] = {}
-    for name, parts in _data_sets(plan).items():
-        made = []
-        for part in parts:
-            counter = _Counter()
-            columns = columns_read(config.dataset, part.field, config.evaluation.base_prompt, graded)
-            examples, skipped_rows = make_examples(
-                counter.counted(read_rows(part.path, part.field, columns=columns)),
-                source_name(part.source),
-                part.field,
-                config.dataset,
-                tokenize,
-                limit=limit,
-                keep_rows=config.dataset.task is not None and name != "train",
-            )
-            made.append(examples)
-            notices += [*_files_notice(part, counter.rows), *skipped_rows]
-            log_line(f"{part.field}: {counter.rows} rows of {source_name(part.source)}, {len(examples)} examples")
-        whole = joined(made)
-        whole.save(_tokens_folder(plan) / name)
-        if name == "train":
-            data_sha256 = whole.digest
-        else:
-            evaluation_sha256[name] = whole.digest_with_rows
-        if name == "train" and plan.inputs.mix:
-            mix_sizes = [len(examples) for examples in made]
+    for name, parts in data_sets(plan).items():
+        whole = preparation.prepare(name, parts)
+        notices += whole.notices
+        if name != "train":
+            evaluation_sha256[name] = whole.examples.digest_with_rows
+            continue
+        data_sha256 = whole.examples.digest
+        if plan.inputs.mix:
+            mix_sizes = whole.sizes
             data_sha256 = mix_digest(data_sha256, mix_sizes)
-            notices.append(_mix_notice(parts, _mixture(plan, mix_sizes)))
+            notices.append(mix_notice(parts, mixture_of(plan, mix_sizes)))
     rows = _added_rows(plan, structure, tokenizer)
     return PreparationSummary(
         notices=notices,
@@ -260,9 +252,9 @@ def export_options(plan: WorkerPlan, structure: ModelStructure, stops: Sequence[
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
     """Load the job's tokenizer, and the tokenised rows that `prepare_node` wrote."""
     tokenizer = _job_tokenizer(plan)
-    present = _data_sets(plan)
+    present = data_sets(plan)
     sets = {
-        name: ExampleSet.load(_tokens_folder(plan) / name) if name in present else ExampleSet.empty()
+        name: ExampleSet.load(examples_folder(plan, name)) if name in present else ExampleSet.empty()
         for name in ("train", "validation", "test")
     }
     dataset = plan.config.dataset
@@ -275,7 +267,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         capacity=summary.context if dataset.packing else None,
         stop_ids=generation_stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
-        mixture=_mixture(plan, summary.mix_sizes) if summary.mix_sizes else None,
+        mixture=mixture_of(plan, summary.mix_sizes) if summary.mix_sizes else None,
     )
 
 
@@ -340,9 +332,14 @@ def _job_tokenizer(plan: WorkerPlan) -> Any:
 def job_tokenize_functions(plan: WorkerPlan) -> TokenizeFunctions:
     """Return the functions that turn rows into the token ids of the trained model, whose tokenizer has the added tokens
     of the job."""
+    encoding = _job_encoding(plan)
+    return tokenize_functions(encoding.tokenizer, encoding.added_tokens, ends=encoding.ends, today=encoding.today)
+
+
+def _job_encoding(plan: WorkerPlan) -> Encoding:
     config, tokenizer = plan.config, _job_tokenizer(plan)
     ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
-    return tokenize_functions(tokenizer, config.model.added_tokens, ends=ends, today=config.template_date)
+    return Encoding(tokenizer, config.model.added_tokens, ends, config.template_date)
 
 
 def _extended_folder(plan: WorkerPlan) -> Path:
@@ -351,74 +348,6 @@ def _extended_folder(plan: WorkerPlan) -> Path:
 
 def _merged_folder(plan: WorkerPlan) -> Path:
     return plan.folder / "merged-base"
-
-
-def _tokens_folder(plan: WorkerPlan) -> Path:
-    return plan.folder / "tokens"
-
-
-class _Part(NamedTuple):
-    """A data source, or one source of a mix."""
-
-    field: str
-    """Path in the spec, for example `dataset.train.mix[0]`."""
-    source: DataSource
-    path: Path
-
-
-def _data_sets(plan: WorkerPlan) -> dict[str, list[_Part]]:
-    """Return the sources of each data set that the job has, by the name of the data set (`train`, `validation` or
-    `test`), `train` first. A data set has several sources only where it is a mix."""
-    inputs = plan.inputs
-    left: dict[str, list[Path | None]] = {
-        "train": [*(inputs.mix or [inputs.train])],
-        "validation": [inputs.validation],
-        "test": [inputs.test],
-    }
-    sets: dict[str, list[_Part]] = {}
-    for field, source in plan.config.dataset.sources.items():
-        name = field.removeprefix("dataset.").partition(".")[0]
-        path = left[name].pop(0)
-        if path is not None:
-            sets.setdefault(name, []).append(_Part(field, source, path))
-    return sets
-
-
-def _mixture(plan: WorkerPlan, sizes: Sequence[int]) -> Mixture:
-    """Return how the training examples are mixed. ``sizes`` has the number of examples of each source."""
-    return Mixture.of(sizes, [part.weight for part in plan.config.dataset.train.mix or ()])
-
-
-def _mix_notice(parts: Sequence[_Part], mixture: Mixture) -> str:
-    """Return a notice about how many examples each source of a mix has, and how often the first epoch takes one of
-    them."""
-    taken = mixture.counts(mixture.examples)
-    sources = (
-        f"{count} times one of {size} examples from {source_name(part.source)}"
-        for part, size, count in zip(parts, mixture.sizes, taken, strict=True)
-    )
-    return f"dataset.train: an epoch takes {'; '.join(sources)}"
-
-
-def _files_notice(part: _Part, rows: int) -> list[str]:
-    """Return a notice about how many files and rows were read, if the source has several files."""
-    files = data_files(part.path)
-    if len(files) < 2:
-        return []
-    return [f"{part.field}: {rows} rows of {len(files)} files were read, from {files[0].name} to {files[-1].name}"]
-
-
-class _Counter:
-    """Counts the rows that pass through `counted`."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the items of ``rows``, and count each in the attribute `rows`."""
-        for row in rows:
-            self.rows += 1
-            yield row
 
 
 def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> AddedRows | None:

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from finetune_core.contract import ExitCode
-from finetune_trainer.pod.outcomes import WorkerExit, read_heartbeat, read_outcome
+from finetune_core.contract import ExitCode, Outcome, Result
+from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, read_heartbeat, read_outcome
 from finetune_trainer.pod.plan import WorkerPlan, rendezvous_nonce
 from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 from finetune_trainer.pod.signals import STOP_SIGNALS
+from finetune_trainer.ranks.device_environment import device_environment
+from finetune_trainer.ranks.device_errors import DeviceFault, fault_of_signal
 from finetune_trainer.ranks.gate import Rendezvous
 
 SUPERVISION_SECONDS = 1.0
@@ -32,7 +34,8 @@ def worker_environments(
     """Return the environment variables of this pod's workers, in the order of their local ranks.
 
     ``rendezvous`` is where the workers find the rendezvous store, and ``threads`` is the number of compute threads of
-    each worker. Where there is one node, gloo and NCCL use the loopback interface only.
+    each worker. Where there is one node, gloo and NCCL use the loopback interface only. What else depends on the device
+    is in `device_environment.py`. Variables that ``environment`` has already, which the user may have set, win.
     """
     world = plan.config.world
     base = dict(environment)
@@ -41,6 +44,8 @@ def worker_environments(
     if world.nodes == 1:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             base.setdefault(variable, "lo")
+    settings = device_environment(world.device, ranks=world.size, scratch=plan.paths.scratch, given=environment)
+    base |= settings.environment
     base |= {
         "MASTER_ADDR": rendezvous.address,
         "MASTER_PORT": str(rendezvous.port),
@@ -57,10 +62,12 @@ def worker_environments(
 class WorkerProcesses:
     """The worker processes, one per GPU or CPU rank, that the launcher (PID 1 of the pod) starts and supervises."""
 
-    def __init__(self, folder: Path, *, heartbeat_timeout: float = math.inf) -> None:
+    def __init__(self, folder: Path, *, heartbeat_timeout: float = math.inf, gpu_ranks: int = 0) -> None:
         """The workers write outcome files and heartbeats into ``folder``. A worker is killed when it has written no new
-        heartbeat for ``heartbeat_timeout`` seconds after its last one.
+        heartbeat for ``heartbeat_timeout`` seconds after its last one. ``gpu_ranks`` is the number of ranks of the job
+        in all pods where the job computes on GPUs, otherwise 0.
         """
+        self._gpu_ranks = gpu_ranks
         self._folder = folder
         self._heartbeat_timeout = heartbeat_timeout
         self._frozen: set[int] = set()
@@ -87,10 +94,11 @@ class WorkerProcesses:
 
     def _exit_of(self, rank: int) -> WorkerExit:
         heartbeat = read_heartbeat(self._folder, rank)
+        status = self._children[rank].returncode
         return WorkerExit(
             rank,
-            self._children[rank].returncode,
-            read_outcome(self._folder, rank),
+            status,
+            read_outcome(self._folder, rank) or signal_outcome(rank, status, gpu_ranks=self._gpu_ranks),
             killed_by_launcher=rank in self._killed,
             frozen=rank in self._frozen,
             last_seen=heartbeat[0] if heartbeat else "",
@@ -152,23 +160,44 @@ class WorkerProcesses:
                 self._children[rank].kill()
 
 
+def signal_outcome(rank: int, status: int, *, gpu_ranks: int) -> WorkerOutcome | None:
+    """Return the outcome of a worker that left none, where the signal that ended the worker tells the cause. Return
+    None otherwise.
+
+    ``status`` is the negated number of the signal. ``gpu_ranks`` is the number of ranks of a job on GPUs, 0 for another
+    job.
+    """
+    if status >= 0 or gpu_ranks == 0:
+        return None
+    fault = fault_of_signal(-status, ranks=gpu_ranks)
+    if fault is DeviceFault.PEER_LEFT:
+        message = f"another rank left: NCCL ended rank {rank} by SIGABRT; its log has the details"
+        return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message), caused_by_peer=True)
+    if fault is DeviceFault.WRONG_SETUP:
+        message = f"rank {rank} was ended by SIGBUS, because /dev/shm is full: raise resources.sharedMemory"
+        return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message))
+    return None
+
+
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[_ReceivedSignals]:
     """While the block runs, collect the stop signals and SIGCHLD, which the kernel sends when a worker has exited.
     Python writes the number of each signal into a pipe, and this wakes the loop that supervises the workers.
 
-    The pipe is there before the handlers are replaced. So a signal that arrives meanwhile is in the pipe, or the former
-    handler has noted it.
+    Python writes to one pipe at a time. In this process the other one is that of `StopFlag`, whose handler is replaced
+    too. The pipe of this function is there before the handlers are replaced, and the former pipe is back before the
+    former handlers are. So a stop signal at any moment is in one of the two pipes. A signal that comes after the last
+    worker has exited stays in the pipe of this function, because nothing is left to stop.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     numbers = (*STOP_SIGNALS, signal.SIGCHLD)
-    previous_fd = signal.set_wakeup_fd(writer)
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield _ReceivedSignals(reader)
     finally:
-        signal.set_wakeup_fd(previous_fd)
+        signal.set_wakeup_fd(previous_fd, warn_on_full_buffer=False)
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(reader)

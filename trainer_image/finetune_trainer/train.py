@@ -7,6 +7,7 @@ makes the artifact of the chosen checkpoint.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,7 @@ from finetune_trainer.data.prompts import answer_reader
 from finetune_trainer.decisions.recovery import RollbackRequired
 from finetune_trainer.decisions.replay import ReplayedDecisions, replay_decisions
 from finetune_trainer.engine.checks import check_model
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.making import make_engine
 from finetune_trainer.engine.state import load_state, load_weights
 from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.evaluation.gradable import asked_rows, needed_by, why_ungradable
@@ -39,6 +40,7 @@ from finetune_trainer.evaluation.graders import Grading, load_grading
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.loop import TrainingLoop
 from finetune_trainer.model.attention import DeviceAbilities, ModelAbilities, kernels
 from finetune_trainer.model.digest import BaseDigests
@@ -83,7 +85,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
         grading = _try_rows(plan, gang, data, grading, progress)
         start = _start_first_run(plan, gang, root, data.summary)
         while True:
-            run = Run(plan, gang, root, data, grading, start, progress, status)
+            with gang.long_work():
+                run = Run(plan, gang, root, data, grading, start, progress, status)
             try:
                 run.comparison.score_base_model(is_base=start.parent is None)
                 stopped_early = run.loop.run()
@@ -101,7 +104,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                     progress=progress,
                 )
             except RollbackRequired as required:
-                run.close()
+                with gang.long_work():
+                    run.close()
                 start = _start_run_after_rollback(plan, gang, root, start, required.rollback)
     except StopAgreed:
         # Nothing is left to save: `TrainingLoop.run` catches StopAgreed itself and saves. StopAgreed arrives here only
@@ -114,14 +118,17 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang, grading: Grading | None
     """Let the first rank of each node write the tokenised rows and, where needed, an extended base model. Then load the
     rows on every rank."""
     graded = grading.columns_read if grading is not None else frozenset()
-    answers = gang.gather(lambda: _prepare(plan, graded) if gang.local_rank == 0 else None, until_stop=True)
+    answers = gang.gather(
+        lambda: _prepare(plan, graded, gang.stop_requested) if gang.local_rank == 0 else None, until_stop=True
+    )
     return gang.run_on_all_ranks(lambda: load_data(plan, agreed_summary(answers)), until_stop=True)
 
 
-def _prepare(plan: WorkerPlan, graded: frozenset[str]) -> object:
+def _prepare(plan: WorkerPlan, graded: frozenset[str], stop: Callable[[], bool]) -> object:
     """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON.
-    ``graded`` holds all columns that the job's grader reads."""
-    summary = prepare_node(plan, graded)
+    ``graded`` holds all columns that the job's grader reads. Raises StopAgreed where ``stop`` returns True while rows
+    are tokenised."""
+    summary = prepare_node(plan, graded, stop=stop)
     notices = [*summary.notices, *prepare_base_model_set(plan, graded)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
 
@@ -268,7 +275,13 @@ class Run:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
         ratio = config.lora.lora_plus_ratio if config.lora is not None else None
-        self.engine = Engine(self.model, config.optimization, gang.device, lora_plus_ratio=float(ratio or 1))
+        self.engine = make_engine(
+            self.model,
+            config.optimization,
+            gang.device,
+            lora_plus_ratio=float(ratio or 1),
+            plain_kernels=parts_left_plain(os.environ),
+        )
         attention = check_model(
             self.engine,
             data.train,
@@ -337,6 +350,7 @@ class Run:
                 taken = partial(data.mixture.taken, global_batch_size=config.optimization.global_batch_size)
             progress.begin(run=start.run, total_steps=self.loop.total_steps, history=history, taken=taken)
             progress.attention(attention.kernel)
+            log_line(self.engine.kernels.description)
             progress.adapted(data.summary.adapted_share)
             progress.started_from(data.summary.origin)
             progress.notice(*start.notices, *data.summary.notices, *attention.notices)
@@ -350,5 +364,6 @@ class Run:
 
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""
+        self.saver.free_memory()
         self.engine.close()
         del self.engine, self.model, self.loop, self.comparison

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
+from finetune_trainer.ranks.locked_memory import lock_all_memory
+from finetune_trainer.ranks.return_guard import ReturnGuard, least_seconds
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -56,6 +57,7 @@ def main() -> int:
     """Run the worker and write its outcome. The process ends inside this function, with the outcome's exit code."""
     stop = StopFlag()
     end_with_launcher(int(sys.argv[2]))
+    lock_all_memory()
     plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
     status = WorkerStatus()
     try:
@@ -64,12 +66,18 @@ def main() -> int:
         outcome = outcome_of(error, step=status.step, checkpoint=status.checkpoint)
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
-    write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
-    # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another rank
-    # is gone. Only the output streams are left to write.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(outcome.result.exit_code)
+    try:
+        try:
+            write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
+        except OSError:
+            # The exit code still tells the launcher how this worker ended.
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another
+        # rank is gone.
+        os._exit(outcome.result.exit_code)
 
 
 def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
@@ -84,12 +92,22 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         from finetune_trainer.reporting.progress import Progress
         from finetune_trainer.train import train
 
-    device = process.select_device(plan.config.world)
+    world = plan.config.world
+    with _classified_errors(plan, status):
+        device = process.select_device(world, precision=plan.config.optimization.precision)
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
-    with watchdog.allow(PEER_WAIT_SECONDS):
+    guard = ReturnGuard(watchdog, least=least_seconds(world.device))
+    with watchdog.allow(plan.time_limits.peers), _classified_errors(plan, status):
         # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
-        gang = Gang(device=device, stop=stop, watchdog=watchdog, stall_seconds=stall_seconds)
+        gang = Gang(
+            device=device,
+            stop=stop,
+            watchdog=watchdog,
+            guard=guard,
+            stall_seconds=stall_seconds,
+            limits=plan.time_limits,
+        )
     progress = None
     if gang.is_first:
         reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None
@@ -98,6 +116,8 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         with _classified_errors(plan, status):
             result = train(plan, gang, progress, status)
     except Exception as error:
+        # What is left to do has time limits of its own: the last report, and the wait for the other ranks.
+        guard.stand_down()
         if isinstance(error, PeerLost):
             # The other ranks may be gone because this rank stalled: its watchdog announced the stall, and the other
             # ranks left. The outcome must then be the stall and not PeerLost. `claim_end` ensures this: if the watchdog
@@ -108,6 +128,7 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         if isinstance(error, ERRORS_OF_ALL_RANKS) and not isinstance(error, PeerLost):
             gang.final_barrier()
         raise
+    guard.stand_down()
     if progress is not None:
         progress.end(result)
     gang.final_barrier()
@@ -119,7 +140,7 @@ def _classified_errors(plan: WorkerPlan, status: WorkerStatus) -> Iterator[None]
     """Inside the block, turn errors of torch into the exceptions of `pod/errors.py`.
 
     OutOfMemory replaces every error for lack of memory, on a GPU or on the host. PeerLost replaces the errors that
-    torch raises when another rank is gone.
+    torch raises when another rank is gone. On GPUs the text of an error decides what else it is (`device_errors.py`).
     """
     import torch
 
@@ -133,9 +154,30 @@ def _classified_errors(plan: WorkerPlan, status: WorkerStatus) -> Iterator[None]
     except RuntimeError as error:
         if memory.is_host_out_of_memory(error):
             raise OutOfMemory(memory.out_of_memory_message(error, status, plan.config)) from error
+        if plan.config.world.device == "GPU" and (failure := _device_failure(error, plan, status)) is not None:
+            raise failure from error
         if is_peer_failure(error):
             raise peer_lost(error) from error
         raise
+
+
+def _device_failure(error: RuntimeError, plan: WorkerPlan, status: WorkerStatus) -> Exception | None:
+    """Return the exception of `pod/errors.py` for ``error``, which torch raised in a job on GPUs. Return None where the
+    error comes from another rank, or where it is a crash."""
+    from finetune_trainer.ranks import memory
+    from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
+
+    diagnosis = diagnose(str(error))
+    match diagnosis.fault:
+        case DeviceFault.NODE_FAULT:
+            return NodeFault(f"a GPU of the node or its driver failed {status.where()}: {diagnosis.cause}")
+        case DeviceFault.DRIVER_TOO_OLD:
+            return UserError("NVIDIA driver", diagnosis.cause)
+        case DeviceFault.OUT_OF_MEMORY:
+            return OutOfMemory(memory.out_of_memory_message(error, status, plan.config))
+        case DeviceFault.WRONG_SETUP:
+            return OutsideFailure(f"the pod or its network does not fit its GPUs {status.where()}: {diagnosis.cause}")
+    return None
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         "Free",
         Explanation(
             "The node did not start a pod that the scheduler had placed on the node: its kubelet refused the pod, for"
-            " example because a GPU could not be allocated, or its container runtime could not start the container.",
+            " example because a GPU could not be allocated, or its container runtime could not start the container. Or"
+            " the trainer found that a GPU or the driver of the node is broken.",
             "Check the node that `attempts.recent` names. If all nodes refuse, check the command and the files of"
             " `podTemplate.image`.",
         ),

@@ -9,6 +9,8 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.affinity import Affinity
 from finetune_core.api.base import (
     ENTRIES,
+    SET,
+    UNIQUE,
     UNIQUE_NAMES,
     WORD_PATTERN,
     ApiModel,
@@ -213,6 +215,23 @@ class Volume(ApiModel):
     """An ephemeral inline volume of a CSI driver."""
 
 
+class Capabilities(ApiModel):
+    """Capabilities of the trainer's container. All others are dropped."""
+
+    add: Annotated[list[Literal["IPC_LOCK"]], Field(max_length=1, json_schema_extra=SET), UNIQUE] = []
+    """Capabilities that the container gets. IPC_LOCK lets the ranks lock any amount of memory, which RDMA needs where
+    the limit of the node's container runtime is low. The interpreter in the image must carry the capability too, as in
+    the image for clusters with RDMA. The Pod Security Standards `baseline` and `restricted` forbid the capability, so
+    the namespace must allow `privileged`."""
+
+
+class SecurityContext(ApiModel):
+    """The parts of the security context of the trainer's container that users may set."""
+
+    capabilities: Capabilities | None = None
+    """Capabilities of the container. Absent: none."""
+
+
 class PodTemplateSpec(ApiModel):
     """The parts of the training pods that users may set."""
 
@@ -252,3 +271,6 @@ class PodTemplateSpec(ApiModel):
     """Additional environment variables of the trainer."""
     volumes: Annotated[list[Volume], Field(max_length=16, json_schema_extra=by_key("name")), UNIQUE_NAMES] = []
     """Additional volumes, each mounted into the trainer's container."""
+    security_context: SecurityContext | None = None
+    """Security context of the trainer's container. Absent: the pods satisfy the Pod Security Standard `restricted`. The
+    pods of the preflight check always do."""

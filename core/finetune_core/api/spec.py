@@ -63,7 +63,7 @@ _BETWEEN_SECTIONS = (
     (
         "!has(self.lora) || !has(self.lora.quantization) || type(self.deepspeed.zeroStage) != int ||"
         " self.deepspeed.zeroStage == 1 || self.deepspeed.zeroStage == 2",
-        "`deepspeed.zeroStage` must be 1, 2 or Auto with `lora.quantization`",
+        "`deepspeed.zeroStage` must be 1, 2, None or Auto with `lora.quantization`",
     ),
     (
         "!has(self.lora) || !has(self.lora.quantization) || !has(self.storage.artifact) ||"
@@ -77,7 +77,12 @@ _BETWEEN_SECTIONS = (
     ),
     (
         "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0 || self.training.precision == 'fp32'",
-        "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
+        "`deepspeed.zeroStage` must be 1, 2, 3, None or Auto unless `training.precision` is fp32",
+    ),
+    (
+        f"type(self.deepspeed.zeroStage) == int || self.deepspeed.zeroStage == 'Auto' || {_PROCESSES} == 1",
+        "`deepspeed.zeroStage` must be 1, 2, 3 or Auto with several processes (`resources.nodes` x"
+        " `resources.gpusPerNode`)",
     ),
     (
         "!has(self.training.gradientAccumulationSteps) || self.training.globalBatchSize =="

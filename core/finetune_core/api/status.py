@@ -153,6 +153,9 @@ class AttemptsStatus(StatusModel):
     current: CurrentAttempt | None = None
     """The attempt that exists now. Absent before the first attempt, between two attempts, and after the last
     attempt."""
+    memory_halvings: Count = 0
+    """How many attempts ran out of memory and were followed by one with half the micro-batch. The optimisation stays
+    the same, because gradient accumulation doubles."""
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
@@ -292,8 +295,8 @@ class PlanStatus(StatusModel):
     """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
     leaves them open, and what follows from these settings."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    """ZeRO stage of DeepSpeed."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed. Absent: the only process trains without DeepSpeed."""
     processes: Annotated[int, Field(ge=1)]
     """Number of training processes over all pods."""
     micro_batch_size: Annotated[int, Field(ge=1)]
@@ -308,9 +311,14 @@ class PlanStatus(StatusModel):
     the LoRA adapters can change, from 0 to 1. Absent: the method is Full, or the trainer has not read the model
     yet."""
     gpu_memory_bytes: Count | None = None
-    """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
+    """Planned peak memory of one GPU in bytes, where every row has `dataset.maxLength` tokens. Absent: the preflight
+    check does not know the GPU or the family of the model, or the micro-batch has another size than in the check."""
     memory_bytes: Count | None = None
-    """Estimated peak memory of one pod in bytes. Absent: this version does not estimate it."""
+    """Planned memory of one pod in bytes, which each pod gets where the job does not set `resources.memory`. Absent:
+    the preflight check does not know the GPU or the family of the model."""
+    cpus: Count | None = None
+    """Planned number of CPUs of one pod, which each pod gets where the job does not set `resources.cpu`. Absent in the
+    same cases as `memoryBytes`."""
 
 
 class NamedScore(StatusModel):

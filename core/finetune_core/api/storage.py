@@ -123,16 +123,19 @@ class EphemeralVolumeSpec(ApiModel):
 
 
 class CacheSpec(ApiModel):
-    """Where the downloaded files of a model are kept. Exactly one of the fields must be set."""
+    """Where the downloaded files of a model are kept, and with `claimName` also the tokenised rows. Exactly one of the
+    fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("claimName", "ephemeral"))
 
     claim_name: ObjectName | None = None
     """`metadata.name` of a PersistentVolumeClaim in the job's namespace, on which all jobs that name this claim keep
-    the files of models. A file that is on the claim already is not fetched again, no matter which pod, attempt or job
-    put the file there. Only a file for which the source states no digest of the content, such as an object that is
-    encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the access mode
-    ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their digests."""
+    the files of models, and tokenised rows. A file that is on the claim already is not fetched again, no matter which
+    pod, attempt or job put the file there. Only a file for which the source states no digest of the content, such as an
+    object that is encrypted with SSE-KMS, is fetched anew by each job. With several nodes the claim must have the
+    access mode ReadWriteMany. Every pod copies the files into its scratch folder, and compares the copies with their
+    digests. Tokenised rows are encrypted, are kept only with `storage.credentialsSecretRef`, and take at most a tenth
+    of the claim."""
     ephemeral: EphemeralVolumeSpec | None = None
     """A volume of each pod that holds the files of the base model instead of the scratch folder. This volume saves
     space in the scratch folder. Downloads are not saved, because every pod of every attempt has a new volume. The files

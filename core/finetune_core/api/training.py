@@ -71,7 +71,8 @@ class TrainingSpec(ApiModel):
     """Largest norm that the gradient over all trained parameters may have. A gradient with a larger norm is scaled down
     to this norm. 0 switches clipping off."""
     precision: Precision = "bf16"
-    """Number format of the computation. The trainer never changes the format by itself."""
+    """Number format of the computation. bf16 needs CPUs, or GPUs of the generation Ampere or newer. Older GPUs compute
+    in fp32, because there is no fp16. The trainer never changes the format by itself."""
     gradient_checkpointing: bool = False
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     attention: Attention = "Auto"
@@ -86,20 +87,26 @@ class TrainingSpec(ApiModel):
 
 
 ZeroStage = Annotated[
-    Annotated[int, Field(ge=0, le=3)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern="^Auto$")],
-    WithJsonSchema(int_or_string("^Auto$", least=0, most=3)),
+    Annotated[int, Field(ge=0, le=3)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern="^(Auto|None)$")],
+    WithJsonSchema(int_or_string("^(Auto|None)$", least=0, most=3)),
 ]
-"""`Auto`, or a ZeRO stage from 0 to 3."""
+"""`Auto`, `None`, or a ZeRO stage from 0 to 3."""
 
 
 class DeepSpeedSpec(ApiModel):
-    """How DeepSpeed shards the training state over the processes (ZeRO, arXiv 1910.02054)."""
+    """How DeepSpeed shards the training state over the processes (ZeRO, arXiv 1910.02054), or that the only process
+    trains without DeepSpeed."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.offloadOptimizer == 'None' || type(self.zeroStage) != int || self.zeroStage >= 1",
+                "self.offloadOptimizer == 'None' ||"
+                " (type(self.zeroStage) == int ? self.zeroStage >= 1 : self.zeroStage == 'Auto')",
                 "`offloadOptimizer` must be None unless `zeroStage` is 1, 2, 3 or Auto",
+            ),
+            (
+                "!has(self.overrides) || type(self.zeroStage) == int || self.zeroStage == 'Auto'",
+                "`overrides` must be absent with `zeroStage` None, which trains without DeepSpeed",
             ),
             (
                 "self.offloadParameters == 'None' || type(self.zeroStage) == int && self.zeroStage == 3",
@@ -110,7 +117,9 @@ class DeepSpeedSpec(ApiModel):
 
     zero_stage: ZeroStage = "Auto"
     """ZeRO stage. 0: nothing is sharded (only with fp32). 1: the optimizer state is sharded. 2: gradients are sharded
-    too. 3: parameters are sharded too. Auto: 2 with several processes, 1 with one process."""
+    too. 3: parameters are sharded too. None: one process trains with torch alone, which computes the same losses and
+    checkpoints with less memory. Auto: 2, but None where one process trains with LoRA and neither `offloadOptimizer`
+    nor `overrides` asks for DeepSpeed."""
     offload_optimizer: Literal["None", "CPU"] = "None"
     """Memory for the optimizer state: the GPU's (None) or the node's (CPU)."""
     offload_parameters: Literal["None", "CPU"] = "None"

@@ -110,6 +110,10 @@ IDENTITY_VARIABLES: Mapping[str, str] = {
 """For each field of `Identity`, the name of the environment variable that holds its value."""
 MASTER_ADDR_VARIABLE = "PET_MASTER_ADDR"
 MASTER_PORT_VARIABLE = "PET_MASTER_PORT"
+CPU_REQUEST_VARIABLE = "FTJ_CPU_REQUEST"
+"""Environment variable with the CPU request of the training container, in thousandths of a CPU, for example `8000`. The
+kubelet sets the value, so it is right also where a webhook has changed the request. Where no operator has made the pod,
+the variable does not exist."""
 MASTER_PORT = 23456
 """TCP port of the pod of rank 0 for the rendezvous of torch.distributed. With several nodes the launcher of this pod
 listens there, and forwards the connections of the other pods to rank 0. With one node rank 0 itself listens there."""

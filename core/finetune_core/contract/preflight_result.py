@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.api.resources import LEAST_MEMORY, MOST_CPUS, MOST_MEMORY
 from finetune_core.api.storage import RunId
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, TerminationMessage, Time
 from finetune_core.contract.records import EvaluationRecord
@@ -86,6 +87,18 @@ class InputSizes(ContractModel):
     """Size of all data files together, as they are stored."""
 
 
+class PlannedNeeds(ContractModel):
+    """What the training needs by its plan, where every row has `dataset.maxLength` tokens. The operator may ask for
+    that much memory and that many CPUs, so the bounds are those of the fields of `resources`."""
+
+    gpu_memory_bytes: Count
+    """Peak memory of one GPU in bytes."""
+    memory_bytes: Annotated[int, Field(ge=LEAST_MEMORY, le=MOST_MEMORY)]
+    """Peak memory of one pod in bytes."""
+    cpus: Annotated[int, Field(ge=1, le=MOST_CPUS)]
+    """CPUs of one pod."""
+
+
 class PreflightResult(TerminationMessage):
     """The result of all checks. Without a finding the job can start."""
 
@@ -100,6 +113,8 @@ class PreflightResult(TerminationMessage):
     sizes: InputSizes | None = None
     """The sizes of model and data. None where the size of the model or of the data was not found, and in results of
     older trainer images."""
+    planned: PlannedNeeds | None = None
+    """The needs by the plan. None where the plan does not know the GPU or the model, and where there are findings."""
 
     @property
     def exit_code(self) -> int:

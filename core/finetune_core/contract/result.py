@@ -69,6 +69,9 @@ class Result(TerminationMessage):
     checkpoint: str | None = None
     artifact: ArtifactRecord | None = None
     evaluation: EvaluationRecord | None = None
+    node_fault: bool | None = None
+    """True where the trainer ended because a GPU or the driver of its node is broken, so that another node may do the
+    same work. None in all other results."""
 
     @property
     def exit_code(self) -> int:

@@ -27,6 +27,14 @@ class WorldConfig(ContractModel):
     nodes: Annotated[int, Field(ge=1)]
     processes_per_node: Annotated[int, Field(ge=1)]
     device: Device
+    gpu_product: Annotated[str, Field(max_length=63)] | None = None
+    """`resources.gpuProduct`, from which the preflight check knows the memory of the GPUs. None where the job names
+    none, and on CPUs."""
+    memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """`resources.memory` in bytes. None where the job does not set it, and on CPUs, where there is no plan."""
+    shared_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """`resources.sharedMemory` in bytes, which the plan of the preflight check adds to the memory of a pod. None on
+    CPUs."""
 
     @property
     def size(self) -> int:
@@ -50,7 +58,8 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     attention: Attention = "Auto"
     seed: int
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed. None: the only process trains with the plain engine, without DeepSpeed."""
     offload_optimizer: bool = False
     """Whether the optimizer state is kept in the node's memory instead of the GPU's."""
     offload_parameters: bool = False

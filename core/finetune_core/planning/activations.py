@@ -1,7 +1,7 @@
 """Computes the bytes of activations: what the forward pass keeps for the backward pass.
 
 `memory.py` adds the bytes to those of weights and optimizer. What is kept follows from the code of the models in
-transformers and from the trainer's own kernels (`loss/kernels.py`, `loss/head.py`). The constants that change with the
+transformers and from the trainer's own kernels (the room `kernels`, `loss/head.py`). The constants that change with the
 kernels are in `Kernels`. tests/planning compares the sums with measurements of the trainer's engine.
 
 All sizes are bytes of one process. "A number" has 2 bytes in bf16 and 4 in fp32.
@@ -28,35 +28,45 @@ class Kernels:
     """What depends on the kernels of the trainer. `CURRENT_KERNELS` is what the trainer uses now. Other kernels are
     another value of this class."""
 
-    norm_copies: int
-    """Bytes that a norm keeps for each of its features: 4 where it computes on a copy in fp32 that the backward pass
-    needs, 0 where it computes everything again from its input."""
+    norm_copies: bool
+    """Whether a norm keeps a copy of its input in fp32, and not the input itself."""
     norm_result: bool
     """Whether a trained norm keeps its normalised input in the number format of the training too."""
     gate_results: int
     """How many tensors as wide as the feed-forward network it keeps: gate, its activation, input, and their product
     are 4; 2 where the activation and the product are computed again."""
+    sharded_gate_results: int
+    """The same under ZeRO-3, where linear layers and gated products compute with their own code (`NOT_UNDER_ZERO_3` in
+    the trainer's `kernels/parts.py`)."""
+    expert_results: int
+    """The same of experts, for each expert of a token."""
+    dropout_masks: bool
+    """Whether the dropout of adapters keeps its masks and the dropped inputs. Under ZeRO-3 it does in any case."""
     passes_lora: float
     """Bytes that elementwise work and thin products read and write with LoRA, forward and backward, for each byte that
-    is kept. Counted on the shape of Llama 2 7B: 81.6 MB of 170 KB in each of 32 layers, for a token."""
+    is kept. Counted on the shape of Llama 2 7B: 37.1 MB of 109.8 KB in each of 32 layers, for a token."""
     passes_full: float
-    """The same where every parameter is trained: 63.6 MB of 186 KB."""
+    """The same where every parameter is trained: 24.4 MB of 109.6 KB."""
     launches_lora: int
-    """Kernels that a layer launches with LoRA, forward and backward: 154 on the shape of Llama 2 7B."""
+    """Kernels that a layer launches with LoRA, forward and backward, on the shape of Llama 2 7B. docs/kernels.md has
+    the counts."""
     launches_full: int
-    """The same where every parameter is trained: 3,591 kernels in 32 layers."""
+    """The same where every parameter is trained."""
 
 
 CURRENT_KERNELS: Final = Kernels(
-    norm_copies=4,
-    norm_result=True,
-    gate_results=4,
-    passes_lora=15.0,
-    passes_full=10.7,
-    launches_lora=154,
-    launches_full=112,
+    norm_copies=False,
+    norm_result=False,
+    gate_results=2,
+    sharded_gate_results=4,
+    expert_results=4,
+    dropout_masks=False,
+    passes_lora=10.6,
+    passes_full=7.0,
+    launches_lora=75,
+    launches_full=63,
 )
-"""The kernels of transformers with the trainer's fused LoRA layers and its fused loss."""
+"""The trainer's fused kernels, and for experts those of transformers."""
 
 
 def kept_in_layer(setup: TrainingSetup, number: int, *, kernels: Kernels = CURRENT_KERNELS) -> float:
@@ -89,7 +99,7 @@ def kept_in_layer(setup: TrainingSetup, number: int, *, kernels: Kernels = CURRE
     if adapters is not None:
         kept += width * adapters.rank * adapters.per_layer[number]
         dropped = adapters.dropped_features[number]
-        if dropped:
+        if dropped and (kernels.dropout_masks or setup.zero_stage == 3):
             kept += _dropout(setup, number)
     elif trained and sizes.norm is NormKind.LAYER:
         kept += 8
@@ -102,7 +112,7 @@ def _norm(setup: TrainingSetup, features: int, kernels: Kernels) -> float:
     if setup.sizes.norm is NormKind.LAYER:
         # torch's own kernel keeps its input, a mean and a deviation.
         return width * features + 8
-    kept = kernels.norm_copies * features + 4
+    kept = (4 if kernels.norm_copies else width) * features + 4
     if setup.adapters is None and kernels.norm_result:
         kept += (4 if setup.sizes.wide_norms else width) * features
     return kept
@@ -110,14 +120,15 @@ def _norm(setup: TrainingSetup, features: int, kernels: Kernels) -> float:
 
 def _feed_forward(setup: TrainingSetup, linears: tuple[Linear, ...], kernels: Kernels) -> float:
     sizes, width = setup.sizes, setup.number_format.bytes
+    results = kernels.sharded_gate_results if setup.zero_stage == 3 else kernels.gate_results
     kept = 0.0
     for linear in linears:
         if linear.part is Part.FEED_FORWARD and linear.name.endswith(("down_proj", "c_proj")):
             gated = not linear.name.endswith("c_proj")
-            kept += width * linear.inputs * (kernels.gate_results if gated else 2)
+            kept += width * linear.inputs * (results if gated else 2)
         if linear.part is Part.EXPERTS and linear.name.endswith("down_proj"):
             # Each token goes through several experts, which get a copy of its hidden state.
-            one = width * (2 * sizes.hidden + linear.inputs * kernels.gate_results)
+            one = width * (2 * sizes.hidden + linear.inputs * kernels.expert_results)
             kept += sizes.active_experts * one
     return kept
 
@@ -136,8 +147,9 @@ def kept_outside(setup: TrainingSetup, *, kernels: Kernels = CURRENT_KERNELS) ->
     """Return the bytes of a token that are kept outside of the layers: by the last norm and by the output head, where
     every token has a target."""
     sizes, width = setup.sizes, setup.number_format.bytes
-    # The last norm, its result, and the hidden states that have a target.
-    return _norm(setup, sizes.hidden, kernels) + 2 * width * sizes.hidden + TOKEN_BYTES
+    # The last norm, and the gradient of the hidden states that have a target. Under a head with an adapter these states
+    # are kept instead.
+    return _norm(setup, sizes.hidden, kernels) + width * sizes.hidden + TOKEN_BYTES
 
 
 def frozen_start(setup: TrainingSetup, *, kernels: Kernels = CURRENT_KERNELS) -> float:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
-from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job
+from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
 from finetune_core.planning.training_plan import process_share
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
@@ -58,7 +58,7 @@ def suggestions(
     by the arithmetic of this module, and those of which the new plan does not fit are left out.
     """
     found: list[tuple[frozenset[str], Suggestion]] = []
-    changes = list(_changes(plan, rank))
+    changes = list(_changes(wishes, plan, rank))
     for count in range(MOST_CHANGES + 1):
         for group in combinations(changes, count):
             if len({change.kind for change in group}) < count:
@@ -129,7 +129,7 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
         "training.microBatchSize": setup.micro_batch,
         "training.gradientAccumulationSteps": setup.accumulation if accumulation else "",
         "training.gradientCheckpointing": "true" if setup.recompute else "false",
-        "deepspeed.zeroStage": setup.zero_stage,
+        "deepspeed.zeroStage": stage_value(setup.zero_stage),
         "deepspeed.offloadOptimizer": "CPU" if setup.offload_optimizer else "None",
         "resources.gpusPerNode": setup.processes_per_node,
         "resources.nodes": setup.processes // setup.processes_per_node,
@@ -138,13 +138,17 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
     return fields
 
 
-def _changes(plan: JobPlan, rank: int) -> Iterator[_Change]:
+def _changes(wishes: Wishes, plan: JobPlan, rank: int) -> Iterator[_Change]:
     """Yield the changes to try: first the number format, where the GPU has no bf16, then those that change least of the
     training. Its result is the same up to the number of GPUs, and another one with another number format, shorter rows,
     adapters of rank ``rank`` or 4 bits."""
     setup = plan.setup
     if not plan.gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield _Change(kind="precision", apply=partial(replace, number_format=NumberFormat.FP32))
+    has_plain = setup.processes == 1 and not wishes.needs_deepspeed and not setup.offload_parameters
+    if has_plain and setup.zero_stage is not None:
+        # The plain engine computes the same, and is no slower.
+        yield _Change(kind="stage", apply=_without_deepspeed)
     for size in _halves(setup.micro_batch):
         yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
     share = process_share(setup.global_batch, setup.processes)
@@ -154,16 +158,17 @@ def _changes(plan: JobPlan, rank: int) -> Iterator[_Change]:
     if not setup.recompute:
         yield _Change(kind="recomputation", apply=partial(replace, recompute=True))
     quantized = setup.adapters is not None and setup.adapters.quantized
-    for stage in range(setup.zero_stage + 1, 3 if setup.processes == 1 or quantized else 4):
-        yield _Change(kind="stage", apply=partial(_sharded, stage=stage))
-    if not setup.offload_optimizer and setup.zero_stage >= 1:
-        yield _Change(kind="offload", apply=partial(replace, offload_optimizer=True))
+    if setup.zero_stage is not None:
+        for stage in range(setup.zero_stage + 1, 3 if setup.processes == 1 or quantized else 4):
+            yield _Change(kind="stage", apply=partial(_sharded, stage=stage))
+    if not setup.offload_optimizer and setup.zero_stage != 0:
+        yield _Change(kind="offload", apply=_offloaded)
     yield from _more_gpus(setup)
     for length in _halves(setup.length, least=256):
         yield _Change(kind="length", apply=partial(replace, length=length))
     if setup.adapters is None:
         yield _Change(kind="method", apply=partial(_with_adapters, rank=rank))
-    elif not quantized and setup.zero_stage < 3 and not setup.sizes.active_experts:
+    elif not quantized and setup.zero_stage != 3 and not setup.sizes.active_experts:
         yield _Change(kind="quantization", apply=_in_four_bits)
 
 
@@ -172,7 +177,16 @@ def _smaller(setup: TrainingSetup, *, micro_batch: int) -> TrainingSetup:
 
 
 def _sharded(setup: TrainingSetup, *, stage: int) -> TrainingSetup:
-    return replace(setup, zero_stage=max(setup.zero_stage, stage))
+    return replace(setup, zero_stage=max(setup.zero_stage or 0, stage))
+
+
+def _without_deepspeed(setup: TrainingSetup) -> TrainingSetup:
+    return replace(setup, zero_stage=None, offload_optimizer=False)
+
+
+def _offloaded(setup: TrainingSetup) -> TrainingSetup:
+    """Return ``setup`` with its optimizer state in the memory of the host, which DeepSpeed can do."""
+    return replace(setup, offload_optimizer=True, zero_stage=2 if setup.zero_stage is None else setup.zero_stage)
 
 
 def _with_adapters(setup: TrainingSetup, *, rank: int) -> TrainingSetup:
@@ -186,26 +200,29 @@ def _in_four_bits(setup: TrainingSetup) -> TrainingSetup:
 
 
 def _more_gpus(setup: TrainingSetup) -> Iterator[_Change]:
-    """Yield more GPUs: first in one node, then in more nodes."""
-    gpus, nodes = setup.processes_per_node, setup.processes // setup.processes_per_node
-    while gpus < GPUS_OF_A_NODE:
-        gpus = min(GPUS_OF_A_NODE, 2 * gpus)
-        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
-    while nodes < MOST_NODES:
-        nodes = min(MOST_NODES, 2 * nodes)
-        yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes))
+    """Yield more GPUs: first in one node, then in more nodes. For a single process, yield them with sharded weights
+    too, because no other change shards them."""
+    for stage in (2, 3) if setup.processes == 1 else (2,):
+        gpus, nodes = setup.processes_per_node, setup.processes // setup.processes_per_node
+        while gpus < GPUS_OF_A_NODE:
+            gpus = min(GPUS_OF_A_NODE, 2 * gpus)
+            yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes, stage=stage))
+        while nodes < MOST_NODES:
+            nodes = min(MOST_NODES, 2 * nodes)
+            yield _Change(kind="gpus", apply=partial(_on_more, gpus=gpus, nodes=nodes, stage=stage))
 
 
-def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int) -> TrainingSetup:
-    """Return ``setup`` on ``nodes`` nodes with ``gpus`` GPUs each. The rest of the training stays as it is, as far as
-    the global batch has an example for each process. Stage 2 is the first one that shards gradients."""
+def _on_more(setup: TrainingSetup, *, gpus: int, nodes: int, stage: int) -> TrainingSetup:
+    """Return ``setup`` on ``nodes`` nodes with ``gpus`` GPUs each, at least at ZeRO stage ``stage``. The rest of the
+    training stays as it is, as far as the global batch has an example for each process. Stage 2 is the first one that
+    shards gradients."""
     share = -(-setup.global_batch // (gpus * nodes))
     return replace(
         setup,
         processes=gpus * nodes,
         processes_per_node=gpus,
         micro_batch=min(setup.micro_batch, share),
-        zero_stage=max(setup.zero_stage, 2),
+        zero_stage=max(setup.zero_stage or 0, stage),
     )
 
 

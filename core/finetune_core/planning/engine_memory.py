@@ -1,9 +1,9 @@
 """Computes the bytes that the training engine takes: weights, optimizer state, gradients, buffers, and what each phase
 of an optimizer step needs for a moment.
 
-`memory.py` adds the activations. An `EngineKind` stands for an engine of the trainer. The constants of DeepSpeed 0.19
-hold for the settings in the trainer's `engine/config.py`; tests/planning compares the sums with measurements of that
-engine. An engine with other figures is another branch of `engine_bytes`.
+`memory.py` adds the activations. `TrainingSetup.zero_stage` says which engine of the trainer computes. The constants of
+DeepSpeed 0.19 hold for the settings in the trainer's `engine/config.py`, and those of the plain engine are in its
+`engine/masters.py`; tests/planning compares the sums with measurements of both engines.
 
 All sizes are bytes of one process. P is the number of all parameters, T that of the trained ones, N the number of
 processes.
@@ -12,10 +12,9 @@ processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from finetune_core.planning.model_sizes import Part
-from finetune_core.planning.training_setup import TrainingSetup
+from finetune_core.planning.training_setup import NumberFormat, TrainingSetup
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers in a bucket of DeepSpeed's communication: `BUCKET_ELEMENTS` in the trainer's `engine/config.py`."""
@@ -30,23 +29,26 @@ MOMENT_BYTES = 8
 MASTER_BYTES = 4
 """Bytes of the fp32 value of each trained parameter, which the engine keeps beside the weight in bf16."""
 NORM_BYTES = 8
-"""Bytes of a number in the copy of a gradient from which DeepSpeed computes its norm: float64."""
+"""Bytes of a number in the copy of a gradient from which DeepSpeed computes its norm: float64. The trainer lets
+DeepSpeed compute norms at ZeRO stage 3 and with offload."""
 STATE_BYTES = 12
 """Bytes of the state of a parameter that is gathered whole for a checkpoint: three numbers in fp32."""
 
 
-class EngineKind(StrEnum):
-    """An engine of the trainer."""
-
-    DEEPSPEED = "DeepSpeed"
-    """DeepSpeed with ZeRO 0 to 3."""
-    PLAIN = "Plain"
-    """An engine for one process without DeepSpeed: an fp32 value for each parameter and a fused AdamW, 16 bytes a
-    trained parameter at the most."""
-
-
-CURRENT_ENGINE = EngineKind.DEEPSPEED
-"""The engine that a job gets where nothing else is said."""
+REMAINDER_BYTES = 2
+"""Bytes that the plain engine keeps beside each trained weight in bf16, which together are the fp32 value."""
+UPDATED_ELEMENTS = 1 << 24
+"""Numbers that the plain engine updates at a time: `BATCH_ELEMENTS` in the trainer's `engine/masters.py`."""
+UPDATE_BYTES = 11
+"""Bytes that the plain engine needs for each number that it updates, beside what stays."""
+SMALL_ELEMENTS = 1 << 20
+"""A gradient with fewer numbers waits for others in the plain engine: `SMALL_ELEMENTS` in the trainer's
+`engine/masters.py`."""
+WAITING_ELEMENTS = 1 << 22
+"""Numbers of small gradients from which the plain engine joins them and adds them up: `WAITING_ELEMENTS` there."""
+NORM_PIECE_BYTES = 32 << 20
+"""Bytes of the numbers in fp64 whose squares the trainer adds up at a time, in the plain engine and at ZeRO stages 1
+and 2: `NORM_ELEMENTS` in the trainer's `engine/gradient_norm.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +76,9 @@ class EngineBytes:
     """Buffer of the communication while gradients are computed."""
     standing_bucket: int
     """Of it, what stays from step to step."""
+    waiting: int
+    """Small gradients that wait during the backward pass until they are added up together, with the tensors that they
+    are joined in."""
     head_reduction: int
     """The gradient of the output head with its copies, while it is reduced."""
     reduction: int
@@ -115,12 +120,10 @@ def largest_trained(setup: TrainingSetup) -> int:
     return max(trained_tensors(setup))
 
 
-def engine_bytes(
-    setup: TrainingSetup, engine: EngineKind = CURRENT_ENGINE, *, quantized: int | None = None
-) -> EngineBytes:
-    """Return the bytes that ``engine`` takes. ``quantized`` are the bytes of the linear layers where they are held in 4
-    bits."""
-    if engine is EngineKind.PLAIN:
+def engine_bytes(setup: TrainingSetup, *, quantized: int | None = None) -> EngineBytes:
+    """Return the bytes that the engine of ``setup`` takes. ``quantized`` are the bytes of the linear layers where they
+    are held in 4 bits."""
+    if setup.zero_stage is None:
         return _plain(setup, quantized)
     if setup.zero_stage == 3:
         return _stage_3(setup)
@@ -135,13 +138,25 @@ def _weights(setup: TrainingSetup, quantized: int | None) -> int:
 
 
 def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
-    """bf16 weights, fp32 values and moments are 14 bytes, and the gradients in bf16 are 2."""
+    """Return the bytes of the trainer's plain engine (`engine/plain_engine.py`): 12 bytes for each trained parameter
+    between two steps, and 16 with the gradient in fp32, which exists from the first backward pass of a step to the
+    update."""
     width, trained = setup.number_format.bytes, setup.trained_parameters
-    master = MASTER_BYTES if width == 2 else 0
-    gradients = width * trained
+    largest = largest_trained(setup)
+    is_bf16 = setup.number_format is NumberFormat.BF16
+    gradients = MASTER_BYTES * trained
+    # The gradient of the numbers that are updated is freed before most of that memory is needed.
+    update = (UPDATE_BYTES - MASTER_BYTES) * min(trained, UPDATED_ELEMENTS) if is_bf16 else 0
+    # While a large gradient is added up, small ones may wait. They are joined when no large one is there.
+    waiting = width * min(_small_trained(setup, SMALL_ELEMENTS - 1), WAITING_ELEMENTS) if is_bf16 else 0
+    # A tied weight has a gradient as embedding and one as head, which are added up.
+    last = (2 if setup.sizes.tied else 1) * width * largest
+    checkpoint = 0
+    if is_bf16:
+        checkpoint = MASTER_BYTES * largest if largest <= UPDATED_ELEMENTS else STATE_BYTES * largest
     return EngineBytes(
         weights=_weights(setup, quantized),
-        optimizer=(master + MOMENT_BYTES) * trained,
+        optimizer=((REMAINDER_BYTES if is_bf16 else 0) + MOMENT_BYTES) * trained,
         standing_gradients=0,
         accumulated=gradients if setup.accumulation > 1 else 0,
         gradients=gradients,
@@ -150,12 +165,19 @@ def _plain(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         held_experts=(),
         bucket=0,
         standing_bucket=0,
-        head_reduction=width * largest_trained(setup),
-        reduction=width * largest_trained(setup),
-        norm=0,
-        update=0,
-        checkpoint=0,
+        waiting=2 * waiting,
+        head_reduction=(width + _new_gradient(setup)) * largest,
+        reduction=max(last + waiting if largest >= SMALL_ELEMENTS else 0, 2 * waiting),
+        norm=NORM_PIECE_BYTES,
+        update=update,
+        checkpoint=checkpoint,
     )
+
+
+def _new_gradient(setup: TrainingSetup) -> int:
+    """Return the bytes of the plain engine's gradient for each number of which the last micro-batch of a step computes
+    the gradient: 0 where the micro-batches before have made it already."""
+    return 0 if setup.accumulation > 1 else MASTER_BYTES
 
 
 def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
@@ -164,7 +186,6 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     shard = -(-trained // ranks)
     largest = largest_trained(setup)
     fragment = min(largest, shard)
-    bucket = width * BUCKET_ELEMENTS
     if setup.zero_stage == 0:
         gradients = width * trained
         return EngineBytes(
@@ -178,6 +199,7 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
             held_experts=(),
             bucket=0,
             standing_bucket=0,
+            waiting=0,
             head_reduction=width * largest,
             # A tied weight has a gradient as embedding and one as head, which are added up.
             reduction=2 * width * largest,
@@ -190,11 +212,27 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
     first = setup.zero_stage == 1
     accumulated = width * trained if first else MASTER_BYTES * shard
     gradients = width * shard if first else MASTER_BYTES * shard
-    # The update makes a flat copy in fp32. At stage 1 a flat copy in the number format of the weights comes before it.
-    flat = (width + MASTER_BYTES) * shard if first else 0
     offloaded = setup.offload_optimizer
+    # With one process, gradients that are added up in the number format of the weights stay where autograd put them.
+    stay = ranks == 1 and not offloaded and (first or width == MASTER_BYTES)
+    # The update makes a flat copy of them in fp32. A flat copy in another number format comes before it.
+    copied = (MASTER_BYTES + (width if width < MASTER_BYTES else 0)) * shard if first or stay else 0
     optimizer = 0 if offloaded else (MASTER_BYTES + MOMENT_BYTES) * shard
-    norm = NORM_BYTES * fragment
+    norm = NORM_BYTES * fragment if offloaded else min(NORM_PIECE_BYTES, NORM_BYTES * fragment)
+    head_reduction = _reduction(setup)
+    if stay:
+        # A tied weight has a gradient as embedding and one as head, which are added up.
+        reduction = (2 if setup.sizes.tied else 1) * width * largest
+    elif first:
+        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
+        reduction = max(_reduction(setup), width * _expert_gradients(setup), width * shard)
+    else:
+        # A gradient of experts that lies in the rank's shard stays until the end of the backward pass.
+        experts = width * _expert_gradients(setup)
+        reduction = max(_reduction(setup) + experts // 2, experts)
+        if setup.adapters is None:
+            flat = _FlatReduction(setup)
+            head_reduction, reduction = flat.head, max(reduction, flat.embedding)
     return EngineBytes(
         weights=_weights(setup, quantized),
         optimizer=optimizer,
@@ -204,13 +242,13 @@ def _stages_0_to_2(setup: TrainingSetup, quantized: int | None) -> EngineBytes:
         gathered=0,
         gather_copy=0,
         held_experts=(),
-        bucket=bucket,
+        bucket=0 if stay else width * BUCKET_ELEMENTS,
         standing_bucket=0,
-        # Stage 1 copies the rank's shard of all gradients at the end of the last backward pass.
-        head_reduction=_reduction(setup),
-        reduction=max(_reduction(setup), width * _expert_gradients(setup), width * shard if first else 0),
+        waiting=0,
+        head_reduction=head_reduction,
+        reduction=reduction,
         norm=norm,
-        update=0 if offloaded else max(flat, norm),
+        update=0 if offloaded else copied,
         checkpoint=STATE_BYTES * largest,
     )
 
@@ -240,12 +278,67 @@ def _stage_3(setup: TrainingSetup) -> EngineBytes:
         held_experts=tuple(width * sum(tensors) for tensors in setup.sizes.experts),
         bucket=bucket,
         standing_bucket=bucket,
+        waiting=0,
         head_reduction=_reduction(setup),
         reduction=max(_reduction(setup), width * _expert_gradients(setup)),
         norm=NORM_BYTES * min(-(-largest // ranks), shard),
         update=0 if offloaded else MASTER_BYTES * shard,
         checkpoint=STATE_BYTES * largest,
     )
+
+
+class _FlatReduction:
+    """Bytes while the gradients of the largest weights are reduced at stage 2 where every parameter is trained, on the
+    rank that needs most of them.
+
+    Each rank has a consecutive part of the flat tensor of all parameters, the first one the embedding and the last one
+    the head. Parts of a gradient that lie side by side are joined until they are more than a bucket
+    (`allreduce_and_scatter` in deepspeed/runtime/zero/stage_1_and_2.py). A rank adds a copy of its part in fp32 to its
+    fp32 gradients (`_add_to_grad_partition_buffer`). It makes all of these at the first part
+    (`_build_compact_grad_partition_buffer`), which on the last rank is that of the head. A gradient that is larger than
+    a bucket and has a part on the rank stays until the backward pass ends (`copy_grads_in_partition`).
+    """
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        width, ranks, sizes = setup.number_format.bytes, setup.processes, setup.sizes
+        self._width, self._shard = width, -(-setup.trained_parameters // ranks)
+        weight = setup.vocabulary * sizes.hidden
+        staying = sum(count * linear.elements for linear, count in sizes.linears.items() if _is_large(linear.elements))
+        staying += 0 if sizes.tied or not _is_large(weight) else weight
+        whole, copies = width * weight, self._copies(0, weight)
+        self.head = whole
+        """For the head. The gradient of a tied weight is whole, and reduced, only once that of the embedding is
+        known."""
+        if not sizes.tied:
+            self.head += self._copies(setup.trained_parameters - weight, weight) + new_sums(setup)
+        rest = copies + width * staying if ranks == 1 else max(copies, width * min(staying, self._shard + weight))
+        self.embedding = max(whole + rest, 3 * whole if sizes.tied else 0)
+        """For the embedding, the last gradient. That of a tied weight is the sum of two."""
+
+    def _copies(self, start: int, elements: int) -> int:
+        """Return the bytes of the copies of a gradient of ``elements`` numbers, the first of which is the number
+        ``start`` of the flat tensor."""
+        most, joined, end = 0, list[int](), start + elements
+        while start < end:
+            cut = min(end, (start // self._shard + 1) * self._shard)
+            joined.append(cut - start)
+            start = cut
+            if start == end or _is_large(sum(joined)):
+                together = sum(joined) if len(joined) > 1 else 0
+                most = max(most, self._width * together + MASTER_BYTES * max(joined))
+                joined = []
+        return most
+
+
+def _is_large(elements: int) -> bool:
+    """Return whether a gradient of ``elements`` numbers is larger than a bucket of DeepSpeed."""
+    return elements > BUCKET_ELEMENTS
+
+
+def new_sums(setup: TrainingSetup) -> int:
+    """Return the bytes of the fp32 gradients of a rank at stage 2, which the last micro-batch of a step makes: 0 where
+    the micro-batches before have made them already."""
+    return 0 if setup.accumulation > 1 else MASTER_BYTES * -(-setup.trained_parameters // setup.processes)
 
 
 def _reduction(setup: TrainingSetup) -> int:
@@ -265,10 +358,28 @@ def layer_gradients(setup: TrainingSetup) -> int:
     """Return the bytes of the gradients that a layer's backward pass has at once where every parameter is trained.
 
     The gradient of a linear layer is copied into a bucket. Gradients of experts are larger than a bucket. ZeRO-3
-    reduces those of a layer together, because the experts of a layer are gathered as one leaf module.
+    reduces those of a layer together, because the experts of a layer are gathered as one leaf module. The plain engine
+    adds each gradient to one in fp32 at once.
     """
+    if setup.zero_stage is None:
+        return (setup.number_format.bytes + _new_gradient(setup)) * largest_linear(setup)
     dense = max(linear.elements for linear in setup.sizes.linears if linear.part is not Part.EXPERTS)
     return setup.number_format.bytes * max(2 * dense, _expert_gradients(setup))
+
+
+def reduced_head(setup: TrainingSetup) -> int:
+    """Return the bytes that the gradient of the output head takes on top of the standing and the accumulated gradients
+    while the backward pass is in the layers, where every parameter is trained."""
+    head = setup.vocabulary * setup.sizes.hidden
+    if setup.zero_stage == 3 and not setup.offload_optimizer:
+        return 0
+    if setup.zero_stage is None:
+        # The gradient of a tied weight is whole only once that of the embedding is known.
+        return head * (setup.number_format.bytes if setup.sizes.tied else _new_gradient(setup))
+    if setup.zero_stage in (1, 2):
+        # The rank that has a part of the head keeps the gradient of the head, and at stage 1 each rank does.
+        return setup.number_format.bytes * head + (new_sums(setup) if setup.zero_stage == 2 else 0)
+    return MASTER_BYTES * head // setup.processes
 
 
 def _expert_gradients(setup: TrainingSetup) -> int:
@@ -295,13 +406,36 @@ def _gathered(setup: TrainingSetup, whole: int) -> int:
 
 def _persistent(setup: TrainingSetup) -> int:
     """Return the number of parameters that ZeRO-3 does not shard: norms, biases and small matrices of adapters."""
-    sizes, adapters = setup.sizes, setup.adapters
-    small = sizes.parameters_by_kind["norms"]
-    for linear, count in sizes.linears.items():
-        small += count * linear.biased * linear.outputs
-        if linear.elements <= PERSISTENT_ELEMENTS:
-            small += count * linear.elements
-        if adapters is not None and linear.part is not Part.ROUTER:
-            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
-            small += count * sum(elements for elements in matrices if elements <= PERSISTENT_ELEMENTS)
+    small = _small_weights(setup, PERSISTENT_ELEMENTS) + _small_adapters(setup, PERSISTENT_ELEMENTS)
     return min(small, setup.parameters)
+
+
+def _small_trained(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of trained parameters in tensors of at most ``limit`` elements."""
+    if setup.adapters is None:
+        return _small_weights(setup, limit)
+    return min(_small_adapters(setup, limit), setup.trained_parameters)
+
+
+def _small_weights(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of the model's own parameters in tensors of at most ``limit`` elements. Norms and biases are
+    such tensors."""
+    small = setup.sizes.parameters_by_kind["norms"]
+    for linear, count in setup.sizes.linears.items():
+        small += count * linear.biased * linear.outputs
+        if linear.elements <= limit:
+            small += count * linear.elements
+    return small
+
+
+def _small_adapters(setup: TrainingSetup, limit: int) -> int:
+    """Return the number of parameters in the layers' matrices of adapters that have at most ``limit`` elements."""
+    adapters = setup.adapters
+    if adapters is None:
+        return 0
+    small = 0
+    for linear, count in setup.sizes.linears.items():
+        if linear.part is not Part.ROUTER:
+            matrices = (adapters.rank * linear.experts * features for features in (linear.inputs, linear.outputs))
+            small += count * sum(elements for elements in matrices if elements <= limit)
+    return small

@@ -38,6 +38,8 @@ class GpuType(BaseModel):
     """Bandwidth between the GPUs of a node in GB/s, in one direction: NVLink, or else PCIe."""
     bf16: bool = True
     """Whether the GPU computes in bf16. ``tera_flops`` is the rate of fp16 where it does not."""
+    kernels: bool = True
+    """Whether torch in the trainer image has kernels for the GPU. Those of CUDA 13 begin with the generation Turing."""
     products: tuple[str, ...] = ()
     """Values of the node label `nvidia.com/gpu.product` that mean this type."""
 
@@ -55,6 +57,7 @@ def _type(
     link: float,
     *products: str,
     bf16: bool = True,
+    kernels: bool = True,
 ) -> GpuType:
     return GpuType(
         name=name,
@@ -63,13 +66,20 @@ def _type(
         memory_bandwidth=bandwidth,
         link_bandwidth=link,
         bf16=bf16,
+        kernels=kernels,
         products=products,
     )
 
 
+_V100_16GB = ("Tesla-V100-SXM2-16GB", "Tesla-V100-PCIE-16GB", "Tesla-V100-FHHL-16GB")
+_V100_32GB = ("Tesla-V100-SXM2-32GB", "Tesla-V100-SXM3-32GB", "Tesla-V100-PCIE-32GB", "Tesla-V100S-PCIE-32GB")
+
 # FLOP/s and bandwidths are those of NVIDIA's data sheet of each product, without sparsity. The memory is the total
 # capacity that torch reports. PCIe 4.0 x16 has 32 GB/s in one direction, and PCIe 3.0 x16 has 16 GB/s.
 GPU_TYPES: tuple[GpuType, ...] = (
+    # V100 data sheet (2020), SXM: 125 TFLOP/s in fp16, 900 GB/s, NVLink 300 GB/s in both directions; no bf16.
+    _type("V100-16GB", 15.8, 125, 900, 150, *_V100_16GB, bf16=False, kernels=False),
+    _type("V100-32GB", 31.7, 125, 900, 150, *_V100_32GB, bf16=False, kernels=False),
     # T4 data sheet (2019): 65 TFLOP/s in fp16, 320 GB/s, PCIe 3.0; no bf16.
     _type("T4", 14.6, 65, 320, 16, "Tesla-T4", "NVIDIA-T4", bf16=False),
     # L4 data sheet (2023): 242 TFLOP/s with sparsity, 300 GB/s, PCIe 4.0.
@@ -104,6 +114,15 @@ def find_gpu(name: str, types: Iterable[GpuType] = GPU_TYPES, *, field: str = "-
             return gpu
     names = ", ".join(gpu.name for gpu in known)
     raise UserError(field, f"must be a type of GPU that the plan knows, and {name!r} is none; known are {names}")
+
+
+def type_of_product(product: str) -> GpuType | None:
+    """Return the built-in type of the value ``product`` of the node label `nvidia.com/gpu.product`, None where the
+    table does not have it. GPUs that pods share by time slices have `-SHARED` at the end of the label."""
+    try:
+        return find_gpu(product.removesuffix("-SHARED"))
+    except UserError:
+        return None
 
 
 def with_types(values: Any, source: str) -> tuple[GpuType, ...]:

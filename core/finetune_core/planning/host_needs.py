@@ -66,7 +66,7 @@ def host_needs(
     adapters = setup.adapters
     # At stages below 3 every process builds the whole model in the memory of the host before it goes to the GPU. Under
     # ZeRO-3 the weights are copied out of mapped files, one after the other.
-    loading = ranks * (model if setup.zero_stage < 3 else model // setup.processes)
+    loading = ranks * (model if setup.zero_stage != 3 else model // setup.processes)
     state = STATE_BYTES * setup.trained_parameters
     snapshots = SNAPSHOTS * state * ranks // setup.processes
     offloaded = 0

@@ -54,6 +54,8 @@ class Wishes:
     """Whether the files of the model are on a volume."""
     sets_accumulation: bool = False
     """Whether the job sets the number of micro-batches of an optimizer step (`gradientAccumulationSteps`)."""
+    needs_deepspeed: bool = False
+    """Whether the job sets something that the plain engine does not have (`deepspeed.overrides`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,13 @@ def fits_gpu(setup: TrainingSetup, gpu: GpuType) -> bool:
     return memory_plan(setup).needed <= gpu.memory
 
 
+def was_measured(setup: TrainingSetup) -> bool:
+    """Return whether the memory of trainings like ``setup`` was measured (docs/planning.md)."""
+    quantized = setup.adapters is not None and setup.adapters.quantized
+    unmeasured = quantized or setup.packed or setup.offload_optimizer or setup.offload_parameters
+    return setup.sizes.family in MEASURED_FAMILIES and not unmeasured
+
+
 def gibibytes(count: float) -> str:
     """Return ``count`` bytes as text, for example `12.3 GiB`."""
     return f"{count / GIBIBYTE:.1f} GiB"
@@ -150,19 +159,21 @@ def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
     if least[0]:
         # A person who changes the job begins with the smallest micro-batch.
         return min(candidates, key=lambda setup: (setup.offload_optimizer, setup.micro_batch))
-    return min(candidates, key=lambda setup: (setup.offload_optimizer, estimate_speed(setup, gpu).seconds_per_step))
+
+    def preference(setup: TrainingSetup) -> tuple[bool, bool, float]:
+        """Return a key that is smallest for the best setup. Where a job would get DeepSpeed, the plain engine is taken
+        only where nothing else fits without offload."""
+        is_other_engine = setup.zero_stage is None and wishes.setup.zero_stage is not None
+        return setup.offload_optimizer, is_other_engine, estimate_speed(setup, gpu).seconds_per_step
+
+    return min(candidates, key=preference)
 
 
 def _candidates(wishes: Wishes) -> Iterator[TrainingSetup]:
     """Yield every setup that ``wishes`` allow. Those that are preferred among equally fast ones come first."""
     setup = wishes.setup
-    stages: tuple[int, ...] = (setup.zero_stage,)
-    if wishes.open_stage:
-        # bitsandbytes' tensors of 4-bit numbers can't be sharded.
-        quantized = setup.adapters is not None and setup.adapters.quantized
-        stages = (2,) if setup.processes == 1 or quantized else (2, 3)
     for offload in (False, True) if wishes.open_offload else (setup.offload_optimizer,):
-        for stage in stages:
+        for stage in _stages(wishes, offload=offload):
             for recompute in (False, True) if wishes.open_recompute else (setup.recompute,):
                 for micro_batch in _micro_batches(wishes):
                     yield replace(
@@ -172,6 +183,22 @@ def _candidates(wishes: Wishes) -> Iterator[TrainingSetup]:
                         recompute=recompute,
                         micro_batch=micro_batch,
                     )
+
+
+def _stages(wishes: Wishes, *, offload: bool) -> tuple[int | None, ...]:
+    """Return the ZeRO stages to try with or without ``offload`` of the optimizer state, as `TrainingSetup.zero_stage`
+    has them."""
+    setup = wishes.setup
+    if offload and setup.zero_stage is None:
+        # Only DeepSpeed moves the optimizer state.
+        return (2,)
+    if not wishes.open_stage or setup.zero_stage is None:
+        return (setup.zero_stage,)
+    if setup.processes == 1:
+        return (2,) if offload or wishes.needs_deepspeed else (2, None)
+    # bitsandbytes' tensors of 4-bit numbers can't be sharded.
+    quantized = setup.adapters is not None and setup.adapters.quantized
+    return (2,) if quantized else (2, 3)
 
 
 def _micro_batches(wishes: Wishes) -> list[int]:
@@ -191,7 +218,9 @@ def _choices(
     fits = memory.needed <= gpu.memory
     if wishes.open_stage:
         yield Choice(
-            field="spec.deepspeed.zeroStage", value=str(setup.zero_stage), reason=_stage_reason(setup, fits=fits)
+            field="spec.deepspeed.zeroStage",
+            value=stage_value(setup.zero_stage),
+            reason=_stage_reason(setup, fits=fits),
         )
     if wishes.open_recompute:
         reason = (
@@ -243,7 +272,19 @@ def _choices(
         )
 
 
+def stage_value(zero_stage: int | None) -> str:
+    """Return the value of `spec.deepspeed.zeroStage` for ``zero_stage``, for example `2`, or `None` for the plain
+    engine."""
+    return str(zero_stage)
+
+
 def _stage_reason(setup: TrainingSetup, *, fits: bool) -> str:
+    if setup.zero_stage is None:
+        if setup.adapters is not None:
+            return "One process that trains with LoRA needs nothing of DeepSpeed, and takes less memory without it."
+        if fits:
+            return "Only training without DeepSpeed fits: it takes 16 bytes a parameter, and stage 2 takes 18 or more."
+        return "Training without DeepSpeed takes least memory, and does not fit either."
     if setup.processes == 1:
         return "With one process nothing can be sharded, and stage 2 adds up gradients in fp32."
     if setup.adapters is not None and setup.adapters.quantized:
@@ -256,6 +297,8 @@ def _stage_reason(setup: TrainingSetup, *, fits: bool) -> str:
 
 
 def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: HostNeeds, gpu: GpuType) -> Iterator[str]:
+    if not gpu.kernels:
+        yield f"Torch in the trainer image has no kernels for the {gpu.name}."
     if not gpu.bf16 and setup.number_format is NumberFormat.BF16:
         yield f"The {gpu.name} has no bf16 arithmetic, and spec.training.precision is bf16."
     if memory.needed > gpu.memory:

@@ -20,7 +20,7 @@ from finetune_core.planning.activations import (
     kept_outside,
     largest_layer,
 )
-from finetune_core.planning.engine_memory import CURRENT_ENGINE, EngineBytes, EngineKind, engine_bytes, layer_gradients
+from finetune_core.planning.engine_memory import EngineBytes, engine_bytes, layer_gradients, reduced_head
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.host_needs import quantized_bytes
 from finetune_core.planning.training_setup import TrainingSetup
@@ -99,14 +99,12 @@ class _Need:
         return self.gradients + self.buffers + self.activations + self.logits
 
 
-def memory_plan(
-    setup: TrainingSetup, *, engine: EngineKind = CURRENT_ENGINE, kernels: Kernels = CURRENT_KERNELS
-) -> MemoryPlan:
+def memory_plan(setup: TrainingSetup, *, kernels: Kernels = CURRENT_KERNELS) -> MemoryPlan:
     """Return the memory of ``setup`` on one GPU, where each micro-batch has its full length and every token a
     target."""
     adapters = setup.adapters
     quantized = quantized_bytes(setup) if adapters is not None and adapters.quantized else None
-    state = engine_bytes(setup, engine, quantized=quantized)
+    state = engine_bytes(setup, quantized=quantized)
     passes = _Passes(setup, kernels, state)
     standing, standing_bucket = state.standing_gradients, state.standing_bucket
     needs = {
@@ -151,13 +149,27 @@ class _Passes:
         self._logits = head_rows(setup) * setup.vocabulary
         self._chunks = -(-tokens // head_rows(setup))
         adapters = setup.adapters
-        self._frozen = adapters is not None and not adapters.on_head
+        self._adapts_head = adapters is not None and adapters.on_head
         self._trains_head = adapters is None
+        self._head_gradient = width * setup.vocabulary * sizes.hidden if self._trains_head else 0
+        # In the feed-forward layer: the activation, its gradient, that of the product, and a product of gradient and
+        # input, beside the gradients of two hidden states. Under ZeRO-3 torch computes instead the gradients of the
+        # product and of its two inputs, and the product that was kept is freed before.
+        # Experts do not compute the activation again, and copy hidden states.
+        gates = 2 if setup.zero_stage == 3 else 4
+        self._inside_layer = 2 * self._wide + 4 * self._hidden
+        if not sizes.active_experts:
+            self._inside_layer = gates * self._wide + 2 * self._hidden
         experts = _Experts(setup, state)
         self._experts = experts
         self._gradients = state.standing_gradients + state.accumulated
         # The bucket is there from the first backward pass of a step on.
         self._buffers = state.gathered + (state.bucket if setup.accumulation > 1 else state.standing_bucket)
+
+    @property
+    def _missing_bucket(self) -> int:
+        """The bucket where the first backward pass of a step makes it."""
+        return max(0, self._state.bucket + self._state.gathered - self._buffers)
 
     def _need(self, *, activations: int, logits: int = 0, gradients: int = 0, buffers: int = 0) -> _Need:
         """Return a need of both passes with the buffers that they have in any case."""
@@ -178,47 +190,47 @@ class _Passes:
     @property
     def _head_forward(self) -> _Need:
         """The need while the output head computes the loss."""
-        width, more = self._width, self._chunks > 1
         kept_now = self._kept + self._outside + self._experts.kept
-        if self._frozen:
-            # Logits, their copy in fp32, log-probabilities in fp32, and these in the format of the weights. The fp32
-            # tensors of a chunk are alive while the next chunk is begun. The gradient of the hidden states is kept.
-            each = 8 + 4 + width if more else 8 + width
-            return self._need(activations=kept_now + self._hidden, logits=each * self._logits)
-        return self._need(activations=kept_now, logits=8 * self._logits)
+        # A chunk of logits and of log-probabilities, both in fp32.
+        logits = 8 * self._logits
+        if self._adapts_head:
+            return self._need(activations=kept_now + self._hidden, logits=logits)
+        # The result of the last norm and the states that have a target exist beside the gradient of these states.
+        return self._need(activations=kept_now + 2 * self._hidden, logits=logits, gradients=self._head_gradient)
 
     @property
     def head_backward(self) -> _Need:
         """The need while the backward pass of head and last norm runs."""
-        setup = self._setup
-        if self._frozen:
-            # The last norm: gradients and intermediate results in fp32 of as many features as the hidden states have.
-            kept_now = self._kept + self._experts.kept
-            return self._need(activations=kept_now + 24 * setup.sizes.hidden * setup.tokens)
+        sizes = self._setup.sizes
         kept_now = self._kept + self._outside + self._experts.kept
-        # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the weights.
-        logits = (12 if self._chunks > 1 else 8) * self._logits
+        if self._adapts_head:
+            # Log-probabilities, their gradient and that of the logits in fp32, and the latter in the format of the
+            # weights.
+            logits = (12 if self._chunks > 1 else 8) * self._logits
+            return self._need(activations=kept_now + 2 * self._hidden, logits=logits)
+        # The gradients of the last norm's result and of its input. Where its factors are in fp32, the norm computes
+        # with input, gradient and result in fp32.
+        wide = 12 * sizes.hidden * self._setup.tokens if sizes.wide_norms and self._width < 4 else 0
+        normed = self._need(activations=kept_now + self._hidden + wide, gradients=self._head_gradient)
         if not self._trains_head:
-            return self._need(activations=kept_now + self._hidden, logits=logits)
-        gradient = self._width * setup.vocabulary * setup.sizes.hidden
-        # The gradient of the head is reduced as soon as it is whole.
-        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction)
-        computed = self._need(activations=kept_now + self._hidden, logits=logits, gradients=gradient)
-        return max((reduced, computed), key=lambda need: need.total)
+            return normed
+        # The gradient of the head, which the forward pass has computed, is reduced before that.
+        reduced = self._need(activations=kept_now, gradients=self._state.head_reduction, buffers=self._missing_bucket)
+        return max((reduced, normed), key=lambda need: need.total)
 
     @property
     def layer_backward(self) -> _Need:
-        """The need while the backward pass of the last layer runs: gradients of two results of the feed-forward network
-        and of four hidden states, and where layers are computed again all that the layer keeps."""
-        inside = self._kept + self._layer + 2 * self._wide + 4 * self._hidden + self._experts.kept
+        """The need while the backward pass of the last layer runs: gradients inside of the layer, and where layers are
+        computed again all that the layer keeps."""
+        inside = self._kept + self._layer + self._inside_layer + self._experts.kept
+        setup = self._setup
+        # Where layers are not computed again, the last layer has the peak, and few gradients wait so early.
+        waiting = self._state.waiting if setup.recompute else 0
         if not self._trains_head:
-            return self._need(activations=inside, gradients=self._experts.merged_gradient)
-        setup, state = self._setup, self._state
+            return self._need(activations=inside, gradients=self._experts.merged_gradient + waiting)
         # The layer's own gradients wait in the bucket and beside it. That of the head is reduced already.
-        head = 0 if state.standing_gradients else 4 * setup.vocabulary * setup.sizes.hidden // setup.processes
-        own = layer_gradients(setup)
-        bucket = state.bucket + state.gathered - self._buffers
-        return self._need(activations=inside, gradients=head + own, buffers=max(0, bucket))
+        head, own = reduced_head(setup), layer_gradients(setup)
+        return self._need(activations=inside, gradients=head + own + waiting, buffers=self._missing_bucket)
 
     @property
     def evaluation(self) -> _Need:

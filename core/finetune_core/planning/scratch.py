@@ -49,6 +49,12 @@ class ScratchNeed:
     limit_gibibytes: int
 
 
+def state_share(rank: int | None) -> float:
+    """Return the size of a checkpoint as a multiple of the size of the model. For adapters of rank ``rank`` the size of
+    the artifact is included. None means that every parameter is trained."""
+    return FULL_STATE if rank is None else max(ADAPTER_SHARE, RANK_SHARE * rank)
+
+
 def scratch_need(
     *,
     model_bytes: int,
@@ -64,7 +70,7 @@ def scratch_need(
     the base model are on a volume, and not in the scratch folder.
     """
     models = (not model_is_elsewhere) + models_written
-    state = FULL_STATE if rank is None else max(ADAPTER_SHARE, RANK_SHARE * rank)
+    state = state_share(rank)
     request = int(BASE_BYTES + (models + state) * model_bytes + TOKENISED * data_bytes)
     limit = SPARE_BYTES + LIMIT_FACTOR * request + EXPANSION * data_bytes
     return ScratchNeed(request_gibibytes=-(-request // GIBIBYTE), limit_gibibytes=-(-limit // GIBIBYTE))

@@ -11,16 +11,20 @@ LARGEST_PLANNED_MICRO_BATCH = 8
 `gradientAccumulationSteps`."""
 
 
-def zero_stage(requested: int | str, *, processes: int) -> int:
-    """Return the ZeRO stage. ``requested`` is `Auto` or the stage itself, from 0 to 3.
+def zero_stage(requested: int | str, *, processes: int, lora: bool, configured: bool) -> int | None:
+    """Return the ZeRO stage; None where one process trains without DeepSpeed. ``requested`` is `Auto`, `None` or the
+    stage itself, from 0 to 3. ``lora`` says whether the method is LoRA, and ``configured`` whether the job sets
+    anything else of DeepSpeed.
 
-    `Auto` is stage 2 with several processes, because stage 2 shards optimizer state and gradients without more network
-    traffic than plain data parallelism (arXiv 1910.02054, section 7). With one process nothing can be sharded, and
-    `Auto` is stage 1, because the API allows stage 0 only with fp32.
+    `Auto` is stage 2, because stage 2 shards optimizer state and gradients without more network traffic than plain data
+    parallelism (arXiv 1910.02054, section 7). One process that trains with LoRA needs nothing of DeepSpeed, because
+    nothing can be sharded. A full fine-tuning in one process stays with DeepSpeed, unless the job asks for `None`.
     """
     if isinstance(requested, int):
         return requested
-    return 2 if processes > 1 else 1
+    if requested == "None" or (processes == 1 and lora and not configured):
+        return None
+    return 2
 
 
 def process_share(global_batch_size: int, processes: int) -> int:

@@ -56,7 +56,8 @@ class TrainingSetup:
     number_format: NumberFormat = NumberFormat.BF16
     processes: int = 1
     processes_per_node: int = 1
-    zero_stage: int = 2
+    zero_stage: int | None = 2
+    """ZeRO stage of DeepSpeed. None: the only process trains with the plain engine, without DeepSpeed."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     recompute: bool = False

@@ -7,7 +7,7 @@ the schema.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, get_args
 
 from finetune_core.api.base import (
     DNS_LABEL_PATTERN,
@@ -21,6 +21,7 @@ from finetune_core.api.base import (
 )
 from finetune_core.api.sources import PATH_PATTERN
 from finetune_core.api.task import ENTRY_POINT_PATTERN
+from finetune_core.api.training import Precision
 
 _ALIKE = "that begins and ends with a letter or a digit"
 
@@ -57,6 +58,11 @@ PATTERN_MEANINGS: Final = {
     r"^([1-9][0-9]{0,6}(Mi|M)|[1-9][0-9]{0,4}(\.[0-9]{1,3})?(Gi|G)|[1-9][0-9]?(\.[0-9]{1,3})?(Ti|T))$": (
         "a quantity such as 512Mi or 8Gi"
     ),
-    "^Auto$": "Auto",
+    r"^([1-9][0-9]{0,3}|[1-9][0-9]{0,6}[KMG]i)$": "an amount of memory in huge pages such as 5120Mi",
+    "^(Auto|None)$": "Auto or None",
 }
 """For a regular expression of the schema, a phrase that follows "must be" in messages of `finetune validate`."""
+FOREIGN_VALUES: Final = {
+    (get_args(Precision), "fp16"): "there is no fp16, and fp32 computes on GPUs without bf16",
+}
+"""For the values of an enum and a value that people expect among them, a phrase that says what to use instead."""

@@ -8,12 +8,16 @@ add support for all its values.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from finetune_core.api.resources import DEFAULT_MEMORY, HUGE_PAGES, ResourcesSpec
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
+from finetune_core.planning.gpu_types import type_of_product
 from finetune_core.planning.training_plan import process_share
 from finetune_core.task_declaration import Unit
 from finetune_core.tasks import TASKS
@@ -33,6 +37,7 @@ class NotYet:
     """What the field must be, in the words that follow "must" in a message, for example `be absent`."""
 
 
+_HUGE_PAGES = re.compile(f"{HUGE_PAGES}([1-9][0-9]*)([KMG]i)")
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
 NOT_YET = (NotYet("tracking", (None,), "be absent"),)
@@ -43,11 +48,9 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
     """Return the reasons why ``spec`` can't be run, each with the field's path. The list is empty when ``spec`` can be
     run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
-    memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
-    if shared >= memory:
-        problems.append(
-            UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
-        )
+    problems += _too_large_shared_memory(spec.resources)
+    problems += _page_problems(spec.resources.extended)
+    problems += _number_format_problems(spec)
     problems += _too_small_share(spec)
     problems += _attention_problems(spec)
     problems += template_problems(spec) + argument_problems(spec)
@@ -57,6 +60,49 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
         if _value(stored, field.path) not in field.honoured:
             problems.append(UserError(f"spec.{field.path}", f"must {field.must}: {NOT_YET_REASON}"))
     return problems
+
+
+def _page_problems(extended: Mapping[str, int | str]) -> list[UserError]:
+    """Return a problem for each amount of huge pages in ``extended`` that is no multiple of the size of a page. The API
+    server accepts the job, and would refuse its pods."""
+    problems = []
+    for name, amount in extended.items():
+        page = _HUGE_PAGES.fullmatch(name)
+        if page is not None and to_bytes(amount) % to_bytes(page[1] + page[2]):
+            sentence = f"must be a multiple of {page[1]}{page[2]}, such as {4 * int(page[1])}{page[2]}"
+            problems.append(UserError(f"spec.resources.extended.{name}", sentence))
+    return problems
+
+
+def _number_format_problems(spec: FineTuneJobSpec) -> list[UserError]:
+    """Return a list with one problem where the GPUs of `resources.gpuProduct` are known to have no bf16, and the job
+    computes in bf16. Otherwise return an empty list."""
+    resources = spec.resources
+    gpu = type_of_product(resources.gpu_product) if resources.device == "GPU" else None
+    if gpu is None or gpu.bf16 or spec.training.precision != "bf16":
+        return []
+    if not gpu.kernels:
+        sentence = (
+            f"must name newer GPUs: {resources.gpu_product} has no bf16, and torch in the trainer image has no kernels"
+            " for it"
+        )
+        return [UserError("spec.resources.gpuProduct", sentence)]
+    sentence = (
+        f"must be fp32 on {resources.gpu_product}, which has no bf16, and there is no fp16; or name GPUs of the"
+        " generation Ampere or newer in resources.gpuProduct"
+    )
+    return [UserError("spec.training.precision", sentence)]
+
+
+def _too_large_shared_memory(resources: ResourcesSpec) -> list[UserError]:
+    """Return a list with one problem where /dev/shm may be as large as the memory of the pod. Otherwise return an empty
+    list. Where the job does not set the memory, nobody knows before the preflight check whether there will be a plan,
+    so the memory of a pod without a plan counts."""
+    memory = DEFAULT_MEMORY if resources.memory is None else resources.memory
+    if to_bytes(resources.shared_memory) < to_bytes(memory):
+        return []
+    which = f"which is {memory}" if resources.memory is not None else f"which may be {memory} where it is absent"
+    return [UserError("spec.resources.sharedMemory", f"must be less than `memory`, {which}")]
 
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:

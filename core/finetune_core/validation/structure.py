@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.validation.pattern_meanings import PATTERN_MEANINGS
+from finetune_core.validation.pattern_meanings import FOREIGN_VALUES, PATTERN_MEANINGS
 from finetune_core.validation.problems import FieldPath, Problem, unknown_field
 
 DEPTH_LIMIT = 100
@@ -135,7 +135,8 @@ def expectation(node: Schema, value: Any = None) -> str:
         least = f" at least {node['minItems']} and" if "minItems" in node else ""
         return f"must be a list of{least} at most {node['maxItems']} items"
     if "enum" in node:
-        return f"must be one of {', '.join(node['enum'])}"
+        hint = FOREIGN_VALUES.get((tuple(node["enum"]), str(value)))
+        return f"must be one of {', '.join(node['enum'])}" + (f": {hint}" if hint else "")
     hint = "; put it in quotes" if isinstance(value, int | float) else ""
     return _text_expectation(node) + hint
 

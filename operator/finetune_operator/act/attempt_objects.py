@@ -129,15 +129,16 @@ class AttemptObjects:
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptSpec(
+        attempt = AttemptSpec(
             number=number,
             name=name,
             image=image,
             report_base_url=self._report_base_url,
             avoided_nodes=avoided_nodes,
             sizes=sizes_of_inputs(job.status.preflight),
+            plan=job.status.plan,
         )
-        run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
+        run_file = build_config_map(job.resource, attempt, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
         await create_config_map(self._cluster, run_file)
-        await self._network_policies.create(build_network_policy(job.resource, plan))
-        return await self._backend.create(self._backend.build(job.resource, plan))
+        await self._network_policies.create(build_network_policy(job.resource, attempt))
+        return await self._backend.create(self._backend.build(job.resource, attempt))

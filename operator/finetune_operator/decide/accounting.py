@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.conditions import Reason
 from finetune_core.api.status import (
     RECENT_ATTEMPTS_LIMIT,
     AttemptCause,
@@ -80,9 +81,15 @@ def close(
             "charged": attempts.charged + (verdict == Verdict.CHARGED),
             "free": attempts.free + (verdict == Verdict.FREE),
             "current": None,
+            "memory_halvings": attempts.memory_halvings + is_halving(verdict, cause.reason),
             "recent": [*attempts.recent, past][-RECENT_ATTEMPTS_LIMIT:],
         }
     )
+
+
+def is_halving(verdict: str, reason: str) -> bool:
+    """Return whether the attempt after one that ended with ``verdict`` and ``reason`` has half its micro-batch."""
+    return reason == Reason.OUT_OF_MEMORY and verdict != Verdict.PERMANENT
 
 
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:

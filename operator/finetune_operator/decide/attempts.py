@@ -137,7 +137,7 @@ def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobO
     the attempt ends, record the cause, and close the attempt at once or after the wait of `_ending`."""
     pods = seen.pods_of(current)
     current = _with_observed_pods(current, pods, seen)
-    ruling = judge(_evidence(current, pods, seen))
+    ruling = judge(_evidence(attempts, current, pods, seen))
     if ruling is not None and ruling.result is not None:
         succeeded = ruling.verdict is Verdict.SUCCEEDED
         end = JobEnd(succeeded=succeeded, reason=ruling.reason, message=ruling.message, result=ruling.result)
@@ -165,7 +165,9 @@ def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobO
     )
 
 
-def _evidence(current: CurrentAttempt, pods: Sequence[PodObservation], seen: JobObservation) -> Evidence:
+def _evidence(
+    attempts: AttemptsStatus, current: CurrentAttempt, pods: Sequence[PodObservation], seen: JobObservation
+) -> Evidence:
     return Evidence(
         current=current,
         child=seen.child,
@@ -174,6 +176,9 @@ def _evidence(current: CurrentAttempt, pods: Sequence[PodObservation], seen: Job
         nodes=seen.nodes,
         final_result=seen.final_result,
         last_phase=seen.last_phase,
+        batch=seen.batch,
+        charged=attempts.charged,
+        halvings=attempts.memory_halvings,
         policy=seen.policy,
         now=seen.now,
         active_seconds=seen.usage.active_seconds,

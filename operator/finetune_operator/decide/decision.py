@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from finetune_core.api.status import AdapterStatus, AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import Result
+from finetune_core.contract.preflight_result import PlannedNeeds
 from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
@@ -78,6 +79,9 @@ class Decision:
     yet. Empty where no reason is known."""
     turn: str = ""
     """A sentence which says that the preflight check waits for its turn; empty where the check does not wait for it."""
+    planned: PlannedNeeds | None = None
+    """What the training needs by its plan, where this reconcile has read that in the result of the preflight check;
+    else None."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
     orphans: Sequence[PodObservation] = ()

@@ -19,6 +19,7 @@ from finetune_core.api.status import CurrentAttempt, PodRecord
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.observations import POD_DEADLINE, ChildObservation, ContainerState, PodObservation
+from finetune_operator.observe.observation import BatchObservation
 
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
@@ -69,6 +70,12 @@ class Evidence:
     report has arrived."""
     last_phase: str = ""
     """Phase of the trainer in its newest report, for example "Training"; empty without a report."""
+    batch: BatchObservation | None = None
+    """How the spec lets a process compute its share of a global batch; None where this version can't read the spec."""
+    charged: int = 0
+    """How many earlier attempts count against `runPolicy.maxRetries`."""
+    halvings: int = 0
+    """How many earlier attempts ran out of memory and were followed by one with half the micro-batch."""
     policy: RunPolicySpec
     now: datetime
     active_seconds: int = 0
@@ -128,6 +135,17 @@ class Evidence:
         ]
         refused = [*(pod for pod in self.failures if is_refused(pod)), *stuck]
         return min(refused, key=lambda pod: pod.index, default=None)
+
+    @cached_property
+    def broken_node(self) -> PodObservation | None:
+        """The pod whose trainer says that a GPU or the driver of its node is broken; None if none. Of several such
+        pods, the pod with the lowest index is returned."""
+        broken = [
+            pod
+            for pod in self.failures
+            if pod.container and pod.container.result is not None and pod.container.result.node_fault
+        ]
+        return min(broken, key=lambda pod: pod.index, default=None)
 
     @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:

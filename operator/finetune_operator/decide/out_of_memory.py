@@ -4,10 +4,7 @@ gradient accumulation steps. The optimisation stays the same, because the global
 Where a step had one micro-batch, two smaller ones can take more memory, because gradients accumulate: by the plan, Full
 7B on 8 GPUs at ZeRO stage 1 with 512 tokens and recomputation goes from 30.3 to 37.8 GiB when 2 examples become 1.
 
-A pure function from the failure and the attempts so far to a ruling, for `rules.py`, and the micro-batch of the next
-attempt, for its run file.
-
-Nothing in the product calls this module yet.
+A pure function from the failure and the attempts so far to a ruling. `rules.py` calls `rule_on`.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from typing import Final
 
 from finetune_core.api.conditions import Reason
 from finetune_core.contract import Phase
+from finetune_core.planning.micro_batch import MicroBatch, micro_batch_of
 from finetune_operator import messages
 from finetune_operator.decide.verdict import Ruling, Verdict
 
@@ -28,16 +26,6 @@ HELPED_PHASES: Final = frozenset({"", Phase.TRAINING, Phase.EVALUATING})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """How a process computes its share of a global batch."""
-
-    size: int
-    """Examples (with `dataset.packing`: sequences) that the process computes at once."""
-    accumulation_steps: int
-    """Micro-batches in an optimizer step, where examples are not packed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryFailure:
     """An attempt that ran out of memory."""
 
@@ -45,21 +33,13 @@ class MemoryFailure:
     """The sentence about the failure, for example `out of memory in phase Training`."""
     phase: str
     """Phase of the trainer in its last report; empty without a report."""
+    packed: bool = False
+    """Whether examples are packed into sequences. The number of micro-batches in a step then depends on their lengths.
+    """
     in_node_memory: bool = False
     """Whether a job that computes on GPUs ran out of the pod's memory, which does not depend on the micro-batch."""
     node: str = ""
     """Name of the node of the pod that failed."""
-
-
-def micro_batch_of(planned: int, *, halvings: int, share: int) -> MicroBatch:
-    """Return the micro-batch of an attempt before which ``halvings`` attempts of the job ran out of memory.
-
-    ``planned`` is the size that the spec sets or leaves to the plan. ``share`` is how many examples of a global batch
-    one process computes (`process_share` of the planning), which is less than ``planned`` where the spec asks for more
-    than there is. An odd size is rounded down when it is halved.
-    """
-    size = max(1, min(planned, share) >> halvings)
-    return MicroBatch(size=size, accumulation_steps=-(-share // size))
 
 
 def rule_on(
@@ -88,7 +68,12 @@ def rule_on(
         verdict=Verdict.FREE if halvings else Verdict.CHARGED,
         reason=Reason.OUT_OF_MEMORY,
         message=messages.micro_batch_halved(
-            failure.message, tried.size, following.size, following.accumulation_steps, halvings + 1, HALVINGS_LIMIT
+            failure.message,
+            tried.size,
+            following.size,
+            steps=None if failure.packed else following.accumulation_steps,
+            time=halvings + 1,
+            limit=HALVINGS_LIMIT,
         ),
         node=failure.node,
     )

@@ -20,6 +20,7 @@ from finetune_core.contract.preflight_result import (
     PREFLIGHT_SECONDS,
     FoundRun,
     InputSizes,
+    PlannedNeeds,
     PreflightResult,
 )
 from finetune_operator import messages
@@ -110,7 +111,8 @@ def _during_try(
                 # The pod is left to `settled.py`, because nothing has to wait for its removal.
                 state = JobState.SUCCEEDED if end.succeeded else JobState.FAILED
                 return Decision(state=state, attempts=attempts, preflight=recorded, end=end)
-        return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
+        decision = _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
+        return replace(decision, planned=outcome.planned)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
     left = seconds_left(seen.policy, since=record.start_time, now=seen.now)
     if left is not None and left <= 0:
@@ -211,6 +213,8 @@ class _Outcome:
     """The run that the check found in the bucket, of the job itself or of a former job. None if it found no run."""
     sizes: InputSizes | None = None
     """Sizes of model and data. None where the check did not determine these sizes."""
+    planned: PlannedNeeds | None = None
+    """What the training needs by its plan. None where the check did not plan it."""
     aborted: bool = False
     """Whether the check could not be carried out because of the job: the check needs more memory than it may take,
     or its container ran far too long, for example because the job's own image does not know the check."""
@@ -233,6 +237,7 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
                 has_result=True,
                 found=passed.found,
                 sizes=passed.sizes,
+                planned=passed.planned,
             )
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING

@@ -18,6 +18,7 @@ from finetune_core.contract import ExitCode, Outcome
 from finetune_operator import messages
 from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_pending_deadline
 from finetune_operator.decide.evidence import Disturbance, Evidence
+from finetune_operator.decide.out_of_memory import MemoryFailure, rule_on
 from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
 from finetune_operator.objects.observations import ContainerState, PodObservation
 
@@ -103,8 +104,45 @@ def diverged(evidence: Evidence) -> Ruling | None:
 
 
 def out_of_memory(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Permanent where a trainer ran out of memory: exit code 66, or OOMKilled."""
-    return _permanent(evidence, ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY)
+    """Return the verdict Permanent where a trainer ran out of memory (exit code 66, or OOMKilled) and half its
+    micro-batch can't help."""
+    return _memory_ruling(evidence, Verdict.PERMANENT)
+
+
+def out_of_memory_at_first(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Charged where the first trainer of the job ran out of memory. The next attempt halves the
+    micro-batch."""
+    return _memory_ruling(evidence, Verdict.CHARGED)
+
+
+def out_of_memory_again(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Free where a trainer ran out of memory again. The next attempt halves the micro-batch once
+    more. The search for the micro-batch that fits was charged with its first attempt."""
+    return _memory_ruling(evidence, Verdict.FREE)
+
+
+def _memory_ruling(evidence: Evidence, verdict: Verdict) -> Ruling | None:
+    """Return the ruling on an attempt that ran out of memory where its verdict is ``verdict``."""
+    ruling = _permanent(evidence, ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY)
+    batch = evidence.batch
+    if ruling is not None and batch is not None:
+        killed = any(pod.container and pod.container.reason == "OOMKilled" for pod in evidence.failures)
+        failure = MemoryFailure(
+            message=ruling.message,
+            phase=evidence.last_phase,
+            packed=batch.packed,
+            in_node_memory=killed and batch.on_gpus,
+            node=ruling.node,
+        )
+        ruling = rule_on(
+            failure,
+            planned=batch.planned,
+            halvings=evidence.halvings,
+            share=batch.share,
+            retries_left=evidence.policy.max_retries - evidence.charged,
+            advice="",
+        )
+    return ruling if ruling is not None and ruling.verdict is verdict else None
 
 
 def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | None:
@@ -239,6 +277,16 @@ def node_refused(evidence: Evidence) -> Ruling | None:
     return _free(Cause.NODE_REFUSED, message, pod.node)
 
 
+def node_broken(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Free where a trainer ended with exit code 75 because a GPU or the driver of its node is
+    broken. The next attempt avoids the node."""
+    pod = evidence.broken_node
+    container = pod.container if pod is not None else None
+    if pod is None or container is None or container.result is None or container.exit_code != ExitCode.OUTSIDE_FAILURE:
+        return None
+    return _free(Cause.NODE_REFUSED, messages.node_broken(pod.name, pod.node, container.result.message), pod.node)
+
+
 # ---- rules for failures that another attempt may survive ----
 
 
@@ -343,7 +391,13 @@ RULES: tuple[Rule, ...] = (
     Rule(held_by_queue, None, "the queue suspended the child; the attempt goes on once the queue resumes the child"),
     Rule(bad_input, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 64"),
     Rule(diverged, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 65"),
-    Rule(out_of_memory, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 66 or OOMKilled"),
+    Rule(
+        out_of_memory,
+        Verdict.PERMANENT,
+        "a pod that nobody had disrupted or deleted ended with 66 or OOMKilled, and half the micro-batch can't help",
+    ),
+    Rule(out_of_memory_at_first, Verdict.CHARGED, "the same, and half the micro-batch may help, for the first time"),
+    Rule(out_of_memory_again, Verdict.FREE, "the same, at most twice more"),
     Rule(
         resumed_too_early,
         Verdict.FREE,
@@ -361,6 +415,7 @@ RULES: tuple[Rule, ...] = (
         Verdict.FREE,
         "a kubelet refused a pod or killed it for the node's own sake, or its container runtime could not start it",
     ),
+    Rule(node_broken, Verdict.FREE, "a pod ended with 75, and says that a GPU or the driver of its node is broken"),
     Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
     Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),
     Rule(outside_failure, Verdict.CHARGED, "a pod ended with 75"),

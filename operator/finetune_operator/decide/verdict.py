@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptCause
 from finetune_core.contract import Result
 
@@ -17,7 +18,7 @@ TEXT_LIMIT = 1024
 """Largest number of characters of a message in `status.attempts` and `status.preflight`. Longer messages are cut."""
 CONSEQUENCES = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
 """Reasons that may be no more than a consequence of another pod's crash (exit codes 75 and 143)."""
-_EXPLANATIONS = (Cause.CRASHED, Cause.EVICTED, Cause.NODE_REFUSED, Cause.NODE_LOST)
+_EXPLANATIONS = (Cause.CRASHED, Cause.EVICTED, Cause.NODE_REFUSED, Cause.NODE_LOST, Reason.OUT_OF_MEMORY)
 """Reasons that replace a recorded consequence."""
 
 
@@ -71,8 +72,8 @@ def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
     """Return whether ``ruling`` replaces ``recorded``, the attempt's recorded cause; True where no cause is recorded.
 
     The cause that was recorded first stays, because later evidence is often its consequence. There are two exceptions.
-    A permanent ruling replaces every cause that is not permanent. A crash, an eviction, a node that refused a pod and a
-    lost node replace the exit codes 75 and 143, which may be their consequences.
+    A permanent ruling replaces every cause that is not permanent. A crash, an eviction, a node that refused a pod, a
+    lost node and a lack of memory replace the exit codes 75 and 143, which may be their consequences.
     """
     if recorded is None:
         return True

@@ -1,8 +1,9 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
-The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
-for reports and, with `storage.identity`, one for the object store. The writable folders are emptyDirs, the volumes that
-`disk_space.py` builds for `resources.scratch` and `storage.cache`, and writable volumes of `podTemplate`.
+The pods satisfy the `restricted` Pod Security Standard, unless the job asks for a capability. They mount no service
+account token except projected ones: one for reports and, with `storage.identity`, one for the object store. The
+writable folders are emptyDirs, the volumes that `disk_space.py` builds for `resources.scratch` and `storage.cache`, and
+writable volumes of `podTemplate`.
 Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
 `pod_template`.
 """
@@ -15,7 +16,9 @@ from typing import Final
 
 from finetune_core.api import FineTuneJob
 from finetune_core.api.pod_template import Volume
+from finetune_core.api.resources import DEFAULT_CPU, DEFAULT_MEMORY, GPU_RESOURCE, ResourcesSpec
 from finetune_core.api.sources import SecretKeyRef
+from finetune_core.api.status import PlanStatus
 from finetune_core.contract import (
     CREDENTIALS_FOLDER,
     HUB_DATA_TOKENS_FOLDER,
@@ -32,6 +35,7 @@ from finetune_core.contract import (
     report_audience,
 )
 from finetune_core.contract.pod import (
+    CPU_REQUEST_VARIABLE,
     ROLE_ARN_VARIABLE,
     STS_ENDPOINT_VARIABLE,
     WEB_IDENTITY_FILE,
@@ -40,12 +44,13 @@ from finetune_core.contract.pod import (
 from finetune_core.contract.preflight_result import InputSizes
 from finetune_core.contract.stock_reports import client_environment
 from finetune_core.names import worker_name
+from finetune_core.planning.host_resources import host_resources
+from finetune_core.planning.scratch import GIBIBYTE
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.disk_space import SCRATCH_VOLUME, cache_mounts, disk_amounts, disk_volumes
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
-GPU_RESOURCE = "nvidia.com/gpu"
 GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
 ISTIO_INJECTION = "sidecar.istio.io/inject"
 USER = 65532
@@ -59,6 +64,8 @@ AVOIDED_NODE_WEIGHT = 100
 PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
 MASTER_PORT_NAME = "pytorchjob-port"
 """Name of the container port on which rank 0 listens. training-operator looks for a port of this name."""
+CPU_REQUEST: Final = {"containerName": TRAINING_CONTAINER, "resource": "requests.cpu", "divisor": "1m"}
+"""Selects the CPU request of the training container, in thousandths of a CPU."""
 SHARED_READ_ONLY = 0o440
 """File mode of mounted Secrets, ConfigMaps and tokens. The trainer can read them, because fsGroup is its group."""
 
@@ -92,6 +99,8 @@ class AttemptSpec:
     sizes: InputSizes | None = None
     """Sizes of model and data, from which the scratch space is computed. None where the preflight check did not record
     these sizes."""
+    plan: PlanStatus | None = None
+    """`status.plan` of the job, which fills in the memory and the CPUs of a pod that the job does not set."""
 
 
 def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -144,12 +153,18 @@ def _container(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         "resources": _resources(job, attempt),
         "securityContext": {
             "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
+            "capabilities": _capabilities(job),
             "readOnlyRootFilesystem": True,
         },
         "volumeMounts": _mounts(job),
         "terminationMessagePolicy": "File",
     }
+
+
+def _capabilities(job: FineTuneJob) -> Manifest:
+    context = job.spec.pod_template.security_context
+    added = context.capabilities.add if context is not None and context.capabilities is not None else []
+    return {"drop": ["ALL"]} | ({"add": list(added)} if added else {})
 
 
 def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
@@ -174,6 +189,7 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         *({"name": name, "value": value} for name, value in stock_reports.items() if name not in user_variables),
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(attempt.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
+        {"name": CPU_REQUEST_VARIABLE, "valueFrom": {"resourceFieldRef": CPU_REQUEST}},
         {"name": "HOME", "value": SCRATCH_FOLDER},
         *({"name": name, "value": value} for name, value in web_identity(job).items()),
         *(variable.to_json() for variable in job.spec.pod_template.env),
@@ -201,10 +217,28 @@ def _from_field(path: str) -> Manifest:
 def _resources(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     resources = job.spec.resources
     disk_request, disk_limit = disk_amounts(job, attempt.sizes)
-    amounts = {"cpu": str(resources.cpu), "memory": str(resources.memory)}
-    if resources.gpus_per_node:
-        amounts[GPU_RESOURCE] = str(resources.gpus_per_node)
-    return {"requests": amounts | disk_request, "limits": amounts | disk_limit}
+    gpus = {GPU_RESOURCE: resources.gpus_per_node} if resources.gpus_per_node else {}
+    amounts = host_resources(
+        cpu=_cpus(resources, attempt.plan),
+        memory=_memory(resources, attempt.plan),
+        whole=gpus | resources.extended,
+        limit_cpu=resources.limit_cpu,
+    )
+    return {"requests": {**amounts.requests, **disk_request}, "limits": {**amounts.limits, **disk_limit}}
+
+
+def _cpus(resources: ResourcesSpec, plan: PlanStatus | None) -> str:
+    """Return the CPUs of a pod: those of the job, else those of its ``plan``, else the default."""
+    if resources.cpu is not None:
+        return str(resources.cpu)
+    return str(plan.cpus) if plan is not None and plan.cpus else DEFAULT_CPU
+
+
+def _memory(resources: ResourcesSpec, plan: PlanStatus | None) -> str:
+    """Return the memory of a pod: that of the job, else that of its ``plan`` in whole GiB, else the default."""
+    if resources.memory is not None:
+        return str(resources.memory)
+    return f"{-(-plan.memory_bytes // GIBIBYTE)}Gi" if plan is not None and plan.memory_bytes else DEFAULT_MEMORY
 
 
 def _node_selector(job: FineTuneJob) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_core.api import FineTuneJob
+from finetune_core.api.resources import GPU_RESOURCE
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
@@ -16,7 +17,6 @@ from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
 from finetune_operator.objects.disk_space import EPHEMERAL_STORAGE
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
 from finetune_operator.objects.pod_template import (
-    GPU_RESOURCE,
     REPORT_TOKEN_VOLUME,
     SHARED_MEMORY_VOLUME,
     AttemptSpec,
@@ -59,20 +59,22 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     """Return the pod of one try of the preflight check.
 
     The pod may run wherever `podTemplate` allows, also on nodes without GPUs. No GPU and no `gpuProduct` is asked for,
-    because no GPU is to be held while the job is checked. The ephemeral volumes of `resources.scratch` and
-    `storage.cache` are left out too, because the check has little to write.
+    because no GPU is to be held while the job is checked. Other devices and capabilities are not asked for either,
+    because the check needs none. The ephemeral volumes of `resources.scratch` and `storage.cache` are left out too,
+    because the check has little to write.
     """
-    resources, storage = job.spec.resources, job.spec.storage
+    resources, storage, template = job.spec.resources, job.spec.storage, job.spec.pod_template
     is_for_each_pod = storage.cache is not None and storage.cache.ephemeral is not None
     without_gpus = job.spec.model_copy(
         update={
             "resources": resources.model_copy(update={"gpus_per_node": 0, "gpu_product": None, "scratch": None}),
             "storage": storage.model_copy(update={"cache": None}) if is_for_each_pod else storage,
+            "pod_template": template.model_copy(update={"security_context": None}),
         }
     )
     attempt = AttemptSpec(number=1, name=preflight.name, image=preflight.image, report_base_url="")
-    template = pod_template(job.model_copy(update={"spec": without_gpus}), attempt)
-    metadata, spec = template["metadata"], template["spec"]
+    built = pod_template(job.model_copy(update={"spec": without_gpus}), attempt)
+    metadata, spec = built["metadata"], built["spec"]
     labels = {name: value for name, value in metadata["labels"].items() if name != ATTEMPT}
     (container,) = spec["containers"]
     own = {"HOME", IDENTITY_VARIABLES["uid"]}

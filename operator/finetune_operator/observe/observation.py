@@ -38,6 +38,20 @@ class PreflightObservation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchObservation:
+    """How the spec lets a process compute its share of a global batch."""
+
+    planned: int
+    """Examples that the process computes at once where no attempt ran out of memory."""
+    share: int
+    """Examples of a global batch that the process computes."""
+    packed: bool = False
+    """Whether the examples are packed into sequences."""
+    on_gpus: bool
+    """Whether the job computes on GPUs, whose memory is not that of the pod."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobObservation:
     """What was read for a job that has not ended."""
 
@@ -67,6 +81,8 @@ class JobObservation:
     """The trainer's result from the newest report of the newest attempt. None before the final report."""
     last_phase: str = ""
     """Phase of the trainer in the newest report of the newest attempt, for example "Training"; empty if no report."""
+    batch: BatchObservation | None = None
+    """None where this version can't read the spec."""
     warning: str = ""
     """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found", or about a child
     object without pods; else empty."""

@@ -14,6 +14,8 @@ from dataclasses import replace
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
+from finetune_core.planning.training_plan import process_share
+from finetune_core.resolve import planned_size
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.backends.interface import Backend
@@ -22,7 +24,7 @@ from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.committed_checkpoints import known_checkpoints
 from finetune_operator.observe.named_job import NamedJob, awaited_name, named_adapter, read_named_job
-from finetune_operator.observe.observation import JobObservation, PreflightObservation
+from finetune_operator.observe.observation import BatchObservation, JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
@@ -95,6 +97,7 @@ class Observer:
             waiting_for=waiting_for,
             final_result=report.result if report else None,
             last_phase=report.phase.value if report else "",
+            batch=_batch(job),
             warning=job.memory.hint,
             preflight=preflight,
             named_job=await self._named_job(job),
@@ -194,6 +197,18 @@ class Observer:
         ranks = job.resources.processes
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
         self._memory.set_reporting_attempt(job.key, job.uid, reporting)
+
+
+def _batch(job: StoredJob) -> BatchObservation | None:
+    if not isinstance(job, ParsedJob):
+        return None
+    spec = job.resource.spec
+    return BatchObservation(
+        planned=planned_size(spec),
+        share=process_share(spec.training.global_batch_size, spec.resources.processes),
+        packed=spec.dataset.packing,
+        on_gpus=spec.resources.device == "GPU",
+    )
 
 
 def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:

@@ -5,12 +5,23 @@ Pure functions. `observer.py`, `decide/preflight.py` and `status/conditions.py` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from finetune_operator import messages
 from finetune_operator.objects.observations import ContainerState, PodObservation
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+
+_REFUSALS = (
+    (re.compile('violates PodSecurity .*"IPC_LOCK"'), messages.CAPABILITY_REFUSED),
+    # A ResourceQuota on `limits.cpu`; a LimitRange whose default limit is less than the request; and a LimitRange that
+    # bounds the limit by the request.
+    (re.compile(r"must specify .*\blimits\.cpu for"), messages.CPU_LIMIT_NEEDED),
+    (re.compile("must be less than or equal to cpu limit of"), messages.CPU_LIMIT_NEEDED),
+    (re.compile("cpu max limit to request ratio per .* but no limit is specified"), messages.CPU_LIMIT_NEEDED),
+)
+"""Texts in the answer of the API server that refuses a pod, and the sentence that says what to change."""
 
 
 def why_pod_waits(pod: PodObservation, warning: str) -> str:
@@ -39,7 +50,8 @@ def why_attempt_waits(pods: Sequence[PodObservation], nodes: int, warning: str) 
     without pods, about the child object; it may be empty.
     """
     if not pods:
-        return warning or messages.NO_PODS
+        explanation = next((sentence for text, sentence in _REFUSALS if text.search(warning)), None)
+        return messages.refused_pods(explanation, warning) if explanation else warning or messages.NO_PODS
     for pod in sorted(pods, key=lambda pod: pod.index):
         if detail := why_pod_waits(pod, warning):
             return messages.waiting_pod(pod.name, detail)

@@ -16,6 +16,7 @@ from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AdapterStatus, AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
 from finetune_core.contract import Report, RunConfig
+from finetune_core.contract.preflight_result import PlannedNeeds
 from finetune_operator.decide.decision import Decision, JobEnd
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation
@@ -111,7 +112,7 @@ def status_input(
         policy=job.policy,
         requirements=job.requirements,
         image=image,
-        plan=plan_of(config) if config is not None else None,
+        plan=plan_of(config, decision.planned) if config is not None else None,
         invalid="" if decision.end else invalid,
         attempts=decision.attempts,
         preflight=decision.preflight,
@@ -167,13 +168,17 @@ def _ending_pods(seen: JobObservation, decision: Decision) -> int:
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 
-def plan_of(config: RunConfig) -> PlanStatus:
+def plan_of(config: RunConfig, planned: PlannedNeeds | None = None) -> PlanStatus:
     """Return `status.plan` for the run file ``config``: the ZeRO stage, the number of processes, the size of a
-    micro-batch, and the number of micro-batches of one process per optimizer step."""
+    micro-batch, and the number of micro-batches of one process per optimizer step. ``planned`` is what such a training
+    needs, where the preflight check has just told it."""
     batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
     return PlanStatus(
         zero_stage=config.optimization.zero_stage,
         processes=config.world.size,
         micro_batch_size=micro,
         gradient_accumulation_steps=-(-batch // (config.world.size * micro)),
+        gpu_memory_bytes=planned.gpu_memory_bytes if planned is not None else None,
+        memory_bytes=planned.memory_bytes if planned is not None else None,
+        cpus=planned.cpus if planned is not None else None,
     )

@@ -75,6 +75,12 @@ def _rests(stage: Stage, job: Manifest) -> None:
     assert stage.cluster.get("pytorchjobs", "-n", stage.namespace)["items"] == []
 
 
+def _has_half_the_micro_batch(stage: Stage, job: Manifest) -> None:
+    assert job["status"]["attempts"]["memoryHalvings"] == 1
+    plan = job["status"]["plan"]
+    assert (plan["microBatchSize"], plan["gradientAccumulationSteps"]) == (2, 2), plan
+
+
 def _tells_the_verdict(stage: Stage, job: Manifest) -> None:
     """Assert that the status has the artifact, and says that the model did not reach the required score. Assert that
     `finetune watch` says so too, and ends with exit code 3, which no other end of a job has."""
@@ -115,12 +121,22 @@ FAST = (
     ),
     permanent("exit 64", "BadInput", at_first(says(Outcome.BAD_INPUT, MISSING)), exits(64), words=(MISSING,)),
     charged("exit 75", "OutsideFailure", at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE)), exits(75), words=(OUTSIDE,)),
-    permanent(
+    charged(
         "killed at its memory limit",
         "OutOfMemory",
         at_first(FILLS_ITS_MEMORY),
         exits(137),
-        words=("memory limit of 100Mi", "resources.memory"),
+        spec={"training": {"maxSteps": 100, "globalBatchSize": 8, "microBatchSize": 4}},
+        words=("a micro-batch of 2 instead of 4", "memory limit of 100Mi", "resources.memory"),
+        check=_has_half_the_micro_batch,
+    ),
+    permanent(
+        "killed at its memory limit with the smallest micro-batch",
+        "OutOfMemory",
+        at_first(FILLS_ITS_MEMORY),
+        exits(137),
+        spec={"training": {"maxSteps": 100, "globalBatchSize": 8, "microBatchSize": 1}},
+        words=("the micro-batch has one example", "memory limit of 100Mi", "resources.memory"),
     ),
     free(
         "evicted through the eviction API",

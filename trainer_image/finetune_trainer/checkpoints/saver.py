@@ -10,6 +10,7 @@ rank talks to the bucket.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from finetune_core.layout import TRAINER_FILE, Manifest, ManifestFile, checkpoin
 from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
 from finetune_trainer.decisions.selection import best_first
-from finetune_trainer.engine.engine import Engine
-from finetune_trainer.engine.state import take_snapshot, write_snapshot
+from finetune_trainer.engine.fragment_snapshot import ALIVE, STATE_BYTES, FragmentSnapshots
+from finetune_trainer.engine.interface import TrainingEngine
+from finetune_trainer.engine.state import write_snapshot
 from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
@@ -55,6 +57,13 @@ def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
     if storage.checkpoint_every_steps is not None:
         return step % storage.checkpoint_every_steps == 0
     return storage.checkpoint_every_minutes is not None and elapsed >= 60 * storage.checkpoint_every_minutes
+
+
+def most_alive(engine: TrainingEngine, world_size: int) -> int:
+    """Return how many snapshots of the training state of ``engine`` a rank may hold at once: as many as may wait, and
+    the one that is being uploaded. Small snapshots, such as those of adapters, may be more than ALIVE."""
+    share = STATE_BYTES * sum(math.prod(shape) for shape in engine.parameter_shapes.values()) // world_size
+    return max(ALIVE, 1 + min(MAX_WAITING, WAITING_BYTES // max(1, share)))
 
 
 class Saver:
@@ -94,6 +103,7 @@ class Saver:
         place."""
         self._other_checkpoints = tuple(start.other_checkpoints)
         self._uploads = UploadQueue(self._upload)
+        self._snapshots: FragmentSnapshots | None = None
 
     # Properties and functions that return which checkpoints exist, and how their upload and deletion go
 
@@ -173,7 +183,7 @@ class Saver:
             return due
         return self._gang.any_rank(self._gang.is_first and due)
 
-    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, best: bool = False) -> None:
+    def save(self, engine: TrainingEngine, state: TrainerState, rows: Sequence[StepRow], *, best: bool = False) -> None:
         """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
         ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. ``best`` tells
@@ -181,20 +191,44 @@ class Saver:
         after SIGTERM, some waiting snapshots are dropped, but never the best one.
         """
         gang = self._gang
-        tensors = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)
-        self._snapshots_taken += 1
-        taken = Snapshot(self._snapshots_taken, state.model_copy(update=self._base_digests), tensors, rows, best)
+        snapshots = self._snapshots = self._snapshots or FragmentSnapshots(
+            engine,
+            rank=gang.rank,
+            world_size=gang.world_size,
+            alive=most_alive(engine, gang.world_size),
+            note_progress=gang.note_progress,
+        )
+        number = self._snapshots_taken = self._snapshots_taken + 1
         with self._uploads.hold() as waiting:
-            # Waiting snapshots are dropped where too many wait. They are dropped after SIGTERM too, because then there
-            # is little time to upload the last checkpoint.
-            full = waiting.count >= MAX_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
-            if gang.any_rank(full or gang.stop_requested()):
+            # Waiting snapshots are dropped where too many wait, before the new one is taken into their memory. They are
+            # dropped after SIGTERM too, because then there is little time to upload the last checkpoint.
+            full = waiting.count >= MAX_WAITING or waiting.bytes + snapshots.bytes_of_one > WAITING_BYTES
+            if gang.any_rank(full or snapshots.free == 0 or gang.stop_requested()):
                 # All ranks must finish an upload that one rank has begun. So a snapshot is dropped only if no rank has
                 # begun to upload it.
-                begun = gang.max_over_ranks((waiting.first or self._snapshots_taken) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun, best=best)), *rows]
-            self._uploads.put(taken)
+                begun = gang.max_over_ranks((waiting.first or number) - 1)
+                rows = [*waiting.drop(waiting.replaceable(begun, best=best)), *rows]
+        self._wait_for_memory(snapshots)
+        held = snapshots.take()
+        new_state = state.model_copy(update=self._base_digests)
+        self._uploads.put(Snapshot(number, new_state, held.tensors, rows, best, held.buffer.release))
         self._snapshot_at = self._clock()
+
+    def _wait_for_memory(self, snapshots: FragmentSnapshots) -> None:
+        """Wait until every rank can hold one more snapshot. A rank that can't waits until the files of the snapshot
+        that is being uploaded are written. All ranks call this together."""
+        while True:
+            waiting, failed = self._gang.sum_over_ranks([snapshots.free == 0, self.failed])
+            if failed:
+                self.raise_failure()
+            if not waiting:
+                return
+            self._uploads.wait(POLL_SECONDS)
+
+    def free_memory(self) -> None:
+        """Free the memory of all snapshots. Call this when all saved checkpoints are committed. A later `save` takes
+        new memory."""
+        self._snapshots = None
 
     def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until every saved checkpoint is committed. All ranks call this together.
@@ -243,7 +277,7 @@ class Saver:
         local.mkdir(parents=True, exist_ok=True)
 
         files = write_snapshot(taken.tensors, local, rank=background_gang.rank, world_size=background_gang.world_size)
-        taken.tensors = {}
+        taken.release()
         if background_gang.is_first:
             (local / TRAINER_FILE).write_text(taken.state.to_json())
             files.append(local / TRAINER_FILE)

@@ -36,11 +36,21 @@ class Snapshot:
     best: bool
     """Whether the evaluation after this step is the best so far. Where too many snapshots wait, the other snapshots are
     dropped first."""
+    free_memory: Callable[[], None] | None = None
+    """Function that lets a later snapshot use the memory of `tensors`. None where the memory is freed by itself."""
     bytes: int = field(init=False)
     """Size of `tensors` in bytes."""
 
     def __post_init__(self) -> None:
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def release(self) -> None:
+        """Let a later snapshot use the memory of the tensors, which nobody may read afterwards."""
+        self.tensors = {}
+        if self.free_memory is not None:
+            # The function refers to the memory, so it is not kept.
+            free_memory, self.free_memory = self.free_memory, None
+            free_memory()
 
 
 class UploadQueue:
@@ -141,7 +151,7 @@ class WaitingSnapshots:
         return self._snapshots[0].number if self._snapshots else 0
 
     def drop(self, numbers: Sequence[int]) -> list[StepRow]:
-        """Remove the snapshots with these ``numbers``.
+        """Remove the snapshots with these ``numbers``, and let later snapshots use their memory.
 
         The step-log rows of a removed snapshot are added to the next snapshot that stays. Return the rows for which no
         later snapshot is left, so that the caller can add them to a new snapshot.
@@ -150,7 +160,9 @@ class WaitingSnapshots:
         kept = []
         for item in self._snapshots:
             rows += item.rows
-            if item.number not in numbers:
+            if item.number in numbers:
+                item.release()
+            else:
                 item.rows, rows = rows, []
                 kept.append(item)
         self._snapshots[:] = kept

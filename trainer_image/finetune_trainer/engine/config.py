@@ -21,18 +21,35 @@ BUCKET_ELEMENTS = 50_000_000
 million."""
 
 
-def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
+def engine_config(
+    optimization: OptimizationConfig, world_size: int, *, overlap_communication: bool = False
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration. The job's `deepspeed.overrides` are merged in last, so that they win.
+    ``overlap_communication`` is the value of `overlap_comm`, on which only the engine depends.
 
     For DeepSpeed an update has one micro-batch. The training loop accumulates gradients itself, because the last global
     batch of an epoch may have fewer micro-batches than the others.
     """
+    is_bf16 = optimization.precision == "bf16"
+    clips = engine_clips(optimization)
+    alone = clips and world_size == 1
     zero: dict[str, Any] = {
         "stage": optimization.zero_stage,
-        "overlap_comm": False,
+        "overlap_comm": overlap_communication,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
     }
+    if clips:
+        zero["compute_grad_norm"] = False
+    if alone:
+        # Nothing is scattered, and DeepSpeed would divide gradients by 1 and copy them onto themselves.
+        zero["reduce_scatter"] = False
+        if optimization.zero_stage == 1 or not is_bf16:
+            # Gradients are added up in the number format of the weights, and no other rank takes a part of them. So
+            # autograd adds them up, and they stay where they are until the update. Stage 2 would reduce them after
+            # each micro-batch. A bucket with room for one number holds a single gradient at a time. DeepSpeed would
+            # copy several gradients next to each other.
+            zero |= {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": 1}
     if optimization.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if optimization.offload_parameters:
@@ -41,8 +58,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "train_batch_size": optimization.micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimization.gradient_clipping,
-        "bf16": {"enabled": optimization.precision == "bf16"},
+        "gradient_clipping": 0.0 if clips else optimization.gradient_clipping,
+        # The training loop makes no update where the norm is not finite, so DeepSpeed need not look for such gradients.
+        "bf16": {"enabled": is_bf16, "check_grad_overflow": False},
         # Gradients accumulate in fp32, because a bf16 sum over many micro-batches loses what the last of them add.
         # Stage 1 is the exception: at stage 1, None selects DeepSpeed's default, the dtype of the model. At this stage
         # DeepSpeed would combine bf16 parameters and fp32 accumulation in its `BF16_Optimizer`, which lacks the
@@ -52,9 +70,17 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         # torch's AdamW is used even where the optimizer state is in CPU memory. DeepSpeed's own CPU optimizer would
         # be compiled at run time, and its updates differ from torch's.
         "zero_force_ds_cpu_optimizer": False,
+        # The mean over one rank is the sum, and DeepSpeed would divide every gradient by 1. Stage 3 has no sum.
+        "gradient_allreduce_op": "sum" if alone else "mean",
         "steps_per_print": 1_000_000_000,
     }
     return merge_overrides(config, json.loads(optimization.overrides)) if optimization.overrides else config
+
+
+def engine_clips(optimization: OptimizationConfig) -> bool:
+    """Return whether `engine.py` clips the gradient itself, and not DeepSpeed, which would compute the norm again. With
+    offload, DeepSpeed has computed the norms of all gradients before it moved them to the CPU."""
+    return optimization.zero_stage in (1, 2) and not optimization.offload_optimizer
 
 
 def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.engine.config import engine_config, prevent_compilation
+from finetune_trainer.engine.config import engine_clips, engine_config, prevent_compilation
 from finetune_trainer.engine.fragments import Fragment, own_fragment
+from finetune_trainer.engine.gradient_norm import clipping_factor, sum_of_squares
 from finetune_trainer.engine.leaf_modules import make_leaf_modules
-from finetune_trainer.loss.kernels import fuse_adapters
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import NOT_UNDER_ZERO_3, KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
+from finetune_trainer.ranks.device_environment import overlaps_communication
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -46,25 +49,35 @@ class Engine:
         device: torch.device,
         *,
         lora_plus_ratio: float = 1.0,
+        plain_kernels: Collection[KernelPart] = (),
     ) -> None:
         """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine together.
+        Raises ValueError where ``optimization`` asks for no ZeRO stage.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
-        multiple of the job's learning rate.
+        multiple of the job's learning rate. ``plain_kernels`` are the parts of a step that compute without the
+        trainer's own kernels.
         """
         import deepspeed
 
         prevent_compilation()
-        if optimization.zero_stage < 3:
-            # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
-            # `fuse_adapters` leaves out layers with a replaced forward function.
-            fuse_adapters(model)
-        self._objective = Objective(model)
-        if optimization.zero_stage == 3:
-            make_leaf_modules(model, self._objective.head)
+        if optimization.zero_stage is None:
+            raise ValueError("DeepSpeed's engine needs a ZeRO stage")
         self._stage = optimization.zero_stage
-        self._linked = False
-        self._optimization = optimization
+        plain = frozenset(plain_kernels)
+        if self._stage == 3:
+            plain |= NOT_UNDER_ZERO_3
+        else:
+            # DeepSpeed moves the model later. A large model computes its two tokens faster on a GPU.
+            model.to(device)
+        # This comes before `Objective`, which replaces the forward function of the output head: no kernel is put into a
+        # layer whose forward function is replaced.
+        self.kernels = use_fused_kernels(model, plain=plain)
+        self._objective = Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain)
+        if self._stage == 3:
+            make_leaf_modules(model, self._objective.head)
+        self._clipping = optimization.gradient_clipping if engine_clips(optimization) else None
+        self._norm: float | None = None
         self.device = device
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimization.weight_decay, lora_plus_ratio=lora_plus_ratio),
@@ -75,13 +88,20 @@ class Engine:
             # the state is too large for any cache.
             fused=True,
         )
+        if self._clipping is not None:
+            optimizer.register_step_pre_hook(self._clip)
+        ranks = torch.distributed.get_world_size()
+        overlap = overlaps_communication("GPU" if device.type == "cuda" else "CPU", ranks=ranks)
         self.module, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(optimization, torch.distributed.get_world_size()),
+            config=engine_config(optimization, ranks, overlap_communication=overlap),
             dist_init_required=False,
         )
         self._parameters = trained_parameters(model)
+        # Otherwise torch creates the moments at the first update, and a checkpoint of a run whose first steps were not
+        # applied could not be taken.
+        self.prepare_state(0)
 
     # Functions of an optimizer step
 
@@ -90,13 +110,15 @@ class Engine:
         output."""
         return self.module(**inputs)
 
-    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory. An
-        empty micro-batch gives a zero through which gradients flow, so that every rank runs the same backward pass.
+        ``factor`` is what the caller will multiply the loss by before `backward`, so that a head that computes its
+        gradients in the forward pass rounds them as autograd does. With ``full_logits`` the logits of all
+        positions are computed first, which is slow and takes much memory. An empty micro-batch gives a zero through
+        which gradients flow, so that every rank runs the same backward pass.
         """
-        return self._objective.loss(self.module, batch, full_logits=full_logits)
+        return self._objective.loss(self.module, batch, factor=factor, full_logits=full_logits)
 
     def use_full_logits(self) -> None:
         """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""
@@ -126,6 +148,7 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of ``loss``. DeepSpeed averages gradients over the ranks. To get the sum, the caller
         multiplies ``loss`` by the number of ranks. ``last`` marks the last micro-batch of the global batch."""
+        self._norm = None
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -138,28 +161,55 @@ class Engine:
         Call this function before `step`, and do not call `step` where the norm is NaN. DeepSpeed would skip such an
         update without a report, and at stage 0 in fp32 it would apply the update.
         """
+        if self._norm is None:
+            norm = self._total_norm()
+            # DeepSpeed returns -1 for a norm that is not finite.
+            self._norm = norm if math.isfinite(norm) and norm >= 0 else math.nan
+        return self._norm
+
+    def _total_norm(self) -> float:
         if self._stage == 0:
             gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-        elif self._stage == 3:
+            return float(torch.nn.utils.get_total_norm(gradients))
+        if self._stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
-        else:
-            norm = float(self._optimizer.scaled_global_norm())
-        # DeepSpeed returns -1 for a norm that is not finite.
-        return norm if math.isfinite(norm) and norm >= 0 else math.nan
+            return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        if self._clipping is None:
+            return float(self._optimizer.scaled_global_norm())
+        with torch.no_grad():
+            # The order of the groups decides how the norm is rounded. The dictionary has another order.
+            gradients = sorted(self._optimizer.averaged_gradients.items())
+            # The sum over no values is on the CPU: a rank may hold no part of a small group.
+            squares = torch.stack([sum_of_squares(own).to(self.device) for _, own in gradients])
+            if torch.distributed.get_world_size() > 1:
+                torch.distributed.all_reduce(squares)
+            return float(torch.linalg.vector_norm(squares.sqrt()))
 
     def step(self, rate: float) -> None:
         """Clip the accumulated gradient and update the weights with the learning rate ``rate``. All ranks must call
         this function together."""
+        if self._clipping is not None:
+            # All ranks compute the norm together, and only ranks that hold a gradient call `_clip`.
+            self.gradient_norm()
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
         self.module.step()
-        self._link_moments()
+        self._norm = None
+
+    def _clip(self, optimizer: torch.optim.Optimizer, _arguments: object, _options: object) -> None:
+        """Clip the gradient before ``optimizer`` makes its update. DeepSpeed has made the gradient of this rank's shard
+        in fp32."""
+        assert self._clipping is not None
+        factor = clipping_factor(self.gradient_norm(), self._clipping)
+        if factor != 1:
+            for group in optimizer.param_groups:
+                for shard in group["params"]:
+                    shard.grad.mul_(factor)
 
     def discard_gradient(self) -> None:
         """Drop the accumulated gradient, so that no update is made with it."""
+        self._norm = None
         self._optimizer.zero_grad()
         if self._stage == 0:
             return
@@ -228,20 +278,9 @@ class Engine:
             moment=None if kind == MASTER else kind,
         )
 
-    def _link_moments(self) -> None:
-        """At ZeRO stages 1 and 2, link every parameter to its AdamW moments, once after the first update.
-
-        DeepSpeed itself links the parameters too early, when it has updated the first parameter group and the other
-        groups have no moments yet.
-        """
-        if self._stage in (1, 2) and not self._linked:
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-            self._linked = True
-
     def prepare_state(self, updates: int) -> None:
-        """Create the optimizer's state as it is after ``updates`` updates, so that `write_state` can fill it. torch
-        would create the state only at the first update."""
+        """Set the optimizer's state to that after ``updates`` updates, so that `write_state` can fill it. torch would
+        create the state only at the first update."""
         inner = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         shards = (
             self._optimizer.fp32_partitioned_groups_flat
@@ -249,12 +288,17 @@ class Engine:
             else [parameter for group in inner.param_groups for parameter in group["params"]]
         )
         for shard in shards:
-            inner.state[shard] = {
-                "step": torch.tensor(float(updates), device=shard.device),
-                FIRST_MOMENT: torch.zeros_like(shard),
-                SECOND_MOMENT: torch.zeros_like(shard),
-            }
+            state = inner.state[shard]
+            if not state:
+                state["step"] = torch.zeros((), device=shard.device)
+                state |= {kind: torch.zeros_like(shard) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+            # Tensors that exist are used again, because DeepSpeed has linked the parameters to them.
+            state["step"].fill_(float(updates))
+            for kind in (FIRST_MOMENT, SECOND_MOMENT):
+                state[kind].zero_()
         if self._stage in (1, 2):
+            # DeepSpeed links each parameter to its moments once. By itself it would do so in the first update, when the
+            # groups behind the first one have no moments yet.
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,7 +5,7 @@ reduces or gathers three tensors for each parameter, and so sends every value to
 own fragments, and sends them only to the rank that stores the parameter, in rounds of a fixed size. So the number of
 collectives follows from the bytes and not from the number of parameters, and a single process needs none.
 
-Nothing in the product calls this module yet.
+`checkpoints/saver.py` takes its snapshots here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from finetune_trainer.engine.fragments import Fragment
 from finetune_trainer.engine.host_buffers import ELEMENT_BYTES, StagingRing, StateBuffer, StateBuffers
 from finetune_trainer.engine.state import STATE_KINDS, assign_owners
 
+STATE_BYTES = len(STATE_KINDS) * ELEMENT_BYTES
+"""Bytes of a snapshot for each trained parameter, over all ranks."""
 ALIVE = 3
 """How many snapshots a rank holds at once at most: one that is uploaded, the best one, which waits and is never dropped
 (`checkpoints/uploads.py`), and one that is being taken. The plan counts as many (`planning/host_needs.py`)."""
@@ -173,6 +175,11 @@ class FragmentSnapshots:
     def free(self) -> int:
         """How many more snapshots this rank can hold at this moment. The number may differ between ranks."""
         return self._buffers.free
+
+    @property
+    def bytes_of_one(self) -> int:
+        """Memory of one snapshot on this rank, in bytes."""
+        return self._plan.stored_elements(self._rank) * ELEMENT_BYTES
 
     @property
     def allocated_bytes(self) -> int:

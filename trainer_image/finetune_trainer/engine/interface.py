@@ -13,13 +13,14 @@ import torch
 
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.fragments import Fragment
+from finetune_trainer.kernels.install import KernelReport
 from finetune_trainer.model.attention import Kernel
 
 
 class TrainingEngine(Protocol):
     """A model with its optimizer. Where a training has several ranks, all of them must call each function together,
-    except `model`, `device`, `lockstep`, `parameter_shapes`, `read_fragment` and the functions that only set an
-    option."""
+    except `model`, `device`, `kernels`, `lockstep`, `parameter_shapes`, `read_fragment` and the functions that only set
+    an option."""
 
     @property
     def device(self) -> torch.device:
@@ -28,6 +29,10 @@ class TrainingEngine(Protocol):
     @property
     def model(self) -> Any:
         """The transformers or peft model, which can generate texts."""
+
+    @property
+    def kernels(self) -> KernelReport:
+        """Which parts of the model train with the trainer's own kernels."""
 
     @property
     def lockstep(self) -> bool:
@@ -39,10 +44,11 @@ class TrainingEngine(Protocol):
         """Call the model with ``inputs``, the keyword arguments of its forward function, and return the model's
         output."""
 
-    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
-        With ``full_logits`` the logits of all positions are computed first. An empty micro-batch gives a zero through
-        which gradients flow."""
+        ``factor`` is what the caller will multiply the loss by before `backward`. The loss and its gradients don't
+        depend on ``factor``, but the rounding of the gradients does. With ``full_logits`` the
+        logits of all positions are computed first. An empty micro-batch gives a zero through which gradients flow."""
 
     def use_full_logits(self) -> None:
         """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""

@@ -12,27 +12,33 @@ fp32 value rounded to nearest even, as torch and DeepSpeed round it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim.adamw import adamw
 
 from finetune_trainer.engine.engine import BETAS, EPSILON, FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.engine.gradient_norm import sum_of_squares
 from finetune_trainer.engine.state import STATE_KINDS
 
 BATCH_ELEMENTS = 1 << 24
 """`Bf16Masters` updates at most this number of values at a time. While it does so, it needs up to 11 bytes for each of
 them: 176 MiB."""
-NORM_ELEMENTS = 1 << 22
-"""The squares of this number of values are added up in fp64 at a time: 32 MiB. In fp32, torch's norm on the CPU is
-wrong by half a percent for 67 million values."""
+SMALL_ELEMENTS = 1 << 20
+"""A gradient with fewer values waits for others, and all of them are joined and added with two kernels. Joined, larger
+gradients would take more time on a GPU than the start of a kernel for each of them."""
+WAITING_ELEMENTS = 1 << 22
+"""Number of values from which gradients wait no longer: 8 MiB in bf16, and as many bytes where they are joined."""
 TIE = 1 << 15
 """Distance, as a difference of bits, from an fp32 value in the middle between two numbers in bf16 to both of them."""
 
 
 class Masters(Protocol):
     """The trained parameters of one parameter group: fp32 values, moments and gradients."""
+
+    def end_backward(self) -> None:
+        """Add up what the last backward pass has left. The engine calls this after each backward pass."""
 
     def gradient_norm(self) -> torch.Tensor:
         """Return the L2 norm of the accumulated gradient, a scalar in fp32."""
@@ -69,8 +75,12 @@ class Fp32Masters:
         )
         self.reset(0)
 
+    def end_backward(self) -> None:
+        """Do nothing, because autograd itself accumulates the gradients."""
+
     def gradient_norm(self) -> torch.Tensor:
-        return _norm([parameter.grad for parameter in self._parameters.values() if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return sum_of_squares(gradients).sqrt()
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
         for parameter in self._parameters.values():
@@ -128,28 +138,57 @@ class Bf16Masters:
             for piece in batch.slices:
                 self._parts[piece.name].append(_Part(batch, start, piece))
                 start += piece.weight.numel()
+        self._waiting: dict[str, torch.Tensor] = {}
+        """Small gradients that are not in the sums yet, flat, by the name of their parameter."""
+        self._waiting_elements = 0
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._collector(name))
             for name, parameter in parameters.items()
         ]
 
     def _collector(self, name: str) -> Any:
-        """Return a function that adds the gradient of the last backward pass to the fp32 gradient, and drops it. So
-        gradients exist in bf16 for one parameter at a time."""
+        """Return a function that takes the gradient of the last backward pass from its parameter, and adds it to the
+        fp32 gradient, now or with others. So gradients exist in bf16 for one large parameter at a time."""
 
         def collect(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             gradient = parameter.grad.reshape(-1)
-            for part in self._parts[name]:
-                part.of(part.batch.gradient_buffer()).add_(part.of_parameter(gradient))
             parameter.grad = None
+            if gradient.numel() >= SMALL_ELEMENTS:
+                self._add({name: gradient})
+                return
+            if name in self._waiting:
+                self.end_backward()
+            self._waiting[name] = gradient
+            self._waiting_elements += gradient.numel()
+            if self._waiting_elements >= WAITING_ELEMENTS:
+                self.end_backward()
 
         return collect
 
+    def end_backward(self) -> None:
+        self._add(self._taken())
+
+    def _taken(self) -> dict[str, torch.Tensor]:
+        """Return the gradients that wait. They wait no longer."""
+        waiting, self._waiting, self._waiting_elements = self._waiting, {}, 0
+        return waiting
+
+    def _add(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Add the flat ``gradients`` of parameters to the fp32 gradients."""
+        pieces: dict[_Batch, list[tuple[int, torch.Tensor]]] = {}
+        for name, gradient in gradients.items():
+            for part in self._parts[name]:
+                pieces.setdefault(part.batch, []).append((part.start, part.of_parameter(gradient)))
+        for batch, own in pieces.items():
+            batch.add_gradients(own)
+
     def gradient_norm(self) -> torch.Tensor:
-        return _norm([batch.gradient for batch in self._batches if batch.gradient is not None])
+        self.end_backward()
+        return sum_of_squares([batch.gradient for batch in self._batches if batch.gradient is not None]).sqrt()
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
+        self.end_backward()
         for batch in self._batches:
             gradient = batch.gradient_buffer()
             if gradient_factor != 1:
@@ -179,6 +218,7 @@ class Bf16Masters:
         self._updates += 1
 
     def drop_gradient(self) -> None:
+        self._taken()
         for batch in self._batches:
             batch.gradient = None
 
@@ -207,6 +247,7 @@ class Bf16Masters:
                 part.of(moment).copy_(part.of_parameter(flat[kind]))
 
     def close(self) -> None:
+        self._taken()
         for hook in self._hooks:
             hook.remove()
 
@@ -239,6 +280,16 @@ class _Batch:
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.moments[FIRST_MOMENT])
         return self.gradient
+
+    def add_gradients(self, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Add ``pieces`` to the accumulated gradient. Each is flat, with the position of its first value in the batch.
+        Pieces that lie side by side are joined, and added with one kernel."""
+        for start, values in _neighbours(pieces):
+            if self.gradient is None and values.numel() == self._remainder.numel():
+                # The first gradient of a step needs no zeros to be added to.
+                self.gradient = values.float()
+            else:
+                self.gradient_buffer()[start : start + values.numel()].add_(values)
 
     def masters(self, slices: Sequence[_Slice], *, start: int = 0) -> torch.Tensor:
         """Return the fp32 values of consecutive ``slices`` of the batch as a new flat tensor. Their first value is at
@@ -323,17 +374,23 @@ def _batched(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[list[_Sli
         yield batch
 
 
+def _neighbours(pieces: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield ``pieces``, flat tensors with their positions, in the order of their positions. Those that follow each
+    other without a gap are joined."""
+    first, stop = 0, 0
+    run: list[torch.Tensor] = []
+    for start, values in sorted(pieces, key=lambda piece: piece[0]):
+        if run and start != stop:
+            yield first, _joined(run)
+            run = []
+        if not run:
+            first = start
+        run.append(values)
+        stop = start + values.numel()
+    if run:
+        yield first, _joined(run)
+
+
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return flat ``tensors`` as one, without a copy where there is only one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm of the values of all ``tensors``, a scalar in fp32. The squares are added up in fp64, piece by
-    piece, and the sum is rounded to fp32 before the root is taken, so that the norm has the bits of DeepSpeed's."""
-    norms = [
-        torch.linalg.vector_norm(piece, dtype=torch.float64)
-        for tensor in tensors
-        for piece in tensor.reshape(-1).split(NORM_ELEMENTS)
-    ]
-    return torch.stack(norms).square().sum().float().sqrt() if norms else torch.zeros(())

@@ -14,18 +14,19 @@ Bytes a trained parameter in bf16, from the first backward pass of a step to its
 
 together 16, and 12 between an update and the next backward pass. In fp32 the weight is the fp32 value, and the sum is
 16 too. In addition there are the gradient of a single parameter in bf16 while it is computed, and temporary tensors of
-a bounded size: 176 MiB in the update, and 32 MiB for the norm, which is computed once for each step. With a whole fp32
+a bounded size: 16 MiB for small gradients, 176 MiB in the update, and 32 MiB for the norm, which is computed once for
+each step. With a whole fp32
 value of 4 bytes beside the weight the sum would be 18. DeepSpeed holds such a value, and copies of gradients too: it
 takes 24 bytes at ZeRO stage 1, and 20 at stage 2.
 
-Nothing in the product calls this module yet.
+`choice.py` makes this engine where a job asks for no ZeRO stage.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +36,15 @@ from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.engine.engine import RATE_FACTOR, parameter_groups
 from finetune_trainer.engine.fragments import Fragment
+from finetune_trainer.engine.gradient_norm import clipping_factor
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters, Masters
 from finetune_trainer.engine.state import STATE_KINDS
-from finetune_trainer.loss.kernels import fuse_adapters
+from finetune_trainer.kernels.install import use_fused_kernels
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 from finetune_trainer.model.load import trained_parameters
 from finetune_trainer.model.packed_attention import note_borders
-
-CLIPPING_EPSILON = 1e-6
-"""A number that is added to the norm before the gradient is clipped, as in torch and DeepSpeed."""
 
 
 class PlainEngine:
@@ -57,20 +57,18 @@ class PlainEngine:
         device: torch.device,
         *,
         lora_plus_ratio: float = 1.0,
+        plain_kernels: Collection[KernelPart] = (),
     ) -> None:
         """Move ``model`` to ``device``. No process group is needed. Raises ValueError in a process group of several
         ranks, where each rank would train a model of its own.
 
         ``lora_plus_ratio`` is the learning rate of the matrices B of adapters, and of all trained vectors, as a
         multiple of the job's learning rate. The settings of ``optimization`` for DeepSpeed (ZeRO stage, offload,
-        overrides) have no effect.
+        overrides) have no effect. ``plain_kernels`` are the parts of a step that compute without the trainer's own
+        kernels.
         """
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(f"the plain engine trains in one process, and this training has {dist.get_world_size()}")
-        # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
-        # `fuse_adapters` leaves out layers with a replaced forward function.
-        fuse_adapters(model)
-        self._objective = Objective(model)
         self._clipping = optimization.gradient_clipping
         self._norm: float | None = None
         self.device = device
@@ -81,6 +79,10 @@ class PlainEngine:
                 if parameter.dtype in (torch.float16, torch.float32):
                     parameter.data = parameter.data.to(torch.bfloat16)
         self._model: Any = model.to(device)
+        # This comes before `Objective`, which replaces the forward function of the output head: no kernel is put into a
+        # layer whose forward function is replaced.
+        self.kernels = use_fused_kernels(model, plain=plain_kernels)
+        self._objective = Objective(model, fused_head=KernelPart.HEAD_LOSS not in plain_kernels)
         self._parameters = trained_parameters(model)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._groups: list[tuple[Masters, float]] = []
@@ -100,12 +102,14 @@ class PlainEngine:
         output."""
         return self._model(**inputs)
 
-    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory.
+        ``factor`` is what the caller will multiply the loss by before `backward`, so that a head that computes its
+        gradients in the forward pass rounds them as autograd does. With ``full_logits`` the logits of all
+        positions are computed first, which is slow and takes much memory.
         """
-        return self._objective.loss(self._model, batch, full_logits=full_logits)
+        return self._objective.loss(self._model, batch, factor=factor, full_logits=full_logits)
 
     def use_full_logits(self) -> None:
         """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""
@@ -135,6 +139,8 @@ class PlainEngine:
         del last
         self._norm = None
         loss.backward()
+        for masters, _ in self._groups:
+            masters.end_backward()
 
     def gradient_norm(self) -> float:
         """Return the L2 norm of the accumulated gradient, before clipping; NaN where the norm is not finite."""
@@ -218,13 +224,3 @@ class PlainEngine:
         The optimizer's state does not change. So training can't go on after this call.
         """
         self._parameters[name].data.copy_(value)
-
-
-def clipping_factor(norm: float, largest: float) -> float:
-    """Return the factor for a gradient with the L2 norm ``norm``, so that its norm is at most ``largest``. The factor
-    is 1 where ``largest`` is 0, which means no clipping. All steps are computed in fp32, as in ZeRO stages 1 and 2 of
-    DeepSpeed, so that the factor has the same bits."""
-    if largest == 0:
-        return 1.0
-    quotient = (torch.tensor(norm) + CLIPPING_EPSILON) / largest
-    return float(1.0 / quotient.clamp(min=1.0))

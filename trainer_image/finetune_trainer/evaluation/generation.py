@@ -16,7 +16,7 @@ from transformers import GenerationConfig as HuggingFaceConfig
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune_trainer.data.order import micro_batches
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
@@ -44,7 +44,7 @@ class Decoding:
 
 
 def generate_answers(
-    engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
+    engine: TrainingEngine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, str]]:
     """Generate the answers to this rank's share of ``prompts`` (token ids). Yield a dictionary for each batch: the
     text of each answer, by the index of its prompt in ``prompts``.
@@ -102,7 +102,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
 
 
 def _generate(
-    engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding, longest: int
+    engine: TrainingEngine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding, longest: int
 ) -> list[list[int]]:
     """Generate an answer of at most ``longest`` tokens to each prompt, and return the token ids of the answers."""
     pad = int(decoding.tokenizer.eos_token_id)
@@ -151,7 +151,9 @@ class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers ha
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return for each of the B answers whether it must end: all of them after SIGTERM, otherwise none."""
+        """Return for each of the B answers whether it must end: all of them after SIGTERM, otherwise none. transformers
+        calls this after each token."""
+        self._gang.note_progress()
         return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 

@@ -11,14 +11,14 @@ import math
 import torch
 
 from finetune_trainer.data.micro_batches import MicroBatcher
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.ranks.gang import Gang
 
 LARGEST_PERPLEXITY = 1e30
 """Largest perplexity that is returned. Without a limit, the exponential of a very large mean loss would overflow."""
 
 
-def perplexity(engine: Engine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:
+def perplexity(engine: TrainingEngine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:
     """Return exp(summed negative log-likelihood / number of supervised tokens) over all examples of ``batches``.
 
     All ranks must call this together, and all get the same value. ``batch_size`` is the number of sequences that a rank

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
 from finetune_trainer.evaluation.graders import Grade, Grading
 from finetune_trainer.evaluation.graders.grades import GradeList
@@ -52,7 +52,7 @@ class Scorer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainingEngine,
         gang: Gang,
         batches: MicroBatcher,
         config: EvaluationConfig,
@@ -125,9 +125,13 @@ class Scorer:
         ]
         for batch in generate_answers(self._engine, self._gang, prompts, decoding):
             for index, answer in batch.items():
+                if self._gang.stop_requested():
+                    # The next batch raises StopAgreed. Until then the other ranks would wait for this rank.
+                    break
                 text = answer.strip().split("\n")[0] if evaluation_set.one_line else answer
                 row = evaluation_set.examples.rows[index].fields
                 grade = grading.grade(text, row)
+                self._gang.note_progress()
                 grades.append(grade)
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]

@@ -4,8 +4,6 @@ after adapters were added, and before `Objective` and DeepSpeed take the model.
 The forward functions of single modules are replaced. In training they call the kernels; otherwise the module's own code
 computes, so that scores and exports are bit for bit those of transformers and peft. What looks like one of the parts
 and is not recognized stays as it is, and the report says why.
-
-Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import types
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -27,6 +24,7 @@ from torch import nn
 from finetune_trainer.kernels import recognition
 from finetune_trainer.kernels.calls import are_plain, computes_gradients, runs_only_its_code
 from finetune_trainer.kernels.gated_product import Activation, gated_product, plain_gated_product
+from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.kernels.projections import project_gated
 from finetune_trainer.kernels.recognition import Misfit
 from finetune_trainer.kernels.rms_norm import Form, rms_norm
@@ -35,29 +33,6 @@ from finetune_trainer.kernels.shared_inputs import TrialError, find_shared_input
 from finetune_trainer.kernels.shared_projections import SharedInput, drops, why_not
 
 REPLACED = "its forward function was replaced before"
-
-
-class KernelPart(StrEnum):
-    """The parts of a model that can be left plain."""
-
-    NORMS = "Norms"
-    """Root mean square norms."""
-    ROTARY = "Rotary"
-    """Rotary position embeddings."""
-    GATED_PRODUCTS = "GatedProducts"
-    """The product of activation and up in a feed-forward layer."""
-    PROJECTIONS = "Projections"
-    """Linear layers with an adapter, and those that read the same tensor."""
-    GATED_PROJECTIONS = "GatedProjections"
-    """The last linear layer of a gated feed-forward layer, without its input in memory. It is plain too where
-    GATED_PRODUCTS is."""
-    DROPOUT = "Dropout"
-    """LoRA's dropout inside of the products with the matrices A."""
-
-
-NOT_UNDER_ZERO_3 = frozenset({KernelPart.PROJECTIONS, KernelPart.GATED_PROJECTIONS, KernelPart.DROPOUT})
-"""The parts that read weights of modules without calling the modules. ZeRO-3 gathers the weights of a module only when
-the module is called."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +57,20 @@ class KernelReport:
     left: tuple[LeftPlain, ...] = ()
     """What was left plain."""
 
+    @property
+    def description(self) -> str:
+        """What trains with a kernel and what does not, as a line for the log."""
+        replaced = ", ".join(f"{count} {part}" for part, count in self.replaced.items()) or "none"
+        left = "; ".join(f"{found.part} of {found.count} {found.module} ({found.reason})" for found in self.left)
+        return f"fused kernels: {replaced}" + (f"; plain: {left}" if left else "")
+
 
 def use_fused_kernels(model: nn.Module, *, plain: Collection[KernelPart] = ()) -> KernelReport:
     """Let ``model`` train with fused kernels, except for the parts ``plain``, and report what was replaced.
 
-    Under ZeRO-3, ``plain`` must contain NOT_UNDER_ZERO_3. The function computes two tokens with the model, so that the
-    model must have its weights, unless `KernelPart.PROJECTIONS` is plain. torch's random streams stay where they are.
+    Under ZeRO-3, ``plain`` must contain NOT_UNDER_ZERO_3 of `parts.py`. The function computes two tokens with the
+    model, so that the model must have its weights, unless `KernelPart.PROJECTIONS` is plain. torch's random streams
+    stay where they are.
     """
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):

@@ -167,6 +167,8 @@ class _GatedProjection(torch.autograd.Function):  # type: ignore[misc]  # torch 
         )
         if product_gradient is None:
             return None, None, None, None, *found
+        # Nothing reads the product any more, and it is as large as what is computed now.
+        del product, flat
         parts = gated_product_backward(product_gradient.view(gate.shape), gate, up, active, ctx.activation)
         return *parts, None, None, *found
 
@@ -293,7 +295,9 @@ def _input_gradient(
             total = inner_gradient @ all_a
         else:
             total = dropped_input_gradient(inner_gradient, all_a, fixed.dropout)
-    for gradient, layer in zip(gradients, layers, strict=True):
+    # In the order of autograd, which begins with the layer that was computed last. So the sum has the bits of autograd
+    # in fp32, as far as the product that adds does not add up in parts.
+    for gradient, layer in reversed(list(zip(gradients, layers, strict=True))):
         if gradient is None:
             continue
         rows = gradient.reshape(-1, gradient.shape[-1])

@@ -43,59 +43,100 @@ def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float,
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form) -> torch.Tensor:
     """Return ``x`` (..., F) divided by the root of the mean of its squares plus ``epsilon`` over the last dimension,
     multiplied by ``weight`` (F,) as ``form`` says. ``weight`` is None for `Form.BARE`, and has the type of ``x``."""
-    output: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, form)
+    output: torch.Tensor = _RMSNorm.apply(x, x if _has_two_gradients(x) else None, weight, epsilon, form)
     return output
 
 
+def has_backward_kernel(x: torch.Tensor) -> bool:
+    """Return whether ATen has a kernel for the backward pass on the device of ``x``. On the CPU, ATen has none."""
+    return bool(x.device.type != "cpu")
+
+
+def _has_two_gradients(x: torch.Tensor) -> bool:
+    """Return whether the gradient of ``x`` is passed on as two terms, as by the code of the models in fp32: the code
+    reads ``x`` for the mean of the squares and for the quotient, and autograd adds each term alone to the gradient of
+    the residual connection. The sum of the two terms, added to that gradient, would have other last bits.
+
+    On the CPU two terms cost no further pass over memory. On a GPU, ATen's kernel returns the sum.
+    """
+    return not has_backward_kernel(x) and x.dtype == torch.float32
+
+
 class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """The norm of ``x``. ``again`` is ``x`` too where the gradient has two terms, so that the second term has a place,
+    and else None."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, form: Form) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        again: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        form: Form,
+    ) -> torch.Tensor:
         scale = weight if form is Form.SCALED else None
         output, reciprocal = ATEN._fused_rms_norm(x, [x.shape[-1]], scale, epsilon)
         if form is Form.CENTERED and weight is not None:
             normalized = output if x.dtype == reciprocal.dtype else x * reciprocal
             torch.mul(normalized, 1 + weight.to(reciprocal.dtype), out=output)
         ctx.save_for_backward(x, weight, reciprocal)
-        ctx.form = form
+        ctx.form, ctx.terms = form, 1 if again is None else 2
         return output
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, reciprocal = ctx.saved_tensors
-        weighed = weight is not None and ctx.needs_input_grad[1]
-        if ctx.form is Form.SCALED:
-            return *_backward(gradient, x, reciprocal, weight, (ctx.needs_input_grad[0], weighed)), None, None
-        # The gradient of the weight does not depend on the weight, so it is the same in both forms.
-        weight_gradient = _backward(gradient, x, reciprocal, weight, (False, True))[1] if weighed else None
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            wide = x
-            if weight is not None:
-                # In fp32, as in the code of the models, so that the gradient is rounded once.
-                wide, gradient = x.to(reciprocal.dtype), gradient * (1 + weight.to(reciprocal.dtype))
-            x_gradient, _ = _backward(gradient, wide, reciprocal, None, (True, False))
-        return x_gradient.to(x.dtype) if x_gradient is not None else None, weight_gradient, None, None
+        of_x, of_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        if has_backward_kernel(x):
+            return *_fused_gradients(gradient, x, reciprocal, weight, ctx.form, (of_x, of_weight)), None, None
+        weight_gradient = _weight_gradient(gradient, x, reciprocal) if of_weight else None
+        if not of_x:
+            return None, None, weight_gradient, None, None
+        if weight is not None:
+            # In fp32, as in the code of the models, so that the gradient is rounded once.
+            wide = weight.to(reciprocal.dtype)
+            gradient = gradient * (wide if ctx.form is Form.SCALED else 1 + wide)
+        of_quotient, of_mean = _terms(gradient, x, reciprocal)
+        if ctx.terms == 2:
+            return of_quotient, of_mean, weight_gradient, None, None
+        return of_mean.add_(of_quotient).to(x.dtype), None, weight_gradient, None, None
 
 
-def _backward(
+def _fused_gradients(
     gradient: torch.Tensor,
     x: torch.Tensor,
     reciprocal: torch.Tensor,
     weight: torch.Tensor | None,
+    form: Form,
     wanted: tuple[bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of ``x`` and ``weight``, as far as they are ``wanted``, for a norm that multiplies by
-    ``weight``. ``reciprocal`` (..., 1) is one divided by the root mean square."""
-    if x.device.type != "cpu":
-        found = ATEN._fused_rms_norm_backward(gradient, x, [x.shape[-1]], reciprocal, weight, list(wanted))
-        return found[0] if wanted[0] else None, found[1] if wanted[1] else None
-    # ATen has no such kernel for the CPU.
-    wide = gradient.to(reciprocal.dtype)
-    normalized = x * reciprocal
-    weight_gradient = (wide * normalized).flatten(0, -2).sum(0).to(gradient.dtype) if wanted[1] else None
+) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+    """Return the gradients of ``x`` and ``weight`` by ATen's kernel for GPUs, as far as they are ``wanted``, and
+    between them None in the place of the second term. ``reciprocal`` (..., 1) is one divided by the root mean
+    square."""
+    fused, shape = ATEN._fused_rms_norm_backward, [x.shape[-1]]
+    if form is not Form.CENTERED or weight is None:
+        found = fused(gradient, x, shape, reciprocal, weight, list(wanted))
+        return found[0] if wanted[0] else None, None, found[1] if wanted[1] else None
+    # The gradient of the weight does not depend on the weight, so it is the same in both forms.
+    weight_gradient = fused(gradient, x, shape, reciprocal, weight, [False, True])[1] if wanted[1] else None
     if not wanted[0]:
-        return None, weight_gradient
-    scaled = wide * weight if weight is not None else wide
-    mean = (scaled * normalized).mean(-1, keepdim=True)
-    return ((scaled - normalized * mean) * reciprocal).to(gradient.dtype), weight_gradient
+        return None, None, weight_gradient
+    # In fp32, as in the code of the models, so that the gradient is rounded once.
+    wide, gradient = x.to(reciprocal.dtype), gradient * (1 + weight.to(reciprocal.dtype))
+    return fused(gradient, wide, shape, reciprocal, None, [True, False])[0].to(x.dtype), None, weight_gradient
+
+
+def _weight_gradient(gradient: torch.Tensor, x: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the weight by the operations of autograd, which has the bits of autograd in fp32."""
+    return (x * reciprocal).mul_(gradient).flatten(0, -2).sum(0).to(gradient.dtype)
+
+
+def _terms(gradient: torch.Tensor, x: torch.Tensor, reciprocal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the two terms of the gradient of ``x``, where ``gradient`` is that of the quotient: with r for
+    ``reciprocal`` and F features, g r, and -x r^3 sum(g x) / F, which comes from the mean of the squares. The
+    operations are those of autograd, and so are the bits in fp32."""
+    of_reciprocal = (gradient * x.to(reciprocal.dtype)).sum(-1, keepdim=True)
+    of_mean = of_reciprocal.mul_(-0.5).mul_(reciprocal.pow(3)).div_(x.shape[-1])
+    return gradient * reciprocal, (x.to(reciprocal.dtype) * 2).mul_(of_mean)

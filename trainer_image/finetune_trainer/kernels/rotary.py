@@ -1,5 +1,5 @@
-"""Rotary position embeddings (Su et al., 2021) in three kernels for a tensor, or for queries and keys that lie side by
-side in memory. The backward pass gets cosine and sine only, which all layers share.
+"""Rotary position embeddings (Su et al., 2021) in three kernels in bf16 for a tensor, or for queries and keys that lie
+side by side in memory, and in fp32 in five. The backward pass gets cosine and sine only, which all layers share.
 
 `install.py` puts `rotate_queries_and_keys` into the attention of models that turn the first half of the features
 against the second half, as Llama does.
@@ -86,11 +86,23 @@ def _turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: 
     if back:
         own, other = other, own
     sign = -1 if back else 1
-    turned[..., :half].addcmul_(x[..., half:size], own, value=-sign)
-    turned[..., half:size].addcmul_(x[..., :half], other, value=sign)
+    _add_product(turned[..., :half], x[..., half:size], own, sign=-sign)
+    _add_product(turned[..., half:size], x[..., :half], other, sign=sign)
     if size < features:
         turned[..., size:].copy_(x[..., size:])
     return turned
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, angles: torch.Tensor, *, sign: int) -> None:
+    """Add ``x`` * ``angles``, with the sign ``sign``, to ``total`` in place.
+
+    In bf16 this is one kernel, which rounds once. In fp32 the product is rounded before it is added, as in the code of
+    the models, so that the results have the same bits: AdamW would make differences of a weight out of them.
+    """
+    if total.dtype == torch.float32:
+        total.add_(x * angles, alpha=sign)
+    else:
+        total.addcmul_(x, angles, value=sign)
 
 
 def side_by_side(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:

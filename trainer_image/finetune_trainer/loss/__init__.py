@@ -1,4 +1,4 @@
-"""The loss of a causal language model: the summed negative log-likelihood of supervised tokens, with fused kernels.
+"""The loss of a causal language model: the summed negative log-likelihood of supervised tokens, and dropout by a hash.
 
-`tests/trainer/test_fused.py` compares each kernel with plain torch. Micro-batches are made in `data/`.
+Micro-batches are made in `data/`. The kernels of the layers are in `kernels/`.
 """

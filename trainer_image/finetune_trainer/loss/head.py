@@ -4,7 +4,8 @@ time.
 `objective.py` puts a `LossHead` on a model. The logits of a whole batch (batch x length x vocabulary in fp32) would be
 the largest tensor of a training step. So `LossHead` replaces the head's `forward` with a function that picks the
 positions that have a target, and sums the loss of one chunk of positions before it computes the logits of the next
-chunk.
+chunk. The gradients of a plain linear head are computed while the logits of a chunk are in memory
+(`linear_head.py`). For a head with an adapter, the logits of each chunk are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune_trainer.data.batches import IGNORED, Batch
 from finetune_trainer.loss.dropout import DropoutKeys
-from finetune_trainer.loss.kernels import frozen_head_loss
+from finetune_trainer.loss.linear_head import linear_head_loss
 
 CHUNK_LOGITS = 1 << 25
 """Number of logits that are computed at a time, in one chunk of positions: 128 MiB in fp32."""
@@ -32,10 +33,19 @@ class LossHead:
     """A model's output head that can return the summed loss of a batch instead of logits."""
 
     def __init__(
-        self, head: nn.Module, keys: DropoutKeys, *, vocabulary: int, chunk_logits: int = CHUNK_LOGITS
+        self,
+        head: nn.Module,
+        keys: DropoutKeys,
+        *,
+        vocabulary: int,
+        chunk_logits: int = CHUNK_LOGITS,
+        fused: bool = True,
     ) -> None:
-        """Replace the forward function of ``head``. ``keys`` are the dropout keys for a LoRA adapter on the head."""
+        """Replace the forward function of ``head``. ``keys`` are the dropout keys for a LoRA adapter on the head.
+        Without ``fused``, no gradients are computed in the forward pass."""
         self.module = head
+        # The gradients are those of torch's linear layer, so no other forward function may compute the logits.
+        self._is_linear = fused and type(head) is nn.Linear and "forward" not in vars(head)
         self._logits = head.forward
         self.keys = keys
         self._vocabulary = vocabulary
@@ -43,6 +53,8 @@ class LossHead:
         self.batch: Batch | None = None
         """The batch whose loss `forward` returns. While it is None, `forward` returns logits, as generation needs
         them."""
+        self.factor = 1.0
+        """What the caller will multiply the batch's loss by, as at `linear_head_loss`."""
         self.excluded: torch.Tensor | None = None
         """Ids of the tokens that get no probability, as a tensor on the model's device. None where no token is
         excluded."""
@@ -55,9 +67,13 @@ class LossHead:
         if batch is None:
             return self._logits(hidden, *args, **kwargs)
         chosen = hidden.flatten(0, 1)[batch.index]
-        if self._is_frozen and chosen.requires_grad:
-            rows = max(1, CPU_CHUNK_LOGITS // self._vocabulary) if chosen.device.type == "cpu" else self._chunk_rows
-            return frozen_head_loss(chosen, self.module, batch.targets, excluded=self.excluded, chunk_rows=rows)
+        trained = any(parameter.requires_grad for parameter in self.module.parameters())
+        if self._is_linear and (trained or chosen.requires_grad) and _computes_gradients():
+            small = chosen.device.type == "cpu" and not trained
+            rows = max(1, CPU_CHUNK_LOGITS // self._vocabulary) if small else self._chunk_rows
+            return linear_head_loss(
+                chosen, self.module, batch.targets, excluded=self.excluded, chunk_rows=rows, factor=self.factor
+            )
         pieces = [
             tensor.split(self._chunk_rows)
             for tensor in (chosen, batch.targets, batch.dropout_keys.flatten()[batch.index])
@@ -70,16 +86,15 @@ class LossHead:
         sums = [checkpoint(self._nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(sums).sum()
 
-    @property
-    def _is_frozen(self) -> bool:
-        """Return whether the head is a plain linear layer that is not trained, as in most LoRA runs."""
-        parameters = self.module.parameters()
-        return type(self.module) is nn.Linear and not any(parameter.requires_grad for parameter in parameters)
-
     def _nll(self, hidden: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         self.keys.value = keys
         logits = exclude_from_logits(self._logits(hidden).float(), self.excluded)
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _computes_gradients() -> bool:
+    """Return whether gradients are computed, and not under autocast, which chooses the types of each operator."""
+    return torch.is_grad_enabled() and not any(map(torch.is_autocast_enabled, ("cuda", "cpu")))
 
 
 def exclude_from_logits(logits: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:

@@ -20,9 +20,9 @@ from finetune_trainer.model.packed_attention import note_borders
 class Objective:
     """The loss of a model. An objective must be made before DeepSpeed's engine of the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, fused_head: bool = True) -> None:
         """Replace the forward function of the model's output head, and the dropout of the model's LoRA adapters.
-        ``model`` is a PreTrainedModel or a PeftModel."""
+        ``model`` is a PreTrainedModel or a PeftModel. ``fused_head`` is explained at `LossHead`."""
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._body_keys, head_keys = DropoutKeys(), DropoutKeys()
         head = inner.get_output_embeddings()
@@ -33,7 +33,7 @@ class Objective:
                     keys = head_keys if module in in_head else self._body_keys
                     setattr(module, child_name, ExampleDropout(child.p, f"{name}.{child_name}", keys))
         vocabulary = inner.config.get_text_config().vocab_size
-        self._head = LossHead(head, head_keys, vocabulary=vocabulary) if head is not None else None
+        self._head = LossHead(head, head_keys, vocabulary=vocabulary, fused=fused_head) if head is not None else None
         self._excluded: torch.Tensor | None = None
         self.full_logits = self._head is None
         """Whether `loss` computes the logits of all positions first, and then the loss. Models that change the logits
@@ -53,13 +53,14 @@ class Objective:
         if self._head is not None:
             self._head.excluded = tokens
 
-    def loss(self, forward: Any, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+    def loss(self, forward: Any, batch: Batch, *, factor: float = 1.0, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood of the supervised tokens of ``batch``, a scalar in nats and fp32.
-        ``forward`` calls the model."""
+        ``forward`` calls the model. ``factor`` is what the caller will multiply the loss by before the backward pass:
+        the result and its gradients don't depend on it, but the rounding of the gradients does (`linear_head_loss`)."""
         if self._head is None or self.full_logits or full_logits:
             logits = exclude_from_logits(self.logits(forward, batch).float(), self._excluded)
             return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
-        self._head.batch = batch
+        self._head.batch, self._head.factor = batch, factor
         try:
             return forward(**self._inputs(batch)).logits
         finally:

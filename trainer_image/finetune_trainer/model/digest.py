@@ -16,7 +16,6 @@ from finetune_core.errors import UserError
 from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.storage.checkpoint_folders import TrainerState
 
-CHUNK_BYTES = 4 << 20
 PARALLEL_FILES = 4
 
 
@@ -36,11 +35,8 @@ def base_digest(folder: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class BaseDigests(ContractModel):

@@ -4,6 +4,9 @@
 `position_ids`, but the code of some models does not pass `position_ids` on to the masks. So the masks of this module
 separate the examples again, by the noted borders. Where no borders are noted, for example while text is generated,
 masks and attention are those of transformers.
+
+To find packed examples, transformers also reads a result of the device in each forward pass, for which the CPU would
+wait until a GPU has done all work before. Where the micro-batch is noted, this module answers without that.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
@@ -26,6 +29,7 @@ from transformers.masking_utils import (
 
 from finetune_trainer.model.attention import IMPLEMENTATIONS, Kernel
 
+_FIND = masking_utils.find_packed_sequence_indices
 OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 """Arguments with which models ask for another softmax than that of FlashAttention: soft caps, sinks, biases."""
 
@@ -49,14 +53,19 @@ class Borders:
 
 
 class _Noted:
-    """Holds the borders of the micro-batch that the model computes; None where no examples are packed."""
+    """Holds what is known of the micro-batch that the model computes."""
 
     borders: Borders | None = None
+    """None where no examples are packed."""
+    shape: tuple[int, int] | None = None
+    """(B, T). None where nothing is known, for example while text is generated."""
 
 
 def note_borders(starts: torch.Tensor | None, longest: int = 0, *, shape: tuple[int, int] = (0, 0)) -> None:
     """Note the borders of the examples that the model computes from now on. ``shape`` is (B, T), and the other
-    arguments are as in `Borders`. Where ``starts`` is None, each sequence is one example."""
+    arguments are as in `Borders`. Where ``starts`` is None, each sequence is one example, or nothing is known of the
+    sequences if ``shape`` is missing."""
+    _Noted.shape = shape if shape != (0, 0) else None
     if starts is None:
         _Noted.borders = None
         return
@@ -70,6 +79,21 @@ def install() -> None:
         AttentionMaskInterface.register(IMPLEMENTATIONS[kernel], _separated(mask))
     AttentionMaskInterface.register(IMPLEMENTATIONS[Kernel.FLASH], _window_or_mask)
     AttentionInterface.register(IMPLEMENTATIONS[Kernel.FLASH], varlen_attention)
+    masking_utils.find_packed_sequence_indices = packed_sequence_indices
+
+
+def packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Return what the function of transformers with this purpose returns for ``position_ids`` (B, T): for each token
+    the number of its example in its sequence, and None where each sequence is one example. Where the micro-batch is
+    noted, the CPU reads nothing of the device: only numbers of examples decide, which the CPU knows."""
+    if position_ids.shape != _Noted.shape:
+        found: torch.Tensor | None = _FIND(position_ids)
+        return found
+    if _Noted.borders is None or not _Noted.borders.inside:
+        return None
+    # An example begins where the position does not follow the one before it, as in transformers.
+    before = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
+    return (position_ids - before != 1).cumsum(-1)
 
 
 def _separated(mask: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Reads the container's CPU limit, memory limit and number of out-of-memory kills from its cgroup (version 2 or 1).
-`launcher.py` calls these functions, and `ranks/memory.py` names the memory limit in a message.
+"""Reads the container's CPU limit, memory limit and number of out-of-memory kills from its cgroup (version 2 or 1), and
+the CPU request from the environment. `launcher.py` calls these functions, `node_examples.py` chooses the number of its
+processes with them, and `ranks/memory.py` names the memory limit in a message.
 
 Outside a container the cgroup's files may be absent. Then there is no limit, and the number of kills is 0.
 """
@@ -8,7 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from finetune_core.contract.pod import CPU_REQUEST_VARIABLE
+from finetune_core.errors import UserError
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -64,16 +70,33 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return int(text) if int(text) < 1 << 60 else None
 
 
-def threads_per_process(processes: int, *, limit: float | None, cores: int) -> int:
+def threads_per_process(processes: int, *, limit: float | None, request: float | None, cores: int) -> int:
     """Return how many compute threads each worker process of the pod should use, at least 1. ``processes`` is the
-    number of worker processes, ``limit`` is the container's CPU limit, and ``cores`` is the number of CPU cores that
-    the container may use.
+    number of worker processes, ``limit`` and ``request`` are the container's CPU limit and CPU request, None for none,
+    and ``cores`` is the number of CPU cores that the container may use.
 
-    The kernel would throttle threads beyond the CPU limit. The results of CPU computations also depend on the number of
-    threads, so under a CPU limit the number must not grow with the node.
+    The kernel would throttle threads beyond the CPU limit, and threads beyond the request would run only where no other
+    pod needs the CPUs. The results of CPU computations also depend on the number of threads, so the number must not
+    grow with the node.
     """
-    available = cores if limit is None else min(cores, limit)
-    return max(1, math.floor(available / processes))
+    return max(1, math.floor(available_cpus(limit=limit, request=request, cores=cores) / processes))
+
+
+def available_cpus(*, limit: float | None, request: float | None, cores: int) -> float:
+    """Return how many CPUs the container should use at once: the least of its CPU ``limit``, its CPU ``request`` (None
+    for none) and the number of CPU ``cores`` that it may use."""
+    return min(amount for amount in (limit, request, cores) if amount is not None)
+
+
+def cpu_request(environment: Mapping[str, str]) -> float | None:
+    """Return the container's CPU request as a number of CPUs, or None where ``environment`` has none. Raises UserError
+    where the environment variable is no whole number."""
+    text = environment.get(CPU_REQUEST_VARIABLE)
+    if text is None:
+        return None
+    if re.fullmatch("[0-9]{1,10}", text) is None:
+        raise UserError(f"environment variable {CPU_REQUEST_VARIABLE}", "must be a whole number (the kubelet sets it)")
+    return int(text) / 1000
 
 
 def usable_cores() -> int:

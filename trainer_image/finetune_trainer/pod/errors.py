@@ -7,6 +7,7 @@ as `finetune_core.errors.UserError` instead (exit code 64).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,11 @@ from finetune_core.errors import UserError, valid_text
 class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not after Python's errors)
     """Something outside of the spec and the data fails or is missing, for example the object store, the network or
     credentials (exit code 75)."""
+
+
+class NodeFault(OutsideFailure):
+    """A GPU or the driver of this rank's node is broken, so that the next attempt should avoid the node (exit code
+    75)."""
 
 
 class PeerLost(OutsideFailure):
@@ -90,6 +96,11 @@ def first_line(error: BaseException, *, limit: int = 300) -> str:
         text = text[: limit - 1]
         text = (text.rsplit(None, 1)[0] if " " in text else text) + "…"
     return valid_text(text)
+
+
+def reason_of(error: OSError) -> str:
+    """Return the reason of an error of a file system as a phrase, such as "No space left on device"."""
+    return error.strerror or os.strerror(error.errno or 0)
 
 
 def one_line(text: str, *, limit: int = 1000) -> str:

@@ -5,8 +5,6 @@ does work in such processes. `data/chat/template_process.py` has a process of th
 A forked process has everything in memory already that this process has, so that it is there in milliseconds. It uses
 nothing of this process that another thread may hold, and ends without Python's cleanup, which would clean up what
 belongs to this process.
-
-Nothing in the product calls `ForkedProcess` yet.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ rank.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_core.contract import ContractModel, Outcome, Phase, Result
+from finetune_core.contract import EXIT_CODES, ContractModel, ExitCode, Outcome, Phase, Result
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
 
 PRECEDENCE: Sequence[Outcome] = (
     Outcome.BAD_INPUT,
@@ -30,6 +30,9 @@ PRECEDENCE: Sequence[Outcome] = (
 """The first of these outcomes that any worker has becomes the outcome of the pod. Likely causes come before their
 consequences. `result_of_pod` leaves out workers that ended only because of another worker, unless all ended so.
 """
+
+_OUTCOMES: Mapping[int, Outcome] = {code: kind for kind, code in EXIT_CODES.items() if code != ExitCode.DONE}
+"""Outcomes by exit code. A worker that can't write its outcome, because the disk is full, still exits with its code."""
 
 
 class WorkerOutcome(ContractModel):
@@ -131,7 +134,8 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
     )
     kind = next((outcome for type_, outcome in kinds if isinstance(error, type_)), Outcome.CRASHED)
     message = f"{type(error).__name__}: {error}" if kind is Outcome.CRASHED else str(error)
-    result = Result(outcome=kind, message=message, step=step, checkpoint=checkpoint)
+    is_node_fault = True if isinstance(error, NodeFault) else None
+    result = Result(outcome=kind, message=message, step=step, checkpoint=checkpoint, node_fault=is_node_fault)
     return WorkerOutcome(result=result, caused_by_peer=isinstance(error, PeerLost))
 
 
@@ -156,16 +160,18 @@ def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: in
         return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message))
     how = f"was ended by signal {-worker.status}" if worker.status < 0 else f"exited with {worker.status}"
     message = f"rank {worker.rank} {how} and left no reason; its log has the details"
-    return WorkerOutcome(result=Result(outcome=Outcome.CRASHED, message=message))
+    return WorkerOutcome(result=Result(outcome=_OUTCOMES.get(worker.status, Outcome.CRASHED), message=message))
 
 
 def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
-    """Return the result of the pod: of its workers' results, the one whose outcome comes first in `PRECEDENCE`. Workers
-    that ended only because of another worker are left out, unless all workers ended so.
+    """Return the result of the pod: of its workers' results, the one whose outcome comes first in `PRECEDENCE`. A fault
+    of the node comes before all of these, because it may cause any of them. Workers that ended only because of another
+    worker are left out, unless all workers ended so.
 
     ``out_of_memory`` says whether the kernel killed a process of the pod for lack of memory while the workers ran.
     ``memory_limit`` is the container's limit in bytes.
     """
     outcomes = [_worker_outcome(worker, out_of_memory=out_of_memory, memory_limit=memory_limit) for worker in exits]
     own = [outcome for outcome in outcomes if not outcome.caused_by_peer] or outcomes
-    return min(own, key=lambda outcome: PRECEDENCE.index(outcome.result.outcome)).result
+    results = [outcome.result for outcome in own]
+    return min(results, key=lambda result: (not result.node_fault, PRECEDENCE.index(result.outcome)))

@@ -18,6 +18,7 @@ from finetune_core.contract.pod import SECRET_ACCESS_KEY
 from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.pod.time_limits import SHORTEST, TimeLimits
 
 
 class Inputs(ContractModel):
@@ -48,6 +49,8 @@ class WorkerPlan(ContractModel):
     folder: Path
     """Temporary folder of the attempt, in which the workers write outcome files, heartbeats, tokenised rows, and the
     files of checkpoints before their upload."""
+    time_limits: TimeLimits = SHORTEST
+    """How long ranks and pods wait for each other. The limits follow from the sizes of the inputs."""
 
 
 def read_run_file(path: Path) -> RunConfig:

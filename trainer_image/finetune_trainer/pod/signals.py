@@ -4,19 +4,34 @@ launcher and every worker process create one `StopFlag` at their start.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PIPE_BYTES = 1 << 16
+"""Capacity of a pipe of Linux in bytes."""
 
 
 class StopFlag:
     """Remembers whether this process has received SIGTERM or SIGINT. The program asks the flag between two pieces of
-    work, because a signal handler should do no work of its own."""
+    work, because a signal handler should do no work of its own. Any thread may ask.
+
+    Python runs a signal handler only when the main thread is back from its call. While the main thread waits for a GPU,
+    other threads have to know of the signal. So Python's own handler in C, which runs at once, writes the number of the
+    signal into a pipe, and the flag reads the pipe.
+    """
 
     def __init__(self) -> None:
         """Install the signal handlers and unblock the signals. A signal that arrived while it was blocked is delivered
         now, so no signal is lost."""
         self._is_set = False
+        reader, writer = os.pipe()
+        for end in (reader, writer):
+            os.set_blocking(end, False)
+        self._reader: int | None = reader
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_pipe)
         for number in STOP_SIGNALS:
             signal.signal(number, self._set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -26,4 +41,14 @@ class StopFlag:
 
     def __call__(self) -> bool:
         """Return whether this process has received SIGTERM or SIGINT."""
+        if not self._is_set and self._reader is not None:
+            with contextlib.suppress(BlockingIOError):
+                if any(number in STOP_SIGNALS for number in os.read(self._reader, PIPE_BYTES)):
+                    self._is_set = True
         return self._is_set
+
+    def _leave_pipe(self) -> None:
+        """Leave the pipe to the parent process. Otherwise a signal that only the forked process receives would be taken
+        for one of its parent."""
+        signal.set_wakeup_fd(-1)
+        self._reader = None

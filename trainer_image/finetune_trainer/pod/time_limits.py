@@ -2,10 +2,9 @@
 
 A fixed limit is right for small models only: a merged model of 140 GB takes longer than 20 minutes to upload at
 100 MB/s, and the other ranks would give up after the whole training. The same holds for a million conversations, which
-one process of each node makes into examples while all others wait. `ranks/gang.py` takes the limits for the work of
-one rank for which the others wait, and the launcher takes the limit for the other pods.
-
-Nothing in the product calls this module yet.
+one process of each node makes into examples while all others wait. The launcher computes the limits once it has
+fetched model and data (`sources/inputs.py` measures them), takes the limit for the other pods, and passes all limits to
+the workers. `ranks/gang.py` takes the limit for the work of one rank for which the others wait.
 """
 
 from __future__ import annotations
@@ -94,3 +93,8 @@ def _transfer_seconds(amount: int, *, nodes: int) -> float:
     """Return the longest time in seconds that the transfer of ``amount`` bytes between the store and each of ``nodes``
     nodes at the same time may take."""
     return amount / min(NODE_BYTES_PER_SECOND, STORE_BYTES_PER_SECOND / nodes)
+
+
+SHORTEST = time_limits(JobSize(model_bytes=0, artifact_bytes=0, checkpoint_bytes=0, data_bytes=0, nodes=1))
+"""The limits of a job with nothing to transfer. They hold where the sizes are not known, for example because a SIGTERM
+came before model and data were fetched."""

@@ -1,12 +1,10 @@
-"""A folder of files on a volume that the pods of many jobs share. `data/prepared/example_folder.py` keeps prepared
-examples in one. `sources/cache/cache_folder.py` has the same rules for the files of models in code of its own.
+"""A folder of files on a volume that the pods of many jobs share. `sources/cache/cache_folder.py` keeps the files of
+models in one, and `data/prepared/example_cache.py` prepared examples in another one on the same volume.
 
 Nothing in the folder is trusted, because every pod that mounts the volume can write to it: the caller copies the bytes
 of a file and compares their digest. A file gets its name by one rename, so that no pod sees a part of it, and several
 pods that write the same file do not harm each other. Where room is needed, the files that were not used for the longest
 time go first, and none goes if even all of them would not make enough room.
-
-Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations
@@ -23,16 +21,20 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
-"""Share of the volume that is left free for other files, and the largest number of bytes that is left free."""
+"""Share of the volume that is left free for other files, and the largest number of bytes that is left free, where the
+folder has no `Shares` of its own."""
 LEFTOVER_SECONDS = 24 * 3600
 """An unfinished file counts as left by a pod that died if it was not changed for more than this many seconds. The next
 pod that makes room for a file deletes it."""
+MOST_FILES = 100_000
+"""No file is added to a folder with more entries than this. Whoever can write to the volume could otherwise fill the
+memory of each pod that looks for files to delete."""
 UNFINISHED = "unfinished-"
 """The names of unfinished files begin with this text."""
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Flags to open a file that somebody else may have made: a symbolic link is not followed, and a named pipe does not
 hold the pod up."""
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_FILE_OF_OURS = (errno.ELOOP, errno.ENXIO, errno.EACCES)
 """Errors of opening a symbolic link, a socket, and a file that may not be read."""
 
@@ -40,6 +42,19 @@ _NO_FILE_OF_OURS = (errno.ELOOP, errno.ENXIO, errno.EACCES)
 class _Entry(NamedTuple):
     name: str
     found: os.stat_result
+
+
+class Shares(NamedTuple):
+    """How much of a volume a folder may take. Two folders of a volume do not delete each other's files, so one of them
+    needs a limit, and may take some of the room that the other one leaves free."""
+
+    largest: float = 1.0
+    """Largest share of the volume that the folder's files take."""
+    of_the_free: float = 0.0
+    """Share of the room that is otherwise left free (FREE_SHARE, MOST_FREE_BYTES) which this folder may take too."""
+
+
+_ALL = Shares()
 
 
 class VolumeFolder:
@@ -52,11 +67,14 @@ class VolumeFolder:
         folder: str,
         is_file: Callable[[str], bool],
         is_other_leftover: Callable[[str], bool] = lambda _: False,
+        shares: Shares = _ALL,
     ) -> None:
         """Open the folder called ``folder`` below ``mount``, and create it if it does not exist. ``is_file`` returns
         whether a name is one of the caller's files, which may be deleted to make room. ``is_other_leftover`` returns
-        whether a name is one of further files that count as left by a pod that died once they are old."""
+        whether a name is one of further files that count as left by a pod that died once they are old. ``shares`` is
+        how much of the volume the folder may take."""
         self._is_file, self._is_other_leftover = is_file, is_other_leftover
+        self._shares = shares
         self._lock = threading.Lock()
         path = mount / folder
         if not path.is_dir():
@@ -76,14 +94,14 @@ class VolumeFolder:
     def largest_bytes(self) -> int:
         """How many bytes the folder may hold if nothing else lies on the volume."""
         total, _ = self._space()
-        return total - _left_free(total)
+        return min(total - self._left_free(total), int(self._shares.largest * total))
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO | None]:
         """Yield the open file called ``name``, or None if there is none. Whatever is no plain file, or may not be read,
         is deleted and counts as absent."""
         try:
-            descriptor = os.open(name, _READ, dir_fd=self.descriptor)
+            descriptor = os.open(name, READ, dir_fd=self.descriptor)
         except FileNotFoundError:
             descriptor = -1
         except OSError as error:
@@ -109,7 +127,7 @@ class VolumeFolder:
         self._make_room(size, keep)
         unfinished = f"{UNFINISHED}{secrets.token_hex(8)}"
         try:
-            with os.fdopen(os.open(unfinished, _CREATE, 0o644, dir_fd=self.descriptor), "wb") as file:
+            with os.fdopen(os.open(unfinished, CREATE, 0o644, dir_fd=self.descriptor), "wb") as file:
                 yield NewFile(file, unfinished, self.descriptor)
         finally:
             self.discard(unfinished)
@@ -129,8 +147,11 @@ class VolumeFolder:
         is room for ``size`` bytes."""
         with self._lock:
             total, free = self._space()
-            missing = size + _left_free(total) - free
             leftovers, files = self._entries()
+            missing = size + self._left_free(total) - free
+            if self._shares.largest < 1:
+                taken = sum(_bytes(entry) for entry in leftovers + files)
+                missing = max(missing, size + taken - int(self._shares.largest * total))
             spare = [entry for entry in files if entry.name not in keep]
             if missing > sum(_bytes(entry) for entry in leftovers + spare):
                 # If even the deletion of all files would not make enough room, the files of others are kept.
@@ -149,12 +170,18 @@ class VolumeFolder:
         volume = os.statvfs(self.descriptor)
         return volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
 
+    def _left_free(self, total: int) -> int:
+        """Return how many of the ``total`` bytes of the volume this folder leaves free."""
+        return int(min(FREE_SHARE * total, MOST_FREE_BYTES) * (1 - self._shares.of_the_free))
+
     def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
         """Return two lists: what pods that died have left, and the caller's files in the order of their last use, the
         oldest first. Younger unfinished files, and files with other names, are in neither list."""
         entries = []
         with os.scandir(self.descriptor) as listed:
-            for item in listed:
+            for number, item in enumerate(listed):
+                if number == MOST_FILES:
+                    raise OSError(errno.ENOSPC, f"more than {MOST_FILES} files lie in the folder")
                 with contextlib.suppress(FileNotFoundError):
                     if item.is_file(follow_symlinks=False):
                         entries.append(_Entry(item.name, item.stat(follow_symlinks=False)))
@@ -193,7 +220,3 @@ class NewFile:
 def _bytes(entry: _Entry) -> int:
     """Return how many bytes of the volume a file takes."""
     return entry.found.st_blocks * 512
-
-
-def _left_free(total: int) -> int:
-    return min(int(FREE_SHARE * total), MOST_FREE_BYTES)

@@ -23,6 +23,7 @@ from typing import NoReturn
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
 from finetune_core.contract.same_training import settings_digest
+from finetune_trainer.kernels.parts import parts_left_plain
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
@@ -67,6 +68,7 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     findings = Findings()
     try:
         with _time_limit(PREFLIGHT_SECONDS):
+            findings.collect("podTemplate.env", partial(parts_left_plain, environment))
             run_checks(findings, paths, uid=environment.get(IDENTITY_VARIABLES["uid"], ""))
     except ChecksTimedOut:
         sentence = f"the checks did not end within {PREFLIGHT_SECONDS} s; they were looking at {findings.subject}"
@@ -175,13 +177,15 @@ def _check_inputs(
     *,
     store_answers: bool,
 ) -> None:
-    """Check the base model, the adapter, the grader, and the first rows of each data source. Without ``store_answers``,
-    model, adapter and data in the object store are left out. ``records`` are those of the runs in the job's folder."""
+    """Check the base model, the adapter, the grader, the first rows of each data source, and by the plan of the
+    training whether it fits the memory of its GPUs. Without ``store_answers``, model, adapter and data in the object
+    store are left out. ``records`` are those of the runs in the job's folder."""
     _hide_torch()
     with importing():
         from finetune_trainer.data.dataset import check_tools_of_mix
         from finetune_trainer.data.files.index import INDEX_FILE
         from finetune_trainer.evaluation.graders import load_grading
+        from finetune_trainer.preflight.memory_check import check_memory_of
         from finetune_trainer.preflight.model_check import ModelFacts, check_adapter, check_model, check_same_adapter
         from finetune_trainer.preflight.row_check import check_rows
         from finetune_trainer.preflight.task_check import TaskCheck
@@ -208,6 +212,7 @@ def _check_inputs(
     dataset = config.dataset
     task = findings.collect("dataset.task", lambda: TaskCheck(config, load_grading(dataset, config.evaluation.require)))
     heads: dict[str, Path] = {}
+    longest_rows: list[int] = []  # of each source of training rows, in tokens
     for number, (field, source) in enumerate(dataset.sources.items()):
         if source.s3 is not None and not store_answers:
             continue
@@ -224,12 +229,20 @@ def _check_inputs(
             today=config.template_date,
             base_prompt=config.evaluation.base_prompt,
             measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
+            has_tokens=longest_rows.append if field.startswith("dataset.train") else lambda _: None,
         )
         findings.notice(*(findings.collect(field, check) or []))
         if (folder / f"data-{number}" / INDEX_FILE).is_file():
             heads[field] = folder / f"data-{number}"
     if heads.keys() == dataset.sources.keys():
         findings.collect("dataset.train", partial(check_tools_of_mix, heads, dataset.format))
+    if model is not None:
+        check_memory = partial(check_memory_of, config, model.folder, longest_row=max(longest_rows, default=None))
+        memory = findings.collect("resources", check_memory)
+        if memory is not None:
+            if memory.planned is not None:
+                findings.plan(memory.planned)
+            findings.notice(*memory.notices)
 
 
 def _check_for_job(config: RunConfig, headers: Path, adapter: Path | None, findings: Findings) -> None:

@@ -13,6 +13,7 @@ from finetune_core.contract.preflight_result import (
     FindingKind,
     FoundRun,
     InputSizes,
+    PlannedNeeds,
     PreflightResult,
     ordered,
 )
@@ -36,6 +37,7 @@ class Findings:
         such run."""
         self._model_bytes: int | None = None
         self._data_bytes = 0
+        self._planned: PlannedNeeds | None = None
         self.subject = "the run file"
         """What the running check examines, for example `dataset.train`. The message about a check that was ended names
         it."""
@@ -75,11 +77,18 @@ class Findings:
         self._data_bytes += data_bytes
         self._send({"model_bytes": model_bytes, "data_bytes": data_bytes})
 
+    def plan(self, planned: PlannedNeeds) -> None:
+        """Note what the training needs by its plan."""
+        self._planned = planned
+        self._send({"planned": planned.model_dump()})
+
     def receive(self, sent: Mapping[str, Any]) -> None:
         """Add a value that the `Findings` of another process passed to its function ``send``."""
         self.subject = sent.get("subject", self.subject)
         self.notice(*sent.get("notices", ()))
         self.measured(model_bytes=sent.get("model_bytes"), data_bytes=sent.get("data_bytes", 0))
+        if "planned" in sent:
+            self.plan(PlannedNeeds.model_validate(sent["planned"]))
         if "kind" in sent:
             self.add(FindingKind(sent["kind"]), sent["message"])
 
@@ -89,4 +98,10 @@ class Findings:
         sizes = None
         if self._model_bytes is not None and not self._found:
             sizes = InputSizes(model_bytes=self._model_bytes, data_bytes=self._data_bytes)
-        return PreflightResult(findings=ordered(self._found), notices=self._notices, found=self.found, sizes=sizes)
+        return PreflightResult(
+            findings=ordered(self._found),
+            notices=self._notices,
+            found=self.found,
+            sizes=sizes,
+            planned=self._planned if not self._found else None,
+        )

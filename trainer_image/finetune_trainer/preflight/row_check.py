@@ -80,13 +80,15 @@ def check_rows(
     today: date | None = None,
     base_prompt: str | None = None,
     measured: Callable[[int], None] = lambda _: None,
+    has_tokens: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
     ``field`` is the path of the source in the spec, for example `dataset.train`, ``today`` is the date that a chat
     template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns are checked,
     because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. ``measured`` is called
-    with the size of all data files of the source in bytes.
+    with the size of all data files of the source in bytes, and ``has_tokens`` with the number of tokens of the longest
+    example that the checked rows became.
 
     Raises UserError with file and line for a row that would end the training, and OutsideFailure if the source can't be
     read.
@@ -128,6 +130,7 @@ def check_rows(
             raise
         # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
         return [*files.notices, str(error)]
+    has_tokens(max(examples.lengths))
     form = dataset.format.prompt_completion
     if task is not None and form is not None:
         whole = head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES

@@ -1,7 +1,7 @@
 """Decides from facts about driver, torch and GPUs whether a rank can start, and says what to change where it can't.
 
-`read_device_facts` reads the facts, and `start_refusal` is a pure function of them. A rank calls both before it joins
-the other ranks, once torch is imported.
+`read_device_facts` reads the facts, and `start_refusal` is a pure function of them. `process.py` calls both before a
+rank joins the other ranks, once torch is imported.
 
 A refusal is final where the job admits nodes that can't compute it: because of the image, the driver or the kind of a
 GPU. The job chooses its nodes with `resources.gpuProduct` and `podTemplate.nodeSelector`. A refusal because of one of
@@ -10,8 +10,6 @@ whether the job can start, and an attempt with two nodes would need luck twice.
 
 A refusal is retried where a node is not what it is said to be: it shows no driver, fewer GPUs than the pod was given,
 or one GPU twice. Another node, or this one after a repair, may do the same work.
-
-Nothing in the product calls this module yet.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Chooses settings that depend on the device: environment variables of the workers for torch's allocator and for NCCL,
 and whether DeepSpeed overlaps communication with computation.
 
-The launcher adds the variables to those of each worker before the worker imports torch, and `engine/config.py` takes
-the value for DeepSpeed. Nothing here imports torch.
-
-Nothing in the product calls this module yet.
+The launcher adds the variables to those of each worker before the worker imports torch (`processes.py`), and the
+DeepSpeed engine takes the value for DeepSpeed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ class DeviceSettings:
     variables: Mapping[str, Setting]
     """Variables to set, by name. Variables that the user set are not among them."""
     overlap_communication: bool
-    """DeepSpeed's `overlap_comm`: whether gradients are reduced, and weights gathered, while the next layers are
-    computed."""
+    """See `overlaps_communication`."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,9 +56,14 @@ def device_environment(device: Device, *, ranks: int, scratch: Path, given: Mapp
         for name, setting in wanted.items()
         if name not in given and not any(other in given for other in setting.also)
     }
-    # On the CPU, communication and computation share the cores, so an overlap gains nothing. A single process
-    # communicates with nobody.
-    return DeviceSettings(left, overlap_communication=device == "GPU" and ranks > 1)
+    return DeviceSettings(left, overlap_communication=overlaps_communication(device, ranks=ranks))
+
+
+def overlaps_communication(device: Device, *, ranks: int) -> bool:
+    """Return DeepSpeed's `overlap_comm`: whether gradients are reduced, and weights gathered, while the next layers are
+    computed. On the CPU, communication and computation share the cores, so an overlap gains nothing. A single process
+    communicates with nobody."""
+    return device == "GPU" and ranks > 1
 
 
 def _allocator() -> dict[str, Setting]:

@@ -5,7 +5,8 @@ Only the texts tell these errors apart, because torch raises nearly all of them 
 test looks for each text of `TEXTS` in the installed library that prints the text, so that an upgrade that changes a
 text fails the test.
 
-Nothing in the product calls this module yet.
+`worker.py` and `peer_errors.py` ask `diagnose` about the errors of torch, and `processes.py` asks `fault_of_signal`
+about workers that left no outcome.
 """
 
 from __future__ import annotations

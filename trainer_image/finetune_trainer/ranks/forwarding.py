@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 
 RETRY_SECONDS = 0.2
 """Pause in seconds between two tries to open the second connection, because the program at its far end may still be
@@ -76,14 +75,16 @@ class Target:
         address: str,
         port: int,
         handshake: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None,
+        *,
+        seconds: float,
     ) -> None:
-        self._address, self._port, self._handshake = address, port, handshake
+        self._address, self._port, self._handshake, self._seconds = address, port, handshake, seconds
         self._reached = False
 
     async def connect(self) -> Streams | None:
         """Return a new connection to the port. Return None where the port was reached before and can't be reached any
-        more, or was not reached for PEER_WAIT_SECONDS."""
-        deadline = time.monotonic() + PEER_WAIT_SECONDS
+        more, or was not reached in time."""
+        deadline = time.monotonic() + self._seconds
         told = False
         while True:
             try:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,15 +27,15 @@ import torch
 import torch.distributed as dist
 
 from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
-from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.pod.time_limits import SHORTEST, TimeLimits
+from finetune_trainer.ranks.device_conditions import device_to_bind
+from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
 from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, torch_message, unpack_answer
+from finetune_trainer.ranks.return_guard import ReturnGuard
 from finetune_trainer.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
 
-WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
-"""How many seconds the other ranks wait for the work of one rank. The work may make several calls to the object store,
-each with a time limit of its own, and may transfer much data."""
 BACKGROUND_WORK_SECONDS = 24 * 3600.0
 """How many seconds background threads wait for the work of one rank: a large checkpoint over a slow line may take a
 day. The loss of a rank is noticed long before this limit, by its missing heartbeat or, for rank 0, by the broken
@@ -64,6 +64,10 @@ HEARTBEAT_TIMEOUT_SECONDS = 30.0
 loss, because the connections of a lost rank may stay open, for example after its node failed."""
 
 
+SETUP_FAULTS = frozenset(DeviceFault) - {DeviceFault.PEER_LEFT, DeviceFault.CRASH}
+"""Faults of this pod or its node that are found while the ranks come together."""
+
+
 class Gang:
     """This rank's view of all ranks. Every rank of the attempt has one gang, and one more for each background thread
     (see `background`)."""
@@ -74,7 +78,9 @@ class Gang:
         device: torch.device,
         stop: Callable[[], bool] = lambda: False,
         watchdog: Watchdog | None = None,
+        guard: ReturnGuard | None = None,
         stall_seconds: float = 600.0,
+        limits: TimeLimits = SHORTEST,
     ) -> None:
         """Join the rendezvous that the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
         RENDEZVOUS_NONCE describe.
@@ -82,8 +88,10 @@ class Gang:
         The rendezvous store listens on MASTER_ADDR only, which is an address of the loopback interface. `gate.py`
         connects the pods of an attempt.
 
-        ``stop`` returns whether this process received SIGTERM. Raises PeerLost where not all ranks join in time, and
-        Stopped where this process received SIGTERM and the other ranks can't be reached.
+        ``stop`` returns whether this process received SIGTERM. ``guard`` ends the process where the training thread,
+        which must have made the guard, does not come back after SIGTERM or after rank 0 is gone. Raises PeerLost where
+        not all ranks join in time, and Stopped where this process received SIGTERM and the other ranks can't be
+        reached. ``limits`` say how long this rank waits for the other ranks, and for the work of one of them.
         """
         self.rank = int(os.environ["RANK"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
@@ -92,19 +100,22 @@ class Gang:
         self._calls = 0
         self._channel = ""
         self._channels = itertools.count(1)
-        self._work_seconds = WORK_SECONDS
+        self._limits = limits
+        self._work_seconds = limits.share
         self._stop = stop
         self._peer_stop = False
         self._watchdog = watchdog
+        self._guard = guard
         self._in_thread(lambda: self._join(timedelta(seconds=stall_seconds + COLLECTIVE_MARGIN_SECONDS)), joining=True)
         if watchdog is not None:
             watchdog.announce = self._announce_stall
+        if guard is not None:
+            guard.stop_requested = self.stop_requested
         whole_store = self._whole_store.clone()
         threading.Thread(target=self._heartbeat_loop, args=(whole_store,), name="heartbeat", daemon=True).start()
 
     def _join(self, timeout: timedelta) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        device = self.device
         try:
             self._whole_store = self._open_store()
             # The ranks use only keys with this prefix, so a client that does not know the nonce can't set a key that a
@@ -118,10 +129,13 @@ class Gang:
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
+                device_id=device_to_bind(self.device, self.world_size),
             )
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, OSError, dist.DistError) as error:
+            if self.device.type == "cuda" and diagnose(str(error)).fault in SETUP_FAULTS:
+                # NCCL connects at this point already, so that a fault of this pod is found here.
+                raise
             raise PeerLost(f"not all {self.world_size} ranks came together: {torch_message(error)}") from error
 
     def _open_store(self) -> dist.Store:
@@ -134,7 +148,7 @@ class Gang:
             port,
             self.world_size,
             is_master=self.rank == 0,
-            timeout=timedelta(seconds=PEER_WAIT_SECONDS),
+            timeout=timedelta(seconds=self._limits.peers),
             master_listen_fd=listener,
         )
 
@@ -157,7 +171,39 @@ class Gang:
         clone._channel = f"background-{next(self._channels)}/"
         clone._work_seconds = BACKGROUND_WORK_SECONDS
         clone._watchdog = None
+        clone._guard = None
         return clone
+
+    # What the watchdog and the guard of this rank have to know
+
+    def note_progress(self) -> None:
+        """Tell the watchdog and the guard of this rank that the training thread makes progress. Every collective calls
+        this. Other loops of the training thread that take long call it in each round."""
+        if self._watchdog is not None:
+            self._watchdog.note_progress()
+        self._note_return()
+
+    def _note_return(self) -> None:
+        """Tell the guard that the training thread is back from its calls, although it may still wait for another
+        rank."""
+        if self._guard is not None:
+            self._guard.passed()
+
+    def long_work(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block this rank does work that is done once, such as loading a model: see
+        `ReturnGuard.long_work`."""
+        return self._guard.long_work() if self._guard is not None else contextlib.nullcontext()
+
+    def within(self, seconds: float, what: str) -> contextlib.AbstractContextManager[None]:
+        """Let the guard end the process where the block, in which the training thread does ``what``, takes more than
+        ``seconds``: see `ReturnGuard.within`."""
+        return self._guard.within(seconds, what) if self._guard is not None else contextlib.nullcontext()
+
+    def stand_down(self) -> None:
+        """Let the guard end the process no more, because the result of this rank is known: see
+        `ReturnGuard.stand_down`."""
+        if self._guard is not None:
+            self._guard.stand_down()
 
     # Collectives over the gloo group
 
@@ -181,8 +227,7 @@ class Gang:
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         with convert_peer_failures():
             dist.all_reduce(tensor, operation, group=self._control)
-        if self._watchdog is not None:
-            self._watchdog.note_progress()
+        self.note_progress()
 
     # Stop signals (SIGTERM)
 
@@ -267,10 +312,15 @@ class Gang:
         self.gather(lambda: results.append(work()), until_stop=until_stop)
         return results[0]
 
-    def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, let the watchdog wait WORK_SECONDS longer before it ends the process. The watchdog sees no
-        progress while a call to the object store or the loading of a model takes long."""
-        return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _allow_long_work(self) -> Iterator[None]:
+        """Inside the block, let the watchdog wait as much longer before it ends the process as the work of one rank may
+        take. The watchdog sees no progress while a call to the object store or the loading of a model takes long."""
+        with contextlib.ExitStack() as stack:
+            if self._watchdog is not None:
+                stack.enter_context(self._watchdog.allow(self._limits.share))
+            stack.enter_context(self.long_work())
+            yield
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
         """Run ``work`` in a thread and return the result. Abandon the thread and raise StopAgreed once this rank knows
@@ -338,6 +388,7 @@ class Gang:
                     self._store.wait([key], timedelta(seconds=min(seconds, STORE_WAIT_SECONDS)))
                 except dist.DistStoreError as error:
                     if time.monotonic() < deadline:
+                        self._note_return()
                         continue
                     if raise_if_unset:
                         raise _KeyNotSetError from error
@@ -355,6 +406,7 @@ class Gang:
             now, newest = time.monotonic(), self._wait_for_key(f"heartbeat/{rank}", HEARTBEAT_TIMEOUT_SECONDS)
             if newest != beat:
                 beat, changed_at = newest, now
+            self._note_return()
             if now - changed_at > HEARTBEAT_TIMEOUT_SECONDS or now > deadline:
                 raise PeerLost(f"another rank left: rank {rank} was silent for {now - changed_at:.0f} s")
 
@@ -380,6 +432,9 @@ class Gang:
                     self._watchdog.end_process(bytes(store.get(STALLED_KEY)).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
                 # Rank 0 is gone, and with it the rendezvous store. No other rank reads heartbeats, so this thread ends.
+                if self._guard is not None:
+                    # Where the training thread waits for rank 0 in a kernel of NCCL, no exception reaches it.
+                    self._guard.demand("rank 0 is gone", caused_by_peer=True)
                 return
             # This sleep, the interval between two heartbeats, delays no other thread, because no thread waits for this
             # thread.

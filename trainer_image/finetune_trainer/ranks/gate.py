@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
 from finetune_trainer.ranks.forwarding import Forwarder, RefusedError, Streams, Target, is_power_of_two, served
 
 LOOPBACK = "127.0.0.1"
@@ -51,12 +52,15 @@ class Rendezvous:
 
 
 @contextlib.contextmanager
-def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Key) -> Iterator[Rendezvous]:
+def open_rendezvous(
+    *, first: bool, nodes: int, address: str, port: int, key: Key, seconds: float = PEER_WAIT_SECONDS
+) -> Iterator[Rendezvous]:
     """Inside the block, connect the workers of this pod with the rendezvous store.
 
     ``first`` says whether rank 0 is a worker of this pod, and ``nodes`` is the number of pods. ``address`` and ``port``
     are those of the gate, which listens in the pod of rank 0. Where there is one pod only, there is no gate, and
-    nothing listens outside of the loopback interface. Raises OutsideFailure where the port of the gate is taken.
+    nothing listens outside of the loopback interface. ``seconds`` is how long a connection waits for the gate or the
+    store to listen. Raises OutsideFailure where the port of the gate is taken.
     """
     if nodes == 1:
         yield Rendezvous(LOOPBACK, port)
@@ -67,10 +71,10 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
             # port. SO_REUSEADDR lets rank 0 listen at the port nevertheless.
             reserved = stack.enter_context(_bound_socket())
             local = Rendezvous(LOOPBACK, reserved.getsockname()[1])
-            gate = Gate(key, local)
+            gate = Gate(key, local, seconds)
             stack.enter_context(served(gate, lambda call: asyncio.start_server(call, None, port, backlog=1024), port))
         else:
-            relay = Relay(key, address, port)
+            relay = Relay(key, address, port, seconds)
             listener = socket.create_server((LOOPBACK, 0))
             local = Rendezvous(LOOPBACK, listener.getsockname()[1])
             stack.enter_context(served(relay, lambda call: asyncio.start_server(call, sock=listener), local.port))
@@ -80,11 +84,12 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
 class Gate(Forwarder):
     """Runs in the pod of rank 0, and lets connections from the other pods pass to the store after a handshake."""
 
-    def __init__(self, key: Key, store: Rendezvous) -> None:
-        """Let a connection pass to ``store`` if its other end knows ``key``."""
+    def __init__(self, key: Key, store: Rendezvous, seconds: float = PEER_WAIT_SECONDS) -> None:
+        """Let a connection pass to ``store`` if its other end knows ``key``. A connection waits for the store for at
+        most ``seconds``."""
         super().__init__()
         self._key = key
-        self._store = Target(store.address, store.port)
+        self._store = Target(store.address, store.port, seconds=seconds)
         self._handshakes: dict[asyncio.Task[None], str] = {}
         """Address of the other end, by handshake. The oldest handshake comes first."""
         self._refused = 0
@@ -146,11 +151,12 @@ class Gate(Forwarder):
 class Relay(Forwarder):
     """Serves the connections of this pod's workers, and connects each with the gate in the pod of rank 0."""
 
-    def __init__(self, key: Key, address: str, port: int) -> None:
-        """Connect to the gate at ``address`` and ``port``, and prove there that this end knows ``key``."""
+    def __init__(self, key: Key, address: str, port: int, seconds: float = PEER_WAIT_SECONDS) -> None:
+        """Connect to the gate at ``address`` and ``port``, and prove there that this end knows ``key``. A connection
+        waits for the gate for at most ``seconds``."""
         super().__init__()
         self._key = key
-        self._gate = Target(address, port, self._handshake)
+        self._gate = Target(address, port, self._handshake, seconds=seconds)
 
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
         return await self._gate.connect()

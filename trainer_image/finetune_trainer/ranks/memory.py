@@ -51,7 +51,7 @@ def _advice(status: WorkerStatus, config: RunConfig) -> str:
         size = config.evaluation.generation.batch_size
         return f"lower evaluation.generation.batchSize (it is {size}) or evaluation.generation.maxNewTokens"
     if status.phase in (Phase.LOADING.value, Phase.EXPORTING.value):
-        more = "more processes with deepspeed.zeroStage 3" if optimization.zero_stage < 3 else "more processes"
+        more = "more processes" if optimization.zero_stage == 3 else "more processes with deepspeed.zeroStage 3"
         return f"the model itself does not fit, take {pod} or {more}"
     smaller = f"lower training.microBatchSize (it is {optimization.micro_batch_size})"
     if optimization.micro_batch_size == 1:

@@ -23,6 +23,7 @@ from finetune_trainer.pod.errors import (
     Stopped,
     first_line,
 )
+from finetune_trainer.ranks.device_errors import DeviceFault, diagnose
 
 SHARED_ERRORS: Mapping[str, type[Exception]] = {
     kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
@@ -47,16 +48,22 @@ def convert_peer_failures() -> Iterator[None]:
 def is_peer_failure(error: BaseException) -> bool:
     """Return whether torch raised ``error`` because another rank is gone.
 
-    Every DistError counts. For the gloo backend torch has no exception class for a lost rank, so there the message
-    decides.
+    Where `device_errors.py` knows the text, the text decides. NCCL, for example, also reports a GPU without memory.
+    Otherwise every DistError counts. For the gloo backend torch has no exception class for a lost rank, so there the
+    message decides.
     """
+    diagnosis = diagnose(str(error))
+    if diagnosis.known:
+        return diagnosis.fault is DeviceFault.PEER_LEFT
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
 
 
 def peer_lost(error: BaseException) -> PeerLost:
-    """Return the PeerLost to raise in place of torch's ``error``."""
-    return PeerLost(f"another rank left: {torch_message(error)}")
+    """Return the PeerLost to raise in place of torch's ``error``. The message has the line that names the cause, which
+    NCCL writes last."""
+    diagnosis = diagnose(str(error))
+    return PeerLost(f"another rank left: {diagnosis.cause if diagnosis.known else torch_message(error)}")
 
 
 def torch_message(error: BaseException) -> str:

@@ -12,8 +12,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_core.api.training import Precision
 from finetune_core.contract import WorldConfig
-from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.ranks.device_conditions import read_device_facts, start_refusal
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,9 @@ def prepare_environment(scratch: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def select_device(world: WorldConfig) -> torch.device:
-    """Return the device of this rank. Raises OutsideFailure where the pod sees fewer GPUs than it has worker processes.
+def select_device(world: WorldConfig, *, precision: Precision) -> torch.device:
+    """Return the device of this rank. ``precision`` is `training.precision`. Raises UserError or OutsideFailure where
+    this rank can't compute on the GPUs that it sees, as `device_conditions.py` says.
 
     A missing GPU is never replaced by the CPU, because the run would then be many times slower without a visible
     reason.
@@ -53,12 +55,8 @@ def select_device(world: WorldConfig) -> torch.device:
 
     if world.device == "CPU":
         return torch.device("cpu")
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if visible < world.processes_per_node:
-        raise OutsideFailure(
-            f"resources.device is GPU and this pod needs {world.processes_per_node}, but the NVIDIA driver shows"
-            f" {visible}: look at the driver, the device plugin and the container toolkit of the node"
-        )
+    if refusal := start_refusal(read_device_facts(), world, precision=precision):
+        refusal.raise_it()
     chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(chosen)
     return chosen

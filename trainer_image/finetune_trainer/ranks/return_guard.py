@@ -15,7 +15,7 @@ Three bounds exist. The guard looks at all that are in force, and the one that e
 
 Only `stand_down` ends the first two bounds, because a training thread that came back once may hang in its next call.
 
-Nothing in the product calls this module yet.
+`worker.py` makes the guard, and `ranks/gang.py` tells the guard what the training thread does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from finetune_core.api.resources import Device
+
 LEAST_SECONDS = 9.0
-"""Least time in seconds that a call of the training thread has. The thread of the guard may learn of a stop half a
-second later, and the watchdog then informs the other ranks for at most 5 s. So a rank leaves within 15 s."""
+"""Least time in seconds that a call of the training thread has on GPUs. The thread of the guard may learn of a stop
+half a second later, and the watchdog then informs the other ranks for at most 5 s. So a rank leaves within 15 s."""
 MOST_SECONDS = 45.0
 """Longest time in seconds that a call of the training thread has, however long its calls took so far, and while work
 runs that is done once, such as loading. Half of the pod's termination grace period of 90 s is left for a checkpoint."""
@@ -42,16 +44,23 @@ POLL_SECONDS = 0.5
 """Interval in seconds at which the guard asks whether a stop was requested."""
 
 
-def return_seconds(longest_pause: float) -> float:
-    """Return how many seconds a call of the training thread has after a stop was requested. ``longest_pause`` is the
-    longest time in seconds that passed between two returns so far, for example the time of a micro-batch."""
-    return min(max(LEAST_SECONDS, PAUSES * longest_pause), MOST_SECONDS)
+def least_seconds(device: Device) -> float:
+    """Return the least time in seconds that a call of the training thread has. On CPUs it is MOST_SECONDS, because a
+    lost rank breaks the waiting call there, and a call may be slow because other processes have the cores."""
+    return LEAST_SECONDS if device == "GPU" else MOST_SECONDS
 
 
-def copy_seconds(amount: int) -> float:
+def return_seconds(longest_pause: float, *, least: float = LEAST_SECONDS) -> float:
+    """Return how many seconds a call of the training thread has after a stop was requested, ``least`` or more.
+    ``longest_pause`` is the longest time in seconds that passed between two returns so far, for example the time of a
+    micro-batch."""
+    return min(max(least, PAUSES * longest_pause), MOST_SECONDS)
+
+
+def copy_seconds(amount: int, *, least: float = LEAST_SECONDS) -> float:
     """Return how many seconds a copy of ``amount`` bytes between the GPU and the memory of the node may take after a
-    stop was requested: the bound of a block (`ReturnGuard.within`)."""
-    return min(LEAST_SECONDS + amount / COPIED_BYTES_PER_SECOND, MOST_SECONDS)
+    stop was requested, ``least`` or more: the bound of a block (`ReturnGuard.within`)."""
+    return min(least + amount / COPIED_BYTES_PER_SECOND, MOST_SECONDS)
 
 
 class EndsProcess(Protocol):
@@ -83,12 +92,20 @@ class ReturnGuard:
     training thread hangs.
     """
 
-    def __init__(self, watchdog: EndsProcess, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the thread of the guard. ``watchdog`` ends the process."""
+    def __init__(
+        self,
+        watchdog: EndsProcess,
+        *,
+        least: float = LEAST_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the thread of the guard. ``watchdog`` ends the process. ``least`` is the least time in seconds that a
+        call of the training thread has (see `least_seconds`)."""
         self.stop_requested: Callable[[], bool] = lambda: False
         """Returns whether this rank has to stop, because a rank received SIGTERM. The thread of the guard calls the
         function about twice a second. `Gang` sets the function once the ranks have joined."""
         self._watchdog = watchdog
+        self._least = least
         self._clock = clock
         self._training_thread = threading.get_ident()
         self._changed = threading.Condition()
@@ -112,7 +129,7 @@ class ReturnGuard:
         """How many seconds a call of the training thread has after a stop was requested."""
         if self._depth_of_long_work or self._longest_pause is None:
             return MOST_SECONDS
-        return return_seconds(self._longest_pause)
+        return return_seconds(self._longest_pause, least=self._least)
 
     @property
     def seconds_left(self) -> float | None:
@@ -195,13 +212,15 @@ class ReturnGuard:
 
     # Functions of other threads
 
-    def demand(self, reason: str, *, caused_by_peer: bool, seconds: float = LEAST_SECONDS) -> None:
-        """Demand that the training thread calls `passed` within ``seconds``, and again within ``seconds`` each time. A
-        demand that is made again changes nothing. Any thread may call this.
+    def demand(self, reason: str, *, caused_by_peer: bool, seconds: float | None = None) -> None:
+        """Demand that the training thread calls `passed` within ``seconds``, and again within ``seconds`` each time.
+        None stands for the least time of this guard. A demand that is made again changes nothing. Any thread may call
+        this.
 
         ``reason`` begins the message of the outcome: `rank 0 is gone`. With ``caused_by_peer`` the outcome is only a
         consequence of the end of another rank.
         """
+        seconds = self._least if seconds is None else seconds
         with self._changed:
             made = _Bound(self._clock() + seconds, seconds, reason, caused_by_peer)
             if any(_as_strict(other, made) for other in self._demands):

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,31 +77,48 @@ class Watchdog:
             threading.Event().wait()
 
     def end_process(self, message: str, *, caused_by_peer: bool) -> None:
-        """Write stack traces and the outcome, then end the process. Never returns.
+        """Write stack traces and the outcome, then end the process. Never returns, also where the outcome can't be
+        written, for example to a full disk.
 
         With ``caused_by_peer`` another rank stalls, and that rank has informed all ranks. Otherwise this function
         informs the other ranks.
         """
         self.claim_end()
-        print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
         result = Result(
             outcome=Outcome.OUTSIDE_FAILURE,
             message=message,
             step=self._status.step,
             checkpoint=self._status.checkpoint,
         )
-        write_outcome(self._folder, self._rank, WorkerOutcome(result=result, caused_by_peer=caused_by_peer))
-        if not caused_by_peer:
-            announcer = threading.Thread(target=self.announce, args=(message,), daemon=True)
-            announcer.start()
-            announcer.join(ANNOUNCE_SECONDS)
-        os._exit(result.exit_code)
+        try:
+            # The log may lie on the disk that is full.
+            with contextlib.suppress(OSError):
+                print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                sys.stderr.flush()
+            try:
+                write_outcome(self._folder, self._rank, WorkerOutcome(result=result, caused_by_peer=caused_by_peer))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    traceback.print_exc()
+            if not caused_by_peer:
+                announcer = threading.Thread(target=self.announce, args=(message,), daemon=True)
+                announcer.start()
+                announcer.join(ANNOUNCE_SECONDS)
+        finally:
+            os._exit(result.exit_code)
 
     def _watch(self) -> None:
+        is_told = False
         while True:
-            write_heartbeat(self._folder, self._rank, self._status)
+            try:
+                write_heartbeat(self._folder, self._rank, self._status)
+            except OSError as error:
+                # The thread goes on, because it alone ends a process that stalls.
+                if not is_told:
+                    with contextlib.suppress(OSError):
+                        print(f"the heartbeat of rank {self._rank} can't be written: {error}", file=sys.stderr)
+                is_told = True
             silent = time.monotonic() - self._progress_at
             if silent > self._limit + self._allowance:
                 self.end_process(

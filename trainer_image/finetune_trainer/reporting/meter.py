@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from finetune_trainer.model.structure import ModelStructure
 
 PAGE_BYTES = 4096
 DATA, FORWARD, BACKWARD, UPDATE = "data", "forward", "backward", "update"
+PARTS = (DATA, FORWARD, BACKWARD, UPDATE)
 
 
 class Stopwatch:
-    """Adds up the time of a step's parts in seconds. On a GPU all parts but DATA are timed with CUDA events, so that
-    the CPU does not wait for the GPU after each part."""
+    """Adds up the time of the parts of steps in seconds. On a GPU all parts but DATA are timed with CUDA events, so
+    that the CPU does not wait for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         """Start without a measured part. ``device`` is the device that computes the steps."""
@@ -45,14 +46,18 @@ class Stopwatch:
         yield
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - began
 
-    def seconds(self, name: str) -> float:
-        """Return the time of the part ``name`` so far. On a GPU this waits until the work of all timed parts is
-        done."""
+    def take(self) -> Mapping[str, float]:
+        """Return the time of each part since the last call, 0.0 for a part without any. The CPU does not wait for the
+        GPU: what the GPU has not finished yet counts in the next call."""
+        waiting = []
         for part, first, last in self._marks:
-            last.synchronize()
-            self._spent[part] = self._spent.get(part, 0.0) + first.elapsed_time(last) / 1000
-        self._marks.clear()
-        return self._spent.get(name, 0.0)
+            if last.query():
+                self._spent[part] = self._spent.get(part, 0.0) + first.elapsed_time(last) / 1000
+            else:
+                waiting.append((part, first, last))
+        self._marks = waiting
+        spent, self._spent = self._spent, {}
+        return {part: spent.get(part, 0.0) for part in PARTS}
 
 
 def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[int, int]:

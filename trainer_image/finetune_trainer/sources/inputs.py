@@ -1,24 +1,30 @@
 """Fetches the base model, an adapter and the data files before any worker starts, so that missing files and misspelled
 columns are reported early. Files on a volume are used where they are.
 
-The launcher calls `fetch_inputs`. Other modules call `source_name`, `adapter_name` and `model_revision` to name a
-source in messages and records.
+The launcher calls `fetch_inputs` and `job_size`. Other modules call `source_name`, `adapter_name` and `model_revision`
+to name a source in messages and records.
 """
 
 from __future__ import annotations
 
+import contextlib
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
+from finetune_core.api.method import DEFAULT_RANK
 from finetune_core.api.sources import DataSource, InitialAdapterSpec, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
 from finetune_core.layout import parse_uri
+from finetune_core.planning.scratch import FULL_STATE, state_share
 from finetune_trainer.data.dataset import check_columns, check_tools_of_mix
-from finetune_trainer.data.files.index import write_index
+from finetune_trainer.data.files.index import INDEX_FILE, read_index, write_index
 from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.pod.time_limits import JobSize
 from finetune_trainer.sources.adapter_files import JobFiles, adapter_files, select_adapter_files
 from finetune_trainer.sources.cache.cached_fetch import fetch_model_files
 from finetune_trainer.sources.data_files import find_data_files
@@ -71,6 +77,44 @@ def source_name(source: ModelSpec | InitialAdapterSpec | DataSource) -> str:
     if mix:
         return f"the mix of {len(mix)} sources"
     raise UserError("model", "must name a source")
+
+
+def job_size(config: RunConfig, inputs: Inputs) -> JobSize:
+    """Return the sizes on which the time limits of the job depend. Model and data are measured. The sizes of checkpoint
+    and artifact follow from the size of the model, as in the request for scratch space (`planning/scratch.py`)."""
+    lora = config.lora
+    model, adapter = _size(inputs.model), _size(inputs.adapter) if inputs.adapter is not None else 0
+    sources = [*(inputs.mix or [inputs.train]), inputs.validation, inputs.test]
+    # Where the job continues an adapter, the files of the adapter say how large its state is.
+    share = state_share(None if lora is None else lora.rank or DEFAULT_RANK)
+    state = max(int(share * model), FULL_STATE * adapter)
+    # Added tokens and a merged adapter make a copy of the base model, which is published beside an adapter.
+    is_extended = bool(config.model.added_tokens) or config.model.adapter is not None
+    exports_model = lora is None or config.storage.artifact != "Adapter"
+    return JobSize(
+        model_bytes=model + adapter,
+        artifact_bytes=(exports_model + is_extended) * model + (state if lora is not None else 0),
+        checkpoint_bytes=state,
+        data_bytes=sum(_size(source) for source in sources if source is not None),
+        nodes=config.world.nodes,
+    )
+
+
+def _size(path: Path) -> int:
+    """Return the size in bytes of the files in the folder ``path``, of the files that its index names, or of the file
+    ``path``. A file that is gone counts as empty, because the code that reads the file says so better."""
+    if path.is_file():
+        files: Iterable[Path] = [path]
+    elif (path / INDEX_FILE).is_file():
+        files = (file.path for file in read_index(path))
+    else:
+        files = path.rglob("*")
+    size = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            found = file.stat()
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size
 
 
 def model_revision(source: ModelSpec | InitialAdapterSpec, folder: Path, config_file: str = CONFIG_FILE) -> str | None:

@@ -51,7 +51,8 @@ class TrainerState(ContractModel):
     tokens: int
     """Number of supervised tokens trained on so far."""
     world_size: int
-    zero_stage: int
+    zero_stage: int | None = None
+    """None: the checkpoint was made by the plain engine."""
     rows: int
     """Number of training examples. The notice that the data has changed since the checkpoint names this number."""
     data_sha256: str | None = None

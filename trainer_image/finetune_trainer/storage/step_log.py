@@ -34,13 +34,18 @@ class StepRow(ContractModel):
     padded_tokens: int = 0
     """Number of token positions that were computed on all ranks, padding included."""
     seconds: float
+    """Seconds from the begin of the step until the CPU had issued its update. On a GPU the next step has begun then,
+    and the rest of the update counts there. All times of a row are those of rank 0."""
     data_seconds: float = 0.0
-    """Seconds that rank 0 spent on making micro-batches. All times of a row are those of rank 0."""
+    """Seconds that the CPU spent on making micro-batches during this step. The first micro-batch of the next step is
+    made in this step, and that of this step was made in the step before, unless this is the first step of a run. A GPU
+    computes meanwhile, so these seconds delay the training only where the GPU has nothing left to compute."""
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
     """Seconds of the optimizer update, including the exchange of updated weights between ranks. The exchange of
-    gradients is part of `backward_seconds`."""
+    gradients is part of `backward_seconds`. On a GPU this is the update of the step before, which was still computed
+    when the row of that step was written."""
     cpu_seconds: float = 0.0
     """CPU time in seconds that the training thread used in this step. A value well below `seconds` shows that the
     thread had to wait, for example because other threads used its CPU core."""

@@ -134,7 +134,9 @@ class BatchChatTemplate(ChatTemplate):
                 self._texts_of, self._texts = (row, tools, arguments), {}
             if wanted not in self._texts:
                 asked = Asked(row, next_texts(row, wanted))
-                made = self._made([asked], [dict(tool) for tool in tools] or None, arguments)
+                made = self._made(
+                    [asked], [dict(tool) for tool in tools] or None, arguments, are_encoded=not self._marks.has_marks
+                )
                 self._texts = made.texts[0] if made is not None else {}
             if wanted in self._texts:
                 return self._texts[wanted]
@@ -146,17 +148,24 @@ class BatchChatTemplate(ChatTemplate):
         self._ahead, self._texts_of, self._texts, self._is_quick = {}, (), {}, True
 
     def _made(
-        self, asked: Sequence[Asked], tools: list[dict[str, Any]] | None, arguments: Mapping[str, Any]
+        self,
+        asked: Sequence[Asked],
+        tools: list[dict[str, Any]] | None,
+        arguments: Mapping[str, Any],
+        *,
+        are_encoded: bool = True,
     ) -> Made | None:
-        """Return the texts that the template renders of those that are asked for, and let the tokenizer make their ids.
-        Return None if the template reaches a limit or ends its process."""
+        """Return the texts that the template renders of those that are asked for. With ``are_encoded``, let the
+        tokenizer make their ids. Nobody asks for the ids of a text with marks. Return None if the template reaches a
+        limit or ends its process."""
         try:
             made = self._process.several(asked, tools, arguments)
         except (TemplateLimitError, ValueError):
             # The limits hold for one text. If several texts reach a limit together, each of them may be within it.
             self._is_quick, self.rows_at_once = False, 1
             return None
-        self._batch_pieces.follow_ahead([text for texts in made.texts for text in texts.values()])
+        if are_encoded:
+            self._batch_pieces.follow_ahead([text for texts in made.texts for text in texts.values()])
         return made
 
 

@@ -1,8 +1,6 @@
 """Puts prepared examples into a folder of the node: token ids, ranges of supervised tokens, origins of the examples,
-and notices. The first rank of a node calls `obtain_examples`, and then all ranks of the node map the same files with
-`load_examples`. A volume that other pods share saves the work for later attempts and jobs (`example_cache.py`).
-
-Nothing in the product calls this module yet.
+and notices. `node_examples.py` calls `obtain_examples` on the first rank of a node, and then all ranks of the node map
+the same files. A volume that other pods share saves the work for later attempts and jobs (`example_cache.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from finetune_trainer.data.examples import ARRAYS, ROWS_FILE, ExampleSet
-from finetune_trainer.data.prepared.example_cache import DamagedExamples, ExampleCache, reason, writing_examples
+from finetune_trainer.data.prepared.example_cache import DamagedExamples, ExampleCache, writing_examples
 from finetune_trainer.data.prepared.prepared_rows import Origins, PreparedRows
+from finetune_trainer.pod.errors import reason_of
 
 NOTES_FILE = "notes.json"
 ORIGIN_ARRAYS = ("origin_file", "origin_number")
@@ -48,39 +47,44 @@ def obtain_examples(
     *,
     cache: Path | None = None,
     key: bytes = b"",
+    is_unchanged: Callable[[], bool] = lambda: True,
 ) -> Obtained:
     """Put the examples with the identity ``identity`` into the folder ``target``, and return them, mapped from there.
 
     They are copied from the volume that is mounted at ``cache``, or made by ``make`` and then kept on the volume for
     later. Without ``cache``, or if it is no folder, or if ``identity`` is None, they are made. ``key`` is a secret that
     all pods know which may use each other's examples. Pods with another key keep examples of their own. Without a key,
-    the seal only shows damage, and anybody who can write to the volume can put other examples there. If ``target``
-    exists, it is replaced.
+    the seal only shows damage, and whoever has access to the volume can read the examples and put others there.
+    ``is_unchanged`` is called after ``make``, and returns whether the data still have the identity ``identity``. If
+    not, ``make`` may have read other data, and its examples are not kept. If ``target`` exists, it is replaced.
 
-    Raises OutsideFailure if ``target`` can't be written, and whatever ``make`` raises. Trouble with the volume is no
-    error.
+    Raises OutsideFailure if ``target`` can't be written or read, and whatever ``make`` raises. Trouble with the volume
+    is no error.
     """
-    if cache is None or identity is None or not cache.is_dir():
-        return Obtained(_made(make, target), from_cache=False)
-    try:
-        opened = ExampleCache(cache, key)
-    except OSError as error:
-        trouble = f"the volume at {cache} can't be used ({reason(error)}): the examples are not kept"
+    trouble, opened = "", None
+    if cache is not None and identity is not None:
+        try:
+            opened = ExampleCache(cache, key) if cache.is_dir() else None
+        except OSError as error:
+            trouble = f"the volume at {cache} can't be used ({reason_of(error)}): the examples are not kept"
+    if opened is None or identity is None:
         return Obtained(_made(make, target), from_cache=False, trouble=trouble)
     with opened:
-        trouble = ""
         try:
             if _copied(opened, identity, target):
                 return Obtained(load_examples(target), from_cache=True)
         except DamagedExamples as error:
             trouble = f"the examples {identity} on the volume at {cache} {error}: they are made again"
         except OSError as error:
-            trouble = f"the volume at {cache} can't be read ({reason(error)}): the examples are made again"
+            trouble = f"the volume at {cache} can't be read ({reason_of(error)}): the examples are made again"
         prepared = _made(make, target)
+        if not is_unchanged():
+            trouble = "the data changed while the examples were made: the examples are not kept"
+            return Obtained(prepared, from_cache=False, trouble=trouble)
         try:
             opened.copy_in(identity, FILES, target)
         except OSError as error:
-            trouble = f"the volume at {cache} can't be written to ({reason(error)}): the examples are not kept"
+            trouble = f"the volume at {cache} can't be written to ({reason_of(error)}): the examples are not kept"
         return Obtained(prepared, from_cache=False, trouble=trouble)
 
 

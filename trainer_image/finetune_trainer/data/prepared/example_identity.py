@@ -23,11 +23,17 @@ from finetune_trainer.data.reader import data_files
 CODE = ((finetune_trainer, "data"), (finetune_trainer, "pod"), (finetune_core, ""))
 """The folders with the code that decides what a row becomes and what a notice says of it, each as a package and a
 folder in it."""
-CHUNK_BYTES = 4 << 20
+
+
+def data_identity(path: Path) -> str:
+    """Return a sha256 over the names and the contents of the data files of the source ``path`` on this machine. Raises
+    OSError if a file can't be read."""
+    files = [[file.name, file.place, file.is_head, file.has_rows, _sha256(file.path)] for file in data_files(path)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def example_identity(
-    path: Path,
+    data: str,
     source: str,
     field: str,
     dataset: DatasetSpec,
@@ -43,10 +49,9 @@ def example_identity(
     """Return the identity of the examples that `prepare_rows` makes, in hexadecimal, or None if it can't be known: with
     a tokenizer that is written in Python, and where rows may show the date and ``today`` is None.
 
-    ``path`` is the data source on this machine, whose files are read as a whole, and ``columns`` are the columns that
-    are read of it. ``added_tokens``, ``ends`` and ``today`` are the arguments of `tokenize_functions`, and the other
-    arguments those of `prepare_rows`. The date counts only where a chat template shows it. Raises OSError if a file
-    can't be read.
+    ``data`` is the `data_identity` of the data source, and ``columns`` are the columns that are read of it.
+    ``added_tokens``, ``ends`` and ``today`` are the arguments of `tokenize_functions`, and the other arguments those of
+    `prepare_rows`. The date counts only where a chat template shows it.
     """
     if not tokenizer.is_fast:
         return None
@@ -54,9 +59,8 @@ def example_identity(
     if shows_the_date and today is None:
         return None  # the template shows the date of the moment at which a row is rendered
     form = dataset.model_dump(mode="json", include={"format", "bad_rows", "long_rows"})
-    files = data_files(path)
     decided_by = {
-        "files": [[file.name, file.place, file.is_head, file.has_rows, _sha256(file.path)] for file in files],
+        "data": data,
         "messages": [source, field],
         "dataset": form,
         "limit": [limit.tokens, limit.origin, limit.rows],
@@ -104,8 +108,5 @@ def code_identity() -> str:
 
 
 def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ chat template is checked once for each kind of field (`recorded_kinds.py`). A ch
 known when its work began. If one of the kinds whose check failed in the chunk is known by the time when all chunks
 before it are done, the chunk is rendered once more. So the result is the same with any number of processes.
 
-Nothing in the product calls this module yet.
+`node_examples.py` calls `prepare_rows`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,18 @@ CHUNK_BYTES = 1024 * 1024
 MOST_PROCESSES = 32
 """Largest number of processes that work on rows. The first process, which reads the rows and collects the examples,
 could not keep more of them busy."""
+MEMORY_BYTES = 1 << 30
+"""There is at most one process for each so many bytes of the pod's memory. A process shares most of its memory with the
+first one, and needs about a tenth of this for the rows and texts that it works on, and for the process of its chat
+template."""
 
 
-def process_count(cpus: float) -> int:
+def process_count(cpus: float, memory: int | None = None) -> int:
     """Return the number of processes for `prepare_rows` where ``cpus`` CPUs are free, one of which the first process
-    needs. 0 means that the first process does all the work."""
-    return max(0, min(int(cpus) - 1, MOST_PROCESSES))
+    needs. 0 means that the first process does all the work. ``memory`` is the memory limit of the pod in bytes, of
+    which each process may need up to MEMORY_BYTES; None means no limit."""
+    most = MOST_PROCESSES if memory is None else memory // MEMORY_BYTES
+    return max(0, min(int(cpus) - 1, most, MOST_PROCESSES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +91,13 @@ def prepare_rows(
     `make_examples`. With a `BatchPieceTokenizer` in ``tokenize``, many texts are tokenised with one call.
 
     ``processes`` is the number of processes that work beside this one, which reads the rows and collects the examples.
-    If it is 0, or if there is only one chunk of rows, this process does all the work. Raises StopAgreed soon after
-    ``stop`` returns True, and the errors of `ChunkWorkers.results`.
+    If it is 0, or if there is only one chunk of rows, this process does all the work, and there are no more processes
+    than chunks. Raises StopAgreed soon after ``stop`` returns True, and the errors of `ChunkWorkers.results`.
     """
     work = _Work(ChunkRenderer(dataset, tokenize, limit))
     chunks = chunks_of(rows)
     made = _OriginWriter()
-    head = list(islice(chunks, 2))
+    head = list(islice(chunks, max(2, processes)))
     count = 0
 
     def outcomes() -> Generator[tuple[Row, RowOutcome], None, None]:
@@ -162,7 +168,7 @@ class _Work:
                 done = self._here([*head], rest, stop)
             else:
                 workers = stack.enter_context(
-                    ChunkWorkers[Chunk, PackedOutcomes](processes, self._in_worker, self._render.end)
+                    ChunkWorkers[Chunk, PackedOutcomes](min(processes, len(head)), self._in_worker, self._render.end)
                 )
                 done = workers.results(_chained(head, rest), self._asked, stop)
             for chunk, packed in done:

@@ -13,7 +13,6 @@ that fetch the same file do not harm each other.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import stat
@@ -24,23 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune_trainer.pod.volume_folder import CREATE, READ, UNFINISHED, VolumeFolder
 from finetune_trainer.sources.content_digest import CHUNK_BYTES, NAME, ContentDigest
 from finetune_trainer.storage.store_errors import writing
 
 FOLDER = "finetune-models"
 """Name of the folder on the volume that holds all files of the cache."""
-FREE_SHARE, MOST_FREE_BYTES = 0.05, 10 << 30
-"""Share of the volume that the cache leaves free for other files, and the largest number of bytes that it leaves
-free."""
-LEFTOVER_SECONDS = 24 * 3600
-"""An unfinished file or a turn counts as left by a pod that died if it was not changed for more than this many seconds.
-The next pod that makes room for a file deletes it."""
 _TURN_SUFFIX = ".turn"
-_UNFINISHED = "unfinished-"
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Flags to open a file that somebody else may have made: a symbolic link is not followed, and a named pipe does not
-hold the pod up."""
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +57,6 @@ class Sign(NamedTuple):
     changed_ns: int
 
 
-class _Entry(NamedTuple):
-    name: str
-    found: os.stat_result
-
-
 class ModelCache:
     """The folder of the cache on a mounted volume. The methods raise OSError for errors of the volume's file system,
     with three exceptions: `copy_out` treats a file that the pod may not read as absent. `copy_out` also goes on if it
@@ -82,30 +66,25 @@ class ModelCache:
     def __init__(self, mount: Path, pace: Pace | None = None) -> None:
         """Open the folder below ``mount``, and create it if it does not exist."""
         self.pace = pace or Pace()
-        self._lock = threading.Lock()
-        path = mount / FOLDER
-        if not path.is_dir():
-            path.mkdir(exist_ok=True)
-        # All names are relative to the opened folder. So a link that somebody puts in the folder's place has no effect.
-        self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._files = VolumeFolder(mount, FOLDER, _is_file, _is_turn)
+        self._folder = self._files.descriptor
 
     @property
     def largest_bytes(self) -> int:
         """How many bytes the cache may hold if nothing else lies on the volume."""
-        total, _ = self._space()
-        return total - _left_free(total)
+        return self._files.largest_bytes
 
     def __enter__(self) -> ModelCache:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close the folder. No other method may be called afterwards."""
-        os.close(self._folder)
+        self._files.__exit__()
 
     def check_writable(self) -> None:
         """Create a file in the folder and delete it."""
-        name = f"{_UNFINISHED}{secrets.token_hex(8)}"
-        os.close(os.open(name, _CREATE, 0o644, dir_fd=self._folder))
+        name = f"{UNFINISHED}{secrets.token_hex(8)}"
+        os.close(os.open(name, CREATE, 0o644, dir_fd=self._folder))
         os.unlink(name, dir_fd=self._folder)
 
     def copy_out(self, digest: ContentDigest, target: Path) -> bool:
@@ -115,31 +94,19 @@ class ModelCache:
         A file of this name is deleted if it has another content, is no plain file (for example a link), or may not be
         read. Raises OutsideFailure if ``target`` can't be written.
         """
-        try:
-            source = os.open(digest.name, _READ, dir_fd=self._folder)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EACCES):
+        with self._files.opened(digest.name) as source:
+            if source is None:
+                return False
+            try:
+                may_be_right = os.fstat(source.fileno()).st_size == digest.bytes
+                if may_be_right and _copied_digest(source.fileno(), digest, target) == digest.value:
+                    self._files.note_use(digest.name)
+                    return True
+            except OSError:
+                target.unlink(missing_ok=True)
                 raise
-            # Somebody put a link, a socket or an unreadable file there.
-            self._discard(digest.name)
-            return False
-        try:
-            found = os.fstat(source)
-            may_be_right = stat.S_ISREG(found.st_mode) and found.st_size == digest.bytes
-            if may_be_right and _copied_digest(source, digest, target) == digest.value:
-                # The time of the last change says when a file was last used.
-                with contextlib.suppress(OSError):
-                    os.utime(digest.name, dir_fd=self._folder, follow_symlinks=False)
-                return True
-        except OSError:
-            target.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(source)
         target.unlink(missing_ok=True)
-        self._discard(digest.name)
+        self._files.discard(digest.name)
         return False
 
     def copy_in(self, digest: ContentDigest, path: Path, keep: Collection[str]) -> bool:
@@ -153,29 +120,21 @@ class ModelCache:
         if self._has(digest):
             return digest.is_of(path)
         hasher = digest.hasher()
-        self._make_room(digest.bytes, keep)
-        name = f"{_UNFINISHED}{secrets.token_hex(8)}"
-        target = os.open(name, _CREATE, 0o644, dir_fd=self._folder)
-        try:
-            with os.fdopen(target, "wb") as copy, path.open("rb") as file:
+        with self._files.new_file(digest.bytes, keep) as new:
+            with path.open("rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     hasher.update(chunk)
-                    copy.write(chunk)
-                copy.flush()
-                os.fsync(target)
+                    new.write(chunk)
             if hasher.hexdigest() != digest.value:
                 return False
-            os.rename(name, digest.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-            os.fsync(self._folder)
-            return True
-        finally:
-            self._discard(name)
+            new.name(digest.name)
+        return True
 
     def take_turn(self, name: str) -> Turn | None:
         """Return the turn to fetch ``name``, or None while another pod has the turn. ``name`` stands for the files that
         `cached_fetch.py` fetches with one call."""
         try:
-            file = os.open(name + _TURN_SUFFIX, _CREATE, 0o644, dir_fd=self._folder)
+            file = os.open(name + _TURN_SUFFIX, CREATE, 0o644, dir_fd=self._folder)
         except FileExistsError:
             return None
         return Turn(file, name + _TURN_SUFFIX, self._folder, self.pace.beat_seconds)
@@ -184,7 +143,7 @@ class ModelCache:
         """Return the newest sign of life of the pod that has the turn for ``name``, or None if no pod has the turn."""
         try:
             # Network file systems ask for the state of a file anew when the file is opened.
-            file = os.open(name + _TURN_SUFFIX, _READ, dir_fd=self._folder)
+            file = os.open(name + _TURN_SUFFIX, READ, dir_fd=self._folder)
         except FileNotFoundError:
             return None
         try:
@@ -195,7 +154,7 @@ class ModelCache:
 
     def end_turn_of_others(self, name: str) -> None:
         """Delete the turn for ``name`` of a pod that died or is too slow."""
-        self._discard(name + _TURN_SUFFIX)
+        self._files.discard(name + _TURN_SUFFIX)
 
     def _has(self, digest: ContentDigest) -> bool:
         try:
@@ -204,58 +163,13 @@ class ModelCache:
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size == digest.bytes
 
-    def _make_room(self, size: int, keep: Collection[str]) -> None:
-        """Delete what pods that died have left, and then the files that were not used for the longest time, until there
-        is room for ``size`` bytes. The files called ``keep`` stay. Raises OSError with ENOSPC if there can't be enough
-        room."""
-        with self._lock:
-            total, free = self._space()
-            missing = size + _left_free(total) - free
-            leftovers, files = self._entries()
-            spare = [(name, found) for name, found in files if name not in keep]
-            if missing > sum(found.st_blocks * 512 for _, found in leftovers + spare):
-                # If even the deletion of all files would not make enough room, the files of other models are kept.
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for name, _ in leftovers:
-                self._discard(name)
-            missing -= sum(found.st_blocks * 512 for _, found in leftovers)
-            for name, found in spare:
-                if missing <= 0:
-                    break
-                self._discard(name)
-                missing -= found.st_blocks * 512
 
-    def _space(self) -> tuple[int, int]:
-        """Return the size of the volume and its free space in bytes."""
-        volume = os.statvfs(self._folder)
-        return volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
+def _is_file(name: str) -> bool:
+    return NAME.fullmatch(name) is not None
 
-    def _entries(self) -> tuple[list[_Entry], list[_Entry]]:
-        """Return two lists: what pods that died have left (see LEFTOVER_SECONDS), and the files of models in the order
-        of their last use, the oldest first. Younger unfinished files and turns, and files with names that the cache
-        does not use, are in neither list."""
-        entries = []
-        with os.scandir(self._folder) as listed:
-            for item in listed:
-                with contextlib.suppress(FileNotFoundError):
-                    if item.is_file(follow_symlinks=False):
-                        entries.append(_Entry(item.name, item.stat(follow_symlinks=False)))
-        # The clock of the file system may differ from that of this machine. So ages are measured back from the last
-        # change of the newest file.
-        old = max((found.st_mtime for _, found in entries), default=0.0) - LEFTOVER_SECONDS
-        leftovers = [
-            entry
-            for entry in entries
-            if entry.name.startswith(_UNFINISHED) or entry.name.endswith(_TURN_SUFFIX)
-            if entry.found.st_mtime < old
-        ]
-        files = [entry for entry in entries if NAME.fullmatch(entry.name)]
-        return leftovers, sorted(files, key=lambda entry: entry.found.st_mtime)
 
-    def _discard(self, name: str) -> None:
-        """Delete a file, if this pod may do so."""
-        with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=self._folder)
+def _is_turn(name: str) -> bool:
+    return name.endswith(_TURN_SUFFIX)
 
 
 class Turn:
@@ -310,10 +224,6 @@ class Patience:
         return now - last_change > self._pace.dead_seconds or now - began > limit
 
 
-def _left_free(total: int) -> int:
-    return min(int(FREE_SHARE * total), MOST_FREE_BYTES)
-
-
 def _copied_digest(source: int, digest: ContentDigest, target: Path) -> str:
     """Copy the open file ``source`` to ``target``, and return the digest of what was copied. Raises OutsideFailure if
     ``target`` can't be written.
@@ -323,12 +233,14 @@ def _copied_digest(source: int, digest: ContentDigest, target: Path) -> str:
     hasher, left = digest.hasher(), digest.bytes
     with writing(target):
         copy = target.open("wb")
-    with copy:
+    try:
         while left and (chunk := os.read(source, min(CHUNK_BYTES, left))):
             hasher.update(chunk)
             left -= len(chunk)
             with writing(target):
                 copy.write(chunk)
+    finally:
         with writing(target):
-            copy.flush()
+            # Closing writes what is left in the buffer, and fails again where an earlier write has failed.
+            copy.close()
     return hasher.hexdigest()

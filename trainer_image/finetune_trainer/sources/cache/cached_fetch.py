@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure, reason_of
 from finetune_trainer.sources.cache.cache_folder import ModelCache, Pace, Patience
 from finetune_trainer.sources.content_digest import ContentDigest, own_digest
 from finetune_trainer.sources.file_selection import shown
@@ -43,13 +43,12 @@ def fetch_model_files(
     downloaded file does not have the content that its source states, if two downloads of the file had different
     contents, or if the bucket with the digests ``own`` can't be reached.
     """
-    if not cache.is_dir():
-        files.fetch(names, folder)
-        return
     try:
-        opened = ModelCache(cache, pace)
+        opened = ModelCache(cache, pace) if cache.is_dir() else None
     except OSError as error:
-        _say(f"the volume can't be used ({_reason(error)}): the model is fetched from its source")
+        _say(f"the volume can't be used ({reason_of(error)}): the model is fetched from its source")
+        opened = None
+    if opened is None:
         files.fetch(names, folder)
         return
     with opened:
@@ -180,7 +179,7 @@ class _CachedFetch:
                 is_there = digest is not None and self._cache.copy_out(digest, self._folder / name)
             except OSError as error:
                 is_there = self._can_read = False
-                self._say_once("read", f"the volume can't be read ({_reason(error)}): files come from their source")
+                self._say_once("read", f"the volume can't be read ({reason_of(error)}): files come from their source")
             if is_there:
                 with self._lock:
                     self._done.add(name)
@@ -231,7 +230,7 @@ class _CachedFetch:
             yield
         except OSError as error:
             self._can_write = False
-            self._say_once("write", f"the volume can't be written to ({_reason(error)}): what it lacks is not kept")
+            self._say_once("write", f"the volume can't be written to ({reason_of(error)}): what it lacks is not kept")
 
     def _say_once(self, subject: str, sentence: str) -> None:
         with self._lock:
@@ -245,16 +244,16 @@ def cache_notices(bytes_of_model: int, cache: Path) -> list[str]:
     """Return a sentence if the pods can't write to the volume of the cache, or if the volume is too small for a model
     of ``bytes_of_model`` bytes. The preflight check reports it. ``cache`` is the folder at which the volume is mounted.
     If that folder does not exist, the job has no cache."""
-    if not cache.is_dir():
-        return []
     try:
+        if not cache.is_dir():
+            return []
         with ModelCache(cache) as opened:
             opened.check_writable()
             largest = opened.largest_bytes
     except OSError as error:
         return [
-            f"{FIELD}: user {os.getuid()} of the pods can't write to the volume ({_reason(error)}), so pods fetch what"
-            " it lacks and do not keep it"
+            f"{FIELD}: user {os.getuid()} of the pods can't write to the volume ({reason_of(error)}), so pods fetch"
+            " what it lacks and do not keep it"
         ]
     if largest < bytes_of_model:
         return [
@@ -262,10 +261,6 @@ def cache_notices(bytes_of_model: int, cache: Path) -> list[str]:
             f" {bytes_of_model >> 20} MiB, so pods fetch the rest each time"
         ]
     return []
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or os.strerror(error.errno or 0)
 
 
 def _say(sentence: str) -> None:

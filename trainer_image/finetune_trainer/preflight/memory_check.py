@@ -1,0 +1,131 @@
+"""Checks by the plan of the training whether it fits the memory of its GPUs, before any GPU is held.
+
+`preflight/entrypoint.py` calls `check_memory_of` once the base model and the first rows are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from finetune_core.api.method import DEFAULT_RANK
+from finetune_core.contract import RunConfig
+from finetune_core.contract.preflight_result import PlannedNeeds
+from finetune_core.errors import UserError
+from finetune_core.planned_job import wishes_of_run
+from finetune_core.planning.advice import Suggestion, suggestions
+from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
+from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, gibibytes, plan_job, was_measured
+from finetune_core.planning.memory import memory_plan
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
+from finetune_trainer.pod.model_text_files import read_json_object
+
+REFUSED_EXCESS: Final = 1.1
+"""The job is refused where it needs more than this multiple of a GPU's memory for rows that it certainly trains on. The
+plan is up to 8 % too high (docs/planning.md)."""
+REFUSED_UNMEASURED: Final = 1.5
+"""The same multiple for trainings whose memory was never measured."""
+GPU_FIELD: Final = "resources.gpuProduct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCheck:
+    """What the plan says about a training that is not refused."""
+
+    planned: PlannedNeeds | None
+    """None where the figures are larger than any that a job can ask for."""
+    notices: Sequence[str]
+    """Sentences for the user about a training that may not fit."""
+
+
+def check_memory_of(config: RunConfig, model: Path, *, longest_row: int | None) -> MemoryCheck | None:
+    """Return what `check_memory` returns for the base model in the folder ``model``."""
+    return check_memory(config, read_json_object(model / CONFIG_FILE), longest_row=longest_row)
+
+
+def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest_row: int | None) -> MemoryCheck | None:
+    """Return what the training ``config`` needs by its plan, and notices where a GPU or a pod may have too little.
+
+    ``configuration`` is the content of the base model's `config.json`. ``longest_row`` is the number of tokens of the
+    longest training example that was read, or None where none was. The result is None where there is no plan: on CPUs,
+    and for GPUs and models that the plan does not know.
+
+    Raises UserError where the training can't fit: where it needs far more than a GPU has even if no row is longer than
+    ``longest_row``. The figures of the notices are those of rows with `dataset.maxLength` tokens, because nobody knows
+    the rows that were not read.
+    """
+    product = config.world.gpu_product
+    if config.world.device != "GPU" or product is None:
+        return None
+    try:
+        gpu = find_gpu(product)
+        wishes = wishes_of_run(config, configuration)
+        # A packed sequence is filled up to its largest length, whatever the rows have.
+        shortest = wishes if config.dataset.packing else wishes_of_run(config, configuration, length=longest_row or 1)
+    except UserError:
+        # The plan does not know the GPU or the model, or the model is one that another check refuses.
+        return None
+    plan = plan_job(wishes, gpu)
+    least = memory_plan(shortest.setup)
+    most = gpu.memory * (REFUSED_EXCESS if was_measured(shortest.setup) else REFUSED_UNMEASURED)
+    # What `deepspeed.overrides` changes is not planned, and may take less memory.
+    if least.needed > most and not wishes.needs_deepspeed:
+        raise UserError(
+            GPU_FIELD,
+            f"must name a GPU with more memory, because the training takes at least {gibibytes(least.needed)} of each"
+            f" GPU at the peak ({least.peak_phase}) and the {gpu.name} has {gibibytes(gpu.memory)};"
+            f" {_smallest_change(wishes, plan)}",
+        )
+    notices = [*_gpu_notices(wishes, plan), *_host_notices(wishes, plan)]
+    return MemoryCheck(planned=_needs(plan), notices=notices)
+
+
+def _needs(plan: JobPlan) -> PlannedNeeds | None:
+    try:
+        return PlannedNeeds(gpu_memory_bytes=plan.memory.needed, memory_bytes=plan.host.memory, cpus=plan.host.cpus)
+    except ValidationError:  # `config.json` names sizes that no machine has
+        return None
+
+
+def _gpu_notices(wishes: Wishes, plan: JobPlan) -> Iterator[str]:
+    """Yield a notice where a GPU may have too little memory."""
+    gpu = plan.gpu
+    if plan.memory.needed > gpu.memory:
+        yield (
+            f"{GPU_FIELD}: with rows of {wishes.setup.length:,} tokens the training takes"
+            f" {gibibytes(plan.memory.needed)} of each GPU, and the {gpu.name} has {gibibytes(gpu.memory)};"
+            f" {_smallest_change(wishes, plan)}"
+        )
+
+
+def _host_notices(wishes: Wishes, plan: JobPlan) -> Iterator[str]:
+    """Yield a notice where a pod may need more memory than it gets, or than machines have. This is never a reason to
+    refuse a job, because the memory of the host was never measured."""
+    needed = f"resources.memory: a pod may need {gibibytes(plan.host.memory)}"
+    if wishes.memory is None:
+        if plan.host.memory > LARGEST_HOST:
+            yield f"{needed}, and machines with 8 GPUs have at most {gibibytes(LARGEST_HOST)}"
+    elif plan.host.memory > wishes.memory:
+        yield (
+            f"{needed}, and gets {gibibytes(wishes.memory)}; enough is"
+            f" spec.resources.memory: {-(-plan.host.memory // GIBIBYTE)}Gi"
+        )
+
+
+def _smallest_change(wishes: Wishes, plan: JobPlan) -> str:
+    """Return the change of the fewest fields after which the training of ``plan`` fits, as the end of a sentence.
+
+    Weights in 4 bits are left out, because the run file does not have all fields that their rules compare.
+    """
+
+    def again(made: Suggestion) -> JobPlan | None:
+        return None if any(line.startswith("spec.lora.quantization:") for line in made.lines) else made.plan
+
+    found = suggestions(wishes, plan, rank=DEFAULT_RANK, again=again)
+    if not found:
+        return "no small change makes it fit"
+    return f"the smallest change with which it fits is {', '.join(found[0].lines)}"
