@@ -19,7 +19,7 @@ from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import ACCESS_KEY, SECRET_KEY, ObjectStore, write_credentials
 from tests.trainer.pods import Attempt, fill_bucket, run_config
 from tests.trainer.smallstore import FULL, fill, make_room, small_store
-from tests.trainer.storeproxy import Fault, StoreProxy, proxy_before
+from tests.trainer.storeproxy import Fault, Request, StoreProxy, pass_all, proxy_before
 from tests.trainer.test_recovery import committed_steps
 from tests.trainer.test_store_faults import assert_every_commit_verifies
 
@@ -91,6 +91,30 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
     result = attempt.pods[0].result
     assert result.message == f"told to stop: the checkpoint of step {result.step} is committed"
     assert newest_commit(store, "background") == result.step
+
+
+def test_a_store_that_deletes_nothing_for_a_while_is_told_too(
+    store: ObjectStore, proxy: StoreProxy, pods: StartPods
+) -> None:
+    """The next checkpoint waits while old ones are deleted, so an outage in this moment must not stay untold."""
+
+    def fault(request: Request) -> Fault | None:
+        deletes = request.method == "DELETE" or (request.method == "POST" and request.path.endswith("?delete="))
+        return Fault.RESET_BEFORE if deletes else None
+
+    attempt = pods(run_config(store, "undeleted", storage__endpoint=proxy.endpoint, **ENDLESS))
+    attempt.wait_for(lambda: newest_step(attempt) >= 1, "the first step")
+    proxy.plan = fault
+    said = (
+        "checkpoints: old checkpoints can't be deleted, so the next one waits, training goes on: storage.endpoint: http"
+    )
+    attempt.wait_for(lambda: said in attempt.output, "the trainer says it")
+    start = newest_step(attempt)
+    attempt.wait_for(lambda: newest_step(attempt) >= start + 20, "20 steps meanwhile")
+    proxy.plan = pass_all
+    attempt.wait_for(lambda: "checkpoints are committed again" in attempt.output, "the trainer says that too")
+    attempt.pods[0].process.send_signal(signal.SIGTERM)
+    assert attempt.wait() == [143]
 
 
 def assert_no_key_is_told(attempt: Attempt) -> None:

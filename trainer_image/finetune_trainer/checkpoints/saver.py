@@ -84,7 +84,7 @@ class Saver:
         self._gang = gang
         self._background_gang = gang.background()
         self._root = root.for_background(BACKGROUND_BUDGET_SECONDS, self._note_upload_problem)
-        self._retention_root = root
+        self._retention_root = root.telling(self._note_retention_problem)
         self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
         self._base_digests = start.base_digests.model_dump()
@@ -95,7 +95,7 @@ class Saver:
         self._segment = 0
         self._snapshots_taken = 0
         self._snapshot_at = self._committed_at = self._upload_began_at = clock()
-        self._upload_problem = self._retention_failure = ""
+        self._upload_problem = self._retention_problem = self._retention_failure = ""
         self._is_failure_reported = False
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
         """The committed checkpoints that led to the current weights, oldest first. Only rank 0 removes deleted
@@ -155,6 +155,10 @@ class Saver:
             return ""
         if self._upload_problem:
             return f"the checkpoint of step {step} can't be committed, training goes on: {self._upload_problem}"
+        if self._retention_problem:
+            return (
+                f"old checkpoints can't be deleted, so the next one waits, training goes on: {self._retention_problem}"
+            )
         if elapsed > SLOW_UPLOAD_SECONDS and self._snapshot_at > self._upload_began_at:
             return f"the upload of step {step} takes longer than the time between two checkpoints: {elapsed:.0f} s"
         return ""
@@ -267,6 +271,9 @@ class Saver:
     def _note_upload_problem(self, sentence: str) -> None:
         self._upload_problem = sentence
 
+    def _note_retention_problem(self, sentence: str) -> None:
+        self._retention_problem = sentence
+
     def _upload(self, taken: Snapshot) -> CheckpointRecord:
         """Upload this rank's files, then let rank 0 commit the checkpoint. Return the checkpoint's record, on every
         rank."""
@@ -353,6 +360,8 @@ class Saver:
             # on, and the bucket holds more checkpoints than the job asks for.
             self._retention_failure = str(failure)
             return
+        finally:
+            self._note_retention_problem("")
         self.lineage = tuple(record for record in self.lineage if _id(record) in keep)
         self._other_checkpoints = ()
 

@@ -60,12 +60,13 @@ class ForkedProcess:
         if self._status is None and self.is_of_this_process:
             if seconds:
                 self._wait(seconds)
-            self.connection.close()
             ended, self._status = os.waitpid(self.id, os.WNOHANG)
             if not ended:
-                # The signal does not change the status of a process that is ending by itself.
+                # The signal does not change the status of a process that is ending by itself. The connection is closed
+                # afterwards, because a process that reads from it would end by itself too.
                 os.kill(self.id, signal.SIGKILL)
                 _, self._status = os.waitpid(self.id, 0)
+            self.connection.close()
         return self._status or 0
 
     def _wait(self, seconds: float) -> None:

@@ -164,6 +164,10 @@ class Store:
         retries = replace(self._retries, budget_seconds=seconds, retry_refusals=True, on_attempt=on_attempt)
         return self._with(retries)
 
+    def telling(self, on_attempt: Callable[[str], None]) -> Store:
+        """Return a copy of this store that calls ``on_attempt`` as `for_background` says."""
+        return self._with(replace(self._retries, on_attempt=on_attempt))
+
     def _with(self, retries: Retries) -> Store:
         other = copy.copy(self)
         other._retries = retries

@@ -67,6 +67,10 @@ class RunRoot:
         """Return the same folder, with a store for background work. See `Store.for_background` for the parameters."""
         return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
+    def telling(self, on_attempt: Callable[[str], None]) -> RunRoot:
+        """Return the same folder, with a store that tells its failed requests. See `Store.telling`."""
+        return RunRoot(self.store.telling(on_attempt), self.location)
+
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""
         return self.location.uri(key)
