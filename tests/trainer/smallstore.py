@@ -16,11 +16,8 @@ from tests.trainer.small_volume import mounted
 FULL = re.compile("XMinioStorageFull|no space left on device|its disk may be full")
 """Matches the error messages of MinIO and of the trainer about a full disk. The last alternative is the trainer's
 message where the store took only a part of an object."""
-PURGE_SECONDS = 5
-"""Seconds between two cleanings of the trash folder to which MinIO moves deleted objects.
-
-MinIO's default is 5 minutes.
-"""
+TRASH = Path("data/.minio.sys/tmp/.trash")
+"""Folder to which MinIO moves deleted objects."""
 BALLAST = "ballast/"
 BALLAST_BYTES = 4_000_000
 
@@ -32,7 +29,7 @@ def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
     try:
         with (
             mounted(folder / "data", "40m"),
-            running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small,
+            running_store(minio, folder) as small,
         ):
             yield small
     finally:
@@ -54,9 +51,17 @@ def fill(small: ObjectStore, folder: Path) -> int:
     raise AssertionError("the store never filled up")
 
 
-def make_room(small: ObjectStore) -> int:
-    """Delete the objects that `fill` wrote, as an administrator would, and return their number."""
+def make_room(small: ObjectStore, folder: Path) -> int:
+    """Delete the objects that `fill` wrote, as an administrator would, and return their number. ``folder`` is that of
+    `small_store`.
+
+    MinIO empties its trash every 5 minutes. `MINIO_DELETE_CLEANUP_INTERVAL` changes the first interval only where MinIO
+    reads its configuration before it starts the timer, which it does not on a machine without other work. So this
+    function empties the trash.
+    """
     names = small.keys(BALLAST)
     for name in names:
         small.client.remove_object(BUCKET, name)
+    for deleted in (folder / TRASH).iterdir():
+        shutil.rmtree(deleted, ignore_errors=True)
     return len(names)

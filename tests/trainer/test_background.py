@@ -102,7 +102,7 @@ def test_a_store_that_deletes_nothing_for_a_while_is_told_too(
         deletes = request.method == "DELETE" or (request.method == "POST" and request.path.endswith("?delete="))
         return Fault.RESET_BEFORE if deletes else None
 
-    attempt = pods(run_config(store, "undeleted", storage__endpoint=proxy.endpoint, **ENDLESS))
+    attempt = pods(run_config(store, "undeleting", storage__endpoint=proxy.endpoint, **ENDLESS))
     attempt.wait_for(lambda: newest_step(attempt) >= 1, "the first step")
     proxy.plan = fault
     said = (
@@ -192,7 +192,7 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
         assert attempt.output.count("training goes on") > attempt.output.count("checkpoints are committed again")
         assert_every_commit_verifies(small, "runs/default/full/")
 
-        assert make_room(small) > 1
+        assert make_room(small, tmp_path / "small") > 1
         reached = newest_step(attempt)
         attempt.wait_for(lambda: newest_commit(small, "full") > reached, "checkpoints after there is room again")
         attempt.wait_for(lambda: "checkpoints are committed again" in attempt.output, "the trainer says that too")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,10 +37,11 @@ from finetune_trainer.engine.gradient_norm import clipping_factor
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.masters import Bf16Masters, Fp32Masters
 from finetune_trainer.engine.plain_engine import PlainEngine
-from finetune_trainer.engine.state import STATE_KINDS, take_snapshot
+from finetune_trainer.engine.state import STATE_KINDS, load_state, take_snapshot
 from finetune_trainer.kernels.parts import KernelPart
 from finetune_trainer.model.attention import Kernel
 from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.pod.errors import Damaged
 from tests.trainer import test_lora_variants as variants
 from tests.trainer.engine_runs import (
     GLOBAL_BATCH,
@@ -143,6 +144,19 @@ def test_the_kernels_do_not_change_a_bit_of_a_full_training_in_fp32(tiny_model: 
     assert norms == plain_norms
     for name, weight in plain_weights.items():
         assert torch.equal(kernels[name], weight), name
+
+
+def test_a_training_state_without_some_parameters_is_damaged(tiny_model: Path, tmp_path: Path) -> None:
+    """Otherwise the training would go on with the moments and values of a new optimizer for these parameters."""
+    run = EngineRun(method="LoRA", parts=((PLAIN, 1),))
+    train(run, tiny_model, tmp_path)
+    file = state_folder(run, tmp_path, 0) / STATE_FILE
+    tensors = load_file(file)
+    name = next(iter(tensors)).rpartition("/")[0]
+    save_file({key: value for key, value in tensors.items() if not key.startswith(f"{name}/")}, file)
+    engine = make_engine(run, PLAIN, load(run, tiny_model))
+    with pytest.raises(Damaged, match=f"lacks parameter {name}"):
+        load_state(engine, file.parent, updates=1)
 
 
 def test_lora_plus_trains_as_with_the_optimizer_of_peft(tiny_model: Path, tmp_path: Path) -> None:

@@ -95,8 +95,12 @@ def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Pat
 
 def load_state(engine: TrainingEngine, folder: Path, *, updates: int) -> None:
     """Set the engine's fp32 values and AdamW moments to those of the checkpoint in ``folder``, and its number of
-    updates to ``updates``."""
+    updates to ``updates``. Raises Damaged where the checkpoint lacks a trained parameter."""
     engine.prepare_state(updates)
+    missing = dict.fromkeys(engine.parameter_shapes)
     with torch.no_grad():
         for name, tensors in stored_tensors(folder):
             engine.write_state(name, tensors)
+            missing.pop(name, None)
+    if missing:
+        raise Damaged(f"the checkpoint lacks parameter {next(iter(missing))}")

@@ -165,7 +165,8 @@ class Store:
         return self._with(retries)
 
     def telling(self, on_attempt: Callable[[str], None]) -> Store:
-        """Return a copy of this store that calls ``on_attempt`` as `for_background` says."""
+        """Return a copy of this store that calls ``on_attempt`` as `for_background` says, and not after an error for
+        which a request is not repeated."""
         return self._with(replace(self._retries, on_attempt=on_attempt))
 
     def _with(self, retries: Retries) -> Store:

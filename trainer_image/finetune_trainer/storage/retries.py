@@ -46,7 +46,7 @@ class Retries:
     bucket."""
     on_attempt: Callable[[str], None] = _ignore
     """Called with the error message after each failed request, and with an empty text when a repeated request
-    succeeds."""
+    succeeds. Not called after an error for which a request is not repeated."""
     wait: Callable[[float], None] = time.sleep
     """Called before a failed request is repeated. Must wait the given number of seconds."""
 
@@ -85,8 +85,10 @@ class Retries:
                 return done
             failed = True
             cause = one_line(cause)  # a server may answer anything, also line breaks
+            if final and not self.retry_refusals:
+                raise OutsideFailure(cause)
             self.on_attempt(cause)
-            if (final and not self.retry_refusals) or time.monotonic() + delay > deadline:
+            if time.monotonic() + delay > deadline:
                 raise OutsideFailure(cause)
             self.wait(delay)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
