@@ -296,9 +296,8 @@ class Run:
             ),
         )
         if state is not None:
-            load_state(self.engine, fetched, updates=state.updates)
-        # The ranks of a node share the folder, so it is deleted when the last of them has read it.
-        gang.run_on_all_ranks(lambda: None)
+            # The ranks of a node share the folder, which must stay until the last of them has read it.
+            gang.run_on_all_ranks(partial(load_state, self.engine, fetched, updates=state.updates))
         shutil.rmtree(fetched, ignore_errors=True)
         self.saver = Saver(gang, root, start, plan.folder, config.storage, config.evaluation.best_by)
         batches = MicroBatcher(
