@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune_core.planning import engine_memory
 from finetune_core.planning.activations import MEASURED_FAMILIES
 from finetune_core.planning.memory import STEP_PHASES, Phase
+from finetune_trainer.engine import config, gradient_norm, masters
 from tests.planning.engine_memory import Measurement, measure_all
 from tests.planning.memory_cases import CASES, MODELS
 from tests.planning.planned_cases import planned, setup_of
@@ -40,6 +42,15 @@ def errors(measured: dict[str, Measurement]) -> dict[str, float]:
     """Return the plan's error of the peak of an optimizer step for each measurement, as a share of the measured
     peak."""
     return {name: planned(CASES[name]).step_peak / found.peak - 1 for name, found in measured.items()}
+
+
+def test_the_plan_has_the_sizes_of_the_trainer() -> None:
+    """The plan has copies of these numbers, because the core does not import the trainer."""
+    assert engine_memory.UPDATED_ELEMENTS == masters.BATCH_ELEMENTS
+    assert engine_memory.SMALL_ELEMENTS == masters.SMALL_ELEMENTS
+    assert engine_memory.WAITING_ELEMENTS == masters.WAITING_ELEMENTS
+    assert engine_memory.NORM_PIECE_BYTES == 8 * gradient_norm.NORM_ELEMENTS
+    assert engine_memory.BUCKET_ELEMENTS == config.BUCKET_ELEMENTS
 
 
 def test_every_case_was_measured() -> None:
