@@ -209,6 +209,8 @@ class Engine:
 
     def discard_gradient(self) -> None:
         """Drop the accumulated gradient, so that no update is made with it."""
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
         self._norm = None
         self._optimizer.zero_grad()
         if self._stage == 0:
@@ -219,6 +221,9 @@ class Engine:
         # Clear what DeepSpeed clears when a gradient overflows (`step` in deepspeed/runtime/zero/stage_1_and_2.py).
         if self._optimizer.cpu_offload:
             self._optimizer.reset_cpu_buffers()
+            # Otherwise the first micro-batch of the next step would add its gradient to the dropped one, which is still
+            # in CPU memory.
+            self._optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         for group in self._optimizer.averaged_gradients:
             self._optimizer.averaged_gradients[group] = None
             self._optimizer.all_grad_tensors[group] = None
