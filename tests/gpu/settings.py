@@ -18,6 +18,7 @@ from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 
 LOOPBACK = "127.0.0.1"
+LORA_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class Setup:
 
     method: str
     """`LoRA` or `Full`."""
-    stage: int
+    stage: int | None
+    """ZeRO stage; None for the plain engine."""
     rows: int
     """Sequences of a micro-batch."""
     length: int
@@ -94,9 +96,10 @@ class Setup:
         return f"{self.rows} x {self.length}{' packed' if self.packed_tokens else ''}"
 
 
-SHORT = Setup(method="LoRA", stage=1, rows=8, length=512)
-LONG = Setup(method="LoRA", stage=1, rows=1, length=4096)
-PACKED = Setup(method="LoRA", stage=1, rows=1, length=4096, packed_tokens=200)
+SHORT = Setup(method="LoRA", stage=None, rows=8, length=512)
+LONG = Setup(method="LoRA", stage=None, rows=1, length=4096)
+PACKED = Setup(method="LoRA", stage=None, rows=1, length=4096, packed_tokens=200)
+"""The plain engine, because `deepspeed.zeroStage: Auto` takes it where one process trains with LoRA."""
 FULL_SHORT = Setup(method="Full", stage=2, rows=8, length=512, recompute=True)
 FULL_LONG = Setup(method="Full", stage=2, rows=1, length=4096, recompute=True)
 """Stage 2, because stage 1 needs 24 bytes a parameter at its peak, 151 GiB for 7B, which no GPU of 141 GB has."""
@@ -137,7 +140,7 @@ def run_config(setup: Setup, *, dry: bool) -> RunConfig:
         },
     }
     if setup.method == "LoRA":
-        config["lora"] = {"rank": 8, "alpha": 16}
+        config["lora"] = {"rank": LORA_RANK, "alpha": 16}
     return RunConfig.model_validate(config)
 
 
