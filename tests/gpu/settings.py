@@ -6,6 +6,7 @@ this is needed before torch may be imported.
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from finetune_core.contract import Identity, RunConfig
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.ranks.device_environment import device_environment
 
 LOOPBACK = "127.0.0.1"
 LORA_RANK = 8
@@ -156,7 +158,11 @@ def rank_environment(
 ) -> Mapping[str, str]:
     """Return the environment variables with which the launcher starts a worker (`finetune_trainer/processes.py`). All
     ranks compute on the first GPU."""
+    settings = device_environment(
+        "CPU" if dry else "GPU", ranks=world_size, scratch=Path(tempfile.gettempdir()), given=os.environ
+    )
     return {
+        **settings.environment,
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),

@@ -25,7 +25,7 @@ from tests.gpu.catalogue import GOALS, SECTIONS, Section
 from tests.gpu.expected_memory import expected_peak_bytes
 from tests.gpu.report import Check, End, Expectation, Figures, Line, SectionEnd, from_json, to_json
 from tests.gpu.runner import DRY_SLACK, IMPORT_SECONDS, run_sections
-from tests.gpu.settings import FULL_SHORT, LLAMA_2_7B, SHORT
+from tests.gpu.settings import FULL_SHORT, LLAMA_2_7B, SHORT, rank_environment
 from tests.gpu.verdict import HIGHEST_STATUS, Verdict, judge
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -378,6 +378,18 @@ def test_lines_survive_their_json_also_with_numbers_that_json_lacks() -> None:
     assert from_json(to_json(line, 1.0)) == Figures(
         "any", "case", {"loss": "nan", "places": {"a.py:1": 2}, "kernel": None}
     )
+
+
+# ---- The environment of a rank ----
+
+
+def test_a_rank_of_the_check_has_the_variables_that_the_launcher_sets_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise torch's allocator would leave other gaps than in a training, and NCCL would not say why it fails."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert rank_environment(dry=False)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert rank_environment(dry=False, world_size=2)["NCCL_DEBUG"] == "WARN"
+    assert "PYTORCH_ALLOC_CONF" not in rank_environment(dry=True)
 
 
 # ---- Expected memory ----
