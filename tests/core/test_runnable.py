@@ -12,7 +12,7 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.gpu_types import GPU_TYPES
 from finetune_core.resolve import resolve
-from finetune_core.validation.overrides import RESERVED_KEYS, override_problems
+from finetune_core.validation.overrides import RESERVED_KEYS, SETTLED_KEYS, override_problems
 from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
 from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import quickstart
@@ -223,14 +223,21 @@ def test_an_argument_that_no_chat_template_can_get_is_refused(arguments: dict[st
     assert all(problem.startswith(sentence or "") for problem in found)
 
 
-@pytest.mark.parametrize("key", RESERVED_KEYS)
-def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
+@pytest.mark.parametrize(("key", "reason"), (RESERVED_KEYS | SETTLED_KEYS).items())
+def test_a_key_that_another_field_or_the_trainer_decides_is_refused(key: str, reason: str) -> None:
     text = "1"
     for part in reversed(key.split(".")):
         text = f'{{"{part}": {text}}}'
     (problem,) = override_problems(text)
     assert key in str(problem)
-    assert RESERVED_KEYS[key] in str(problem)
+    assert reason in str(problem)
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "2", '"x"'])
+def test_a_section_of_the_configuration_can_not_be_replaced_as_a_whole(value: str) -> None:
+    """The trainer's own settings in the section would be gone, its ZeRO stage among them."""
+    (problem,) = override_problems(f'{{"zero_optimization": {value}}}')
+    assert str(problem) == "spec.deepspeed.overrides: must hold an object under zero_optimization"
 
 
 @pytest.mark.parametrize(

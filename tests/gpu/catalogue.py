@@ -46,7 +46,7 @@ SECTIONS: Sequence[Section] = (
         module="tests.gpu.exactness",
         function="stages",
         seconds=60,
-        measures="losses and gradient norms of five steps in fp32 at ZeRO stages 0 to 3, LoRA and Full",
+        measures="losses and gradient norms of five steps in fp32, with the plain engine and at ZeRO stages 0 to 3",
         expects="those of a plain loop on the same device",
     ),
     Section(

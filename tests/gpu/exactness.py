@@ -45,7 +45,7 @@ RESUMED_AFTER = 2
 
 
 def stages(check: Check) -> None:
-    """Train a small model at each ZeRO stage, and by a plain loop on the same device."""
+    """Train a small model with the plain engine, at each ZeRO stage, and by a plain loop on the same device."""
     gang = joined_gang(dry=check.dry)
     shape = shape_for(check, SMALL)
     length = 24 if check.dry else 96
@@ -60,7 +60,7 @@ def stages(check: Check) -> None:
             plain_model = with_method(load_base(Path(folder), torch.float32), run_config(setup, dry=check.dry))
             examples = [[example for part in step for row in part for example in row] for step in micro_batches]
             expected = plain_steps(plain_model.to(gang.device), examples, RATE, gang.device)
-            for stage in (0, 1, 2, 3):
+            for stage in (None, 0, 1, 2, 3):
                 staged = replace(setup, stage=stage)
                 config = run_config(staged, dry=check.dry)
                 sharding = shard_new_models(config.optimization, gang.world_size)
@@ -74,12 +74,16 @@ def stages(check: Check) -> None:
                 del sharding
                 difference = _difference(found, expected)
                 check.expect(
-                    f"{method} at ZeRO stage {stage} trains as a plain loop, to {STAGE_DIFFERENCE:g}",
+                    f"{method} {_engine_of(stage)} trains as a plain loop, to {STAGE_DIFFERENCE:g}",
                     difference <= STAGE_DIFFERENCE,
                     difference=difference,
                     losses=[step.loss for step in found],
                     plain_losses=[step.loss for step in expected],
                 )
+
+
+def _engine_of(stage: int | None) -> str:
+    return "without DeepSpeed" if stage is None else f"at ZeRO stage {stage}"
 
 
 def _difference(found: Sequence[Step], expected: Sequence[Step]) -> float:
@@ -128,7 +132,7 @@ def packing(check: Check) -> None:
 
 def resume(check: Check) -> None:
     """Compare a straight run with its repetition, and with a run that stops, writes a checkpoint, and resumes."""
-    for method, stage in (("LoRA", 1), ("Full", 2)):
+    for method, stage in (("LoRA", 1), ("Full", 2), ("LoRA", None), ("Full", None)):
         setup = setup_for(check, Setup(method=method, stage=stage, rows=2, length=512))
         shape = shape_for(check, SMALL)
         straight, again = (_run(check, setup, shape) for _ in range(2))
@@ -136,9 +140,11 @@ def resume(check: Check) -> None:
             _run(check, setup, shape, steps=RESUMED_AFTER, then=_writer(Path(folder)))
             resumed = _run(check, setup, shape, checkpoint=Path(folder))
         repeated, difference = _largest_change(straight, again), _largest_change(straight, resumed)
-        check.say(f"{method} at stage {stage}", two_equal_runs_differ_by=repeated, a_resumed_run_differs_by=difference)
+        check.say(
+            f"{method} {_engine_of(stage)}", two_equal_runs_differ_by=repeated, a_resumed_run_differs_by=difference
+        )
         check.expect(
-            f"{method} at stage {stage}: a resumed run has the bits of a straight run where two straight runs have"
+            f"{method} {_engine_of(stage)}: a resumed run has the bits of a straight run where two straight runs have"
             " the same bits",
             difference <= REPEATED * repeated,
             difference=difference,

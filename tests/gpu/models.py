@@ -18,7 +18,8 @@ from finetune_core.contract import RunConfig
 from finetune_trainer.data.batches import Batch, collate, dropout_seed
 from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.checks import ChosenAttention, check_model
-from finetune_trainer.engine.engine import Engine
+from finetune_trainer.engine.interface import TrainingEngine
+from finetune_trainer.engine.making import make_engine
 from finetune_trainer.model.adapters import add_adapters
 from finetune_trainer.model.attention import DeviceAbilities, Kernel, ModelAbilities, kernels
 from finetune_trainer.model.load import enable_gradient_checkpointing, switch_off_dropout
@@ -40,7 +41,7 @@ SMALLEST_EXAMPLE = 8
 class Prepared:
     """An engine that is ready to train, and how its attention is computed."""
 
-    engine: Engine
+    engine: TrainingEngine
     attention: ChosenAttention
 
 
@@ -121,7 +122,7 @@ def prepare(check: Check, setup: Setup, model: Any, *, is_tuned: bool = False) -
     ``model`` went through `with_method` already."""
     config, device = run_config(setup, dry=check.dry), joined_gang(dry=check.dry).device
     tuned = model if is_tuned else with_method(model, config)
-    engine = Engine(tuned, config.optimization, device)
+    engine = make_engine(tuned, config.optimization, device)
     packing = setup.packed_tokens is not None
     attention = check_model(
         engine,

@@ -6,6 +6,7 @@ this is needed before torch may be imported.
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -16,8 +17,10 @@ from typing import Any
 from finetune_core.contract import Identity, RunConfig
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.ranks.device_environment import device_environment
 
 LOOPBACK = "127.0.0.1"
+LORA_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,8 @@ class Setup:
 
     method: str
     """`LoRA` or `Full`."""
-    stage: int
+    stage: int | None
+    """ZeRO stage; None for the plain engine."""
     rows: int
     """Sequences of a micro-batch."""
     length: int
@@ -94,9 +98,10 @@ class Setup:
         return f"{self.rows} x {self.length}{' packed' if self.packed_tokens else ''}"
 
 
-SHORT = Setup(method="LoRA", stage=1, rows=8, length=512)
-LONG = Setup(method="LoRA", stage=1, rows=1, length=4096)
-PACKED = Setup(method="LoRA", stage=1, rows=1, length=4096, packed_tokens=200)
+SHORT = Setup(method="LoRA", stage=None, rows=8, length=512)
+LONG = Setup(method="LoRA", stage=None, rows=1, length=4096)
+PACKED = Setup(method="LoRA", stage=None, rows=1, length=4096, packed_tokens=200)
+"""The plain engine, because `deepspeed.zeroStage: Auto` takes it where one process trains with LoRA."""
 FULL_SHORT = Setup(method="Full", stage=2, rows=8, length=512, recompute=True)
 FULL_LONG = Setup(method="Full", stage=2, rows=1, length=4096, recompute=True)
 """Stage 2, because stage 1 needs 24 bytes a parameter at its peak, 151 GiB for 7B, which no GPU of 141 GB has."""
@@ -137,7 +142,7 @@ def run_config(setup: Setup, *, dry: bool) -> RunConfig:
         },
     }
     if setup.method == "LoRA":
-        config["lora"] = {"rank": 8, "alpha": 16}
+        config["lora"] = {"rank": LORA_RANK, "alpha": 16}
     return RunConfig.model_validate(config)
 
 
@@ -153,7 +158,11 @@ def rank_environment(
 ) -> Mapping[str, str]:
     """Return the environment variables with which the launcher starts a worker (`finetune_trainer/processes.py`). All
     ranks compute on the first GPU."""
+    settings = device_environment(
+        "CPU" if dry else "GPU", ranks=world_size, scratch=Path(tempfile.gettempdir()), given=os.environ
+    )
     return {
+        **settings.environment,
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),

@@ -137,7 +137,7 @@ def _measure_steps(check: Check, wanted: Setup, prepared: Prepared) -> Batch:
     }
     if name is not None:
         total = sum(parameter.numel() for parameter in engine.model.parameters())
-        expected = expected_peak_bytes(setup, shape, parameters=total, trained=counted.trained_parameters)
+        expected = expected_peak_bytes(setup, shape)
         figures |= {"expected_peak_gib": expected / GIB, "expected_from": SOURCE}
         figures["bytes_a_parameter"] = memory["peak_gib"] * GIB / total
     check.say(wanted.case, **figures)

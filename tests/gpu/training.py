@@ -15,8 +15,9 @@ import torch
 
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.examples import Example
-from finetune_trainer.engine.engine import BETAS, EPSILON, Engine
+from finetune_trainer.engine.engine import BETAS, EPSILON
 from finetune_trainer.engine.host_copy import HostCopy
+from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.state import take_snapshot
 from finetune_trainer.ranks.gang import Gang
 
@@ -31,7 +32,7 @@ class Step:
     norm: float
 
 
-def train_step(engine: Engine, gang: Gang, micro_batches: Sequence[Batch], rate: float) -> Step:
+def train_step(engine: TrainingEngine, gang: Gang, micro_batches: Sequence[Batch], rate: float) -> Step:
     """Make one optimizer step from ``micro_batches``, which are on the CPU."""
     tokens = sum(batch.tokens for batch in micro_batches)
     factor = gang.world_size / max(1, tokens)
@@ -52,7 +53,9 @@ def train_step(engine: Engine, gang: Gang, micro_batches: Sequence[Batch], rate:
     return Step(total / max(1, tokens), norm)
 
 
-def timed_steps(engine: Engine, gang: Gang, micro_batches: Sequence[Batch], rate: float, steps: int) -> Iterator[float]:
+def timed_steps(
+    engine: TrainingEngine, gang: Gang, micro_batches: Sequence[Batch], rate: float, steps: int
+) -> Iterator[float]:
     """Make ``steps`` optimizer steps and yield the seconds of each. A step ends when the GPU is done with it."""
     for _ in range(steps):
         began = time.perf_counter()
@@ -91,6 +94,6 @@ def plain_steps(model: Any, steps: Sequence[Sequence[Example]], rate: float, dev
     return made
 
 
-def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+def state_of(engine: TrainingEngine) -> dict[str, torch.Tensor]:
     """Return the training state on the CPU: the fp32 value and the moments of each trained parameter."""
     return take_snapshot(engine, rank=0, world_size=1)

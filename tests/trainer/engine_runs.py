@@ -53,6 +53,8 @@ class EngineRun(BaseModel):
     lora_plus_ratio: float = 1.0
     rate: float = RATE
     quantization: Literal["NF4"] | None = None
+    offload: bool = False
+    """Whether DeepSpeed keeps the optimizer's state in the memory of the host."""
     infinite: int | None = None
     """The step in which one micro-batch has an infinite loss, so that the step is discarded."""
 
@@ -68,6 +70,7 @@ class EngineRun(BaseModel):
             self.lora_plus_ratio,
             self.rate,
             self.quantization,
+            self.offload,
             self.infinite,
         )
         return "-".join(map(str, (self.method, self.precision, parts, *options)))
@@ -86,6 +89,7 @@ class EngineRun(BaseModel):
             gradient_checkpointing=self.recompute,
             seed=42,
             zero_stage=0 if kind == PLAIN else kind,
+            offload_optimizer=self.offload and kind != PLAIN,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_core.contract import OptimizationConfig
-from finetune_trainer.engine.config import engine_config
+from finetune_trainer.engine.config import BUCKET_ELEMENTS, engine_config, overlap_pays
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from finetune_trainer.engine.state import assign_owners, take_snapshot
 from finetune_trainer.model.load import load_base
@@ -70,6 +70,22 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
     for overlap in (False, True):
         zero = engine_config(without, 4, overlap_communication=overlap)["zero_optimization"]
         assert zero["overlap_comm"] is overlap
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained", "pays"),
+    [
+        (1, BUCKET_ELEMENTS, False),
+        (2, BUCKET_ELEMENTS, False),
+        (2, BUCKET_ELEMENTS + 1, True),
+        (3, 1, True),
+        # LoRA of rank 8 on all linear layers of Llama-2-7B, and the whole model.
+        (2, 19_988_480, False),
+        (2, 6_738_415_616, True),
+    ],
+)
+def test_deepspeed_overlaps_nothing_where_one_bucket_holds_all_gradients(stage: int, trained: int, pays: bool) -> None:
+    assert overlap_pays(stage, trained) is pays
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
-"""Checks `deepspeed.overrides`: the text must be a JSON object, and must not set a key that another field decides."""
+"""Checks `deepspeed.overrides`: the text must be a JSON object, and must not set a key that another field or the
+trainer decides."""
 
 from __future__ import annotations
 
@@ -36,6 +37,20 @@ RESERVED_KEYS: dict[str, str] = {
 }
 """For each key of the DeepSpeed configuration that users must not override: the field of the spec that decides it."""
 
+SETTLED_KEYS: dict[str, str] = {
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed then takes the values of one parameter for those of another, and checkpoints would be wrong"
+    ),
+    "zero_optimization.compute_grad_norm": "the trainer computes the norm of the gradient",
+    "gradient_allreduce_op": "the trainer expects the mean over all ranks",
+    "data_types.grad_accum_dtype": "the trainer reads gradients in the number format that it has chosen",
+    "managed_gradient_accumulation": "the trainer says which micro-batch is the last one of a step",
+    "compile.deepcompile": "the trainer does not compile models",
+    "sequence_parallel_size": "each rank trains on examples of its own",
+    "tensor_parallel": "each rank trains on examples of its own",
+}
+"""For each key of the DeepSpeed configuration that users must not override although no field decides it: why not."""
+
 
 def override_problems(text: str) -> list[UserError]:
     """Return the problems of ``text``, the value of `deepspeed.overrides`."""
@@ -51,10 +66,15 @@ def override_problems(text: str) -> list[UserError]:
         return [UserError(PATH, "must not hold a number with thousands of digits")]
     if not isinstance(overrides, dict):
         return [UserError(PATH, "must be a JSON object")]
+    reasons = {key: f"`{field}` decides it" for key, field in RESERVED_KEYS.items()} | SETTLED_KEYS
+    sections = {key.partition(".")[0] for key in reasons if "." in key}
     return [
-        UserError(PATH, f"must not hold {key}: `{field}` decides it")
-        for key, field in RESERVED_KEYS.items()
-        if _has(overrides, key)
+        *(
+            UserError(PATH, f"must hold an object under {section}")
+            for section in sorted(sections & overrides.keys())
+            if not isinstance(overrides[section], dict)
+        ),
+        *(UserError(PATH, f"must not hold {key}: {reason}") for key, reason in reasons.items() if _has(overrides, key)),
     ]
 
 

@@ -83,6 +83,19 @@ def engine_clips(optimization: OptimizationConfig) -> bool:
     return optimization.zero_stage in (1, 2) and not optimization.offload_optimizer
 
 
+def overlap_pays(stage: int, trained: int) -> bool:
+    """Return whether DeepSpeed can compute while it communicates the gradients of ``trained`` parameters, or at stage 3
+    the weights of a model.
+
+    Below stage 3, DeepSpeed reduces a bucket when the next gradient does not fit into the bucket, and the last bucket
+    after the backward pass. Where all gradients fit into one bucket, nothing overlaps. But with `overlap_comm`, the CPU
+    waits at the end of the backward pass until the GPU has done all of its work
+    (`independent_gradient_partition_epilogue` in deepspeed/runtime/zero/stage_1_and_2.py), at stage 2 in each
+    micro-batch, and there is a second bucket.
+    """
+    return stage == 3 or trained > BUCKET_ELEMENTS
+
+
 def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``config`` with ``overrides`` merged in. Two objects under the same key are merged key by key."""
     result = dict(config)

@@ -16,7 +16,7 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.engine.config import engine_clips, engine_config, prevent_compilation
+from finetune_trainer.engine.config import engine_clips, engine_config, overlap_pays, prevent_compilation
 from finetune_trainer.engine.fragments import Fragment, own_fragment
 from finetune_trainer.engine.gradient_norm import clipping_factor, sum_of_squares
 from finetune_trainer.engine.leaf_modules import make_leaf_modules
@@ -91,14 +91,17 @@ class Engine:
         if self._clipping is not None:
             optimizer.register_step_pre_hook(self._clip)
         ranks = torch.distributed.get_world_size()
+        self._parameters = trained_parameters(model)
+        trained = sum(math.prod(full_shape(parameter)) for parameter in self._parameters.values())
         overlap = overlaps_communication("GPU" if device.type == "cuda" else "CPU", ranks=ranks)
         self.module, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(optimization, ranks, overlap_communication=overlap),
+            config=engine_config(
+                optimization, ranks, overlap_communication=overlap and overlap_pays(self._stage, trained)
+            ),
             dist_init_required=False,
         )
-        self._parameters = trained_parameters(model)
         # Otherwise torch creates the moments at the first update, and a checkpoint of a run whose first steps were not
         # applied could not be taken.
         self.prepare_state(0)
@@ -209,6 +212,8 @@ class Engine:
 
     def discard_gradient(self) -> None:
         """Drop the accumulated gradient, so that no update is made with it."""
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
         self._norm = None
         self._optimizer.zero_grad()
         if self._stage == 0:
@@ -219,6 +224,9 @@ class Engine:
         # Clear what DeepSpeed clears when a gradient overflows (`step` in deepspeed/runtime/zero/stage_1_and_2.py).
         if self._optimizer.cpu_offload:
             self._optimizer.reset_cpu_buffers()
+            # Otherwise the first micro-batch of the next step would add its gradient to the dropped one, which is still
+            # in CPU memory.
+            self._optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         for group in self._optimizer.averaged_gradients:
             self._optimizer.averaged_gradients[group] = None
             self._optimizer.all_grad_tensors[group] = None
