@@ -12,6 +12,7 @@ from itertools import combinations
 
 from finetune_core.planning.gpu_types import GIBIBYTE
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
+from finetune_core.planning.memory import Phase as MemoryPhase
 from finetune_core.planning.training_plan import process_share
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
@@ -126,6 +127,7 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
         "method": "Full" if adapters is None else "LoRA",
         "dataset.maxLength": setup.length,
         "training.precision": setup.number_format.value,
+        "evaluation.generation.batchSize": setup.answers,
         "training.microBatchSize": setup.micro_batch,
         "training.gradientAccumulationSteps": setup.accumulation if accumulation else "",
         "training.gradientCheckpointing": "true" if setup.recompute else "false",
@@ -151,6 +153,9 @@ def _changes(wishes: Wishes, plan: JobPlan, rank: int) -> Iterator[_Change]:
         yield _Change(kind="stage", apply=_without_deepspeed)
     for size in _halves(setup.micro_batch):
         yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
+    if plan.memory.peak_phase is MemoryPhase.GENERATION:
+        for size in _halves(setup.answers):
+            yield _Change(kind="answers", apply=partial(replace, answers=size))
     share = process_share(setup.global_batch, setup.processes)
     if setup.micro_batch < share:
         # A step of one micro-batch accumulates no gradients, which can take more than the activations of a larger one.
