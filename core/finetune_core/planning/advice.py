@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
-from finetune_core.planning.gpu_types import GIBIBYTE
+from finetune_core.planning.gpu_types import GIBIBYTE, GpuType
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
 from finetune_core.planning.memory import Phase as MemoryPhase
+from finetune_core.planning.memory import memory_plan
 from finetune_core.planning.training_plan import process_share
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
 MOST_CHANGES = 3
 """Largest number of aspects of a job (`_Change.kind`) that a suggestion changes, apart from the memory and the scratch
-folder of its pods."""
+folder of its pods, and the number of answers that a process generates at once."""
 MOST_SUGGESTIONS = 5
 GPUS_OF_A_NODE = 8
 """GPUs of the machines that most clouds rent. More GPUs are suggested as more nodes."""
@@ -79,11 +80,12 @@ def suggestions(
 
 
 def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion | None:
-    """Return the suggestion of ``group``, with the lines for the pod's memory and scratch folder that it needs. None
-    where the job does not fit then."""
+    """Return the suggestion of ``group``, with the lines that it needs for the pod's memory and scratch folder, and for
+    the generation of answers. None where the job does not fit then."""
     setup = plan.setup
     for change in group:
         setup = change.apply(setup)
+    setup = _fewer_answers(setup, plan.gpu)
     quantized = setup.adapters is not None and setup.adapters.quantized
     if (quantized and setup.zero_stage == 3) or not fits_gpu(setup, plan.gpu):
         return None
@@ -111,6 +113,16 @@ def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion 
         lines.append(f"spec.resources.scratch.size: {needed}Gi")
     result = plan_job(changed, plan.gpu)
     return Suggestion(lines=tuple(lines), plan=result) if result.fits and lines else None
+
+
+def _fewer_answers(setup: TrainingSetup, gpu: GpuType) -> TrainingSetup:
+    """Return ``setup`` with as many answers at once as fit ``gpu``, where only their generation does not fit."""
+    while setup.answers > 1:
+        memory = memory_plan(setup)
+        if memory.needed <= gpu.memory or memory.peak_phase is not MemoryPhase.GENERATION:
+            break
+        setup = replace(setup, answers=setup.answers // 2)
+    return setup
 
 
 def _lines(before: TrainingSetup, after: TrainingSetup, *, accumulation: bool) -> list[str]:
@@ -153,9 +165,6 @@ def _changes(wishes: Wishes, plan: JobPlan, rank: int) -> Iterator[_Change]:
         yield _Change(kind="stage", apply=_without_deepspeed)
     for size in _halves(setup.micro_batch):
         yield _Change(kind="micro-batch", apply=partial(_smaller, micro_batch=size))
-    if plan.memory.peak_phase is MemoryPhase.GENERATION:
-        for size in _halves(setup.answers):
-            yield _Change(kind="answers", apply=partial(replace, answers=size))
     share = process_share(setup.global_batch, setup.processes)
     if setup.micro_batch < share:
         # A step of one micro-batch accumulates no gradients, which can take more than the activations of a larger one.
