@@ -33,7 +33,7 @@ def as_view(name: str, plan: JobPlan, changes: Sequence[Suggestion]) -> Renderab
         Text(),
         _memory(plan),
         Text(),
-        Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red"),
+        _verdict(plan),
         *(Text(f"  {problem}", style="red") for problem in plan.problems),
     ]
     parts += [Text(f"  note: {note}", style="yellow") for note in plan.notes]
@@ -43,6 +43,17 @@ def as_view(name: str, plan: JobPlan, changes: Sequence[Suggestion]) -> Renderab
     if not plan.fits:
         parts += [Text(), *_changes(changes)]
     return Group(*parts)
+
+
+def _verdict(plan: JobPlan) -> Text:
+    """Return whether the job of ``plan`` fits, and whether it does so without the lines that the plan has chosen."""
+    if not plan.fits:
+        return Text("does not fit", style="bold red")
+    if plan.problems_as_written:
+        return Text.assemble(
+            ("fits with the lines below", "bold yellow"), f", and not without them: {plan.problems_as_written[0]}"
+        )
+    return Text("fits", style="bold green")
 
 
 def _table(*columns: str, right: Sequence[int] = ()) -> Table:
@@ -150,6 +161,7 @@ def as_json(plan: JobPlan, changes: Sequence[Suggestion]) -> dict[str, Any]:
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
+        "problemsAsWritten": list(plan.problems_as_written),
         "notes": list(plan.notes),
         "gpu": {"name": plan.gpu.name, "memoryBytes": plan.gpu.memory, "count": setup.processes},
         "parameters": setup.parameters,

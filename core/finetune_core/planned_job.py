@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Final
 
 import yaml
 
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.method import DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.api.storage import Export
@@ -54,7 +57,15 @@ def plan_of(
     price: float | None = None,
 ) -> JobPlan:
     """Return the plan of the job ``spec`` on GPUs of the type ``gpu``. The arguments are those of `wishes_of`."""
-    return plan_job(wishes_of(spec, configuration, rows=rows), gpu, price=price)
+    wishes = wishes_of(spec, configuration, rows=rows)
+    plan = plan_job(wishes, gpu, price=price)
+    return replace(plan, problems_as_written=plan_job(_as_written(wishes), gpu).problems)
+
+
+def _as_written(wishes: Wishes) -> Wishes:
+    """Return ``wishes`` with nothing of the training open, as the operator runs the job: it does not choose by the
+    plan, and the setup has the values that `resolve` takes."""
+    return replace(wishes, open_stage=False, open_micro_batch=False, open_recompute=False, open_offload=False)
 
 
 def changes_of(
@@ -71,8 +82,23 @@ def changes_of(
             return None
         return plan_of(FineTuneJobSpec.model_validate(changed["spec"]), configuration, plan.gpu, rows=rows)
 
+    def complete(made: Suggestion) -> Suggestion | None:
+        """Return ``made`` with what its plan chooses of the training, where the job does not fit without that."""
+        if not made.plan.problems_as_written:
+            return made
+        changed = {line.partition(":")[0] for line in made.lines}
+        chosen = [
+            f"{choice.field}: {choice.value}"
+            for choice in made.plan.choices
+            if choice.field not in changed and not choice.field.startswith("spec.resources.")
+        ]
+        whole = replace(made, lines=(*made.lines, *chosen))
+        planned = again(whole)
+        return replace(whole, plan=planned) if planned is not None and planned.fits else None
+
     spec = FineTuneJobSpec.model_validate(document["spec"])
-    return suggestions(wishes_of(spec, configuration, rows=rows), plan, rank=DEFAULT_RANK, again=again)
+    found = suggestions(wishes_of(spec, configuration, rows=rows), plan, rank=DEFAULT_RANK, again=again)
+    return [made for made in map(complete, found) if made is not None]
 
 
 def with_lines(document: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
@@ -117,6 +143,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         processes=processes,
     )
     added = len(spec.model.added_tokens)
+    generation = spec.evaluation.generation or GenerationSpec()
     setup = TrainingSetup(
         sizes=sizes,
         adapters=_adapters(spec.lora, sizes, added) if spec.method is Method.LORA else None,
@@ -132,6 +159,8 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         packed=spec.dataset.packing,
         global_batch=training.global_batch_size,
         added_rows=added,
+        answers=generation.batch_size if generates(spec.dataset) else 0,
+        answer_length=generation.max_new_tokens,
         left_out=tuple(
             _left_out(
                 attention=training.attention,
@@ -197,6 +226,8 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
         packed=config.dataset.packing,
         global_batch=optimization.global_batch_size,
         added_rows=added,
+        answers=config.evaluation.generation.batch_size if generates(config.dataset) else 0,
+        answer_length=config.evaluation.generation.max_new_tokens,
         left_out=tuple(
             _left_out(
                 attention=optimization.attention,
@@ -217,6 +248,11 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
         sets_accumulation=True,
         needs_deepspeed=optimization.overrides is not None,
     )
+
+
+def generates(dataset: DatasetSpec) -> bool:
+    """Return whether a job with ``dataset`` generates answers to score the model."""
+    return dataset.task is not None and (dataset.validation is not None or dataset.test is not None)
 
 
 def _left_out(*, attention: str, packing: bool, overrides: bool, lora: LoRASpec | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_core.planning.flops import ModelShape, forward_flops, peak_flops, training_flops, utilisation
+from finetune_core.planning.gpu_types import GPU_TYPES, GpuType
 
 GIGA = 1e9
 LLAMA: dict[str, tuple[int, int, float, float]] = {
@@ -93,9 +94,16 @@ def test_trap_27_padding_is_no_work_and_lora_saves_at_most_a_third() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989.4e12),
+        ("NVIDIA RTX A1000", None),
         ("cpu", None),
     ],
 )
 def test_peak_by_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
     assert utilisation(1e12, 1.0, 1, peak) == (None if peak is None else 1e12 / peak)
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPU_TYPES if gpu.bf16], ids=lambda gpu: str(gpu.name))
+def test_the_meter_knows_the_peak_of_each_type_that_a_plan_can_be_made_for(gpu: GpuType) -> None:
+    """torch's names of devices are the products of the node's label with spaces."""
+    assert {peak_flops(product.replace("-", " ")) for product in gpu.products} == {gpu.tera_flops * 1e12}

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptCause
-from finetune_core.contract import Outcome, Result
+from finetune_core.contract import Outcome, Phase, Result
 from finetune_operator.decide.rules import RULES
 from finetune_operator.decide.verdict import Ruling, Verdict, replaces
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
@@ -218,6 +218,26 @@ def test_a_pod_of_gpus_that_was_killed_for_its_own_memory_is_not_helped_by_a_sma
     on_cpus = BatchObservation(planned=4, share=8, on_gpus=False)
     assert ruled(pods, batch=on_cpus, last_phase="Training") == ("Charged", "OutOfMemory")
     assert ruled(pods, batch=on_cpus, last_phase="Loading") == ("Permanent", "OutOfMemory")
+
+
+@pytest.mark.parametrize(
+    ("phase", "verdict"), [(Phase.TRAINING, "Charged"), (Phase.EVALUATING, "Charged"), (Phase.LOADING, "Permanent")]
+)
+def test_the_phase_of_a_failure_is_that_of_the_result_and_not_that_of_the_final_report(
+    phase: Phase, verdict: str
+) -> None:
+    """A trainer that ends by itself sends a final report, whose phase is Ended."""
+    message = Result(outcome=Outcome.OUT_OF_MEMORY, message="no memory", phase=phase).to_termination_message()
+    for pods in ([pod(0, exit_code=66, message=message), pod(1)], [pod(0), pod(1, exit_code=66, message=message)]):
+        assert ruled(pods, batch=BATCH, last_phase="Ended") == (verdict, "OutOfMemory")
+
+
+def test_a_final_report_does_not_say_in_which_phase_another_pod_was_killed() -> None:
+    on_cpus = BatchObservation(planned=4, share=8, on_gpus=False)
+    ruling = judged([pod(0), pod(1, exit_code=137, reason="OOMKilled")], batch=on_cpus, last_phase="Ended")
+    assert ruling is not None
+    assert ruling.verdict is Verdict.CHARGED
+    assert "Ended" not in ruling.message
 
 
 def test_an_order_is_obeyed_only_while_no_cause_is_recorded() -> None:

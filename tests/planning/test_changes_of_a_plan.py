@@ -115,6 +115,7 @@ def test_the_lines_of_a_plan_make_valid_jobs_that_fit(document: Document, model:
     again = plan(as_chosen, model, gpu)
     assert again.choices == ()
     assert (again.memory, again.host.memory) == (found.memory, found.host.memory)
+    assert again.problems_as_written == again.problems
     if found.fits:
         assert again.fits
         return
@@ -122,6 +123,7 @@ def test_the_lines_of_a_plan_make_valid_jobs_that_fit(document: Document, model:
     for change in changes:
         assert len({line.partition(":")[0] for line in change.lines}) == len(change.lines)
         assert change.plan.fits
+        assert change.plan.problems_as_written == ()
         assert plan(with_lines(document, change.lines), model, gpu) == change.plan, change.lines
         assert plan(with_lines(as_chosen, change.lines), model, gpu).fits, change.lines
         assert [other.lines for other in changes if set(other.lines) <= set(change.lines)] == [change.lines]

@@ -17,7 +17,7 @@ from finetune_core.planned_job import gpu_of, plan_of, wishes_of
 from finetune_core.planning.advice import suggestions
 from finetune_core.planning.gpu_types import GIBIBYTE, GPU_TYPES, find_gpu, with_types
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, plan_job
-from finetune_core.planning.memory import memory_plan
+from finetune_core.planning.memory import Phase, memory_plan
 from tests.core.jobs import EXAMPLES, set_at
 from tests.planning.memory_cases import MODELS
 
@@ -384,3 +384,37 @@ def test_a_wrong_table_is_named(values: Any, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         with_types(values, "gpus.yaml")
     assert str(caught.value).startswith(sentence)
+
+
+def test_the_cache_of_generated_answers_counts() -> None:
+    """Llama 2 7B keeps 512 KiB of keys and values for a token: 32 layers, 2 x 4,096 numbers of 2 bytes."""
+    fields: dict[str, Any] = {
+        "method": "LoRA",
+        "resources__gpusPerNode": 1,
+        "dataset__maxLength": 3840,
+        "training__globalBatchSize": 8,
+        "training__gradientCheckpointing": True,
+    }
+    small, large = (
+        plan_of(job(evaluation__generation={"batchSize": size}, **fields), MODELS["Llama-2-7B"], find_gpu("A100-40GB"))
+        for size in (8, 16)
+    )
+    without = plan_of(job(dataset__task=None, **fields), MODELS["Llama-2-7B"], find_gpu("A100-40GB"))
+    assert Phase.GENERATION not in without.memory.phases
+    grown = large.memory.phases[Phase.GENERATION] - small.memory.phases[Phase.GENERATION]
+    assert grown >= 8 * 4096 * 512 * 1024
+    assert large.memory.peak_phase is Phase.GENERATION
+    assert (without.fits, small.fits, large.fits) == (True, True, False)
+
+
+def test_a_plan_says_what_it_would_be_without_its_choices() -> None:
+    """The operator takes ZeRO stage 2 where the job leaves the stage open, whatever the model."""
+    fields: dict[str, Any] = {"method": "LoRA", "dataset__task": None}
+    plan = plan_of(job(**fields), MODELS["Llama-2-70B"], A100)
+    assert plan.fits
+    assert chosen(plan)["zeroStage"] == "3"
+    (problem,) = plan.problems_as_written
+    needed = float(problem.removeprefix("A GPU needs ").partition(" GiB")[0])
+    assert needed > 137.95e9 / GIBIBYTE, "the weights alone"
+    written = job(**fields, deepspeed__zeroStage=3, training__microBatchSize=1)
+    assert plan_of(written, MODELS["Llama-2-70B"], A100).problems_as_written == ()

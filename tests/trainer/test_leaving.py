@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from finetune_core.contract import ExitCode, Identity, Outcome, RunConfig
+from finetune_core.contract import ExitCode, Identity, Outcome, Phase, RunConfig
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.outcomes import WorkerExit, WorkerStatus, read_outcome, result_of_pod
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
@@ -256,7 +256,7 @@ def test_lack_of_memory_is_told_with_phase_amount_and_remedy(
 def test_a_kill_for_lack_of_memory_says_what_the_rank_was_doing() -> None:
     killed = WorkerExit(1, -9, None, last_seen="in phase Evaluating, after step 40")
     result = result_of_pod([killed], out_of_memory=True, memory_limit=6 << 30)
-    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert (result.outcome, result.phase) == (Outcome.OUT_OF_MEMORY, Phase.EVALUATING)
     assert result.message == (
         "out of memory: rank 1 was killed in phase Evaluating, after step 40 because the pod reached its memory limit"
         " of 6.00 GiB: raise resources.memory, or lower training.microBatchSize or dataset.maxLength"

@@ -141,9 +141,19 @@ def test_rows_that_are_shorter_than_the_job_allows_are_no_reason_to_refuse() -> 
         assert "; the smallest change with which it fits is spec." in notice
 
 
-def test_packed_sequences_are_always_full() -> None:
+@pytest.mark.parametrize("longest_row", [2000, 4096])
+def test_packed_sequences_are_always_full(longest_row: int) -> None:
     found = job(**LORA, **LARGE_BATCH, dataset__packing=True)
-    assert "takes at least" in refusal(found, "Llama-2-7B", longest_row=100)
+    assert "takes at least" in refusal(found, "Llama-2-7B", longest_row=longest_row)
+
+
+def test_packed_sequences_are_no_more_than_the_rows_of_a_step_fill() -> None:
+    """64 rows of 100 tokens fill two sequences of 4,096 tokens, also where a micro-batch may have 32 sequences."""
+    found = job(**LORA, **LARGE_BATCH, dataset__packing=True)
+    told = check_memory(run_file(found), MODELS["Llama-2-7B"], longest_row=100)
+    assert told is not None
+    (notice,) = told.notices
+    assert "with rows of 4,096 tokens the training takes" in notice
 
 
 def test_what_exceeds_the_gpu_by_less_than_a_tenth_is_a_notice() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import finetune_trainer
-from finetune_core.contract import EXIT_CODES, Outcome, Result
+from finetune_core.contract import EXIT_CODES, Outcome, Phase, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max
 from finetune_trainer.pod.errors import Diverged, NewerRun, NodeFault, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, outcome_of, result_of_pod
+from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, WorkerStatus, outcome_of, result_of_pod
 from finetune_trainer.processes import signal_outcome
 
 KILLED = -9
@@ -99,6 +99,17 @@ def test_the_exit_code_of_a_worker_without_an_outcome_tells_how_it_ended(outcome
 
 def test_a_newer_run_is_a_failure_from_outside() -> None:
     assert outcome_of(NewerRun("run 2 has started")).result.outcome is Outcome.OUTSIDE_FAILURE
+
+
+def test_the_result_says_in_which_phase_memory_ran_out() -> None:
+    """The operator halves the micro-batch only where the memory of the phase depends on it."""
+    for phase in Phase:
+        assert outcome_of(MEMORY, phase=phase.value).result.phase is phase
+        assert outcome_of(CRASH, phase=phase.value).result.phase is None
+        killed = WorkerExit(0, -9, None, last_seen=WorkerStatus(step=3, phase=phase.value).where())
+        assert result_of_pod([killed], out_of_memory=True).phase is phase
+    assert outcome_of(MEMORY).result.phase is None
+    assert result_of_pod([WorkerExit(0, -9, None)], out_of_memory=True).phase is None
 
 
 def test_a_crash_names_its_class_and_a_cause_is_told_as_it_is() -> None:

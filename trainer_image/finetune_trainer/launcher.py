@@ -23,6 +23,7 @@ from finetune_core.contract import (
     MASTER_PORT,
     MASTER_PORT_VARIABLE,
     Identity,
+    Phase,
     Result,
     RunConfig,
 )
@@ -58,7 +59,7 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     try:
         result = _attempt(paths, environment, stop)
     except Exception as error:  # noqa: BLE001  (the one place where every error becomes a result)
-        result = outcome_of(error).result
+        result = outcome_of(error, phase=Phase.LOADING).result
         if result.exit_code == 1:
             traceback.print_exc()
     _write_termination_message(paths.termination_log, result)

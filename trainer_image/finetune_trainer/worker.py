@@ -63,7 +63,7 @@ def main() -> int:
     try:
         outcome = WorkerOutcome(result=_run(plan, status, stop))
     except Exception as error:  # noqa: BLE001  (the one place where every error becomes an outcome)
-        outcome = outcome_of(error, step=status.step, checkpoint=status.checkpoint)
+        outcome = _outcome_of(error, status)
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
     try:
@@ -124,7 +124,7 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
             # has begun to end the process, the call never returns, and the watchdog writes the outcome.
             watchdog.claim_end()
         if progress is not None:
-            progress.end(outcome_of(error, step=status.step, checkpoint=status.checkpoint).result)
+            progress.end(_outcome_of(error, status).result)
         if isinstance(error, ERRORS_OF_ALL_RANKS) and not isinstance(error, PeerLost):
             gang.final_barrier()
         raise
@@ -133,6 +133,10 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
         progress.end(result)
     gang.final_barrier()
     return result
+
+
+def _outcome_of(error: Exception, status: WorkerStatus) -> WorkerOutcome:
+    return outcome_of(error, step=status.step, checkpoint=status.checkpoint, phase=status.phase)
 
 
 @contextlib.contextmanager

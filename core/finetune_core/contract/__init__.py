@@ -36,8 +36,8 @@ from finetune_core.contract.records import (
     Incident,
     ScoreRecord,
 )
-from finetune_core.contract.report import REPORT_LIMIT_BYTES, Phase, Report, report_audience, report_path
-from finetune_core.contract.result import EXIT_CODES, ExitCode, Outcome, Result
+from finetune_core.contract.report import REPORT_LIMIT_BYTES, Report, report_audience, report_path
+from finetune_core.contract.result import EXIT_CODES, ExitCode, Outcome, Phase, Result
 from finetune_core.contract.run_file import (
     AdapterArtifact,
     EvaluationConfig,

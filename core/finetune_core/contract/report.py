@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
@@ -23,22 +22,10 @@ from finetune_core.contract.records import (
     EvaluationRecord,
     Incident,
 )
-from finetune_core.contract.result import Result
+from finetune_core.contract.result import Phase, Result
 
 REPORT_LIMIT_BYTES = 65536
 """Largest number of bytes of a report that the report server accepts."""
-
-
-class Phase(StrEnum):
-    """What the trainer is doing."""
-
-    LOADING = "Loading"
-    TRAINING = "Training"
-    EVALUATING = "Evaluating"
-    GENERATING = "Generating"
-    SAVING = "Saving"
-    EXPORTING = "Exporting"
-    ENDED = "Ended"
 
 
 class Report(ContractModel):

@@ -58,6 +58,18 @@ EXIT_CODES: Mapping[Outcome, int] = {
 """The exit code that belongs to each outcome."""
 
 
+class Phase(StrEnum):
+    """What the trainer is doing."""
+
+    LOADING = "Loading"
+    TRAINING = "Training"
+    EVALUATING = "Evaluating"
+    GENERATING = "Generating"
+    SAVING = "Saving"
+    EXPORTING = "Exporting"
+    ENDED = "Ended"
+
+
 class Result(TerminationMessage):
     """How an attempt ended. Each pod writes its result as its termination message, and rank 0 also sends its result in
     the final report."""
@@ -72,6 +84,9 @@ class Result(TerminationMessage):
     node_fault: bool | None = None
     """True where the trainer ended because a GPU or the driver of its node is broken, so that another node may do the
     same work. None in all other results."""
+    phase: Phase | None = None
+    """What the trainer did when it ran out of memory. None in all other results, and where nobody knows it. The final
+    report does not say it, because its phase is Ended."""
 
     @property
     def exit_code(self) -> int:

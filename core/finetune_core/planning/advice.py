@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
-from finetune_core.planning.gpu_types import GIBIBYTE
+from finetune_core.planning.gpu_types import GIBIBYTE, GpuType
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, fits_gpu, plan_job, stage_value
+from finetune_core.planning.memory import Phase as MemoryPhase
+from finetune_core.planning.memory import memory_plan
 from finetune_core.planning.training_plan import process_share
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup, adapter_setup
 
 MOST_CHANGES = 3
 """Largest number of aspects of a job (`_Change.kind`) that a suggestion changes, apart from the memory and the scratch
-folder of its pods."""
+folder of its pods, and the number of answers that a process generates at once."""
 MOST_SUGGESTIONS = 5
 GPUS_OF_A_NODE = 8
 """GPUs of the machines that most clouds rent. More GPUs are suggested as more nodes."""
@@ -78,11 +80,12 @@ def suggestions(
 
 
 def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion | None:
-    """Return the suggestion of ``group``, with the lines for the pod's memory and scratch folder that it needs. None
-    where the job does not fit then."""
+    """Return the suggestion of ``group``, with the lines that it needs for the pod's memory and scratch folder, and for
+    the generation of answers. None where the job does not fit then."""
     setup = plan.setup
     for change in group:
         setup = change.apply(setup)
+    setup = _fewer_answers(setup, plan.gpu)
     quantized = setup.adapters is not None and setup.adapters.quantized
     if (quantized and setup.zero_stage == 3) or not fits_gpu(setup, plan.gpu):
         return None
@@ -112,6 +115,16 @@ def _try(wishes: Wishes, plan: JobPlan, group: Sequence[_Change]) -> Suggestion 
     return Suggestion(lines=tuple(lines), plan=result) if result.fits and lines else None
 
 
+def _fewer_answers(setup: TrainingSetup, gpu: GpuType) -> TrainingSetup:
+    """Return ``setup`` with as many answers at once as fit ``gpu``, where only their generation does not fit."""
+    while setup.answers > 1:
+        memory = memory_plan(setup)
+        if memory.needed <= gpu.memory or memory.peak_phase is not MemoryPhase.GENERATION:
+            break
+        setup = replace(setup, answers=setup.answers // 2)
+    return setup
+
+
 def _lines(before: TrainingSetup, after: TrainingSetup, *, accumulation: bool) -> list[str]:
     """Return the lines of YAML that turn the job of ``before`` into that of ``after``. ``accumulation`` says whether
     the job sets the number of micro-batches, which then must go with their size."""
@@ -126,6 +139,7 @@ def _fields(setup: TrainingSetup, *, accumulation: bool) -> dict[str, str | int]
         "method": "Full" if adapters is None else "LoRA",
         "dataset.maxLength": setup.length,
         "training.precision": setup.number_format.value,
+        "evaluation.generation.batchSize": setup.answers,
         "training.microBatchSize": setup.micro_batch,
         "training.gradientAccumulationSteps": setup.accumulation if accumulation else "",
         "training.gradientCheckpointing": "true" if setup.recompute else "false",

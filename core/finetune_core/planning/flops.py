@@ -7,10 +7,12 @@ is counted, so recomputed activations and padding do not count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PEAK_FLOPS: Sequence[tuple[str, float]] = (
+    ("B200", 2250.0e12),
     ("H200", 989.4e12),
     ("H100 PCIe", 756.0e12),
     ("H100", 989.4e12),
@@ -24,8 +26,8 @@ PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("A10", 125.0e12),
 )
 """For each kind of GPU: a text that the device's name contains, and the peak of dense bf16 arithmetic (without
-sparsity) in FLOP/s, from the vendor's data sheets. Where a device's name contains the texts of several entries, the
-first of these entries counts."""
+sparsity) in FLOP/s, from the vendor's data sheets. The text must not go on with a digit: an RTX A1000 is no A100. Where
+a device's name contains the texts of several entries, the first of these entries counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,7 @@ def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> floa
 def peak_flops(device_name: str) -> float | None:
     """Return the peak of a device's dense bf16 arithmetic in FLOP/s, or None for a device that is not in `PEAK_FLOPS`,
     such as a CPU."""
-    return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
+    return next((peak for part, peak in PEAK_FLOPS if re.search(rf"{part}(?!\d)", device_name)), None)
 
 
 def utilisation(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from finetune_core.planning.activations import MEASURED_FAMILIES
 from finetune_core.planning.gpu_types import GIBIBYTE, GpuType
 from finetune_core.planning.host_needs import CPUS_PER_GPU, HostNeeds, host_needs
-from finetune_core.planning.memory import MemoryPlan, memory_plan
+from finetune_core.planning.memory import MemoryPlan, Phase, memory_plan
 from finetune_core.planning.speed import SpeedEstimate, estimate_speed
 from finetune_core.planning.training_setup import NumberFormat, TrainingSetup
 
@@ -84,6 +84,9 @@ class JobPlan:
     """What keeps the job from running, in sentences. Empty where it fits."""
     notes: tuple[str, ...]
     """What the figures leave out, in sentences."""
+    problems_as_written: tuple[str, ...] = ()
+    """What keeps the job from running without the lines of ``choices``, in sentences: the operator has simpler defaults
+    for the training. Empty where the job fits without them."""
     hours: float | None
     """Hours of the training, without evaluations and checkpoints. None where the number of steps is not known."""
     cost: float | None
@@ -116,7 +119,7 @@ def plan_job(wishes: Wishes, gpu: GpuType, *, price: float | None = None) -> Job
         speed=speed,
         choices=tuple(_choices(wishes, setup, memory, host, gpu)),
         problems=tuple(_problems(wishes, setup, memory, host, gpu)),
-        notes=tuple(_notes(setup)),
+        notes=tuple(_notes(setup, memory)),
         hours=hours,
         cost=hours * setup.processes * price if hours is not None and price is not None else None,
     )
@@ -320,8 +323,10 @@ def _problems(wishes: Wishes, setup: TrainingSetup, memory: MemoryPlan, host: Ho
         )
 
 
-def _notes(setup: TrainingSetup) -> Iterator[str]:
+def _notes(setup: TrainingSetup, memory: MemoryPlan) -> Iterator[str]:
     yield from setup.left_out
+    if memory.peak_phase is Phase.GENERATION:
+        yield "The memory of the generation of answers was never measured: it follows from keys and values."
     if setup.sizes.family not in MEASURED_FAMILIES:
         yield f"The memory of models of the family {setup.sizes.family} was never measured."
     if setup.number_format is NumberFormat.FP32:

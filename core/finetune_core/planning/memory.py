@@ -9,7 +9,7 @@ What a GPU takes beside tensors (`DEVICE_BYTES`, `FRAGMENTED_SHARE`) can't be me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from finetune_core.planning.activations import (
@@ -41,6 +41,7 @@ class Phase(StrEnum):
     NORM = "norm of the gradient"
     UPDATE = "update"
     EVALUATION = "evaluation"
+    GENERATION = "generation of answers"
     CHECKPOINT = "checkpoint"
 
 
@@ -117,6 +118,8 @@ def memory_plan(setup: TrainingSetup, *, kernels: Kernels = CURRENT_KERNELS) -> 
         Phase.EVALUATION: passes.evaluation,
         Phase.CHECKPOINT: _Need(gradients=standing, buffers=standing_bucket + state.checkpoint),
     }
+    if setup.answers:
+        needs[Phase.GENERATION] = passes.generation
     base = state.weights + state.optimizer
     phases = {phase: base + need.total for phase, need in needs.items()}
     top = needs[max(phases, key=lambda phase: phases[phase])]
@@ -245,6 +248,25 @@ class _Passes:
             buffers=state.standing_bucket + state.gathered,
             activations=activations,
             logits=logits,
+        )
+
+    @property
+    def generation(self) -> _Need:
+        """The need of the generation of answers to prompts of the full length: the keys and values of all tokens in all
+        layers, and the forward pass over the prompts, which computes the logits of the last token only. The cache of
+        transformers copies the keys or the values of one layer for each token, which takes less."""
+        setup, sizes = self._setup, self._setup.sizes
+        longest = min(setup.length + setup.answer_length, sizes.context or setup.length + setup.answer_length)
+        keys = 2 * self._width * sizes.key_value_heads * sizes.head_width
+        cache = setup.answers * longest * keys * len(sizes.layers)
+        evaluation = self.evaluation
+        prompts = setup.answers * setup.length
+        inside = (4 * self._wide + 4 * self._hidden) * prompts // setup.tokens
+        experts = self._experts.merged_layer + self._experts.gather_copy
+        return replace(
+            evaluation,
+            activations=cache + inside + experts,
+            logits=(4 + self._width) * setup.answers * setup.vocabulary,
         )
 
 

@@ -72,6 +72,10 @@ class TrainingSetup:
     """Examples of an optimizer step, over all processes; with packing the sequences that they fill at most."""
     added_rows: int = 0
     """Number of added tokens, by which embedding and head grow."""
+    answers: int = 0
+    """Answers that one process generates at once to score the model; 0 where the job generates none."""
+    answer_length: int = 0
+    """Length of the longest answer in tokens."""
     left_out: tuple[str, ...] = ()
     """Settings of the job that the plan leaves out, in sentences."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import Reason
-from finetune_core.contract import ExitCode, Outcome
+from finetune_core.contract import ExitCode, Outcome, Phase
 from finetune_operator import messages
 from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_pending_deadline
 from finetune_operator.decide.evidence import Disturbance, Evidence
@@ -129,7 +129,7 @@ def _memory_ruling(evidence: Evidence, verdict: Verdict) -> Ruling | None:
         killed = any(pod.container and pod.container.reason == "OOMKilled" for pod in evidence.failures)
         failure = MemoryFailure(
             message=ruling.message,
-            phase=evidence.last_phase,
+            phase=_phase_of_failure(evidence),
             packed=batch.packed,
             in_node_memory=killed and batch.on_gpus,
             node=ruling.node,
@@ -145,6 +145,16 @@ def _memory_ruling(evidence: Evidence, verdict: Verdict) -> Ruling | None:
     return ruling if ruling is not None and ruling.verdict is verdict else None
 
 
+def _phase_of_failure(evidence: Evidence) -> str:
+    """Return what the trainer did when it ran out of memory, as its result says, or else its last report; empty where
+    nobody knows. The report that ends an attempt does not know it."""
+    for pod in evidence.failures:
+        result = pod.container.result if pod.container is not None else None
+        if result is not None and result.phase is not None:
+            return result.phase
+    return "" if evidence.last_phase == Phase.ENDED else evidence.last_phase
+
+
 def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | None:
     for pod in evidence.failures:
         container = pod.container
@@ -154,7 +164,7 @@ def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | N
         if container.exit_code == code or killed:
             message = container.result.message if container.result else ""
             if not message and killed:
-                message = messages.out_of_memory(pod.memory_limit, evidence.last_phase)
+                message = messages.out_of_memory(pod.memory_limit, _phase_of_failure(evidence))
             message = message or messages.exit_sentence(container.exit_code, "")
             return Ruling(verdict=Verdict.PERMANENT, reason=reason, message=message, node=pod.node)
     return None

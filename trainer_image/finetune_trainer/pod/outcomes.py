@@ -119,9 +119,10 @@ def read_heartbeat(folder: Path, rank: int) -> tuple[str, float] | None:
         return None
 
 
-def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None) -> WorkerOutcome:
+def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None, phase: str = "") -> WorkerOutcome:
     """Return the outcome of a worker, or of the launcher, that ``error`` ended. Exceptions that this function does not
-    know are crashes.
+    know are crashes. ``phase`` is what it did then, a value of `finetune_core.contract.Phase`; empty where that is not
+    known.
 
     The message of a crash is only the class and message of the exception. The caller prints the traceback to the log.
     """
@@ -135,7 +136,14 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
     kind = next((outcome for type_, outcome in kinds if isinstance(error, type_)), Outcome.CRASHED)
     message = f"{type(error).__name__}: {error}" if kind is Outcome.CRASHED else str(error)
     is_node_fault = True if isinstance(error, NodeFault) else None
-    result = Result(outcome=kind, message=message, step=step, checkpoint=checkpoint, node_fault=is_node_fault)
+    result = Result(
+        outcome=kind,
+        message=message,
+        step=step,
+        checkpoint=checkpoint,
+        node_fault=is_node_fault,
+        phase=Phase(phase) if phase and kind is Outcome.OUT_OF_MEMORY else None,
+    )
     return WorkerOutcome(result=result, caused_by_peer=isinstance(error, PeerLost))
 
 
@@ -157,10 +165,16 @@ def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: in
             f"out of memory: rank {worker.rank} was killed{where} because the pod reached its memory limit{limit}:"
             " raise resources.memory, or lower training.microBatchSize or dataset.maxLength"
         )
-        return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message))
+        phase = _phase_in(worker.last_seen)
+        return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message, phase=phase))
     how = f"was ended by signal {-worker.status}" if worker.status < 0 else f"exited with {worker.status}"
     message = f"rank {worker.rank} {how} and left no reason; its log has the details"
     return WorkerOutcome(result=Result(outcome=_OUTCOMES.get(worker.status, Outcome.CRASHED), message=message))
+
+
+def _phase_in(last_seen: str) -> Phase | None:
+    """Return the phase that the text of a heartbeat names (`WorkerStatus.where`); None where there is none."""
+    return next((phase for phase in Phase if last_seen.startswith(WorkerStatus(phase=phase.value).where())), None)
 
 
 def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:

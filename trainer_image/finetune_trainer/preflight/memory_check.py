@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,8 @@ from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, gibibytes, plan_job, was_measured
 from finetune_core.planning.memory import memory_plan
+from finetune_core.planning.training_plan import process_share
+from finetune_core.planning.training_setup import TrainingSetup
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.model_text_files import read_json_object
 
@@ -64,14 +66,13 @@ def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest
     try:
         gpu = find_gpu(product)
         wishes = wishes_of_run(config, configuration)
-        # A packed sequence is filled up to its largest length, whatever the rows have.
-        shortest = wishes if config.dataset.packing else wishes_of_run(config, configuration, length=longest_row or 1)
+        shortest = _shortest(config, configuration, wishes, longest_row or 1)
     except UserError:
         # The plan does not know the GPU or the model, or the model is one that another check refuses.
         return None
     plan = plan_job(wishes, gpu)
-    least = memory_plan(shortest.setup)
-    most = gpu.memory * (REFUSED_EXCESS if was_measured(shortest.setup) else REFUSED_UNMEASURED)
+    least = memory_plan(shortest)
+    most = gpu.memory * (REFUSED_EXCESS if was_measured(shortest) else REFUSED_UNMEASURED)
     # What `deepspeed.overrides` changes is not planned, and may take less memory.
     if least.needed > most and not wishes.needs_deepspeed:
         raise UserError(
@@ -82,6 +83,19 @@ def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest
         )
     notices = [*_gpu_notices(wishes, plan), *_host_notices(wishes, plan)]
     return MemoryCheck(planned=_needs(plan), notices=notices)
+
+
+def _shortest(config: RunConfig, configuration: Mapping[str, Any], wishes: Wishes, longest_row: int) -> TrainingSetup:
+    """Return the training of ``wishes`` where no row has more than ``longest_row`` tokens. Packed rows fill sequences
+    of the largest length, but no more of them than the rows of a step need. Generated answers are left out,
+    because nobody knows yet how long the prompts are."""
+    if not config.dataset.packing:
+        return replace(wishes_of_run(config, configuration, length=longest_row).setup, answers=0)
+    setup = wishes.setup
+    rows_in_a_sequence = max(1, setup.length // longest_row)
+    sequences = -(-setup.global_batch // rows_in_a_sequence)
+    share = process_share(sequences, setup.processes)
+    return replace(setup, answers=0, global_batch=sequences, micro_batch=min(setup.micro_batch, share))
 
 
 def _needs(plan: JobPlan) -> PlannedNeeds | None:
