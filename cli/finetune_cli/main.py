@@ -19,15 +19,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.text import Text
 
 from finetune_cli import __version__
-from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
-from finetune_cli.download import artifact_of, download
+from finetune_cli.apiserver.job_client import ConnectionLostError, JobClient, load_client
+from finetune_cli.bucket.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
+from finetune_cli.bucket.download import artifact_of, download
+from finetune_cli.bucket.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.formatting import size
-from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
-from finetune_cli.object_store import ObjectStoreReader, access_key_from
-from finetune_cli.plan import plan_file
+from finetune_cli.jobfiles.plan import plan_file
+from finetune_cli.jobfiles.validate import validate_files
 from finetune_cli.terminal import SafeConsole, TerminalHandler, complain, say, say_json
-from finetune_cli.validate import validate_files
-from finetune_cli.watch import show_until_ended, view_for
+from finetune_cli.views.watch import show_until_ended, view_for
 from finetune_core.api.conditions import Reason
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY

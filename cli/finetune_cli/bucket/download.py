@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from finetune_cli.object_store import ObjectStoreReader
+from finetune_cli.bucket.object_store import ObjectStoreReader
 from finetune_cli.state import state, state_message, status_of
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.status import ArtifactStatus

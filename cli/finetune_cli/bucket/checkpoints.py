@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
+from finetune_cli.bucket.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_cli.formatting import number, size
-from finetune_cli.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import COMMIT, MANIFEST, TRAINER_FILE, Location, Manifest, digest, parse_uri, run_root_of
 

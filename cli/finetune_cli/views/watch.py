@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from finetune_cli.log_lines import new_lines
-from finetune_cli.panel import render
 from finetune_cli.state import Ending, ending
 from finetune_cli.terminal import SafeConsole, say
+from finetune_cli.views.log_lines import new_lines
+from finetune_cli.views.panel import render
 from finetune_core.api.job import FineTuneJob
 
 REFRESH_PER_SECOND = 4
