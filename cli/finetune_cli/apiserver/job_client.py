@@ -1,102 +1,96 @@
-"""Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI sends requests to the API
-server.
+"""Reads and changes the FineTuneJobs of one namespace, and reads the Secrets and ConfigMaps that they name.
 
-The client is configured by a kubeconfig, as kubectl is, or by the service account of the pod that the program runs in.
 Problems that a user can correct are raised as UserError. The commands and the demo use `JobClient`.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
-import json
-import math
-import time
+import difflib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import urllib3
-import yaml
-from kubernetes import client, config, watch
+from kubernetes import client
 from pydantic import ValidationError
 
-from finetune_cli.formatting import duration
+from finetune_cli.apiserver.following import CALL_TIMEOUT_SECONDS, JobFollower, Snapshot
+from finetune_cli.apiserver.refusals import JOBS, ConnectionLostError, Request, explained, lost, message_of
+from finetune_cli.apiserver.selection import Selection, key_of
 from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
 from finetune_core.api.older_specs import present_manifest
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
-CALL_TIMEOUT_SECONDS = (5, 30)
-"""Two timeouts of a call to the API server in seconds: for the connection, and for the answer."""
-WATCH_SECONDS = 30
-"""Seconds after which the API server ends a watch and the client starts a new watch. With a short time, a connection
-that was lost without an error is replaced soon."""
-RECONNECT_FOR_SECONDS = 600
-"""Seconds for which the client tries again to reach an API server that no longer answers."""
-RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
-"""Pauses in seconds between tries to reach the API server. The last pause repeats."""
-SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-
-NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
-"""Exceptions that the library `kubernetes` raises for a kubeconfig whose YAML has an unexpected structure."""
-
-
-class ConnectionLostError(Exception):
-    """The API server could not be reached, or answered with an error whose cause is not the request. Another try may
-    succeed."""
-
-
-def load_client() -> tuple[client.ApiClient, str]:
-    """Return a client of the API server and the default namespace. The client is configured by the kubeconfig
-    (KUBECONFIG or ~/.kube/config) or, where no kubeconfig exists, by the pod's service account. Raises UserError where
-    the kubeconfig can't be read, and where neither of the two exists."""
-    try:
-        # Outside of a cluster and without a kubeconfig, the library prints a line of its own. In a pod, that line would
-        # stand before the output of `-o json`.
-        with contextlib.redirect_stdout(io.StringIO()):
-            config.load_config()
-    except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            "kubeconfig", f"cannot be loaded ({reason}); set KUBECONFIG or create ~/.kube/config"
-        ) from error
-    return client.ApiClient(), _default_namespace()
-
-
-def _default_namespace() -> str:
-    """Return the namespace of the current kubeconfig context, or `default` if the context has none. Without a
-    kubeconfig, return the namespace of the pod that the program runs in, or `default` outside of a pod."""
-    try:
-        _, context = config.list_kube_config_contexts()
-    except (config.ConfigException, OSError):
-        return SERVICE_ACCOUNT_NAMESPACE.read_text().strip() if SERVICE_ACCOUNT_NAMESPACE.exists() else "default"
-    return str(context["context"].get("namespace") or "default")
+FIELD_MANAGER = "finetune-cli"
+"""Name under which the API server records what the CLI changes."""
+MERGE_PATCH = "application/merge-patch+json"
+NEAR_NAMES = 3
+"""Largest number of similar names that a message suggests."""
+CONFLICT = 409
+TRIES = 5
+"""Largest number of times that a change is tried while somebody else changes the same job."""
 
 
 class JobClient:
-    """Reads the FineTuneJobs of one namespace, and the Secrets and ConfigMaps that the jobs name."""
+    """Reads and changes the FineTuneJobs of one namespace, and reads the Secrets and ConfigMaps that the jobs name."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
+        self.api = api
+        self.namespace = namespace
         self._custom = client.CustomObjectsApi(api)
         self._core = client.CoreV1Api(api)
-        self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job ``name``. Raises UserError where the job does not exist, where the user may not read it, or
-        where the job does not fit this version of the program. Raises ConnectionLostError where the API server can't be
-        reached or has a problem of its own."""
-        try:
-            return parse(
-                self._custom.get_namespaced_custom_object(
-                    GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=CALL_TIMEOUT_SECONDS
-                )
-            )
-        except client.ApiException as error:
-            raise self._to_exception(name, error) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(_cause(error)) from error
+        """Return the job ``name``. Raises what `get_stored` raises, and UserError where the job does not fit this
+        version of the program."""
+        return parse(self.get_stored(name))
+
+    def get_stored(self, name: str) -> dict[str, Any]:
+        """Return the job ``name`` as the API server stores it. Raises UserError where the job does not exist or the
+        user may not read it. Raises ConnectionLostError where the API server can't be reached or has a problem of its
+        own."""
+        return self._request(
+            "get",
+            name,
+            lambda: self._custom.get_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, name, _request_timeout=CALL_TIMEOUT_SECONDS
+            ),
+        )
+
+    def change(self, name: str, decide: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Change the job ``name`` by a merge patch, and return the job as it is stored then. ``decide`` returns the
+        patch for the stored job, or None where nothing is to be changed. Then nothing is written, and None is returned.
+
+        The patch is accepted only while the job is the one that ``decide`` has seen. Where somebody else has changed
+        the job meanwhile, ``decide`` is asked again. Raises what `get_stored` raises.
+        """
+        for _ in range(TRIES):
+            stored = self.get_stored(name)
+            patch = decide(stored)
+            if patch is None:
+                return None
+            seen = {key: stored["metadata"][key] for key in ("uid", "resourceVersion")}
+            body = {**patch, "metadata": {**patch.get("metadata", {}), **seen}}
+            try:
+                return self._request("patch", name, partial(self._patch, name, body))
+            except _ConflictError:
+                continue
+        raise ConnectionLostError(f"{self._subject(name)} was changed by others {TRIES} times in a row")
+
+    def _patch(self, name: str, body: dict[str, Any]) -> Any:
+        return self._custom.patch_namespaced_custom_object(
+            GROUP,
+            VERSION,
+            self.namespace,
+            PLURAL,
+            name,
+            body,
+            field_manager=FIELD_MANAGER,
+            _content_type=MERGE_PATCH,
+            _request_timeout=CALL_TIMEOUT_SECONDS,
+        )
 
     def follow(
         self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
@@ -108,32 +102,36 @@ class JobClient:
         not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
         ConnectionLostError when, at the start, the API server can't be reached or has a problem of its own.
         """
-        until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
-        # This first call is not repeated where no API server answers, because at the start a wrong kubeconfig is a more
-        # likely cause than a restart of the API server.
-        current, version = self._list(name)
-        yield parse(current)
-        while (left := until - time.monotonic()) > 0:
-            uid, seen = current["metadata"]["uid"], current["metadata"]["resourceVersion"]
-            try:
-                for current in self._changes(name, version, min(left, WATCH_SECONDS)):
-                    seen = current["metadata"]["resourceVersion"]
-                    yield parse(current)
-            except ConnectionLostError as error:
-                notify(f"lost the connection to the API server ({error}); trying again")
-            current, version = self._list_with_retries(name, notify)
-            if current["metadata"]["uid"] != uid:
+        uid = ""
+        for found in self.follow_all((name,), notify, give_up_after=give_up_after):
+            stored = next(iter(found.values()), None)
+            if stored is None:
+                raise UserError(self._subject(name), "was deleted" if uid else self._missing(name))
+            if uid and stored["metadata"]["uid"] != uid:
                 raise UserError(self._subject(name), "was deleted and created anew; watch it again")
-            if current["metadata"]["resourceVersion"] != seen:
-                yield parse(current)
-        raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
+            uid = stored["metadata"]["uid"]
+            yield parse(stored)
+
+    def follow_all(
+        self, names: tuple[str, ...], notify: Callable[[str], None], *, give_up_after: float | None = None
+    ) -> Iterator[Snapshot]:
+        """Yield the jobs ``names`` now and after each change, as `JobFollower.follow` does."""
+        selection = Selection(self.namespace, names)
+        return JobFollower(self.api, selection).follow(notify, give_up_after=give_up_after)
+
+    def require(self, names: tuple[str, ...], found: Snapshot) -> None:
+        """Raise UserError for the first of the jobs ``names`` that is not in ``found``, with similar names."""
+        there = {key.name for key in found}
+        for name in names:
+            if name not in there:
+                raise UserError(self._subject(name), self._missing(name))
 
     def secret(self, name: str) -> dict[str, str]:
         """Return the values of the Secret ``name`` by their keys, decoded from base64. Raises UserError where the
         Secret is missing or may not be read."""
         found = self._read(
             self._core.read_namespaced_secret,
-            f"Secret {self._namespace}/{name}",
+            f"Secret {self.namespace}/{name}",
             name,
             {
                 404: "does not exist; the job names it in `storage.credentialsSecretRef`",
@@ -147,7 +145,7 @@ class JobClient:
         may not be read."""
         found = self._read(
             self._core.read_namespaced_config_map,
-            f"ConfigMap {self._namespace}/{name}",
+            f"ConfigMap {self.namespace}/{name}",
             name,
             {404: "does not exist; the job names it in `storage.caConfigMapRef`"},
         )
@@ -159,99 +157,52 @@ class JobClient:
         ``sentences`` for the HTTP status code. Where ``sentences`` has no sentence for this code, the text is the
         message of the API server."""
         try:
-            return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
+            return read(name, self.namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
-            raise UserError(subject, sentences.get(error.status) or _status_message(error)) from error
+            raise UserError(subject, sentences.get(error.status) or message_of(error)) from error
         except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(str(error)) from error
+            raise lost(error) from error
 
-    def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-        """Return the result of `_list`. Where no API server answers, try again for ten minutes, which is long enough
-        for most restarts of an API server, and then raise UserError. ``notify`` is called with a sentence about the
-        outage."""
-        until = time.monotonic() + RECONNECT_FOR_SECONDS
-        for attempt in range(RECONNECT_FOR_SECONDS):
-            try:
-                return self._list(name)
-            except ConnectionLostError as error:
-                delay = RECONNECT_DELAYS_SECONDS[min(attempt, len(RECONNECT_DELAYS_SECONDS) - 1)]
-                if time.monotonic() + delay > until:
-                    raise UserError(
-                        "API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)} ({error})"
-                    ) from error
-                if attempt == 1:
-                    notify(f"the API server does not answer ({error}); trying again")
-                # The loop ends at about `until`, because a pause that would last beyond `until` raises the error above.
-                time.sleep(delay)
-        raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
-
-    def _list(self, name: str) -> tuple[dict[str, Any], str]:
-        """Return the stored job ``name``, and the resourceVersion from which a watch can continue.
-
-        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
-        minutes may be too old for a watch.
-        """
+    def _request(self, verb: str, name: str, ask: Callable[[], Any]) -> dict[str, Any]:
+        """Return the stored job ``name`` that ``ask`` returns. Raises _ConflictError where the API server says that the
+        job has changed."""
         try:
-            found = self._custom.list_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                self._namespace,
-                PLURAL,
-                field_selector=f"metadata.name={name}",
-                _request_timeout=CALL_TIMEOUT_SECONDS,
-            )
+            return dict(ask())
         except client.ApiException as error:
-            raise self._to_exception(name, error) from error
+            if error.status == CONFLICT:
+                raise _ConflictError from error
+            subject = self._subject(name)
+            if error.status == 404:
+                # Similar names are looked up only where the job is missing.
+                found = explained(error, Request(verb, JOBS, subject, missing=""))
+                if str(found) == f"{subject}: ":
+                    raise UserError(subject, self._missing(name)) from error
+                raise found from error
+            raise explained(error, Request(verb, JOBS, subject)) from error
         except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(_cause(error)) from error
-        if not found["items"]:
-            raise UserError(self._subject(name), "does not exist")
-        return found["items"][0], found["metadata"]["resourceVersion"]
+            raise lost(error) from error
 
-    def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the stored job ``name`` after each change since ``resource_version``, until the API server ends the
-        watch after ``seconds``."""
-        stream = watch.Watch()
+    def _missing(self, name: str) -> str:
+        """Return what a message says about the job ``name``, which does not exist: similar names, or how to look."""
         try:
-            for event in stream.stream(
-                self._custom.list_namespaced_custom_object,
-                GROUP,
-                VERSION,
-                self._namespace,
-                PLURAL,
-                field_selector=f"metadata.name={name}",
-                resource_version=resource_version,
-                timeout_seconds=math.ceil(seconds),
-                _request_timeout=(CALL_TIMEOUT_SECONDS[0], WATCH_SECONDS + 10),
-            ):
-                if event["type"] == "DELETED":
-                    raise UserError(self._subject(name), "was deleted")
-                yield event["object"]
-        except client.ApiException as error:
-            # The status 410 means that the resourceVersion is too old for a watch. No exception is needed, because the
-            # caller lists the job again after each watch.
-            if error.status != 410:
-                raise self._to_exception(name, error) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(_cause(error)) from error
-        finally:
-            stream.stop()
+            found, _ = JobFollower(self.api, Selection(self.namespace)).stored_jobs()
+        except (UserError, ConnectionLostError):
+            # The user may read single jobs only.
+            return "does not exist"
+        names = [key.name for key in found]
+        near = difflib.get_close_matches(name, names, NEAR_NAMES)
+        if near:
+            return f"does not exist; similar names are {', '.join(near)}"
+        if names:
+            return "does not exist; `finetune list` shows the jobs of the namespace"
+        return "does not exist, as no job does in this namespace; `finetune list -A` shows those of all namespaces"
 
     def _subject(self, name: str) -> str:
-        return f"{KIND} {self._namespace}/{name}"
+        return f"{KIND} {self.namespace}/{name}"
 
-    def _to_exception(self, name: str, error: client.ApiException) -> Exception:
-        """Return the exception that explains ``error``, an answer of the API server, to a user. For a status code that
-        has no explanation below, the exception is a ConnectionLostError."""
-        if error.status == 404 and _reason(error) == "NotFound":
-            return UserError(self._subject(name), "does not exist")
-        if error.status == 404:
-            return UserError(KIND, "is unknown to this cluster; install the Helm chart first")
-        if error.status == 401:
-            return UserError("kubeconfig", "the API server does not accept its credentials")
-        if error.status == 403:
-            return UserError(self._subject(name), f"you may not read it ({_status_message(error)})")
-        return ConnectionLostError(_status_message(error))
+
+class _ConflictError(Exception):
+    """Somebody else has changed the job since it was read."""
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
@@ -262,31 +213,5 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         message = f"`{where}` is unknown to this version of finetune; install the version that the cluster runs"
-        raise UserError(f"{KIND} {stored['metadata']['namespace']}/{stored['metadata']['name']}", message) from error
-
-
-def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the cause of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
-    cause."""
-    reason = getattr(error, "reason", None)
-    return str(reason if reason is not None else error)
-
-
-def _reason(error: client.ApiException) -> str:
-    """Return the reason in the API server's answer to a failed request, for example `NotFound`. The result is empty
-    where the answer is plain text. The API server sends plain text for a path that it does not serve."""
-    body = _status(error)
-    return str(body.get("reason", ""))
-
-
-def _status_message(error: client.ApiException) -> str:
-    """Return the API server's message for people about a failed request."""
-    return str(_status(error).get("message") or f"HTTP {error.status} {error.reason}")
-
-
-def _status(error: client.ApiException) -> dict[str, Any]:
-    try:
-        body = json.loads(error.body or "")
-    except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
+        namespace, name = key_of(stored)
+        raise UserError(f"{KIND} {namespace}/{name}", message) from error

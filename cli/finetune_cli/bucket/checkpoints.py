@@ -2,7 +2,8 @@
 not from the job's status, because the status may be out of date.
 
 The input is a client of the object store, and the address of the folder of all runs of the job. The output has one
-entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
+entry for each checkpoint folder, as a table or as JSON. The command `checkpoints`
+calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations

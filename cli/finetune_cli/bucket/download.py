@@ -1,8 +1,8 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every file.
 
 The input is the artifact in a FineTuneJob's status, and a client of the job's object store. The output is a folder that
-peft or transformers loads. The folder appears only after the whole artifact was verified. `main.py` and the demo call
-`download`.
+peft or transformers loads. The folder appears only after the whole artifact was verified. The commands and the demo
+call `download`.
 """
 
 from __future__ import annotations

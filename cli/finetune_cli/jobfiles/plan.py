@@ -1,7 +1,8 @@
 """`finetune plan`: says of a job file whether the training fits its GPUs, how fast it is, and what to change where it
 does not fit. No cluster and no GPU is needed.
 
-`main.py` calls `plan_file`. `finetune_core.planning` has the arithmetic, and `plan_view.py` the texts for people.
+`commands/plan_command.py` calls `plan_file`. `finetune_core.planning` has the arithmetic, and `plan_view.py` the texts
+for people.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
 The input is an iterator over the job's states. On a terminal the output is a panel that is redrawn. In a log or a pipe
-the output is a line for each change. `main.py` and the demo call `show_until_ended`.
+the output is a line for each change. `commands/watch_command.py` and the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
