@@ -1,7 +1,7 @@
-"""The command line `finetune`: validates job files, watches FineTuneJobs, lists their checkpoints and downloads their
-artifacts.
+"""The command line `finetune`: checks job files, shows and steers FineTuneJobs, and fetches what they made.
 
-Each command of the program has its own module. Code that the operator or the trainer needs too is in core/.
+Each command of the program has its own module in `commands/`. Code that the operator or the trainer needs too is in
+core/.
 """
 
 __version__ = "0.1.0"

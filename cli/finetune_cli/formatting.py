@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
+
+LARGEST_DRAWN = 1e300
+"""Largest magnitude of a value that a curve draws. Sums and differences of such values are finite."""
 
 BARS = "▁▂▃▄▅▆▇█"
 """Characters of a one-line curve. The first character is for the lowest value, and the last is for the highest
@@ -48,10 +52,44 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def age(seconds: float) -> str:
+    """Return ``seconds``, the age of something, as short as kubectl does, for example `42s`, `5m`, `3h20m` or
+    `2d4h`."""
+    words = duration(seconds).replace(" min", "m").replace(" h", "h").replace(" d", "d").replace(" s", "s")
+    first, *rest = words.split()
+    second = rest[0].lstrip("0") if rest and seconds >= 3600 else ""
+    return first + second if second[:1].isdigit() else first
+
+
+def seconds_between(start: datetime, end: datetime) -> float:
+    """Return the seconds from ``start`` to ``end``. A time without a zone counts as UTC, because the API server accepts
+    such times in a status."""
+    return (with_zone(end) - with_zone(start)).total_seconds()
+
+
+def with_zone(time: datetime) -> datetime:
+    """Return ``time``, in UTC where it has no zone."""
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+def measured(value: str | float | None) -> float | None:
+    """Return ``value``, a decimal of a status, as a number. Return None where it is absent, or is no finite number: the
+    API server accepts any text there."""
+    try:
+        quantity = float(value) if value is not None else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return quantity if math.isfinite(quantity) else None
+
+
 def number(value: str | float) -> str:
     """Return ``value``, a measured number, with at most four significant digits, for example `0.5723`, `1.004` or
-    `242.7`. A value of 1000 or more is rounded to a whole number, for example `12345`."""
-    quantity = float(value)
+    `242.7`. A value of 1000 or more is rounded to a whole number, for example `12345`. A text that is no number is
+    returned as it is."""
+    try:
+        quantity = float(value)
+    except (ValueError, OverflowError):
+        return str(value)
     if not math.isfinite(quantity):
         return str(quantity)
     if abs(quantity) >= 1000:
@@ -68,7 +106,9 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     Each part is drawn as one character, by the mean of its values or, on the logarithmic scale, of their logarithms. A
     part without a finite value leaves a gap.
     """
-    heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
+    values = [value if abs(value) <= LARGEST_DRAWN else math.nan for value in values]
+    positive = _all_positive(values)
+    heights = [math.log(value) if positive and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
     means = [sum(known) / len(known) if known else None for known in stretches]
     known = [mean for mean in means if mean is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune_cli.formatting import measured
 from finetune_core.api.conditions import Condition, ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import EvaluationStatus, FineTuneJobStatus, MetricValue, RequirementStatus, Scores
@@ -121,8 +122,8 @@ def risen_text(evaluation: EvaluationStatus) -> str:
     before, after = (
         scores.all_token_perplexity if scores is not None else None for scores in (evaluation.base, evaluation.tuned)
     )
-    risen = before is not None and after is not None and float(after) > float(before)
-    return ALL_TOKENS_MEANING if risen else ""
+    lower, higher = measured(before), measured(after)
+    return ALL_TOKENS_MEANING if lower is not None and higher is not None and higher > lower else ""
 
 
 def scores_by_name(scores: Scores | None, task: str | None) -> dict[str, str]:

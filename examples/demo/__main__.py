@@ -27,12 +27,12 @@ from examples.demo import steps
 from examples.demo.base_model import base_model
 from examples.demo.measurements import JobTimes, Measurements
 from examples.trails.generate import Rows, generate, write
-from finetune_cli.download import artifact_of, download
+from finetune_cli.bucket.download import artifact_of, download
+from finetune_cli.bucket.object_store import AccessKey, ObjectStoreReader
 from finetune_cli.formatting import duration, size
-from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_cli.state import Ending
 from finetune_cli.terminal import SafeConsole
-from finetune_cli.watch import show_until_ended, view_for
+from finetune_cli.views.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from tests.cluster import Cluster, ClusterError, unusable_because

@@ -20,7 +20,7 @@ from kubernetes import client, config
 from minio import Minio
 
 from examples.trails.generate import Rows, write
-from finetune_cli.job_client import JobClient
+from finetune_cli.apiserver.job_client import JobClient
 from finetune_cli.state import condition, ending, state, state_message
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob

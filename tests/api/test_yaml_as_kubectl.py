@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from finetune_cli.yaml_lines import load
+from finetune_cli.jobfiles.yaml_lines import load
 from tests.api.server import Server
 from tests.cluster import Cluster
 

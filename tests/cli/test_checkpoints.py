@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune_cli.checkpoints import COMMITTED, DAMAGED, UNFINISHED, _perplexity, as_json, as_table, inspect_checkpoints
-from finetune_cli.object_store import AccessKey, ObjectStoreReader
+from finetune_cli.bucket.checkpoints import (
+    COMMITTED,
+    DAMAGED,
+    UNFINISHED,
+    _perplexity,
+    as_json,
+    as_table,
+    inspect_checkpoints,
+)
+from finetune_cli.bucket.object_store import AccessKey, ObjectStoreReader
 from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
 from tests.cli.test_download import put, spec
 from tests.cli.test_main import finetune

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_cli.download import artifact_of, download
-from finetune_cli.object_store import AccessKey, ObjectStoreReader, access_key_from
+from finetune_cli.bucket.download import artifact_of, download
+from finetune_cli.bucket.object_store import AccessKey, ObjectStoreReader, access_key_from
 from finetune_core.api.status import ArtifactStatus
 from finetune_core.api.storage import StorageSpec
 from finetune_core.errors import UserError

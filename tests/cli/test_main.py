@@ -61,7 +61,7 @@ def test_help_has_examples(arguments: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["watch"], ["fly", "quickstart"], ["watch", "quickstart", "--timeout", "soon"]]
+    "arguments", [[], ["describe"], ["fly", "quickstart"], ["watch", "quickstart", "--timeout", "soon"]]
 )
 def test_a_wrong_command_line_is_explained(arguments: list[str], tmp_path: Path) -> None:
     done = finetune(tmp_path, *arguments)

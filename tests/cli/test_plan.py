@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_cli.jobfiles.plan_view import nested
+from finetune_cli.jobfiles.validate import SIZE_LIMIT
 from finetune_cli.main import main
-from finetune_cli.plan_view import nested
-from finetune_cli.validate import SIZE_LIMIT
 from finetune_core.planned_job import with_lines
 from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS

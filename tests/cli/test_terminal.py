@@ -170,6 +170,13 @@ COMMANDS = {
     "watch": ["watch", "quickstart"],
     "download": ["download", "quickstart"],
     "checkpoints": ["checkpoints", "quickstart"],
+    "list": ["list"],
+    "watch all": ["watch"],
+    "describe": ["describe", "quickstart"],
+    "logs": ["logs", "quickstart"],
+    "events": ["events", "quickstart"],
+    "cancel": ["cancel", "quickstart"],
+    "metrics": ["metrics", "quickstart"],
 }
 
 
@@ -181,6 +188,34 @@ def test_watch_shows_a_hostile_status_harmlessly(tmp_path: Path, job: str, *, te
     with served(lambda _path: (200, body)) as port:
         text = finetune(tmp_path, port, ["watch", "quickstart", "--timeout", "0.5"], terminal=terminal)
     check(text, terminal=terminal)
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "-o", "wide"], ["describe", "x"], ["watch", "a", "b"]], ids=str
+)
+def test_hostile_jobs_are_shown_harmlessly(tmp_path: Path, arguments: list[str], *, terminal: bool) -> None:
+    jobs = [hostile_job("failed"), hostile_job("unschedulable")]
+    for found, name in zip(jobs, ("a", "b"), strict=True):
+        found["metadata"] |= {"name": name, "labels": {"x": HOSTILE}, "annotations": {"x": HOSTILE}}
+    event = {"regarding": {"kind": HOSTILE, "name": HOSTILE}, "reason": HOSTILE, "note": HOSTILE, "type": HOSTILE}
+
+    def answer(path: str) -> Answer:
+        if path.endswith("/x"):
+            return 200, json.dumps(jobs[0]).encode()
+        items = [{**event, "regarding": {"kind": "FineTuneJob", "name": "a"}}] if "/events" in path else jobs
+        return 200, json.dumps({"items": items, "metadata": {"resourceVersion": "7"}}).encode()
+
+    extra = ["--timeout", "0.5"] if arguments[0] == "watch" else []
+    with served(answer) as port:
+        text = finetune(tmp_path, port, [*arguments, *extra], terminal=terminal)
+    if arguments[0] == "describe":
+        # The lines of the page are indented. Those of the program about changes begin at the left.
+        assert "before" in text
+        assert not re.search(r"^12:00:00", OWN_CODES.sub("", text), re.MULTILINE)
+    elif arguments != ["list"]:
+        check(text, terminal=terminal)
+    assert CONTROL.findall(OWN_CODES.sub("", text) if terminal else text) == []
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])

@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from finetune_cli.log_lines import new_lines
-from finetune_cli.panel import render
 from finetune_cli.state import ending
 from finetune_cli.terminal import SafeConsole
-from finetune_cli.watch import LineView, show_until_ended
+from finetune_cli.views.log_lines import new_lines
+from finetune_cli.views.panel import render
+from finetune_cli.views.watch import LineView, show_until_ended
 from finetune_core.api.job import FineTuneJob
 from tests.cli.stored import job, stored
 

@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 from minio.credentials import AssumeRoleProvider, WebIdentityProvider
 
-from finetune_cli.object_store import AccessKey
-from finetune_cli.object_store import ObjectStoreReader as CliStore
+from finetune_cli.bucket.object_store import AccessKey
+from finetune_cli.bucket.object_store import ObjectStoreReader as CliStore
 from finetune_core.api import FineTuneJob
 from finetune_core.api.storage import EncryptionSpec, StorageSpec
 from finetune_core.contract.run_file import StorageConfig

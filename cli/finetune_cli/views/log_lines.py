@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_cli.formatting import duration, number, size
+from finetune_cli.formatting import duration, number, seconds_between, size
 from finetune_cli.state import (
     blocking_message,
     ending,
@@ -63,7 +63,7 @@ def _attempts(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     known = {past.number for past in status_of(shown).attempts.recent} if shown else set()
     for past in status_of(job).attempts.recent:
         if past.number not in known and past.verdict != "Succeeded":
-            after = duration((past.end_time - past.start_time).total_seconds())
+            after = duration(seconds_between(past.start_time, past.end_time))
             yield f"attempt {past.number} ended after {after}: {past.reason} ({past.verdict.lower()}): {past.message}"
 
 

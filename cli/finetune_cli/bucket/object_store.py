@@ -1,8 +1,8 @@
 """Reads objects of a job from MinIO or S3. No other module of the CLI sends requests to the object store.
 
 The input is the section `spec.storage` of a job, and an access key. A failed request raises a UserError that names the
-object or the address of the store. `main.py` and the demo create an `ObjectStoreReader`, and `download.py` and
-`checkpoints.py` read with it.
+object or the address of the store. `commands/job_store.py` and the demo create an `ObjectStoreReader`, and the
+other modules of this room read with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
 The input is an iterator over the job's states. On a terminal the output is a panel that is redrawn. In a log or a pipe
-the output is a line for each change. `main.py` and the demo call `show_until_ended`.
+the output is a line for each change. `commands/watch_command.py` and the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from finetune_cli.log_lines import new_lines
-from finetune_cli.panel import render
 from finetune_cli.state import Ending, ending
 from finetune_cli.terminal import SafeConsole, say
+from finetune_cli.views.log_lines import new_lines
+from finetune_cli.views.panel import render
 from finetune_core.api.job import FineTuneJob
 
 REFRESH_PER_SECOND = 4

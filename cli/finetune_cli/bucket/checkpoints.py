@@ -2,7 +2,8 @@
 not from the job's status, because the status may be out of date.
 
 The input is a client of the object store, and the address of the folder of all runs of the job. The output has one
-entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
+entry for each checkpoint folder, as a table or as JSON. The command `checkpoints`
+calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
+from finetune_cli.bucket.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_cli.formatting import number, size
-from finetune_cli.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import COMMIT, MANIFEST, TRAINER_FILE, Location, Manifest, digest, parse_uri, run_root_of
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.jobfiles.yaml_lines import Document, load
 from finetune_cli.terminal import complain, say, say_json
-from finetune_cli.yaml_lines import Document, load
 from finetune_core.api.job import API_VERSION, GROUP, KIND
 from finetune_core.validation.problems import FieldPath, Problem, Refusal, dotted
 from finetune_core.validation.validate_job import is_job, validate_job

@@ -1,7 +1,8 @@
 """`finetune plan`: says of a job file whether the training fits its GPUs, how fast it is, and what to change where it
 does not fit. No cluster and no GPU is needed.
 
-`main.py` calls `plan_file`. `finetune_core.planning` has the arithmetic, and `plan_view.py` the texts for people.
+`commands/plan_command.py` calls `plan_file`. `finetune_core.planning` has the arithmetic, and `plan_view.py` the texts
+for people.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from finetune_cli.object_store import ObjectStoreReader, access_key_from
-from finetune_cli.plan_view import as_json, as_view
+from finetune_cli.bucket.object_store import ObjectStoreReader, access_key_from
+from finetune_cli.jobfiles.plan_view import as_json, as_view
+from finetune_cli.jobfiles.validate import SIZE_LIMIT, check_file
 from finetune_cli.terminal import SafeConsole, say_json, say_yaml
-from finetune_cli.validate import SIZE_LIMIT, check_file
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY

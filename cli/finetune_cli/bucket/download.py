@@ -1,8 +1,8 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every file.
 
 The input is the artifact in a FineTuneJob's status, and a client of the job's object store. The output is a folder that
-peft or transformers loads. The folder appears only after the whole artifact was verified. `main.py` and the demo call
-`download`.
+peft or transformers loads. The folder appears only after the whole artifact was verified. The commands and the demo
+call `download`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from finetune_cli.object_store import ObjectStoreReader
+from finetune_cli.bucket.object_store import ObjectStoreReader
 from finetune_cli.state import state, state_message, status_of
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.status import ArtifactStatus
