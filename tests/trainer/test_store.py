@@ -57,6 +57,7 @@ def test_a_second_conditional_put_is_refused_with_412(root: RunRoot) -> None:
     assert root.create("once", b"first")
     assert not root.create("once", b"second")
     assert root.read("once") == b"first"
+    assert isinstance(root.store, Store)
     with pytest.raises(S3Error) as refused:
         root.store._client._execute(
             "PUT", BUCKET, root.location.key("once"), body=b"third", headers={"If-None-Match": "*"}
