@@ -212,7 +212,8 @@ def test_the_folder_itself_is_never_made(is_file: bool, tmp_path: Path) -> None:
 
 
 def test_background_work_waits_until_the_folder_is_back(tmp_path: Path) -> None:
-    folder, heard = tmp_path / "store", []
+    folder = tmp_path / "store"
+    heard: list[str] = []
 
     def wait(seconds: float) -> None:
         folder.mkdir()
