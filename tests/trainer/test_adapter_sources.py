@@ -23,8 +23,8 @@ from finetune_trainer.model.given_adapter import GivenAdapter
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import adapter_name, fetch_inputs, model_revision
-from finetune_trainer.storage.client import digest_of_file
-from finetune_trainer.storage.root import open_root
+from finetune_trainer.storage.root import object_store, open_root
+from finetune_trainer.storage.run_store import digest_of_file
 from tests.trainer.conftest import StartPods
 from tests.trainer.given_adapters import CONFIG, WEIGHTS, with_config, write_adapter
 from tests.trainer.hub import COMMIT, TOKEN, running_hub
@@ -64,7 +64,7 @@ def committed(store: ObjectStore, folder: Path, prefix: str) -> dict[str, Any]:
 def fetched(config: RunConfig, paths: Paths, folder: Path) -> Path:
     """Fetch the inputs as the launcher does, and return the folder of the adapter."""
     folder.mkdir()
-    found = fetch_inputs(config, paths, open_root(config, paths).store, folder).adapter
+    found = fetch_inputs(config, paths, open_root(config, paths), folder).adapter
     assert found is not None
     return found
 
@@ -182,7 +182,7 @@ def test_the_same_artifact_in_another_folder_is_the_same_training(
         artifact = committed(store, adapter, prefix) | {"jobUid": prefix}
         config = RunConfig.model_validate(config_of(store, JOB) | {"adapterArtifact": artifact})
         paths = paths_in(tmp_path, store)
-        inputs = input_identities(config, paths, open_root(config, paths).store, tmp_path / "identities")
+        inputs = input_identities(config, paths, object_store(config, paths), tmp_path / "identities")
         found.append((settings_digest(config), inputs["model.adapter"]))
     assert found[0] == found[1]
 
@@ -195,7 +195,7 @@ def test_other_bytes_or_another_use_are_another_training(store: ObjectStore, ada
     for folder, use in ((adapter, "Continue"), (changed, "Continue"), (adapter, "Merge")):
         store.upload("given/other", folder, replacing=True)
         config = RunConfig.model_validate(config_of(store, {"s3": {"uri": f"s3://{BUCKET}/given/other"}}, use=use))
-        inputs = input_identities(config, paths, open_root(config, paths).store, tmp_path / "identities")
+        inputs = input_identities(config, paths, object_store(config, paths), tmp_path / "identities")
         found.add((settings_digest(config), inputs["model.adapter"]))
     assert len(found) == 3
 

@@ -25,7 +25,8 @@ from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.sources.source_files import HeadLimits
-from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.run_store import ListedObject, ObjectDigest
 from tests.trainer.data_hub import COMMIT, Hub, ask_only, served
 from tests.trainer.objectstore import write_credentials
 

@@ -37,7 +37,7 @@ from finetune_trainer.preparation import load_model, prepare_node
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.sources.model_files import model_files
-from finetune_trainer.storage.root import open_root
+from finetune_trainer.storage.root import object_store, open_root
 from tests.trainer import tiny
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.objectstore import ObjectStore, write_credentials
@@ -60,7 +60,7 @@ class Job:
     def checked(self) -> str:
         """Return the finding of the preflight check of model and rows, or an empty text."""
         try:
-            store, dataset = open_root(self.config, self.paths).store, self.config.dataset
+            store, dataset = object_store(self.config, self.paths), self.config.dataset
             files = model_files(self.config.model, self.paths, store)
             headers = self.folder / "headers"
             facts = check_model(files, self.folder / "small", headers, self.config.model.added_tokens)
@@ -85,7 +85,7 @@ class Job:
     def plan(self) -> WorkerPlan:
         inputs_folder = self.folder / "inputs"
         inputs_folder.mkdir()
-        inputs = fetch_inputs(self.config, self.paths, open_root(self.config, self.paths).store, inputs_folder)
+        inputs = fetch_inputs(self.config, self.paths, open_root(self.config, self.paths), inputs_folder)
         identity = Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
         return WorkerPlan(
             paths=self.paths, identity=identity, config=self.config, inputs=inputs, folder=self.folder / "attempt"
@@ -517,14 +517,14 @@ def test_what_lies_beside_the_model_is_left_out(tmp_path: Path) -> None:
     folder = write_family("llama-2", model_folder(tmp_path))
     alone = job(tmp_path)
     wanted, digest = (
-        input_identities(alone.config, alone.paths, open_root(alone.config, alone.paths).store, folder),
+        input_identities(alone.config, alone.paths, object_store(alone.config, alone.paths), folder),
         (base_digest(folder)),
     )
     logits = load_base(folder, torch.float32)(torch.tensor([[2, 5, 3]])).logits
     beside(folder)
 
     tried = job(tmp_path)
-    files = model_files(tried.config.model, tried.paths, open_root(tried.config, tried.paths).store)
+    files = model_files(tried.config.model, tried.paths, object_store(tried.config, tried.paths))
     facts = check_model(files, tried.folder / "small", tried.folder / "headers", ())
     assert list(facts.notices) == [
         "model.volume.path: adapter_config.json, adapter_model.safetensors, consolidated.safetensors beside the model"
@@ -534,7 +534,7 @@ def test_what_lies_beside_the_model_is_left_out(tmp_path: Path) -> None:
     names = {path.name for path in plan.inputs.model.iterdir()}
     assert {name for name in names if name.endswith(".safetensors")} == {SINGLE}
     assert not [name for name in names if name.startswith(("adapter_", "consolidated"))]
-    assert input_identities(tried.config, tried.paths, open_root(tried.config, tried.paths).store, folder) == wanted
+    assert input_identities(tried.config, tried.paths, object_store(tried.config, tried.paths), folder) == wanted
     assert base_digest(folder) == digest
     loaded = load_base(folder, torch.float32)
     assert torch.equal(loaded(torch.tensor([[2, 5, 3]])).logits, logits)

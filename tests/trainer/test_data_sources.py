@@ -30,7 +30,8 @@ from finetune_trainer.sources.hub_datasets import HubDataFiles, card_configs, sp
 from finetune_trainer.sources.hub_requests import call_hub, read_token
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import data_file, source_name
-from finetune_trainer.storage.client import ListedObject, Store
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.run_store import ListedObject
 from tests.core.jobs import quickstart
 from tests.trainer.data_hub import Hub, served
 from tests.trainer.objectstore import BUCKET, ObjectStore, write_credentials

@@ -34,7 +34,7 @@ from finetune_trainer.sources.file_tags import PIECE_BYTES, WHOLE_BYTES, file_ta
 from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number, read_records
-from finetune_trainer.storage.root import RunRoot, open_root
+from finetune_trainer.storage.root import RunRoot, object_store
 from tests.trainer import data_hub
 from tests.trainer.hub import TOKEN, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -370,7 +370,7 @@ def test_files_on_the_hub_are_told_apart_by_their_content_and_not_by_the_commit(
     config = RunConfig.model_validate(
         run_config(store, "hub", world__nodes=1, model={"huggingFace": {"repo": "team/tiny"}})
     )
-    opened = open_root(config, paths).store
+    opened = object_store(config, paths)
     with running_hub({"team/tiny": folder}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         first = input_identities(config, paths, opened, tmp_path / "hub")

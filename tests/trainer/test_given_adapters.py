@@ -29,7 +29,7 @@ from finetune_trainer.preflight.model_check import check_adapter, check_for_job,
 from finetune_trainer.preparation import base_model_folder, load_model, prepare_node, with_adapter_settings
 from finetune_trainer.sources.adapter_files import adapter_files
 from finetune_trainer.sources.model_files import model_files
-from finetune_trainer.storage.root import open_root
+from finetune_trainer.storage.root import object_store
 from tests.trainer import tiny
 from tests.trainer.exporting import change_values, export, load_whole, same_logits
 from tests.trainer.families import write_family
@@ -58,7 +58,7 @@ def adapter_folder(tmp_path: Path, **config: Any) -> Path:
 
 def checked(tried: Job) -> tuple[str, list[str]]:
     """Return the finding of the preflight check, and its notices."""
-    store, folder = open_root(tried.config, tried.paths).store, tried.folder / "checked"
+    store, folder = object_store(tried.config, tried.paths), tried.folder / "checked"
     folder.mkdir()
     try:
         files = model_files(tried.config.model, tried.paths, store)

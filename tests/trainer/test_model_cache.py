@@ -33,9 +33,10 @@ from finetune_trainer.sources.cache.cached_fetch import SMALL_BYTES, cache_notic
 from finetune_trainer.sources.content_digest import NAME, ContentDigest, Hasher, hub_digest, object_digest
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.sources.model_files import HubFiles, model_files
-from finetune_trainer.storage.client import EtagForm, ObjectDigest, Store
+from finetune_trainer.storage.client import EtagForm, Store
 from finetune_trainer.storage.model_digests import ModelDigests
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ObjectDigest
 from tests.trainer.conftest import StartPods
 from tests.trainer.fetching import FolderSource, NoDigests, start
 from tests.trainer.hub import TOKEN, running_hub
@@ -685,7 +686,8 @@ def test_a_volume_of_the_pod_itself_holds_the_model_instead_of_the_scratch_folde
     folder.mkdir()
     config = RunConfig.model_validate(run_config(store, "own-volume"))
     client = Store(store.endpoint, "us-east-1", store.credentials)
-    inputs = fetch_inputs(config, Paths(model_volume=volume, model_cache=tmp_path / "none"), client, folder)
+    root = RunRoot(client, parse_uri(config.storage.uri))
+    inputs = fetch_inputs(config, Paths(model_volume=volume, model_cache=tmp_path / "none"), root, folder)
     assert inputs.model == volume / "model"
     assert (inputs.model / "model.safetensors").is_file()
     assert not (folder / "model").exists()

@@ -244,7 +244,7 @@ def test_the_artifact_of_a_job_that_started_from_an_adapter_is_the_start_of_the_
     config["dataset"]["train"] = {"s3": {"uri": f"s3://{BUCKET}/data/{name}.jsonl"}}
     read, paths = RunConfig.model_validate(config), paths_in(tmp_path, trained)
     (tmp_path / "inputs").mkdir()
-    inputs = fetch_inputs(read, paths, open_root(read, paths).store, tmp_path / "inputs")
+    inputs = fetch_inputs(read, paths, open_root(read, paths), tmp_path / "inputs")
     train_all([config], inputs, tmp_path / "gang", credentials=trained.credentials)
     losses, plain = plain_training(inputs.model, first_artifact, use, "LoRA")
     assert losses_of(trained, f"adapter-second-{name}") == pytest.approx(losses, rel=1e-5)

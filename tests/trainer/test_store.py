@@ -1,14 +1,16 @@
-"""The storage protocol against a real MinIO: conditional writes, fencing, verified folders, retention and retries."""
+"""The storage protocol against a real MinIO and against a folder of this machine: conditional writes, fencing, verified
+folders, retention and retries."""
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from minio.error import S3Error
 
-from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
+from finetune_core.layout import COMMIT, Manifest, checkpoint_folder, parse_uri
 from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoint_folders import (
@@ -20,6 +22,7 @@ from finetune_trainer.storage.checkpoint_folders import (
 )
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.commit import commit_folder, upload_files
+from finetune_trainer.storage.folder.folder_store import FolderStore
 from finetune_trainer.storage.lineage import (
     RECORD_BYTES,
     CheckpointId,
@@ -36,8 +39,19 @@ from tests.trainer.test_recovery import root_of
 
 
 @pytest.fixture
-def root(empty_store: ObjectStore, request: pytest.FixtureRequest) -> RunRoot:
-    return root_of(empty_store, request.node.name.replace("_", "-"))
+def objects(empty_store: ObjectStore, request: pytest.FixtureRequest) -> RunRoot:
+    """The folder of a job's runs in MinIO."""
+    return root_of(empty_store, re.sub("[^a-z0-9]", "-", request.node.name))
+
+
+@pytest.fixture(params=["objects", "folder"])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
+    """The folder of a job's runs, in MinIO and in a folder of this machine."""
+    if request.param == "folder":
+        folder = FolderStore.at(tmp_path_factory.mktemp("store"), budget_seconds=5)
+        return RunRoot(folder, parse_uri(f"s3://{BUCKET}/runs/default/job/uid-1"))
+    found: RunRoot = request.getfixturevalue("objects")
+    return found
 
 
 def record(pod: str, parent: tuple[int, int] | None = None) -> RunRecord:
@@ -53,10 +67,12 @@ def commit(root: RunRoot, run: int, step: int, folder: Path, data: bytes = b"wei
     return target
 
 
-def test_a_second_conditional_put_is_refused_with_412(root: RunRoot) -> None:
+def test_a_second_conditional_put_is_refused_with_412(objects: RunRoot) -> None:
+    root = objects
     assert root.create("once", b"first")
     assert not root.create("once", b"second")
     assert root.read("once") == b"first"
+    assert isinstance(root.store, Store)
     with pytest.raises(S3Error) as refused:
         root.store._client._execute(
             "PUT", BUCKET, root.location.key("once"), body=b"third", headers={"If-None-Match": "*"}
@@ -97,10 +113,7 @@ def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: P
     [(b"{}", "is no run record"), (b"\xff", "is no run record"), (b" " * (RECORD_BYTES + 1), "has more than")],
     ids=["malformed", "no text", "long"],
 )
-def test_a_damaged_run_record_is_named_and_no_fault_of_the_job(
-    content: bytes, problem: str, empty_store: ObjectStore
-) -> None:
-    root = root_of(empty_store, f"record-{len(content)}")
+def test_a_damaged_run_record_is_named_and_no_fault_of_the_job(content: bytes, problem: str, root: RunRoot) -> None:
     claim_run_number(root, 1, record("old"))
     root.write("runs/000002.json", content)
     with pytest.raises(Damaged, match=f"runs/000002.json .*{problem}"):
@@ -138,8 +151,7 @@ def test_the_first_artifact_wins(root: RunRoot, tmp_path: Path) -> None:
     ],
     ids=["bit", "truncated", "file gone", "manifest gone", "manifest changed", "not committed"],
 )
-def test_damage_is_found_and_the_object_is_named(change, problem, empty_store, request, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    root = root_of(empty_store, f"damage-{abs(hash(request.node.name))}")
+def test_damage_is_found_and_the_object_is_named(change, problem, root, tmp_path) -> None:  # type: ignore[no-untyped-def]
     at = commit(root, 1, 5, tmp_path)
     fetch_folder(root, at, tmp_path / "whole")
     change(root, at)

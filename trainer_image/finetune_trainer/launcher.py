@@ -43,7 +43,7 @@ from finetune_trainer.ranks.gate import open_rendezvous
 from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import fetch_inputs, job_size
 from finetune_trainer.storage.artifact import committed_result
-from finetune_trainer.storage.root import RunRoot, open_root
+from finetune_trainer.storage.root import RunRoot, open_root, source_store
 
 DNS_RETRY_SECONDS = 0.5
 POLL_SECONDS = 0.1
@@ -126,11 +126,11 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     # mistake.
     training = None
     if identity.node_rank == 0:
-        identities = input_identities(config, paths, root.store, folder / "identities")
+        identities = input_identities(config, paths, source_store(root, config, paths), folder / "identities")
         training = TrainingRecord(
             settings_sha256=settings_digest(config), inputs=identities, template_date=config.template_date
         )
-    inputs = fetch_inputs(config, paths, root.store, folder).model_copy(update={"training": training})
+    inputs = fetch_inputs(config, paths, root, folder).model_copy(update={"training": training})
     wait_for_dns(address, seconds=time_limits(job_size(config, inputs)).peers)
     return inputs
 

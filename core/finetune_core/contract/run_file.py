@@ -20,6 +20,9 @@ from finetune_core.api.storage import Addressing, EncryptionSpec, Export
 from finetune_core.api.training import Attention, Precision, Schedule, StabilityAction
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 
+FOLDER_PATTERN = r"^/[^\x00-\x1f\x7f]*$"
+"""Regular expression for the absolute path of a folder, without control characters."""
+
 
 class WorldConfig(ContractModel):
     """Number of training processes, and the kind of device that they compute on."""
@@ -111,6 +114,11 @@ class StorageConfig(ContractModel):
 
     uri: str
     """`s3://` address of the folder of all runs of the job: `<storage.uri>/<namespace>/<name>/<runId>`."""
+    folder: Annotated[str, Field(max_length=255, pattern=FOLDER_PATTERN)] | None = None
+    """A folder of this machine that takes the place of the object store for everything that the run writes. It must
+    exist. The buckets are its subfolders, and `uri` names the same bucket and the same keys as in an object store. The
+    other fields about access then count only for models and data whose source is `s3`. None, which the operator always
+    writes: the runs are in the object store."""
     endpoint: str
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"

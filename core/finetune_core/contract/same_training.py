@@ -45,6 +45,7 @@ NOT_THE_TRAINING = (
     "evaluation.require",
     "stability.stall_timeout_seconds",
     "storage.uri",
+    "storage.folder",
     "storage.endpoint",
     "storage.region",
     "storage.credentials",

@@ -39,7 +39,7 @@ from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.lineage import RunRecord
-from finetune_trainer.storage.root import RunRoot, open_root
+from finetune_trainer.storage.root import RunRoot, open_root, source_store
 
 HEADERS_FOLDER = "headers"
 """Name of a folder in the preflight folder. The folder holds the base model, with weight files that hold only their
@@ -162,7 +162,7 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
     if not former:
         return None
     # Model and data are looked at only now, because most jobs have no former job with the same settings.
-    identities = partial(input_identities, config, paths, root.store, folder / "identities")
+    identities = partial(input_identities, config, paths, source_store(root, config, paths), folder / "identities")
     inputs = findings.collect("the model and the data", identities)
     return next((candidate.found for candidate in former if candidate.training.inputs == inputs), None)
 
@@ -190,8 +190,10 @@ def _check_inputs(
         from finetune_trainer.preflight.row_check import check_rows
         from finetune_trainer.preflight.task_check import TaskCheck
 
+    store = source_store(root, config, paths)
+
     def check_base_model() -> ModelFacts:
-        files = model_files(config.model, paths, root.store)
+        files = model_files(config.model, paths, store)
         model_bytes = sum(files.sizes[name] for name in select_model_files(files).names)
         findings.measured(model_bytes=model_bytes)
         findings.notice(*cache_notices(model_bytes, paths.model_cache))
@@ -201,7 +203,7 @@ def _check_inputs(
     findings.notice(*(model.notices if model is not None else ()))
 
     def check_initial_adapter() -> None:
-        files = adapter_files(config, paths, root.store)
+        files = adapter_files(config, paths, store)
         if files is not None:
             check_adapter(files, folder / ADAPTER_FOLDER)
         check_same_adapter(files, records, folder / "whole-adapter")
@@ -222,7 +224,7 @@ def _check_inputs(
             source,
             field,
             paths,
-            root.store,
+            store,
             folder / f"data-{number}",
             model,
             task,

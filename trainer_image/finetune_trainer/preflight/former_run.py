@@ -34,11 +34,11 @@ from finetune_core.layout import (
 from finetune_core.requirements import judge
 from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import committed
-from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.commit import check_sizes, read_manifest
 from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.lineage import RunRecord, lineage, listed_records, read_records
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ListedObject
 
 MOST_FOLDERS = 1000
 """Largest number of folders that are listed in the search for former jobs: the first ones in the order of their names.

@@ -26,7 +26,7 @@ def check_store(root: RunRoot) -> None:
             raise OutsideFailure(f"storage.uri: {root.uri(key)} was written and can't be read back")
         if root.create(key, second) or root.read(key) != first:
             raise UserError(
-                "storage.endpoint",
+                root.store.field,
                 f"{root.store.endpoint} must honour If-None-Match (conditional writes), and it replaced an object"
                 " in spite of it: two attempts could overwrite each other's checkpoints",
             )

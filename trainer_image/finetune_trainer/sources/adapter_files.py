@@ -26,7 +26,8 @@ from finetune_trainer.pod.model_file_names import (
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.content_digest import ContentDigest, own_digest
 from finetune_trainer.sources.model_files import ModelFiles, StoreFiles, files_of
-from finetune_trainer.storage.client import Store, digest_of_file
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.run_store import digest_of_file
 
 SECTION = "model.adapter"
 """Path of the adapter in the spec."""

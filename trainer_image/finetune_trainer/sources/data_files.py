@@ -23,7 +23,8 @@ from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, read_token
 from finetune_trainer.sources.source_files import DataFiles, HeadLimits, SourceFile, fetch_head_by_ranges
 from finetune_trainer.sources.volumes import VolumeFolder
-from finetune_trainer.storage.client import ListedObject, Store
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.run_store import ListedObject
 
 MOST_LISTED = 200_000
 """Largest number of objects or files that are looked at for a folder or a glob."""

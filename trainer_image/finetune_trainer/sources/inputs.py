@@ -16,7 +16,6 @@ from finetune_core.api.method import DEFAULT_RANK
 from finetune_core.api.sources import DataSource, InitialAdapterSpec, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError, valid_text
-from finetune_core.layout import parse_uri
 from finetune_core.planning.scratch import FULL_STATE, state_share
 from finetune_trainer.data.dataset import check_columns, check_tools_of_mix
 from finetune_trainer.data.files.index import INDEX_FILE, read_index, write_index
@@ -32,25 +31,26 @@ from finetune_trainer.sources.model_files import LocalFiles, model_files
 from finetune_trainer.sources.model_selection import select_model_files
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.model_digests import ModelDigests
-from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.root import RunRoot, source_store
 from finetune_trainer.storage.store_errors import writing
 
 
-def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
+def fetch_inputs(config: RunConfig, paths: Paths, root: RunRoot, folder: Path) -> Inputs:
     """Fetch model, adapter and data, and check the columns of the data files. Whatever is not on a volume is downloaded
     into ``folder``. Only the model is downloaded into the volume of `storage.cache.ephemeral` instead, if the job has
-    this volume. Return the local paths.
+    this volume. Return the local paths. ``root`` is the folder of the job's runs.
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
     found: dict[str, Path] = {}
+    store = source_store(root, config, paths)
     for number, (field, source) in enumerate(config.dataset.sources.items()):
         found[field] = data_file(source, field, paths, store, folder / f"data-{number}")
         asked = base_prompt_columns(config.dataset, field, config.evaluation.base_prompt)
         check_columns(found[field], field, config.dataset.format, asked)
     check_tools_of_mix(found, config.dataset.format)
     mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
-    own = ModelDigests(RunRoot(store, parse_uri(config.storage.uri)))
+    own = ModelDigests(root)
     model = _model_folder(config.model, paths, store, folder / "model", own)
     return Inputs(
         model=model,

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from finetune_core.contract import CheckpointRecord, ContractModel
 from finetune_core.layout import COMMIT, TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder
 from finetune_trainer.pod.errors import Damaged
-from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, check_sizes, read_manifest
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ListedObject
 
 STATE_GLOB = "state-*.safetensors"
 OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")

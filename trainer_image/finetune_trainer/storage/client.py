@@ -14,7 +14,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -32,10 +32,12 @@ from minio.error import S3Error
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import Addressing, EncryptionSpec
+from finetune_core.layout import Location
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
 from finetune_trainer.storage.credentials import CredentialFiles, PodIdentity, identity_http_pool
 from finetune_trainer.storage.retries import Retries
+from finetune_trainer.storage.run_store import ListedObject, ObjectDigest, digest_of_file
 from finetune_trainer.storage.store_errors import OddAnswerError, answers, read_answer, writing
 
 T = TypeVar("T")
@@ -61,21 +63,6 @@ DIGEST_METADATA = "sha256"
 tools."""
 
 
-class ListedObject(NamedTuple):
-    """An object as a listing shows it."""
-
-    key: str
-    bytes: int
-    modified: datetime
-    etag: str = ""
-
-    @property
-    def tag(self) -> str:
-        """Size and ETag as one text. Where the store sends ETags, the texts of two objects with different contents
-        differ."""
-        return f"{self.bytes} {self.etag}"
-
-
 class EtagForm(NamedTuple):
     """How the ETag of an object is computed from its content."""
 
@@ -84,23 +71,11 @@ class EtagForm(NamedTuple):
     whole, whose ETag is the MD5 of the content."""
 
 
-@dataclass(frozen=True)
-class ObjectDigest:
-    """Size in bytes and sha256 of an object or a local file."""
-
-    bytes: int
-    sha256: str
-
-
-def digest_of_file(path: Path) -> ObjectDigest:
-    """Return the size and sha256 of a local file."""
-    with path.open("rb") as file:
-        return ObjectDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
 class Store:
     """Access to an object store. Each call names the bucket, because model and data may lie in other buckets than the
-    runs."""
+    runs. The class implements `RunStore`, and has more methods than that for model and data."""
+
+    field = "storage.endpoint"
 
     def __init__(
         self,
@@ -148,6 +123,10 @@ class Store:
             self._client.enable_virtual_style_endpoint()
         elif addressing == "Path":
             self._client.disable_virtual_style_endpoint()
+
+    def address(self, bucket: str, key: str) -> str:
+        """Return the `s3://` address of a key."""
+        return Location(bucket, "").uri(key)
 
     def with_budget(self, seconds: float) -> Store:
         """Return a copy of this store with another time budget for repeating failed requests."""

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, digest
 from finetune_trainer.pod.errors import Damaged, NewerRun
-from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ListedObject
 
 PARALLEL_TRANSFERS = 4
 

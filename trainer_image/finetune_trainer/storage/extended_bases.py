@@ -13,9 +13,9 @@ from pathlib import Path
 
 from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
 from finetune_trainer.pod.errors import Damaged
-from finetune_trainer.storage.client import digest_of_file
 from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, upload_files
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import digest_of_file
 
 EXTENDED_BASE_PROBE = "rehearsal"
 """Name of the empty object that a run writes beside the extended base models, and deletes again, to test the store. No

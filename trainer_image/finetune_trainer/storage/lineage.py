@@ -20,8 +20,8 @@ from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_core.layout import run_key
 from finetune_trainer.pod.errors import Damaged, NewerRun
-from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ListedObject
 
 RECORD_BYTES = 256 * 1024
 """Largest size in bytes of a run record that is read."""

@@ -19,8 +19,8 @@ from finetune_core.contract import ContractModel
 from finetune_core.contract.contract_model import Count
 from finetune_core.contract.same_training import Sha256
 from finetune_core.layout import MODEL_DIGESTS
-from finetune_trainer.storage.client import ObjectDigest
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ObjectDigest
 
 LARGEST_RECORD_BYTES = 1024
 

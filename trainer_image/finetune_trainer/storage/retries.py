@@ -1,4 +1,4 @@
-"""Repeats failed requests to an object store until a time budget is spent. A request that fails for good raises
+"""Repeats failed requests to a store until a time budget is spent. A request that fails for good raises
 OutsideFailure with a sentence that names the cause."""
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 
 
+class RequestFailedError(Exception):
+    """A request to a store failed, and the message is the sentence for the user. Only stores that do not use minio-py
+    raise this exception."""
+
+    def __init__(self, sentence: str, *, final: bool) -> None:
+        """``final`` says whether the error usually lasts, so that it makes no sense to repeat the request at once."""
+        super().__init__(sentence)
+        self.final = final
+
+
 def _ignore(sentence: str) -> None:
     """Do nothing with the error message of a failed request. This is the default of `Retries.on_attempt`."""
 
@@ -38,7 +48,7 @@ class Retries:
     """How long and after which errors the requests to one store are repeated."""
 
     endpoint: str
-    """Address of the store for messages, for example `http://minio.minio.svc:9000`."""
+    """Address of the store for messages, for example `http://minio.minio.svc:9000`, or its folder."""
     budget_seconds: float = STORE_BUDGET_SECONDS
     """Seconds from the beginning of the first try. No try begins later than that."""
     retry_refusals: bool = False
@@ -70,6 +80,8 @@ class Retries:
                     return missing  # type: ignore[return-value]
                 cause = _sentence(error, self.endpoint, bucket)
                 final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
+            except RequestFailedError as error:
+                cause, final = str(error), error.final
             except NoCredentials as error:
                 cause, final = str(error), True
             except ElementTree.ParseError as error:

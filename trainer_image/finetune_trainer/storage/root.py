@@ -1,4 +1,4 @@
-"""The folder of a job's runs in the bucket, together with the access to its object store. All modules of the trainer
+"""The folder of a job's runs in the bucket, together with the access to its store. All modules of the trainer
 that read or write this folder use `RunRoot`.
 """
 
@@ -11,15 +11,17 @@ from pathlib import Path
 from finetune_core.contract import RunConfig
 from finetune_core.layout import Location, parse_uri
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.folder.folder_store import FolderStore
+from finetune_trainer.storage.run_store import ListedObject, ObjectDigest, RunStore
 
 
 @dataclass(frozen=True)
 class RunRoot:
-    """The folder of a job's runs: the prefix `<uri>/<namespace>/<name>/<runId>` in an object store. Keys in the methods
-    are relative to this prefix."""
+    """The folder of a job's runs: the prefix `<uri>/<namespace>/<name>/<runId>` in a store. Keys in the methods are
+    relative to this prefix."""
 
-    store: Store
+    store: RunStore
     location: Location
 
     def read(self, key: str) -> bytes | None:
@@ -37,7 +39,7 @@ class RunRoot:
 
     def create(self, key: str, data: bytes) -> bool:
         """Create an object unless the key exists. Return whether the object now has the content ``data`` (see
-        `Store.create`)."""
+        `RunStore.create`)."""
         return self.store.create(self.location.bucket, self.location.key(key), data)
 
     def upload(self, key: str, path: Path) -> ObjectDigest:
@@ -60,11 +62,12 @@ class RunRoot:
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
     def abort_multipart_uploads(self) -> list[str]:
-        """Abort all unfinished multipart uploads below the prefix, and return their full keys in the bucket."""
+        """Remove what is left of unfinished uploads below the prefix, and return their full keys in the bucket."""
         return self.store.abort_multipart_uploads(self.location.bucket, self.location.key("") + "/")
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> RunRoot:
-        """Return the same folder, with a store for background work. See `Store.for_background` for the parameters."""
+        """Return the same folder, with a store for background work. `RunStore.for_background` describes the
+        parameters."""
         return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def telling(self, on_attempt: Callable[[str], None]) -> RunRoot:
@@ -72,14 +75,27 @@ class RunRoot:
         return RunRoot(self.store.telling(on_attempt), self.location)
 
     def uri(self, key: str) -> str:
-        """Return the `s3://` address of a key."""
-        return self.location.uri(key)
+        """Return the address of a key: `s3://…`, or its path where the store is a folder of this machine."""
+        return self.store.address(self.location.bucket, self.location.key(key))
 
 
 def open_root(config: RunConfig, paths: Paths) -> RunRoot:
-    """Return the folder of runs that the run file names, with access to its object store. No request is sent."""
+    """Return the folder of runs that the run file names, with access to its store. No request is sent."""
     storage = config.storage
-    store = Store(
+    store = FolderStore.at(Path(storage.folder)) if storage.folder is not None else object_store(config, paths)
+    return RunRoot(store, parse_uri(storage.uri))
+
+
+def source_store(root: RunRoot, config: RunConfig, paths: Paths) -> Store:
+    """Return access to the object store of models and data whose source is `s3`. No request is sent. ``root`` is what
+    `open_root` returned: the same object store, unless the runs lie in a folder of this machine."""
+    return root.store if isinstance(root.store, Store) else object_store(config, paths)
+
+
+def object_store(config: RunConfig, paths: Paths) -> Store:
+    """Return access to the object store that the run file names. No request is sent."""
+    storage = config.storage
+    return Store(
         storage.endpoint,
         storage.region,
         paths.credentials if storage.credentials == "Secret" else None,
@@ -87,4 +103,3 @@ def open_root(config: RunConfig, paths: Paths) -> RunRoot:
         encryption=storage.encryption,
         ca_file=paths.storage_ca_file if paths.storage_ca_file.is_file() else None,
     )
-    return RunRoot(store, parse_uri(storage.uri))

@@ -24,8 +24,8 @@ from finetune_trainer.sources.content_digest import ContentDigest, own_digest
 from finetune_trainer.sources.file_selection import shown
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
 from finetune_trainer.sources.model_files import ModelFiles
-from finetune_trainer.storage.client import digest_of_file
 from finetune_trainer.storage.model_digests import ModelDigests
+from finetune_trainer.storage.run_store import digest_of_file
 
 SMALL_BYTES = 16 << 20
 """Files of at most this size, such as those of the tokenizer, are fetched with one call."""
