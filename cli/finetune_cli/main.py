@@ -20,6 +20,7 @@ from rich.text import Text
 
 from finetune_cli import __version__
 from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
+from finetune_cli.compare.command import add_command as add_compare
 from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import size
 from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
@@ -49,6 +50,7 @@ examples:
   finetune watch quickstart -n research
   finetune checkpoints quickstart
   finetune download quickstart -o ./adapter
+  finetune compare lora full
 """
 VALIDATE_EXAMPLES = """\
 examples:
@@ -265,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--verify", action="store_true", help="read every byte and compare it with the manifest")
     listing.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
     listing.set_defaults(run=list_checkpoints)
+    add_compare(commands, store_of, _positive)
     return parser
 
 

@@ -1,0 +1,205 @@
+"""`finetune compare`: compares runs in the terminal and in one HTML file.
+
+`main.py` adds the command to the command line with `add_command`. A source is the name of a job in the cluster, the
+`s3://` address of the folder of all runs of a job, or such a folder on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.text import Text
+
+from finetune_cli.compare.claims.findings import Comparison
+from finetune_cli.compare.compared_run import ComparedRun, JobFacts, read_run
+from finetune_cli.compare.folders import BucketFolder, LocalFolder, RunFolder
+from finetune_cli.compare.page import MARKER, page
+from finetune_cli.compare.stored_files import settings_of
+from finetune_cli.compare.table import as_table
+from finetune_cli.job_client import JobClient, load_client
+from finetune_cli.object_store import ObjectStoreReader, access_key_from
+from finetune_cli.state import state, status_of
+from finetune_cli.terminal import SafeConsole, say
+from finetune_core.api.job import FineTuneJob
+from finetune_core.api.storage import StorageSpec
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
+from finetune_core.errors import UserError
+from finetune_core.layout import parse_uri, run_root_of
+from finetune_core.resolve import resolve
+
+MOST_SOURCES = 100
+DEFAULT_PAGE = Path("comparison.html")
+EXAMPLES = """\
+examples:
+  finetune compare lora full                          two jobs of the cluster, and comparison.html
+  finetune compare lora full -n research --price 2.5 --html report.html
+  finetune compare s3://finetune/runs/research/lora/RUN-ID s3://finetune/runs/research/full/RUN-ID
+  finetune compare ./runs/lora ./runs/full            folders with the layout of docs/storage.md
+
+A text with a slash is a folder, a text that begins with s3:// an address, and every other text the name of a job. For
+an address the access key comes from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and --endpoint names the store where
+it is not Amazon S3. For a job, credentials are found as for `finetune download`.
+
+exit code: 0 the comparison was made, 2 a source cannot be read
+"""
+StoreOf = Callable[[FineTuneJob, JobClient, str | None], ObjectStoreReader]
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    store_of: StoreOf,
+    price: Callable[[str], float],
+) -> None:
+    """Add the command to the command line. ``store_of`` returns the reader of a job's object store, and ``price`` reads
+    the option --price."""
+    command = commands.add_parser(
+        "compare",
+        help="compare runs: scores, curves, speed, memory, cost and settings",
+        description="Compare runs in the terminal and in one HTML file, which needs no network.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("sources", metavar="SOURCE", nargs="+", help="job, s3:// address or local folder")
+    command.add_argument("-n", "--namespace", help="namespace of the jobs (default: that of the kubeconfig)")
+    command.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
+    command.add_argument("--region", metavar="REGION", help="region of the object store of an s3:// address")
+    command.add_argument(
+        "--html",
+        type=Path,
+        default=DEFAULT_PAGE,
+        metavar="FILE",
+        help=f"file of the page (default: {DEFAULT_PAGE})",
+    )
+    command.add_argument(
+        "--price", type=price, metavar="PRICE", help="price of one GPU for one hour, in any currency, for the cost"
+    )
+    command.set_defaults(run=lambda options: compare(options, store_of))
+
+
+def compare(options: argparse.Namespace, store_of: StoreOf) -> int:
+    """Print the comparison, write the page and return 0."""
+    _check_page(options.html)
+    if len(options.sources) > MOST_SOURCES:
+        raise UserError("SOURCE", f"must be at most {MOST_SOURCES} runs, and there are {len(options.sources)}")
+    comparison = Comparison.of(_read(options, store_of), options.price)
+    SafeConsole().print(as_table(comparison, options.price))
+    _write_page(options.html, page(comparison, datetime.now(UTC), options.price))
+    say(f"{options.html}: open it in a browser")
+    return 0
+
+
+def _read(options: argparse.Namespace, store_of: StoreOf) -> list[ComparedRun]:
+    """Return the run of each source, in the order of the command line."""
+    labels = labels_of(options.sources)
+    jobs: JobClient | None = None
+    runs = []
+    with SafeConsole(stderr=True).status("reading") as status:
+
+        def show(label: str) -> Callable[[str], None]:
+            return lambda key: status.update(Text(f"{label}: {key}"))
+
+        for source, label in zip(options.sources, labels, strict=True):
+            facts: JobFacts | None = None
+            folder: RunFolder
+            if source.startswith("s3://"):
+                folder = _bucket(source, options)
+            elif is_folder(source):
+                folder = LocalFolder(Path(source).expanduser())
+            else:
+                if jobs is None:
+                    api, namespace = load_client()
+                    jobs = JobClient(api, options.namespace or namespace)
+                job = jobs.get(source)
+                root = run_root_of(job, job.status.preflight if job.status is not None else None)
+                folder = BucketFolder(store_of(job, jobs, options.endpoint), parse_uri(root))
+                facts = facts_of(job)
+            runs.append(read_run(folder, label, job=facts, progress=show(label)))
+    return runs
+
+
+def is_folder(source: str) -> bool:
+    """Return whether ``source`` is the path of a folder and not the name of a job. `finetune download` makes a folder
+    with the name of the job, so a text without a slash is a job even where such a folder exists."""
+    return "/" in source or os.sep in source or source in (".", "..") or source.startswith("~")
+
+
+def labels_of(sources: Sequence[str]) -> list[str]:
+    """Return a short and different name for each source: the name of the job, which the layout puts before the id of the
+    run, or the last part of a path, and a number behind it where two would be equal."""
+    names = []
+    for source in sources:
+        parts = [part for part in source.removeprefix("s3://").split("/") if part not in ("", ".", "..", "~")]
+        at_job = source.startswith("s3://") and len(parts) >= 3
+        names.append(parts[-2] if at_job else parts[-1] if parts else source)
+    counts, seen, labels = Counter(names), Counter[str](), []
+    for name in names:
+        seen[name] += 1
+        labels.append(f"{name} #{seen[name]}" if counts[name] > 1 else name)
+    return labels
+
+
+def facts_of(job: FineTuneJob) -> JobFacts:
+    """Return what the status of ``job`` knows beyond its folder, and the settings that its spec resolves to."""
+    status = status_of(job)
+    settings = None
+    # A job of another version, or one that this version can't run, has no settings here. Its figures are in the folder.
+    with suppress(UserError, ValidationError):
+        settings = settings_of(resolve(job, report=None, preflight=status.preflight).to_json().encode())
+    return JobFacts(
+        state=state(job),
+        gpu_seconds=status.usage.gpu_seconds if status.usage is not None else None,
+        incidents=tuple(f"Step {item.step}, {item.kind}: {item.message or item.action}" for item in status.incidents),
+        settings=settings,
+    )
+
+
+def _bucket(source: str, options: argparse.Namespace) -> RunFolder:
+    keys = access_key_from(os.environ)
+    if keys is None:
+        raise UserError("environment", f"must have {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY} to read {source}")
+    place = parse_uri(source)
+    try:
+        storage = StorageSpec.model_validate(
+            {"uri": source.rstrip("/"), "endpoint": options.endpoint}
+            | ({"region": options.region} if options.region is not None else {})
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = {"endpoint": "--endpoint", "region": "--region"}.get(str(first["loc"][0]), source)
+        raise UserError(option, f"is none that can be read ({first['msg']})") from None
+    return BucketFolder(ObjectStoreReader(storage, keys, options.endpoint), place)
+
+
+def _check_page(path: Path) -> None:
+    """Raise UserError where the page can't be written to ``path``, before minutes are spent on reading."""
+    if path.is_dir():
+        raise UserError("--html", f"must name a file, and {path} is a folder")
+    if not path.parent.is_dir():
+        raise UserError("--html", f"must name a file in a folder that exists, and {path.parent} does not")
+    if path.exists():
+        try:
+            with path.open("rb") as file:
+                is_own = file.read(len(MARKER)).decode(errors="replace") == MARKER
+        except OSError as error:
+            raise UserError("--html", f"names {path}, which can't be read ({error.strerror or error})") from error
+        if not is_own:
+            raise UserError("--html", f"names {path}, which exists and is no page of this command; name another file")
+
+
+def _write_page(path: Path, text: str) -> None:
+    """Write the page, so that no half-written one replaces an older one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError("--html", f"names {path}, which can't be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
