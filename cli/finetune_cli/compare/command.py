@@ -20,7 +20,6 @@ from rich.text import Text
 from finetune_cli.compare.claims.findings import Comparison
 from finetune_cli.compare.compared_run import ComparedRun, JobFacts, read_run
 from finetune_cli.compare.folders import BucketFolder, LocalFolder, RunFolder
-from finetune_cli.compare.page import MARKER, page
 from finetune_cli.compare.stored_files import settings_of
 from finetune_cli.compare.table import as_table
 from finetune_cli.job_client import JobClient, load_client
@@ -34,6 +33,8 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri, run_root_of
 from finetune_core.resolve import resolve
 
+MARKER = "<!doctype html>\n<!-- made by finetune compare -->\n"
+"""Begin of each page, by which the command knows that it may replace the file."""
 MOST_SOURCES = 100
 DEFAULT_PAGE = Path("comparison.html")
 EXAMPLES = """\
@@ -88,9 +89,12 @@ def compare(options: argparse.Namespace, store_of: StoreOf) -> int:
     _check_page(options.html)
     if len(options.sources) > MOST_SOURCES:
         raise UserError("SOURCE", f"must be at most {MOST_SOURCES} runs, and there are {len(options.sources)}")
+    # The libraries that draw the plots take longer to import than other commands take to run.
+    from finetune_cli.compare.page import page
+
     comparison = Comparison.of(_read(options, store_of), options.price)
     SafeConsole().print(as_table(comparison, options.price))
-    _write_page(options.html, page(comparison, datetime.now(UTC), options.price))
+    _write_page(options.html, MARKER + page(comparison, datetime.now(UTC), options.price))
     say(f"{options.html}: open it in a browser")
     return 0
 
@@ -131,8 +135,8 @@ def is_folder(source: str) -> bool:
 
 
 def labels_of(sources: Sequence[str]) -> list[str]:
-    """Return a short and different name for each source: the name of the job, which the layout puts before the id of the
-    run, or the last part of a path, and a number behind it where two would be equal."""
+    """Return a short and different name for each source: the name of the job, which the layout puts before the id of
+    the run, or the last part of a path, and a number behind it where two would be equal."""
     names = []
     for source in sources:
         parts = [part for part in source.removeprefix("s3://").split("/") if part not in ("", ".", "..", "~")]

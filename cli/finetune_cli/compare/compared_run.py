@@ -1,8 +1,7 @@
 """Puts together what the folder of a job says about its training: one `ComparedRun` for each source of the command.
 
-`command.py` calls `read_run`. What can't be read becomes a notice, so that one damaged file hides no other figure. Only a
-folder without any run raises an error.
-"""
+`command.py` calls `read_run`. What can't be read becomes a notice, so that one damaged file hides no other figure. Only
+a folder without any run raises an error."""
 
 from __future__ import annotations
 

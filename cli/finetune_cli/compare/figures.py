@@ -102,8 +102,8 @@ def figures_of(run: ComparedRun, price: float | None) -> Figures:
 
 
 def is_unstable(run: ComparedRun, figures: Figures) -> bool:
-    """Return whether the training of ``run`` was unstable: a loss or gradient that was not finite, a rollback, or a loss
-    that exploded."""
+    """Return whether the training of ``run`` was unstable: a loss or gradient that was not finite, a rollback, or a
+    loss that exploded."""
     return bool(figures.not_finite or run.training.rollbacks or figures.explosion)
 
 
@@ -169,8 +169,8 @@ def main_score(run: ComparedRun, model: ModelScores | None) -> float | None:
 
 
 def score_interval(task: Task | None, name: str, value: float, graded: int) -> Interval | None:
-    """Return the interval of the score ``name``, or None where there is none: no answer was graded, the score is no mean
-    of values from 0 to 1, or the task is not known and the value is out of that range."""
+    """Return the interval of the score ``name``, or None where there is none: no answer was graded, the score is no
+    mean of values from 0 to 1, or the task is not known and the value is out of that range."""
     if graded < 1 or not 0 <= value <= 1:
         return None
     declared = next((score for score in task.scores if score.name == name), None) if task is not None else None

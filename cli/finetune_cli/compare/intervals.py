@@ -117,7 +117,8 @@ def _paired_shares(first: Sequence[float], second: Sequence[float]) -> Differenc
 
 
 def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
-    """Return Newcombe's corrected estimate of the correlation (phi) of paired proportions, 0 where it is not defined."""
+    """Return Newcombe's corrected estimate of the correlation (phi) of paired proportions, 0 where it is not
+    defined."""
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if product == 0:
         return 0.0

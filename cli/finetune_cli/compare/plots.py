@@ -1,9 +1,8 @@
 """Draws the plots of the page: curves of the runs and scores with intervals, as SVG by Vega-Lite. Pure.
 
-The SVG has no script. Colours are CSS variables (`var(--run-3)`, `var(--grid)`, `currentColor`), so that the page decides
-on light and dark, and can hide a run by making its colour transparent. Long curves are thinned to `BUCKETS` parts, so
-that the page stays small whatever the number of steps.
-"""
+The SVG has no script. Colours are CSS variables (`var(--run-3)`, `var(--grid)`, `currentColor`), so that the page
+decides on light and dark, and can hide a run by making its colour transparent. Long curves are thinned to `BUCKETS`
+parts, so that the page stays small whatever the number of steps."""
 
 from __future__ import annotations
 
@@ -180,8 +179,8 @@ def _runs_scale(count: int) -> dict[str, Any]:
 
 
 def _thinned(values: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
-    """Return at most BUCKETS points of the curve ``values``: the place of the last value of each part, and the mean, the
-    lowest and the highest value. The numbers have as many digits as a plot can show."""
+    """Return at most BUCKETS points of the curve ``values``: the place of the last value of each part, and the mean,
+    the lowest and the highest value. The numbers have as many digits as a plot can show."""
     found = []
     count = min(BUCKETS, len(values))
     for bucket in range(count):
@@ -196,8 +195,8 @@ def _short(value: float) -> float:
 
 
 def scores_plot(comparison: Comparison, task_name: str) -> Plot | None:
-    """Return the plot of the main score of ``task_name``: one line for each run, with the base model as a hollow and the
-    tuned model as a filled circle, and their intervals. None where no run has such a score."""
+    """Return the plot of the main score of ``task_name``: one line for each run, with the base model as a hollow and
+    the tuned model as a filled circle, and their intervals. None where no run has such a score."""
     rows: list[dict[str, Any]] = []
     said = []
     for index, item in enumerate(comparison.runs):

@@ -3,9 +3,8 @@ bytes to frozen values.
 
 The trainer's `storage/` writes these files. The models here have only the fields that a comparison needs, because a
 folder may have been written by another version: unknown fields are ignored, and missing ones are None. Everybody with a
-key for the bucket can write any bytes, so no function raises for a malformed file. tests/cli/test_compare_files.py holds
-the names of the fields equal to those of the trainer's models.
-"""
+key for the bucket can write any bytes, so no function raises for a malformed file. tests/cli/test_compare_files.py
+holds the names of the fields equal to those of the trainer's models."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ SETTING_LENGTH = 2000
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Return ``value``, or None where it is a number that is not finite. Other versions write NaN for a missing value."""
+    """Return ``value``, or None where it is a number that is not finite. Other versions write NaN for a missing
+    value."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -213,8 +213,8 @@ STEP_FIELDS = (
 
 
 def steps_of(data: bytes, run: int) -> tuple[list[Step], int]:
-    """Return the steps in ``data``, a segment of the step log of ``run``, and the number of lines that are no steps, for
-    example because the last line was cut off."""
+    """Return the steps in ``data``, a segment of the step log of ``run``, and the number of lines that are no steps,
+    for example because the last line was cut off."""
     found, bad = [], 0
     for line in data.splitlines():
         if not line.strip():

@@ -9,13 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.compare.claims.findings import Comparison, FiguredRun, Verdict, percent, points
+from finetune_cli.compare.claims.findings import Comparison, FiguredRun, Verdict, points
 from finetune_cli.compare.claims.study import findings_of
-from finetune_cli.compare.figures import gain_of, main_score
+from finetune_cli.compare.figures import gain_of
+from finetune_cli.compare.page_tables import NONE, main_score_text, number_or_none, size_or_none
 from finetune_cli.compare.settings import differences
-from finetune_cli.formatting import count, duration, number, size
+from finetune_cli.formatting import count, duration
 
-NONE = "–"
 STYLES = {Verdict.SEEN: "green", Verdict.NOT_SEEN: "red", Verdict.NOT_TESTED: "bright_black"}
 MOST_DIFFERENCES = 12
 """Most settings that are shown. The page has all of them."""
@@ -33,16 +33,19 @@ def as_table(comparison: Comparison, price: float | None) -> RenderableType:
         ("tuned score", [_score(item, tuned=True) for item in runs]),
         ("steps", [f"{item.figures.steps:,}" for item in runs]),
         ("tokens", [count(item.figures.tokens) for item in runs]),
-        ("training loss", [_number(item.figures.last_loss) for item in runs]),
-        ("best perplexity", [_number(item.figures.best_perplexity) for item in runs]),
+        ("training loss", [number_or_none(item.figures.last_loss) for item in runs]),
+        ("best perplexity", [number_or_none(item.figures.best_perplexity) for item in runs]),
         ("stability", [item.stability for item in runs]),
-        ("tokens per second", [_number(item.figures.tokens_per_second) for item in runs]),
+        ("tokens per second", [number_or_none(item.figures.tokens_per_second) for item in runs]),
         ("MFU", [NONE if item.figures.mfu is None else f"{item.figures.mfu:.1%}" for item in runs]),
-        ("peak memory", [_size(item.figures.memory_bytes) for item in runs]),
-        ("checkpoint", [_size(item.run.checkpoint_bytes) for item in runs]),
-        ("artifact", [_size(item.run.artifact.bytes if item.run.artifact is not None else None) for item in runs]),
+        ("peak memory", [size_or_none(item.figures.memory_bytes) for item in runs]),
+        ("checkpoint", [size_or_none(item.run.checkpoint_bytes) for item in runs]),
+        (
+            "artifact",
+            [size_or_none(item.run.artifact.bytes if item.run.artifact is not None else None) for item in runs],
+        ),
         ("training time", [duration(3600 * item.figures.hours) for item in runs]),
-        ("GPU hours", [_number(item.figures.gpu_hours) for item in runs]),
+        ("GPU hours", [number_or_none(item.figures.gpu_hours) for item in runs]),
     ]
     if price is not None:
         rows.append(("cost", [NONE if item.figures.cost is None else f"{item.figures.cost:,.2f}" for item in runs]))
@@ -66,20 +69,9 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return NONE if value is None else number(value)
-
-
-def _size(value: int | None) -> str:
-    return NONE if value is None else size(value)
-
-
 def _score(item: FiguredRun, *, tuned: bool) -> str:
     scores = item.run.scores
-    value = main_score(item.run, (scores.tuned if tuned else scores.base)) if scores is not None else None
-    if value is None:
-        return NONE
-    return percent(value) if item.run.task is not None and 0 <= value <= 1 else number(value)
+    return main_score_text(item, (scores.tuned if tuned else scores.base) if scores is not None else None)
 
 
 def _gains(runs: tuple[FiguredRun, ...]) -> list[RenderableType]:

@@ -138,8 +138,9 @@ def points(difference: Difference) -> str:
 def by_pairs(
     comparison: Comparison, judge: Callable[[FiguredRun, FiguredRun], tuple[bool, str] | None], to_test: str
 ) -> Finding:
-    """Return the finding over all pairs of a LoRA run and a run of every parameter. ``judge`` says of a pair whether the
-    claim holds, and the evidence; None where the pair says nothing. The claim is seen where it holds in most pairs."""
+    """Return the finding over all pairs of a LoRA run and a run of every parameter. ``judge`` says of a pair whether
+    the claim holds, and the evidence; None where the pair says nothing. The claim is seen where it holds in most
+    pairs."""
     judged = [found for pair in comparison.pairs() if (found := judge(*pair)) is not None]
     if not judged:
         return Finding(Verdict.NOT_TESTED, to_test=to_test)

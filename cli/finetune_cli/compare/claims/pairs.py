@@ -29,7 +29,8 @@ TEMPLATE = "dataset.format.promptCompletion.template"
 SMALL = 10.0
 """A LoRA artifact is tiny where the full model is at least so many times as large."""
 FASTER, LIGHTER = 1.1, 0.7
-"""LoRA is faster with at least FASTER times the tokens per second, and lighter with at most LIGHTER times the memory."""
+"""LoRA is faster with at least FASTER times the tokens per second, and lighter with at most LIGHTER times the
+memory."""
 STUDY_HOURS = 1 / 3
 """The study compared the perplexities after 20 minutes."""
 COMPARABLE = 0.98
@@ -139,7 +140,8 @@ def convergence(comparison: Comparison) -> Finding:
         if first is None or second is None:
             return None
         return first >= second * COMPARABLE, (
-            f"After {hours * 60:.3g} minutes {lora.label} had the perplexity {first:.4g}, {full.label} had {second:.4g}."
+            f"After {hours * 60:.3g} minutes {lora.label} had the perplexity {first:.4g}, and {full.label} had"
+            f" {second:.4g}."
         )
 
     return by_pairs(comparison, judge, f"{BOTH_METHODS} Both need validation rows and evaluation.everySteps.")

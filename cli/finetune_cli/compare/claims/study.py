@@ -1,8 +1,7 @@
 """The list of the study's claims about which a comparison of runs can speak.
 
-Source: A. Niederfahrenhorst, K. Hakhamaneshi, R. Ahmad, "Fine-tuning LLMs: LoRA or full-parameter?" (Anyscale, September
-2023). The page of the comparison has a section for each claim.
-"""
+Source: A. Niederfahrenhorst, K. Hakhamaneshi, R. Ahmad, "Fine-tuning LLMs: LoRA or full-parameter?" (Anyscale,
+September 2023). The page of the comparison has a section for each claim."""
 
 from __future__ import annotations
 
@@ -27,20 +26,22 @@ CLAIMS = (
     Claim(
         3,
         "LoRA's recipe",
-        "LoRA with rank 8 and alpha 16 on all dense layers trains with the rate 1e-4, and with 3e-5 where 1e-4 is unstable.",
+        "LoRA with rank 8 and alpha 16 on all dense layers trains with the rate 1e-4, and with 3e-5 where 1e-4 is"
+        " unstable.",
         single_runs.lora_recipe,
     ),
     Claim(
         4,
         "The recipe of full fine-tuning",
-        "Every parameter is trained with the rate 5e-6, AdamW without weight decay, a linear schedule with warm-up, bf16,"
-        " gradient checkpointing, context 512 and seed 42.",
+        "Every parameter is trained with the rate 5e-6, AdamW without weight decay, a linear schedule with warm-up,"
+        " bf16, gradient checkpointing, context 512 and seed 42.",
         single_runs.full_recipe,
     ),
     Claim(
         5,
         "Memory and checkpoints",
-        "Optimizer state and gradients take about 12 times the model's memory, and memory peaks when a checkpoint is saved.",
+        "Optimizer state and gradients take about 12 times the model's memory, and memory peaks when a checkpoint is"
+        " saved.",
         single_runs.memory_at_checkpoints,
     ),
     Claim(
