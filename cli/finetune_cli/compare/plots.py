@@ -268,4 +268,5 @@ def _svg(spec: Mapping[str, Any]) -> str:
     svg: str = vl_convert.vegalite_to_svg(
         {"width": WIDTH, "height": HEIGHT, "config": CONFIG, **spec}, vl_version=VEGA_LITE
     )
-    return svg
+    # The page describes the whole plot in words, so that a screen reader need not read every mark.
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
