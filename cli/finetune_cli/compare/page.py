@@ -109,7 +109,7 @@ def _cells(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, 
         {
             "heading": column.heading,
             "meaning": column.meaning,
-            "is_number": column.is_number,
+            "kind": column.kind.value,
             "cells": [column.cell(item) for item in comparison.runs],
         }
         for column in columns

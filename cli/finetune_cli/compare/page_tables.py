@@ -5,14 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from finetune_cli.compare.claims.findings import Comparison, FiguredRun, percent, points
-from finetune_cli.compare.figures import gain_of, main_score, score_interval, scored_rows
+from finetune_cli.compare.figures import difference_between, gain_of, main_score, score_interval, scored_rows
 from finetune_cli.compare.stored_files import ModelScores
 from finetune_cli.formatting import count, duration, number, size
 
 NONE = "–"
 """What a cell shows where a value is not known."""
+
+
+class Kind(StrEnum):
+    """What the cells of a column hold. The values are CSS classes of the page."""
+
+    NUMBER = "number"
+    WORD = "word"
+    SENTENCE = "sentence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +31,7 @@ class Column:
     heading: str
     meaning: str
     cell: Callable[[FiguredRun], str]
-    is_number: bool = True
+    kind: Kind = Kind.NUMBER
 
 
 def number_or_none(value: float | None) -> str:
@@ -85,8 +94,8 @@ def _gpu_hours(item: FiguredRun) -> str:
 
 
 OVERVIEW: Sequence[Column] = (
-    Column("method", "What was trained: adapters or every parameter", _method, is_number=False),
-    Column("task", "What grades the answers", lambda item: item.run.task_name or NONE, is_number=False),
+    Column("method", "What was trained: adapters or every parameter", _method, Kind.WORD),
+    Column("task", "What grades the answers", lambda item: item.run.task_name or NONE, Kind.WORD),
     Column("steps", "Optimizer steps", lambda item: f"{item.figures.steps:,}"),
     Column("tokens", "Tokens of prompts and answers, without padding", lambda item: count(item.figures.tokens)),
     Column(
@@ -100,9 +109,9 @@ OVERVIEW: Sequence[Column] = (
         "stability",
         "Rollbacks, steps that were not finite, and a loss that exploded",
         lambda item: item.stability,
-        is_number=False,
+        Kind.SENTENCE,
     ),
-    Column("state", "State of the job in the cluster, or what its folder says", _state, is_number=False),
+    Column("state", "State of the job in the cluster, or what its folder says", _state, Kind.WORD),
 )
 """The columns of the first table: what was trained, and how well."""
 
@@ -160,17 +169,23 @@ class ScoreRow:
     rows: str
     base: str
     tuned: str
+    is_shown_first: bool = True
+    """Whether the score is the task's main score or a perplexity. The other scores stand in a table of their own."""
     gain: str = NONE
     """What the tuned model has gained, with its interval; only for the main score."""
+    against_first: str = NONE
+    """How much better the tuned model is than that of the first run; only for the main score, and where the task is the
+    same."""
 
 
 def score_rows(comparison: Comparison) -> list[ScoreRow]:
     """Return the rows of the table of scores. Of each run come the main score, the other scores and the
     perplexities."""
-    return [row for index, item in enumerate(comparison.runs) for row in _score_rows(index, item)]
+    first = comparison.runs[0]
+    return [row for index, item in enumerate(comparison.runs) for row in _score_rows(index, item, first)]
 
 
-def _score_rows(index: int, item: FiguredRun) -> list[ScoreRow]:
+def _score_rows(index: int, item: FiguredRun, first: FiguredRun) -> list[ScoreRow]:
     run, scores = item.run, item.run.scores
     if scores is None:
         return []
@@ -178,7 +193,7 @@ def _score_rows(index: int, item: FiguredRun) -> list[ScoreRow]:
     names = list(dict.fromkeys([*(tuned.scores if tuned else ()), *(base.scores if base else ())]))
     main = run.task.main if run.task is not None else None
     names.sort(key=lambda name: name != main)
-    gain = gain_of(run)
+    gain, against = gain_of(run), difference_between(first.run, run) if item is not first else None
     found = []
     for name in names:
         is_main = name == main or (main is None and len(names) == 1)
@@ -191,7 +206,9 @@ def _score_rows(index: int, item: FiguredRun) -> list[ScoreRow]:
                 _graded(tuned or base),
                 _valued(item, name, base),
                 _valued(item, name, tuned),
+                is_main,
                 points(gain) if is_main and gain is not None else NONE,
+                points(against) if is_main and against is not None else NONE,
             )
         )
     perplexities = (

@@ -6,6 +6,7 @@ parts, so that the page stays small whatever the number of steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -18,7 +19,7 @@ from finetune_cli.compare.figures import Point, main_score, points_of, score_int
 from finetune_cli.terminal import printable
 
 VEGA_LITE = "6.1"
-WIDTH, HEIGHT = 400, 240
+WIDTH, HEIGHT = 370, 220
 BUCKETS = 160
 """Number of parts into which a curve is divided. A part becomes one point of the line: the mean of its values."""
 FEW_POINTS, MOST_CROSSES = 20, 40
@@ -42,8 +43,8 @@ CONFIG: Mapping[str, Any] = {
         "gridColor": "var(--grid)",
         "domainColor": "var(--line)",
         "tickColor": "var(--line)",
-        "labelFontSize": 12,
-        "titleFontSize": 13,
+        "labelFontSize": 13,
+        "titleFontSize": 14,
         "titleFontWeight": "normal",
         "labelLimit": 190,
     },
@@ -57,12 +58,18 @@ class Axis:
 
     title: str
     of: Callable[[Point], float]
+    label: str
+    """Vega's expression for the text at a tick."""
 
 
+SHORT_POWERS = "datum.value < 0.01 || datum.value >= 100000 ? format(datum.value, '~e') : format(datum.value, '~g')"
+SHORT_AXIS = 4
+"""Most powers of ten of a logarithmic axis with ticks between them."""
+WITH_UNIT, PLAIN = "datum.value == 0 ? '0' : format(datum.value, '~s')", "format(datum.value, '~g')"
 AXES = (
-    Axis("step", lambda point: float(point.step)),
-    Axis("tokens", lambda point: float(point.tokens)),
-    Axis("hours of training", lambda point: point.hours),
+    Axis("step", lambda point: float(point.step), WITH_UNIT),
+    Axis("tokens", lambda point: float(point.tokens), WITH_UNIT),
+    Axis("hours of training", lambda point: point.hours, PLAIN),
 )
 
 
@@ -112,18 +119,22 @@ def curves(
             said.append(f"{item.label} has steps that were not finite, shown as crosses")
     if not rows:
         return None
-    values = [row["y"] for row in rows]
-    log = min(values) > 0 and max(values) / min(values) > LOG_SPAN
+    lowest, highest = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    ticks = log_ticks(lowest, highest) if lowest > 0 and highest / lowest > LOG_SPAN else []
     layers = [_line(len(comparison.runs)), _dots()]
     if len(comparison.runs) <= MOST_BANDS:
         layers.insert(0, _band())
-    layers = [_with_axis(layer, title, log=log) for layer in layers]
+    layers = [_with_axis(layer, title, ticks) for layer in layers]
     if crosses:
         layers.append(_crosses(crosses))
     spec = {
         "data": {"values": rows},
         "encoding": {
-            "x": {"field": "x", "type": "quantitative", "axis": {"title": axis.title, "tickCount": 6, "format": "~s"}},
+            "x": {
+                "field": "x",
+                "type": "quantitative",
+                "axis": {"title": axis.title, "tickCount": 5, "labelExpr": axis.label},
+            },
             "color": _runs_scale(len(comparison.runs)),
         },
         "layer": layers,
@@ -131,11 +142,22 @@ def curves(
     return Plot(f"{title} against {axis.title}", f"{title} against {axis.title}. {'; '.join(said)}.", _svg(spec))
 
 
-def _with_axis(layer: dict[str, Any], title: str, *, log: bool) -> dict[str, Any]:
-    y = layer["encoding"]["y"]
-    y |= {"type": "quantitative", "axis": {"title": title, "tickCount": 5}}
-    y |= {"scale": {"type": "log", "nice": False} if log else {"zero": False}}
-    return layer
+def _with_axis(layer: dict[str, Any], title: str, ticks: Sequence[float]) -> dict[str, Any]:
+    """Return ``layer`` with the scale of its y axis, which is logarithmic where there are ``ticks``."""
+    axis: dict[str, Any] = {"title": title, "tickCount": 5, "labelExpr": PLAIN}
+    if ticks:
+        axis |= {"values": ticks, "labelExpr": SHORT_POWERS}
+    scale = {"type": "log", "nice": False} if ticks else {"zero": False}
+    y = layer["encoding"]["y"] | {"type": "quantitative", "axis": axis, "scale": scale}
+    return {**layer, "encoding": {**layer["encoding"], "y": y}}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return the ticks of a logarithmic axis from ``low`` to ``high``, which are positive: powers of ten and, on a short
+    axis, their multiples by 2 and 5. Vega's own ticks have a line for each digit."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(powers) <= SHORT_AXIS else (1,)
+    return [found for power in powers for digit in digits if low <= (found := float(f"{digit}e{power}")) <= high]
 
 
 def _line(count: int) -> dict[str, Any]:
@@ -221,7 +243,7 @@ def scores_plot(comparison: Comparison, task_name: str) -> Plot | None:
     y = {"field": "name", "type": "nominal", "sort": names, "axis": {"title": None}}
     spec = {
         "data": {"values": rows},
-        "height": {"step": 30},
+        "height": {"step": 14},
         "encoding": {
             "y": y,
             "yOffset": {"field": "model", "type": "nominal", "sort": ["base", "tuned"], "scale": {"paddingOuter": 0.4}},

@@ -17,6 +17,8 @@ from finetune_cli.compare.settings import differences
 from finetune_cli.formatting import count, duration
 
 STYLES = {Verdict.SEEN: "green", Verdict.NOT_SEEN: "red", Verdict.NOT_TESTED: "bright_black"}
+RUNS_ABREAST = 5
+"""Most runs beside each other in the first table. More runs stand below."""
 MOST_DIFFERENCES = 12
 """Most settings that are shown. The page has all of them."""
 VALUE_LENGTH = 40
@@ -25,7 +27,6 @@ VALUE_LENGTH = 40
 def as_table(comparison: Comparison, price: float | None) -> RenderableType:
     """Return the comparison for people. ``price`` is that of one GPU for one hour."""
     runs = comparison.runs
-    table = _table("", *(f"{index} {item.label}" for index, item in enumerate(runs, 1)))
     rows: list[tuple[str, list[str]]] = [
         ("method", [str(item.run.tuning or "not known") for item in runs]),
         ("task", [item.run.task_name or NONE for item in runs]),
@@ -45,16 +46,23 @@ def as_table(comparison: Comparison, price: float | None) -> RenderableType:
             [size_or_none(item.run.artifact.bytes if item.run.artifact is not None else None) for item in runs],
         ),
         ("training time", [duration(3600 * item.figures.hours) for item in runs]),
-        ("GPU hours", [number_or_none(item.figures.gpu_hours) for item in runs]),
+        (
+            "CPU process hours" if all(item.run.on_gpu is False for item in runs) else "GPU hours",
+            [number_or_none(item.figures.gpu_hours) for item in runs],
+        ),
     ]
     if price is not None:
         rows.append(("cost", [NONE if item.figures.cost is None else f"{item.figures.cost:,.2f}" for item in runs]))
-    for name, texts in rows:
-        table.add_row(Text(name, style="bold"), *texts)
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = []
+    for first in range(0, len(runs), RUNS_ABREAST):
+        names = (f"{index + 1} {runs[index].label}" for index in range(len(runs))[first : first + RUNS_ABREAST])
+        table = _table("", *names)
+        for name, texts in rows:
+            table.add_row(Text(name, style="bold"), *texts[first : first + RUNS_ABREAST])
+        parts += [table, Text()]
     parts += _gains(runs)
     parts += _settings(comparison)
-    parts += [Text(), _claims(comparison)]
+    parts.append(_claims(comparison))
     notices = [(item.label, notice) for item in runs for notice in item.run.notices]
     if notices:
         parts += [Text(), *(Text(f"{label}: {notice}", style="yellow") for label, notice in notices)]
@@ -78,7 +86,7 @@ def _gains(runs: tuple[FiguredRun, ...]) -> list[RenderableType]:
     gains = [(item.label, gain) for item in runs if (gain := gain_of(item.run)) is not None]
     if not gains:
         return []
-    return [Text(), *(Text(f"{label}: the tuned model gained {points(gain)}") for label, gain in gains)]
+    return [*(Text(f"{label}: the tuned model gained {points(gain)}") for label, gain in gains), Text()]
 
 
 def _settings(comparison: Comparison) -> list[RenderableType]:
@@ -89,7 +97,8 @@ def _settings(comparison: Comparison) -> list[RenderableType]:
     for row in rows[:MOST_DIFFERENCES]:
         table.add_row(Text(row.path, style="cyan"), *(_shortened(value) for value in row.values))
     more = len(rows) - MOST_DIFFERENCES
-    return [Text(), table, *([Text(f"and {more} more, which the page has", style="bright_black")] if more > 0 else [])]
+    left_out = [Text(f"and {more} more, which the page has", style="bright_black")] if more > 0 else []
+    return [table, *left_out, Text()]
 
 
 def _shortened(value: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -28,6 +27,11 @@ const [from, to] = process.argv.slice(1);
 fs.writeFileSync(to, zlib.brotliDecompressSync(fs.readFileSync(from)));
 """
 """Program of Node that decompresses a file, because the standard library of Python has no Brotli."""
+FONTS = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>
+"""
+"""Configuration of fontconfig. Only the package's fonts are used, so that a page looks the same everywhere."""
 ARGUMENTS = ("--no-sandbox", "--no-zygote", "--disable-gpu", "--font-render-hinting=none", "--disable-dev-shm-usage")
 
 
@@ -94,9 +98,11 @@ def _run(command: list[str], folder: Path) -> None:
 @contextmanager
 def running(tools: Tools) -> Iterator[Browser]:
     """Run a headless Chromium during the block."""
+    own_fonts = tools.folder / "own-fonts.conf"
+    own_fonts.write_text(FONTS.format(fonts=tools.folder / "fonts", cache=tools.folder / "font-cache"))
     environment = {
         "LD_LIBRARY_PATH": str(tools.folder / "lib"),
-        "FONTCONFIG_PATH": str(tools.folder),
+        "FONTCONFIG_FILE": str(own_fonts),
         "HOME": str(tools.folder),
         "PATH": os.environ.get("PATH", ""),
     }
@@ -108,9 +114,3 @@ def running(tools: Tools) -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
-
-
-def version_in_lock(package: str) -> str:
-    """Return the version of ``package`` that the lock file pins."""
-    found: str = json.loads((HERE / "package-lock.json").read_text())["packages"][f"node_modules/{package}"]["version"]
-    return found

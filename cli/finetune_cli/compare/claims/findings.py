@@ -145,7 +145,9 @@ def by_pairs(
     if not judged:
         return Finding(Verdict.NOT_TESTED, to_test=to_test)
     held = sum(holds for holds, _ in judged)
-    evidence = [sentence for _, sentence in judged]
+    is_seen = 2 * held > len(judged)
+    # The pairs that decide come first.
+    evidence = [sentence for _, sentence in sorted(judged, key=lambda item: item[0] is not is_seen)]
     if len(judged) > 1:
-        evidence.insert(0, f"It holds in {held} of {len(judged)} pairs.")
-    return Finding(Verdict.SEEN if 2 * held > len(judged) else Verdict.NOT_SEEN, tuple(evidence[:MOST_SENTENCES]))
+        evidence = [*evidence[: MOST_SENTENCES - 1], f"It holds in {held} of {len(judged)} pairs."]
+    return Finding(Verdict.SEEN if is_seen else Verdict.NOT_SEEN, tuple(evidence))

@@ -119,13 +119,17 @@ def memory_at_checkpoints(comparison: Comparison) -> Finding:
         rise = _rise_at_checkpoints(item.run)
         if rise is not None:
             peaks.append(rise > PEAK_RISE)
-            evidence.append(f"{item.label}: the peak at checkpoints was {rise:.3g} times that of the steps before.")
+            evidence.append(
+                f"{item.label}: the peak of memory at checkpoints was {rise:.3g} times that of the steps before, which"
+                " decides the verdict."
+            )
     for item in comparison.tuned_by(Tuning.FULL):
         run = item.run
         if run.checkpoint_bytes and run.artifact is not None and run.artifact.bytes:
             ratio = run.checkpoint_bytes / run.artifact.bytes
             evidence.append(
-                f"{item.label}: masters and moments in a checkpoint are {ratio:.1f} times as large as the model."
+                f"{item.label}: masters and moments in a checkpoint are {ratio:.1f} times as large as the exported"
+                " model; gradients come on top in memory."
             )
     if not peaks:
         return Finding(
@@ -182,7 +186,8 @@ def high_rate_explodes(comparison: Comparison) -> Finding:
     if not found:
         return Finding(Verdict.NOT_TESTED, to_test="Run a LoRA job with training.learningRate 1e-4 on SQL rows.")
     evidence, held = [], []
-    for item in found:
+    # The unstable runs come first, because they decide.
+    for item in sorted(found, key=lambda item: not item.unstable):
         fine = _perplexity_kept(item) if item.unstable else None
         held.append(fine is True)
         looked = {True: "; the perplexity still looked fine", False: "; the perplexity rose too", None: ""}[fine]

@@ -39,9 +39,9 @@ CLAIMS = (
     ),
     Claim(
         5,
-        "Memory and checkpoints",
-        "Optimizer state and gradients take about 12 times the model's memory, and memory peaks when a checkpoint is"
-        " saved.",
+        "Memory peaks at checkpoints",
+        "Memory peaks when a checkpoint is saved; optimizer state and gradients take about 12 times the model's"
+        " memory.",
         single_runs.memory_at_checkpoints,
     ),
     Claim(
