@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from finetune_cli.compare.claims.findings import Comparison
+from finetune_cli.compare.claims.study import findings_of
 from finetune_cli.compare.compared_run import ComparedRun, JobFacts, read_run
 from finetune_cli.compare.folders import BucketFolder, LocalFolder, RunFolder
 from finetune_cli.compare.stored_files import settings_of
@@ -93,8 +94,9 @@ def compare(options: argparse.Namespace, store_of: StoreOf) -> int:
     from finetune_cli.compare.page import page
 
     comparison = Comparison.of(_read(options, store_of), options.price)
-    SafeConsole().print(as_table(comparison, options.price))
-    _write_page(options.html, MARKER + page(comparison, datetime.now(UTC), options.price))
+    findings = findings_of(comparison)
+    SafeConsole().print(as_table(comparison, findings, options.price))
+    _write_page(options.html, MARKER + page(comparison, findings, datetime.now(UTC), options.price))
     say(f"{options.html}: open it in a browser")
     return 0
 

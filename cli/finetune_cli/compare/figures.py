@@ -5,7 +5,7 @@ claims read them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -228,10 +228,11 @@ def is_lora(run: ComparedRun) -> bool:
     return run.tuning is Tuning.LORA
 
 
-def perplexity_at(run: ComparedRun, hours: float) -> float | None:
-    """Return the newest validation perplexity of ``run`` after ``hours`` of training, None before the first one."""
+def perplexity_at(points: Iterable[Point], hours: float) -> float | None:
+    """Return the newest validation perplexity after ``hours`` of training, None before the first one. ``points`` are
+    those of a run, ordered by step."""
     found = None
-    for point in points_of(run):
+    for point in points:
         if point.hours > hours:
             break
         if point.row.perplexity is not None:

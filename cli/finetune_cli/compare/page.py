@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from finetune_cli.compare.claims.findings import Comparison, Verdict
-from finetune_cli.compare.claims.study import STUDY, findings_of
+from finetune_cli.compare.claims.findings import Claim, Comparison, Finding, Verdict
+from finetune_cli.compare.claims.study import STUDY
 from finetune_cli.compare.page_tables import NONE, OVERVIEW, SPEED, Column, cost_column, events_of, score_rows
 from finetune_cli.compare.plots import AXES, COLOURS, Plot, colour_of, curves, dash_of, scores_plot
 from finetune_cli.compare.settings import differences
@@ -26,9 +26,9 @@ DARK = ("#6cb2ff", "#ff9a5c", "#62d18a", "#d694f0", "#e3b341", "#4fd0dc", "#ff82
 """Colours of the runs on a light and on a dark page. Each has a contrast of at least 4.5 to the page."""
 
 
-def page(comparison: Comparison, made: datetime, price: float | None) -> str:
-    """Return the HTML file of ``comparison``. ``made`` is the time that the page names, and ``price`` that of one GPU
-    for one hour."""
+def page(comparison: Comparison, findings: Sequence[tuple[Claim, Finding]], made: datetime, price: float | None) -> str:
+    """Return the HTML file of ``comparison``. ``findings`` are those of the claims, ``made`` is the time that the page
+    names, and ``price`` that of one GPU for one hour."""
     environment = Environment(
         loader=PackageLoader("finetune_cli.compare", "."),
         autoescape=True,
@@ -38,7 +38,6 @@ def page(comparison: Comparison, made: datetime, price: float | None) -> str:
         finalize=_clean,
     )
     runs = comparison.runs
-    findings = findings_of(comparison)
     verdicts = Counter(finding.verdict for _, finding in findings)
     speed = [*SPEED, *([cost_column(price)] if price is not None else [])]
     loss = [

@@ -15,7 +15,7 @@ from typing import Any
 import vl_convert
 
 from finetune_cli.compare.claims.findings import Comparison, FiguredRun
-from finetune_cli.compare.figures import Point, main_score, points_of, score_interval
+from finetune_cli.compare.figures import Point, main_score, score_interval
 from finetune_cli.terminal import printable
 
 VEGA_LITE = "6.1"
@@ -106,7 +106,7 @@ def curves(
     crosses: list[dict[str, Any]] = []
     said = []
     for index, item in enumerate(comparison.runs):
-        points = list(points_of(item.run))
+        points = item.points
         thinned = _thinned([(axis.of(point), found) for point in points if (found := value(point)) is not None])
         few = len(thinned) <= FEW_POINTS
         rows += [{"run": index, "x": x, "y": y, "low": low, "high": high, "few": few} for x, y, low, high in thinned]
@@ -153,8 +153,8 @@ def _with_axis(layer: dict[str, Any], title: str, ticks: Sequence[float]) -> dic
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return the ticks of a logarithmic axis from ``low`` to ``high``, which are positive: powers of ten and, on a short
-    axis, their multiples by 2 and 5. Vega's own ticks have a line for each digit."""
+    """Return the ticks of a logarithmic axis from ``low`` to ``high``, which are positive: powers of ten and, on a
+    short axis, their multiples by 2 and 5. Vega's own ticks have a line for each digit."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if len(powers) <= SHORT_AXIS else (1,)
     return [found for power in powers for digit in digits if low <= (found := float(f"{digit}e{power}")) <= high]

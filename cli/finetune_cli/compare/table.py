@@ -5,12 +5,13 @@ Names and settings may contain control characters, which `SafeConsole` removes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.compare.claims.findings import Comparison, FiguredRun, Verdict, points
-from finetune_cli.compare.claims.study import findings_of
+from finetune_cli.compare.claims.findings import Claim, Comparison, FiguredRun, Finding, Verdict, points
 from finetune_cli.compare.figures import gain_of
 from finetune_cli.compare.page_tables import NONE, main_score_text, number_or_none, size_or_none
 from finetune_cli.compare.settings import differences
@@ -24,8 +25,9 @@ MOST_DIFFERENCES = 12
 VALUE_LENGTH = 40
 
 
-def as_table(comparison: Comparison, price: float | None) -> RenderableType:
-    """Return the comparison for people. ``price`` is that of one GPU for one hour."""
+def as_table(comparison: Comparison, findings: Sequence[tuple[Claim, Finding]], price: float | None) -> RenderableType:
+    """Return the comparison for people. ``findings`` are those of the claims, and ``price`` is that of one GPU for one
+    hour."""
     runs = comparison.runs
     rows: list[tuple[str, list[str]]] = [
         ("method", [str(item.run.tuning or "not known") for item in runs]),
@@ -62,7 +64,7 @@ def as_table(comparison: Comparison, price: float | None) -> RenderableType:
         parts += [table, Text()]
     parts += _gains(runs)
     parts += _settings(comparison)
-    parts.append(_claims(comparison))
+    parts.append(_claims(findings))
     notices = [(item.label, notice) for item in runs for notice in item.run.notices]
     if notices:
         parts += [Text(), *(Text(f"{label}: {notice}", style="yellow") for label, notice in notices)]
@@ -107,9 +109,9 @@ def _shortened(value: str | None) -> str:
     return value if len(value) <= VALUE_LENGTH else f"{value[: VALUE_LENGTH - 1]}…"
 
 
-def _claims(comparison: Comparison) -> RenderableType:
+def _claims(findings: Sequence[tuple[Claim, Finding]]) -> RenderableType:
     table = _table("", "claim of the study", "", "")
-    for claim, finding in findings_of(comparison):
+    for claim, finding in findings:
         evidence = finding.evidence[0] if finding.evidence else finding.to_test
         table.add_row(
             str(claim.number), claim.title, Text(finding.verdict.value, style=STYLES[finding.verdict]), evidence

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from finetune_cli.compare.compared_run import ComparedRun, Tuning
-from finetune_cli.compare.figures import Figures, figures_of, is_unstable
+from finetune_cli.compare.figures import Figures, Point, figures_of, is_unstable, points_of
 from finetune_cli.compare.intervals import Difference
 
 RATE_TOLERANCE = 0.05
@@ -42,6 +42,8 @@ class FiguredRun:
 
     run: ComparedRun
     figures: Figures
+    points: tuple[Point, ...]
+    """The steps of the run on the axes of the curves. They are computed once, because a run may have many steps."""
 
     @property
     def label(self) -> str:
@@ -81,7 +83,7 @@ class Comparison:
     @classmethod
     def of(cls, runs: Iterable[ComparedRun], price: float | None = None) -> Comparison:
         """Return the comparison of ``runs``. ``price`` is that of one GPU for one hour."""
-        return cls(tuple(FiguredRun(run, figures_of(run, price)) for run in runs))
+        return cls(tuple(FiguredRun(run, figures_of(run, price), tuple(points_of(run))) for run in runs))
 
     def tuned_by(self, tuning: Tuning) -> list[FiguredRun]:
         """Return the runs of one method."""

@@ -14,8 +14,8 @@ from finetune_cli.compare.claims.findings import (
     percent,
     points,
 )
-from finetune_cli.compare.compared_run import ComparedRun, Tuning
-from finetune_cli.compare.figures import difference_between, main_score, perplexity_at, points_of
+from finetune_cli.compare.compared_run import Tuning
+from finetune_cli.compare.figures import difference_between, main_score, perplexity_at
 from finetune_cli.compare.settings import changed_paths
 from finetune_cli.formatting import size
 
@@ -132,11 +132,11 @@ def convergence(comparison: Comparison) -> Finding:
     """Claim 13: after the same time both have about the same perplexity, so LoRA converges no faster."""
 
     def judge(lora: FiguredRun, full: FiguredRun) -> tuple[bool, str] | None:
-        ends = [_last_evaluation(item.run) for item in (lora, full)]
+        ends = [_last_evaluation(item) for item in (lora, full)]
         if None in ends:
             return None
         hours = min(STUDY_HOURS, *(end for end in ends if end is not None))
-        first, second = perplexity_at(lora.run, hours), perplexity_at(full.run, hours)
+        first, second = perplexity_at(lora.points, hours), perplexity_at(full.points, hours)
         if first is None or second is None:
             return None
         return first >= second * COMPARABLE, (
@@ -147,8 +147,8 @@ def convergence(comparison: Comparison) -> Finding:
     return by_pairs(comparison, judge, f"{BOTH_METHODS} Both need validation rows and evaluation.everySteps.")
 
 
-def _last_evaluation(run: ComparedRun) -> float | None:
-    return max((point.hours for point in points_of(run) if point.row.perplexity is not None), default=None)
+def _last_evaluation(item: FiguredRun) -> float | None:
+    return next((point.hours for point in reversed(item.points) if point.row.perplexity is not None), None)
 
 
 def close_scores(comparison: Comparison) -> Finding:
