@@ -58,10 +58,10 @@ class FolderStore(Store):
         self.write(bucket, key, data)
         return ObjectDigest(len(data), hashlib.sha256(data).hexdigest())
 
-    def list_objects(self, bucket: str, prefix: str) -> list[ListedObject]:
+    def list_objects(self, bucket: str, prefix: str, *, most: int | None = None) -> list[ListedObject]:
         files = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
         found = ((path.relative_to(self.folder).as_posix(), path.stat().st_size) for path in files)
-        return [ListedObject(key, count, TIME) for key, count in found if key.startswith(prefix)]
+        return [ListedObject(key, count, TIME) for key, count in found if key.startswith(prefix)][:most]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,11 +211,13 @@ def _score_rows(index: int, item: FiguredRun, first: FiguredRun) -> list[ScoreRo
                 points(against) if is_main and against is not None else NONE,
             )
         )
-    perplexities = (
-        ("perplexity", *(model.perplexity if model else None for model in (base, tuned))),
-        ("perplexity of all tokens", *(model.all_token_perplexity if model else None for model in (base, tuned))),
-    )
-    for name, before, after in perplexities:
+    perplexities = {
+        "perplexity": [model.perplexity if model is not None else None for model in (base, tuned)],
+        "perplexity of all tokens": [
+            model.all_token_perplexity if model is not None else None for model in (base, tuned)
+        ],
+    }
+    for name, (before, after) in perplexities.items():
         if before is not None or after is not None:
             values = (number_or_none(before), number_or_none(after))
             found.append(ScoreRow(index, item.label, run.task_name or NONE, name, scored_rows(scores), *values))
