@@ -90,6 +90,10 @@ class Made:
     """Changes of the run file, as `written` merges them."""
     artifact_file: str = ""
     processes: int = 2
+    peak: float = 1.0
+    """By which factor the peak of the memory rises with the first checkpoint."""
+    overfit: float = 0.1
+    """How much the logarithm of the validation perplexity rises over the training, beside its fall."""
 
 
 def root_of(folder: Path) -> RunRoot:
@@ -176,8 +180,8 @@ def rows_of(made: Made, first: int = 1, last: int | None = None, factor: float =
                 seconds=made.seconds,
                 checkpoint_seconds=0.5 if step % 100 == 1 and step > 1 else 0.0,
                 memory_bytes=made.memory // 2,
-                memory_peak_bytes=made.memory,
-                perplexity=math.exp(level + 0.1 * step / made.steps) if evaluated else None,
+                memory_peak_bytes=int(made.memory * (made.peak if step > 100 else 1)),
+                perplexity=math.exp(level + made.overfit * step / made.steps) if evaluated else None,
             )
         )
     return found
