@@ -7,6 +7,7 @@ parts, so that the page stays small whatever the number of steps."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,7 +17,6 @@ import vl_convert
 
 from finetune_cli.compare.claims.findings import Comparison, FiguredRun
 from finetune_cli.compare.figures import Point, main_score, score_interval
-from finetune_cli.terminal import printable
 
 VEGA_LITE = "6.1"
 WIDTH, HEIGHT = 370, 220
@@ -238,7 +238,11 @@ def scores_plot(comparison: Comparison, task_name: str) -> Plot | None:
     if not rows:
         return None
     is_share = all(0 <= row["x"] <= 1 for row in rows)
-    axis: dict[str, Any] = {"title": f"{task_name}: main score", "format": ".0%" if is_share else "~g", "tickCount": 5}
+    axis: dict[str, Any] = {
+        "title": f"{plain(task_name)}: main score",
+        "format": ".0%" if is_share else "~g",
+        "tickCount": 5,
+    }
     names = [_name(index, item) for index, item in enumerate(comparison.runs)]
     y = {"field": "name", "type": "nominal", "sort": names, "axis": {"title": None}}
     spec = {
@@ -274,15 +278,19 @@ def scores_plot(comparison: Comparison, task_name: str) -> Plot | None:
             },
         ],
     }
-    title = f"{printable(task_name)}: base and tuned model"
-    return Plot(title, f"Main score of {printable(task_name)}. {'; '.join(said)}.", _svg(spec))
+    return Plot(f"{task_name}: base and tuned model", f"Main score of {task_name}. {'; '.join(said)}.", _svg(spec))
 
 
 def _name(index: int, item: FiguredRun) -> str:
     """Return a name for the axis that no other run has."""
-    label = printable(item.label)
-    short = label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH - 1]}…"
-    return f"{index + 1} {short}"
+    return f"{index + 1} {plain(item.label)}"
+
+
+def plain(text: str) -> str:
+    """Return ``text`` with at most `NAME_LENGTH` characters, and with `?` in place of each character that is no ASCII
+    letter, no digit, no blank and none of `.`, `_` and `-`. Names of jobs and tasks have no other ones. The library gets
+    no other text of somebody else, because it ends the whole process at some characters."""
+    return re.sub(r"[^A-Za-z0-9 ._-]", "?", text)[:NAME_LENGTH]
 
 
 def _svg(spec: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ holds the names of the fields equal to those of the trainer's models."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ SETTING_LENGTH = 2000
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Return ``value``, or None where it is a number that is not finite. Other versions write NaN for a missing
-    value."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return ``value``, or None where it is a number that is not finite or larger than `LARGEST_NUMBER`. Other versions
+    write NaN for a missing value."""
+    return None if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER else value
 
 
 Number = Annotated[float, BeforeValidator(_finite_or_none)]
