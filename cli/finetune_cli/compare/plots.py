@@ -288,8 +288,8 @@ def _name(index: int, item: FiguredRun) -> str:
 
 def plain(text: str) -> str:
     """Return ``text`` with at most `NAME_LENGTH` characters, and with `?` in place of each character that is no ASCII
-    letter, no digit, no blank and none of `.`, `_` and `-`. Names of jobs and tasks have no other ones. The library gets
-    no other text of somebody else, because it ends the whole process at some characters."""
+    letter, no digit, no blank and none of `.`, `_` and `-`. Names of jobs and tasks have no other ones. The library
+    gets no other text of somebody else, because it ends the whole process at some characters."""
     return re.sub(r"[^A-Za-z0-9 ._-]", "?", text)[:NAME_LENGTH]
 
 
