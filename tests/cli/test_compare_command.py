@@ -1,4 +1,4 @@
-"""`finetune compare` as a command: its sources, its options, the page that it writes, and its sentences for bad input."""
+"""`finetune compare` as a command: its sources, its options, the page that it writes, and its sentences about bad input.
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_text_with_a_slash_is_a_folder_and_another_one_a_job() -> None:
 
 
 def test_a_job_brings_its_state_its_gpu_time_and_its_settings() -> None:
-    facts = facts_of(job("completed"))
+    facts = facts_of(job("succeeded"))
     assert facts.state == "Completed"
     assert facts.settings is not None
     assert facts.settings["method"] == "LoRA"
