@@ -1,4 +1,4 @@
-"""`finetune compare` as a command: its sources, its options, the page that it writes, and its sentences about bad input.
+"""`finetune compare` as a command: its sources and options, the page, and the sentences about bad input."""
 
 from __future__ import annotations
 
