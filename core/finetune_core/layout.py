@@ -121,8 +121,8 @@ def evaluation_key(run: int) -> str:
 
 
 def settings_key(run: int) -> str:
-    """Return the key of the settings of run number ``run``, relative to the folder of all runs of the job. The object is
-    the run file with which the run began."""
+    """Return the key of the settings of run number ``run``, relative to the folder of all runs of the job. The object
+    is the run file with which the run began."""
     return f"settings/{run:06d}.json"
 
 

@@ -1,8 +1,8 @@
 """Measure how long the page of `finetune compare` takes until it is loaded in headless Chromium, for 20 runs of 10,000
 steps against 2 runs of 100 steps.
 
-The table has the size of each page, the number of its elements, and the median of the seconds from the navigation to the
-end of the load event, and to the first picture.
+The table has the size of each page, the number of its elements, and the median of the seconds from the navigation to
+the end of the load event, and to the first picture.
 
     python -m tests.bench --only compare
 """
