@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_cli.compare.claims.findings import Comparison
+from finetune_cli.compare.command import MARKER
 from tests.cli.browser.chromium import fetched, running
-from tests.cli.made_comparison import large_comparison, made_run, page_of, steps_of_a_run
+from tests.cli.made_comparison import large_page, made_run, page_of, steps_of_a_run
 
 OPENINGS = 9
 LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
@@ -33,9 +34,9 @@ def main() -> None:
     for column in ("runs", "kB", "elements", "loaded (s)", "first picture (s)"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder, running(fetched()) as browser:
-        for name, comparison in (("2 of 100 steps", small), ("20 of 10,000 steps", large_comparison())):
+        for name, text in (("2 of 100 steps", page_of(small)), ("20 of 10,000 steps", large_page())):
             file = Path(folder) / "page.html"
-            file.write_text("<!doctype html>\n" + page_of(comparison), encoding="utf-8")
+            file.write_text(MARKER + text, encoding="utf-8")
             loaded, painted, elements = _opened(browser, file)
             table.add_row(name, f"{file.stat().st_size / 1000:.0f}", str(elements), f"{loaded:.2f}", f"{painted:.2f}")
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -70,9 +71,10 @@ def made_run(index: int, steps: Sequence[Step] = ()) -> ComparedRun:
     )
 
 
-def large_comparison() -> Comparison:
-    """Return 20 runs of 10,000 steps."""
-    return Comparison.of(made_run(index, steps_of_a_run(10_000, index)) for index in range(20))
+@functools.cache
+def large_page() -> str:
+    """Return the page of 20 runs of 10,000 steps. It is made once, because that takes seconds."""
+    return page_of(Comparison.of(made_run(index, steps_of_a_run(10_000, index)) for index in range(20)))
 
 
 def run_with_text(text: str, index: int) -> ComparedRun:

@@ -147,6 +147,17 @@ def test_grades_of_the_same_rows_are_paired_and_others_are_not(tmp_path: Path) -
     assert gain.interval.value == pytest.approx(0.6)
 
 
+def test_an_own_grader_is_named_and_a_score_that_is_no_mean_is_not_paired(tmp_path: Path) -> None:
+    own = {"dataset": {"task": {"name": None, "entryPoint": "my-grader"}}}
+    (run,) = read(tmp_path, [change(LORA, settings=own)])
+    assert (run.task, run.task_name) == (None, "my-grader")
+    assert run.scores is not None
+    assert run.scores.tuned is not None
+    assert gain_of(run) is not None
+    median = run.scores.tuned.model_copy(update={"task_score": 1.7})
+    assert gain_of(dataclasses.replace(run, scores=dataclasses.replace(run.scores, tuned=median))) is None
+
+
 def test_figures_are_those_of_the_step_log(tmp_path: Path) -> None:
     (run,) = read(tmp_path, [change(LORA, steps=101)])
     figures = figures_of(run, price=2.0)

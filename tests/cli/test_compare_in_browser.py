@@ -16,8 +16,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from finetune_cli.compare.claims.findings import Comparison
+from finetune_cli.compare.command import MARKER
 from tests.cli.browser.chromium import Tools, fetched, missing_program, running
-from tests.cli.made_comparison import large_comparison, made_run, page_of, run_with_text, steps_of_a_run
+from tests.cli.made_comparison import large_page, made_run, page_of, run_with_text, steps_of_a_run
 
 WIDTHS = (400, 1600)
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
@@ -52,11 +53,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         "three": Comparison.of(some),
         "empty": Comparison.of([made_run(0)]),
         "hostile": Comparison.of([run_with_text(f"</style><script>x</script>{'y' * 200}", 0), made_run(1)]),
-        "many": large_comparison(),
     }
-    for name, comparison in comparisons.items():
-        (folder / f"{name}.html").write_text("<!doctype html>\n" + page_of(comparison), encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in comparisons}
+    texts = {name: page_of(comparison) for name, comparison in comparisons.items()} | {"many": large_page()}
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(MARKER + text, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in texts}
 
 
 class Opened:

@@ -16,7 +16,7 @@ from finetune_cli.compare.claims.study import findings_of
 from finetune_cli.compare.plots import AXES, BUCKETS, curves, log_ticks, scores_plot
 from finetune_cli.compare.table import as_table
 from finetune_cli.terminal import SafeConsole, printable
-from tests.cli.made_comparison import large_comparison, made_run, page_of, run_with_text, steps_of_a_run
+from tests.cli.made_comparison import large_page, made_run, page_of, run_with_text, steps_of_a_run
 
 MOST_BYTES, MOST_ELEMENTS = 1_000_000, 8_000
 """Budget of the page for 20 runs of 10,000 steps. Such a page opens in a fraction of 2 seconds: `make bench` measures
@@ -124,6 +124,7 @@ def test_a_plot_has_hostile_names_as_text_only() -> None:
         assert set(found_in(plot.svg).tags) <= TAGS
 
 
+@settings(max_examples=25)
 @given(st.lists(TEXTS, min_size=1, max_size=3))
 @example(list(HOSTILE))
 def test_no_text_reaches_the_terminal_as_a_control_character_or_markup(texts: list[str]) -> None:
@@ -145,7 +146,7 @@ def test_the_page_forbids_scripts_and_requests() -> None:
 
 
 def test_the_page_of_many_long_runs_keeps_its_budget() -> None:
-    html = page_of(large_comparison())
+    html = large_page()
     assert len(html.encode()) <= MOST_BYTES
     assert len(found_in(html).tags) <= MOST_ELEMENTS
 

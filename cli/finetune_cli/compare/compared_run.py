@@ -192,7 +192,7 @@ def read_run(
     checkpoints, checkpoint_bytes, state = _checkpoints(reader)
     settings = _settings(reader, lineage, job)
     known = settings or {}
-    task_name = known.get("dataset.task.name") or known.get("dataset.task.grader")
+    task_name = known.get("dataset.task.name") or known.get("dataset.task.entryPoint")
     task = TASKS.get(task_name) if task_name is not None else _task_of(scores)
     processes, device = _processes(known), known.get("world.device")
     if processes is None and state is not None:

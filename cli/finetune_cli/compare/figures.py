@@ -25,6 +25,8 @@ EXPLODED_FACTOR, EXPLODED_NATS = 2.0, 0.1
 EXPLODED_NATS above it. A run whose loss is almost 0 doubles it easily, which is no explosion."""
 STRIDE = 4
 """Medians are computed at every fourth step, which misses no explosion of RECENT steps."""
+MEAN_TOLERANCE = 1e-4
+"""A score counts as the mean of stored grades where both differ by at most this."""
 FEWEST_SHARED, SHARED_SHARE = 2, 0.9
 """Two models are compared row by row where both were graded on at least SHARED_SHARE of the rows of each, and on at
 least FEWEST_SHARED rows. With fewer shared rows, the difference would be that of other rows than the scores."""
@@ -209,7 +211,11 @@ def _difference(
     if a is None or b is None:
         return None
     shared = sorted(first_grades.keys() & second_grades.keys())
-    if len(shared) >= max(FEWEST_SHARED, SHARED_SHARE * max(first.graded, second.graded)):
+    # The score of an own grader may be a median, whose difference is not the mean of the rows' differences.
+    are_means = _is_mean(a, first_grades) and _is_mean(b, second_grades)
+    if are_means and len(shared) >= max(MEAN_TOLERANCE = 1e-4
+"""A score counts as the mean of stored grades where both differ by at most this."""
+FEWEST_SHARED, SHARED_SHARE * max(first.graded, second.graded)):
         found = paired_difference([first_grades[row] for row in shared], [second_grades[row] for row in shared])
         if found is not None:
             return found
@@ -226,6 +232,11 @@ def _difference(
 def is_lora(run: ComparedRun) -> bool:
     """Return whether only adapters were trained."""
     return run.tuning is Tuning.LORA
+
+
+def _is_mean(score: float, grades: Mapping[str, float]) -> bool:
+    """Return whether ``score`` is the mean of ``grades``."""
+    return bool(grades) and math.isclose(fmean(grades.values()), score, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE)
 
 
 def perplexity_at(points: Iterable[Point], hours: float) -> float | None:
