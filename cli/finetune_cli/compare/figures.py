@@ -213,9 +213,7 @@ def _difference(
     shared = sorted(first_grades.keys() & second_grades.keys())
     # The score of an own grader may be a median, whose difference is not the mean of the rows' differences.
     are_means = _is_mean(a, first_grades) and _is_mean(b, second_grades)
-    if are_means and len(shared) >= max(MEAN_TOLERANCE = 1e-4
-"""A score counts as the mean of stored grades where both differ by at most this."""
-FEWEST_SHARED, SHARED_SHARE * max(first.graded, second.graded)):
+    if are_means and len(shared) >= max(FEWEST_SHARED, SHARED_SHARE * max(first.graded, second.graded)):
         found = paired_difference([first_grades[row] for row in shared], [second_grades[row] for row in shared])
         if found is not None:
             return found
