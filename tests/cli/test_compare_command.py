@@ -57,6 +57,7 @@ def test_a_page_of_the_command_is_replaced_and_another_file_is_not(
         (["./empty"], "empty: has no run: a folder of a job has runs/<run>.json"),
         (["./run", "--html", "empty"], "--html: must name a file, and empty is a folder"),
         (["./run", "--html", "no/page.html"], "--html: must name a file in a folder that exists, and no does not"),
+        (["s3://bucket/"], "s3://bucket/: must be the folder of all runs of a job, such as s3://bucket/runs/NAMESPACE"),
         (["s3://bucket/team/job/uid"], "environment: must have AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to read"),
         ([f"./run{'/.' * number}" for number in range(101)], "SOURCE: must be at most 100 runs, and there are 101"),
     ],

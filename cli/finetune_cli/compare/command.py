@@ -167,10 +167,14 @@ def facts_of(job: FineTuneJob) -> JobFacts:
 
 
 def _bucket(source: str, options: argparse.Namespace) -> RunFolder:
+    place = parse_uri(source)
+    if not place.prefix:
+        raise UserError(
+            source, "must be the folder of all runs of a job, such as s3://bucket/runs/NAMESPACE/NAME/RUN-ID"
+        )
     keys = access_key_from(os.environ)
     if keys is None:
         raise UserError("environment", f"must have {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY} to read {source}")
-    place = parse_uri(source)
     try:
         storage = StorageSpec.model_validate(
             {"uri": source.rstrip("/"), "endpoint": options.endpoint}

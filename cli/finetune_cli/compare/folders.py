@@ -8,6 +8,7 @@ can't be read.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,9 +63,13 @@ class LocalFolder:
         for folder, _, names in os.walk(self.path):
             for name in names:
                 file = Path(folder) / name
-                if file.is_symlink() or not file.is_file():
+                try:
+                    status = file.lstat()
+                except OSError:  # deleted since the folder was listed, as a running trainer does with old checkpoints
                     continue
-                found.append(StoredObject(file.relative_to(self.path).as_posix(), file.stat().st_size))
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                found.append(StoredObject(file.relative_to(self.path).as_posix(), status.st_size))
                 if len(found) > MOST_OBJECTS:
                     raise UserError(
                         str(self.path), f"has more than {MOST_OBJECTS:,} files, so it is no folder of a run"
