@@ -1,5 +1,5 @@
-"""The command line `finetune`: validates job files, watches FineTuneJobs, lists their checkpoints and downloads their
-artifacts.
+"""The command line `finetune`: validates job files, watches FineTuneJobs, lists their checkpoints, downloads their
+artifacts and compares their runs.
 
 Each command of the program has its own module. Code that the operator or the trainer needs too is in core/.
 """

@@ -472,13 +472,13 @@ def test_finetune_compare_reads_what_a_run_wrote(
         path.write_bytes(store.read(key))
     run = read_run(LocalFolder(tmp_path), "run")
     assert run.notices == ()
-    assert (run.tuning, run.processes, run.on_gpu) == (Tuning.LORA, config["world"]["nodes"], False)
+    assert (run.tuning, run.processes, run.on_gpu) == (Tuning(config["method"]), config["world"]["nodes"], False)
     assert run.number("optimization.learningRate") == config["optimization"]["learningRate"]
     assert [step.step for step in run.training.steps] == list(range(1, len(run.training.steps) + 1))
     assert run.artifact is not None
     assert result.artifact is not None
     assert (run.artifact.bytes, run.artifact.step) == (result.artifact.bytes, result.artifact.step)
-    assert "adapter_config.json" in run.artifact.files
+    assert "config.json" in run.artifact.files
     gain = gain_of(run)
     assert gain is not None
     assert gain.paired
