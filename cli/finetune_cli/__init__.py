@@ -1,4 +1,5 @@
-"""The command line `finetune`: checks job files, shows and steers FineTuneJobs, and fetches what they made.
+"""The command line `finetune`: checks job files, shows and steers FineTuneJobs, fetches what they made and compares
+their runs.
 
 Each command of the program has its own module in `commands/`. Code that the operator or the trainer needs too is in
 core/.

@@ -9,6 +9,7 @@ import argparse
 
 from finetune_cli import __version__
 from finetune_cli.commands.checkpoints_command import add_checkpoints
+from finetune_cli.commands.compare_command import add_compare
 from finetune_cli.commands.completion_command import add_completion
 from finetune_cli.commands.describe_command import add_describe
 from finetune_cli.commands.download_command import add_download
@@ -36,6 +37,7 @@ examples:
   finetune checkpoints quickstart
   finetune metrics quickstart --to steps.csv
   finetune download quickstart -o ./adapter
+  finetune compare lora full
 
 `finetune COMMAND --help` has examples of each command. `kubectl finetune` is the same program.
 """
@@ -45,7 +47,7 @@ def command_line(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Return the parser of the command line. ``program`` is how the help calls the program."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Check and plan job files, watch and steer FineTuneJobs, and fetch what they made.",
+        description="Check and plan job files, watch and steer FineTuneJobs, fetch what they made, and compare runs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,6 +66,7 @@ def command_line(program: str = PROGRAM) -> argparse.ArgumentParser:
         add_checkpoints,
         add_metrics,
         add_download,
+        add_compare,
     ):
         add(commands)
     add_completion(commands, command_line)

@@ -10,6 +10,7 @@ All keys of a job lie in one folder, the folder of all runs of the job:
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
   evaluation/<run>.json           scores of base model and tuned model, and their first answers
+  settings/<run>.json             the run file of the run, which has all settings and no secrets
   model-digests/<digest>.json     sha256 of a model file whose source states no digest of the content; only with
                                   `storage.cache.claimName`
   preflight/<token>               written, read back and deleted by a preflight check
@@ -117,6 +118,12 @@ def evaluation_key(run: int) -> str:
     """Return the key of the scores that run number ``run`` wrote, relative to the folder of all runs of the job. The
     base model's scores among them may come from an earlier run."""
     return f"evaluation/{run:06d}.json"
+
+
+def settings_key(run: int) -> str:
+    """Return the key of the settings of run number ``run``, relative to the folder of all runs of the job. The object
+    is the run file with which the run began."""
+    return f"settings/{run:06d}.json"
 
 
 def probe_key(token: str) -> str:

@@ -24,6 +24,7 @@ BENCHES = {
     "reports": "the memory of the report server with many connections against few",
     "reporting": "the operator with a thousand jobs that report against its limits",
     "fleet": "the operator with thousands of jobs beside training-operator",
+    "compare": "the page of finetune compare with many long runs against a page of two short ones",
     "checks": "attempt 1 after the preflight check, alone and beside a thousand jobs",
 }
 """What each measurement compares, by the name of its module in this package."""

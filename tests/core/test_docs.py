@@ -290,6 +290,7 @@ def test_the_tree_of_the_bucket_names_every_folder_of_the_layout() -> None:
         layout.checkpoint_folder(1, 1),
         layout.artifact_folder(1),
         layout.evaluation_key(1),
+        layout.settings_key(1),
         layout.probe_key("t"),
     )
     assert [key for key in keys if f"\n  {key.partition('/')[0]}/<" not in tree] == []

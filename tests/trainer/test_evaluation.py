@@ -16,6 +16,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from finetune_cli.compare.compared_run import Tuning, read_run
+from finetune_cli.compare.figures import gain_of
+from finetune_cli.compare.folders import LocalFolder
 from finetune_core.contract import (
     ArtifactRecord,
     CheckpointRecord,
@@ -181,12 +184,13 @@ def test_after_a_stop_no_rank_grades_on_while_the_others_wait(monkeypatch: pytes
         return Grade(scores={"exact": 1.0})
 
     class Rows(list[Any]):
-        rows = (SimpleNamespace(fields={}),) * 5
+        rows = (SimpleNamespace(fields={}, number=1),) * 5
 
     monkeypatch.setattr(scorer, "generate_answers", answers)
     config = EvaluationConfig(artifact_from="Last", generation=GenerationConfig(batch_size=5))
     gang: Any = SimpleNamespace(stop_requested=lambda: len(graded) == 2, note_progress=lambda: None)
-    grading: Any = SimpleNamespace(grade=grade)
+    task = SimpleNamespace(main="exact")
+    grading: Any = SimpleNamespace(grade=grade, columns_read=frozenset(), task=task)
     evaluation_set: Any = SimpleNamespace(
         tokenizer=None, stop_ids=[], suffix="", added_ids=[], answered=0, one_line=False, examples=Rows()
     )
@@ -440,6 +444,44 @@ def test_the_test_set_and_the_base_prompt_are_used_and_the_base_has_no_added_tok
     assert evaluation.base.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     for answer in scores_of(store, "with-tokens").base_answers:
         assert "<A>" not in answer.answer
+
+
+def test_grades_of_single_rows_are_stored_by_names_that_do_not_depend_on_the_prompt(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    for name in ("by-score", "with-tokens"):
+        scores = scores_of(store, name)
+        base, tuned = scores.evaluation.base, scores.evaluation.tuned
+        assert base is not None
+        assert tuned is not None
+        assert len(scores.tuned_grades) == tuned.graded
+        assert sum(scores.tuned_grades.values()) / tuned.graded == pytest.approx(tuned.task_score)
+        # The base model of `with-tokens` reads the rows without the added tokens.
+        assert len(scores.base_grades) == base.graded
+        assert scores.base_grades.keys() <= scores.tuned_grades.keys()
+
+
+def test_finetune_compare_reads_what_a_run_wrote(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore, tmp_path: Path
+) -> None:
+    result, config = runs["by-score"]
+    prefix = "runs/default/by-score/uid-1/"
+    for key in store.keys(prefix):
+        path = tmp_path / key.removeprefix(prefix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store.read(key))
+    run = read_run(LocalFolder(tmp_path), "run")
+    assert run.notices == ()
+    assert (run.tuning, run.processes, run.on_gpu) == (Tuning(config["method"]), config["world"]["nodes"], False)
+    assert run.number("optimization.learningRate") == config["optimization"]["learningRate"]
+    assert [step.step for step in run.training.steps] == list(range(1, len(run.training.steps) + 1))
+    assert run.artifact is not None
+    assert result.artifact is not None
+    assert (run.artifact.bytes, run.artifact.step) == (result.artifact.bytes, result.artifact.step)
+    assert "config.json" in run.artifact.files
+    gain = gain_of(run)
+    assert gain is not None
+    assert gain.paired
 
 
 def test_patience_stops_early_and_still_makes_an_artifact(

@@ -66,6 +66,7 @@ from finetune_trainer.storage.artifact import rehearse_publish
 from finetune_trainer.storage.checkpoint_folders import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
 from finetune_trainer.storage.root import RunRoot, open_root
+from finetune_trainer.storage.settings_file import write_settings
 
 
 def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: WorkerStatus) -> Result:
@@ -228,6 +229,7 @@ def _begin_run(plan: WorkerPlan, gang: Gang, root: RunRoot, take_run_number: Cal
     def on_rank_0() -> object:
         target = plan.folder / "resume"
         start = take_run_number(target)
+        write_settings(root, start.run, plan.config)
         if target.is_dir():
             target.rename(_resume_folder(plan, start))
         return start.model_dump(mode="json")

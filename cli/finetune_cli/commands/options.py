@@ -49,6 +49,8 @@ KINDS = (RESOURCE, f"{PLURAL}.{GROUP}", PLURAL, SINGULAR, SHORT_NAME)
 """What may stand before the slash of a name."""
 LARGEST_SECONDS = 31_536_000
 """Longest time of an option in seconds: a year."""
+LARGEST_PRICE = 1_000_000_000
+"""Largest price of a GPU for an hour. A cost that is no finite number is no JSON."""
 
 
 def add_command(
@@ -166,3 +168,11 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
 def _shown(text: str) -> str:
     shown = printable(text)
     return repr(shown if len(shown) <= 60 else f"{shown[:60]}…")
+
+
+def price(text: str) -> float:
+    """Return the number above 0 that ``text`` is. argparse shows the error of this function to the user."""
+    value = float(text)
+    if not 0 < value <= LARGEST_PRICE:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LARGEST_PRICE:,}, and is {text}")
+    return value

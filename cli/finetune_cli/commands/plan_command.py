@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import shtab
 
-from finetune_cli.commands.options import Commands, add_command, add_endpoint, whole_number
+from finetune_cli.commands.options import Commands, add_command, add_endpoint, price, whole_number
 from finetune_cli.jobfiles.plan import plan_file
 
-LARGEST_PRICE = 1_000_000_000
-"""Largest price of a GPU for an hour that `finetune plan` takes. A cost that is no finite number is no JSON."""
 MOST_ROWS = 10**15
 """Largest number of rows that `finetune plan` takes."""
 
@@ -56,7 +53,7 @@ def add_plan(commands: Commands) -> None:
         option.complete = shtab.FILE  # type: ignore[attr-defined]
     command.add_argument(
         "--price",
-        type=_positive,
+        type=price,
         metavar="PRICE",
         help="price of one GPU for one hour, in any currency; the plan shows the cost",
     )
@@ -65,11 +62,3 @@ def add_plan(commands: Commands) -> None:
     )
     add_endpoint(command)
     command.add_argument("-o", "--output", choices=("text", "json", "yaml"), default="text", help="json for pipelines")
-
-
-def _positive(text: str) -> float:
-    """Return the number above 0 that ``text`` is. argparse shows the error of this function to the user."""
-    value = float(text)
-    if not 0 < value <= LARGEST_PRICE:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LARGEST_PRICE:,}, and is {text}")
-    return value

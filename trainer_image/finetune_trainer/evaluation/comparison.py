@@ -6,7 +6,7 @@ the same rows. The scores go into `evaluation/<run>.json` of the bucket, into th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetune_core.contract import EvaluationRecord, ScoreRecord
 from finetune_trainer.evaluation.graders import Grading
@@ -84,8 +84,9 @@ class ModelComparison:
             return
         record: ScoreRecord | None = None
         answers: Sequence[AnswerRecord] = ()
+        grades: Mapping[str, float] = {}
         if is_base:
-            record, answers = self._scorer.score(self._base_set)
+            record, answers, grades = self._scorer.score(self._base_set)
             self._notice_ungraded(record, "the base model")
         elif self._progress is not None:
             self._progress.notice(
@@ -93,7 +94,11 @@ class ModelComparison:
                 " run began with a checkpoint"
             )
         evaluation = EvaluationRecord(rows=self._base_set.rows, examples=len(self._tuned_set.examples), base=record)
-        self._take(EvaluationFile(rows_sha256=rows_sha256, evaluation=evaluation, base_answers=list(answers)))
+        self._take(
+            EvaluationFile(
+                rows_sha256=rows_sha256, evaluation=evaluation, base_answers=list(answers), base_grades=grades
+            )
+        )
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
@@ -101,10 +106,14 @@ class ModelComparison:
         Nothing happens if the job has neither test nor validation rows. All ranks must call this together."""
         if self._tuned_set is None or self._file is None:
             return
-        record, answers = self._scorer.score(self._tuned_set)
+        record, answers, grades = self._scorer.score(self._tuned_set)
         self._notice_ungraded(record, "the tuned model")
         evaluation = self._file.evaluation.model_copy(update={"tuned": record, "tuned_step": step})
-        self._take(self._file.model_copy(update={"evaluation": evaluation, "tuned_answers": list(answers)}))
+        self._take(
+            self._file.model_copy(
+                update={"evaluation": evaluation, "tuned_answers": list(answers), "tuned_grades": grades}
+            )
+        )
         self._write()
 
     def _notice_ungraded(self, record: ScoreRecord, model: str) -> None:

@@ -7,12 +7,16 @@ The grades of all ranks are joined before a score is computed, so no score depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
+from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
@@ -26,6 +30,20 @@ from finetune_trainer.storage.evaluation_file import AnswerRecord, stored_row
 MOST_STORED_ANSWERS = 20
 STORED_ANSWER_LENGTH = 2000
 """A stored answer is cut off after this many characters."""
+MOST_STORED_GRADES = 20_000
+"""The grades of single rows are stored where there are at most so many of them."""
+ROW_NAME_LENGTH = 16
+
+
+class Scored(NamedTuple):
+    """The scores of a model, some of its answers, and its grades."""
+
+    record: ScoreRecord
+    answers: Sequence[AnswerRecord]
+    """Some answers of this rank."""
+    grades: Mapping[str, float]
+    """Value of the task's main score for each graded row, by `row_name`. Empty without a task, and where there are more
+    than `MOST_STORED_GRADES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,8 @@ class TaskScores:
     """For each reason, the number of answers that could not be graded. The most frequent reasons come first."""
     answers: Sequence[AnswerRecord]
     """The first answers that this rank generated, with their grades. At most `MOST_STORED_ANSWERS`."""
+    grades: Mapping[str, float]
+    """As in `Scored`."""
 
 
 class Scorer:
@@ -83,14 +103,14 @@ class Scorer:
             self._engine, self._gang, replace(self._batches, examples=examples), batch_size=self._batch_size
         )
 
-    def score(self, evaluation_set: EvaluationSet) -> tuple[ScoreRecord, Sequence[AnswerRecord]]:
-        """Score the model, and return its scores and some answers of this rank. The scores are the perplexity of the
-        answers, the perplexity of all tokens and, if the job has a task, the task's scores."""
+    def score(self, evaluation_set: EvaluationSet) -> Scored:
+        """Score the model. The scores are the perplexity of the answers, the perplexity of all tokens and, if the job
+        has a task, the task's scores."""
         with self._without_tokens(evaluation_set.added_ids):
             answer_tokens = self.perplexity(evaluation_set.examples)
             every_token = self.perplexity(all_tokens(evaluation_set.examples))
             if self._grading is None:
-                return ScoreRecord(perplexity=answer_tokens, all_token_perplexity=every_token), ()
+                return Scored(ScoreRecord(perplexity=answer_tokens, all_token_perplexity=every_token), (), {})
             found = self.task_scores(evaluation_set)
         record = ScoreRecord(
             perplexity=answer_tokens,
@@ -101,7 +121,7 @@ class Scorer:
             not_graded=found.not_graded,
             ungraded=dict(found.ungraded),
         )
-        return record, found.answers
+        return Scored(record, found.answers, found.grades)
 
     def task_scores(self, evaluation_set: EvaluationSet) -> TaskScores:
         """Generate answers to the prompts of ``evaluation_set``, grade them, and return the task's scores."""
@@ -120,6 +140,7 @@ class Scorer:
         )
         grades: list[Grade] = []
         stored: list[AnswerRecord] = []
+        named: dict[str, float] = {}
         prompts = [
             list(example.ids[: example.prompt_tokens]) for example in evaluation_set.examples[: evaluation_set.answered]
         ]
@@ -133,14 +154,17 @@ class Scorer:
                 grade = grading.grade(text, row)
                 self._gang.note_progress()
                 grades.append(grade)
+                if grade.is_graded and evaluation_set.answered <= MOST_STORED_GRADES:
+                    name = row_name(evaluation_set.examples.rows[index], grading.columns_read)
+                    named[name] = float(grade.scores[grading.task.main])
                 if len(stored) < MOST_STORED_ANSWERS:
                     text = text[:STORED_ANSWER_LENGTH]
                     stored.append(
                         AnswerRecord(answer=text, gold=stored_row(row), scores=grade.scores, problem=grade.problem)
                     )
         own = GradeList.of(grading.task, grades)
-        ranks = self._gang.gather(own.to_json, until_stop=True)
-        total = GradeList.joined(grading.task, [GradeList.from_json(part) for part in ranks])
+        ranks = self._gang.gather(lambda: [own.to_json(), named], until_stop=True)
+        total = GradeList.joined(grading.task, [GradeList.from_json(part) for part, _ in ranks])
         reported = total.reported(grading.task)
         return TaskScores(
             main=reported.get(grading.task.main),
@@ -149,6 +173,7 @@ class Scorer:
             not_graded=total.not_graded,
             ungraded=total.main_reasons,
             answers=stored,
+            grades={name: value for _, part in ranks for name, value in part.items()},
         )
 
     @contextmanager
@@ -159,6 +184,14 @@ class Scorer:
             yield
         finally:
             self._engine.exclude_tokens(())
+
+
+def row_name(row: Row, columns: Collection[str]) -> str:
+    """Return a short name for ``row``, by which the grades of two models on the same row are found: a sha256 over the
+    number of the row in its file and over the ``columns``, which the grader reads. The name does not depend on the
+    prompt, so that jobs with different templates can be compared row by row."""
+    values = stored_row({column: row.fields.get(column) for column in sorted(columns)})
+    return hashlib.sha256(json.dumps([row.number, values]).encode()).hexdigest()[:ROW_NAME_LENGTH]
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:

@@ -73,6 +73,11 @@ class EvaluationFile(ContractModel):
     evaluation: EvaluationRecord
     base_answers: list[AnswerRecord] = []
     tuned_answers: list[AnswerRecord] = []
+    base_grades: Mapping[str, float] = {}
+    """Value of the task's main score for each graded row of the base model, by the name that `scorer.row_name` gives
+    the row. With these values two models are compared row by row. Empty without a task, with very many rows, and in
+    files of older versions."""
+    tuned_grades: Mapping[str, float] = {}
 
 
 def write_evaluation(root: RunRoot, run: int, file: EvaluationFile) -> None:
@@ -88,7 +93,7 @@ def read_evaluation(root: RunRoot, run: int) -> EvaluationFile | None:
 
 def newest_base_evaluation(root: RunRoot, rows_sha256: str) -> EvaluationFile | None:
     """Return the base model's scores and answers from the newest run that wrote them for the rows with the digest
-    ``rows_sha256``, without the scores and answers of the tuned model. Return None if no run wrote any."""
+    ``rows_sha256``, without the scores, answers and grades of the tuned model. Return None if no run wrote any."""
     for entry in sorted(root.list_objects("evaluation/"), key=lambda entry: entry.key, reverse=True):
         data = root.read(entry.key)
         if data is None:
@@ -96,5 +101,5 @@ def newest_base_evaluation(root: RunRoot, rows_sha256: str) -> EvaluationFile | 
         file = EvaluationFile.model_validate_json(data)
         if file.evaluation.base is not None and file.rows_sha256 == rows_sha256:
             evaluation = file.evaluation.model_copy(update={"tuned": None, "tuned_step": None})
-            return file.model_copy(update={"evaluation": evaluation, "tuned_answers": []})
+            return file.model_copy(update={"evaluation": evaluation, "tuned_answers": [], "tuned_grades": {}})
     return None

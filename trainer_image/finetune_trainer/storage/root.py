@@ -71,7 +71,7 @@ class RunRoot:
         return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def telling(self, on_attempt: Callable[[str], None]) -> RunRoot:
-        """Return the same folder, with a store that tells its failed requests. See `Store.telling`."""
+        """Return the same folder, with a store that tells its failed requests. See `RunStore.telling`."""
         return RunRoot(self.store.telling(on_attempt), self.location)
 
     def uri(self, key: str) -> str:

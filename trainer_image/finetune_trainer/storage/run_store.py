@@ -78,6 +78,10 @@ class RunStore(Protocol):
         repeated request succeeds.
         """
 
+    def telling(self, on_attempt: Callable[[str], None]) -> RunStore:
+        """Return a copy of this store that calls ``on_attempt`` as `for_background` says, and not after an error for
+        which a request is not repeated."""
+
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return the bytes of an object, or None if the object does not exist."""
 

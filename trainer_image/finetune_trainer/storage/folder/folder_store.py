@@ -82,6 +82,10 @@ class FolderStore:
         retries = replace(self.retries, budget_seconds=seconds, retry_refusals=True, on_attempt=on_attempt)
         return replace(self, retries=retries)
 
+    def telling(self, on_attempt: Callable[[str], None]) -> FolderStore:
+        """Return a copy of this store that tells its failed requests."""
+        return replace(self, retries=replace(self.retries, on_attempt=on_attempt))
+
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return the bytes of an object, or None if the object does not exist."""
         path, parts = self._object(bucket, key)
