@@ -20,11 +20,11 @@ from finetune_core.tasks import TASKS
 from finetune_trainer.storage.artifact import publish
 from finetune_trainer.storage.checkpoint_folders import TrainerState
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.run_store import ListedObject, ObjectDigest
 from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.evaluation_file import EvaluationFile, write_evaluation
 from finetune_trainer.storage.lineage import ParentRecord, Rollback, RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.run_store import ListedObject, ObjectDigest
 from finetune_trainer.storage.settings_file import write_settings
 from finetune_trainer.storage.step_log import StepRow, write_segment
 
