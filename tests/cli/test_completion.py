@@ -1,17 +1,22 @@
-"""`finetune completion` prints scripts with which real shells complete commands, options and names of jobs."""
+"""`finetune completion` prints scripts with which real shells and kubectl complete commands, options
+and names of jobs."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shtab
 
 from finetune_cli.command_line import command_line
 from finetune_cli.commands.completion_command import SHELLS
+from finetune_cli.kubectl_completion import ERROR, FILES, NO_FILES, main
 from tests.cli.test_main import finetune
+from tests.cluster.clients import clients
 
 BASH = """\
 source ./script
@@ -114,3 +119,40 @@ def test_an_unknown_shell_is_refused(tmp_path: Path) -> None:
     done = finetune(tmp_path, "completion", "powershell")
     assert done.returncode == 2
     assert "invalid choice: 'powershell'" in done.stderr
+
+
+def completed_by_kubectl(folder: Path, *words: str) -> tuple[set[str], str]:
+    """Return what kubectl offers for the last of ``words``, which is incomplete, and what it says about files."""
+    programs = Path(sys.executable).parent
+    path = f"{folder / 'bin'}:{programs}:/usr/bin:/bin"
+    done = subprocess.run(
+        [clients()["kubectl"], "__complete", "finetune", *words],
+        cwd=folder,
+        env={"PATH": path, "HOME": str(folder)},
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *found, directive = done.stdout.splitlines()
+    return set(found), directive
+
+
+def test_kubectl_completes_its_plugin(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "finetune").write_text(FAKE)
+    (tmp_path / "bin" / "finetune").chmod(0o755)
+    (tmp_path / "job.yaml").touch()
+    assert completed_by_kubectl(tmp_path, "su") == ({"suspend"}, NO_FILES)
+    assert completed_by_kubectl(tmp_path, "metrics", "-o", "") == ({"csv", "json", "parquet"}, NO_FILES)
+    assert completed_by_kubectl(tmp_path, "describe", "lo") == ({"lora-small"}, NO_FILES)
+    assert completed_by_kubectl(tmp_path, "validate", "") == (set(), FILES)
+    assert completed_by_kubectl(tmp_path, "metrics", "$(touch made)") == (set(), FILES)
+    assert not (tmp_path / "made").exists()
+
+
+def test_without_bash_kubectl_is_told_of_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["su"]) == 1
+    assert capsys.readouterr().out == f"{ERROR}\n"
