@@ -124,7 +124,7 @@ def wait(seconds: float) -> None:
 
 
 def refused(folder: Path, operation: str, call: str, error: str, *, old: bytes | None) -> dict[str, Any]:
-    """Let the kernel refuse a system call. Return the sentence about that, whether the operation would be tried again,
+    """Let the kernel refuse a system call. Return the sentences about that, whether the operation would be tried again,
     at once and in the background, and the names of all files that are there then."""
     store = prepared(folder, old=old)
     heard: list[str] = []
@@ -134,7 +134,8 @@ def refused(folder: Path, operation: str, call: str, error: str, *, old: bytes |
     for tried in (patient, patient.for_background(60, heard.append)):
         try:
             OPERATIONS[operation](tried, folder)
-        except OutsideFailure:
+        except OutsideFailure as failure:
+            heard.append(str(failure))
             repeated.append(False)
         except Waited:
             repeated.append(True)

@@ -57,6 +57,11 @@ def comparable(files: dict[str, bytes], bases: str) -> dict[str, Any]:
         if "/metrics/" in key:
             rows = [json.loads(line) for line in data.decode().splitlines()]
             found[key] = [{name: value for name, value in row.items() if name not in LEFT_OUT} for row in rows]
+        elif "/settings/" in key:
+            # The run files differ in where the store is, and in nothing else.
+            settings = json.loads(data)
+            storage = settings["storage"]
+            found[key] = settings | {"storage": {**storage, "folder": None, "endpoint": None}}
         else:
             found[key] = data.replace(bases.encode(), b"BASES/")
     return found
