@@ -8,11 +8,12 @@ import random
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from finetune_cli.compare.answers import AnsweredRow, pairs_of
 from finetune_cli.compare.claims.findings import Comparison
 from finetune_cli.compare.claims.study import findings_of
 from finetune_cli.compare.compared_run import Artifact, ComparedRun, JobFacts, Scores, Tuning
 from finetune_cli.compare.page import page
-from finetune_cli.compare.stored_files import ModelScores, Step, StoredRollback
+from finetune_cli.compare.stored_files import ModelScores, Step, StoredAnswer, StoredRollback
 from finetune_cli.compare.training_history import Training
 from finetune_core.tasks import TASKS
 
@@ -35,6 +36,17 @@ def steps_of_a_run(count: int, seed: int) -> tuple[Step, ...]:
             Step(1, step, loss, 1e-4 / (seed + 1), abs(loss), True, 600, 2400, 1.0, 0.0, 0.4, 10**9, perplexity, None)
         )
     return tuple(found)
+
+
+def answers_to(sentences: Sequence[str], answers: Sequence[str]) -> tuple[AnsweredRow, ...]:
+    """Return rows whose base answer is nothing, and whose tuned answers are ``answers``."""
+    return pairs_of(
+        [StoredAnswer(answer="", gold={"sentence": text}, scores={"strict": 0}) for text in sentences],
+        [
+            StoredAnswer(answer=answer, gold={"sentence": text}, scores={"strict": 1})
+            for text, answer in zip(sentences, answers, strict=True)
+        ],
+    )
 
 
 def made_run(index: int, steps: Sequence[Step] = ()) -> ComparedRun:
@@ -60,7 +72,7 @@ def made_run(index: int, steps: Sequence[Step] = ()) -> ComparedRun:
         settings={"method": "LoRA" if lora else "Full", "optimization.learningRate": str(1e-4 / (index + 1))},
         inputs={"model": "m", "dataset.train": "t"},
         training=Training(tuple(steps), (), 0, ()),
-        scores=Scores("Test", 400, base, tuned, 100, {}, {}),
+        scores=Scores("Test", 400, base, tuned, 100, {}, {}, answers_to(("trail",), ("easy",))),
         artifact=Artifact(40_000 if lora else 900_000, 100, ("adapter_config.json",)),
         checkpoints=2,
         checkpoint_bytes=240_000,
@@ -91,7 +103,19 @@ def run_with_text(text: str, index: int) -> ComparedRun:
         settings={text: f"{text}{index}", "method": text, "lora.rank": text, "optimization.learningRate": text},
         inputs={"model": text, "dataset.train": text},
         training=Training((), (StoredRollback(step=1, rate_factor=0.3, skip_from=1, skip_to=2, reason=text),), 1, ()),
-        scores=Scores(text, 10, scores, scores, 1, {text: 1.0}, {text: 0.0}),
+        scores=Scores(
+            text,
+            10,
+            scores,
+            scores,
+            1,
+            {text: 1.0},
+            {text: 0.0},
+            pairs_of(
+                [StoredAnswer(answer=text, gold={text: text}, problem=text)],
+                [StoredAnswer(answer=text, gold={text: text}, scores={text: 1.0})],
+            ),
+        ),
         artifact=Artifact(1, 1, (text,)),
         checkpoints=1,
         checkpoint_bytes=1,

@@ -21,7 +21,7 @@ from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_core.layout import ArtifactPointer, Manifest, ManifestFile
 from finetune_trainer.storage.checkpoint_folders import TrainerState
-from finetune_trainer.storage.evaluation_file import EvaluationFile
+from finetune_trainer.storage.evaluation_file import AnswerRecord, EvaluationFile
 from finetune_trainer.storage.lineage import ParentRecord, Rollback, RunRecord
 from finetune_trainer.storage.step_log import StepRow
 from tests.cli.written_runs import (
@@ -44,6 +44,7 @@ WRITERS: dict[type[StoredModel], type[BaseModel]] = {
     stored_files.StoredRun: RunRecord,
     stored_files.ModelScores: ScoreRecord,
     stored_files.StoredEvaluation: EvaluationRecord,
+    stored_files.StoredAnswer: AnswerRecord,
     stored_files.StoredScores: EvaluationFile,
     stored_files.StoredFile: ManifestFile,
     stored_files.StoredManifest: Manifest,

@@ -33,8 +33,8 @@ TAGS = frozenset(
 ATTRIBUTES = frozenset(
     re.findall(
         r"\S+",
-        "lang charset http-equiv content name class id href for type checked role tabindex scope focusable colspan "
-        "aria-label aria-labelledby aria-hidden aria-roledescription",
+        "lang charset http-equiv content name class id href for type checked open role tabindex scope focusable "
+        "colspan aria-label aria-labelledby aria-hidden aria-roledescription",
     )
 )
 DRAWING = frozenset(

@@ -21,7 +21,7 @@ from finetune_trainer.storage.artifact import publish
 from finetune_trainer.storage.checkpoint_folders import TrainerState
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.commit import commit_folder, upload_files
-from finetune_trainer.storage.evaluation_file import EvaluationFile, write_evaluation
+from finetune_trainer.storage.evaluation_file import AnswerRecord, EvaluationFile, write_evaluation
 from finetune_trainer.storage.lineage import ParentRecord, Rollback, RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.run_store import ListedObject, ObjectDigest
@@ -29,6 +29,8 @@ from finetune_trainer.storage.settings_file import write_settings
 from finetune_trainer.storage.step_log import StepRow, write_segment
 
 TASK = "ViGGO"
+GOLD = [{"sentence": f"What is game {index}?", "mr": f"request(name[game {index}])"} for index in range(2)]
+"""Rows with stored answers."""
 SEGMENT_STEPS = 100
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -259,6 +261,8 @@ def evaluate(root: RunRoot, made: Made, run: int, step: int) -> None:
     file = EvaluationFile(
         rows_sha256="1" * 64,
         evaluation=evaluation,
+        base_answers=[AnswerRecord(answer="no idea", gold=gold, scores={"strict": False}) for gold in GOLD],
+        tuned_answers=[AnswerRecord(answer=gold["mr"], gold=gold, scores={"strict": True}) for gold in GOLD],
         base_grades=grades_of(made.base, made.rows),
         tuned_grades=grades_of(made.tuned, made.rows),
     )

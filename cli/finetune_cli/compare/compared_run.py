@@ -1,7 +1,7 @@
 """Puts together what the folder of a job says about its training: one `ComparedRun` for each source of the command.
 
-`command.py` calls `read_run`. What can't be read becomes a notice, so that one damaged file hides no other figure. Only
-a folder without any run raises an error."""
+`commands/compare_command.py` calls `read_run`. What can't be read becomes a notice, so that one damaged file hides no
+other figure. Only a folder without any run raises an error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from finetune_cli.bucket.object_store import SMALL_OBJECT_BYTES
+from finetune_cli.compare.answers import AnsweredRow, pairs_of
 from finetune_cli.compare.folders import RunFolder, StoredObject
 from finetune_cli.compare.stored_files import (
     ModelScores,
@@ -77,6 +78,8 @@ class Scores:
     base_grades: Mapping[str, float]
     """Value of the main score for each graded row, by the identity of the row."""
     tuned_grades: Mapping[str, float]
+    answers: tuple[AnsweredRow, ...] = ()
+    """Some rows with the answers of both models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +258,7 @@ def _scores(reader: _Reader, lineage: Sequence[int]) -> Scores | None:
             tuned_step=found.tuned_step,
             base_grades=stored.base_grades,
             tuned_grades=stored.tuned_grades,
+            answers=pairs_of(stored.base_answers, stored.tuned_answers),
         )
     return None
 

@@ -16,7 +16,16 @@ from markupsafe import Markup
 
 from finetune_cli.compare.claims.findings import Claim, Comparison, Finding, Verdict
 from finetune_cli.compare.claims.study import STUDY
-from finetune_cli.compare.page_tables import NONE, OVERVIEW, SPEED, Column, cost_column, events_of, score_rows
+from finetune_cli.compare.page_tables import (
+    NONE,
+    OVERVIEW,
+    SPEED,
+    Column,
+    answers_of,
+    cost_column,
+    events_of,
+    score_rows,
+)
 from finetune_cli.compare.plots import AXES, COLOURS, Plot, colour_of, curves, dash_of, scores_plot
 from finetune_cli.compare.settings import differences
 from finetune_cli.terminal import printable
@@ -67,6 +76,7 @@ def page(comparison: Comparison, findings: Sequence[tuple[Claim, Finding]], made
         overview=_cells(comparison, OVERVIEW),
         speed=_cells(comparison, speed),
         scores=score_rows(comparison),
+        answers=answers_of(comparison),
         score_plots=_plots([scores_plot(comparison, task) for task in tasks]),
         loss_plots=_plots(loss),
         perplexity_plots=_plots(perplexity),

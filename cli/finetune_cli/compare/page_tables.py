@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+from finetune_cli.compare.answers import Answer
 from finetune_cli.compare.claims.findings import Comparison, FiguredRun, percent, points
 from finetune_cli.compare.figures import difference_between, gain_of, main_score, score_interval, scored_rows
 from finetune_cli.compare.stored_files import ModelScores
 from finetune_cli.formatting import count, duration, number, size
+from finetune_core.task_declaration import Task, Unit
 
 NONE = "–"
 """What a cell shows where a value is not known."""
@@ -264,3 +267,33 @@ def events_of(item: FiguredRun) -> list[str]:
     if item.figures.not_finite:
         events.append(f"Steps whose loss or gradient was not finite: {item.figures.not_finite:,}.")
     return events
+
+
+def answers_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the rows with answers of each run that has any, for the template."""
+    return [
+        {
+            "index": index,
+            "label": item.run.label,
+            "entries": [
+                {
+                    "columns": row.columns,
+                    "answers": [None if answer is None else _answer(answer, item.run.task) for answer in answers],
+                }
+                for row in item.run.scores.answers
+                for answers in [(row.base, row.tuned)]
+            ],
+        }
+        for index, item in enumerate(comparison.runs)
+        if item.run.scores is not None and item.run.scores.answers
+    ]
+
+
+def _answer(answer: Answer, task: Task | None) -> dict[str, str]:
+    """Return an answer and its grades as texts."""
+    graded = {score.name for score in task.scores if score.unit is Unit.RIGHT_OR_WRONG} if task is not None else set()
+    grades = [
+        f"{name}: {'right' if value else 'wrong'}" if name in graded else f"{name}: {number(value)}"
+        for name, value in answer.scores.items()
+    ]
+    return {"text": answer.text, "grades": ", ".join([*grades, answer.problem] if answer.problem else grades)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -99,10 +100,34 @@ class StoredEvaluation(StoredModel):
     tuned_step: Count | None = None
 
 
+class StoredAnswer(StoredModel):
+    """A generated answer, the row that it answers, and the grades of the answer."""
+
+    answer: str
+    gold: Mapping[str, Any] = {}
+    scores: Mapping[str, OptionalNumber] = {}
+    problem: str = ""
+
+
+def _answers(value: Any) -> list[StoredAnswer]:
+    """Return the answers in the list ``value``. What is no answer of this version is left out, so that it does not hide
+    the scores."""
+    found = []
+    for item in value if isinstance(value, list) else []:
+        with suppress(ValidationError):
+            found.append(StoredAnswer.model_validate(item))
+    return found
+
+
+Answers = Annotated[tuple[StoredAnswer, ...], BeforeValidator(_answers)]
+
+
 class StoredScores(StoredModel):
     """The part of `evaluation/<run>.json` that a comparison needs."""
 
     evaluation: StoredEvaluation
+    base_answers: Answers = ()
+    tuned_answers: Answers = ()
     base_grades: Mapping[str, Number] = {}
     """Value of the task's main score for each graded row, by the identity of the row. Empty in files of older
     versions."""
