@@ -28,9 +28,10 @@ help: ## Show this list
 .PHONY: venv
 venv: .venv/.ready ## Make the virtual environment (.venv) from the lock
 
-# A minimal Debian has Python without the module venv. Only the package python3-venv is installed then.
+# A minimal Debian has Python without the module venv. Only the package python3-venv is installed then, which needs root.
 $(UV):
 	@$(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv >/dev/null 2>&1 || { \
+	  [ "$$(id -u)" = 0 ] || { echo "this Python has no module venv: run \`apt-get install python3-venv\` as root, then this command again"; exit 1; }; \
 	  echo "installing python3-venv"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv >/dev/null 2>&1; \
 	  $(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv; }
 	@$(FINETUNE_CACHE)/uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r locks/uv.txt
@@ -84,8 +85,21 @@ cluster: venv ## Start a real cluster without the operator (make demo KEEP=1 has
 images: venv ## Build the images of the operator and the trainer
 	@$(PYTHON) -m tests.cluster images
 
+# What a command says in its first line: how long it takes, and whether packages are left to install.
+PACKAGES = $(if $(wildcard .venv/.ready),The packages are installed.,Before that the packages are installed: 3 GB are downloaded$(comma) .venv has 5.5 GB.)
+comma := ,
+announce = @echo "make $@ takes $(1) on two processors, longer on a slower machine. $(PACKAGES)"
+
+.PHONY: try
+try: ## Tune a small model on this machine, without root and without a cluster, and see its answers before and after
+	$(call announce,about 4 minutes)
+	@$(MAKE) --no-print-directory venv
+	@$(PYTHON) -m examples.tryout
+
 .PHONY: demo
-demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: all parameters; KEEP=1: keep the cluster)
+demo: ## Run the whole product on this machine without GPUs (METHOD=full: all parameters; KEEP=1: keep the cluster)
+	$(call announce,about 5 minutes$(comma) and 10 more the first time$(comma) when it builds a Kubernetes$(comma))
+	@$(MAKE) --no-print-directory venv
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
@@ -99,7 +113,9 @@ gang: venv ## Run the tests that start the processes of a training
 	@$(PYTEST) -m "gang and not cluster and not long" --numprocesses $(TEST_WORKERS) $(PARALLEL) tests/trainer
 
 .PHONY: test
-test: lint ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
+test: ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
+	$(call announce,about 30 minutes$(comma) and 15 more the first time$(comma) when it builds a Kubernetes$(comma))
+	@$(MAKE) --no-print-directory lint
 	@$(PYTHON) -m tests.cluster prepare
 	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) $(PARALLEL) --durations 15
 

@@ -1,0 +1,1 @@
+"""The first minutes with the project: `make try`."""
