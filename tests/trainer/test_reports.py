@@ -324,15 +324,25 @@ def test_trap_27_padding_does_not_count_as_throughput() -> None:
     (batch,) = batches.tensors(batches.plan_rows(range(4), 4))
     assert batch.input_ids.numel() == 40
     assert (batch.real_tokens, batch.tokens) == (20, 16)
-    speed = Throughput(now=0.0)
-    speed.step(now=2.0, tokens=Tokens(batch.tokens, batch.real_tokens, batch.input_ids.numel()))
+    speed = Throughput()
+    speed.step(now=2.0, tokens=Tokens(batch.tokens, batch.real_tokens, batch.input_ids.numel()), seconds=2.0)
     assert speed.per_second() == (8.0, 10.0, 20.0)
 
 
+def test_the_time_before_the_first_step_makes_no_run_slow() -> None:
+    """Scoring the base model takes minutes. Evaluations between two steps count, because they belong to the training."""
+    speed = Throughput()
+    speed.step(now=600.0, tokens=Tokens(10, 20, 40), seconds=2.0)
+    assert speed.per_second() == (5.0, 10.0, 20.0)
+    assert speed.eta_seconds(10) == 20
+    speed.step(now=608.0, tokens=Tokens(10, 20, 40), seconds=2.0)
+    assert speed.per_second() == (2.0, 4.0, 8.0)
+
+
 def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:
-    speed = Throughput(now=0.0)
+    speed = Throughput()
     assert speed.eta_seconds(10) is None
     for step in range(1, 101):
-        speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=Tokens(10, 20, 40))
+        speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=Tokens(10, 20, 40), seconds=1.0)
     assert speed.per_second() == (5.0, 10.0, 20.0)
     assert speed.eta_seconds(10) == 20

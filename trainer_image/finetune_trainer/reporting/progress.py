@@ -70,7 +70,7 @@ class Progress:
         self._ranks = ranks
         self._reporter = reporter
         self._clock = clock
-        self._speed = Throughput(clock())
+        self._speed = Throughput()
         self._phase = Phase.LOADING
         self._run = self._step = self._total_steps = self._resumed_from = 0
         self._epoch = 0.0
@@ -121,7 +121,7 @@ class Progress:
             values = {"perplexity": scored.perplexity, "taskScore": scored.task_score} if scored is not None else {}
             self._metrics |= {name: value for name, value in values.items() if value is not None}
         self._resumed_from = self._step
-        self._speed = Throughput(self._clock())
+        self._speed = Throughput()
         self._publish(urgent=True)
 
     def notice(self, *texts: str) -> None:
@@ -151,7 +151,7 @@ class Progress:
     def finished_step(self, row: StepRow, *, updates: int) -> None:
         """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation is due after the
         step, the caller passes its scores to `scored` later."""
-        self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
+        self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens), row.seconds)
         self._pending.append(row)
         self._newest = row
         self._points.append(CurvePoint(step=row.step, loss=row.loss))

@@ -29,20 +29,21 @@ class TokenRates(NamedTuple):
 
 
 class Throughput:
-    """Tokens per second and remaining time over the last RATE_WINDOW steps. All time counts, also the time for
+    """Tokens per second and remaining time over the last RATE_WINDOW steps. Time counts from the begin of the first
+    step on, because the base model may be scored for minutes before. From then on all time counts, also that for
     evaluating and saving."""
 
-    def __init__(self, now: float) -> None:
-        """Start at ``now``, in monotonic seconds."""
-        begun = (now, Tokens(0, 0, 0))
-        self._ticks: collections.deque[tuple[float, Tokens]] = collections.deque([begun], maxlen=RATE_WINDOW + 1)
+    def __init__(self) -> None:
+        self._ticks: collections.deque[tuple[float, Tokens]] = collections.deque(maxlen=RATE_WINDOW + 1)
 
-    def step(self, now: float, tokens: Tokens) -> None:
-        """Note a step that finished at ``now``, in monotonic seconds."""
+    def step(self, now: float, tokens: Tokens, seconds: float) -> None:
+        """Note a step of ``seconds`` that finished at ``now``, in monotonic seconds."""
+        if not self._ticks:
+            self._ticks.append((now - seconds, Tokens(0, 0, 0)))
         self._ticks.append((now, tokens))
 
     def _elapsed(self) -> float:
-        return self._ticks[-1][0] - self._ticks[0][0]
+        return self._ticks[-1][0] - self._ticks[0][0] if self._ticks else 0.0
 
     def per_second(self) -> TokenRates:
         """Return the tokens per second of each kind over the window."""
@@ -55,4 +56,4 @@ class Throughput:
     def eta_seconds(self, steps_left: int) -> int | None:
         """Return the seconds that ``steps_left`` more steps will take, None before the first step."""
         steps = len(self._ticks) - 1
-        return round(self._elapsed() / steps * steps_left) if steps else None
+        return round(self._elapsed() / steps * steps_left) if steps > 0 else None
