@@ -330,7 +330,7 @@ def test_trap_27_padding_does_not_count_as_throughput() -> None:
 
 
 def test_the_time_before_the_first_step_makes_no_run_slow() -> None:
-    """Scoring the base model takes minutes. Evaluations between two steps count, because they belong to the training."""
+    """Scoring the base model takes minutes. Evaluations between two steps count: they belong to the training."""
     speed = Throughput()
     speed.step(now=600.0, tokens=Tokens(10, 20, 40), seconds=2.0)
     assert speed.per_second() == (5.0, 10.0, 20.0)
