@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TEMPLATE = "Sentence: {sentence}\nMeaning: "
+TEMPLATE = "Sentence: {sentence}\nMeaning:"
 """Template that makes the same prompts as the template in the quickstart job files."""
 MAX_NEW_TOKENS = 28
 """Largest number of tokens in a generated answer. The longest reference answer has 25 tokens, its end token

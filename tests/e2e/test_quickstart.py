@@ -67,7 +67,8 @@ def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
             "spec__dataset__format__promptCompletion": {
                 "promptField": "ref",
                 "completionField": "mr",
-                "template": "Sentence: {prompt}\nMeaning: ",
+                "template": "Sentence: {prompt}\nMeaning:",
+                "completion": " {completion}",
             },
         }
     return steps.manifest_of(Path("examples/quickstart.yaml"), **changes)

@@ -16,7 +16,7 @@ from tests.trainer.chat import byte_tokenizer, learned, published, rendered
 
 FOLDER = Path(__file__).parents[2] / "examples" / "data"
 RENDERED = {
-    "prompt-completion": ("Sentence: The mill is open.\nMeaning: ", "open(mill)"),
+    "prompt-completion": ("Sentence: The mill is open.\nMeaning:", " open(mill)"),
     "alpaca": ("### Instruction:\nAdd the numbers.\n\n### Input:\n1 and 2\n\n### Response:\n", "3"),
     "columns": ("Prime numbers\nIs 91 prime?\n", "91 = 7 * 13\nAnswer: false"),
 }

@@ -52,9 +52,10 @@ class PromptCompletionFormat(ApiModel):
     """Column that `{completion}` stands for."""
     template: TemplateText = "{prompt}"
     """Text before the completion, in which `{name}` stands for the column `name` of the row: `"Question: {prompt}
-    Answer: "` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that is shown only where the column has
+    Answer:"` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that is shown only where the column has
     a value, `{^name}...{/name}` is a part that is shown only where the column has none, and `{{` and `}}` are braces.
-    No space is added between this text and the completion. docs/prompts.md has the rules."""
+    No space is added between this text and the completion. A space belongs to the begin of the completion and not to
+    the end of this text. docs/prompts.md has the rules."""
     completion: TemplateText | None = None
     """The completion, as a template like `template`, for example `"{reasoning}\\n#### {answer}"`. Absent: the value of
     the column `completionField`."""

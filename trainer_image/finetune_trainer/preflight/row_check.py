@@ -23,6 +23,7 @@ from finetune_trainer.data.prompts import answer_reader, base_prompt_columns
 from finetune_trainer.data.reader import content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preflight.border_check import border_notices
 from finetune_trainer.preflight.model_check import ModelFacts
 from finetune_trainer.preflight.task_check import TaskCheck
 from finetune_trainer.sources.data_files import find_data_files
@@ -132,6 +133,8 @@ def check_rows(
         return [*files.notices, str(error)]
     has_tokens(max(examples.lengths))
     form = dataset.format.prompt_completion
+    if form is not None and field.startswith("dataset.train"):
+        notices += border_notices(examples, model.tokenizer, form, field)
     if task is not None and form is not None:
         whole = head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES
         graded = [graded_fields(row) for row in examples.rows]
