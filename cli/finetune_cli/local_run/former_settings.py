@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
@@ -19,8 +19,8 @@ from finetune_core.errors import UserError
 
 RUN_ID = "local"
 """Name of the folder of the runs, where the job sets no `storage.runId`. `--fresh` begins `local-2` and so on."""
-SHOWN_FIELDS = 3
-"""Largest number of changed fields that a sentence names."""
+MORE_FIELDS = 3
+"""How many changed fields a sentence names beside the first one at most."""
 _SETTINGS = re.compile(r"settings/[0-9]{6,}\.json")
 _RUN_ID = re.compile(rf"{RUN_ID}(?:-([0-9]{{1,6}}))?")
 _NOT_COMPARED = frozenset(".".join(map(to_camel, path.split("."))) for path in NOT_THE_TRAINING)
@@ -51,20 +51,29 @@ def check_same_training(former: RunConfig, now: RunConfig, *, anew: str) -> None
     says how to train anew."""
     if settings_digest(former) == settings_digest(now):
         return
-    changed = changed_fields(former, now)
-    told = "; ".join(changed[:SHOWN_FIELDS]) + (f"; and {len(changed) - SHOWN_FIELDS} more" if changed[3:] else "")
+    first, *others = changed_fields(former, now)
+    names = ", ".join(other.path for other in others[:MORE_FIELDS]) + (", …" if others[MORE_FIELDS:] else "")
+    also = f", and so do {names}" if others else ""
     raise UserError(
-        changed[0].partition(" ")[0],
-        f"differs from the run that is in the store already ({told}), so that run can't go on: {anew}",
+        first.path,
+        f"differs from the run in the store, which has {_shown(first.former)} and not {_shown(first.now)}{also}; that"
+        f" run can't go on: {anew}",
     )
 
 
-def changed_fields(former: RunConfig, now: RunConfig) -> list[str]:
-    """Return the fields of the training that differ, each with both values, such as
-    `optimization.learningRate 0.001 -> 0.002`."""
+class ChangedField(NamedTuple):
+    """A field of the run file with two values. None: the field is absent."""
+
+    path: str
+    former: Any
+    now: Any
+
+
+def changed_fields(former: RunConfig, now: RunConfig) -> list[ChangedField]:
+    """Return the fields of the training that differ, such as `optimization.learningRate`."""
     old, new = _fields(former), _fields(now)
     return [
-        f"{path} {_shown(old.get(path))} -> {_shown(new.get(path))}"
+        ChangedField(path, old.get(path), new.get(path))
         for path in dict.fromkeys((*old, *new))
         if old.get(path) != new.get(path)
     ]

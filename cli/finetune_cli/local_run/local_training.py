@@ -26,6 +26,8 @@ CERTIFICATES = "AWS_CA_BUNDLE"
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables of the Hugging Face Hub's libraries with an access token, the preferred one first."""
 SUCCEEDED, FAILED, NOT_DONE, GATE_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+STOPPED = (INTERRUPTED, TERMINATED)
+"""The exit codes after Ctrl-C and after SIGTERM."""
 _CODES = {
     Outcome.COMPLETED: SUCCEEDED,
     Outcome.EARLY_STOPPED: SUCCEEDED,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,9 +18,9 @@ from finetune_cli.jobfiles.plan import read_job
 from finetune_cli.local_run.dry_run import show_dry_run
 from finetune_cli.local_run.former_settings import check_same_training, former_settings, run_id_of
 from finetune_cli.local_run.local_job import LocalJob, LocalPaths, checked_store, local_config, localised
-from finetune_cli.local_run.local_training import LocalTraining
+from finetune_cli.local_run.local_training import STOPPED, LocalTraining
 from finetune_cli.local_run.state_folder import STATE, locked, state_folder
-from finetune_cli.local_run.trainer_process import check_installed, gpus_here
+from finetune_cli.local_run.trainer_process import GpusHere, check_installed, gpus_here
 from finetune_cli.terminal import complain
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig
@@ -96,6 +97,8 @@ def _dry_run(local: LocalJob, config: RunConfig, model_cache: Path) -> int:
             checked = config.model_copy(update={"storage": config.storage.model_copy(update={"folder": name})})
         with locked(state, metadata.name) as lock:
             code = LocalTraining(local.job, checked, state, lock, model_cache=model_cache).dry_run(file)
+        if code is not None and code in STOPPED:
+            return code
         return show_dry_run(local, config, file, code)
 
 
@@ -139,16 +142,19 @@ def _below(store: Path, place: Location) -> Path:
     return store / place.bucket / place.prefix
 
 
-def resources_here(resources: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+def resources_here(
+    resources: Mapping[str, Any], options: RunOptions, gpus: Callable[[], GpusHere] = gpus_here
+) -> dict[str, Any]:
     """Return the fields of `resources` that differ on this machine. A job for GPUs takes those that are here, or the
-    CPU where there are none. Raises UserError where there are fewer GPUs than processes."""
+    CPU where there are none. ``gpus`` says what is here, and is only called for a job on GPUs. Raises UserError where
+    there are fewer GPUs than processes."""
     on_cpus = resources.get("device") == "CPU"
     wanted = options.processes or resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     if options.device == "CPU" or (on_cpus and options.device is None):
         if on_cpus and options.processes is None:
             return {}
         return _on_cpus(options.processes or 1)
-    found = gpus_here()
+    found = gpus()
     if found.count == 0:
         if options.device == "GPU":
             raise UserError("--device", "must be cpu, because torch finds no GPU on this machine")
