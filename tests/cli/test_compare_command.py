@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,17 @@ def test_control_characters_in_a_folder_do_not_reach_the_terminal(
     assert "\x1b" not in shown.out + shown.err
     assert "\x07" not in shown.out + shown.err
     assert "\x1b" not in (tmp_path / "page.html").read_text()
+
+
+def test_the_terminal_shows_only_claims_that_the_runs_can_speak_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one run alone, 12 of 14 rows would say what else to run."""
+    folder = write_run(tmp_path / "run", SHORT)
+    page = tmp_path / "page.html"
+    assert compare(folder, "--html", page) == 0
+    shown = capsys.readouterr().out
+    untested = re.search(r"not tested: (\d+) claims of the study; the page says what to run for them", shown)
+    assert untested is not None
+    assert page.read_text().count('<span class="verdict not-tested">') == int(untested[1])
+    assert "Run two jobs" not in shown

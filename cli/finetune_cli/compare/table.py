@@ -110,10 +110,16 @@ def _shortened(value: str | None) -> str:
 
 
 def _claims(findings: Sequence[tuple[Claim, Finding]]) -> RenderableType:
+    """Return the claims about which the runs say something, and how many others there are."""
+    tested = [item for item in findings if item[1].verdict is not Verdict.NOT_TESTED]
+    left = len(findings) - len(tested)
+    untested = Text(f"not tested: {left} claims of the study; the page says what to run for them", style="bright_black")
+    if not tested:
+        return untested
     table = _table("", "claim of the study", "", "")
-    for claim, finding in findings:
+    for claim, finding in tested:
         evidence = finding.evidence[0] if finding.evidence else finding.to_test
         table.add_row(
             str(claim.number), claim.title, Text(finding.verdict.value, style=STYLES[finding.verdict]), evidence
         )
-    return table
+    return Group(table, untested) if left else table
