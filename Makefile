@@ -93,13 +93,13 @@ announce = @echo "make $@ takes $(1) on two processors, longer on a slower machi
 .PHONY: try
 try: ## Tune a small model on this machine, without root and without a cluster, and see its answers before and after
 	$(call announce,about 4 minutes)
-	@$(MAKE) --no-print-directory venv
+	@$(MAKE) --no-print-directory --silent venv
 	@$(PYTHON) -m examples.tryout
 
 .PHONY: demo
 demo: ## Run the whole product on this machine without GPUs (METHOD=full: all parameters; KEEP=1: keep the cluster)
 	$(call announce,about 5 minutes$(comma) and 10 more the first time$(comma) when it builds a Kubernetes$(comma))
-	@$(MAKE) --no-print-directory venv
+	@$(MAKE) --no-print-directory --silent venv
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
@@ -115,7 +115,7 @@ gang: venv ## Run the tests that start the processes of a training
 .PHONY: test
 test: ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
 	$(call announce,about 30 minutes$(comma) and 15 more the first time$(comma) when it builds a Kubernetes$(comma))
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory --silent lint
 	@$(PYTHON) -m tests.cluster prepare
 	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) $(PARALLEL) --durations 15
 

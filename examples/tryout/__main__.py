@@ -8,6 +8,7 @@ shows the finished run again.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ def main() -> int:
     try:
         volumes = prepare()
         folders = [f"--volume={name}={folder}" for name, folder in volumes.items()]
-        ended = finetune("run", str(JOB), f"--store={STORE}", *folders)
+        ended = finetune("run", os.path.relpath(JOB), f"--store={STORE}", *folders)
         if ended != 0:
             return ended
         folder = run_folder()
