@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,8 @@ PLAIN: Literal["plain"] = "plain"
 RATE = 1e-3
 GLOBAL_BATCH = 6
 ROWS = 20
+STATE_FILE = "state-00000-of-00001.safetensors"
+"""The file with the training state in each folder of `state_folder`."""
 Kind = Literal["plain", 0, 1, 2]
 """The plain engine, or a ZeRO stage of DeepSpeed."""
 
@@ -202,6 +205,24 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
 def state_folder(run: EngineRun, scratch: Path, part: int) -> Path:
     """Return the folder with the training state after the part with the number ``part`` of ``run``."""
     return scratch / f"{run.name}-{part}"
+
+
+def state_after(run: EngineRun, scratch: Path) -> dict[str, torch.Tensor]:
+    """Return the training state at the end of ``run``, by parameter and kind."""
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = load_file(state_folder(run, scratch, len(run.parts) - 1) / STATE_FILE)
+    return state
+
+
+def assert_same_state(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Assert that names, order, types and bits of two stored states are the same."""
+    import torch
+
+    assert list(found) == list(wanted)
+    for key, value in found.items():
+        assert value.dtype == wanted[key].dtype == torch.float32
+        assert torch.equal(value.view(torch.int32), wanted[key].view(torch.int32)), key
 
 
 def main() -> None:

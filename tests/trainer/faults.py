@@ -32,7 +32,7 @@ from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSna
 from finetune_trainer.engine.host_buffers import StateBuffer
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.plain_engine import PlainEngine
-from finetune_trainer.engine.state import take_snapshot
+from finetune_trainer.engine.state import load_state, take_snapshot
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -177,7 +177,7 @@ def _whole(_: dict[str, Any]) -> Any:
 @contextmanager
 def _late(fault: dict[str, Any]) -> Iterator[None]:
     pipe, is_late = Path(fault["pipe"]), os.environ["RANK"] == "1"
-    load, remove, wait = train.load_state, shutil.rmtree, Gang._wait_for_rank
+    load, remove, wait = load_state, shutil.rmtree, Gang._wait_for_rank
     now = {"loaded": False, "told": False}
 
     def late_load(engine: TrainingEngine, folder: Path, *, updates: int) -> None:
