@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune_trainer.data.batches import Batch
@@ -26,7 +27,9 @@ from finetune_trainer.ranks.gang import Gang
 
 ENGINE_CALLS = ("loss", "backward", "gradient_norm", "step", "discard_gradient")
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-"""Operators whose result the CPU needs before it can go on. On a GPU each of them is a wait."""
+"""Operators whose result the CPU needs before it can go on. On a GPU each of them is a wait, and so is `tolist`."""
+NOT_READING = ("nonzero_static",)
+"""Operators with such a name that know how large their result is."""
 ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward", "engine/gradient_norm.py:clipping_factor")
 """Code of the trainer that reads tensors on the CPU only."""
 PACKAGES = ("finetune_trainer", "deepspeed")
@@ -40,7 +43,8 @@ class Reads(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
         self._write = write
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__.split(".")[0].startswith(READING):
+        name = function.__name__.split(".")[0]
+        if name.startswith(READING) and name not in NOT_READING:
             place = _place()
             if not place.startswith(ON_CPU):
                 self._write("read", place)
@@ -49,7 +53,7 @@ class Reads(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
 
 def _place() -> str:
     """Return file and function of the innermost frame of the trainer or of DeepSpeed, such as
-    `engine/masters.py:set_masters`."""
+    `engine/masters.py:update`."""
     frame = sys._getframe(2)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
@@ -87,16 +91,22 @@ def recorded_calls(file: Path) -> Iterator[None]:
 
         return mock.patch.object(owner, name, wrapped)
 
-    made, train = MicroBatcher.tensors, TrainingLoop._train_step
+    made, train, listed = MicroBatcher.tensors, TrainingLoop._train_step, torch.Tensor.tolist
 
     def tensors(self: MicroBatcher, plan: Any, *, step: int = 0) -> Iterator[Batch]:
         for number, batch in enumerate(made(self, plan, step=step), start=1):
             write("made", step, number)
             yield batch
 
+    def to_list(self: torch.Tensor) -> Any:
+        place = _place()
+        if not place.startswith(ON_CPU):
+            write("read", place)
+        return listed(self)
+
     def train_step(self: TrainingLoop, step: int) -> Any:
         write("train", step)
-        with Reads(write):
+        with Reads(write), mock.patch.object(torch.Tensor, "tolist", to_list):
             return train(self, step)
 
     with ExitStack() as stack:

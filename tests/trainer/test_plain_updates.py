@@ -145,8 +145,9 @@ gradients of several micro-batches in bf16, so these runs have one micro-batch."
 CLOSE = [
     EngineRun(method="LoRA", parts=((0, STEPS),), decay=DECAY, lora_plus_ratio=4),
     EngineRun(method="Full", parts=((0, STEPS),), decay=DECAY, recompute=True),
+    EngineRun(method="Full", parts=((3, STEPS),)),
 ]
-"""Runs at ZeRO stage 0, which rounds norms and factors in another order."""
+"""Runs at ZeRO stages 0 and 3, which round norms and factors in another order."""
 CHANGED = [
     EngineRun(method=method, parts=parts, precision=precision, decay=DECAY)
     for method, precision in (("LoRA", "fp32"), ("Full", "bf16"))
@@ -213,7 +214,7 @@ def test_deepspeed_passes_over_memory_a_few_times_more_than_the_plain_engine(
 
 @pytest.mark.gang
 @pytest.mark.parametrize("run", CLOSE, ids=lambda run: run.name)
-def test_updates_are_those_of_deepspeed_without_zero(
+def test_updates_are_those_of_deepspeed_where_it_clips(
     run: EngineRun, made: Made, tiny_model: Path, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
@@ -225,6 +226,14 @@ def test_updates_are_those_of_deepspeed_without_zero(
     assert list(own) == list(state)
     for key, value in own.items():
         torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.gang
+@pytest.mark.parametrize("run", [*EXACT, *CLOSE, *OFFLOADED], ids=lambda run: run.name)
+def test_no_norm_is_computed_twice(run: EngineRun, made: Made) -> None:
+    """DeepSpeed computes the norm at ZeRO stage 3 and with offload. These runs have one parameter group."""
+    (stage, _), *_ = run.parts
+    assert made[run][0].own_norms == (stage == 3 or run.offload)
 
 
 @pytest.mark.gang

@@ -36,8 +36,9 @@ JOBS: Mapping[str, tuple[int | None, dict[str, Any] | None]] = {
 NORM = ["read", "engine/plain_engine.py:gradient_norm"]
 LOSS = ["read", "engine/host_copy.py:read"]
 """The CPU reads the loss from its own memory: the norm, which it has read before, was computed after the loss."""
-TIES = ["read", "engine/masters.py:set_masters"]
-"""How many fp32 values lie in the middle between two numbers in bf16: a wait for each 16 million trained values."""
+TIES = ["read", "engine/masters.py:update"]
+"""How many fp32 values lie in the middle between two numbers in bf16: one wait for each update, after all of its work
+was issued."""
 
 
 @pytest.fixture(scope="module")

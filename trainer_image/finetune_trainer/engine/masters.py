@@ -189,6 +189,7 @@ class Bf16Masters:
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
         self.end_backward()
+        ties = []
         for batch in self._batches:
             gradient = batch.gradient_buffer()
             if gradient_factor != 1:
@@ -214,7 +215,12 @@ class Bf16Masters:
             # The gradient of this batch is freed before more memory is needed.
             del gradient
             batch.gradient = None
-            batch.set_masters(batch.slices, masters)
+            ties.append(batch.set_masters(batch.slices, masters))
+        # A GPU has to tell the CPU how many positions there are. The CPU asks for all batches at once, after it has
+        # issued all work. Until then the masks take a quarter of the memory of the gradients that are freed.
+        counts: list[int] = torch.stack([mask.sum() for mask in ties]).tolist()
+        for batch, mask, count in zip(self._batches, ties, counts, strict=True):
+            batch.set_ties(torch.nonzero_static(mask, size=count).flatten())
         self._updates += 1
 
     def drop_gradient(self) -> None:
@@ -242,7 +248,8 @@ class Bf16Masters:
         flat = {kind: tensor.reshape(-1) for kind, tensor in tensors.items()}
         for part in self._parts[name]:
             masters = part.of_parameter(flat[MASTER]).to(part.slice.weight.device, torch.float32)
-            part.batch.set_masters([part.slice], masters, start=part.start)
+            ties = part.batch.set_masters([part.slice], masters, start=part.start)
+            part.batch.set_ties(ties.nonzero().flatten() + part.start, start=part.start, stop=part.start + len(ties))
             for kind, moment in part.batch.moments.items():
                 part.of(moment).copy_(part.of_parameter(flat[kind]))
 
@@ -305,24 +312,31 @@ class _Batch:
         bits[self._ties_between(start, stop) - start] += 2 * TIE
         return masters
 
-    def set_masters(self, slices: Sequence[_Slice], masters: torch.Tensor, *, start: int = 0) -> None:
+    def set_masters(self, slices: Sequence[_Slice], masters: torch.Tensor, *, start: int = 0) -> torch.Tensor:
         """Set the fp32 values of consecutive ``slices`` to ``masters``, a flat tensor, and the weights to the nearest
-        numbers in bf16. The first value is at position ``start`` of the batch."""
-        stop = start + masters.numel()
+        numbers in bf16. The first value is at position ``start`` of the batch.
+
+        Return a mask of the values whose remainder is TIE. The caller must pass their positions to `set_ties` before
+        the values are read. The CPU does not wait for a GPU here, as it must to learn the number of these values.
+        """
         rounded = masters.to(torch.bfloat16)
         weights = [piece.weight for piece in slices]
         torch._foreach_copy_(weights, rounded.split([weight.numel() for weight in weights]))
         bits = rounded.float().view(torch.int32)
         del rounded
         remainder = torch.sub(masters.view(torch.int32), bits, out=bits)
-        ties = (remainder == TIE).nonzero().flatten()
-        remainder[ties] = -TIE
-        self._remainder[start:stop].copy_(remainder)
-        if masters.numel() == self._remainder.numel():
-            self._ties = ties
+        ties = remainder == TIE
+        # The conversion to int16 keeps the lower 16 bits, so that TIE becomes -TIE.
+        self._remainder[start : start + masters.numel()].copy_(remainder)
+        return ties
+
+    def set_ties(self, positions: torch.Tensor, *, start: int = 0, stop: int | None = None) -> None:
+        """Set the ``positions`` in the batch of all values from ``start`` to ``stop`` whose remainder is TIE."""
+        if start == 0 and stop in (None, self._remainder.numel()):
+            self._ties = positions
             return
         others = self._ties[(self._ties < start) | (self._ties >= stop)]
-        self._ties = torch.cat([others, ties + start])
+        self._ties = torch.cat([others, positions])
 
     def _ties_between(self, start: int, stop: int) -> torch.Tensor:
         # In an update the whole batch is read. Then no mask is needed, whose number of values a GPU would have to tell
