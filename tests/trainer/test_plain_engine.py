@@ -212,7 +212,7 @@ def test_a_step_needs_16_bytes_for_each_trained_parameter(
     this model as they are to one with 7 billion parameters. The text has three tokens, so that activations are small.
     """
     monkeypatch.setattr(masters, "BATCH_ELEMENTS", 40_000)
-    monkeypatch.setattr(gradient_norm, "NORM_ELEMENTS", 10_000)
+    monkeypatch.setattr(gradient_norm, "CPU_NORM_ELEMENTS", 10_000)
     monkeypatch.setattr(masters, "SMALL_ELEMENTS", 2_500)
     monkeypatch.setattr(masters, "WAITING_ELEMENTS", 10_000)
     torch.set_num_threads(1)
