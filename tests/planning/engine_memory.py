@@ -129,8 +129,10 @@ def _let_kernels_take_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._python_dispatch import _disable_current_modes
 
+    from finetune_trainer.engine import gradient_norm
     from finetune_trainer.kernels import install, projections, recognition, rms_norm, rotary, shared_projections
 
+    gradient_norm.CPU_NORM_ELEMENTS = gradient_norm.NORM_ELEMENTS
     aten, alias = rms_norm.ATEN, rotary.alias
 
     def with_values(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,8 @@ from finetune_trainer.ranks.gang import Gang
 ENGINE_CALLS = ("loss", "backward", "gradient_norm", "step", "discard_gradient")
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 """Operators whose result the CPU needs before it can go on. On a GPU each of them is a wait."""
+NOT_READING = ("nonzero_static",)
+"""Operators with such a name that are told how large their result is."""
 ON_CPU = ("ranks/gang.py", "data/", "loss/linear_head.py:backward", "engine/gradient_norm.py:clipping_factor")
 """Code of the trainer that reads tensors on the CPU only."""
 PACKAGES = ("finetune_trainer", "deepspeed")
@@ -40,7 +42,8 @@ class Reads(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
         self._write = write
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__.split(".")[0].startswith(READING):
+        name = function.__name__.split(".")[0]
+        if name.startswith(READING) and name not in NOT_READING:
             place = _place()
             if not place.startswith(ON_CPU):
                 self._write("read", place)
@@ -49,7 +52,7 @@ class Reads(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
 
 def _place() -> str:
     """Return file and function of the innermost frame of the trainer or of DeepSpeed, such as
-    `engine/masters.py:set_masters`."""
+    `engine/host_copy.py:read`."""
     frame = sys._getframe(2)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts

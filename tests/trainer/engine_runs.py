@@ -12,8 +12,10 @@ import json
 import math
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,7 +33,9 @@ PLAIN: Literal["plain"] = "plain"
 RATE = 1e-3
 GLOBAL_BATCH = 6
 ROWS = 20
-Kind = Literal["plain", 0, 1, 2]
+STATE_FILE = "state-00000-of-00001.safetensors"
+"""The file with the training state in each folder of `state_folder`."""
+Kind = Literal["plain", 0, 1, 2, 3]
 """The plain engine, or a ZeRO stage of DeepSpeed."""
 
 
@@ -101,6 +105,8 @@ class Figures(BaseModel):
     passes: float = 0.0
     """How often the last step reads or writes a number of 4 bytes for each trained parameter, beside large products and
     attention."""
+    own_norms: int = 0
+    """How many gradient norms of parameter groups DeepSpeed computes in the last step."""
 
 
 def load(run: EngineRun, folder: Path) -> torch.nn.Module:
@@ -177,15 +183,18 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
     losses: list[float] = []
     norms: list[float] = []
     updates, passes = 0, 0.0
+    own_norms = Counter[str]()
     for part, (kind, steps) in enumerate(run.parts):
         model = load(run, model_folder)
         if part:
             load_weights(trained_parameters(model), state_folder(run, scratch, part - 1))
         engine = make_engine(run, kind, model)
+        count_norms(engine, own_norms)
         engine.train()
         if part:
             load_state(engine, state_folder(run, scratch, part - 1), updates=updates)
         for _ in range(steps):
+            own_norms.clear()
             with Counting(tokens=1) as counted:
                 loss, norm = one_step(engine, batches, run, len(losses) + 1)
             passes = counted.moved / 4 / sum(math.prod(shape) for shape in engine.parameter_shapes.values())
@@ -196,12 +205,45 @@ def train(run: EngineRun, model_folder: Path, scratch: Path) -> Figures:
         folder.mkdir(parents=True)
         write_snapshot(take_snapshot(engine, rank=0, world_size=1), folder, rank=0, world_size=1)
         engine.close()
-    return Figures(losses=losses, norms=norms, passes=passes)
+    return Figures(losses=losses, norms=norms, passes=passes, own_norms=own_norms.total())
+
+
+def count_norms(engine: TrainingEngine, calls: Counter[str]) -> None:
+    """From now on count in ``calls`` how often DeepSpeed computes the gradient norm of a parameter group."""
+    optimizer = getattr(engine, "_optimizer", None)
+    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+        compute = getattr(optimizer, name, None)
+        if compute is None:
+            continue
+
+        def counted(*arguments: Any, name: str = name, compute: Any = compute, **options: Any) -> Any:
+            calls[name] += 1
+            return compute(*arguments, **options)
+
+        setattr(optimizer, name, counted)
 
 
 def state_folder(run: EngineRun, scratch: Path, part: int) -> Path:
     """Return the folder with the training state after the part with the number ``part`` of ``run``."""
     return scratch / f"{run.name}-{part}"
+
+
+def state_after(run: EngineRun, scratch: Path) -> dict[str, torch.Tensor]:
+    """Return the training state at the end of ``run``, by parameter and kind."""
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = load_file(state_folder(run, scratch, len(run.parts) - 1) / STATE_FILE)
+    return state
+
+
+def assert_same_state(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Assert that names, order, types and bits of two stored states are the same."""
+    import torch
+
+    assert list(found) == list(wanted)
+    for key, value in found.items():
+        assert value.dtype == wanted[key].dtype == torch.float32
+        assert torch.equal(value.view(torch.int32), wanted[key].view(torch.int32)), key
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def _train(name: str, method: str, store: ObjectStore, model: Path, folder: Path
         return {key: f"crashed: {lines[-1][:300] if lines else codes}"}
     outcomes = [
         "" if result["outcome"] == "Completed" else f"{result['message']}"
-        for result in json.loads((folder / "rank-0" / "results.json").read_text())
+        for result in json.loads((folder / "rank-0" / "results-0.json").read_text())
     ]
     kernels = {line.removeprefix("attention: ") for line in log.splitlines() if line.startswith("attention: ")}
     findings: Findings = {key: outcomes[0], f"{key} packed": outcomes[1]}

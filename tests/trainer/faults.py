@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 
 from finetune_core.contract import Phase
-from finetune_trainer import loop
+from finetune_trainer import loop, train
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
@@ -31,7 +32,7 @@ from finetune_trainer.engine.fragment_snapshot import FragmentSnapshots, HeldSna
 from finetune_trainer.engine.host_buffers import StateBuffer
 from finetune_trainer.engine.interface import TrainingEngine
 from finetune_trainer.engine.plain_engine import PlainEngine
-from finetune_trainer.engine.state import take_snapshot
+from finetune_trainer.engine.state import load_state, take_snapshot
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -59,6 +60,8 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     - {"kind": "whole"} takes all snapshots from whole parameters, which every rank gathers
     - {"kind": "calls", "folder": f} changes nothing, and writes the order of the calls of rank r to `calls-r.jsonl` in
       the folder f, see `call_order.py`
+    - {"kind": "late", "pipe": p}: of two ranks, rank 1 reads the training state of the fetched checkpoint only after
+      rank 0 has read it and has then deleted the checkpoint, or begun to wait for rank 1; p is a named pipe
     - {"kind": "both", "faults": [a, b]} injects the faults a and b
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` or
       `LATER_POINTS` for the n-th time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
@@ -79,6 +82,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "calls": _calls,
         "alive": _alive,
         "whole": _whole,
+        "late": _late,
     }
     patch = patches[fault["kind"]]
     with patch(fault):
@@ -168,6 +172,40 @@ def _whole(_: dict[str, Any]) -> Any:
         return HeldSnapshot(tensors, StateBuffer(torch.empty(0), lambda _: None))
 
     return mock.patch.object(FragmentSnapshots, "take", take)
+
+
+@contextmanager
+def _late(fault: dict[str, Any]) -> Iterator[None]:
+    pipe, is_late = Path(fault["pipe"]), os.environ["RANK"] == "1"
+    load, remove, wait = load_state, shutil.rmtree, Gang._wait_for_rank
+    now = {"loaded": False, "told": False}
+
+    def late_load(engine: TrainingEngine, folder: Path, *, updates: int) -> None:
+        if is_late:
+            # Opening a named pipe blocks until another process opens its other end.
+            pipe.read_bytes()
+        load(engine, folder, updates=updates)
+        now["loaded"] = not is_late
+
+    def tell() -> None:
+        if now["loaded"] and not now["told"]:
+            now["told"] = True
+            pipe.write_bytes(b"")
+
+    def removed(*arguments: Any, **options: Any) -> None:
+        remove(*arguments, **options)
+        tell()
+
+    def waiting(self: Gang, key: str, rank: int) -> str:
+        tell()
+        return wait(self, key, rank)
+
+    with (
+        mock.patch.object(train, "load_state", late_load),
+        mock.patch.object(shutil, "rmtree", removed),
+        mock.patch.object(Gang, "_wait_for_rank", waiting),
+    ):
+        yield
 
 
 def _budget(fault: dict[str, Any]) -> Any:

@@ -27,12 +27,14 @@ def write_plans(
     attempt: int = 1,
 ) -> list[Path]:
     """Write for each rank the file that `many_runs` reads, with the plans of all runs. Return the files in the order of
-    ranks."""
+    ranks. The scratch folder of a node is `rank-<rank>` in ``folder``, with the number of the node's first rank."""
     files = []
-    for rank in range(configs[0]["world"]["nodes"]):
-        scratch = folder / f"rank-{rank}"
+    per_node = configs[0]["world"]["processesPerNode"]
+    for rank in range(configs[0]["world"]["nodes"] * per_node):
+        node_rank, local_rank = divmod(rank, per_node)
+        scratch = folder / f"rank-{rank - local_rank}"
         identity = Identity(
-            namespace="default", name="test", uid="u", attempt=attempt, pod_name="p", pod_uid="p", node_rank=rank
+            namespace="default", name="test", uid="u", attempt=attempt, pod_name="p", pod_uid="p", node_rank=node_rank
         )
         plans = []
         for index, config in enumerate(configs):
@@ -44,17 +46,17 @@ def write_plans(
                 folder=scratch / f"run-{index}",
             )
             plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
-        scratch.mkdir(parents=True)
+        scratch.mkdir(parents=True, exist_ok=True)
         file = folder / f"plans-{rank}.json"
         file.write_text(json.dumps(plans))
         files.append(file)
     return files
 
 
-def run_plans(plans: list[Path], logs: Path, *, seconds: float = END_SECONDS) -> list[int]:
+def run_plans(plans: list[Path], logs: Path, *, seconds: float = END_SECONDS, per_node: int = 1) -> list[int]:
     """Run `many_runs` on one rank for each file in ``plans``, and return the exit statuses of the ranks, see `ends_of`.
-    The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``."""
-    ranks = zygote().start_ranks("tests.trainer.many_runs", [[str(file)] for file in plans], logs)
+    Each node has ``per_node`` ranks. The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``."""
+    ranks = zygote().start_ranks("tests.trainer.many_runs", [[str(file)] for file in plans], logs, per_node=per_node)
     return ends_of(ranks, seconds)
 
 
@@ -72,12 +74,16 @@ def train_all(
     All configs must have the same number of ranks. ``inputs`` are either common to all configs or one per config.
     ``faults`` has one entry per config, see `faults.scripted`.
     """
-    world = configs[0]["world"]["nodes"]
+    per_node = configs[0]["world"]["processesPerNode"]
+    world = configs[0]["world"]["nodes"] * per_node
     plans = write_plans(configs, inputs, folder, credentials=credentials, faults=faults)
-    codes = run_plans(plans, folder, seconds=seconds)
+    codes = run_plans(plans, folder, seconds=seconds, per_node=per_node)
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
-    made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]
+    made = [
+        json.loads((folder / f"rank-{rank - rank % per_node}" / f"results-{rank}.json").read_text())
+        for rank in range(world)
+    ]
     assert all(other == made[0] for other in made), made
     return [Result.model_validate(result) for result in made[0]]
 
@@ -99,12 +105,13 @@ def losses_of(store: ObjectStore, name: str) -> list[float]:
     return [loss for loss in losses if loss is not None]
 
 
-def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
+def rows_consumed(folder: Path, index: int, world: int, *, per_node: int = 1) -> dict[int, list[int]]:
     """Return, by step, the sorted numbers of the rows that all ranks together consumed in run ``index`` (counted from
-    0) of `train_all`."""
+    0) of `train_all`. Each node had ``per_node`` ranks."""
     consumed: dict[int, list[int]] = {}
     for rank in range(world):
-        for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():
+        run = folder / f"rank-{rank - rank % per_node}" / f"run-{index}"
+        for line in (run / f"rows-{rank}.jsonl").read_text().splitlines():
             row = json.loads(line)
             consumed.setdefault(row["step"], []).extend(row["own"])
     return {step: sorted(rows) for step, rows in consumed.items()}

@@ -1,7 +1,7 @@
 """One rank that trains several runs one after another in one process: `python -m tests.trainer.many_runs FILE`.
 
 FILE holds one plan per run. Importing torch takes longer than training the tiny model, so many runs share one import.
-The results are written to `results.json` in the rank's scratch folder. A run may have a scripted fault (see
+The results are written to `results-<rank>.json` in the scratch folder. A run may have a scripted fault (see
 `faults.py`). The numbers of the rows that this rank consumed in a run are written to `rows-<rank>.jsonl` in the run's
 folder.
 """
@@ -45,7 +45,7 @@ def main() -> None:
                 results.append({"outcome": "BadInput", "message": str(error)})
             except OutsideFailure as error:
                 results.append({"outcome": "OutsideFailure", "message": str(error)})
-    (plans[0].paths.scratch / "results.json").write_text(json.dumps(results))
+    (plans[0].paths.scratch / f"results-{gang.rank}.json").write_text(json.dumps(results))
     gang.final_barrier()
     sys.stdout.flush()
     os._exit(0)

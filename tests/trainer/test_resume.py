@@ -1,9 +1,11 @@
 """A resumed run equals the uninterrupted run: bit for bit with the same world size and ZeRO stage, within 1e-6
-otherwise, and without losing or repeating a row.
+otherwise, and without losing or repeating a row. Ranks of one node share the files of the checkpoint, however slow one
+of them reads.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,12 @@ class Bench:
     store: ObjectStore
     inputs: Inputs
 
-    def config(self, name: str, method: str, stage: int | None, world: int) -> dict[str, Any]:
+    def config(self, name: str, method: str, stage: int | None, world: int, *, per_node: int = 1) -> dict[str, Any]:
         return run_config(
             self.store,
             name.lower(),
-            world__nodes=world,
+            world__nodes=world // per_node,
+            world__processesPerNode=per_node,
             method=method,
             optimization__zeroStage=stage,
             optimization__maxSteps=STEPS,
@@ -84,7 +87,9 @@ def bench(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
 def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train on two ranks: each case without interruption, then with an interruption, then resumed.
 
-    The cases that resume with another ZeRO stage on two ranks follow. Return the folder of the runs' files.
+    The cases that resume with another ZeRO stage on two ranks follow. Return the folder of the runs' files. The resumed
+    runs have both ranks on one node, and rank 1 reads the checkpoint as late as it can. `test_recovery.py` resumes on
+    two nodes.
     """
     folder = tmp_path_factory.mktemp("two-ranks")
     configs, faults = [], []
@@ -94,13 +99,18 @@ def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_all(configs, bench.inputs, folder, credentials=bench.store.credentials, faults=faults)
     for method, stage, world, to_stage in [*CHANGED, *LARGER]:
         bench.copy(f"cut-{method}-{stage}", f"changed-{method}-{stage}-{world}-{to_stage}")
-    configs = [bench.config(f"cut-{method}-{stage}", method, stage, 2) for method, stage in CASES]
+    configs = [bench.config(f"cut-{method}-{stage}", method, stage, 2, per_node=2) for method, stage in CASES]
     configs += [
-        bench.config(f"changed-{method}-{stage}-2-{to_stage}", method, to_stage, 2)
+        bench.config(f"changed-{method}-{stage}-2-{to_stage}", method, to_stage, 2, per_node=2)
         for method, stage, world, to_stage in CHANGED
         if world == 2
     ]
-    train_all(configs, bench.inputs, folder / "resumed", credentials=bench.store.credentials)
+    late: list[dict[str, Any] | None] = []
+    for index in range(len(configs)):
+        pipe = folder / f"pipe-{index}"
+        os.mkfifo(pipe)
+        late.append({"kind": "late", "pipe": str(pipe)})
+    train_all(configs, bench.inputs, folder / "resumed", credentials=bench.store.credentials, faults=late)
     return folder
 
 
@@ -116,7 +126,7 @@ def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     index = CASES.index((method, stage))
     before, after = (
         rows_consumed(two_ranks, 2 * index + 1, 2),
-        rows_consumed(two_ranks / "resumed", index, 2),
+        rows_consumed(two_ranks / "resumed", index, 2, per_node=2),
     )
     assert (max(before), min(after)) == (INTERRUPTED, INTERRUPTED + 1)
     assert {**before, **after} == rows_consumed(two_ranks, 2 * index, 2)

@@ -93,8 +93,11 @@ class Zygote:
             forked.pid = told.get("process", forked.pid)
             forked.returncode = told.get("status")
 
-    def start_ranks(self, module: str, arguments: Sequence[Sequence[str]], logs: Path) -> list[Forked]:
+    def start_ranks(
+        self, module: str, arguments: Sequence[Sequence[str]], logs: Path, *, per_node: int = 1
+    ) -> list[Forked]:
         """Start one rank for each entry of ``arguments``. The rank runs ``module`` with the arguments in this entry.
+        Each node has ``per_node`` ranks.
 
         The output of a rank goes to the file `rank-<rank>.log` in the folder ``logs``.
         """
@@ -103,7 +106,7 @@ class Zygote:
             self.start(
                 module,
                 own,
-                environment={**os.environ, **OF_RANKS, **world, "RANK": str(rank), "LOCAL_RANK": "0"},
+                environment={**os.environ, **OF_RANKS, **world, "RANK": str(rank), "LOCAL_RANK": str(rank % per_node)},
                 log=logs / f"rank-{rank}.log",
             )
             for rank, own in enumerate(arguments)

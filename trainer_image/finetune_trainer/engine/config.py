@@ -78,8 +78,8 @@ def engine_config(
 
 
 def engine_clips(optimization: OptimizationConfig) -> bool:
-    """Return whether `engine.py` clips the gradient itself, and not DeepSpeed, which would compute the norm again. With
-    offload, DeepSpeed has computed the norms of all gradients before it moved them to the CPU."""
+    """Return whether `engine.py` computes the norm of the gradient and clips it, and not DeepSpeed. With offload,
+    DeepSpeed has computed the norms of all gradients before it moved them to the CPU."""
     return optimization.zero_stage in (1, 2) and not optimization.offload_optimizer
 
 

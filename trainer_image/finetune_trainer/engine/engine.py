@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ class Engine:
             make_leaf_modules(model, self._objective.head)
         self._clipping = optimization.gradient_clipping if engine_clips(optimization) else None
         self._norm: float | None = None
+        self._norm_answer: tuple[str, Any] | None = None
+        """Where DeepSpeed clips: name and result of its function that has computed `_norm`."""
         self.device = device
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimization.weight_decay, lora_plus_ratio=lora_plus_ratio),
@@ -177,9 +180,13 @@ class Engine:
         if self._stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+            groups = self._optimizer._get_norm_groups()
+            self._norm_answer = "_get_norm_groups", groups
+            return float(combine_grad_norm_groups(groups))
         if self._clipping is None:
-            return float(self._optimizer.scaled_global_norm())
+            norm = self._optimizer.scaled_global_norm()
+            self._norm_answer = "scaled_global_norm", norm
+            return float(norm)
         with torch.no_grad():
             # The order of the groups decides how the norm is rounded. The dictionary has another order.
             gradients = sorted(self._optimizer.averaged_gradients.items())
@@ -197,8 +204,24 @@ class Engine:
             self.gradient_norm()
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
-        self.module.step()
+        with self._known_norm():
+            self.module.step()
         self._norm = None
+
+    @contextmanager
+    def _known_norm(self) -> Iterator[None]:
+        """Inside the block, DeepSpeed clips with the norm that `gradient_norm` has let it compute, if it has. DeepSpeed
+        would compute the norm a second time from the same gradients, and exchange it between the ranks again."""
+        if self._norm is None or self._norm_answer is None:
+            yield
+            return
+        name, answer = self._norm_answer
+        # An attribute of the object hides the method of its class.
+        setattr(self._optimizer, name, lambda: answer)
+        try:
+            yield
+        finally:
+            delattr(self._optimizer, name)
 
     def _clip(self, optimizer: torch.optim.Optimizer, _arguments: object, _options: object) -> None:
         """Clip the gradient before ``optimizer`` makes its update. DeepSpeed has made the gradient of this rank's shard

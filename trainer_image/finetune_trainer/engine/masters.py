@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 
 from finetune_trainer.engine.engine import BETAS, EPSILON, FIRST_MOMENT, MASTER, SECOND_MOMENT
 from finetune_trainer.engine.gradient_norm import sum_of_squares
+from finetune_trainer.engine.host_copy import HostCopy
 from finetune_trainer.engine.state import STATE_KINDS
 
 BATCH_ELEMENTS = 1 << 24
@@ -189,6 +190,7 @@ class Bf16Masters:
 
     def update(self, rate: float, *, gradient_factor: float) -> None:
         self.end_backward()
+        before: _Batch | None = None
         for batch in self._batches:
             gradient = batch.gradient_buffer()
             if gradient_factor != 1:
@@ -215,6 +217,10 @@ class Bf16Masters:
             del gradient
             batch.gradient = None
             batch.set_masters(batch.slices, masters)
+            if before is not None:
+                # While the CPU waits for the batch before, a GPU has this one to compute.
+                before.settle()
+            before = batch
         self._updates += 1
 
     def drop_gradient(self) -> None:
@@ -271,6 +277,8 @@ class _Batch:
         self._ties = torch.zeros(0, dtype=torch.int64, device=self.device)
         """Positions of the values whose remainder is TIE, which int16 can't store: about one value in 2^17. Here -TIE
         is stored for them."""
+        self._unsettled: tuple[torch.Tensor, HostCopy] | None = None
+        """After an update, until `settle` replaces `_ties`: a mask of these values, and their number."""
         self.moments = {kind: torch.zeros(size, device=self.device) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
         self.gradient: torch.Tensor | None = None
         """The accumulated gradient in fp32, flat; None before the first backward pass of a step."""
@@ -307,7 +315,8 @@ class _Batch:
 
     def set_masters(self, slices: Sequence[_Slice], masters: torch.Tensor, *, start: int = 0) -> None:
         """Set the fp32 values of consecutive ``slices`` to ``masters``, a flat tensor, and the weights to the nearest
-        numbers in bf16. The first value is at position ``start`` of the batch."""
+        numbers in bf16. The first value is at position ``start`` of the batch. Where all values of the batch are set,
+        the CPU does not wait for a GPU."""
         stop = start + masters.numel()
         rounded = masters.to(torch.bfloat16)
         weights = [piece.weight for piece in slices]
@@ -315,16 +324,25 @@ class _Batch:
         bits = rounded.float().view(torch.int32)
         del rounded
         remainder = torch.sub(masters.view(torch.int32), bits, out=bits)
-        ties = (remainder == TIE).nonzero().flatten()
-        remainder[ties] = -TIE
+        ties = remainder == TIE
+        # The conversion to int16 keeps the lower 16 bits, so that TIE becomes -TIE.
         self._remainder[start:stop].copy_(remainder)
         if masters.numel() == self._remainder.numel():
-            self._ties = ties
+            self._unsettled = ties, HostCopy(ties.sum())
             return
+        self.settle()
         others = self._ties[(self._ties < start) | (self._ties >= stop)]
-        self._ties = torch.cat([others, ties + start])
+        self._ties = torch.cat([others, ties.nonzero().flatten() + start])
+
+    def settle(self) -> None:
+        """Store the positions of the values whose remainder is TIE, instead of a mask. The CPU waits until a GPU has
+        counted them, which it has where the CPU has read a later result of the GPU since."""
+        if self._unsettled is not None:
+            ties, count = self._unsettled
+            self._ties, self._unsettled = torch.nonzero_static(ties, size=int(count.read())).flatten(), None
 
     def _ties_between(self, start: int, stop: int) -> torch.Tensor:
+        self.settle()
         # In an update the whole batch is read. Then no mask is needed, whose number of values a GPU would have to tell
         # the CPU first.
         if stop - start == self._remainder.numel():

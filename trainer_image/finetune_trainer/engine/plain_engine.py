@@ -14,9 +14,9 @@ Bytes a trained parameter in bf16, from the first backward pass of a step to its
 
 together 16, and 12 between an update and the next backward pass. In fp32 the weight is the fp32 value, and the sum is
 16 too. In addition there are the gradient of a single parameter in bf16 while it is computed, and temporary tensors of
-a bounded size: 16 MiB for small gradients, 176 MiB in the update, and 32 MiB for the norm, which is computed once for
-each step. With a whole fp32
-value of 4 bytes beside the weight the sum would be 18. DeepSpeed holds such a value, and copies of gradients too: it
+a bounded size: 16 MiB for small gradients, 176 MiB in the update, of which 16 MiB for each parameter group stay until
+the next one, and 32 MiB for the norm, which is computed once for each step. With a whole fp32 value of 4 bytes beside
+the weight the sum would be 18. DeepSpeed holds such a value, and copies of gradients too: it
 takes 24 bytes at ZeRO stage 1, and 20 at stage 2.
 
 `choice.py` makes this engine where a job asks for no ZeRO stage.
