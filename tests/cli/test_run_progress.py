@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from finetune_cli.local_run.dry_run_view import example_lines
-from finetune_cli.local_run.progress_view import figures, is_due, line, live_view, new_notices
-from finetune_cli.local_run.report_receiver import ReportReceiver
+from finetune_cli.localrun.dry_run_view import example_lines
+from finetune_cli.localrun.progress_view import figures, is_due, line, live_view, new_notices
+from finetune_cli.localrun.report_receiver import ReportReceiver
 from finetune_cli.terminal import SafeConsole
 from finetune_core.contract import Phase, Report
 from finetune_core.contract.first_examples import ShownExample, TextPiece, TokenUse
