@@ -6,6 +6,7 @@ The rows come from published files where a folder has them (`FOLDER/viggo/viggo-
 
     python -m examples.study.rows --output /tmp/rows
     python -m examples.study.rows --output /tmp/rows --data FOLDER
+    python -m examples.study.rows --output /tmp/rows --data FOLDER --whole
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Task(StrEnum):
 class Sizes:
     """How many rows a task has in each set."""
 
-    train: int
+    train: int | None
+    """None: all rows that are there."""
     validation: int
     test: int
 
@@ -59,20 +61,33 @@ SIZES: Mapping[Task, Sizes] = {
     Task.SQL: Sizes(480, 48, 48),
 }
 """The sizes with which the study takes at most 70 minutes on two cores. Rows of GSM8K and its answers are longer."""
+WHOLE = dict.fromkeys(Task, Sizes(None, 400, 400))
+"""The sizes for `examples/study/llama2`: all training rows of the published files."""
 
 
-def write_rows(output: Path, data: Path | None, sizes: Mapping[Task, Sizes] = SIZES) -> dict[Task, str]:
+def write_rows(
+    output: Path,
+    data: Path | None,
+    sizes: Mapping[Task, Sizes] = SIZES,
+    limits: Mapping[Task, int] | None = LIMITS,
+) -> dict[Task, str]:
     """Write the three files of each task into ``output``/<task>. ``data`` is the folder with published files; without a
-    folder, or where the folder lacks the files of a task, the rows are made. Return for each task where its rows come
+    folder, or where the folder lacks the files of a task, the rows are made. ``limits`` are the most characters of a
+    row, None for rows of any length. Return for each task where its rows come
     from, as a phrase. With the same files and sizes, the rows are the same on every machine. Raises UserError where a
     published file can't be read, or has too few rows."""
+    if data is not None and not data.is_dir():
+        raise UserError("--data", f"must name a folder, and {data} is none")
     told = {}
     for task in Task:
         files = _published(task, data)
         if files is None:
-            found, told[task] = _made(task, sizes[task]), "made by examples/study"
+            found, told[task] = _made(task, sizes[task], (limits or {}).get(task)), "made by examples/study"
         else:
-            found, told[task] = _chosen(task, files, sizes[task]), f"chosen from {', '.join(map(str, files))}"
+            found, told[task] = (
+                _chosen(task, files, sizes[task], (limits or {}).get(task)),
+                f"chosen from {', '.join(map(str, files))}",
+            )
         folder = output / task
         folder.mkdir(parents=True, exist_ok=True)
         for name in SETS:
@@ -104,13 +119,13 @@ def _published(task: Task, data: Path | None) -> tuple[Path, ...] | None:
     return files if all(file.is_file() for file in files) else None
 
 
-def _made(task: Task, sizes: Sizes) -> dict[str, list[Row]]:
+def _made(task: Task, sizes: Sizes, limit: int | None) -> dict[str, list[Row]]:
     maker = {Task.VIGGO: made_viggo.rows, Task.GSM8K: made_gsm8k.rows, Task.SQL: made_sql.rows}[task]
     # A row that is repeated, or longer than the limit, is left out. The makers can make many more rows than are asked.
-    return _split(_short(task, _different(maker(random.Random(f"{SEED}-{task}")), set())), sizes)
+    return _split(_short(task, _different(maker(random.Random(f"{SEED}-{task}")), set()), limit), sizes)
 
 
-def _chosen(task: Task, files: Sequence[Path], sizes: Sizes) -> dict[str, list[Row]]:
+def _chosen(task: Task, files: Sequence[Path], sizes: Sizes, limit: int | None) -> dict[str, list[Row]]:
     """Return the rows of each set from published ``files``. A second file has the validation and test rows."""
     sources = [[_row(task, raw, files[0]) for raw in _records(file)] for file in files]
     chance = random.Random(f"{SEED}-{task}")
@@ -118,12 +133,12 @@ def _chosen(task: Task, files: Sequence[Path], sizes: Sizes) -> dict[str, list[R
         chance.shuffle(source)
     # The held-out rows are taken first, so that none of them is a training row too.
     seen: set[str] = set()
-    last = _short(task, _different(sources[-1], seen))
+    last = _short(task, _different(sources[-1], seen), limit)
     found = _split(last, Sizes(0 if len(files) > 1 else sizes.train, sizes.validation, sizes.test))
     if len(files) > 1:
-        found["train"] = list(islice(_short(task, _different(sources[0], seen)), sizes.train))
+        found["train"] = list(islice(_short(task, _different(sources[0], seen), limit), sizes.train))
     for name in SETS:
-        if len(found[name]) < getattr(sizes, name):
+        if len(found[name]) < (getattr(sizes, name) or 1):
             raise UserError("--data", f"must name a folder with more rows of {task}: there are too few for {name}")
     return found
 
@@ -143,9 +158,9 @@ def _different(rows: Iterable[Row], seen: set[str]) -> Iterator[Row]:
             yield row
 
 
-def _short(task: Task, rows: Iterable[Row]) -> Iterator[Row]:
+def _short(task: Task, rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
     prompt, completion = COLUMNS[task]
-    return (row for row in rows if len(row[prompt]) + len(row[completion]) <= LIMITS[task])
+    return (row for row in rows if limit is None or len(row[prompt]) + len(row[completion]) <= limit)
 
 
 COLUMNS: Mapping[Task, tuple[str, str]] = {
@@ -198,8 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, required=True, metavar="FOLDER", help="where the folders of the tasks go"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder with the published files")
+    parser.add_argument("--whole", action="store_true", help="all published training rows, for examples/study/llama2")
     options = parser.parse_args(arguments)
-    for task, source in write_rows(options.output, options.data).items():
+    if options.whole and options.data is None:
+        parser.error("--whole needs --data: made rows have no end")
+    sizes, limits = (WHOLE, None) if options.whole else (SIZES, LIMITS)
+    for task, source in write_rows(options.output, options.data, sizes, limits).items():
         print(f"{task}: {source}")
     return 0
 
