@@ -64,6 +64,7 @@ docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architectu
 	@$(PYTHON) -m tests.trainer.test_families
 	@$(PYTHON) -m tests.gpu.test_page
 	@$(PYTHON) -m tests.planning.test_planning_page
+	@$(PYTHON) -m tests.examples.test_study_pages
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28

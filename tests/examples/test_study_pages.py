@@ -83,8 +83,8 @@ def plans() -> str:
         "GPUs",
         "memory of a GPU (GiB)",
         "s a step",
-        "hours, at most",
-        "a checkpoint",
+        "hours at most",
+        "checkpoint",
         "artifact",
     )
     return table(head, map(row, files_of_llama2()))
