@@ -89,6 +89,10 @@ images: venv ## Build the images of the operator and the trainer
 demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: all parameters; KEEP=1: keep the cluster)
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
+.PHONY: study
+study: venv ## LoRA or every parameter? Twelve small jobs, compared; 70 min on two cores (STUDY_DATA=FOLDER: published rows; STUDY_STEPS=4: a trial)
+	@$(PYTHON) -m examples.study $(if $(STUDY_DATA),--data $(STUDY_DATA)) $(if $(STUDY_STEPS),--steps $(STUDY_STEPS) --output out/study-trial)
+
 .PHONY: unit
 unit: venv ## Run the tests that need no cluster and no gang (ROOM=graders: all without a cluster of one folder of a package or of tests/)
 	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); \

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from examples.study.study_jobs import JOBS, StudyJob, minutes_of
 from finetune_core.api.job import FineTuneJob
 from finetune_core.planned_job import gpu_of, plan_of
 from finetune_core.planning.gpu_types import GIBIBYTE
@@ -21,6 +22,7 @@ from tests.planning.memory_cases import MODELS
 REPOSITORY = Path(__file__).parents[2]
 LLAMA2 = REPOSITORY / "examples/study/llama2"
 PLANS_PAGE = LLAMA2 / "README.md"
+STUDY_PAGE = REPOSITORY / "docs/study.md"
 SIZES = ("7b", "13b", "70b")
 ROWS = {"ViGGO": 5_103, "GSM8K": 7_473, "SQL": 56_355}
 """Published sizes of the training sets: Juraska et al. 2019, Cobbe et al. 2021, Zhong et al. 2017."""
@@ -90,7 +92,33 @@ def plans() -> str:
     return table(head, map(row, files_of_llama2()))
 
 
-PARTS: Mapping[Path, Mapping[str, Callable[[], str]]] = {PLANS_PAGE: {"plans": plans}}
+def jobs() -> str:
+    """Return the table of the jobs of `make study`."""
+
+    def row(job: StudyJob) -> tuple[str, ...]:
+        spec = job_in(job.file).spec
+        lora, training = spec.lora, spec.training
+        prompt = "added tokens" if spec.model.added_tokens else "none"
+        form = spec.dataset.format.prompt_completion
+        assert form is not None
+        if spec.evaluation.base_prompt is None:
+            prompt = "the task"
+        length = f"{training.epochs} epochs" if training.epochs is not None else f"{training.max_steps} steps"
+        return (
+            f"[{job.name}](../examples/study/smollm2/{job.file.name})",
+            "every parameter" if lora is None else f"LoRA, rank {lora.rank}",
+            str(training.learning_rate),
+            prompt,
+            length,
+            f"{job.minutes:g}",
+            job.question,
+        )
+
+    head = ("job", "trains", "rate", "prompt tells", "length", "minutes", "compared with")
+    return f"{table(head, map(row, JOBS))}\n\nTogether: about {minutes_of(JOBS):.0f} minutes on two idle cores."
+
+
+PARTS: Mapping[Path, Mapping[str, Callable[[], str]]] = {PLANS_PAGE: {"plans": plans}, STUDY_PAGE: {"jobs": jobs}}
 
 
 def with_tables(page: Path) -> str:
