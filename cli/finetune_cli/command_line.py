@@ -19,6 +19,7 @@ from finetune_cli.commands.logs_command import add_logs
 from finetune_cli.commands.metrics_command import add_metrics
 from finetune_cli.commands.order_commands import add_orders
 from finetune_cli.commands.plan_command import add_plan
+from finetune_cli.commands.run_command import add_run
 from finetune_cli.commands.validate_command import add_validate
 from finetune_cli.commands.watch_command import add_watch
 
@@ -29,6 +30,7 @@ EXAMPLES = """\
 examples:
   finetune validate job.yaml && kubectl apply -f job.yaml
   finetune plan job.yaml --model-config config.json
+  finetune run job.yaml
   finetune list -A
   finetune watch quickstart
   finetune describe quickstart -n research
@@ -47,7 +49,7 @@ def command_line(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Return the parser of the command line. ``program`` is how the help calls the program."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Check and plan job files, watch and steer FineTuneJobs, fetch what they made, and compare runs.",
+        description="Check, plan and run job files, watch and steer FineTuneJobs, fetch what they made, compare runs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,6 +59,7 @@ def command_line(program: str = PROGRAM) -> argparse.ArgumentParser:
     for add in (
         add_validate,
         add_plan,
+        add_run,
         add_list,
         add_describe,
         add_watch,

@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND  # noqa: E402
 from finetune_trainer.launcher import run  # noqa: E402
 from finetune_trainer.pod.settings import Paths  # noqa: E402
+from finetune_trainer.pod.signals import end_with_parent  # noqa: E402
 from finetune_trainer.preflight.entrypoint import run as preflight  # noqa: E402
 
 EXAMPLES = """\
@@ -38,9 +39,9 @@ exit codes:
 """
 
 
-def parse(arguments: list[str]) -> tuple[bool, Paths]:
-    """Return whether the command is `preflight`, and the paths from the command line. The default of each path is its
-    mount path in a pod."""
+def parse(arguments: list[str]) -> tuple[bool, Paths, int | None]:
+    """Return whether the command is `preflight`, the paths from the command line, and the process with which this one
+    ends. The default of each path is its mount path in a pod. In a pod there is no such process."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
         description="Train one node's part of a FineTuneJob attempt; identity comes from the environment.",
@@ -52,14 +53,17 @@ def parse(arguments: list[str]) -> tuple[bool, Paths]:
     for name, field in Paths.model_fields.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=Path, default=field.default, metavar="PATH", help=f"default: {field.default}")
+    parser.add_argument("--parent", type=int, metavar="PID", help="stop as after SIGTERM when this process has ended")
     values = vars(parser.parse_args(arguments))
-    only_check = values.pop("command") == PREFLIGHT_COMMAND
-    return only_check, Paths(**{name: path.absolute() for name, path in values.items()})
+    only_check, parent = values.pop("command") == PREFLIGHT_COMMAND, values.pop("parent")
+    return only_check, Paths(**{name: path.absolute() for name, path in values.items()}), parent
 
 
 def main() -> int:
     """Run the training or the preflight checks, and return the exit code."""
-    only_check, paths = parse(sys.argv[1:])
+    only_check, paths, parent = parse(sys.argv[1:])
+    if parent is not None:
+        end_with_parent(parent)
     return preflight(paths, os.environ) if only_check else run(paths, os.environ)
 
 

@@ -8,9 +8,7 @@ installed before the heavy imports, so that a SIGTERM that arrives while torch i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from finetune_trainer.pod.errors import Diverged, NodeFault, OutOfMemory, Outsid
 from finetune_trainer.pod.imports import importing
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.pod.signals import StopFlag
+from finetune_trainer.pod.signals import StopFlag, end_with_parent
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.ranks.locked_memory import lock_all_memory
 from finetune_trainer.ranks.return_guard import ReturnGuard, least_seconds
@@ -33,30 +31,12 @@ ERRORS_OF_ALL_RANKS = (UserError, OutsideFailure, Diverged, Stopped)
 """Errors that end every rank in the same way. Rank 0 waits until the other ranks have read the error from the
 rendezvous store, which lives in rank 0. After any other error, and after PeerLost, the process ends at once, so that
 the other ranks, which may wait in a collective, soon notice that this rank is gone."""
-PR_SET_PDEATHSIG = 1
-"""Option of `prctl(2)` that sets which signal the kernel sends to this process when its parent ends."""
-
-
-def end_with_launcher(launcher: int) -> None:
-    """Let the kernel send SIGTERM to this process when the process with id ``launcher`` ends, for whatever reason.
-
-    In a container every process ends with PID 1. Outside of a container, this call is needed: a worker whose launcher
-    was killed would otherwise train on unnoticed, and keep the devices that the next attempt needs.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != launcher:
-        # The launcher ended before `prctl`, so the kernel will send no signal for its end.
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
     """Run the worker and write its outcome. The process ends inside this function, with the outcome's exit code."""
     stop = StopFlag()
-    end_with_launcher(int(sys.argv[2]))
+    end_with_parent(int(sys.argv[2]))
     lock_all_memory()
     plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
     status = WorkerStatus()

@@ -5,12 +5,33 @@ launcher and every worker process create one `StopFlag` at their start.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PIPE_BYTES = 1 << 16
 """Capacity of a pipe of Linux in bytes."""
+PR_SET_PDEATHSIG = 1
+"""Option of `prctl(2)` that sets which signal the kernel sends to this process when its parent ends."""
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel send SIGTERM to this process when the process with id ``parent`` ends, for whatever reason.
+
+    In a container every process ends with PID 1. Outside of a container, workers call this, and the launcher of
+    `finetune run`: a worker whose launcher was killed would otherwise train on unnoticed, and keep the devices that the
+    next attempt needs.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        # The parent ended before `prctl`, so the kernel will send no signal for its end.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopFlag:
