@@ -17,15 +17,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import yaml
 
 from examples.demo.base_model import base_model
 from examples.study.rows import digest_of, write_rows
@@ -187,9 +184,10 @@ def run_job(study: Study, job: StudyJob, document: Mapping[str, Any]) -> int:
     """Run `finetune run` for ``job``, and return its exit status."""
     file = job.file
     if study.steps is not None:
-        file = study.folder / "jobs" / f"{job.name}.yaml"
+        # PyYAML writes the text 5e-6 without quotes, and other readers of YAML take it for a number.
+        file = study.folder / "jobs" / f"{job.name}.json"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(dict(document), sort_keys=False), encoding="utf-8")
+        _write(file, document)
     command = ["run", str(file), "--volume", f"{CLAIM}={study.folder}", "--store", str(study.store)]
     begun = time.monotonic()
     code = _finetune(command)
@@ -210,24 +208,25 @@ def run_job(study: Study, job: StudyJob, document: Mapping[str, Any]) -> int:
 
 
 def _finetune(arguments: Sequence[str]) -> int:
-    """Run the command line `finetune` with ``arguments``, show what it shows, and return its exit status. A Ctrl-C or
-    SIGTERM reaches the command once, and this program waits until the command has ended."""
+    """Run the command line `finetune` with ``arguments``, show what it shows, and return its exit status. The status is
+    INTERRUPTED where this program was told to stop. A Ctrl-C or SIGTERM reaches the command once, and this program waits until the
+    command has ended."""
     say(f"\n$ finetune {shlex.join(arguments)}")
-    with subprocess.Popen([*FINETUNE, *arguments], start_new_session=True) as process, _passed_on(process):
-        return process.wait()
+    with subprocess.Popen([*FINETUNE, *arguments], start_new_session=True) as process:
+        told: list[int] = []
 
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            told.append(number)
+            process.send_signal(signal.SIGINT)
 
-@contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(signal.SIGINT)
-
-    former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+    # The command has an exit status of its own where the signal came before it could catch one.
+    return INTERRUPTED if told else code
 
 
 def compare(study: Study, documents: Mapping[str, Mapping[str, Any]]) -> int:

@@ -42,16 +42,16 @@ class StudyJob:
 
 
 JOBS = (
-    StudyJob("viggo-lora", 5.5, "LoRA beside `viggo-full`"),
-    StudyJob("viggo-full", 6.5, "every parameter, with the rate of the study"),
-    StudyJob("gsm8k-lora", 6, "LoRA beside `gsm8k-full`: the study's largest gap was in mathematics"),
-    StudyJob("gsm8k-full", 7, "every parameter, with the rate of the study"),
+    StudyJob("viggo-lora", 4, "LoRA beside `viggo-full`"),
+    StudyJob("viggo-full", 5, "every parameter, with the rate of the study"),
+    StudyJob("gsm8k-lora", 5, "LoRA beside `gsm8k-full`: the study's largest gap was in mathematics"),
+    StudyJob("gsm8k-full", 6, "every parameter, with the rate of the study"),
     StudyJob("sql-lora", 5, "LoRA beside `sql-full`; the base of the next jobs"),
     StudyJob("sql-full", 6, "every parameter, with the rate of the study"),
     StudyJob("sql-full-5e-5", 6, "a rate that suits so small a model better"),
     StudyJob("sql-lora-3e-5", 5, "the lower rate, which the study took where 1e-4 was unstable"),
-    StudyJob("sql-lora-plain", 5, "no description of the task: the study saw 1e-4 become unstable"),
-    StudyJob("sql-lora-tokens", 5, "four added tokens in place of a description of the task"),
+    StudyJob("sql-lora-plain", 4.5, "no description of the task: the study saw 1e-4 become unstable"),
+    StudyJob("sql-lora-tokens", 4.5, "four added tokens in place of a description of the task"),
     StudyJob("sql-lora-rank-64", 5.5, "eight times as many trained values as with rank 8"),
     StudyJob("sql-lora-equal-time", 6, "as long as `sql-full`, where the other jobs have equal epochs"),
 )
