@@ -208,9 +208,9 @@ def run_job(study: Study, job: StudyJob, document: Mapping[str, Any]) -> int:
 
 
 def _finetune(arguments: Sequence[str]) -> int:
-    """Run the command line `finetune` with ``arguments``, show what it shows, and return its exit status. The status is
-    INTERRUPTED where this program was told to stop. A Ctrl-C or SIGTERM reaches the command once, and this program waits until the
-    command has ended."""
+    """Run the command line `finetune` with ``arguments``, show what it shows, and return its exit status. Where this
+    program was told to stop, return INTERRUPTED. A Ctrl-C or SIGTERM reaches the command once, and this program waits
+    until the command has ended."""
     say(f"\n$ finetune {shlex.join(arguments)}")
     with subprocess.Popen([*FINETUNE, *arguments], start_new_session=True) as process:
         told: list[int] = []

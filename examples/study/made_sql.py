@@ -64,8 +64,8 @@ def _where(table: Table, chance: random.Random) -> tuple[str, str, str]:
     """Return a condition: in words, in SQL, and its column."""
     if chance.random() < 0.5:
         column, values = chance.choice(sorted(table.texts.items()))
-        value = chance.choice(values)
-        return f"whose {_said(column)} is {value}", f"{column} = '{value}'", column
+        word = chance.choice(values)
+        return f"whose {_said(column)} is {word}", f"{column} = '{word}'", column
     column, greatest = chance.choice(sorted(table.numbers.items()))
     value, sign = chance.randint(1, greatest), chance.choice(sorted(COMPARISONS))
     return f"with {COMPARISONS[sign]} {value} as {_said(column)}", f"{column} {sign} {value}", column
