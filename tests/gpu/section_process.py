@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune_trainer.pod.imports import importing
+from finetune_trainer.pod.signals import end_with_parent
 from finetune_trainer.pod.unused_libraries import leave_out_bitsandbytes
 from finetune_trainer.ranks.process import prepare_environment
-from finetune_trainer.worker import end_with_launcher
 from tests.gpu.report import READY, Check, End, Line, SectionEnd, to_json
 from tests.gpu.settings import SHORT, rank_environment, run_config
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Run the sections that are ordered, until standard input ends."""
     channel = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     dry = "--dry" in sys.argv[3:]
-    end_with_launcher(int(sys.argv[2]))
+    end_with_parent(int(sys.argv[2]))
     # The same preparation as that of a worker of the trainer. It must come before the first import of torch.
     prepare_environment(Path(tempfile.mkdtemp()))
     leave_out_bitsandbytes(run_config(SHORT, dry=dry))

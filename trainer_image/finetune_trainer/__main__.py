@@ -14,6 +14,7 @@ import argparse  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND  # noqa: E402
 from finetune_trainer.launcher import run  # noqa: E402
@@ -39,9 +40,20 @@ exit codes:
 """
 
 
-def parse(arguments: list[str]) -> tuple[bool, Paths, int | None]:
-    """Return whether the command is `preflight`, the paths from the command line, and the process with which this one
-    ends. The default of each path is its mount path in a pod. In a pod there is no such process."""
+class Arguments(NamedTuple):
+    """The command line. In a pod only `only_check` differs from its default."""
+
+    only_check: bool
+    """Whether the command is `preflight`."""
+    paths: Paths
+    parent: int | None
+    """The process with which this one ends."""
+    first_examples: Path | None
+    """File for the first examples of the training rows."""
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Return the command line. The default of each path is its mount path in a pod."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
         description="Train one node's part of a FineTuneJob attempt; identity comes from the environment.",
@@ -54,17 +66,22 @@ def parse(arguments: list[str]) -> tuple[bool, Paths, int | None]:
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=Path, default=field.default, metavar="PATH", help=f"default: {field.default}")
     parser.add_argument("--parent", type=int, metavar="PID", help="stop as after SIGTERM when this process has ended")
-    values = vars(parser.parse_args(arguments))
-    only_check, parent = values.pop("command") == PREFLIGHT_COMMAND, values.pop("parent")
-    return only_check, Paths(**{name: path.absolute() for name, path in values.items()}), parent
+    parser.add_argument(
+        "--first-examples", type=Path, metavar="FILE", help="with preflight: write the first examples into this file"
+    )
+    given = parser.parse_args(arguments)
+    paths = Paths(**{name: getattr(given, name).absolute() for name in Paths.model_fields})
+    return Arguments(given.command == PREFLIGHT_COMMAND, paths, given.parent, given.first_examples)
 
 
 def main() -> int:
     """Run the training or the preflight checks, and return the exit code."""
-    only_check, paths, parent = parse(sys.argv[1:])
-    if parent is not None:
-        end_with_parent(parent)
-    return preflight(paths, os.environ) if only_check else run(paths, os.environ)
+    given = parse(sys.argv[1:])
+    if given.parent is not None:
+        end_with_parent(given.parent)
+    if given.only_check:
+        return preflight(given.paths, os.environ, first_examples=given.first_examples)
+    return run(given.paths, os.environ)
 
 
 if __name__ == "__main__":

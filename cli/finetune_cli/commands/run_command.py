@@ -22,6 +22,7 @@ EXAMPLES = """\
 examples:
   finetune run job.yaml
   finetune run job.yaml --model ./smollm2 --train rows.jsonl --validation held-out.jsonl
+  finetune run job.yaml --dry-run
   finetune run job.yaml --store /data/runs --processes 2
   finetune run job.yaml --volume models=/data/models --volume rows=/data/rows
   finetune run job.yaml --store s3 --endpoint http://127.0.0.1:9000
@@ -78,6 +79,12 @@ def add_run(commands: Commands) -> None:
     )
     command.add_argument("--device", choices=("gpu", "cpu"), help="default: that of the job; the CPU without a GPU")
     add_endpoint(command)
+    command.add_argument("--fresh", action="store_true", help="train anew, beside the runs that are in the store")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing; show the plan, the run file, and the first examples as text and tokens",
+    )
     command.add_argument(
         "--every", type=whole_number(1, MOST_STEPS), metavar="N", help="steps between two lines in a pipe"
     )
@@ -99,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
             device=options.device.upper() if options.device else None,
             endpoint=options.endpoint,
             every=options.every,
+            fresh=options.fresh,
+            dry_run=options.dry_run,
         )
     )
 

@@ -18,14 +18,11 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig, WorldConfig
 from finetune_core.contract.run_file import FOLDER_PATTERN
 from finetune_core.errors import UserError
-from finetune_core.layout import Location, parse_uri
 from finetune_core.resolve import resolve
 from finetune_core.validation.validate_job import validate_job
 
 UID = "local"
 """uid of a job that no API server has stored."""
-RUN_ID = "local"
-"""Name of the folder of the runs, where the job sets no `storage.runId`."""
 LONGEST_FOLDER = 255
 """Largest number of characters of the path of a store, as in the run file."""
 _GLOB = re.compile(r"[*?\[]")
@@ -171,11 +168,6 @@ def checked_store(folder: Path) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError("--store", f"must name a folder, and {folder} is a file")
     return path
-
-
-def runs_place(config: RunConfig) -> Location:
-    """Return the bucket and the prefix of the folder of all runs of the job."""
-    return parse_uri(config.storage.uri)
 
 
 def cpus_asked(job: FineTuneJob) -> int | None:

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class StateFolder:
         """How the newest start ended, as the trainer wrote it."""
         return self.path / "result.json"
 
-    def prepare(self, volumes: dict[str, Path]) -> None:
+    def prepare(self, volumes: Mapping[str, Path]) -> None:
         """Make the folders anew, and a link for each item of ``volumes``. The caller holds the lock."""
         for folder in (self.scratch, self.secrets, self.volumes):
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,10 +19,12 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from finetune_cli.local_run.state_folder import StateFolder
+from finetune_core.api.base import LABEL_LENGTH, LABEL_VALUE_PATTERN
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, MASTER_PORT_VARIABLE
 from finetune_core.contract.pod import CPU_REQUEST_VARIABLE
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
@@ -31,6 +35,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("finetune_trainer", "torch", "transformers", "peft", "deepspeed", "safetensors")
 """Packages without which no training starts."""
 INSTALL = "pip install 'finetune-operator[trainer]'"
+_COUNT = """
+import json, torch
+count = torch.cuda.device_count()
+print(json.dumps([count, torch.cuda.get_device_name(0) if count else ""]))
+"""
 _OURS = ("FTJ_", "PET_")
 """Beginnings of the environment variables that the trainer reads as its identity."""
 
@@ -44,16 +53,29 @@ def check_installed() -> None:
         )
 
 
-def gpus_here() -> int:
-    """Return how many GPUs torch finds on this machine, in a process of its own, because this program does not import
-    torch."""
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+@dataclass(frozen=True, slots=True)
+class GpusHere:
+    """The GPUs of this machine."""
+
+    count: int
+    product: str
+    """The first GPU as the node label `nvidia.com/gpu.product` names it; empty where the name is no value of a label.
+    """
+
+
+def gpus_here() -> GpusHere:
+    """Return the GPUs that torch finds on this machine. A process of its own asks, because this program does not import
+    torch. Raises UserError where torch can't be imported."""
+    command = [sys.executable, "-c", _COUNT]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = ended.stdout.split()
-    if ended.returncode != 0 or not lines or not lines[-1].isdecimal():
-        reason = ended.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise UserError("torch", f"can't be imported ({reason[0]}): {INSTALL}")
-    return int(lines[-1])
+    try:
+        count, name = json.loads(ended.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        reason = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
+        raise UserError("torch", f"can't count the GPUs ({reason}); to install it: {INSTALL}") from None
+    product = re.sub(r"\s+", "-", name.strip())
+    is_label = re.fullmatch(LABEL_VALUE_PATTERN, product) is not None and len(product) <= LABEL_LENGTH
+    return GpusHere(count, product if is_label else "")
 
 
 def trainer_environment(
@@ -88,8 +110,16 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def trainer_command(folder: StateFolder, *, model_cache: Path, certificates: Path | None, preflight: bool) -> list[str]:
-    """Return the command line of the trainer, or of its check where ``preflight`` is true."""
+def trainer_command(
+    folder: StateFolder,
+    *,
+    model_cache: Path,
+    certificates: Path,
+    preflight: bool,
+    first_examples: Path | None = None,
+) -> list[str]:
+    """Return the command line of the trainer, or of its check where ``preflight`` is true. ``model_cache`` and
+    ``certificates`` need not exist. The check writes the first examples into ``first_examples``; None for no file."""
     options = {
         "run-file": folder.run_file,
         "nonce-file": folder.secrets / "nonce",
@@ -103,11 +133,13 @@ def trainer_command(folder: StateFolder, *, model_cache: Path, certificates: Pat
         "model-cache": model_cache,
         "model-volume": folder.secrets / "none",
         "ca-file": folder.secrets / "none",
-        "storage-ca-file": certificates or folder.secrets / "none",
+        "storage-ca-file": certificates,
     }
     command = [sys.executable, "-m", "finetune_trainer", *([PREFLIGHT_COMMAND] if preflight else [])]
     for name, path in options.items():
         command += [f"--{name}", str(path)]
+    if first_examples is not None:
+        command += ["--first-examples", str(first_examples)]
     return [*command, "--parent", str(os.getpid())]
 
 

@@ -57,9 +57,10 @@ class ChecksTimedOut(BaseException):
     check or a library catches the error."""
 
 
-def run(paths: Paths, environment: Mapping[str, str]) -> int:
+def run(paths: Paths, environment: Mapping[str, str], *, first_examples: Path | None = None) -> int:
     """Run all checks and return the exit code. 0: there are no findings. 64: the job can't run as written. 75:
     something outside the job fails or is missing. ``environment`` is the pod's environment, which holds the job's uid.
+    ``first_examples`` is a file into which the first examples of the training rows are written, None for no file.
 
     An unexpected error ends the process with a traceback and exit code 1, and without a result. The operator then shows
     the failure and starts the preflight pod again.
@@ -69,7 +70,8 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     try:
         with _time_limit(PREFLIGHT_SECONDS):
             findings.collect("podTemplate.env", partial(parts_left_plain, environment))
-            run_checks(findings, paths, uid=environment.get(IDENTITY_VARIABLES["uid"], ""))
+            uid = environment.get(IDENTITY_VARIABLES["uid"], "")
+            run_checks(findings, paths, uid=uid, first_examples=first_examples)
     except ChecksTimedOut:
         sentence = f"the checks did not end within {PREFLIGHT_SECONDS} s; they were looking at {findings.subject}"
         findings.add(FindingKind.OUTSIDE, sentence)
@@ -79,11 +81,12 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     return result.exit_code
 
 
-def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
+def run_checks(findings: Findings, paths: Paths, *, uid: str = "", first_examples: Path | None = None) -> None:
     """Check the run file, the object store, the base model and the data, in this order.
 
     If the artifact of the job is committed already, or that of a former job with the same training, check only the run
-    file, and that the object store can be read. ``uid`` is the job's uid.
+    file, and that the object store can be read. ``uid`` is the job's uid. With ``first_examples``, a file for the first
+    examples, model and data are checked in any case, and nothing is written to the store.
 
     Former jobs are looked for only if the job's folder is named after the uid, and holds no run and no artifact yet. A
     person chose a folder with another name (`storage.runId`), so the job keeps that folder.
@@ -101,17 +104,19 @@ def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
         findings.found = own.found
         if not own.has_runs and own.found is None and root.location.prefix.endswith(f"/{uid}"):
             findings.found = _former_run(findings, config, paths, root, folder)
-    if findings.found is not None and findings.found.artifact is not None:
+    if findings.found is not None and findings.found.artifact is not None and first_examples is None:
         findings.found = judged_run(findings.found, config.evaluation.require)
         return
     # If the store does not answer, nothing else is requested from it, because the same finding would only be repeated.
     store_answers = own is not None
-    if store_answers:
+    if store_answers and first_examples is None:
         findings.collect("the object store", partial(check_store, root))
 
     def check_inputs(child: Findings) -> None:
         records = own.records if own is not None else {}
-        _check_inputs(child, config, paths, root, folder, records, store_answers=store_answers)
+        _check_inputs(
+            child, config, paths, root, folder, records, store_answers=store_answers, first_examples=first_examples
+        )
 
     _run_confined(findings, check_inputs)
     print(f"model files and data were checked within {_peak_memory()}", flush=True)
@@ -176,10 +181,11 @@ def _check_inputs(
     records: Mapping[int, RunRecord],
     *,
     store_answers: bool,
+    first_examples: Path | None,
 ) -> None:
     """Check the base model, the adapter, the grader, the first rows of each data source, and by the plan of the
     training whether it fits the memory of its GPUs. Without ``store_answers``, model, adapter and data in the object
-    store are left out. ``records`` are those of the runs in the job's folder."""
+    store are left out. ``records`` are those of the runs in the job's folder. ``first_examples`` is as for `run`."""
     _hide_torch()
     with importing():
         from finetune_trainer.data.dataset import check_tools_of_mix
@@ -232,6 +238,7 @@ def _check_inputs(
             base_prompt=config.evaluation.base_prompt,
             measured=lambda data_bytes: findings.measured(data_bytes=data_bytes),
             has_tokens=longest_rows.append if field.startswith("dataset.train") else lambda _: None,
+            first_examples=first_examples if number == 0 else None,
         )
         findings.notice(*(findings.collect(field, check) or []))
         if (folder / f"data-{number}" / INDEX_FILE).is_file():

@@ -24,6 +24,7 @@ from finetune_trainer.data.reader import content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
+from finetune_trainer.preflight.preview import write_first_examples
 from finetune_trainer.preflight.task_check import TaskCheck
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.inputs import source_name
@@ -81,6 +82,7 @@ def check_rows(
     base_prompt: str | None = None,
     measured: Callable[[int], None] = lambda _: None,
     has_tokens: Callable[[int], None] = lambda _: None,
+    first_examples: Path | None = None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
@@ -88,7 +90,8 @@ def check_rows(
     template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns are checked,
     because rows can't be tokenized. ``task`` is None where the job's grader can't be loaded. ``measured`` is called
     with the size of all data files of the source in bytes, and ``has_tokens`` with the number of tokens of the longest
-    example that the checked rows became.
+    example that the checked rows became. ``first_examples`` is a file into which the first examples are written as
+    text; None for no file.
 
     Raises UserError with file and line for a row that would end the training, and OutsideFailure if the source can't be
     read.
@@ -115,15 +118,13 @@ def check_rows(
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head, source_name(source), rows, field)
+    tokenize = tokenize_functions(model.tokenizer, model.added_tokens, ends=ends, today=today)
+    limit = length_limit(dataset, model.context, model.rows)
+    if first_examples is not None:
+        write_first_examples(first_examples, rows, source_name(source), dataset, tokenize, limit, model)
     try:
         examples, notices = make_examples(
-            rows,
-            source_name(source),
-            field,
-            dataset,
-            tokenize_functions(model.tokenizer, model.added_tokens, ends=ends, today=today),
-            limit=length_limit(dataset, model.context, model.rows),
-            keep_rows=task is not None,
+            rows, source_name(source), field, dataset, tokenize, limit=limit, keep_rows=task is not None
         )
     except NoRowsError as error:
         if head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES:
