@@ -41,6 +41,8 @@ from tests.cluster.progress import say
 
 INTERRUPTED = 130
 """Exit status of `finetune run` after Ctrl-C, and of this program."""
+TERMINATED = 143
+"""Exit status of `finetune run` after SIGTERM."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FINETUNE = [sys.executable, "-m", "finetune_cli"]
 HELP = """\
@@ -70,6 +72,11 @@ class Study:
     def store(self) -> Path:
         """The folder in place of an object store."""
         return self.folder / "store"
+
+    @property
+    def model_name(self) -> str:
+        """What the record of the study says of the base model."""
+        return "SmolLM2-135M-Instruct" if self.model is None else str(self.model.absolute())
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """Return each job as it runs, by name."""
@@ -112,7 +119,7 @@ def run(study: Study) -> int:
         if is_finished(run_folder(study.store, documents[job.name])):
             continue
         code = run_job(study, job, documents[job.name])
-        if code == INTERRUPTED:
+        if code in (INTERRUPTED, TERMINATED):
             say("interrupted; the same command goes on from here")
             return INTERRUPTED
         if code != 0:
@@ -127,7 +134,7 @@ def run(study: Study) -> int:
 def outlook(study: Study, documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one line: how long the study takes on two idle cores, what is finished and what is left."""
     left = [job for job in study.jobs if not is_finished(run_folder(study.store, documents[job.name]))]
-    whole = f"study: {len(study.jobs)} jobs"
+    whole = f"study: {len(study.jobs)} job{'s' if len(study.jobs) > 1 else ''}"
     if study.steps is not None:
         return f"{whole} of {study.steps} steps, a trial; {len(left)} left"
     minutes = f"about {minutes_of(study.jobs):.0f} min on two idle cores"
@@ -148,14 +155,14 @@ def prepare(study: Study) -> None:
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     sources = write_rows(rows if known is None else study.folder / "rows.new", study.data)
     if known is None:
-        about = {"steps": study.steps, "rows": digest_of(rows), "rowsFrom": {str(k): v for k, v in sources.items()}}
-        _write(record, about | {"jobs": {}})
+        about = {"steps": study.steps, "model": study.model_name, "rows": digest_of(rows)}
+        _write(record, about | {"rowsFrom": {task.value: source for task, source in sources.items()}, "jobs": {}})
         return
     fresh = study.folder / "rows.new"
-    same = known["rows"] == digest_of(fresh) and known["steps"] == study.steps
+    same = (known["rows"], known["steps"], known["model"]) == (digest_of(fresh), study.steps, study.model_name)
     shutil.rmtree(fresh)
     if not same:
-        raise UserError("--output", f"must name a new folder: {study.folder} has a study of other rows or other steps")
+        raise UserError("--output", f"must name a new folder: {study.folder} has a study of other rows, steps or model")
 
 
 def _copy(source: Path, target: Path) -> None:

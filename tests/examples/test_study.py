@@ -140,7 +140,7 @@ def test_two_jobs_are_run_and_compared_and_are_not_run_again(tmp_path: Path, cap
     assert "0 left" in again
     assert "finetune run" not in again
     assert main([*options, "--steps", "5"]) == 2
-    assert "has a study of other rows or other steps" in capfd.readouterr().out
+    assert "has a study of other rows, steps or model" in capfd.readouterr().out
 
     folders = [run_folder(tmp_path / "study" / "store", document(name)) for name in ("sql-lora", "sql-full")]
     assert all(map(is_finished, folders))
