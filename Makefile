@@ -90,7 +90,7 @@ demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: a
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: study
-study: venv ## LoRA or every parameter? Twelve small jobs, compared; 70 min on two cores (STUDY_DATA=FOLDER: published rows; STUDY_STEPS=4: a trial)
+study: venv ## LoRA or every parameter? Twelve small jobs, compared; 70 min on two cores (STUDY_DATA=FOLDER: published rows; STUDY_STEPS=6: a trial)
 	@$(PYTHON) -m examples.study $(if $(STUDY_DATA),--data $(STUDY_DATA)) $(if $(STUDY_STEPS),--steps $(STUDY_STEPS) --output out/study-trial)
 
 .PHONY: unit

@@ -50,7 +50,7 @@ examples:
   python -m examples.study
   python -m examples.study --data FOLDER              published rows of ViGGO, GSM8K and SQL
   python -m examples.study --only sql-lora,sql-full   a part of the study
-  python -m examples.study --steps 4 --output /tmp/try-study
+  python -m examples.study --steps 6 --output /tmp/try-study
 
 exit code: 0 all jobs are finished and compared, 1 a job failed, 2 the study could not be made here, 130 interrupted
 """

@@ -124,9 +124,9 @@ def test_two_jobs_are_run_and_compared_and_are_not_run_again(tmp_path: Path, cap
     model = tiny_model(tmp_path / "model")
     tiny.write_byte_tokenizer(model)
     options = ["--output", str(tmp_path / "study"), "--model", str(model), "--only", "sql-lora,sql-full"]
-    assert main([*options, "--steps", "4"]) == 0, capfd.readouterr()
+    assert main([*options, "--steps", "6"]) == 0, capfd.readouterr()
     shown = capfd.readouterr().out
-    assert shown.startswith("study: 2 jobs of 4 steps, a trial; 2 left\n")
+    assert shown.startswith("study: 2 jobs of 6 steps, a trial; 2 left\n")
     record = json.loads((tmp_path / "study" / "study.json").read_text())
     assert {name: [part["exitCode"] for part in parts] for name, parts in record["jobs"].items()} == {
         "sql-lora": [0],
@@ -135,11 +135,11 @@ def test_two_jobs_are_run_and_compared_and_are_not_run_again(tmp_path: Path, cap
     page = (tmp_path / "study" / "study.html").read_text()
     assert "sql-lora" in page
 
-    assert main([*options, "--steps", "4"]) == 0
+    assert main([*options, "--steps", "6"]) == 0
     again = capfd.readouterr().out
     assert "0 left" in again
     assert "finetune run" not in again
-    assert main([*options, "--steps", "5"]) == 2
+    assert main([*options, "--steps", "7"]) == 2
     assert "has a study of other rows, steps or model" in capfd.readouterr().out
 
     folders = [run_folder(tmp_path / "study" / "store", document(name)) for name in ("sql-lora", "sql-full")]
@@ -147,9 +147,10 @@ def test_two_jobs_are_run_and_compared_and_are_not_run_again(tmp_path: Path, cap
     runs = [read_run(LocalFolder(folder), folder.name) for folder in folders if folder is not None]
     assert [run.label for run in runs] == ["sql-lora", "sql-full"]
     verdicts = {claim.number: finding.verdict for claim, finding in findings_of(Comparison.of(runs))}
-    # Claim 8 needs a job with another prompt, and claim 9 one with added tokens.
+    # Claim 8 needs a job with another prompt, and claim 9 one with added tokens. Whether claim 13 can be tested depends on
+    # the speed: with two evaluations, those of one job may all be earlier than those of the other.
     not_tested = {number for number, verdict in verdicts.items() if verdict is Verdict.NOT_TESTED}
-    assert not_tested == {8, 9}
+    assert not_tested - {13} == {8, 9}
     assert verdicts[2] is Verdict.SEEN
 
 
