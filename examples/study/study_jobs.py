@@ -31,7 +31,9 @@ class StudyJob:
     name: str
     """Name of the file, and of the run in the comparison."""
     minutes: float
-    """How long the job takes on two idle cores: training, evaluations, and the answers of both models."""
+    """How long the job takes on two idle cores: training, evaluations, and the answers of both models. The figure is an
+    estimate from 2.9 ms a trained token with LoRA, the speed of the quickstart (docs/performance.md), and 1.3 times as
+    much with every parameter."""
     question: str
     """What the job is compared with, and why."""
 
@@ -48,7 +50,7 @@ JOBS = (
     StudyJob("gsm8k-full", 6, "every parameter, with the rate of the study"),
     StudyJob("sql-lora", 5, "LoRA beside `sql-full`; the base of the next jobs"),
     StudyJob("sql-full", 6, "every parameter, with the rate of the study"),
-    StudyJob("sql-full-5e-5", 6, "a rate that suits so small a model better"),
+    StudyJob("sql-full-5e-5", 6, "ten times the rate of the study, because the training is short"),
     StudyJob("sql-lora-3e-5", 5, "the lower rate, which the study took where 1e-4 was unstable"),
     StudyJob("sql-lora-plain", 4.5, "no description of the task: the study saw 1e-4 become unstable"),
     StudyJob("sql-lora-tokens", 4.5, "four added tokens in place of a description of the task"),

@@ -147,8 +147,8 @@ def test_two_jobs_are_run_and_compared_and_are_not_run_again(tmp_path: Path, cap
     runs = [read_run(LocalFolder(folder), folder.name) for folder in folders if folder is not None]
     assert [run.label for run in runs] == ["sql-lora", "sql-full"]
     verdicts = {claim.number: finding.verdict for claim, finding in findings_of(Comparison.of(runs))}
-    # Claim 8 needs a job with another prompt, and claim 9 one with added tokens. Whether claim 13 can be tested depends on
-    # the speed: with two evaluations, those of one job may all be earlier than those of the other.
+    # Claim 8 needs a job with another prompt, and claim 9 one with added tokens. Whether claim 13 can be tested depends
+    # on the speed: with two evaluations, those of one job may all be earlier than those of the other.
     not_tested = {number for number, verdict in verdicts.items() if verdict is Verdict.NOT_TESTED}
     assert not_tested - {13} == {8, 9}
     assert verdicts[2] is Verdict.SEEN
