@@ -31,12 +31,12 @@ def job_document(name: str, **training: Any) -> dict[str, Any]:
             "lora": {"rank": 4, "alpha": 8, "dropout": "0.1"},
             "training": {
                 "learningRate": "1e-3",
-                "maxSteps": 24,
+                "maxSteps": 60,
                 "globalBatchSize": 6,
                 "precision": "fp32",
                 **training,
             },
-            "evaluation": {"everySteps": 6},
+            "evaluation": {"everySteps": 20},
             "resources": {
                 "nodes": 2,
                 "gpusPerNode": 0,

@@ -11,15 +11,15 @@ import pytest
 
 from finetune_cli.commands.run_command import volume
 from finetune_cli.compare.folders import LocalFolder
-from finetune_cli.local_run.former_settings import (
+from finetune_cli.localrun.former_settings import (
     check_same_training,
     former_settings,
     run_id_of,
 )
-from finetune_cli.local_run.local_job import LocalPaths, checked_store, cpus_asked, local_config, localised
-from finetune_cli.local_run.run_job import RunOptions, resources_here
-from finetune_cli.local_run.state_folder import locked, state_folder
-from finetune_cli.local_run.trainer_process import GpusHere, trainer_environment
+from finetune_cli.localrun.local_job import LocalPaths, checked_store, cpus_asked, local_config, localised
+from finetune_cli.localrun.run_job import RunOptions, resources_here
+from finetune_cli.localrun.state_folder import locked, state_folder
+from finetune_cli.localrun.trainer_process import GpusHere, trainer_environment
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve

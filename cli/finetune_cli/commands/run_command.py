@@ -1,4 +1,4 @@
-"""The options of `finetune run`. `local_run/run_job.py` does the work."""
+"""The options of `finetune run`. `localrun/run_job.py` does the work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import shtab
 
 from finetune_cli.commands.options import Commands, add_command, add_endpoint, whole_number
-from finetune_cli.local_run.local_job import LocalPaths
-from finetune_cli.local_run.run_job import DEFAULT_STORE, RunOptions, run_file
+from finetune_cli.localrun.local_job import LocalPaths
+from finetune_cli.localrun.run_job import DEFAULT_STORE, RunOptions, run_file
 
 MOST_PROCESSES = 1024
 """Largest number of processes that the command line takes."""

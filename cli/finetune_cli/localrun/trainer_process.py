@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from finetune_cli.local_run.state_folder import StateFolder
+from finetune_cli.localrun.state_folder import StateFolder
 from finetune_core.api.base import LABEL_LENGTH, LABEL_VALUE_PATTERN
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, MASTER_PORT_VARIABLE
 from finetune_core.contract.pod import CPU_REQUEST_VARIABLE

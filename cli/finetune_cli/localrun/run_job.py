@@ -15,12 +15,12 @@ from typing import Any
 from finetune_cli.bucket.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.compare.folders import BucketFolder, LocalFolder, RunFolder
 from finetune_cli.jobfiles.plan import read_job
-from finetune_cli.local_run.dry_run import show_dry_run
-from finetune_cli.local_run.former_settings import check_same_training, former_settings, run_id_of
-from finetune_cli.local_run.local_job import LocalJob, LocalPaths, checked_store, local_config, localised
-from finetune_cli.local_run.local_training import STOPPED, LocalTraining
-from finetune_cli.local_run.state_folder import STATE, locked, state_folder
-from finetune_cli.local_run.trainer_process import GpusHere, check_installed, gpus_here
+from finetune_cli.localrun.dry_run import show_dry_run
+from finetune_cli.localrun.former_settings import check_same_training, former_settings, run_id_of
+from finetune_cli.localrun.local_job import LocalJob, LocalPaths, checked_store, local_config, localised
+from finetune_cli.localrun.local_training import STOPPED, LocalTraining
+from finetune_cli.localrun.state_folder import STATE, locked, state_folder
+from finetune_cli.localrun.trainer_process import GpusHere, check_installed, gpus_here
 from finetune_cli.terminal import complain
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig

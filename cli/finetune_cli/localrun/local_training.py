@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.live import Live
 
-from finetune_cli.local_run.local_job import UID, cpus_asked
-from finetune_cli.local_run.progress_view import ending, is_due, line, live_view, new_notices, scores
-from finetune_cli.local_run.report_receiver import ReportReceiver
-from finetune_cli.local_run.state_folder import StateFolder
-from finetune_cli.local_run.trainer_process import StopSignals, Trainer, trainer_command, trainer_environment
+from finetune_cli.localrun.local_job import UID, cpus_asked
+from finetune_cli.localrun.progress_view import ending, is_due, line, live_view, new_notices, scores
+from finetune_cli.localrun.report_receiver import ReportReceiver
+from finetune_cli.localrun.state_folder import StateFolder
+from finetune_cli.localrun.trainer_process import StopSignals, Trainer, trainer_command, trainer_environment
 from finetune_cli.terminal import SafeConsole, complain, say
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import Outcome, Report, Result, RunConfig

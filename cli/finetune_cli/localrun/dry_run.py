@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_cli.jobfiles.plan_view import as_view
-from finetune_cli.local_run.dry_run_view import example_lines
-from finetune_cli.local_run.local_job import LocalJob
+from finetune_cli.localrun.dry_run_view import example_lines
+from finetune_cli.localrun.local_job import LocalJob
 from finetune_cli.terminal import SafeConsole, print_page, say, say_yaml
 from finetune_core.contract import RunConfig
 from finetune_core.contract.first_examples import FirstExamples
