@@ -115,7 +115,8 @@ def jobs() -> str:
         )
 
     head = ("job", "trains", "rate", "prompt tells", "length", "minutes", "compared with")
-    return f"{table(head, map(row, JOBS))}\n\nTogether: about {minutes_of(JOBS):.0f} minutes on two idle cores. The minutes are estimates."
+    total = f"Together: about {minutes_of(JOBS):.0f} minutes on two idle cores. The minutes are estimates."
+    return f"{table(head, map(row, JOBS))}\n\n{total}"
 
 
 PARTS: Mapping[Path, Mapping[str, Callable[[], str]]] = {PLANS_PAGE: {"plans": plans}, STUDY_PAGE: {"jobs": jobs}}
