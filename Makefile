@@ -65,6 +65,7 @@ docs: venv ## Generate docs/api.md, docs/tasks.md, the tables of docs/architectu
 	@$(PYTHON) -m tests.trainer.test_families
 	@$(PYTHON) -m tests.gpu.test_page
 	@$(PYTHON) -m tests.planning.test_planning_page
+	@$(PYTHON) -m tests.examples.test_study_pages
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28
@@ -101,6 +102,10 @@ demo: ## Run the whole product on this machine without GPUs (METHOD=full: all pa
 	$(call announce,about 5 minutes$(comma) and 10 more the first time$(comma) when it builds a Kubernetes$(comma))
 	@$(MAKE) --no-print-directory --silent venv
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
+
+.PHONY: study
+study: venv ## LoRA or every parameter? Twelve small jobs, compared; 70 min on two cores (STUDY_DATA=FOLDER: published rows; STUDY_STEPS=6: a trial)
+	@$(PYTHON) -m examples.study $(if $(STUDY_DATA),--data $(STUDY_DATA)) $(if $(STUDY_STEPS),--steps $(STUDY_STEPS) --output out/study-trial)
 
 .PHONY: unit
 unit: venv ## Run the tests that need no cluster and no gang (ROOM=graders: all without a cluster of one folder of a package or of tests/)

@@ -36,7 +36,7 @@ from finetune_core.validation.runnable import to_bytes, unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
 """For each method, the peak learning rate where the job sets none. The rates are those of Anyscale's study of LoRA
-(September 2023), which the jobs in examples/llama2 repeat."""
+(September 2023), which the jobs in examples/study/llama2 repeat."""
 DEFAULT_CHECKPOINT_STEPS = 100
 """Optimizer steps between two checkpoints where the job sets neither `everySteps` nor `everyMinutes`."""
 

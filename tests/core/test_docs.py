@@ -40,6 +40,7 @@ PAGES = sorted(
         *DOCS.glob("*.md"),
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
         ROOT / "charts/finetune-operator/README.md",
+        ROOT / "examples/study/llama2/README.md",
         ROOT / "examples/trails/README.md",
         ROOT / "tests/cluster/README.md",
     ]

@@ -1,5 +1,5 @@
-"""For each job file in examples/llama2, a perfect answer to the file's example row gets the full value of every score
-from the file's grader, and a wrong answer gets 0."""
+"""For each job file in examples/study/llama2, a perfect answer to the file's example row gets the full value of every
+score from the file's grader, and a wrong answer gets 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from finetune_core.api.job import FineTuneJob
 from finetune_trainer.evaluation.graders import load_grading
 
-FILES = sorted((Path(__file__).parents[2] / "examples" / "llama2").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "examples" / "study" / "llama2").glob("*.yaml"))
 
 
 def example_row(text: str) -> dict[str, str]:
@@ -24,7 +24,7 @@ def example_row(text: str) -> dict[str, str]:
 
 
 def test_there_are_the_files_of_the_study() -> None:
-    assert len(FILES) == 15
+    assert len(FILES) == 21
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
