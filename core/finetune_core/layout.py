@@ -41,6 +41,9 @@ BASES = "_bases"
 rows for `model.addedTokens`, with an untied output head, or with an adapter that was merged into them. Each copy is
 stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. No namespace has
 the name of this folder, because the name of a namespace has no underscore."""
+LOCAL_RUN = "local"
+"""Name of the folder of the runs that `finetune run` makes of a job without `storage.runId`. A training that is begun
+anew beside them has `local-2`, and so on."""
 
 
 class Location(NamedTuple):
@@ -180,3 +183,7 @@ class ArtifactPointer(ContractModel):
 def digest(data: bytes) -> str:
     """Return the sha256 of ``data`` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+LOCAL_RUN = "local"
+"""Id of the runs that `finetune run` makes of a job. A training that is begun anew has `local-2`, and so on."""

@@ -131,6 +131,7 @@ def test_a_folder_in_the_bucket_is_compared_with_the_same_folder_here(
         (["s3://b/runs/team/lora/uid-1", "s3://b/runs/team/lora/uid-2/"], ["lora #1", "lora #2"]),
         (["./a/lora/", "/data/full", ".."], ["lora", "full", ".."]),
         (["s3://b/lora"], ["lora"]),
+        (["runs/default/lora/local", "runs/default/full/local-2/", "./local"], ["lora", "full", "local"]),
     ],
 )
 def test_each_source_has_a_label_of_its_own(sources: list[str], labels: list[str]) -> None:

@@ -185,7 +185,8 @@ def named_paths(text: str) -> Iterator[str]:
         for word in re.split(r"[\s\"'=,()|]+", match[0].strip("`")):
             path = word.strip("`.:;").partition("::")[0]
             top = path.partition("/")[0]
-            is_below = bool(top) and "/" in path and (ROOT / top).is_dir()
+            # Commands write into out/, which is no part of the repository.
+            is_below = bool(top) and top != "out" and "/" in path and (ROOT / top).is_dir()
             is_module = re.fullmatch(r"\w[\w/*-]*\.(py|md|go)|pyproject\.toml", path) is not None
             is_dotted = re.fullmatch(r"(finetune_(core|cli|operator|trainer)|tests|examples)(\.\w+)+", path) is not None
             if (is_below or is_module or is_dotted) and "<" not in path and "://" not in word:

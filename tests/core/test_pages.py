@@ -13,7 +13,7 @@ import yaml
 from finetune_core.validation.validate_job import validate_job
 from finetune_operator.process.settings import parse_settings
 from tests.core.jobs import quickstart
-from tests.core.test_docs import DOCS, PAGES, ROOT, text_of
+from tests.core.test_docs import DOCS, PAGES, PARTS, ROOT, text_of
 
 CHART = ROOT / "charts/finetune-operator"
 INSTALLATION = [ROOT / "README.md", CHART / "README.md", CHART / "templates/NOTES.txt", *sorted(DOCS.glob("*.md"))]
@@ -28,6 +28,17 @@ def by_name(page: Path) -> str:
 def test_nothing_is_installed_by_a_name_that_anybody_could_take(page: Path) -> None:
     """The project is on no package index. `pip install finetune-operator` would therefore run any code that somebody
     uploads to the index under this name."""
+    assert_nothing_is_installed_by_name(page)
+
+
+def test_no_program_says_to_install_such_a_name() -> None:
+    sources = [path for part in PARTS.values() for path in (ROOT / part).rglob("*.py")]
+    assert len(sources) > 300
+    for path in sources:
+        assert_nothing_is_installed_by_name(path)
+
+
+def assert_nothing_is_installed_by_name(page: Path) -> None:
     for line in re.findall(r"pip3? install (.*)", text_of(page)):
         assert "finetune" not in line or " @ git+" in line, line
     assert not re.search(r"\b(?:uvx|pipx)\b.*finetune", text_of(page))

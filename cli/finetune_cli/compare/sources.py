@@ -7,6 +7,7 @@ beyond the folder of its run.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from finetune_cli.compare.stored_files import settings_of
 from finetune_cli.state import state, status_of
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
+from finetune_core.layout import LOCAL_RUN
 from finetune_core.resolve import resolve
 
 
@@ -33,7 +35,8 @@ def labels_of(sources: Sequence[str]) -> list[str]:
     names = []
     for source in sources:
         parts = [part for part in source.removeprefix("s3://").split("/") if part not in ("", ".", "..", "~")]
-        at_job = source.startswith("s3://") and len(parts) >= 3
+        is_local_run = bool(parts) and re.fullmatch(rf"{LOCAL_RUN}(-[0-9]+)?", parts[-1]) is not None
+        at_job = len(parts) >= 3 and (source.startswith("s3://") or is_local_run)
         names.append(parts[-2] if at_job else parts[-1] if parts else source)
     counts, seen, labels = Counter(names), Counter[str](), []
     for name in names:

@@ -16,23 +16,22 @@ from finetune_cli.compare.folders import RunFolder
 from finetune_core.contract import RunConfig
 from finetune_core.contract.same_training import NOT_THE_TRAINING, settings_digest
 from finetune_core.errors import UserError
+from finetune_core.layout import LOCAL_RUN
 
-RUN_ID = "local"
-"""Name of the folder of the runs, where the job sets no `storage.runId`. `--fresh` begins `local-2` and so on."""
 MORE_FIELDS = 3
 """How many changed fields a sentence names beside the first one at most."""
 _SETTINGS = re.compile(r"settings/[0-9]{6,}\.json")
-_RUN_ID = re.compile(rf"{RUN_ID}(?:-([0-9]{{1,6}}))?")
+_RUN_ID = re.compile(rf"{LOCAL_RUN}(?:-([0-9]{{1,6}}))?")
 _NOT_COMPARED = frozenset(".".join(map(to_camel, path.split("."))) for path in NOT_THE_TRAINING)
 
 
 def run_id_of(names: Iterable[str], *, fresh: bool) -> str:
-    """Return the name of the folder of the runs. ``names`` are the folders that are there: the newest one is used, or
-    the next one where ``fresh`` is true."""
+    """Return the name of the folder of the runs, where the job sets no `storage.runId`. ``names`` are the folders that
+    are there: the newest one is used, or the next one where ``fresh`` is true."""
     numbers = [int(match[1] or 1) for name in names if (match := _RUN_ID.fullmatch(name)) is not None]
     newest = max(numbers, default=0)
     number = newest + 1 if fresh else max(1, newest)
-    return RUN_ID if number == 1 else f"{RUN_ID}-{number}"
+    return LOCAL_RUN if number == 1 else f"{LOCAL_RUN}-{number}"
 
 
 def former_settings(folder: RunFolder) -> RunConfig | None:

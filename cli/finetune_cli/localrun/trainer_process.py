@@ -34,7 +34,7 @@ POLL_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NEEDED = ("finetune_trainer", "torch", "transformers", "peft", "deepspeed", "safetensors")
 """Packages without which no training starts."""
-INSTALL = "pip install 'finetune-operator[trainer]'"
+INSTALL = "run `pip install '.[cli,trainer]'` in a clone of the project"
 _COUNT = """
 import json, torch
 count = torch.cuda.device_count()
@@ -72,7 +72,7 @@ def gpus_here() -> GpusHere:
         count, name = json.loads(ended.stdout.strip().rpartition("\n")[2])
     except ValueError:
         reason = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
-        raise UserError("torch", f"can't count the GPUs ({reason}); to install it: {INSTALL}") from None
+        raise UserError("torch", f"can't count the GPUs ({reason}); to install it, {INSTALL}") from None
     product = re.sub(r"\s+", "-", name.strip())
     is_label = re.fullmatch(LABEL_VALUE_PATTERN, product) is not None and len(product) <= LABEL_LENGTH
     return GpusHere(count, product if is_label else "")
