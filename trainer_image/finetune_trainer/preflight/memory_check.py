@@ -90,8 +90,8 @@ def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest
 
 def _shortest(config: RunConfig, setup: TrainingSetup, longest_row: int) -> TrainingSetup:
     """Return the training ``setup``, with the choices of its plan, where no row has more than ``longest_row`` tokens.
-    Packed rows fill sequences of the largest length, but no more of them than the rows of a step need. Generated answers
-    are left out, because nobody knows yet how long the prompts are."""
+    Packed rows fill sequences of the largest length, but no more of them than the rows of a step need. Generated
+    answers are left out, because nobody knows yet how long the prompts are."""
     if not config.dataset.packing:
         return replace(setup, answers=0, length=min(longest_row, setup.length))
     rows_in_a_sequence = max(1, setup.length // longest_row)
