@@ -1,4 +1,4 @@
-"""`finetune plan`, the preflight check, `status.plan` and the attempts have the same settings for what a job leaves open."""
+"""`finetune plan`, the preflight check, `status.plan` and the attempts have the same settings for open fields."""
 
 from __future__ import annotations
 
