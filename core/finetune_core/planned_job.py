@@ -1,7 +1,7 @@
 """Makes the plan of a FineTuneJob: takes from the job, or from its run file, what the arithmetic of `planning` needs.
 
-`finetune plan` calls `gpu_of`, `plan_of` and `changes_of` for a job, whose open fields the plan chooses. The trainer's
-preflight check calls `wishes_of_run` for a run file, in which nothing is open.
+`finetune plan` calls `gpu_of`, `plan_of` and `changes_of` for a job. The trainer's preflight check calls
+`wishes_of_run` for a run file, which says what the job leaves open. The plan chooses the same in both cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.method import DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.api.storage import Export
-from finetune_core.contract import RunConfig
+from finetune_core.contract import OpenChoice, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.planning.advice import Suggestion, suggestions
 from finetune_core.planning.gpu_types import GPU_TYPES, GpuType, find_gpu
@@ -27,6 +27,7 @@ from finetune_core.planning.model_families import model_sizes
 from finetune_core.planning.model_sizes import ModelSizes, Part
 from finetune_core.planning.training_plan import micro_batch_size, process_share, total_steps, zero_stage
 from finetune_core.planning.training_setup import AdapterSetup, NumberFormat, TrainingSetup, adapter_setup
+from finetune_core.training_choices import open_choices
 from finetune_core.validation.runnable import to_bytes
 from finetune_core.validation.validate_job import validate_job
 
@@ -59,12 +60,26 @@ def plan_of(
     """Return the plan of the job ``spec`` on GPUs of the type ``gpu``. The arguments are those of `wishes_of`."""
     wishes = wishes_of(spec, configuration, rows=rows)
     plan = plan_job(wishes, gpu, price=price)
+    if _is_planned_by_check(spec, gpu):
+        return plan
     return replace(plan, problems_as_written=plan_job(_as_written(wishes), gpu).problems)
 
 
+def _is_planned_by_check(spec: FineTuneJobSpec, gpu: GpuType) -> bool:
+    """Return whether the preflight check of the job ``spec`` makes its plan, for GPUs of the type ``gpu``. The table of
+    the check is that of the trainer image, without types of a user."""
+    product = spec.resources.gpu_product
+    if spec.run_policy.preflight == "Skip" or spec.resources.device != "GPU" or not product:
+        return False
+    try:
+        return find_gpu(product) == gpu
+    except UserError:
+        return False
+
+
 def _as_written(wishes: Wishes) -> Wishes:
-    """Return ``wishes`` with nothing of the training open, as the operator runs the job: it does not choose by the
-    plan, and the setup has the values that `resolve` takes."""
+    """Return ``wishes`` with nothing of the training open, as the operator runs a job without the plan of a preflight
+    check: with the values that `resolve` takes."""
     return replace(wishes, open_stage=False, open_micro_batch=False, open_recompute=False, open_offload=False)
 
 
@@ -134,7 +149,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         lora=spec.method is Method.LORA,
         configured=offloads or deepspeed.overrides is not None,
     )
-    open_micro_batch = training.micro_batch_size is None and training.gradient_accumulation_steps is None
+    left_open = open_choices(spec)
     length = min(spec.dataset.max_length, sizes.context or spec.dataset.max_length)
     micro_batch = micro_batch_size(
         training.micro_batch_size,
@@ -153,7 +168,7 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
         zero_stage=stage,
         offload_optimizer=offloads,
         offload_parameters=deepspeed.offload_parameters == "CPU",
-        recompute=training.gradient_checkpointing,
+        recompute=training.gradient_checkpointing or False,
         micro_batch=micro_batch,
         length=length,
         packed=spec.dataset.packing,
@@ -174,11 +189,10 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
     scratch = resources.scratch
     return Wishes(
         setup=setup,
-        open_stage=deepspeed.zero_stage == "Auto" and training.precision == "bf16",
-        open_micro_batch=open_micro_batch,
-        open_recompute="gradient_checkpointing" not in training.model_fields_set,
-        open_offload="offload_optimizer" not in deepspeed.model_fields_set
-        and (deepspeed.zero_stage == "Auto" or (stage or 0) >= 1),
+        open_stage=OpenChoice.ZERO_STAGE in left_open,
+        open_micro_batch=OpenChoice.MICRO_BATCH_SIZE in left_open,
+        open_recompute=OpenChoice.GRADIENT_CHECKPOINTING in left_open,
+        open_offload=OpenChoice.OFFLOAD_OPTIMIZER in left_open,
         memory=to_bytes(resources.memory) if resources.memory is not None else None,
         cpus=_cpus(resources.cpu) if resources.cpu is not None else None,
         scratch=to_bytes(scratch.size) if scratch is not None else None,
@@ -200,8 +214,8 @@ def wishes_of(spec: FineTuneJobSpec, configuration: Mapping[str, Any], *, rows: 
 
 def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length: int | None = None) -> Wishes:
     """Return what the run file ``config`` says, with a base model of ``configuration`` (the content of `config.json`).
-    Nothing is open but the CPUs and the scratch folder of the pods, and their memory where the run file does not name
-    it. ``length`` is the length of the rows in tokens; None: the largest that the job allows.
+    Open is what `open_choices` names, the CPUs and the scratch folder of the pods, and their memory where the run file
+    does not name it. ``length`` is the length of the rows in tokens; None: the largest that the job allows.
 
     Raises UserError as `wishes_of` does, and where the rank of the adapters is that of another job.
     """
@@ -237,8 +251,13 @@ def wishes_of_run(config: RunConfig, configuration: Mapping[str, Any], *, length
             )
         ),
     )
+    left_open = config.open_choices or ()
     return Wishes(
         setup=setup,
+        open_stage=OpenChoice.ZERO_STAGE in left_open,
+        open_micro_batch=OpenChoice.MICRO_BATCH_SIZE in left_open,
+        open_recompute=OpenChoice.GRADIENT_CHECKPOINTING in left_open,
+        open_offload=OpenChoice.OFFLOAD_OPTIMIZER in left_open,
         memory=world.memory_bytes,
         shared_memory=world.shared_memory_bytes or 0,
         models_written=_models_written(config.method, config.storage.artifact),

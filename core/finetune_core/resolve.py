@@ -16,7 +16,7 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import DEFAULT_ALPHA, DEFAULT_RANK, LoRASpec, Method
 from finetune_core.api.sources import ModelSpec
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.status import AdapterStatus, PreflightStatus
+from finetune_core.api.status import AdapterStatus, PreflightStatus, TrainingChoices
 from finetune_core.contract import (
     AdapterArtifact,
     EvaluationConfig,
@@ -32,6 +32,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import run_root_of
 from finetune_core.planning.micro_batch import micro_batch_of
 from finetune_core.planning.training_plan import micro_batch_size, process_share, zero_stage
+from finetune_core.training_choices import open_choices, with_choices
 from finetune_core.validation.runnable import to_bytes, unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
@@ -49,6 +50,7 @@ def resolve(
     adapter: AdapterStatus | None = None,
     today: date | None = None,
     halvings: int = 0,
+    choices: TrainingChoices | None = None,
 ) -> RunConfig:
     """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
 
@@ -58,8 +60,11 @@ def resolve(
     ``today``, the day (UTC) on which attempt 1 started, or the current day where attempt 1 has not started. ``adapter``
     is the record of the artifact of the job that `model.adapter.job` names. ``halvings`` is how many attempts of the
     job ran out of memory and were followed by another one: so often the micro-batch is halved.
+    ``choices`` are the settings that the plan chose for what the job leaves open. None where they are not fixed yet:
+    the run file then has the defaults, and says what is open.
     """
-    spec = job.spec
+    left_open = sorted(open_choices(job.spec)) if choices is None else []
+    spec = with_choices(job.spec, choices)
     problems = unrunnable(spec)
     if problems:
         first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
@@ -100,7 +105,7 @@ def resolve(
             weight_decay=float(training.weight_decay),
             gradient_clipping=float(training.gradient_clipping),
             precision=training.precision,
-            gradient_checkpointing=training.gradient_checkpointing,
+            gradient_checkpointing=training.gradient_checkpointing or False,
             attention=training.attention,
             seed=training.seed,
             zero_stage=stage,
@@ -140,6 +145,7 @@ def resolve(
         report=report,
         adapter_artifact=_adapter_artifact(spec.model, adapter),
         template_date=_template_date(spec.dataset, preflight, today),
+        open_choices=tuple(left_open) or None,
     )
 
 

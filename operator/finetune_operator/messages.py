@@ -146,6 +146,11 @@ def halved_too_often(times: int, size: int) -> str:
     return f"the micro-batch was halved {times} times, to {size}"
 
 
+def advice_of_plan(lines: str) -> str:
+    """Return the advice for a job that ran out of memory; ``lines`` are those of `status.plan.advice`, or empty."""
+    return f"by the plan a job takes less memory with {lines}" if lines else ""
+
+
 def memory_not_enough(failure: str, why: str, advice: str) -> str:
     """Return the sentence about lack of memory that ends a job.
 

@@ -49,7 +49,7 @@ from finetune_operator.queue.requeue import Requeue, Write
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
 from finetune_operator.settled import SettledJobs
 from finetune_operator.status.event_recorder import EventRecorder
-from finetune_operator.status.inputs import refused_input, status_input
+from finetune_operator.status.inputs import choices_of, refused_input, status_input
 from finetune_operator.status.writer import StatusWriter
 
 RUNNING_RESYNC_SECONDS = 60.0
@@ -277,6 +277,7 @@ class Reconciler:
             adapter=job.status.adapter,
             today=began.date(),
             halvings=decision.attempts.memory_halvings,
+            choices=choices_of(job.status.plan, decision.planned),
         )
 
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:

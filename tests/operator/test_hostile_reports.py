@@ -48,7 +48,10 @@ RESULT: dict[str, Json] = {
 """A termination message of a training pod, with every field."""
 CHECKED: dict[str, Json] = {
     "version": 1, "findings": [], "notices": ["n"], "sizes": {"modelBytes": 1, "dataBytes": 1},
-    "planned": {"gpuMemoryBytes": 1, "memoryBytes": 1 << 30, "cpus": 8},
+    "planned": {
+        "gpuMemoryBytes": 1, "memoryBytes": 1 << 30, "cpus": 8, "advice": "spec.method: LoRA",
+        "choices": {"zeroStage": 2, "offloadOptimizer": False, "gradientCheckpointing": True, "microBatchSize": 1},
+    },
     "found": {
         "runId": "99999999-8888", "uid": "99999999-8888", "time": "2026-11-24T12:00:00Z", "step": 5,
         "artifact": {"run": 2, "bytes": 1, "manifestSha256": "a" * 64, "outcome": "Completed"},

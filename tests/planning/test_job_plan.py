@@ -408,13 +408,16 @@ def test_the_cache_of_generated_answers_counts() -> None:
 
 
 def test_a_plan_says_what_it_would_be_without_its_choices() -> None:
-    """The operator takes ZeRO stage 2 where the job leaves the stage open, whatever the model."""
-    fields: dict[str, Any] = {"method": "LoRA", "dataset__task": None}
+    """Without the check before the first attempt, a job that leaves the stage open gets ZeRO stage 2, whatever the
+    model."""
+    fields: dict[str, Any] = {"method": "LoRA", "dataset__task": None, "runPolicy": {"preflight": "Skip"}}
     plan = plan_of(job(**fields), MODELS["Llama-2-70B"], A100)
     assert plan.fits
     assert chosen(plan)["zeroStage"] == "3"
     (problem,) = plan.problems_as_written
     needed = float(problem.removeprefix("A GPU needs ").partition(" GiB")[0])
     assert needed > 137.95e9 / GIBIBYTE, "the weights alone"
+    checked = plan_of(job(**fields | {"runPolicy": {}}), MODELS["Llama-2-70B"], A100)
+    assert (checked.setup, checked.problems_as_written) == (plan.setup, ()), "the check chooses what the plan chooses"
     written = job(**fields, deepspeed__zeroStage=3, training__microBatchSize=1)
     assert plan_of(written, MODELS["Llama-2-70B"], A100).problems_as_written == ()

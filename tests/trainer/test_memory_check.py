@@ -41,7 +41,8 @@ LARGE_BATCH: dict[str, Any] = {
 
 def job(**fields: Any) -> dict[str, Any]:
     """Return a full fine-tuning on one H200, with ``fields`` set, which are paths below `spec` with `__` for the dots.
-    The value None removes a field."""
+    The value None removes a field. The job leaves nothing of its training open: the fields that are not set have the
+    defaults of `resolve`."""
     found: dict[str, Any] = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
     defaults: dict[str, Any] = {
         "deepspeed": None,
@@ -55,7 +56,17 @@ def job(**fields: Any) -> dict[str, Any]:
     for path, value in {**defaults, **fields}.items():
         set_at(found["spec"], path.split("__"), value)
     assert validate_job(found).problems == []
-    return found
+    default = resolve(FineTuneJob.model_validate(found), report=None).optimization
+    closed = with_lines(
+        found,
+        [
+            f"spec.deepspeed.zeroStage: {default.zero_stage}",
+            f"spec.deepspeed.offloadOptimizer: {'CPU' if default.offload_optimizer else 'None'}",
+            f"spec.training.gradientCheckpointing: {'true' if default.gradient_checkpointing else 'false'}",
+        ],
+    )
+    assert validate_job(closed).problems == []
+    return closed
 
 
 def run_file(found: dict[str, Any]) -> RunConfig:

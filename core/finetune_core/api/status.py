@@ -43,6 +43,8 @@ Text = Annotated[str, Field(max_length=1024)]
 """A sentence for people, or an `s3://` address."""
 Digest = Annotated[str, Field(max_length=64)]
 """A sha256 in hexadecimal, 64 characters long."""
+ADVICE_LENGTH = 256
+"""Largest number of characters of the advice of a plan."""
 Message = Annotated[Text, Field(description="A sentence for people.")]
 
 AttemptNumber = Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT, description="Number of the attempt, counted from 1.")]
@@ -291,6 +293,21 @@ class CheckpointStatus(StatusModel):
     from the manifest. Empty where no damage is known."""
 
 
+class TrainingChoices(StatusModel):
+    """Settings of the training that hold for all attempts. They are chosen by the plan of the preflight check where the
+    spec leaves them open, and stay as they are when another version of the operator runs the job."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed. Absent: the only process trains without DeepSpeed."""
+    offload_optimizer: bool
+    """Whether the optimizer state is in the memory of the node."""
+    gradient_checkpointing: bool
+    """Whether activations are computed again in the backward pass."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
+    """Examples (with `dataset.packing`: sequences) that one process computes at once, before any attempt ran out of
+    memory."""
+
+
 class PlanStatus(StatusModel):
     """How the job is trained: settings that the spec sets, settings that operator and trainer chose where the spec
     leaves them open, and what follows from these settings."""
@@ -319,6 +336,12 @@ class PlanStatus(StatusModel):
     cpus: Count | None = None
     """Planned number of CPUs of one pod, which each pod gets where the job does not set `resources.cpu`. Absent in the
     same cases as `memoryBytes`."""
+    choices: TrainingChoices | None = None
+    """The settings that all attempts have, apart from the micro-batch, which lack of memory halves. Absent: the
+    preflight check is not over."""
+    advice: Annotated[str, Field(max_length=ADVICE_LENGTH)] = ""
+    """The lines of the spec that make the job take less memory where its smallest micro-batch takes too much, as the
+    plan knows them, for example `spec.training.gradientCheckpointing: true`. Empty: the plan knows none."""
 
 
 class NamedScore(StatusModel):

@@ -55,7 +55,8 @@ class TrainingSpec(ApiModel):
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: with
     `gradientAccumulationSteps`, the process's share of the global batch divided by that number. Without
-    `gradientAccumulationSteps`, the process's share of the global batch, at most 8."""
+    `gradientAccumulationSteps`, the process's share of the global batch, at most 8, or what the plan of the preflight
+    check chooses where the job does not fit with that."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Micro-batches of one process per optimizer step. Absent: the number that follows from `microBatchSize` and the
     process's share of the global batch. When set, this number times `microBatchSize` times the number of processes must
@@ -73,8 +74,10 @@ class TrainingSpec(ApiModel):
     precision: Precision = "bf16"
     """Number format of the computation. bf16 needs CPUs, or GPUs of the generation Ampere or newer. Older GPUs compute
     in fp32, because there is no fp16. The trainer never changes the format by itself."""
-    gradient_checkpointing: bool = False
-    """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """true recomputes activations in the backward pass, which needs less memory and about a third more time. Absent:
+    false, but true where the plan of the preflight check says that the job fits with it only, or is faster with it than
+    with other ways to fit."""
     attention: Attention = "Auto"
     """The kernel that computes attention. SDPA: torch's `scaled_dot_product_attention`. Flash: the FlashAttention of
     torch (and not of the package flash-attn) for sequences of several examples; needs bf16, `dataset.packing`, and GPUs
@@ -100,7 +103,7 @@ class DeepSpeedSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.offloadOptimizer == 'None' ||"
+                "!has(self.offloadOptimizer) || self.offloadOptimizer == 'None' ||"
                 " (type(self.zeroStage) == int ? self.zeroStage >= 1 : self.zeroStage == 'Auto')",
                 "`offloadOptimizer` must be None unless `zeroStage` is 1, 2, 3 or Auto",
             ),
@@ -119,9 +122,11 @@ class DeepSpeedSpec(ApiModel):
     """ZeRO stage. 0: nothing is sharded (only with fp32). 1: the optimizer state is sharded. 2: gradients are sharded
     too. 3: parameters are sharded too. None: one process trains with torch alone, which computes the same losses and
     checkpoints with less memory. Auto: 2, but None where one process trains with LoRA and neither `offloadOptimizer`
-    nor `overrides` asks for DeepSpeed."""
-    offload_optimizer: Literal["None", "CPU"] = "None"
-    """Memory for the optimizer state: the GPU's (None) or the node's (CPU)."""
+    nor `overrides` asks for DeepSpeed. Where a job on GPUs with bf16 does not fit so, the plan of the preflight check
+    chooses among None, 2 and 3."""
+    offload_optimizer: Literal["None", "CPU"] | None = None
+    """Memory for the optimizer state: the GPU's (None) or the node's (CPU). Absent: the GPU's, but the node's where the
+    plan of the preflight check says that the job fits so only."""
     offload_parameters: Literal["None", "CPU"] = "None"
     """Memory for parameters that are not in use: the GPU's (None) or the node's (CPU). CPU needs `zeroStage: 3`."""
     overrides: Annotated[str, Field(min_length=2, max_length=16384)] | None = None

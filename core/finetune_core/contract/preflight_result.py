@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.resources import LEAST_MEMORY, MOST_CPUS, MOST_MEMORY
+from finetune_core.api.status import ADVICE_LENGTH
 from finetune_core.api.storage import RunId
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, TerminationMessage, Time
 from finetune_core.contract.records import EvaluationRecord
@@ -87,6 +88,16 @@ class InputSizes(ContractModel):
     """Size of all data files together, as they are stored."""
 
 
+class PlannedChoices(ContractModel):
+    """The settings of the training that its plan has, chosen where the job leaves them open."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed. None: the only process trains without DeepSpeed."""
+    offload_optimizer: bool
+    gradient_checkpointing: bool
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
+
+
 class PlannedNeeds(ContractModel):
     """What the training needs by its plan, where every row has `dataset.maxLength` tokens. The operator may ask for
     that much memory and that many CPUs, so the bounds are those of the fields of `resources`."""
@@ -97,6 +108,10 @@ class PlannedNeeds(ContractModel):
     """Peak memory of one pod in bytes."""
     cpus: Annotated[int, Field(ge=1, le=MOST_CPUS)]
     """CPUs of one pod."""
+    choices: PlannedChoices | None = None
+    """None in results of older trainer images."""
+    advice: Annotated[str, Field(max_length=ADVICE_LENGTH)] = ""
+    """The lines of the spec that make the job take less memory where its smallest micro-batch takes too much."""
 
 
 class PreflightResult(TerminationMessage):

@@ -7,6 +7,7 @@ settings of the job from any other place.
 from __future__ import annotations
 
 from datetime import date
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -22,6 +23,15 @@ from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractMode
 
 FOLDER_PATTERN = r"^/[^\x00-\x1f\x7f]*$"
 """Regular expression for the absolute path of a folder, without control characters."""
+
+
+class OpenChoice(StrEnum):
+    """Settings of the training that a job may leave to the plan."""
+
+    ZERO_STAGE = "ZeroStage"
+    OFFLOAD_OPTIMIZER = "OffloadOptimizer"
+    GRADIENT_CHECKPOINTING = "GradientCheckpointing"
+    MICRO_BATCH_SIZE = "MicroBatchSize"
 
 
 class WorldConfig(ContractModel):
@@ -176,3 +186,6 @@ class RunConfig(ContractModel):
     """The day (UTC) that a chat template gets as today's date: the day on which attempt 1 started or, where the job
     continues a run, the day of that run. Every attempt gets the same day, so that every attempt reads the same tokens.
     None where no conversations are read."""
+    open_choices: tuple[OpenChoice, ...] | None = None
+    """Settings that the job leaves open. The run file has their defaults, and the preflight check answers with those
+    that the plan chooses. None where nothing is open, and once the settings are fixed, so in every attempt."""

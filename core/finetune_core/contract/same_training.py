@@ -28,6 +28,7 @@ NOT_THE_TRAINING = (
     "world",
     "report",
     "template_date",
+    "open_choices",
     "adapter_artifact",
     "model.hugging_face.token_secret_ref",
     "model.adapter.hugging_face.token_secret_ref",

@@ -29,7 +29,7 @@ class Wishes:
     """A job, with what it leaves open."""
 
     setup: TrainingSetup
-    """The job's settings. Those that are open have any value."""
+    """The job's settings. Those that are open have their defaults."""
     open_stage: bool = False
     """Whether the plan chooses the ZeRO stage."""
     open_micro_batch: bool = False
@@ -146,17 +146,20 @@ def gibibytes(count: float) -> str:
 
 
 def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
-    """Return the fastest setup that fits, without offload where possible. Where none fits, return the one that exceeds
-    the memory of the GPU least, and among those the one that exceeds the memory of the host least."""
+    """Return the job's settings with the defaults of what it leaves open, where that fits: a plan changes nothing of a
+    job that runs without it. Otherwise return the fastest setup that fits, without offload where possible. Where none
+    fits, return the one that exceeds the memory of the GPU least, and among those the one that exceeds the memory of
+    the host least."""
     most = wishes.memory if wishes.memory is not None else LARGEST_HOST
-    excess = [
-        (
-            max(0, memory_plan(setup).needed - gpu.memory),
-            max(0, host_needs(setup, shared_memory=wishes.shared_memory).memory - most),
-            setup,
-        )
-        for setup in _candidates(wishes)
-    ]
+
+    def excess_of(setup: TrainingSetup) -> tuple[int, int]:
+        """Return how many bytes of GPU and host ``setup`` takes too many."""
+        host = host_needs(setup, shared_memory=wishes.shared_memory).memory
+        return max(0, memory_plan(setup).needed - gpu.memory), max(0, host - most)
+
+    if excess_of(wishes.setup) == (0, 0):
+        return wishes.setup
+    excess = [(*excess_of(setup), setup) for setup in _candidates(wishes)]
     least = min(found[:2] for found in excess)
     candidates = [found[2] for found in excess if found[:2] == least]
     if least[0]:
@@ -249,7 +252,9 @@ def _choices(
         )
     if wishes.open_micro_batch:
         reason = (
-            f"It has {setup.tokens:,} tokens, and the fastest size that fits was chosen."
+            f"It has {setup.tokens:,} tokens, and it is the default, which fits."
+            if fits and setup == wishes.setup
+            else f"It has {setup.tokens:,} tokens, and the fastest size that fits was chosen."
             if fits
             else "No size fits, and none takes less memory."
         )

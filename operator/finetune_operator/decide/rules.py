@@ -140,7 +140,7 @@ def _memory_ruling(evidence: Evidence, verdict: Verdict) -> Ruling | None:
             halvings=evidence.halvings,
             share=batch.share,
             retries_left=evidence.policy.max_retries - evidence.charged,
-            advice="",
+            advice="" if killed else messages.advice_of_plan(batch.advice),
         )
     return ruling if ruling is not None and ruling.verdict is verdict else None
 

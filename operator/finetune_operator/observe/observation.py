@@ -49,6 +49,8 @@ class BatchObservation:
     """Whether the examples are packed into sequences."""
     on_gpus: bool
     """Whether the job computes on GPUs, whose memory is not that of the pod."""
+    advice: str = ""
+    """`status.plan.advice`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_core.planning.training_plan import process_share
 from finetune_core.resolve import planned_size
+from finetune_core.training_choices import with_choices
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.backends.interface import Backend
@@ -202,12 +203,13 @@ class Observer:
 def _batch(job: StoredJob) -> BatchObservation | None:
     if not isinstance(job, ParsedJob):
         return None
-    spec = job.resource.spec
+    spec, plan = job.resource.spec, job.status.plan
     return BatchObservation(
-        planned=planned_size(spec),
+        planned=planned_size(with_choices(spec, plan.choices if plan is not None else None)),
         share=process_share(spec.training.global_batch_size, spec.resources.processes),
         packed=spec.dataset.packing,
         on_gpus=spec.resources.device == "GPU",
+        advice=plan.advice if plan is not None else "",
     )
 
 

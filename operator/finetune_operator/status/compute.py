@@ -47,13 +47,17 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
 
 def _plan(status: FineTuneJobStatus, given: StatusInput) -> PlanStatus | None:
     """Return the plan of the newest attempt, with the `adaptedShare` that the trainer has reported in any attempt. This
-    share holds for all attempts, because neither the model nor the adapters of a job change. So do the memory and the
-    CPUs of a pod that the preflight check has planned, which do not depend on the micro-batch. The planned memory of a
-    GPU holds for attempts with the same micro-batch."""
+    share holds for all attempts, because neither the model nor the adapters of a job change. So do the choices, once
+    they are fixed, and the advice, the memory and the CPUs of a pod that the preflight check has planned, which do not
+    depend on the micro-batch. The planned memory of a GPU holds for attempts with the same micro-batch."""
     plan, stored = given.plan, status.plan
     if plan is None or stored is None:
         return plan or stored
-    update: dict[str, object] = {"adapted_share": stored.adapted_share}
+    update: dict[str, object] = {
+        "adapted_share": stored.adapted_share,
+        "choices": stored.choices or plan.choices,
+        "advice": plan.advice or stored.advice,
+    }
     if plan.memory_bytes is None:
         update |= {"memory_bytes": stored.memory_bytes, "cpus": stored.cpus}
     if plan.gpu_memory_bytes is None and plan.micro_batch_size == stored.micro_batch_size:

@@ -14,7 +14,14 @@ from datetime import datetime
 
 from finetune_core.api.evaluation import RequirementSpec
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.status import AdapterStatus, AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
+from finetune_core.api.status import (
+    AdapterStatus,
+    AttemptsStatus,
+    PlanStatus,
+    PreflightStatus,
+    TrainingChoices,
+    UsageStatus,
+)
 from finetune_core.contract import Report, RunConfig
 from finetune_core.contract.preflight_result import PlannedNeeds
 from finetune_operator.decide.decision import Decision, JobEnd
@@ -112,7 +119,7 @@ def status_input(
         policy=job.policy,
         requirements=job.requirements,
         image=image,
-        plan=plan_of(config, decision.planned) if config is not None else None,
+        plan=plan_of(config, decision.planned, fixes=_fixes(decision)) if config is not None else None,
         invalid="" if decision.end else invalid,
         attempts=decision.attempts,
         preflight=decision.preflight,
@@ -168,10 +175,29 @@ def _ending_pods(seen: JobObservation, decision: Decision) -> int:
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 
-def plan_of(config: RunConfig, planned: PlannedNeeds | None = None) -> PlanStatus:
+def choices_of(stored: PlanStatus | None, planned: PlannedNeeds | None) -> TrainingChoices | None:
+    """Return the settings of all attempts: those that ``stored``, the plan in the status, has, or else those that the
+    preflight check has just told in ``planned``. None where they are not fixed."""
+    if stored is not None and stored.choices is not None:
+        return stored.choices
+    if planned is None or planned.choices is None:
+        return None
+    return TrainingChoices.model_validate(planned.choices.model_dump())
+
+
+def _fixes(decision: Decision) -> bool:
+    """Return whether the settings of the training are fixed with ``decision``: once the preflight check has told its
+    plan, or else with the first attempt. A halved micro-batch is no choice."""
+    told = decision.planned is not None and decision.planned.choices is not None
+    return (told or decision.attempts.started > 0) and not decision.attempts.memory_halvings
+
+
+def plan_of(config: RunConfig, planned: PlannedNeeds | None = None, *, fixes: bool = False) -> PlanStatus:
     """Return `status.plan` for the run file ``config``: the ZeRO stage, the number of processes, the size of a
     micro-batch, and the number of micro-batches of one process per optimizer step. ``planned`` is what such a training
-    needs, where the preflight check has just told it."""
+    needs, where the preflight check has just told it. ``fixes`` says whether all later attempts have the settings of
+    ``config``."""
+    optimization = config.optimization
     batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
     return PlanStatus(
         zero_stage=config.optimization.zero_stage,
@@ -181,4 +207,13 @@ def plan_of(config: RunConfig, planned: PlannedNeeds | None = None) -> PlanStatu
         gpu_memory_bytes=planned.gpu_memory_bytes if planned is not None else None,
         memory_bytes=planned.memory_bytes if planned is not None else None,
         cpus=planned.cpus if planned is not None else None,
+        advice=planned.advice if planned is not None else "",
+        choices=TrainingChoices(
+            zero_stage=optimization.zero_stage,
+            offload_optimizer=optimization.offload_optimizer,
+            gradient_checkpointing=optimization.gradient_checkpointing,
+            micro_batch_size=micro,
+        )
+        if fixes
+        else None,
     )

@@ -13,8 +13,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from finetune_core.api.method import DEFAULT_RANK
+from finetune_core.api.status import ADVICE_LENGTH
 from finetune_core.contract import RunConfig
-from finetune_core.contract.preflight_result import PlannedNeeds
+from finetune_core.contract.preflight_result import PlannedChoices, PlannedNeeds
 from finetune_core.errors import UserError
 from finetune_core.planned_job import wishes_of_run
 from finetune_core.planning.advice import Suggestion, suggestions
@@ -31,6 +32,8 @@ REFUSED_EXCESS: Final = 1.1
 plan is up to 8 % too high (docs/planning.md)."""
 REFUSED_UNMEASURED: Final = 1.5
 """The same multiple for trainings whose memory was never measured."""
+LESS_MEMORY: Final = 0.9
+"""The advice for a training that ran out of memory takes at most this share of what the training takes."""
 GPU_FIELD: Final = "resources.gpuProduct"
 
 
@@ -66,11 +69,11 @@ def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest
     try:
         gpu = find_gpu(product)
         wishes = wishes_of_run(config, configuration)
-        shortest = _shortest(config, configuration, wishes, longest_row or 1)
     except UserError:
         # The plan does not know the GPU or the model, or the model is one that another check refuses.
         return None
     plan = plan_job(wishes, gpu)
+    shortest = _shortest(config, plan.setup, longest_row or 1)
     least = memory_plan(shortest)
     most = gpu.memory * (REFUSED_EXCESS if was_measured(shortest) else REFUSED_UNMEASURED)
     # What `deepspeed.overrides` changes is not planned, and may take less memory.
@@ -82,25 +85,35 @@ def check_memory(config: RunConfig, configuration: Mapping[str, Any], *, longest
             f" {_smallest_change(wishes, plan)}",
         )
     notices = [*_gpu_notices(wishes, plan), *_host_notices(wishes, plan)]
-    return MemoryCheck(planned=_needs(plan), notices=notices)
+    return MemoryCheck(planned=_needs(wishes, plan), notices=notices)
 
 
-def _shortest(config: RunConfig, configuration: Mapping[str, Any], wishes: Wishes, longest_row: int) -> TrainingSetup:
-    """Return the training of ``wishes`` where no row has more than ``longest_row`` tokens. Packed rows fill sequences
-    of the largest length, but no more of them than the rows of a step need. Generated answers are left out,
-    because nobody knows yet how long the prompts are."""
+def _shortest(config: RunConfig, setup: TrainingSetup, longest_row: int) -> TrainingSetup:
+    """Return the training ``setup``, with the choices of its plan, where no row has more than ``longest_row`` tokens.
+    Packed rows fill sequences of the largest length, but no more of them than the rows of a step need. Generated
+    answers are left out, because nobody knows yet how long the prompts are."""
     if not config.dataset.packing:
-        return replace(wishes_of_run(config, configuration, length=longest_row).setup, answers=0)
-    setup = wishes.setup
+        return replace(setup, answers=0, length=min(longest_row, setup.length))
     rows_in_a_sequence = max(1, setup.length // longest_row)
     sequences = -(-setup.global_batch // rows_in_a_sequence)
     share = process_share(sequences, setup.processes)
     return replace(setup, answers=0, global_batch=sequences, micro_batch=min(setup.micro_batch, share))
 
 
-def _needs(plan: JobPlan) -> PlannedNeeds | None:
+def _needs(wishes: Wishes, plan: JobPlan) -> PlannedNeeds | None:
     try:
-        return PlannedNeeds(gpu_memory_bytes=plan.memory.needed, memory_bytes=plan.host.memory, cpus=plan.host.cpus)
+        return PlannedNeeds(
+            gpu_memory_bytes=plan.memory.needed,
+            memory_bytes=plan.host.memory,
+            cpus=plan.host.cpus,
+            choices=PlannedChoices(
+                zero_stage=plan.setup.zero_stage,
+                offload_optimizer=plan.setup.offload_optimizer,
+                gradient_checkpointing=plan.setup.recompute,
+                micro_batch_size=plan.setup.micro_batch,
+            ),
+            advice=_advice(wishes, plan),
+        )
     except ValidationError:  # `config.json` names sizes that no machine has
         return None
 
@@ -130,16 +143,41 @@ def _host_notices(wishes: Wishes, plan: JobPlan) -> Iterator[str]:
         )
 
 
-def _smallest_change(wishes: Wishes, plan: JobPlan) -> str:
-    """Return the change of the fewest fields after which the training of ``plan`` fits, as the end of a sentence.
+def _advice(wishes: Wishes, plan: JobPlan) -> str:
+    """Return the lines of the fewest fields after which the training takes at least a tenth less than it does with a
+    micro-batch of one example, and fits: advice for a training that runs out of memory although its micro-batch can't
+    be halved. Empty where the plan knows none. Where the plan says that it fits, the tenth is what the plan or the
+    memory that others hold may be off."""
+    smallest = replace(plan.setup, micro_batch=1)
+    needed = memory_plan(smallest).needed
+    less = plan.gpu.model_copy(
+        update={"memory_gibibytes": min(plan.gpu.memory_gibibytes, needed * LESS_MEMORY / GIBIBYTE)}
+    )
+    written = replace(
+        wishes, setup=smallest, open_stage=False, open_micro_batch=False, open_recompute=False, open_offload=False
+    )
+    # A larger micro-batch may take less by the plan, but has run out of memory already.
+    lines = ", ".join(_smallest_lines(written, plan_job(written, less), never="spec.training.microBatchSize:"))
+    return lines if len(lines) <= ADVICE_LENGTH else ""
 
-    Weights in 4 bits are left out, because the run file does not have all fields that their rules compare.
+
+def _smallest_lines(wishes: Wishes, plan: JobPlan, *, never: str = "spec.lora.quantization:") -> Sequence[str]:
+    """Return the lines of the change of the fewest fields after which the training of ``plan`` fits; empty where no
+    small change does.
+
+    Weights in 4 bits are left out, because the run file does not have all fields that their rules compare. So are lines
+    that begin with ``never``.
     """
 
     def again(made: Suggestion) -> JobPlan | None:
-        return None if any(line.startswith("spec.lora.quantization:") for line in made.lines) else made.plan
+        left_out = ("spec.lora.quantization:", never)
+        return None if any(line.startswith(left_out) for line in made.lines) else made.plan
 
     found = suggestions(wishes, plan, rank=DEFAULT_RANK, again=again)
-    if not found:
-        return "no small change makes it fit"
-    return f"the smallest change with which it fits is {', '.join(found[0].lines)}"
+    return found[0].lines if found else ()
+
+
+def _smallest_change(wishes: Wishes, plan: JobPlan) -> str:
+    """Return the change of `_smallest_lines` as the end of a sentence."""
+    lines = _smallest_lines(wishes, plan)
+    return f"the smallest change with which it fits is {', '.join(lines)}" if lines else "no small change makes it fit"
