@@ -38,20 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     script = shtab.complete(command_line(), "bash") + ASK
     try:
         # The script's `compopt` complains to the standard error output, because no key was pressed.
-        done = subprocess.run(
+        offered = subprocess.check_output(
             ["bash", "--norc", "-c", script, "bash", *words],
-            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             stdin=subprocess.DEVNULL,
             text=True,
             timeout=SECONDS,
-            check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         complain(f"kubectl_complete-finetune: {error}")
         say(ERROR)
         return 1
-    found = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    found = [line.strip() for line in offered.splitlines() if line.strip()]
     for word in found:
         say(word)
     say(NO_FILES if found else FILES)

@@ -20,7 +20,7 @@ from tests.core.jobs import EXAMPLES, quickstart
 from tests.planning.memory_cases import MODELS
 from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore
 
-JOB = EXAMPLES / "llama2/7b-full-gsm8k.yaml"
+JOB = EXAMPLES / "study/llama2/7b-full-gsm8k.yaml"
 
 
 @pytest.fixture(autouse=True)

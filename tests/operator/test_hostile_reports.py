@@ -43,7 +43,7 @@ FULL: dict[str, Json] = {
 RESULT: dict[str, Json] = {
     "version": 1, "outcome": "Completed", "message": "m", "step": 5, "checkpoint": "s3://a/b",
     "artifact": {"uri": "s3://a/b", "step": 5, "bytes": 1, "manifestSha256": "ab"}, "evaluation": FULL["evaluation"],
-    "nodeFault": True,
+    "nodeFault": True, "phase": "Training",
 }  # fmt: skip
 """A termination message of a training pod, with every field."""
 CHECKED: dict[str, Json] = {

@@ -36,7 +36,7 @@ OPEN = (
 def job(**fields: Any) -> Document:
     """Return a Full training on one node of 8 A100-80GB that leaves open what it can, with ``fields`` set, which are
     paths below `spec` with `__` for the dots. The value None removes a field."""
-    document: Document = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
+    document: Document = yaml.safe_load((EXAMPLES / "study/llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
     for path in OPEN:
         set_at(document["spec"], path.split("."), None)
     for path, value in fields.items():

@@ -27,7 +27,7 @@ A100, H200 = find_gpu("A100-80GB"), find_gpu("H200-141GB")
 def job(**fields: Any) -> FineTuneJobSpec:
     """Return the spec of a Full training on one node of 8 A100-80GB that leaves open what it can, with ``fields`` set,
     which are paths below `spec` with `__` for the dots. The value None removes a field."""
-    document = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load((EXAMPLES / "study/llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
     spec = document["spec"]
     for path in (
         "training.microBatchSize",
@@ -47,7 +47,7 @@ def chosen(plan: JobPlan) -> dict[str, str]:
     return {choice.field.rpartition(".")[2]: choice.value for choice in plan.choices}
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("llama2/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("study/llama2/*.yaml")), ids=lambda path: path.stem)
 def test_every_example_of_the_study_fits(example: Any) -> None:
     spec = FineTuneJob.model_validate(yaml.safe_load(example.read_text(encoding="utf-8"))).spec
     plan = plan_of(spec, MODELS[f"Llama-2-{example.stem.partition('-')[0].upper()}"], gpu_of(spec))

@@ -43,7 +43,7 @@ def job(**fields: Any) -> dict[str, Any]:
     """Return a full fine-tuning on one H200, with ``fields`` set, which are paths below `spec` with `__` for the dots.
     The value None removes a field. The job leaves nothing of its training open: the fields that are not set have the
     defaults of `resolve`."""
-    found: dict[str, Any] = yaml.safe_load((EXAMPLES / "llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load((EXAMPLES / "study/llama2/7b-full-gsm8k.yaml").read_text(encoding="utf-8"))
     defaults: dict[str, Any] = {
         "deepspeed": None,
         "training__gradientCheckpointing": None,
