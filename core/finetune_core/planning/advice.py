@@ -57,9 +57,9 @@ def suggestions(
     fit: those with the fewest changed aspects first. Changes that contain another suggestion are left out.
 
     At most ``most_changes`` aspects are changed. ``rank`` is that of new adapters. ``again`` returns the plan of the
-    job with the lines of a suggestion, which may choose anew what the job leaves open, or None where that job is not valid.
-    It is called only for changes that fit by the arithmetic of this module, and those of which the new plan does not
-    fit are left out.
+    job with the lines of a suggestion, which may choose anew what the job leaves open, or None where that job is not
+    valid. It is called only for changes that fit by the arithmetic of this module, and those of which the new plan does
+    not fit are left out.
     """
     found: list[tuple[frozenset[str], Suggestion]] = []
     changes = list(_changes(wishes, plan, rank))
