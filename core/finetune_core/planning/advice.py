@@ -50,18 +50,20 @@ def suggestions(
     plan: JobPlan,
     *,
     rank: int,
+    most_changes: int = MOST_CHANGES,
     again: Callable[[Suggestion], JobPlan | None] = lambda made: made.plan,
 ) -> list[Suggestion]:
     """Return up to MOST_SUGGESTIONS changes after which the job ``wishes`` fits the GPU of ``plan``, which does not
     fit: those with the fewest changed aspects first. Changes that contain another suggestion are left out.
 
-    ``rank`` is that of new adapters. ``again`` returns the plan of the job with the lines of a suggestion, which may
-    choose anew what the job leaves open, or None where that job is not valid. It is called only for changes that fit
-    by the arithmetic of this module, and those of which the new plan does not fit are left out.
+    At most ``most_changes`` aspects are changed. ``rank`` is that of new adapters. ``again`` returns the plan of the
+    job with the lines of a suggestion, which may choose anew what the job leaves open, or None where that job is not
+    valid. It is called only for changes that fit by the arithmetic of this module, and those of which the new plan does
+    not fit are left out.
     """
     found: list[tuple[frozenset[str], Suggestion]] = []
     changes = list(_changes(wishes, plan, rank))
-    for count in range(MOST_CHANGES + 1):
+    for count in range(most_changes + 1):
         for group in combinations(changes, count):
             if len({change.kind for change in group}) < count:
                 continue

@@ -150,6 +150,9 @@ def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
     job that runs without it. Otherwise return the fastest setup that fits, without offload where possible. Where none
     fits, return the one that exceeds the memory of the GPU least, and among those the one that exceeds the memory of
     the host least."""
+    allowed = list(_candidates(wishes))
+    if len(allowed) == 1:
+        return allowed[0]
     most = wishes.memory if wishes.memory is not None else LARGEST_HOST
 
     def excess_of(setup: TrainingSetup) -> tuple[int, int]:
@@ -159,7 +162,7 @@ def _chosen(wishes: Wishes, gpu: GpuType) -> TrainingSetup:
 
     if excess_of(wishes.setup) == (0, 0):
         return wishes.setup
-    excess = [(*excess_of(setup), setup) for setup in _candidates(wishes)]
+    excess = [(*excess_of(setup), setup) for setup in allowed]
     least = min(found[:2] for found in excess)
     candidates = [found[2] for found in excess if found[:2] == least]
     if least[0]:

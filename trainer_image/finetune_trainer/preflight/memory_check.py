@@ -18,7 +18,7 @@ from finetune_core.contract import RunConfig
 from finetune_core.contract.preflight_result import PlannedChoices, PlannedNeeds
 from finetune_core.errors import UserError
 from finetune_core.planned_job import wishes_of_run
-from finetune_core.planning.advice import Suggestion, suggestions
+from finetune_core.planning.advice import MOST_CHANGES, Suggestion, suggestions
 from finetune_core.planning.gpu_types import GIBIBYTE, find_gpu
 from finetune_core.planning.job_plan import LARGEST_HOST, JobPlan, Wishes, gibibytes, plan_job, was_measured
 from finetune_core.planning.memory import memory_plan
@@ -144,10 +144,12 @@ def _host_notices(wishes: Wishes, plan: JobPlan) -> Iterator[str]:
 
 
 def _advice(wishes: Wishes, plan: JobPlan) -> str:
-    """Return the lines of the fewest fields after which the training takes at least a tenth less than it does with a
+    """Return the lines of one change after which the training takes at least a tenth less than it does with a
     micro-batch of one example, and fits: advice for a training that runs out of memory although its micro-batch can't
-    be halved. Empty where the plan knows none. Where the plan says that it fits, the tenth is what the plan or the
-    memory that others hold may be off."""
+    be halved. Where the plan says that it fits, the tenth is what the plan or the memory that others hold may be off.
+
+    Empty where the plan knows no such change. A search for several changes at once would take long, and most jobs need
+    no advice."""
     smallest = replace(plan.setup, micro_batch=1)
     needed = memory_plan(smallest).needed
     less = plan.gpu.model_copy(
@@ -157,11 +159,15 @@ def _advice(wishes: Wishes, plan: JobPlan) -> str:
         wishes, setup=smallest, open_stage=False, open_micro_batch=False, open_recompute=False, open_offload=False
     )
     # A larger micro-batch may take less by the plan, but has run out of memory already.
-    lines = ", ".join(_smallest_lines(written, plan_job(written, less), never="spec.training.microBatchSize:"))
+    lines = ", ".join(
+        _smallest_lines(written, plan_job(written, less), most_changes=1, never="spec.training.microBatchSize:")
+    )
     return lines if len(lines) <= ADVICE_LENGTH else ""
 
 
-def _smallest_lines(wishes: Wishes, plan: JobPlan, *, never: str = "spec.lora.quantization:") -> Sequence[str]:
+def _smallest_lines(
+    wishes: Wishes, plan: JobPlan, *, most_changes: int = MOST_CHANGES, never: str = "spec.lora.quantization:"
+) -> Sequence[str]:
     """Return the lines of the change of the fewest fields after which the training of ``plan`` fits; empty where no
     small change does.
 
@@ -173,7 +179,7 @@ def _smallest_lines(wishes: Wishes, plan: JobPlan, *, never: str = "spec.lora.qu
         left_out = ("spec.lora.quantization:", never)
         return None if any(line.startswith(left_out) for line in made.lines) else made.plan
 
-    found = suggestions(wishes, plan, rank=DEFAULT_RANK, again=again)
+    found = suggestions(wishes, plan, rank=DEFAULT_RANK, most_changes=most_changes, again=again)
     return found[0].lines if found else ()
 
 
