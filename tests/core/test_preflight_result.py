@@ -6,10 +6,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune_core.api.resources import MOST_CPUS, MOST_MEMORY
+from finetune_core.api.status import ADVICE_LENGTH
 from finetune_core.contract import RESULT_LIMIT_BYTES, EvaluationRecord, Outcome, Result, ScoreRecord
 from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.preflight_result import (
@@ -18,6 +19,7 @@ from finetune_core.contract.preflight_result import (
     FindingKind,
     FoundRun,
     InputSizes,
+    PlannedChoices,
     PlannedNeeds,
     PreflightResult,
     ordered,
@@ -55,18 +57,34 @@ runs = st.fixed_dictionaries(
 ).map(FoundRun.model_validate)
 
 
-@given(run=runs, found=st.lists(findings, max_size=3), notices=st.lists(st.text(max_size=600), max_size=4))
+choices = PlannedChoices(zero_stage=None, offload_optimizer=False, gradient_checkpointing=False, micro_batch_size=65536)
+
+
+@given(
+    run=runs,
+    found=st.lists(findings, max_size=3),
+    notices=st.lists(st.text(max_size=600), max_size=4),
+    advice=st.text(st.characters(codec="utf-8"), max_size=ADVICE_LENGTH),
+)
+@example(
+    run=FoundRun(run_id="r" * 63, uid="u" * 64, time=datetime(2026, 1, 1, tzinfo=UTC), step=LARGEST_NUMBER),
+    found=[],
+    notices=[],
+    advice="\0" * ADVICE_LENGTH,
+)
 def test_a_run_that_was_found_always_fits_whatever_else_is_told(
-    run: FoundRun, found: list[Finding], notices: list[str]
+    run: FoundRun, found: list[Finding], notices: list[str], advice: str
 ) -> None:
     sizes = InputSizes(model_bytes=LARGEST_NUMBER, data_bytes=LARGEST_NUMBER)
-    planned = PlannedNeeds(gpu_memory_bytes=LARGEST_NUMBER, memory_bytes=MOST_MEMORY, cpus=MOST_CPUS)
+    planned = PlannedNeeds(
+        gpu_memory_bytes=LARGEST_NUMBER, memory_bytes=MOST_MEMORY, cpus=MOST_CPUS, choices=choices, advice=advice
+    )
     result = PreflightResult(findings=ordered(found), notices=notices, found=run, sizes=sizes, planned=planned)
     text = result.to_termination_message()
     assert len(text.encode()) <= RESULT_LIMIT_BYTES
     read = PreflightResult.from_termination_message(text)
     assert read is not None
-    assert read.planned == planned
+    assert read.planned in (planned, planned.model_copy(update={"advice": ""}))
     assert read.found is not None
     assert read.found.model_copy(update={"evaluation": None}) == run.model_copy(update={"evaluation": None})
 

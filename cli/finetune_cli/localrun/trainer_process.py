@@ -67,11 +67,12 @@ def gpus_here() -> GpusHere:
     """Return the GPUs that torch finds on this machine. A process of its own asks, because this program does not import
     torch. Raises UserError where torch can't be imported."""
     command = [sys.executable, "-c", _COUNT]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        answer, complaint = process.communicate()
     try:
-        count, name = json.loads(ended.stdout.strip().rpartition("\n")[2])
+        count, name = json.loads(answer.strip().rpartition("\n")[2])
     except ValueError:
-        reason = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
+        reason = complaint.strip().rpartition("\n")[2] or f"exit code {process.returncode}"
         raise UserError("torch", f"can't count the GPUs ({reason}); to install it, {INSTALL}") from None
     product = re.sub(r"\s+", "-", name.strip())
     is_label = re.fullmatch(LABEL_VALUE_PATTERN, product) is not None and len(product) <= LABEL_LENGTH

@@ -153,8 +153,8 @@ class PreflightResult(TerminationMessage):
     def to_termination_message(self) -> str:
         """Return the result as JSON of at most 1,024 bytes.
 
-        Notices are dropped first, then the scores of the run that was found, then the last findings, then the end of
-        the first finding's message.
+        Notices are dropped first, then the scores of the run that was found, then the plan's advice, then the last
+        findings, then the end of the first finding's message.
         """
         result = self
         while result.excess_bytes > 0:
@@ -163,12 +163,15 @@ class PreflightResult(TerminationMessage):
 
 
 def _shorter(result: PreflightResult) -> PreflightResult:
-    """Return ``result`` without its last notice, else without the scores of the run that was found, else without its
-    last finding, else with a shorter message. Repeated calls end with an empty message, which always fits."""
+    """Return ``result`` without its last notice, else without the scores of the run that was found, else without the
+    plan's advice, else without its last finding, else with a shorter message. Repeated calls end with an empty message
+    or no finding, which always fits."""
     if result.notices:
         return result.model_copy(update={"notices": result.notices[:-1]})
     if result.found is not None and result.found.evaluation is not None:
         return result.model_copy(update={"found": result.found.model_copy(update={"evaluation": None})})
+    if result.planned is not None and result.planned.advice:
+        return result.model_copy(update={"planned": result.planned.model_copy(update={"advice": ""})})
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
