@@ -16,13 +16,21 @@ from finetune_cli.localrun.former_settings import (
     former_settings,
     run_id_of,
 )
-from finetune_cli.localrun.local_job import LocalPaths, checked_store, cpus_asked, local_config, localised
+from finetune_cli.localrun.local_job import (
+    LocalPaths,
+    checked_store,
+    cpus_asked,
+    local_config,
+    localised,
+    without_files,
+)
 from finetune_cli.localrun.run_job import RunOptions, resources_here
 from finetune_cli.localrun.state_folder import locked, state_folder
 from finetune_cli.localrun.trainer_process import GpusHere, trainer_environment
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_core.validation.validate_job import validate_job
 from tests.cli.local_jobs import job_document
 
 NO_PATHS = LocalPaths()
@@ -75,6 +83,61 @@ def test_a_path_takes_the_place_of_a_source_and_keeps_what_stands_beside_it(tmp_
     assert (local.volumes[train.claim_name], train.path) == (tmp_path, "rows[1].jsonl")
     assert (local.volumes[validation.volume.claim_name], validation.volume.path) == (rows, "*.jsonl")
     assert "volume" not in document["spec"]["model"], "the document of the caller is as it was"
+
+
+def with_files(folder: Path) -> dict[str, Any]:
+    """Return a job whose model and training rows are paths beside its file, and write these."""
+    document = job_document("here")
+    document["spec"]["model"] = {"file": "model", "addedTokens": ["<A>"]}
+    document["spec"]["dataset"]["train"] = {"file": str(folder / "rows.jsonl")}
+    (folder / "model").mkdir()
+    (folder / "rows.jsonl").touch()
+    return document
+
+
+def test_paths_in_the_job_file_begin_in_its_folder_and_an_option_wins(tmp_path: Path) -> None:
+    document = with_files(tmp_path)
+    changed, files = without_files(document, tmp_path)
+    assert files == {"--model": str(tmp_path / "model"), "--train": str(tmp_path / "rows.jsonl")}
+    local = localised(changed, LocalPaths(files=files), {}, "local")
+    model, train = local.job.spec.model, local.job.spec.dataset.train.volume
+    assert model.volume is not None
+    assert train is not None
+    assert (local.volumes[model.volume.claim_name], model.volume.path) == (tmp_path, "model")
+    assert model.added_tokens == ["<A>"]
+    assert (local.volumes[train.claim_name], train.path) == (tmp_path, "rows.jsonl")
+    (tmp_path / "others.jsonl").touch()
+    other = localised(changed, LocalPaths({"--train": str(tmp_path / "others.jsonl")}, files=files), {}, "local")
+    assert other.job.spec.dataset.train.volume is not None
+    assert other.job.spec.dataset.train.volume.path == "others.jsonl"
+    assert document["spec"]["model"] == {"file": "model", "addedTokens": ["<A>"]}, "the caller's document is as it was"
+
+
+def test_a_path_in_the_job_file_to_nothing_is_refused_by_its_field(tmp_path: Path) -> None:
+    changed, files = without_files(with_files(tmp_path), tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"^spec\.model\.file: must name a folder, and .*elsewhere/model is none"):
+        localised(changed, LocalPaths(files=files), {}, "local")
+
+
+NO_FILES: list[Any] = [{"file": ""}, {"file": 3}, {"file": "a", "volume": {"claimName": "c"}}, "file", None]
+NO_JOBS: list[dict[str, Any]] = [{}, {"spec": None}, {"spec": {"dataset": []}}]
+
+
+@pytest.mark.parametrize("source", NO_FILES)
+def test_what_is_no_path_is_left_to_the_check(source: Any, tmp_path: Path) -> None:
+    document = job_document("here")
+    document["spec"]["dataset"]["train"] = source
+    assert without_files(document, tmp_path) == (document, {})
+    for strange in NO_JOBS:
+        assert without_files(strange, tmp_path) == (strange, {})
+
+
+def test_a_cluster_refuses_a_path_of_one_machine_and_says_who_reads_it(tmp_path: Path) -> None:
+    problems = {str(problem) for problem in validate_job(with_files(tmp_path)).problems}
+    for where in ("spec.model.file", "spec.dataset.train.file"):
+        assert any(
+            text.startswith(f"{where}: is a path of one machine, and only `finetune run` reads it") for text in problems
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,13 @@ def plan_file(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def read_job(name: str) -> tuple[dict[str, Any], FineTuneJob]:
+def read_job(
+    name: str, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda job: job
+) -> tuple[dict[str, Any], FineTuneJob]:
     """Return the only FineTuneJob in the file ``name``, or in the standard input where ``name`` is `-`, as the document
-    and as a model. Raises UserError where the file holds no job or several, and for the first problem that `finetune
-    validate` would name."""
-    report = check_file(name)
+    and as a model, after ``change``. Raises UserError where the file holds no job or several, and for the first problem
+    that `finetune validate` would name."""
+    report = check_file(name, change)
     if report.problems:
         first = report.problems[0]
         raise UserError(f"{name}:{first.line}", f"{first.path}: {first.message}" if first.path else first.message)

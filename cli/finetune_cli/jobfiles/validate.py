@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,10 @@ def check_path(name: str) -> list[FileReport]:
     return [check_file(file) for file in files]
 
 
-def check_file(name: str) -> FileReport:
+def check_file(name: str, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda job: job) -> FileReport:
     """Check the file ``name``, or the standard input where ``name`` is `-`. Return the jobs in the file with their
-    names, and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored."""
+    names, and every problem of the file and the jobs. Objects that are not meant as FineTuneJobs are ignored. Each job
+    is checked as ``change`` returns it."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -140,7 +141,8 @@ def check_file(name: str) -> FileReport:
     jobs: list[str] = []
     values: list[dict[str, Any]] = []
     for document in documents:
-        for prefix, job in _jobs(document.value):
+        for prefix, written in _jobs(document.value):
+            job = change(written)
             title = _name(job)
             jobs.append(title)
             values.append(job)

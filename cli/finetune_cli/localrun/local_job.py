@@ -19,6 +19,7 @@ from finetune_core.contract import RunConfig, WorldConfig
 from finetune_core.contract.run_file import FOLDER_PATTERN
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_core.validation.problems import LOCAL_FILE
 from finetune_core.validation.validate_job import validate_job
 
 UID = "local"
@@ -41,6 +42,8 @@ class LocalPaths:
 
     sources: Mapping[str, str] = field(default_factory=dict)
     """By option, such as `--train`: a path that takes the place of a source of the job."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The same for paths that the job file itself names in the field LOCAL_FILE. An option wins."""
     volumes: Mapping[str, Path] = field(default_factory=dict)
     """By name of a claim: the folder that takes the place of the volume."""
 
@@ -66,17 +69,23 @@ def localised(document: Mapping[str, Any], paths: LocalPaths, resources: Mapping
     changed = copy.deepcopy(dict(document))
     spec: dict[str, Any] = changed["spec"]
     volumes = {name: _folder(f"--volume {name}", folder) for name, folder in paths.volumes.items()}
-    for option, text in paths.sources.items():
-        *sections, last = _SOURCES[option]
+    for option, sections_of_source in _SOURCES.items():
+        *sections, last = sections_of_source
+        if option in paths.sources:
+            named, text = option, paths.sources[option]
+        elif option in paths.files:
+            named, text = ".".join(("spec", *sections_of_source, LOCAL_FILE)), paths.files[option]
+        else:
+            continue
         target = spec
         for section in sections:
             target = target[section]
         claim = f"local-{last}"
-        folder, path = _split(option, text, is_model=option == "--model")
+        folder, path = _split(named, text, is_model=option == "--model")
         volumes[claim] = folder
         kept = {name: value for name, value in target.get(last, {}).items() if name in ("adapter", "addedTokens")}
         target[last] = {**kept, "volume": {"claimName": claim, "path": path}}
-    if "--model" in paths.sources:
+    if "--model" in (*paths.sources, *paths.files):
         spec["storage"].pop("cache", None)
     spec["storage"].setdefault("runId", run_id)
     if resources:
@@ -97,6 +106,23 @@ def localised(document: Mapping[str, Any], paths: LocalPaths, resources: Mapping
             " model.adapter.volume and --volume NAME=FOLDER",
         )
     return LocalJob(changed, job, volumes)
+
+
+def without_files(document: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return ``document``, a job as it is written, with a volume in place of each source that the field LOCAL_FILE
+    names, so that the rest can be checked as for a cluster, and the paths by option. A relative path begins in
+    ``folder``, that of the job file. What is no text is left for the check to refuse."""
+    changed, files = copy.deepcopy(dict(document)), {}
+    for option, sections in _SOURCES.items():
+        source: Any = changed.get("spec")
+        for section in sections:
+            source = source.get(section) if isinstance(source, dict) else None
+        if not isinstance(source, dict) or "volume" in source:
+            continue
+        if isinstance(source.get(LOCAL_FILE), str) and source[LOCAL_FILE]:
+            files[option] = str(folder / Path(source.pop(LOCAL_FILE)).expanduser())
+            source["volume"] = {"claimName": f"local-{sections[-1]}", "path": "file"}
+    return changed, files
 
 
 def claims_of(job: FineTuneJob) -> Sequence[tuple[str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from finetune_cli.compare.folders import BucketFolder, LocalFolder, RunFolder
 from finetune_cli.jobfiles.plan import read_job
 from finetune_cli.localrun.dry_run import show_dry_run
 from finetune_cli.localrun.former_settings import check_same_training, former_settings, run_id_of
-from finetune_cli.localrun.local_job import LocalJob, LocalPaths, checked_store, local_config, localised
+from finetune_cli.localrun.local_job import LocalJob, LocalPaths, checked_store, local_config, localised, without_files
 from finetune_cli.localrun.local_training import STOPPED, LocalTraining
 from finetune_cli.localrun.state_folder import STATE, locked, state_folder
 from finetune_cli.localrun.trainer_process import GpusHere, check_installed, gpus_here
@@ -56,7 +56,14 @@ class RunOptions:
 def run_file(options: RunOptions) -> int:
     """Train the job in the file, or show what would be trained, and return the exit code of the command."""
     check_installed()
-    document, job = read_job(options.file)
+    files: dict[str, str] = {}
+
+    def without_local_files(written: dict[str, Any]) -> dict[str, Any]:
+        changed, found = without_files(written, Path(options.file).parent if options.file != "-" else Path())
+        files.update(found)
+        return changed
+
+    document, job = read_job(options.file, without_local_files)
     in_bucket = options.store == BUCKET_STORE
     base = checked_store(DEFAULT_STORE if in_bucket else Path(options.store or DEFAULT_STORE))
     runs = _Runs(job, None if in_bucket else base, options.endpoint)
@@ -64,7 +71,7 @@ def run_file(options: RunOptions) -> int:
         raise UserError("--fresh", "must be absent, because the job sets storage.runId: set a new name there")
     run_id = job.spec.storage.run_id or run_id_of(runs.names(needed=options.fresh), fresh=options.fresh)
     resources = resources_here(document["spec"].get("resources", {}), options)
-    local = localised(document, options.paths, resources, run_id)
+    local = localised(document, replace(options.paths, files=files), resources, run_id)
     folder = runs.folder(local.job)
     former = former_settings(folder) if folder is not None else None
     today = former.template_date if former is not None and former.template_date is not None else _today()

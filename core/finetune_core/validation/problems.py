@@ -37,10 +37,17 @@ class Problem:
         return f"{dotted(self.path)}: {self.message}"
 
 
+LOCAL_FILE = "file"
+"""Field of a source that only `finetune run` reads: a path of its machine. The schema has no such field, because no pod
+could read the path."""
+
+
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """Return the message about a field that does not exist. ``known`` are the fields that exist beside it: the message
     names the one with a similar name, or else all of them."""
     fields = list(known)
+    if name == LOCAL_FILE and "volume" in fields:
+        return f"is a path of one machine, and only `finetune run` reads it; must be one of {', '.join(fields)}"
     if close := difflib.get_close_matches(name, fields, n=1):
         return f"unknown field; did you mean `{close[0]}`?"
     return f"unknown field; must be one of {', '.join(fields)}" if fields else "unknown field"
