@@ -24,6 +24,7 @@ TRAINER = ROOT / "trainer_image" / "Dockerfile"
 LOCK = (ROOT / "locks" / "trainer.txt").read_text(encoding="utf-8")
 PAGES = (
     "README.md",
+    "docs/install.md",
     "docs/gpus.md",
     "docs/gpu-check.md",
     "charts/finetune-operator/README.md",
