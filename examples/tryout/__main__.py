@@ -1,6 +1,6 @@
 """`make try`: tunes a small model on this machine, shows its answers before and after, and writes a page about the run.
 
-The job is examples/tryout/job.yaml, with rows from examples/trails. `finetune run` trains, and `finetune compare` makes
+The job is examples/tryout/try.yaml, with rows from examples/trails. `finetune run` trains, and `finetune compare` makes
 the page. Everything that is written lies in out/try. A second call goes on where the first one was interrupted, or
 shows the finished run again.
 """
@@ -26,7 +26,7 @@ from finetune_cli.terminal import SafeConsole, complain, say
 from finetune_core.layout import ARTIFACT_POINTER
 from tests.cluster import ClusterError
 
-JOB = Path(__file__).with_name("job.yaml")
+JOB = Path(__file__).with_name("try.yaml")
 FOLDER = Path("out/try")
 STORE = FOLDER / "runs"
 PAGE = FOLDER / "report.html"
