@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.cluster.fixtures import cluster
+from tests.trainer.zygote import Zygote
 
 __all__ = ["cluster"]
 
@@ -96,3 +97,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group_of(nodeid)
 
     return Groups(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of a test are made, allow the test to start processes of a training only if it has the marker
+    `gang` or `long`."""
+    Zygote.allowed = any(item.get_closest_marker(name) for name in ("gang", "long"))

@@ -35,9 +35,9 @@ from examples.study.study_jobs import (
     minutes_of,
     run_folder,
 )
+from finetune_cli.terminal import say
 from finetune_core.errors import UserError
 from tests.cluster import ClusterError
-from tests.cluster.progress import say
 
 INTERRUPTED = 130
 """Exit status of `finetune run` after Ctrl-C, and of this program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -16,8 +17,18 @@ BLOCK = re.compile(r"^\$ make (\w+) ", re.MULTILINE)
 def first_line(command: str, folder: Path) -> str:
     """Return the first line that `make COMMAND` prints in a clone in ``folder``, without running the rest."""
     (folder / "Makefile").write_text(text_of(ROOT / "Makefile"))
+    # The tests run below a make themselves, whose options must not reach this one.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
     done = subprocess.run(
-        ["make", "--dry-run", command], cwd=folder, text=True, capture_output=True, timeout=60, check=False
+        ["make", "--dry-run", command],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     said = re.fullmatch(r'echo "(.*)"', done.stdout.partition("\n")[0])
     assert said is not None, done.stdout + done.stderr

@@ -18,7 +18,7 @@ from finetune_core.contract.same_training import NOT_THE_TRAINING, digest_of_fie
 from finetune_core.resolve import resolve
 from tests.core.jobs import quickstart
 
-DIGEST = "2aaac4e6dc9ee70cdef692ff2c9b950f32c8cfbf22c494614d76b6b5f2c3737d"
+DIGEST = "9d61a5982da4f0a64f5159518b2b143e2ed7d256430d98d012fb03986e2a2960"
 """Result of `settings_digest` for the run file of examples/quickstart.yaml."""
 
 

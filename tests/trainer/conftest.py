@@ -12,7 +12,6 @@ import pytest
 from tests.trainer import tiny
 from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
 from tests.trainer.pods import Attempt, fill_bucket, start_pods
-from tests.trainer.zygote import Zygote
 
 StartPods = Callable[..., Attempt]
 
@@ -25,13 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "pods" in getattr(item, "fixturenames", ()):
             item.add_marker("gang")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before the fixtures of a test are made, allow the test to start processes of a training only if it has the marker
-    `gang` or `long`."""
-    Zygote.allowed = any(item.get_closest_marker(name) for name in ("gang", "long"))
 
 
 @pytest.fixture(scope="session")
