@@ -71,23 +71,30 @@ def test_in_the_same_second_it_counts_whether_the_backend_had_begun_to_clean_up(
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
 def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: int) -> None:
-    """A person deletes the first pod. training-operator deletes the other pod in the same second.
+    """A person deletes the first pod. training-operator deletes the other pod a second later, or in the same second.
 
-    The resourceVersion, which is higher for the other pod, shows the order of the deletions.
+    In the same second the message names both, first the pod with the lower resourceVersion, which is probably the one.
     """
-    pods = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
-    for order in (pods, pods[::-1]):
+    apart = [pod(first, deleted=5, version=1000), pod(second, deleted=6, version=1001)]
+    together = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
+    alone = f"pod job-1-worker-{first} was deleted"
+    both = f"{alone}, and pod job-1-worker-{second} in the same second"
+    for order, message in ((apart, alone), (apart[::-1], alone), (together, both), (together[::-1], both)):
         ruling = judged(order, child=child(failed=True))
         assert ruling is not None
-        assert (ruling.message, ruling.node) == (f"pod job-1-worker-{first} was deleted", f"node-{first}")
+        assert (ruling.message, ruling.node) == (message, f"node-{first}")
 
 
+@pytest.mark.parametrize("ended", [{}, {"exit_code": 143, "finished": 5}])
 @pytest.mark.parametrize("first", [0, 1])
-def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(first: int) -> None:
-    """The pod that a person deleted has already ended with 143, and the kubelet has written the pod's status once more.
-    The pod's resourceVersion is then higher than that of the pod that training-operator deleted in the same second."""
+def test_where_nothing_shows_which_pod_a_person_deleted_the_message_names_both(
+    first: int, ended: dict[str, Any]
+) -> None:
+    """The kubelet has written the status of the pod that a person deleted once more, for example because the pod has
+    ended with 143. The pod's resourceVersion is then higher than that of the pod that training-operator deleted in the
+    same second."""
     second = 1 - first
-    pods = [pod(first, deleted=5, version=1002, exit_code=143, finished=5), pod(second, deleted=5, version=1001)]
+    pods = [pod(first, deleted=5, version=1002, **ended), pod(second, deleted=5, version=1001)]
     ruling = judged(pods, child=child(failed=True))
     assert ruling is not None
     assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodDeleted")

@@ -168,16 +168,13 @@ class Evidence:
         """The other pods, by index, that were deleted in the same second as the pod of `disturbance`. Any of them may
         have been deleted before that pod.
 
-        The order of the resourceVersions (see `_disturbed_first`) shows the order of the deletions only until a
-        container ends, because the kubelet then writes the pod once more. So the sequence is empty as long as no
-        container has ended of all pods that were deleted in that second.
+        The order of the resourceVersions (see `_disturbed_first`) is no proof, because the kubelet writes the status of
+        a deleted pod once more: from Kubernetes 1.34 on (`status.observedGeneration`) before its containers end too.
         """
         if self.disturbance is None:
             return []
         second = self.disturbance[1].delete_requested_at
         together = [pod for pod in self.pods if pod.delete_requested_at == second is not None]
-        if not any(pod.ended for pod in together):
-            return []
         return sorted((pod for pod in together if pod is not self.disturbance[1]), key=lambda pod: pod.index)
 
     def _precedes_failures(self, time: datetime | None) -> bool:
